@@ -1,0 +1,23 @@
+"""onnxrank: makes exported ONNX ranking models fast without changing what they compute."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxrank.pipeline import Result, optimize
+    from onnxrank.rewrite import Rewrite, Rule
+    from onnxrank.roles import Roles
+
+__all__ = ["Result", "Rewrite", "Roles", "Rule", "optimize"]
+
+_HOME = {"Result": "pipeline", "optimize": "pipeline", "Rewrite": "rewrite", "Rule": "rewrite", "Roles": "roles"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that the command line answers --help before numpy and onnx are loaded.
+    if name not in _HOME:
+        raise AttributeError(f"module 'onnxrank' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"onnxrank.{_HOME[name]}"), name)

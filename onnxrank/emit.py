@@ -1,0 +1,154 @@
+"""The new graph while it is being made: nodes kept from the user's model, nodes added to it, new initializers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
+
+from onnxrank import surgery
+
+
+@dataclass(eq=False)
+class Emitted:
+    """One node of the new graph.
+
+    Attributes:
+        proto: The node; a kept node is the user's own message wherever its inputs did not change.
+        origin: Index of the original node that it belongs to.
+        rule: Name of the rule that made it or moved it to one row; None for a node that is as it was.
+    """
+
+    proto: NodeProto
+    origin: int
+    rule: str | None
+
+
+class Emitter:
+    """Collects the nodes and initializers of the new graph.
+
+    Args:
+        taken: Names the user's model uses already; new names avoid them.
+        opset: Version of the default domain, which decides how attributes are written.
+    """
+
+    def __init__(self, taken: Iterable[str], opset: int) -> None:
+        self.nodes: list[Emitted] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.opset = opset
+        self.origin = 0
+        self.rule: str | None = None
+        self.hint = ""
+        self._taken = set(taken)
+        self._same: dict[tuple[Any, ...], str] = {}
+
+    def fresh(self, hint: str) -> str:
+        """A name that nothing has yet, close to `hint`."""
+        name, k = hint, 1
+        while name in self._taken:
+            k += 1
+            name = f"{hint}.{k}"
+        self._taken.add(name)
+        return name
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        attrs: dict[str, Any] | None = None,
+        *,
+        output: str | None = None,
+        hint: str | None = None,
+    ) -> str:
+        """Adds a node with one output; an equal node made before is used again.
+
+        Args:
+            op: Operator of the default domain.
+            inputs: Tensor names.
+            attrs: Attributes.
+            output: Output name; only for names of the original graph, which are not in use yet.
+            hint: What to derive the output's name from.
+
+        Returns:
+            The output's name.
+        """
+        attrs = attrs or {}
+        key = (op, tuple(inputs), tuple(sorted((k, str(v)) for k, v in attrs.items())))
+        if output is None and key in self._same:
+            return self._same[key]
+        name = output or self.fresh(f"{hint or self.hint}/{op.lower()}")
+        self._same.setdefault(key, name)
+        self.nodes.append(Emitted(surgery.node(op, inputs, name, attrs), self.origin, self.rule or "movement"))
+        return name
+
+    def copy(self, node: NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Adds a copy of a node with other inputs and outputs."""
+        proto = NodeProto()
+        proto.CopyFrom(node)
+        del proto.input[:], proto.output[:]
+        proto.input.extend(inputs)
+        proto.output.extend(outputs)
+        if list(outputs) != list(node.output):
+            proto.name = self.fresh(outputs[0])
+        moved = self.rule if self.rule else None if proto == node else "movement"
+        self.nodes.append(Emitted(proto, self.origin, moved))
+
+    def constant(self, data: NDArray[Any], hint: str | None = None) -> str:
+        """A new initializer with this data; equal data share one."""
+        data = np.asarray(data, order="C")
+        key = ("initializer", str(data.dtype), data.shape, data.tobytes())
+        if key not in self._same:
+            name = self.fresh(f"{hint or self.hint}/const" if data.ndim < 2 else f"{hint or self.hint}/weight")
+            self.initializers[name] = numpy_helper.from_array(data, name)
+            self._same[key] = name
+        return self._same[key]
+
+    def reduce(self, op: str, data: str, axes: Sequence[int], keepdims: bool, hint: str | None = None) -> str:
+        """A reduction; `axes` is an input or an attribute depending on the opset."""
+        since = 13 if op == "ReduceSum" else 18
+        attrs: dict[str, Any] = {"keepdims": int(keepdims)}
+        if self.opset >= since:
+            return self.add(op, [data, self.constant(np.array(axes, np.int64))], attrs, hint=hint)
+        return self.add(op, [data], attrs | {"axes": list(axes)}, hint=hint)
+
+
+def captured(graph: GraphProto) -> set[str]:
+    """Names of outer tensors that a subgraph reads."""
+    local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+    out: set[str] = set()
+    for node in graph.node:
+        out |= {i for i in node.input if i and i not in local}
+        out |= {c for g in subgraphs(node) for c in captured(g) if c not in local}
+        local |= set(node.output)
+    out |= {o.name for o in graph.output if o.name not in local}
+    return out
+
+
+def subgraphs(node: NodeProto) -> list[GraphProto]:
+    """Bodies of a control-flow node."""
+    out = []
+    for a in node.attribute:
+        if a.type == AttributeProto.GRAPH:
+            out.append(a.g)
+        elif a.type == AttributeProto.GRAPHS:
+            out.extend(a.graphs)
+    return out
+
+
+def rename_captured(node: NodeProto, names: dict[str, str]) -> None:
+    """Renames, in place, the outer tensors that a control-flow node's bodies read."""
+    for graph in subgraphs(node):
+        local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+        for inner in graph.node:
+            for k, i in enumerate(inner.input):
+                if i not in local and i in names:
+                    inner.input[k] = names[i]
+            rename_captured(inner, {a: b for a, b in names.items() if a not in local})
+            local |= set(inner.output)
+        for o in graph.output:
+            if o.name not in local and o.name in names:
+                o.name = names[o.name]

@@ -1,0 +1,274 @@
+"""What running a model tells about it: shapes as functions of the number of candidates, and foldable constants.
+
+Static shape inference leaves many tensors of exported rankers untyped and gets some broadcasts wrong, so shapes are
+measured: the model runs at several numbers of candidates with the shape of every tensor exposed, and each extent is
+fitted as `a * N + b`. An extent that no such line goes through depends on the data and is treated as unknown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnxrank import runtime
+from onnxrank.emit import captured, subgraphs
+from onnxrank.errors import ModelError
+from onnxrank.values import CANDIDATES, Dim, Dims, canonical
+
+Extent = tuple[int, tuple[str, ...]]
+"""A constant times symbols."""
+
+_MARK = "::shape"
+_NOT_DETERMINISTIC = {
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+}
+_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SplitToSequence", "Optional"}
+_LARGEST_FOLD = 1 << 24
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Values of all symbols in one run."""
+
+    symbols: dict[str, int]
+    seed: int
+
+
+def settings(symbols: Iterable[str], candidates: Iterable[int] = (2, 3, 5, 3)) -> list[Setting]:
+    """Runs whose extents tell the symbols apart; the last repeats the second with other data."""
+    primes = [(7, 11, 13, 11), (17, 19, 23, 19), (29, 31, 37, 31), (41, 43, 47, 43)]
+    others = [s for s in symbols if s != CANDIDATES]
+    out = []
+    for k, n in enumerate(candidates):
+        point = {s: primes[i % len(primes)][k % 4] for i, s in enumerate(others)}
+        out.append(Setting({CANDIDATES: n, **point}, seed=k))
+    return out
+
+
+@dataclass
+class Facts:
+    """Measured shapes and constants of the tensors of a model's main graph.
+
+    Attributes:
+        extents: Per tensor the extent of each dimension; absent where the tensor was not seen.
+        folded: Tensors that depend on constants and extents only and are the same for every number of candidates,
+            with their data cut to one row along symbols.
+        varying: Tensors that depend on constants and extents only and change with the number of candidates.
+        note: Why nothing could be measured for a part of the model, if so.
+    """
+
+    extents: dict[str, tuple[Extent, ...]] = field(default_factory=dict)
+    folded: dict[str, tuple[Dims, NDArray[Any]]] = field(default_factory=dict)
+    varying: set[str] = field(default_factory=set)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    note: str | None = None
+
+    def dims(self, name: str) -> Dims | None:
+        """Shape with each extent as one factor, when known; merged extents are opaque symbols."""
+        found = self.extents.get(name)
+        if found is None:
+            return None
+        out: list[Dim] = []
+        for c, syms in found:
+            if len(syms) <= 1 and (c == 1 or not syms):
+                out.append(canonical([c, *syms]))
+            else:
+                out.append(("~".join((*syms, str(c))),))
+        return tuple(out)
+
+
+def shape_derived(nodes: Iterable[NodeProto], constants: Iterable[str]) -> set[str]:
+    """Tensors that depend on constants and on shapes, but on no input's values."""
+    known = set(constants)
+    out: set[str] = set()
+    for node in nodes:
+        inner = {c for g in subgraphs(node) for c in captured(g)}
+        if node.op_type in ("Shape", "Size") or (
+            node.op_type not in _NOT_DETERMINISTIC | _SEQUENCES and all(not i or i in known for i in {*node.input, *inner})
+        ):
+            known |= set(node.output)
+            out |= {o for o in node.output if o}
+    return out
+
+
+def available(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
+    """Divides the nodes into those that onnxruntime may run and those behind operators it does not have.
+
+    Domains other than ONNX's own and ORT's contrib ones are custom: they need a library that is not loaded.
+    """
+    known = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
+    dead: set[str] = set()
+    good, bad = [], []
+    for node in model.graph.node:
+        inner = {c for g in subgraphs(node) for c in captured(g)}
+        if node.domain not in known or dead & {*node.input, *inner}:
+            dead |= set(node.output)
+            bad.append(node)
+        else:
+            good.append(node)
+    return good, bad
+
+
+def measure(
+    model: ModelProto,
+    symbols: Iterable[str],
+    feeds: Callable[[Setting], runtime.Feeds],
+    folder: str | os.PathLike[str] | None = None,
+) -> Facts:
+    """Runs a model at several numbers of candidates and fits its shapes.
+
+    Args:
+        model: The model, functions inlined.
+        symbols: Names of the symbolic extents of its inputs.
+        feeds: Makes the inputs for a setting.
+        folder: Where its external data lies.
+
+    Raises:
+        ModelError: onnxruntime does not take the model.
+    """
+    good, bad = available(model)
+    facts = Facts()
+    if bad:
+        ops = sorted({f"{n.domain}::{n.op_type}" for n in bad if n.domain not in ("", "com.microsoft")})
+        facts.note = f"operators that onnxruntime does not have ({', '.join(ops)}) and what follows them were not run"
+    graph = model.graph
+    initializers = {t.name for t in graph.initializer}
+    overridable = {i.name for i in graph.input} if model.ir_version >= 4 else set()
+    derived = shape_derived(good, initializers - overridable)
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    if bad:
+        del exposed.graph.node[:]
+        exposed.graph.node.extend(good)
+    del exposed.graph.output[:], exposed.graph.value_info[:]
+    names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
+    for name in names:
+        exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
+        exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
+    for name in derived:
+        exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
+    half = runtime.has_half(model)
+    if half:
+        exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
+    made = runtime.session(exposed, folder)
+    kinds = {o.name: o.type for o in made.get_outputs()}
+    points = settings(symbols)
+    runs = [runtime.run(made, feeds(p)) for p in points]
+    for name in names:
+        shapes = [tuple(int(v) for v in r[name + _MARK]) for r in runs]
+        if len({len(s) for s in shapes}) == 1:
+            facts.extents[name] = tuple(
+                fit([s[k] for s in shapes], points, f"{name}.{k}") for k in range(len(shapes[0]))
+            )
+    alone = _at_one(made, symbols, feeds, derived)
+    for name in derived:
+        values = [np.asarray(r[name]) for r in runs]
+        folded = _fold(values, facts.extents.get(name), alone.get(name))
+        if folded is None or folded[1].nbytes > _LARGEST_FOLD:
+            facts.varying.add(name)
+        else:
+            facts.folded[name] = folded
+        kind = kinds[name]
+        if kind.startswith("tensor("):
+            facts.dtypes[name] = helper.np_dtype_to_tensor_dtype(values[0].dtype)
+    if half:
+        _restore_half(model, facts)
+    return facts
+
+
+def _restore_half(model: ModelProto, facts: Facts) -> None:
+    """Constants folded in float32 on the way to 16-bit tensors are the 16-bit model's own only if it is cast back."""
+    half = next(t.data_type for t in model.graph.initializer if t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16))
+    to = helper.tensor_dtype_to_np_dtype(half)
+    exact = {o for n in model.graph.node if n.op_type == "Cast" for o in n.output}
+    for name, (dims, data) in list(facts.folded.items()):
+        if data.dtype == np.float32 and name not in exact:
+            facts.folded[name] = (dims, data.astype(to))
+            facts.dtypes[name] = half
+
+
+def _at_one(
+    made: Any, symbols: Iterable[str], feeds: Callable[[Setting], runtime.Feeds], names: Iterable[str]
+) -> dict[str, NDArray[Any]]:
+    """The shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
+    (point,) = settings(symbols, (1,))
+    try:
+        return runtime.run(made, feeds(point), list(names))
+    except ModelError:
+        return {}
+
+
+def fit(values: list[int], points: list[Setting], label: str) -> Extent:
+    """Expresses an extent, seen in several runs, by the symbols.
+
+    Returns:
+        `(c, symbols)` for a constant times symbols; one opaque symbol for anything else, whose name starts with that
+        of the candidate count if it may depend on it.
+    """
+    if len(set(values)) == 1:
+        return values[0], ()
+    names = sorted(points[0].symbols)
+    monomials = [(s,) for s in names] + [(CANDIDATES, s) for s in names if s != CANDIDATES]
+    for syms in monomials:
+        at = [prod(p.symbols[s] for s in syms) for p in points]
+        if at[1] == at[0] or (values[1] - values[0]) % (at[1] - at[0]):
+            continue
+        a = (values[1] - values[0]) // (at[1] - at[0])
+        b = values[0] - a * at[0]
+        if a > 0 and all(v == a * x + b for v, x in zip(values, at, strict=True)):
+            if b == 0:
+                return a, tuple(sorted(syms, key=lambda s: s != CANDIDATES))
+            return 1, (f"{'~'.join(sorted(syms, key=lambda s: s != CANDIDATES))}~{a}+{b}",)
+    return 1, (f"{CANDIDATES}~?{label}",)
+
+
+def _fold(
+    values: list[NDArray[Any]], extents: tuple[Extent, ...] | None, alone: NDArray[Any] | None
+) -> tuple[Dims, NDArray[Any]] | None:
+    """The one row that all runs agree on, if they do."""
+    first = values[0]
+    if extents is None or len(extents) != first.ndim:
+        extents = tuple((n, ()) for n in first.shape)
+        if any(v.shape != first.shape for v in values):
+            return None
+    dims: list[Dim] = []
+    cut: list[NDArray[Any]] = []
+    for v in [*values, *([alone] if alone is not None and alone.ndim == first.ndim else [])]:
+        for axis, (_, syms) in enumerate(extents):
+            if syms:
+                if v.shape[axis] == 0 or (v != v.take([0], axis)).any():
+                    return None
+                v = v.take([0], axis)
+        cut.append(v)
+    if any(c.shape != cut[0].shape or not _same(c, cut[0]) for c in cut[1:]):
+        return None
+    for c, syms in extents:
+        if any("~" in s for s in syms):
+            return None
+        dims.append(canonical([*syms, c]) if syms else canonical([c]))
+    data = cut[0]
+    for axis, (c, syms) in enumerate(extents):
+        if syms and c > 1:
+            data = np.repeat(data, c, axis)
+    return tuple(dims), data
+
+
+def _same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def constant_data(t: TensorProto, folder: str | os.PathLike[str] | None) -> NDArray[Any]:
+    """Loads an initializer, from its external file if it has one."""
+    return numpy_helper.to_array(t, os.fspath(folder) if folder is not None else "")

@@ -1,0 +1,425 @@
+"""From codes back to tensors: which few nodes bring entries of several sources into one layout.
+
+`Layout.realise` is the only place where data movement is paid for at run time. It looks for, in this order: a tensor that
+is there already, a reshape, a slice or transpose of one tensor, a Concat of such pieces along one axis, and, where the
+layout has no structure, one Gather over the flattened entries.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from onnxrank.emit import Emitter
+from onnxrank.values import (
+    HOLE,
+    Codes,
+    Dim,
+    Dims,
+    Factor,
+    Level,
+    Source,
+    Sources,
+    Unrepresentable,
+    canonical,
+    constant_along,
+    extents,
+    is_candidate_symbol,
+    keep_symbols,
+    offsets,
+    source_numbers,
+    symbols,
+    with_extents,
+)
+
+
+class Layout:
+    """Writes tensors for codes.
+
+    Args:
+        sources: The sources that codes refer to.
+        emitter: Receives the nodes.
+    """
+
+    def __init__(self, sources: Sources, emitter: Emitter) -> None:
+        self.sources = sources
+        self.emit = emitter
+        self.extent_of: dict[str, tuple[str, int, int]] = {}
+        """Per symbol: a graph input, the axis on which it is found, and by what to divide that extent."""
+        self._done: dict[tuple[object, ...], str] = {}
+        self._reshaped: dict[str, tuple[str, Dims]] = {}
+
+    def name_of(self, source: Source) -> str:
+        """The source's tensor, written if it is a constant not in the graph yet."""
+        if source.name is None:
+            if source.write is not None:
+                source.name = source.write()
+            elif source.product is not None:
+                source.name = source.product(None)
+            else:
+                source.name = self.emit.constant(source.data)
+        return source.name
+
+    def realise(self, codes: Codes, dims: Dims, full: bool = False) -> tuple[str, Dims]:
+        """Makes the tensor with these entries.
+
+        Args:
+            codes: Entries, one axis per dimension; holes become any value.
+            dims: Logical shape.
+            full: Whether the tensor must hold all the rows of `dims` instead of one along a symbol it does not vary
+                along.
+
+        Returns:
+            The tensor's name and physical shape.
+
+        Raises:
+            Unrepresentable: The layout cannot be written with the shapes known.
+        """
+        key = (codes.tobytes(), dims, full)
+        present = set(symbols(dims)) if full else self.sources.symbols(codes)
+        physical = keep_symbols(dims, present)
+        if key not in self._done:
+            self._done[key] = self._make(codes, physical)
+        return self._done[key], physical
+
+    def _make(self, codes: Codes, dims: Dims) -> str:
+        """Makes the tensor with all the symbols in `dims` present."""
+        if (codes == HOLE).any():
+            some = codes[codes != HOLE]
+            codes = np.where(codes == HOLE, some[0] if some.size else 0, codes)
+        found = self.sources.of(codes)
+        if len(found) == 1 and found[0].dims == dims and np.array_equal(offsets(codes).reshape(-1), _range(codes.size)):
+            return self.name_of(found[0])
+        reduced = codes
+        for axis in range(codes.ndim):
+            if constant_along(reduced, axis):
+                reduced = reduced.take([0], axis)
+        held = self.sources.symbols(reduced)
+        small = keep_symbols(with_extents(dims, reduced.shape), held)
+        if small != dims:
+            return self.expand(self._make(reduced, small), small, dims)
+        if all(s.level is Level.CONSTANT for s in found):
+            return self.emit.constant(self.sources.constants(codes).reshape(extents(dims)))
+        if len(found) == 1:
+            return self._from_one(found[0], codes, dims)
+        return self._concat(codes, dims) or self._gather_flat(codes, dims)
+
+    # --- several sources -------------------------------------------------------------------------------------------
+
+    def _concat(self, codes: Codes, dims: Dims) -> str | None:
+        """A Concat of pieces with fewer sources each, along the axis with the fewest pieces."""
+        numbers = source_numbers(codes)
+        levels = self.sources.levels(codes).astype(np.int64)
+        best: tuple[int, int, Codes] | None = None
+        for axis in range(codes.ndim):
+            n = codes.shape[axis]
+            if n == 1 or len(dims[axis]) > 1:
+                continue
+            for keys in (levels, numbers):
+                flat = np.moveaxis(keys, axis, 0).reshape(n, -1)
+                if not (flat == flat[:, :1]).all():
+                    continue
+                cuts = np.flatnonzero(flat[1:, 0] != flat[:-1, 0]) + 1
+                # Pieces of one level are brought to full rows together: few large Expands, not many small ones.
+                if len(cuts) and (best is None or len(cuts) < best[0]):
+                    best = (len(cuts), axis, cuts)
+        if best is None:
+            return None
+        _, axis, cuts = best
+        pieces = self._stacked(codes, dims, axis, cuts)
+        if len(pieces) == 1:
+            return pieces[0]
+        return self.emit.add("Concat", pieces, {"axis": axis})
+
+    def _stacked(self, codes: Codes, dims: Dims, axis: int, cuts: Codes) -> list[str]:
+        """The pieces along an axis; runs of whole tensors of one shape such as `[N, 1, d]` are joined as they are.
+
+        Instead of one Reshape for each there is one Concat and one Reshape for a run.
+        """
+        out: list[str] = []
+        pieces = np.split(codes, cuts, axis)
+        k = 0
+        while k < len(pieces):
+            run = [k]
+            shape, along = self._stackable(pieces[k], dims, axis)
+            while shape and run[-1] + 1 < len(pieces):
+                other, _ = self._stackable(pieces[run[-1] + 1], dims, axis)
+                if other != shape:
+                    break
+                run.append(run[-1] + 1)
+            if shape and len(run) > 1:
+                found = [self.sources[int(source_numbers(pieces[r]).flat[0])] for r in run]
+                name = self.emit.add("Concat", [self.name_of(s) for s in found], {"axis": along})
+                joined = list(extents(found[0].dims))
+                joined[along] = sum(extents(s.dims)[along] for s in found)
+                want = list(codes.shape)
+                want[axis] = sum(pieces[r].shape[axis] for r in run)
+                out.append(self.reshape(name, with_extents(found[0].dims, joined), with_extents(dims, want)))
+            else:
+                out += [self._make(pieces[r], with_extents(dims, pieces[r].shape)) for r in run]
+            k = run[-1] + 1
+        return out
+
+    def _stackable(self, piece: Codes, dims: Dims, axis: int) -> tuple[tuple[Dim | None, ...], int]:
+        """Shape, but for the axis to join along, of a whole tensor that would have to be reshaped; () if it is not."""
+        numbers = source_numbers(piece)
+        source = self.sources[int(numbers.flat[0])]
+        along = next((k for k, d in enumerate(source.dims) if not symbols([d])), None)
+        if along is None or piece.size != piece.shape[axis] or (numbers != source.number).any():
+            return (), 0
+        want = with_extents(dims, piece.shape)
+        if symbols(source.dims) != symbols(dims) or any(symbols([d]) for d in source.dims[along:]):
+            return (), 0
+        if not np.array_equal(offsets(piece).reshape(-1), _range(source.size)):
+            return (), 0
+        if self.before_reshape(self.name_of(source), source.dims, want) is not None:
+            return (), 0
+        return tuple(None if k == along else d for k, d in enumerate(source.dims)), along
+
+    def _gather_flat(self, codes: Codes, dims: Dims) -> str:
+        """Every entry used, once, side by side; then a Gather."""
+        unique, inverse = np.unique(codes.reshape(-1), return_inverse=True)
+        syms = tuple((s,) for s in symbols(dims))
+        flat: Dims = (*syms, canonical([len(unique)]))
+        if len(flat[-1]) == 0:
+            raise Unrepresentable("a single entry")
+        packed = self._make(unique.reshape((1,) * len(syms) + (-1,)), flat)
+        taken = self.emit.add(
+            "Gather", [packed, self.emit.constant(inverse.reshape(-1).astype(np.int64))], {"axis": len(syms)}
+        )
+        return self._arrange(taken, (*syms, canonical([codes.size])), dims)
+
+    # --- one source ------------------------------------------------------------------------------------------------
+
+    def _from_one(self, source: Source, codes: Codes, dims: Dims) -> str:
+        name, have, at = self._cut(source, offsets(codes))
+        total = prod(extents(have))
+        if at.size == total:
+            if np.array_equal(at.reshape(-1), _range(total)) and symbols(have) == symbols(dims):
+                if _stream(have) == _stream(dims):
+                    return self.reshape(name, have, dims)
+            moved = self._transpose(name, have, at, dims)
+            if moved:
+                return moved
+        # No structure left: flatten the source and pick entry by entry.
+        syms = tuple((s,) for s in symbols(dims))
+        flat = self._arrange_to_flat(name, have, syms)
+        if not np.array_equal(at.reshape(-1), _range(total)):
+            index = self.emit.constant(at.reshape(-1).astype(np.int64))
+            flat = self.emit.add("Gather", [flat, index], {"axis": len(syms)})
+        return self._arrange(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
+
+    def _cut(self, source: Source, at: Codes) -> tuple[str, Dims, Codes]:
+        """Slices a source down to the entries used, where these are a product of positions per axis."""
+        name, have = self.name_of(source), source.dims
+        shape = extents(have)
+        used = np.unique(at)
+        if used.size == source.size:
+            return name, have, at
+        coords = [np.unique(c) for c in np.unravel_index(used, shape)] if shape else []
+        if prod(len(c) for c in coords) != used.size:
+            return name, have, at
+        if any(len(c) < n and len(d) > 1 for c, n, d in zip(coords, shape, have, strict=True)):
+            split: list[Dim] = [(f,) for d in have for f in d]
+            name, have = self.reshape(name, have, tuple(split)), tuple(split)
+            shape = extents(have)
+            coords = [np.unique(c) for c in np.unravel_index(used, shape)]
+        new = list(shape)
+        position = list(np.unravel_index(at, shape))
+        for axis, c in enumerate(coords):
+            if len(c) == shape[axis]:
+                continue
+            step = int(c[1] - c[0]) if len(c) > 1 else 1
+            if len(c) == 1 or (np.diff(c) == step).all():
+                ends = [int(c[0]), int(c[-1]) + 1]
+                args = [np.array([v], np.int64) for v in (*ends, axis, step)]
+                name = self.emit.add("Slice", [name, *(self.emit.constant(a) for a in args)])
+            else:
+                name = self.emit.add("Gather", [name, self.emit.constant(c.astype(np.int64))], {"axis": axis})
+            new[axis] = len(c)
+            position[axis] = np.searchsorted(c, position[axis])
+        return name, with_extents(have, new), np.ravel_multi_index(position, new).reshape(at.shape)
+
+    def _transpose(self, name: str, have: Dims, at: Codes, dims: Dims) -> str | None:
+        """Reshape, Transpose and Reshape, where the entries are a permutation of the source's axes."""
+        strides = []
+        for axis in range(at.ndim):
+            strides.append(int(np.moveaxis(at, axis, 0)[1].flat[0] - at.flat[0]) if at.shape[axis] > 1 else 0)
+        grid = np.zeros(at.shape, np.int64)
+        for axis, s in enumerate(strides):
+            grid += (np.arange(at.shape[axis]) * s).reshape([-1 if k == axis else 1 for k in range(at.ndim)])
+        if not np.array_equal(grid, at) or any(s < 0 for s in strides):
+            return None
+        axes = sorted((a for a in range(at.ndim) if at.shape[a] > 1), key=lambda a: -strides[a])
+        # Factors of the source in its own order, each with the target axis it becomes.
+        stream: list[tuple[Factor, int | str]] = []
+        left = list(axes)
+        for f in (f for d in have for f in d):
+            if isinstance(f, str):
+                stream.append((f, f))
+                continue
+            need = f
+            while need > 1:
+                if not left or need % at.shape[left[0]]:
+                    return None
+                a = left.pop(0)
+                need //= at.shape[a]
+                stream.append((at.shape[a], a))
+        order: list[int | str] = []
+        for axis, d in enumerate(dims):
+            order += [f if isinstance(f, str) else axis for f in d]
+        labels = [label for _, label in stream]
+        if sorted(map(str, labels)) != sorted(map(str, order)):
+            return None
+        perm = [labels.index(o) for o in order]
+        split: Dims = tuple((f,) for f, _ in stream)
+        name = self.reshape(name, have, split)
+        if perm != list(range(len(perm))):
+            name = self.emit.add("Transpose", [name], {"perm": perm})
+        return self.reshape(name, tuple(split[p] for p in perm), dims)
+
+    def _arrange_to_flat(self, name: str, have: Dims, syms: Dims) -> str:
+        total = prod(extents(have))
+        flat: Dims = (*syms, (total,) if total > 1 else ())
+        stream = _stream(have)
+        order = [stream.index(s) for (s,) in syms] + [k for k, f in enumerate(stream) if isinstance(f, int)]
+        if order != sorted(order):
+            split: Dims = tuple((f,) for f in stream)
+            name = self.emit.add("Transpose", [self.reshape(name, have, split)], {"perm": order})
+            have = tuple(split[k] for k in order)
+        return self.reshape(name, have, flat)
+
+    def _arrange(self, name: str, have: Dims, dims: Dims) -> str:
+        """From symbols first, entries flat behind them, to the wanted shape."""
+        stream = _stream(dims)
+        order = [k for k, f in enumerate(stream) if isinstance(f, str)] + [
+            k for k, f in enumerate(stream) if isinstance(f, int)
+        ]
+        if order == sorted(order):
+            return self.reshape(name, have, dims)
+        split: Dims = tuple((stream[k],) for k in order)
+        name = self.reshape(name, have, split)
+        name = self.emit.add("Transpose", [name], {"perm": list(np.argsort(order))})
+        return self.reshape(name, tuple((f,) for f in stream), dims)
+
+    # --- shapes ----------------------------------------------------------------------------------------------------
+
+    def reshape(self, name: str, have: Dims, want: Dims) -> str:
+        """A Reshape between two groupings of the same factors; no Shape is read where one -1 will do."""
+        ready = self.before_reshape(name, have, want)
+        if ready is not None:
+            return ready
+        while name in self._reshaped:
+            name, have = self._reshaped[name]
+        target: list[int] = []
+        unknown = 0
+        for k, d in enumerate(want):
+            if not symbols([d]):
+                target.append(prod(f for f in d if isinstance(f, int)))
+            elif k < len(have) and have[k] == d:
+                target.append(0)
+            else:
+                unknown += 1
+                target.append(-1)
+        if unknown > 1:
+            shape = self.shape_vector(want)
+        else:
+            if unknown == 0 and 0 in target:
+                # -1 also holds for a tensor without entries, and is what people expect to read.
+                target[target.index(0)] = -1
+            shape = self.emit.constant(np.array(target, np.int64))
+        made = self.emit.add("Reshape", [name, shape])
+        self._reshaped[made] = (name, have)
+        return made
+
+    def note_reshape(self, name: str, source: str, dims: Dims) -> None:
+        """Notes that a tensor is another one, of this physical shape, in a new shape."""
+        self._reshaped[name] = (source, dims)
+
+    def before_reshape(self, name: str, have: Dims, want: Dims) -> str | None:
+        """The tensor of the wanted shape that this one was reshaped from, or the tensor itself."""
+        while have != want:
+            if name not in self._reshaped:
+                return None
+            name, have = self._reshaped[name]
+        return name
+
+    def expand(self, name: str, have: Dims, want: Dims) -> str:
+        """Repeats a tensor along the symbols and constant axes that `want` has and `have` lacks."""
+        split_have: list[Dim] = []
+        split_want: list[Dim] = []
+        for h, w in zip(have, want, strict=True):
+            if h == w or h == ():
+                split_have.append(h)
+                split_want.append(w)
+                continue
+            held = list(h)
+            for f in w:
+                split_want.append((f,))
+                split_have.append((held.pop(0),) if held and held[0] == f else ())
+            if held:
+                raise Unrepresentable(f"expand {h} to {w}")
+        inner, outer = tuple(split_have), tuple(split_want)
+        name = self.reshape(name, have, inner) if inner != have else name
+        goal = tuple(w if h != w else () for h, w in zip(inner, outer, strict=True))
+        name = self.emit.add("Expand", [name, self.shape_vector(goal)])
+        return self.reshape(name, outer, want)
+
+    def shape_vector(self, dims: Dims) -> str:
+        """An int64 vector holding a shape; extents that are not constant are read from a graph input."""
+        if not symbols(dims):
+            return self.emit.constant(np.array(extents(dims), np.int64))
+        parts: list[str] = []
+        run: list[int] = []
+        for d in dims:
+            syms = symbols([d])
+            if not syms:
+                run.append(prod(f for f in d if isinstance(f, int)))
+                continue
+            if run:
+                parts.append(self.emit.constant(np.array(run, np.int64)))
+                run = []
+            part = self.extent(syms[0])
+            for s in syms[1:]:
+                part = self.emit.add("Mul", [part, self.extent(s)])
+            c = prod(f for f in d if isinstance(f, int))
+            parts.append(self.emit.add("Mul", [part, self.emit.constant(np.array([c], np.int64))]) if c > 1 else part)
+        if run:
+            parts.append(self.emit.constant(np.array(run, np.int64)))
+        return parts[0] if len(parts) == 1 else self.emit.add("Concat", parts, {"axis": 0}, hint="candidates")
+
+    def extent(self, symbol: str) -> str:
+        """A one-element int64 tensor with the value of a symbol.
+
+        Raises:
+            Unrepresentable: No graph input has the extent.
+        """
+        if symbol not in self.extent_of:
+            raise Unrepresentable(f"the extent {symbol} is not that of an input")
+        name, axis, divisor = self.extent_of[symbol]
+        hint = "candidates" if is_candidate_symbol(symbol) else "extent"
+        if self.emit.opset >= 15:
+            out = self.emit.add("Shape", [name], {"start": axis, "end": axis + 1}, hint=hint)
+        else:
+            shape = self.emit.add("Shape", [name], hint=hint)
+            index = self.emit.constant(np.array([axis], np.int64))
+            out = self.emit.add("Gather", [shape, index], {"axis": 0}, hint=hint)
+        if divisor > 1:
+            out = self.emit.add("Div", [out, self.emit.constant(np.array([divisor], np.int64))], hint=hint)
+        return out
+
+
+def _range(n: int) -> Codes:
+    return np.arange(n, dtype=np.int64)
+
+
+def _stream(dims: Dims) -> list[Factor]:
+    """All factors in order, neighbouring constants merged."""
+    out: list[Factor] = []
+    for f in (f for d in dims for f in d):
+        if isinstance(f, int) and out and isinstance(out[-1], int):
+            out[-1] *= f
+        else:
+            out.append(f)
+    return out

@@ -1,0 +1,358 @@
+"""Reports as people and programs read them: a table for the terminal, text and JSON for files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from onnxrank.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxrank.report import LevelCost, Report
+    from onnxrank.rewrite import Refusal
+
+FORMATS = ("json", "text")
+_ENDINGS = {".json": "json", ".txt": "text", ".text": "text", ".md": "text"}
+_MOST_REASONS = 8
+_WIDTH = 100  # of text files
+
+
+# --- to a terminal -----------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, console: Console, explain: bool = False, verbose: bool = False) -> None:
+    """Prints a report: costs by level, rules, refusals, predictions, notes and a verdict.
+
+    Args:
+        report: The report.
+        console: Where to; only ASCII is used where its encoding is not a Unicode one.
+        explain: Whether to name every node that was refused.
+        verbose: Whether to name the nodes of every rule and print every comparison.
+    """
+    _Printer(report, console).everything(explain, verbose)
+
+
+class _Printer:
+    def __init__(self, report: Report, console: Console) -> None:
+        self.report = report
+        self.console = console
+        ascii_only = console.options.ascii_only
+        self.times, self.arrow = ("x", "->") if ascii_only else ("×", "→")
+
+    def everything(self, explain: bool, verbose: bool) -> None:
+        self.head()
+        self.costs()
+        self.rules(verbose)
+        self.refusals(explain)
+        self.predictions()
+        self.checks(verbose)
+        for note in self.report.notes:
+            self.item(note, "note: ")
+        self.verdict()
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(self.text(text, style))
+
+    def item(self, text: str, lead: str = "", indent: int = 2) -> None:
+        """Prints a paragraph whose further lines are indented."""
+        grid = Table.grid(padding=0)
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(self.text(lead), self.text(text))
+        self.console.print(Padding(grid, (0, 0, 0, indent)))
+
+    def line(self, text: str, indent: int) -> None:
+        """Prints a line that is never broken, so that names of nodes can be searched for and copied."""
+        self.console.print(self.text(" " * indent + text), soft_wrap=True)
+
+    def text(self, text: str, style: str = "") -> Text:
+        return Text(printable(text, self.console.encoding), style)
+
+    def title(self, text: str) -> None:
+        self.console.print()
+        self.say(text, "bold")
+
+    def change(self, before: str, after: str) -> str:
+        return before if before == after else f"{before} {self.arrow} {after}"
+
+    def head(self) -> None:
+        r = self.report
+        low, high = r.candidates
+        n = f"{low} candidates" if low == high else f"{_middle(r)} candidates (of {low} to {high})"
+        self.say(f"{r.source or 'model in memory'}", "bold")
+        self.say(f"onnxrank {r.version}, interface {r.interface}, costs of one request with {n}")
+        self.console.print()
+
+    def costs(self) -> None:
+        r = self.report
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+        before, after = _total(r.before.values()), _total(r.after.values())
+        table.add_column("level", "total")
+        for k, name in enumerate(("nodes", "parameters", "MACs", "bytes")):
+            foot = self.change(_unit(before[k], k), _unit(after[k], k))
+            table.add_column(name, self.text(foot), justify="right")
+        for level in _levels(r):
+            cells = [
+                self.change(_unit(b, k), _unit(a, k))
+                for k, (b, a) in enumerate(zip(_row(r.before.get(level)), _row(r.after.get(level)), strict=True))
+            ]
+            table.add_row(level, *map(self.text, cells))
+        self.console.print(table)
+        parts = []
+        if r.macs_before:
+            saved = r.macs_before - r.macs_after
+            parts.append(f"MACs saved: {percent(saved / r.macs_before)}")
+        parts.append(f"file size: {self.change(human(r.size_before, 'B'), human(r.size_after, 'B'))}")
+        self.say(", ".join(parts))
+
+    def rules(self, verbose: bool) -> None:
+        if not self.report.rules:
+            return
+        self.title("Rules")
+        width = max(len(r.name) for r in self.report.rules)
+        for rule in self.report.rules:
+            share = f" ({percent(rule.macs_saved / self.report.macs_before)})" if self.report.macs_before else ""
+            saved = f", {human(rule.macs_saved)} MACs saved{share}" if rule.macs_saved else ""
+            self.item(f"{_count(rule.sites, 'site')}{saved}", f"{rule.name:<{width}}  ")
+            for node in rule.nodes if verbose else ():
+                self.line(node, 6)
+
+    def refusals(self, explain: bool) -> None:
+        groups: dict[tuple[str, str], list[Refusal]] = {}
+        for refusal in self.report.refusals:
+            groups.setdefault((refusal.rule, refusal.reason), []).append(refusal)
+        if not groups:
+            return
+        self.title("Left alone")
+        ordered = sorted(groups.items(), key=lambda g: -len(g[1]))
+        for (rule, reason), found in ordered if explain else ordered[:_MOST_REASONS]:
+            self.item(reason, f"{len(found)} {self.times} {rule}: ")
+            for refusal in found if explain else ():
+                self.line(f"{refusal.op} {refusal.node}", 6)
+        if not explain:
+            left = sum(len(found) for _, found in ordered[_MOST_REASONS:])
+            more = f"{_count(left, 'more place')} left out; " if left else ""
+            self.item(f"{more}--explain names every node.")
+
+    def predictions(self) -> None:
+        found = self.report.predictions
+        if found:
+            ratios = ", ".join(f"{p.ratio:.2f}{self.times} at {p.candidates}" for p in found)
+            self.title("Predicted time of the original over that of the result, by candidates")
+            self.item(ratios)
+
+    def checks(self, verbose: bool) -> None:
+        found = self.report.checks
+        if not found:
+            return
+        self.title("Check against the original")
+        worst = max(found, key=_share_of_tolerance)
+        counts = ", ".join(str(n) for n in sorted({c.candidates for c in found}))
+        self.item(
+            f"{_count(len(found), 'comparison')} at N = {counts}: largest difference {worst.error:.2g} where "
+            f"{worst.tolerance:.2g} is allowed"
+        )
+        for c in found if verbose else ():
+            self.line(
+                f"{'ok  ' if c.passed else 'FAIL'} N = {c.candidates}, seed {c.seed}, {c.output}: {c.error:.3g} "
+                f"of {c.tolerance:.3g}",
+                6,
+            )
+
+    def verdict(self) -> None:
+        r = self.report
+        where = f" Written to {r.output}." if r.output else " Nothing was written."
+        self.console.print()
+        if not r.changed:
+            same = "the output is the input's own bytes." if r.output else "the output would be the input's own bytes."
+            self.say(f"Nothing applied: {same}{where}", "bold yellow")
+            return
+        uses = ", ".join(f"{rule.sites} {self.times} {rule.name}" for rule in r.rules) or "Rewritten"
+        gone = ""
+        if r.macs_before:
+            gone = f": {percent(1 - r.macs_after / r.macs_before)} of MACs are now once per request or gone"
+        checked = "" if r.checks else " Not checked."
+        self.say(f"{uses}{gone}.{checked}{where}", "bold green")
+
+
+def printable(text: str, encoding: str, keep: str = "") -> str:
+    """Text that any terminal takes: control characters, and what the encoding lacks, as escapes.
+
+    Args:
+        text: Any text; names of nodes come from files of any origin.
+        encoding: That of the stream.
+        keep: Control characters to let through.
+    """
+    safe = "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def human(value: float, unit: str = "") -> str:
+    """A number with three digits and k, M, G or T: 1234567 is 1.23M."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5 or prefix == "T":
+            break
+        value /= 1000
+    if not prefix:
+        return f"{value:.0f}{unit}"
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f}{prefix}{unit}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent; only all is 100 %, only nothing is 0 %."""
+    value = 100 * share
+    whole = value in (0, 100) or 1 <= abs(value) < 98.95
+    if whole:
+        return f"{value:.0f} %"
+    # Cut, not rounded, so that 99.97 % does not become all of it.
+    cut = math.trunc(value * 10) / 10
+    return f"{cut:.1f} %" if cut else f"{'-' if value < 0 else ''}<0.1 %"
+
+
+def _levels(report: Report) -> list[str]:
+    known = ["constant", "request", "candidate"]
+    present = {**report.before, **report.after}
+    return [level for level in known if level in present] + [level for level in present if level not in known]
+
+
+def _row(cost: LevelCost | None) -> tuple[int, int, int, int]:
+    return (cost.nodes, cost.parameters, cost.macs, cost.bytes) if cost else (0, 0, 0, 0)
+
+
+def _total(costs: Iterable[LevelCost]) -> list[int]:
+    return [sum(column) for column in zip(*(_row(c) for c in costs), strict=True)] or [0, 0, 0, 0]
+
+
+def _unit(value: int, column: int) -> str:
+    return str(value) if column == 0 else human(value, "B" if column == 3 else "")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _middle(report: Report) -> int:
+    low, high = report.candidates
+    return round((low * high) ** 0.5)
+
+
+def _share_of_tolerance(c: Any) -> float:
+    share = c.error / max(c.tolerance, 1e-300)
+    return math.inf if math.isnan(share) else share
+
+
+# --- to files ----------------------------------------------------------------------------------------------------
+
+
+def parse_target(target: str) -> tuple[str, str]:
+    """Reads `[FORMAT:]FILE`; without a format the file's ending tells it. `-` is stdout.
+
+    Returns:
+        The format and the file.
+
+    Raises:
+        UsageError: The format or the ending is unknown, or there is no file.
+    """
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9_+.]+):(.*)", target, re.DOTALL)  # C:\x is a path
+    kinds = f"{' or '.join(FORMATS)}"
+    if match:
+        form, file = match[1].lower(), match[2]
+        if form not in FORMATS:
+            raise UsageError(f"--report {target}: the format {match[1]!r} is unknown; it must be {kinds}.")
+    else:
+        file = target
+        form = _ENDINGS.get(os.path.splitext(file)[1].lower(), "")
+        if file and not form:
+            raise UsageError(
+                f"--report {target}: the format cannot be told from the file's ending. Put {kinds} in front, such as "
+                f"json:{target}."
+            )
+    if not file:
+        raise UsageError(f"--report {target or repr('')}: the file is missing.")
+    return form, file
+
+
+def check_target(target: str, taken: Sequence[str | os.PathLike[str]] = ()) -> None:
+    """Finds out before any work whether a report can be written.
+
+    Args:
+        target: `[FORMAT:]FILE`.
+        taken: Files that it must not replace.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    from onnxrank.model import check_output
+
+    _, file = parse_target(target)
+    if file == "-" or _is_stream(Path(file)):
+        return
+    place = check_output(file)
+    if any(os.path.realpath(other) == str(place) for other in taken):
+        raise UsageError(f"--report {target} would replace the model. Choose another file.")
+
+
+def write_report(report: Report, target: str, explain: bool = False, verbose: bool = False) -> None:
+    """Writes a report to `[FORMAT:]FILE`; the file appears whole or not at all.
+
+    Args:
+        report: The report.
+        target: Format and file; `-` is stdout, which needs the format: `json:-`.
+        explain: As for `print_report`, for text.
+        verbose: As for `print_report`, for text.
+
+    Raises:
+        UsageError: The format is unknown, or the file cannot be written.
+        EnvironmentProblem: There is no space.
+    """
+    from onnxrank.model import check_output, replace_files
+
+    form, file = parse_target(target)
+    text = to_json(report) if form == "json" else to_text(report, explain, verbose)
+    if file == "-":
+        sys.stdout.write(printable(text, sys.stdout.encoding or "utf-8", keep="\n"))
+    elif _is_stream(Path(file)):
+        Path(file).write_text(text, encoding="utf-8")
+    else:
+        replace_files({check_output(file): lambda out: out.write(text.encode())})
+
+
+def to_json(report: Report) -> str:
+    """The JSON form, which `optimize.schema.json` describes, ending in a newline."""
+    return json.dumps(_finite(report.to_dict()), indent=2, allow_nan=False) + "\n"
+
+
+def to_text(report: Report, explain: bool = False, verbose: bool = False) -> str:
+    """The report as plain text."""
+    file = io.StringIO()
+    console = Console(file=file, width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    print_report(report, console, explain, verbose)
+    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether something is there to write to that must not be replaced: a pipe or device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

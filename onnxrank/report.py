@@ -1,0 +1,124 @@
+"""What one run of `optimize` did: the data behind the table, the JSON and the exit code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from onnxrank.rewrite import Refusal
+
+SCHEMA_VERSION = 1
+"""Version of the JSON form; it changes when a field goes or changes its meaning, not when one is added."""
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """Cost of the nodes of one level.
+
+    Attributes:
+        nodes: Number of nodes.
+        parameters: Entries of the initializers that they read.
+        macs: Multiply-adds of matrix products per request, at the expected number of candidates.
+        bytes: Bytes of the tensors that they write per request, at the expected number of candidates.
+    """
+
+    nodes: int
+    parameters: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RuleUse:
+    """Where one rule applied: its original nodes, and the multiply-adds it saved there per request."""
+
+    name: str
+    sites: int
+    macs_saved: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One numeric comparison of the rewritten model with the original.
+
+    Attributes:
+        candidates: Number of candidates.
+        seed: Seed of the inputs.
+        output: Output name.
+        error: Largest absolute difference.
+        tolerance: What was allowed.
+        passed: Whether the difference is within it.
+    """
+
+    candidates: int
+    seed: int
+    output: str
+    error: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted time of the original over that of the rewritten model, at a number of candidates."""
+
+    candidates: int
+    ratio: float
+
+
+@dataclass
+class Report:
+    """Everything there is to say about one run.
+
+    Attributes:
+        version: Version of onnxrank.
+        source: Path of the input, if it was a file.
+        source_sha256: Hash of the input's bytes.
+        output: Path of the output, once written.
+        changed: Whether anything applied; if not, the output is the input's own bytes.
+        interface: `request` or `same`.
+        candidates: Expected number of candidates, least and most.
+        roles: The roles, as stored in the contract.
+        before: Costs of the original by level: `constant`, `request`, `candidate`.
+        after: Costs of the result by level.
+        size_before: Bytes of the input's proto.
+        size_after: Bytes of the result's proto.
+        rules: What applied.
+        refusals: What did not, and why.
+        checks: The numeric comparisons.
+        predictions: The cost model's view over the number of candidates.
+        notes: Anything else worth knowing, a sentence each.
+    """
+
+    version: str
+    source: str | None
+    source_sha256: str
+    interface: str
+    candidates: tuple[int, int]
+    roles: dict[str, Any]
+    output: str | None = None
+    changed: bool = False
+    before: dict[str, LevelCost] = field(default_factory=dict)
+    after: dict[str, LevelCost] = field(default_factory=dict)
+    size_before: int = 0
+    size_after: int = 0
+    rules: list[RuleUse] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    checks: list[Comparison] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def macs_before(self) -> int:
+        """Multiply-adds of the original per request."""
+        return sum(c.macs for c in self.before.values())
+
+    @property
+    def macs_after(self) -> int:
+        """Multiply-adds of the result per request."""
+        return sum(c.macs for c in self.after.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; `optimize.schema.json` describes it."""
+        return {"schema": "onnxrank.optimize", "schema_version": SCHEMA_VERSION, **asdict(self)}

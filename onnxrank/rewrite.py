@@ -1,0 +1,513 @@
+"""Abstract interpretation of a model that writes the optimised graph as it goes.
+
+Every node's operator has transfer rules (`rules/`). A rule reads the abstract values of the operands and returns those of
+the outputs, writing what must be computed through `Rewrite`. What no rule can follow is a barrier: its operands are
+brought to the original layout with all rows and the node stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper
+
+from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
+from onnxrank.facts import Facts
+from onnxrank.layout import Layout
+from onnxrank.values import (
+    CANDIDATES,
+    Abstract,
+    Affine,
+    Codes,
+    Dims,
+    Level,
+    Source,
+    Sources,
+    Sum,
+    Unrepresentable,
+    Value,
+    broadcast_dims,
+    codes_of,
+    constant_along,
+    extents,
+    is_candidate_symbol,
+    keep_symbols,
+    split_axis,
+    symbols,
+    view,
+    with_extents,
+)
+
+_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+
+Transfer = Callable[["Rewrite", NodeProto], "list[Abstract] | None"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rewrite rule.
+
+    Attributes:
+        name: Its name in reports and for `--select` and `--ignore`.
+        title: What it does, in a line.
+        identity: The identity it uses.
+        source: Where the identity comes from.
+        legal: When it applies.
+        refuses: When it leaves a site alone.
+        exactness: `exact` if results are bit-identical, `reassociates` if the order of additions changes.
+        operators: Transfer function per operator type (default domain unless written `domain::Op`). A transfer returns
+            None to leave the node to the next rule.
+    """
+
+    name: str
+    title: str
+    identity: str
+    source: str
+    legal: str
+    refuses: str
+    exactness: str
+    operators: Mapping[str, Transfer]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that a rule looked at and left alone."""
+
+    rule: str
+    node: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entries of one level: where they are in the whole (`index`), and their shape."""
+
+    level: Level
+    index: Any
+    dims: Dims
+
+    def take(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The group's part of an array of the whole shape."""
+        return array[self.index].reshape(extents(self.dims))
+
+    def put(self, whole: NDArray[Any], part: NDArray[Any]) -> None:
+        """Writes the group's part, broadcast to its shape, into an array of the whole shape."""
+        wide = np.broadcast_to(part, extents(self.dims))
+        whole[self.index] = wide.reshape(whole[self.index].shape)
+
+
+@dataclass
+class Rewrite:
+    """State of one rewrite.
+
+    Attributes:
+        facts: Measured shapes and constants.
+        rules: Transfer rules in order of preference.
+        emit: The graph being written.
+        dtypes: Element type per original tensor, where known.
+        candidates: Number of candidates per request that the rewrite should pay at.
+        keep_moves: Whether data movement of whole tensors keeps the user's nodes instead of following entries.
+        needed: Per original tensor, per axis, the positions anybody reads; absent means all.
+        values: What is known of every original tensor.
+        refusals: Sites left alone.
+    """
+
+    facts: Facts
+    rules: Sequence[Rule]
+    emit: Emitter
+    dtypes: dict[str, int]
+    candidates: int = 512
+    keep_moves: bool = True
+    needed: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
+    values: dict[str, Abstract] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._settled: dict[int, tuple[Sum, Value]] = {}
+        self.later: dict[str, Value] = {}
+        self.producers: dict[str, NodeProto] = {}
+        self._consumers: dict[str, list[NodeProto]] = {}
+        self.sources = Sources()
+        self.layout = Layout(self.sources, self.emit)
+        self._claimed: set[str] = set()
+        self._zeros: dict[int, int] = {}
+        self._node = NodeProto()
+
+    # --- interpretation --------------------------------------------------------------------------------------------
+
+    def interpret(self, nodes: Sequence[NodeProto]) -> None:
+        """Runs the transfer rules over all nodes, in order."""
+        for node in nodes:
+            self.producers.update({o: node for o in node.output if o})
+            for i in node.input:
+                self._consumers.setdefault(i, []).append(node)
+        by_op: dict[str, list[tuple[Rule, Transfer]]] = {}
+        for rule in self.rules:
+            for op, transfer in rule.operators.items():
+                by_op.setdefault(op, []).append((rule, transfer))
+        for k, node in enumerate(nodes):
+            self.emit.origin, self.emit.hint, self._node = k, next((o for o in node.output if o), node.name), node
+            outputs = [o for o in node.output if o]
+            if outputs and all(o in self.facts.folded for o in outputs):
+                for o in outputs:
+                    self.values[o] = self._folded(node, o)
+                continue
+            made: list[Abstract] | None = None
+            key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+            for rule, transfer in by_op.get(key, []):
+                self.emit.rule = None
+                try:
+                    made = transfer(self, node)
+                    if made is not None:
+                        self._confirm(node, made)
+                        break
+                except Unrepresentable as e:
+                    self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
+                    made = None
+            self.emit.rule = None
+            if made is None:
+                made = self.barrier(node)
+            for name, value in zip(node.output, made, strict=False):
+                if name:
+                    self.values[name] = value
+
+    def _confirm(self, node: NodeProto, made: list[Abstract]) -> None:
+        """Holds the derived shapes against the measured ones."""
+        for name, value in zip(node.output, made, strict=False):
+            seen = self.facts.extents.get(name) if name else None
+            if seen is None:
+                continue
+            derived = tuple((prod(f for f in d if isinstance(f, int)), sorted(symbols([d]))) for d in value.dims)
+            if derived != tuple((c, sorted(s)) for c, s in seen):
+                raise Unrepresentable(f"shape {derived} was derived where {seen} was measured")
+
+    def refuse(self, rule: str, reason: str) -> None:
+        """Notes why a rule leaves the current node alone."""
+        node = self._node
+        made = Refusal(rule, node.name or (node.output[0] if node.output else ""), node.op_type, reason)
+        if made not in self.refusals[-4:]:
+            self.refusals.append(made)
+
+    def barrier(self, node: NodeProto) -> list[Abstract]:
+        """Leaves a node as it is: operands get their original layout, with all rows."""
+        operands = [self.values[i] for i in node.input if i]
+        inner = sorted({c for g in subgraphs(node) for c in captured(g) if c in self.values})
+        operands += [self.values[c] for c in inner]
+        rows = any(is_candidate_symbol(s) for v in operands for s in symbols(v.dims))
+        if rows and any(self.level(v) is Level.REQUEST for v in operands):
+            self.refuse("broadcast", f"{node.op_type} is not known to treat rows independently, so it runs on all of them")
+        names = [self.tensor(self.values[i], full=True) if i else "" for i in node.input]
+        if inner:
+            renamed = NodeProto()
+            renamed.CopyFrom(node)
+            rename_captured(renamed, {c: self.tensor(self.values[c], full=True) for c in inner})
+            node = renamed
+        dims: list[Dims] = []
+        for o in node.output:
+            known = self.facts.dims(o) if o else ()
+            if known is None:
+                known = ((f"{CANDIDATES}~?{o}",),)
+            dims.append(known)
+        return self.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def operand(self, node: NodeProto, k: int) -> Abstract | None:
+        """Abstract value of the k-th input; None if it is left out."""
+        if k >= len(node.input) or not node.input[k]:
+            return None
+        return self.values[node.input[k]]
+
+    def value(self, node: NodeProto, k: int) -> Value:
+        """The k-th input with any pending sum made."""
+        found = self.operand(node, k)
+        assert found is not None
+        return self.settle(found)
+
+    def array(self, node: NodeProto, k: int) -> NDArray[Any] | None:
+        """Data of the k-th input if it is a constant without symbolic extents."""
+        found = self.operand(node, k)
+        if isinstance(found, Value) and found.whole is not None and found.whole.level is Level.CONSTANT:
+            if not symbols(found.dims):
+                return found.whole.data.reshape(extents(found.dims))
+        return None
+
+    def level(self, value: Abstract) -> Level:
+        """Highest level of any entry."""
+        if isinstance(value, Sum):
+            return max(self.level(t) for t in value.terms)
+        if isinstance(value, Affine):
+            return max(self.level(value.base), self.level(value.scale))
+        if value.whole is not None:
+            return value.whole.level
+        return Level(int(self.sources.levels(value.codes).max()))
+
+    def single_level(self, value: Value) -> bool:
+        """Whether all entries have one level."""
+        if value.whole is not None:
+            return True
+        levels = self.sources.levels(value.codes)
+        return bool(levels.min() == levels.max())
+
+    def present(self, value: Value) -> set[str]:
+        """Symbols along which a value varies."""
+        return set(value.whole.symbols) if value.whole is not None else self.sources.symbols(value.codes)
+
+    def tensor(self, value: Abstract, full: bool = False) -> str:
+        """A tensor with this value: one row along what it does not vary along, or all rows if `full`."""
+        made = self.settle(value)
+        if made.whole is not None and (not full or made.whole.dims == made.dims):
+            return self.layout.name_of(made.whole)
+        if made.whole is not None:
+            return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
+        return self.layout.realise(made.codes, made.dims, full)[0]
+
+    def linear_columns(self, name: str) -> int:
+        """Columns of all constant weights that a tensor is multiplied with, affine steps in between allowed."""
+        total = 0
+        for node in self._consumers.get(name, []):
+            if node.op_type in ("MatMul", "Gemm") and node.input[0] == name:
+                weight = self.array(node, 1)
+                if weight is not None and weight.ndim == 2:
+                    total += max(weight.shape) if node.op_type == "Gemm" else weight.shape[1]
+            elif node.op_type in ("Mul", "Add") and any(self.array(node, k) is not None for k in (0, 1)):
+                total += self.linear_columns(node.output[0])
+        return total
+
+    @staticmethod
+    def constant_type(dtype: int) -> np.dtype[Any]:
+        """Numpy type of an ONNX element type."""
+        return np.dtype(helper.tensor_dtype_to_np_dtype(dtype))
+
+    # --- making ----------------------------------------------------------------------------------------------------
+
+    def claim(self, name: str) -> str | None:
+        """The original name, if no new tensor has it yet."""
+        if name in self._claimed:
+            return None
+        self._claimed.add(name)
+        return name
+
+    def new(self, dims: Dims, dtype: int, present: Iterable[str], name: str | None = None, **how: Any) -> Value:
+        """A value that is one new tensor."""
+        source = self.sources.add(keep_symbols(dims, present), dtype, name, **how)
+        return Value(dims, dtype, source)
+
+    def constant(self, data: NDArray[Any], dims: Dims | None = None) -> Value:
+        """A constant value."""
+        shape: Dims = tuple((n,) if n != 1 else () for n in data.shape) if dims is None else dims
+        return self.new(shape, helper.np_dtype_to_tensor_dtype(data.dtype), (), load=lambda: data)
+
+    def zero(self, dtype: int) -> int:
+        """Code of the constant 0."""
+        if dtype not in self._zeros:
+            data = np.zeros((), helper.tensor_dtype_to_np_dtype(dtype))
+            source = self.sources.add((), dtype, load=lambda: data)
+            self._zeros[dtype] = int(codes_of(source))
+        return self._zeros[dtype]
+
+    def dtype(self, name: str, default: int = TensorProto.FLOAT) -> int:
+        """Element type of an original tensor."""
+        return self.dtypes.get(name, default)
+
+    def keep(
+        self,
+        node: NodeProto,
+        inputs: Sequence[str],
+        dims: Sequence[Dims],
+        present: Iterable[str],
+        *,
+        opaque: bool = False,
+        dtype: int | None = None,
+    ) -> list[Abstract]:
+        """Keeps a node, reading the given tensors.
+
+        Args:
+            node: The original node.
+            inputs: Names of its inputs in the new graph.
+            dims: Logical shapes of its outputs.
+            present: Symbols along which the outputs vary.
+            opaque: Whether nothing is claimed about the outputs.
+            dtype: Element type of the outputs where the original graph does not say.
+
+        Returns:
+            The outputs' values.
+        """
+        present = set(present)
+        lowered = not opaque and any(is_candidate_symbol(s) and s not in present for d in dims for s in symbols(d))
+        names = [(self.claim(o) or self.emit.fresh(o)) if o else "" for o in node.output]
+        if node.op_type in _RESHAPES and inputs:
+            operand = self.values.get(node.input[0])
+            if isinstance(operand, Value) and operand.whole is not None and operand.whole.name == inputs[0]:
+                self.layout.note_reshape(names[0], inputs[0], operand.whole.dims)
+        rule, self.emit.rule = self.emit.rule, "broadcast" if lowered else None
+        self.emit.copy(node, inputs, names)
+        self.emit.rule = rule
+        return [
+            self.new(d, self.dtype(o, TensorProto.FLOAT if dtype is None else dtype), present, n)
+            for o, n, d in zip(node.output, names, [*dims, *[()] * len(names)], strict=False)
+        ]
+
+    def _folded(self, node: NodeProto, name: str) -> Value:
+        """A constant: the user's own nodes if these make it from constants, else new data."""
+        dims, data = self.facts.folded[name]
+        dtype = self.dtype(name, helper.np_dtype_to_tensor_dtype(data.dtype))
+        write = None
+        operands = [self.values.get(i) for i in node.input if i]
+        own = all(
+            isinstance(v, Value) and v.whole is not None and v.whole.level is Level.CONSTANT and v.whole.name != ""
+            for v in operands
+        )
+        if not symbols(dims) and own and node.op_type not in ("Shape", "Size") and not subgraphs(node):
+            origin = self.emit.origin
+
+            def write() -> str:
+                before = self.emit.origin, self.emit.rule
+                self.emit.origin, self.emit.rule = origin, None
+                inputs = [self.tensor(self.values[i]) if i else "" for i in node.input]
+                self.emit.copy(node, inputs, [self.claim(o) or o if o else "" for o in node.output])
+                self.emit.origin, self.emit.rule = before
+                for o in node.output:
+                    made = self.values.get(o)
+                    if isinstance(made, Value) and made.whole is not None:
+                        made.whole.name = o
+                return name
+
+        source = self.sources.add(keep_symbols(dims, ()), dtype, load=lambda: data, write=write)
+        return Value(dims, dtype, source)
+
+    # --- groups ----------------------------------------------------------------------------------------------------
+
+    def joint_levels(self, arrays: Sequence[Codes]) -> NDArray[np.int64]:
+        """How often each entry of an elementwise result must be computed; unread if an operand's entry is."""
+        levels = [self.sources.levels(a) for a in arrays]
+        joint = np.maximum.reduce(levels).astype(np.int64)
+        joint[np.minimum.reduce(levels) == Level.UNREAD] = Level.UNREAD
+        return joint
+
+    def groups(self, levels: NDArray[np.int64], dims: Dims, flat: bool = True) -> list[Group]:
+        """Divides entries by how often they have to be computed.
+
+        Args:
+            levels: Level of every entry.
+            dims: Logical shape.
+            flat: Whether entries without a common axis may be taken one by one.
+
+        Returns:
+            The groups; entries nobody reads are in none.
+
+        Raises:
+            Unrepresentable: The levels do not follow an axis and `flat` is false.
+        """
+        if (levels == levels.flat[0]).all():
+            level = Level(int(levels.flat[0]))
+            return [] if level is Level.UNREAD else [Group(level, ..., dims)]
+        found = split_axis(levels)
+        out = []
+        if found is not None:
+            axis, parts = found
+            for at in parts:
+                level = Level(int(levels.take(at[0], axis).flat[0]))
+                index = tuple(at if k == axis else slice(None) for k in range(levels.ndim))
+                if level is not Level.UNREAD:
+                    out.append(Group(level, index, with_extents(dims, levels[index].shape)))
+            return out
+        if not flat:
+            raise Unrepresentable("levels that follow no single axis")
+        syms = tuple((s,) for s in symbols(dims))
+        for key in np.unique(levels):
+            if key != Level.UNREAD:
+                mask = levels == key
+                size = int(mask.sum())
+                out.append(Group(Level(int(key)), mask, (*syms, (size,) if size > 1 else ())))
+        return out
+
+    # --- sums ------------------------------------------------------------------------------------------------------
+
+    def add(self, terms: Sequence[Value], dims: Dims, dtype: int) -> Abstract:
+        """An addition, made later; where no entry has two terms that are not zero there is none to make."""
+        zero = self.zero(dtype)
+        wide = [np.broadcast_to(_ranked(t.codes, len(dims)), extents(dims)) for t in terms]
+        nonzero = [w != zero for w in wide]
+        if len(wide) == 1 or np.sum(nonzero, axis=0).max() <= 1:
+            codes = np.full(extents(dims), zero)
+            for w, keep in zip(wide, nonzero, strict=True):
+                codes = np.where(keep & (codes == zero), w, codes)
+            return view(dims, dtype, codes)
+        return Sum(dims, dtype, [view(dims, dtype, w) for w in wide])
+
+    def settle(self, value: Abstract) -> Value:
+        """Makes a pending sum or normalisation."""
+        if isinstance(value, Value):
+            return value
+        if isinstance(value, Affine):
+            return value.whole()
+        key = id(value)
+        if key not in self._settled:
+            self._settled[key] = (value, self._make_sum(value))
+        return self._settled[key][1]
+
+    def _make_sum(self, value: Sum) -> Value:
+        zero = self.zero(value.dtype)
+        out = np.full(extents(value.dims), zero)
+        arrays = [t.codes for t in value.terms]
+        for group in self.groups(self.joint_levels(arrays), value.dims):
+            terms = [t for t in map(group.take, arrays) if (t != zero).any()]
+            if len(terms) > 1:
+                terms = [self._added(terms, group.dims, value.dtype)]
+            group.put(out, terms[0] if terms else np.array(zero))
+        return self.tidy(value.dims, value.dtype, out)
+
+    def _added(self, terms: list[Codes], dims: Dims, dtype: int) -> Codes:
+        """Adds terms of one group: constants and request-level terms first, products as Gemm chains."""
+        parts: list[tuple[Source | None, Codes, Dims]] = []
+        for t in terms:
+            small = t
+            for axis in range(t.ndim):
+                if constant_along(small, axis):
+                    small = small.take([0], axis)
+            held = self.sources.symbols(small)
+            physical = keep_symbols(with_extents(dims, small.shape), held)
+            (first, *others) = self.sources.of(small)
+            whole = not others and first.dims == physical and np.array_equal(small, codes_of(first))
+            parts.append((first if whole and first.product and first.name is None else None, small, physical))
+        # What varies along least comes first, so that it is added to the least.
+        parts.sort(key=lambda p: (self.sources.levels(p[1]).max(), len(symbols(p[2])), prod(extents(p[2]))))
+        name: str | None = None
+        have: Dims = ()
+        for product, codes, physical in parts:
+            if name is None:
+                # A product that more will be added to need not be made on its own yet, but the first one must be.
+                name, have = (self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]), physical
+                continue
+            joined = broadcast_dims([have, physical])
+            if product is not None and joined == physical:
+                assert product.product is not None
+                name = product.product(name)
+            else:
+                other = self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]
+                name = self.emit.add("Add", [other, name])
+            have = joined
+        assert name is not None
+        source = self.sources.add(have, dtype, name)
+        return codes_of(source)
+
+    def tidy(self, dims: Dims, dtype: int, codes: Codes) -> Value:
+        """A value from codes; recognised as one whole tensor where it is that."""
+        found = self.sources.of(codes)
+        if len(found) == 1 and found[0].size == codes.size:
+            source = found[0]
+            if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
+                return Value(dims, dtype, source)
+        return view(dims, dtype, codes)
+
+
+def _ranked(codes: Codes, rank: int) -> Codes:
+    """Codes with leading axes of extent 1 up to a rank."""
+    return codes.reshape((1,) * (rank - codes.ndim) + codes.shape)

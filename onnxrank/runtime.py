@@ -1,0 +1,205 @@
+"""onnxruntime behind one door: sessions, precision changes, and running a model with its insides exposed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from onnxrank.errors import EnvironmentProblem, ModelError
+
+Feeds = Mapping[str, NDArray[Any]]
+
+_HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, *_HALF}
+
+
+def onnxruntime() -> Any:
+    """Imports onnxruntime.
+
+    Raises:
+        EnvironmentProblem: It is not installed, or cannot be loaded.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as e:
+        raise EnvironmentProblem(
+            "onnxruntime cannot be imported: install 'onnxrank[cpu]' or, for NVIDIA GPUs, 'onnxrank[cuda]' "
+            f"(one of the two: they cannot share an environment). {e}"
+        ) from e
+    if not hasattr(ort, "InferenceSession"):
+        raise EnvironmentProblem(
+            "onnxruntime is installed but broken, as it is where both onnxruntime and onnxruntime-gpu were installed: "
+            "uninstall both, then install one of 'onnxrank[cpu]' and 'onnxrank[cuda]'."
+        )
+    return ort
+
+
+def session(
+    model: ModelProto,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    optimise: bool = False,
+    threads: int = 1,
+) -> Any:
+    """An onnxruntime session for a model in memory.
+
+    Args:
+        model: The model.
+        folder: Where its external data lies.
+        providers: Execution providers, in order of preference.
+        optimise: Whether ORT's own graph optimisations run.
+        threads: Threads inside an operator.
+
+    Raises:
+        ModelError: onnxruntime does not take the model; the message is its own.
+    """
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+    except MemoryError as e:
+        raise EnvironmentProblem("not enough memory to load the model") from e
+    except Exception as e:
+        raise ModelError(f"onnxruntime does not load the model: {first_line(e)}") from e
+
+
+class Float64:
+    """A model run in float64: by onnxruntime, or where it lacks a kernel by onnx's reference evaluator.
+
+    Args:
+        model: The model; no external data.
+        folder: Where the model lies.
+    """
+
+    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
+        self._model = retype(model, TensorProto.DOUBLE, folder)
+        try:
+            self._session: Any = session(self._model, folder)
+        except ModelError:
+            self._session = None
+        self._reference: Any = None
+
+    def run(self, feeds: Feeds, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Runs on feeds of any float type.
+
+        Raises:
+            ModelError: Neither runs it.
+        """
+        wide = {k: v.astype(np.float64) if is_float(v) else v for k, v in feeds.items()}
+        if self._session is not None:
+            try:
+                return run(self._session, wide, outputs)
+            except ModelError:
+                self._session = None
+        try:
+            if self._reference is None:
+                from onnx.reference import ReferenceEvaluator
+
+                self._reference = ReferenceEvaluator(self._model)
+            names = set(self._reference.input_names)
+            made = self._reference.run(list(outputs), {k: v for k, v in wide.items() if k in names})
+            return dict(zip(outputs, made, strict=True))
+        except Exception as e:
+            raise ModelError(f"the model cannot be run in float64: {first_line(e)}") from e
+
+
+def is_float(data: NDArray[Any]) -> bool:
+    """Whether an array holds floats, 16-bit ones included."""
+    return data.dtype.kind == "f" or data.dtype.name == "bfloat16"
+
+
+def run(made: Any, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Runs a session on the feeds it knows.
+
+    Raises:
+        ModelError: The run failed; the message is onnxruntime's own.
+    """
+    wanted = {i.name for i in made.get_inputs()}
+    names = list(outputs) if outputs is not None else [o.name for o in made.get_outputs()]
+    try:
+        return dict(zip(names, made.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+    except Exception as e:
+        raise ModelError(f"onnxruntime cannot run the model: {first_line(e)}") from e
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of an error's text, cut to a readable length."""
+    text = str(e).strip().splitlines()
+    return (text[0] if text else type(e).__name__)[:400]
+
+
+def has_half(model: ModelProto) -> bool:
+    """Whether 16-bit floats occur, which onnxruntime's CPU provider mostly lacks kernels for."""
+    return any(t.data_type in _HALF for t in model.graph.initializer) or any(
+        i.type.tensor_type.elem_type in _HALF for i in model.graph.input
+    )
+
+
+def retype(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = None) -> ModelProto:
+    """A copy of a model that computes in another float type.
+
+    Initializers, constants, casts, inputs and outputs of any float type become `to`; integers stay.
+
+    Args:
+        model: The model, functions inlined.
+        to: ONNX element type, FLOAT or DOUBLE.
+        folder: Where its external data lies; external float tensors are loaded.
+    """
+    out = ModelProto()
+    out.CopyFrom(model)
+    base = os.fspath(folder) if folder is not None else ""
+
+    def tensor(t: TensorProto) -> None:
+        if t.data_type in FLOATS and t.data_type != to:
+            data = numpy_helper.to_array(t, base)
+            made = numpy_helper.from_array(data.astype(helper.tensor_dtype_to_np_dtype(to)), t.name)
+            t.CopyFrom(made)
+
+    def value(info: Any) -> None:
+        kind = info.type.tensor_type
+        if info.type.HasField("tensor_type") and kind.elem_type in FLOATS:
+            kind.elem_type = to
+
+    def graph(g: Any) -> None:
+        del g.value_info[:]
+        for t in g.initializer:
+            tensor(t)
+        for i in (*g.input, *g.output):
+            value(i)
+        for node in g.node:
+            for a in node.attribute:
+                if (a.name == "to" and node.op_type == "Cast" and a.i in FLOATS) or (a.name == "dtype" and a.i in FLOATS):
+                    a.i = to
+                elif a.HasField("t"):
+                    tensor(a.t)
+                elif node.op_type == "Constant" and a.name in ("value_float", "value_floats"):
+                    data = np.array(a.f if a.name == "value_float" else list(a.floats), np.float32)
+                    a.CopyFrom(
+                        helper.make_attribute(
+                            "value", numpy_helper.from_array(data.astype(helper.tensor_dtype_to_np_dtype(to)))
+                        )
+                    )
+                if a.HasField("g"):
+                    graph(a.g)
+                for inner in a.graphs:
+                    graph(inner)
+            if node.op_type == "ConstantOfShape" and not node.attribute:
+                node.attribute.append(
+                    helper.make_attribute("value", numpy_helper.from_array(np.zeros(1, helper.tensor_dtype_to_np_dtype(to))))
+                )
+
+    graph(out.graph)
+    return out

@@ -1,0 +1,456 @@
+"""`broadcast`: what does not depend on the candidate is computed for one row.
+
+Broadcasting is pushed as far down as it goes: an operator that treats rows (or the entries along any other axis)
+independently gives, on equal rows, equal rows, so it may run on one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from onnxrank.rewrite import Group, Rewrite, Rule
+from onnxrank.values import (
+    HOLE,
+    Abstract,
+    Codes,
+    Dims,
+    Level,
+    Sum,
+    Value,
+    broadcast_dims,
+    canonical,
+    codes_of,
+    constant_along,
+    extents,
+    is_candidate_symbol,
+    keep_symbols,
+    symbols,
+    with_extents,
+)
+
+UNARY = ["Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Ceil", "Celu", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Cast", "Dropout"]
+BINARY = ["Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor", "Clip", "CastLike"]
+_BOOLEAN = set(["And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor", "IsInf", "IsNaN"])
+
+
+def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
+    """Element type of an elementwise operator's result."""
+    if node.op_type in _BOOLEAN:
+        return int(TensorProto.BOOL)
+    if node.op_type == "Cast":
+        return int(next(a.i for a in node.attribute if a.name == "to"))
+    if node.op_type in ("Where", "CastLike", "DequantizeLinear"):
+        return values[1].dtype
+    return rw.dtype(node.output[0], values[0].dtype)
+
+
+def pointwise(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Elementwise operators, of any number of operands, with numpy's broadcasting."""
+    present = [k for k, i in enumerate(node.input) if i]
+    values = [rw.value(node, k) for k in present]
+    return [_elementwise(rw, node, values, present, result_type(rw, node, values))]
+
+
+def elementwise(rw: Rewrite, op: str, values: Sequence[Value], output: str) -> Value:
+    """An elementwise operator that the original graph does not hold.
+
+    Args:
+        rw: The rewrite.
+        op: Operator type.
+        values: Operands.
+        output: The original tensor that the result is, or belongs to.
+    """
+    node = helper.make_node(op, [f"operand{k}" for k in range(len(values))], [output], name=output)
+    return _elementwise(rw, node, values, list(range(len(values))), values[0].dtype)
+
+
+def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present: list[int], dtype: int) -> Value:
+    dims = broadcast_dims([v.dims for v in values])
+    same = _neutral(node, values, dims)
+    if same is not None:
+        return same
+    unread = rw.needed.get(node.output[0])
+    if all(v.whole is not None for v in values) and not unread:
+        names = dict(zip(present, (rw.tensor(v) for v in values), strict=True))
+        held = {s for v in values for s in rw.present(v)}
+        (made,) = rw.keep(node, [names.get(k, "") for k in range(len(node.input))], [dims], held, dtype=dtype)
+        return rw.settle(made)
+    rank = len(dims)
+    wide = [np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in values]
+    if unread:
+        wide = [mark_unread(w, unread) for w in wide]
+    out = np.full(extents(dims), HOLE)
+    for group in rw.groups(rw.joint_levels(wide), dims):
+        parts = [group.take(w) for w in wide]
+        group.put(out, _group(rw, node, group, parts, [v.rank for v in values], present, dtype))
+    return rw.tidy(dims, dtype, out)
+
+
+def mark_unread(codes: Codes, needed: dict[int, Any]) -> Codes:
+    """Codes with a hole wherever nobody reads."""
+    out = codes.copy()
+    for axis, positions in needed.items():
+        at = np.ones(codes.shape[axis], bool)
+        at[positions] = False
+        out[tuple(at if k == axis else slice(None) for k in range(codes.ndim))] = HOLE
+    return out
+
+
+def _group(
+    rw: Rewrite, node: NodeProto, group: Group, parts: list[Codes], ranks: list[int], present: list[int], dtype: int
+) -> Codes:
+    """Writes the node for the entries of one level; entries that are equal are computed once."""
+    dims, shape = group.dims, parts[0].shape
+    for axis in range(len(dims)):
+        if all(constant_along(p, axis) or p.shape[axis] == 1 for p in parts):
+            parts = [p.take([0], axis) for p in parts]
+    spread: Codes | None = None
+    if len(parts) == 1 and parts[0].size > 1:
+        unique, inverse = np.unique(parts[0].reshape(-1), return_inverse=True)
+        if 2 * unique.size <= parts[0].size:
+            syms = tuple((s,) for s in symbols(dims))
+            spread = inverse.reshape(parts[0].shape)
+            parts = [unique.reshape((1,) * len(syms) + (-1,))]
+            dims = (*syms, (1,))
+            ranks = [len(dims)]
+    small = with_extents(dims, np.broadcast_shapes(*(p.shape for p in parts)))
+    names = [""] * len(node.input)
+    held: set[str] = set()
+    for k, part, rank in zip(present, parts, ranks, strict=True):
+        for axis in range(part.ndim):
+            if constant_along(part, axis):
+                part = part.take([0], axis)
+        lead = part.ndim - rank
+        if lead > 0 and all(n == 1 for n in part.shape[:lead]):
+            part = part.reshape(part.shape[lead:])
+        own = with_extents(dims[len(dims) - part.ndim :], part.shape)
+        names[k], physical = rw.layout.realise(part, own)
+        held |= set(symbols(physical))
+    whole = group.index is Ellipsis and spread is None and parts[0].shape == shape
+    if whole:
+        (made,) = rw.keep(node, names, [small], held, dtype=dtype)
+        assert isinstance(made, Value) and made.whole is not None
+        source = made.whole
+    else:
+        lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(group.dims))
+        rw.emit.rule = "broadcast" if lowered or parts[0].size < np.prod(shape) else None
+        name = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
+        rw.emit.copy(node, names, [name])
+        source = rw.sources.add(keep_symbols(small, held), dtype, name)
+        rw.emit.rule = None
+    codes = codes_of(source)
+    return np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape)
+
+
+def _neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | None:
+    """`x + 0` with a zero that only carries rows: exporters make accumulators of N zeros this way."""
+    if node.op_type not in ("Add", "Sum") or len(values) != 2:
+        return None
+    for zero, other in (values, values[::-1]):
+        whole = zero.whole
+        if whole is not None and whole.level is Level.CONSTANT and symbols(zero.dims) and not whole.data.any():
+            if extents(other.dims) == extents(dims)[len(dims) - other.rank :] and other.rank == len(dims):
+                return Value(dims, other.dtype, other.whole, None if other.whole else other.codes)
+    return None
+
+
+def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """An addition of parts that vary along different axes stays a pending sum."""
+    operands = [rw.operand(node, k) for k in range(len(node.input))]
+    if any(o is None for o in operands) or len(operands) != 2 or rw.needed.get(node.output[0]):
+        return None
+    a, b = (o if isinstance(o, Sum) else rw.settle(o) for o in operands if o is not None)
+    if a.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        return None
+    dims = broadcast_dims([a.dims, b.dims])
+    if not (isinstance(a, Sum) or isinstance(b, Sum) or _pending(rw, a) or _pending(rw, b)):
+        return None
+    terms = [t for v in (a, b) for t in (v.terms if isinstance(v, Sum) else [v])]
+    same = None if len(terms) != 2 else _neutral(node, [rw.settle(a), rw.settle(b)], dims)
+    return [same] if same is not None else [rw.add(terms, dims, a.dtype)]
+
+
+def _pending(rw: Rewrite, value: Value) -> bool:
+    """Whether the value holds a product that could still take an addend."""
+    found = [value.whole] if value.whole is not None else rw.sources.of(value.codes)
+    return any(s.product is not None and s.name is None for s in found)
+
+
+def rowwise(
+    rw: Rewrite,
+    node: NodeProto,
+    core: Sequence[int],
+    reshape: Callable[[Dims], list[Dims]] = lambda dims: [dims],
+) -> list[Abstract] | None:
+    """Operators that work on some axes of their first input as a whole and on every row of the others alone.
+
+    Args:
+        rw: The rewrite.
+        node: The node.
+        core: Axes that the operator works on.
+        reshape: Logical shapes of the outputs for that of the input.
+
+    Returns:
+        The outputs; None where the candidate axis is among those worked on.
+    """
+    x = rw.value(node, 0)
+    core = [c % x.rank for c in core]
+    if any(is_candidate_symbol(s) for c in core for s in symbols([x.dims[c]])):
+        rw.refuse("broadcast", f"{node.op_type} works along the candidate axis")
+        return None
+    others = [rw.value(node, k) if node.input[k] else None for k in range(1, len(node.input))]
+    if any(v is not None and any(map(is_candidate_symbol, symbols(v.dims))) for v in others):
+        return None
+    rest = [rw.tensor(v) if v is not None else "" for v in others]
+    unread = rw.needed.get(node.output[0])
+    held = {s for v in others if v is not None for s in rw.present(v)}
+    if x.whole is not None and not unread:
+        return rw.keep(node, [rw.tensor(x), *rest], reshape(x.dims), held | rw.present(x))
+    codes = mark_unread(x.codes, {a: p for a, p in unread.items() if a not in core}) if unread else x.codes
+    levels = rw.sources.levels(codes).astype(np.int64).max(axis=tuple(core), keepdims=True)
+    levels = np.broadcast_to(levels, codes.shape)
+    dims_out = reshape(x.dims)
+    out = [np.full(extents(d), HOLE) for d in dims_out]
+    for group in rw.groups(levels, x.dims, flat=False):
+        part = group.take(codes)
+        for axis in range(part.ndim):
+            if axis not in core and constant_along(part, axis):
+                part = part.take([0], axis)
+        own = with_extents(group.dims, part.shape)
+        name, physical = rw.layout.realise(part, own)
+        small = reshape(own)
+        present = held | set(symbols(physical))
+        if group.index is Ellipsis and part.shape == codes.shape:
+            made = rw.keep(node, [name, *rest], small, present)
+            sources = [m.whole for m in made if isinstance(m, Value)]
+        else:
+            rw.emit.rule = "broadcast" if group.level is Level.REQUEST else None
+            names = [rw.emit.fresh(f"{o}/{group.level.name.lower()}") if o else "" for o in node.output]
+            rw.emit.copy(node, [name, *rest], names)
+            sources = [
+                rw.sources.add(keep_symbols(d, present), rw.dtype(o, x.dtype), n)
+                for d, o, n in zip(small, node.output, names, strict=False)
+            ]
+            rw.emit.rule = None
+        for k, source in enumerate(sources):
+            assert source is not None
+            wide = with_extents(dims_out[k], extents(reshape(group.dims)[k]))
+            Group(group.level, _match(group.index, out[k]), wide).put(out[k], codes_of(source))
+    return [rw.tidy(d, rw.dtype(o, x.dtype), c) for d, o, c in zip(dims_out, node.output, out, strict=False)]
+
+
+def _match(index: Any, out: Codes) -> Any:
+    """The same selection on an output that kept the rank, or lost trailing core axes."""
+    return index if index is Ellipsis else tuple(index[: out.ndim])
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Value of an attribute."""
+    for a in node.attribute:
+        if a.name == name:
+            return helper.get_attribute_value(a)
+    return default
+
+
+def _softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    rank = rw.value(node, 0).rank
+    if rw.emit.opset >= 13:
+        return rowwise(rw, node, [attribute(node, "axis", -1)])
+    axis = attribute(node, "axis", 1) % rank
+    return rowwise(rw, node, range(axis, rank))
+
+
+def _along_axis(default: int) -> Callable[[Rewrite, NodeProto], list[Abstract] | None]:
+    return lambda rw, node: rowwise(rw, node, [attribute(node, "axis", default)])
+
+
+def _cumsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    axis = rw.array(node, 1)
+    return None if axis is None else rowwise(rw, node, [int(axis.reshape(-1)[0])])
+
+
+def _last_axes(count: int) -> Callable[[Rewrite, NodeProto], list[Abstract] | None]:
+    return lambda rw, node: rowwise(rw, node, range(-count, 0))
+
+
+def _layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    if sum(1 for o in node.output if o) > 1:
+        return None
+    rank = rw.value(node, 0).rank
+    return rowwise(rw, node, range(attribute(node, "axis", -1) % rank, rank))
+
+
+def _arg(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    axis = attribute(node, "axis", 0) % rw.value(node, 0).rank
+    keep = attribute(node, "keepdims", 1)
+    if not keep and axis != rw.value(node, 0).rank - 1:
+        return None
+    return rowwise(rw, node, [axis], lambda d: [d[:axis] + (((),) if keep else ()) + d[axis + 1 :]])
+
+
+def _topk(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    k = rw.array(node, 1)
+    if k is None:
+        return None
+    axis, n = attribute(node, "axis", -1) % rw.value(node, 0).rank, int(k.reshape(-1)[0])
+    return rowwise(rw, node, [axis], lambda d: [(*d[:axis], canonical([n]), *d[axis + 1 :])] * 2)
+
+
+def _quantise(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    scale = rw.value(node, 1)
+    if scale.rank == 0 or extents(scale.dims) == (1,) * scale.rank:
+        return pointwise(rw, node) if scale.rank == 0 else rowwise(rw, node, [])
+    return rowwise(rw, node, [attribute(node, "axis", 1)])
+
+
+def _batch_first(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Operators over images: rows on axis 0, everything else is theirs."""
+    x = rw.value(node, 0)
+    seen = rw.facts.extents.get(node.output[0])
+    if seen is None or any(s for _, s in seen[1:]) or len(seen) != x.rank or len([o for o in node.output if o]) > 1:
+        return None
+    if extents(x.dims[:1]) != (1,) or (seen[0][0], tuple(symbols(x.dims[:1]))) != seen[0]:
+        return None
+    rest = tuple(canonical([c]) for c, _ in seen[1:])
+    return rowwise(rw, node, range(1, x.rank), lambda d: [(d[0], *rest)])
+
+
+def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Gather from a table that has no rows of candidates: every id is looked up once."""
+    table, ids = rw.value(node, 0), rw.value(node, 1)
+    axis = attribute(node, "axis", 0) % table.rank
+    if any(is_candidate_symbol(s) for s in symbols(table.dims)):
+        if any(map(is_candidate_symbol, symbols([*ids.dims, table.dims[axis]]))):
+            return None
+    before, after = table.dims[:axis], table.dims[axis + 1 :]
+    dims: Dims = (*before, *ids.dims, *after)
+    held = rw.present(table)
+    data = rw.tensor(table)
+    if ids.whole is not None:
+        return rw.keep(node, [data, rw.tensor(ids)], [dims], held | rw.present(ids))
+    if table.whole is None or (any(extents(before)) and len(before)):
+        name = rw.tensor(ids)
+        return rw.keep(node, [data, name], [dims], held | rw.present(ids))
+    dtype = table.dtype
+    tail = extents(after)
+    out = np.full(extents(dims), HOLE)
+    for group in rw.groups(rw.sources.levels(ids.codes).astype(np.int64), ids.dims):
+        part = group.take(ids.codes)
+        for k in range(part.ndim):
+            if constant_along(part, k):
+                part = part.take([0], k)
+        name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))
+        lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(ids.dims))
+        rw.emit.rule = "broadcast" if lowered else None
+        whole = group.index is Ellipsis
+        made = (rw.claim(node.output[0]) if whole else None) or rw.emit.fresh(
+            f"{node.output[0]}/{group.level.name.lower()}"
+        )
+        rw.emit.copy(node, [data, name], [made])
+        rw.emit.rule = None
+        source = rw.sources.add((*physical, *keep_symbols(after, held)), dtype, made)
+        codes = codes_of(source).reshape(part.shape + tail)
+        wide = np.broadcast_to(codes, extents(group.dims) + tail)
+        target = out[group.index] if not whole else out
+        if whole:
+            out[...] = wide
+        else:
+            out[group.index] = wide.reshape(target.shape)
+    return [rw.tidy(dims, dtype, out)]
+
+
+def _gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    table, ids = rw.value(node, 0), rw.value(node, 1)
+    if any(map(is_candidate_symbol, symbols(table.dims))) or attribute(node, "batch_dims", 0):
+        return None
+    width = extents(ids.dims)[-1]
+    if any(map(is_candidate_symbol, symbols([ids.dims[-1]]))):
+        return None
+    dims = (*ids.dims[:-1], *table.dims[width:])
+    return rw.keep(node, [rw.tensor(table), rw.tensor(ids)], [dims], rw.present(table) | rw.present(ids))
+
+
+def _gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    data, ids = rw.value(node, 0), rw.value(node, 1)
+    axis = attribute(node, "axis", 0) % data.rank
+    if any(map(is_candidate_symbol, symbols([data.dims[axis], ids.dims[axis]]))):
+        return None
+    if any(a != b for k, (a, b) in enumerate(zip(data.dims, ids.dims, strict=True)) if k != axis):
+        return None
+    held = rw.present(data) | rw.present(ids)
+    full = len(held) != len(rw.present(data)) or len(held) != len(rw.present(ids))
+    return rw.keep(node, [rw.tensor(data, full=full), rw.tensor(ids, full=full)], [ids.dims], held)
+
+
+def _one_hot(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    ids, depth = rw.value(node, 0), rw.array(node, 1)
+    if depth is None:
+        return None
+    axis = attribute(node, "axis", -1) % (ids.rank + 1)
+    dims = (*ids.dims[:axis], canonical([int(depth.reshape(-1)[0])]), *ids.dims[axis:])
+    return rw.keep(node, [rw.tensor(rw.value(node, k)) for k in range(3)], [dims], rw.present(ids))
+
+
+def _attention(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Fused attention: rows on axis 0 of every input; all request-level or all with full rows."""
+    values = [rw.value(node, k) for k, i in enumerate(node.input) if i]
+    if len([o for o in node.output if o]) > 1 or any(rw.level(v) is Level.CANDIDATE for v in values):
+        return None
+    known = rw.facts.dims(node.output[0])
+    if known is None or any("~" in s for s in symbols(known)):
+        return None
+    for v in values:
+        if any(map(is_candidate_symbol, symbols(v.dims[1:]))):
+            return None
+    present: set[str] = set().union(*(rw.present(v) for v in values))
+    names = iter([rw.tensor(v) for v in values])
+    return rw.keep(node, [next(names) if i else "" for i in node.input], [known], present)
+
+
+RULE = Rule(
+    name="broadcast",
+    title="Computes once what is the same for every candidate, or along any other axis.",
+    identity="f(tile(u)) = tile(f(u)) for every operator f that treats rows independently",
+    source="MaRI (arXiv 2602.23105); design of one-shot user towers",
+    legal="No operand varies along the axis, and the operator does not mix entries along it.",
+    refuses="Operators that are not known, or known to mix rows: they run on all rows, as before.",
+    exactness="exact",
+    operators={
+        "Add": lambda rw, node: made if (made := add(rw, node)) is not None else pointwise(rw, node),
+        **{op: pointwise for op in UNARY},
+        **{op: pointwise for op in BINARY if op != "Add"},
+        "QuantizeLinear": _quantise,
+        "DequantizeLinear": _quantise,
+        "Softmax": _softmax,
+        "LogSoftmax": _softmax,
+        "Hardmax": _softmax,
+        "LpNormalization": _along_axis(-1),
+        "CumSum": _cumsum,
+        "Trilu": _last_axes(2),
+        "LayerNormalization": _layer_norm,
+        "RMSNormalization": _layer_norm,
+        "SimplifiedLayerNormalization": _layer_norm,
+        "ArgMax": _arg,
+        "ArgMin": _arg,
+        "TopK": _topk,
+        **{
+            op: _batch_first
+            for op in ["Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "LpPool", "GlobalLpPool", "ConvTranspose", "DepthToSpace", "SpaceToDepth", "InstanceNormalization", "GroupNormalization", "LRN"]
+        },
+        "BatchNormalization": lambda rw, node: rowwise(rw, node, [1] if rw.value(node, 0).rank > 1 else []),
+        "Gather": lookup,
+        "GatherND": _gather_nd,
+        "GatherElements": _gather_elements,
+        "OneHot": _one_hot,
+        "Attention": _attention,
+        "com.microsoft::Attention": _attention,
+        "com.microsoft::MultiHeadAttention": _attention,
+        "com.microsoft::Gelu": pointwise,
+        "com.microsoft::FastGelu": pointwise,
+        "com.microsoft::QuickGelu": pointwise,
+    },
+)

@@ -1,0 +1,486 @@
+"""`fc`: a linear map with constant weights over entries of several levels is done once per level.
+
+`[u | x] W + b = x W_x + (u W_u + b)`, over any layout: the weights' rows are gathered once, offline, so that each level
+has one product with its entries side by side. The request-level product rides in the candidate-level Gemm's C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+from onnxrank.rules.broadcast import attribute, mark_unread
+
+from onnxrank.rewrite import Group, Rewrite, Rule
+from onnxrank.values import (
+    HOLE,
+    Abstract,
+    Affine,
+    Codes,
+    Dims,
+    Level,
+    Sum,
+    Value,
+    broadcast_dims,
+    canonical,
+    codes_of,
+    extents,
+    is_candidate_symbol,
+    split_axis,
+    symbols,
+    view,
+    with_extents,
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of operand entries of one level that one product can take.
+
+    Attributes:
+        level: Its level.
+        group: The rows it contributes to.
+        codes: Entries `[rows..., columns]`, axes along which they do not vary cut to 1.
+        dims: Logical shape of `codes`.
+        slot: Its number among the pieces of its rows.
+        columns: Which column of the operand each entry stands for: `columns[j]` is the place, among the columns of
+            `codes`, of operand column `members[j]`; equal columns share a place.
+        members: The operand's columns that the piece covers.
+    """
+
+    level: Level
+    group: Group
+    codes: Codes
+    dims: Dims
+    slot: int
+    columns: NDArray[np.int64]
+    members: NDArray[np.int64]
+
+    def put(self, whole: Codes, part: Codes) -> None:
+        """Writes results `[rows..., width]` of the piece into an array over all rows."""
+        target = whole[self.group.index]
+        whole[self.group.index] = np.broadcast_to(part, target.shape)
+
+    def weights(self, rw: Rewrite, weight: NDArray[Any]) -> str:
+        """The rows of a weight matrix that belong to the piece; rows of equal columns are added up.
+
+        The addition is a node of constants, which the runtime folds: no weight is rounded here.
+        """
+        if len(self.members) == self.codes.shape[-1]:
+            out = np.empty_like(weight[self.members])
+            out[self.columns] = weight[self.members]
+            return rw.emit.constant(out)
+        chosen = np.zeros((self.codes.shape[-1], len(self.members)), weight.dtype)
+        chosen[self.columns, np.arange(len(self.members))] = 1
+        return rw.emit.add("MatMul", [rw.emit.constant(chosen), rw.emit.constant(weight[self.members])])
+
+
+def pieces(rw: Rewrite, codes: Codes, dims: Dims) -> Iterator[Piece]:
+    """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
+
+    Raises:
+        Unrepresentable: The levels follow no axis.
+    """
+    levels = rw.sources.levels(codes).astype(np.int64)
+    mix = np.random.default_rng(0).integers(1, 1 << 40, codes.shape[-1])
+    row_keys = ((levels + 2) * mix).sum(-1)
+    row_keys[(levels == Level.UNREAD).any(-1)] = 0
+    rows = dims[:-1]
+    groups: list[tuple[Any, Dims]] = [(..., dims)]
+    if not (row_keys == row_keys.flat[0]).all():
+        found = split_axis(row_keys)
+        if found is None:
+            # Rows differ in what they hold in a way that follows no axis: all columns together, at their highest level.
+            levels = np.broadcast_to(levels.max(), levels.shape)
+            found = (0, [np.arange(codes.shape[0])])
+        axis, parts = found
+        groups = []
+        for at in parts:
+            index = tuple(at if k == axis else slice(None) for k in range(codes.ndim - 1))
+            groups.append((index, with_extents(dims, codes[index].shape)))
+    for index, own in groups:
+        part, level_of = codes[index], levels[index].reshape(-1, codes.shape[-1])[0]
+        if (level_of == Level.UNREAD).any():
+            continue
+        group = Group(Level.CANDIDATE, index, (*own[:-1],))
+        # Columns that vary along the same axes go together.
+        signature = level_of.copy()
+        for axis in range(len(rows)):
+            if part.shape[axis] > 1:
+                still = (part == part.take([0], axis)).all(tuple(range(len(rows))))
+                signature = signature * 2 + ~still
+        for slot, key in enumerate(dict.fromkeys(signature.tolist())):
+            members = np.flatnonzero(signature == key)
+            sub = part[..., members]
+            for axis in range(len(rows)):
+                if sub.shape[axis] > 1 and (sub == sub.take([0], axis)).all():
+                    sub = sub.take([0], axis)
+            flat = sub.reshape(-1, len(members))
+            order = np.argsort(flat[0], kind="stable")
+            keep, columns = [int(order[0])], np.zeros(len(members), np.int64)
+            for a, b in zip(order, order[1:], strict=False):
+                if flat[0, a] != flat[0, b] or not np.array_equal(flat[:, a], flat[:, b]):
+                    keep.append(int(b))
+                columns[b] = len(keep) - 1
+            sub = sub[..., keep]
+            level = Level(int(level_of[members[0]]))
+            yield Piece(level, group, sub, with_extents(own, sub.shape), slot, columns, members)
+
+
+Product = Callable[[Piece, str, Dims], tuple[Dims, Callable[[str | None], str]]]
+"""Writes the contraction of a piece, given as a tensor of a physical shape; gives the result's shape and a writer that
+takes the name of a tensor to add."""
+
+WeightedProduct = Callable[[str, Dims, str], tuple[Dims, Callable[[str | None], str]]]
+"""The same with the name of the piece's weights."""
+
+
+def partials(
+    rw: Rewrite,
+    x: Value,
+    axis: int,
+    width: int,
+    write: Product,
+    rule: str,
+    unread: Any = None,
+    idempotent: bool = False,
+) -> list[Value]:
+    """Contracts one axis of a value piece by piece.
+
+    Args:
+        rw: The rewrite.
+        x: The operand.
+        axis: The contracted axis; its extent is constant.
+        width: Extent of the axis afterwards.
+        write: Writes the contraction of one piece.
+        rule: Name of the rule, for the report.
+        unread: Positions read per axis of the result, if not all.
+        idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
+
+    Returns:
+        Partial results, to be added up (or joined by the idempotent operation).
+    """
+    codes = np.moveaxis(x.codes, axis, -1)
+    dims = (*x.dims[:axis], *x.dims[axis + 1 :], x.dims[axis])
+    if unread:
+        rows = {a - (a > axis): p for a, p in unread.items() if a != axis}
+        codes = mark_unread(codes, rows) if rows else codes
+    column = canonical([width])
+    shape = (*extents(dims[:-1]), width)
+    zero = rw.zero(x.dtype)
+    terms: list[Codes] = []
+    split = not rw.single_level(x)
+    for piece in pieces(rw, codes, dims):
+        if piece.slot == len(terms):
+            terms.append(terms[0].copy() if idempotent and terms else np.full(shape, HOLE if unread else zero))
+        small = piece.codes.shape[:-1]
+        own = (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
+        name, physical = rw.layout.realise(np.moveaxis(piece.codes, -1, axis), own)
+        lowered = piece.level is Level.REQUEST and any(map(is_candidate_symbol, symbols(dims)))
+        tag = rule if split or lowered else None
+        if prod(small) < prod(shape[:-1]):
+            tag = tag or ("select" if unread else "broadcast")
+        made_dims, writer = write(piece, name, physical)
+        source = rw.sources.add(made_dims, x.dtype, product=_tagged(rw, writer, tag))
+        part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
+        piece.put(terms[piece.slot], part)
+    out_dims = (*x.dims[:axis], column, *x.dims[axis + 1 :])
+    if unread and not idempotent:
+        # A row that is read is zero in the terms it has no piece in.
+        read = np.any([t != HOLE for t in terms], axis=0)
+        terms = [np.where(read & (t == HOLE), zero, t) for t in terms]
+    return [view(out_dims, x.dtype, np.moveaxis(t, -1, axis)) for t in terms]
+
+
+def contract(
+    rw: Rewrite, x: Value, axis: int, weight: NDArray[Any], write: WeightedProduct, rule: str, unread: Any = None
+) -> Abstract:
+    """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum."""
+
+    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
+        return write(name, physical, piece.weights(rw, weight))
+
+    parts = partials(rw, x, axis, weight.shape[1], one, rule, unread)
+    dims = (*x.dims[:axis], canonical([weight.shape[1]]), *x.dims[axis + 1 :])
+    return rw.add(parts, dims, x.dtype)
+
+
+def _tagged(rw: Rewrite, writer: Callable[[str | None], str], rule: str | None) -> Callable[[str | None], str]:
+    """The writer, run under the rule's name and the original node's place whenever it is called."""
+    origin, hint = rw.emit.origin, rw.emit.hint
+
+    def write(addend: str | None) -> str:
+        before = rw.emit.origin, rw.emit.rule, rw.emit.hint
+        rw.emit.origin, rw.emit.rule, rw.emit.hint = origin, rule, hint
+        name = writer(addend)
+        rw.emit.origin, rw.emit.rule, rw.emit.hint = before
+        return name
+
+    return write
+
+
+def right_product(rw: Rewrite, width: int) -> WeightedProduct:
+    """`x @ W` with the contracted axis last: a Gemm where there is something to add to a matrix."""
+
+    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None], str]]:
+        def writer(addend: str | None) -> str:
+            if len(physical) == 2 and addend is not None:
+                return rw.emit.add("Gemm", [name, weight, addend])
+            return _with(rw, rw.emit.add("MatMul", [name, weight]), addend)
+
+        return (*physical[:-1], canonical([width])), writer
+
+    return write
+
+
+def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
+    """A linear map of a pending sum: of each term, where no term varies along everything that the sum does."""
+    if isinstance(x, Sum):
+        axes = [_rank(rw, t, axis) for t in x.terms]
+        joint = frozenset().union(*axes)
+        if all(a != joint for a in axes):
+            parts = [linear(t) for t in x.terms]
+            terms = [t for p in parts for t in (p.terms if isinstance(p, Sum) else [rw.settle(p)])]
+            return rw.add(terms, parts[0].dims, x.dtype)
+    return linear(rw.settle(x))
+
+
+def _rank(rw: Rewrite, term: Value, axis: int) -> frozenset[int | str]:
+    """Axes, but the contracted one, and symbols along which a term varies."""
+    codes = term.codes
+    axes = {a for a in range(codes.ndim) if a != axis and codes.shape[a] > 1 and not (codes == codes.take([0], a)).all()}
+    return frozenset(axes | rw.sources.symbols(codes))
+
+
+def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:
+    """Whether there is anything to gain over the user's own node."""
+    if not isinstance(x, Value):
+        return True
+    return x.whole is None or bool(unread)
+
+
+def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """MatMul with a constant matrix on either side; two computed operands are left to other rules."""
+    weight = rw.array(node, 1)
+    x = rw.operand(node, 0)
+    unread = rw.needed.get(node.output[0])
+    if weight is not None and weight.ndim == 2 and x is not None and x.rank >= 2:
+        if not worthwhile(rw, x, unread):
+            return _plain(rw, node, rw.settle(x), weight.shape[1])
+        return [linear_last(rw, x, weight, "fc", unread)]
+    left = rw.array(node, 0)
+    if left is not None and left.ndim == 2 and len(node.input) > 1:
+        y = rw.operand(node, 1)
+        if y is not None and y.rank >= 2 and worthwhile(rw, y, unread):
+            return [_left(rw, y, left, unread)]
+    return bilinear(rw, node)
+
+
+def linear_last(rw: Rewrite, x: Abstract, weight: NDArray[Any], rule: str, unread: Any = None) -> Abstract:
+    """`x @ weight` over the last axis of `x`."""
+    if isinstance(x, Affine):
+        return _normalised_product(rw, x, weight, unread)
+    axis = x.rank - 1
+
+    def one(v: Value) -> Abstract:
+        return contract(rw, v, axis, weight, right_product(rw, weight.shape[1]), rule, unread)
+
+    return distribute(rw, x, axis, one)
+
+
+def _normalised_product(rw: Rewrite, x: Affine, weight: NDArray[Any], unread: Any) -> Abstract:
+    """`(scale * (base @ M) + shift) @ W`, with `M @ W` and `shift @ W` made by nodes of constants."""
+    before, rw.emit.rule = rw.emit.rule, "norm"
+    folded, shift = x.fold(rw.emit.constant(weight))
+    width = weight.shape[1]
+
+    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
+        order = np.empty(len(piece.members), np.int64)
+        order[piece.columns] = piece.members
+        rows = rw.emit.add("Gather", [folded, rw.emit.constant(order)], {"axis": 0})
+        return right_product(rw, width)(name, physical, rows)
+
+    parts = partials(rw, x.base, x.rank - 1, width, one, "norm", unread)
+    dims = (*x.dims[:-1], canonical([width]))
+    made = rw.settle(rw.add(parts, dims, x.dtype))
+    name = rw.emit.add("Mul", [rw.tensor(made), rw.tensor(x.scale)])
+    rw.emit.rule = before
+    terms = [rw.new(dims, x.dtype, rw.present(made) | rw.present(x.scale), name)]
+    if shift is not None:
+        terms.append(rw.new((canonical([width]),), x.dtype, (), shift))
+    return rw.add(terms, dims, x.dtype)
+
+
+def _left(rw: Rewrite, y: Abstract, left: NDArray[Any], unread: Any) -> Abstract:
+    """`W @ y`: contracted over the last axis but one."""
+    axis = y.rank - 2
+
+    width = left.shape[0]
+
+    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None], str]]:
+        made: Dims = (*physical[:-2], canonical([width]), physical[-1])
+        if physical[-1] == ():
+            # A vector per row: rows become the matrix's, one product instead of one for each.
+            flat = (*physical[:-2], physical[-2])
+            rows = rw.layout.reshape(name, physical, flat)
+            inner_dims, inner = right_product(rw, width)(rows, flat, weight)
+            return made, lambda addend: _with(rw, rw.layout.reshape(inner(None), inner_dims, made), addend)
+
+        def writer(addend: str | None) -> str:
+            turned = rw.emit.add("Transpose", [weight], {"perm": [1, 0]})
+            return _with(rw, rw.emit.add("MatMul", [turned, name]), addend)
+
+        return made, writer
+
+    def one(v: Value) -> Abstract:
+        return contract(rw, v, axis, np.ascontiguousarray(left.T), write, "fc", unread)
+
+    return distribute(rw, y, axis, one)
+
+
+def _with(rw: Rewrite, name: str, addend: str | None) -> str:
+    return name if addend is None else rw.emit.add("Add", [name, addend])
+
+
+def _plain(rw: Rewrite, node: NodeProto, x: Value, width: int) -> list[Abstract]:
+    names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
+    return rw.keep(node, names, [(*x.dims[:-1], canonical([width]))], rw.present(x))
+
+
+def bilinear(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A product of two computed operands: candidates become rows of one matrix where the other has none."""
+    a, b = rw.value(node, 0), rw.value(node, 1)
+    if a.rank < 2 or b.rank < 2 or any(map(is_candidate_symbol, symbols([a.dims[-1], b.dims[-2]]))):
+        return None
+    if any(map(is_candidate_symbol, symbols([b.dims[-1]]))):
+        return None
+    lead = broadcast_dims([a.dims[:-2], b.dims[:-2]])
+    dims = (*lead, a.dims[-2], b.dims[-1])
+    if b.rank > 2 and a.rank >= b.rank and rw.level(a) is Level.CANDIDATE and rw.level(b) is Level.REQUEST:
+        name, physical = rw.tensor(b), b.whole.dims if b.whole is not None else None
+        if physical is not None and all(d == () for d in physical[:-2]):
+            matrix = rw.layout.reshape(name, physical, physical[-2:])
+            return rw.keep(node, [rw.tensor(a), matrix], [dims], rw.present(a) | rw.present(b))
+    return rw.keep(node, [rw.tensor(a), rw.tensor(b)], [dims], rw.present(a) | rw.present(b))
+
+
+def gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Gemm with a constant B."""
+    weight = rw.array(node, 1)
+    x, unread = rw.operand(node, 0), rw.needed.get(node.output[0])
+    if x is None:
+        return None
+    if attribute(node, "transA", 0):
+        return None
+    bias = rw.operand(node, 2)
+    if weight is None:
+        # Gemm does not broadcast its matrices, so both must hold the rows they have.
+        b = rw.value(node, 1)
+        if any(map(is_candidate_symbol, symbols(b.dims))):
+            return None
+        width = b.dims[-2 if attribute(node, "transB", 0) else -1]
+        v = rw.settle(x)
+        names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
+        held = {s for k, i in enumerate(node.input) if i for s in rw.present(rw.value(node, k))}
+        return rw.keep(node, names, [(v.dims[0], width)], held) if held == rw.present(v) else None
+    if attribute(node, "transB", 0):
+        weight = weight.T
+    if not worthwhile(rw, x, unread) and (bias is None or rw.level(bias) <= rw.level(x)):
+        return _plain(rw, node, rw.settle(x), weight.shape[1])
+    if attribute(node, "alpha", 1.0) != 1.0 or (bias is not None and attribute(node, "beta", 1.0) != 1.0):
+        rw.refuse("fc", "alpha or beta is not 1")
+        return None
+    made = linear_last(rw, x, np.ascontiguousarray(weight), "fc", unread)
+    if bias is None:
+        return [made]
+    c = rw.settle(bias)
+    terms = made.terms if isinstance(made, Sum) else [rw.settle(made)]
+    return [rw.add([*terms, c], made.dims, made.dtype)]
+
+
+def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A convolution with kernel 1 is a linear map of the channels."""
+    weight, x, bias = rw.array(node, 1), rw.operand(node, 0), rw.array(node, 2)
+    if weight is None or x is None or not worthwhile(rw, x, None) or prod(weight.shape[2:]) != 1:
+        return None
+    if attribute(node, "group", 1) != 1 or any(s != 1 for s in attribute(node, "strides") or []):
+        return None
+    if any(attribute(node, "pads") or []) or (len(node.input) > 2 and bias is None):
+        return None
+    trail, width = (1,) * (weight.ndim - 2), weight.shape[0]
+
+    def write(name: str, physical: Dims, w: str) -> tuple[Dims, Callable[[str | None], str]]:
+        made: Dims = (physical[0], canonical([width]), *physical[2:])
+
+        def writer(addend: str | None) -> str:
+            turned = rw.emit.add("Transpose", [w], {"perm": [1, 0]})
+            shape = rw.emit.constant(np.array([width, -1, *trail], np.int64))
+            return _with(rw, rw.emit.add("Conv", [name, rw.emit.add("Reshape", [turned, shape])]), addend)
+
+        return made, writer
+
+    matrix = np.ascontiguousarray(weight.reshape(weight.shape[:2]).T)
+
+    def one(v: Value) -> Abstract:
+        return contract(rw, v, 1, matrix, write, "fc")
+
+    made = distribute(rw, x, 1, one)
+    if bias is None:
+        return [made]
+    terms = made.terms if isinstance(made, Sum) else [rw.settle(made)]
+    return [rw.add([*terms, rw.constant(bias.reshape(-1, *trail))], made.dims, made.dtype)]
+
+
+def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Einsum of one operand with a constant matrix over the operand's last axis, or of operands of one level."""
+    equation = attribute(node, "equation").decode().replace(" ", "")
+    if "->" not in equation or "." in equation or len(node.input) != 2:
+        return None
+    left, out = equation.split("->")
+    terms = left.split(",")
+    for k in (0, 1):
+        weight, x = rw.array(node, 1 - k), rw.operand(node, k)
+        mine, its = terms[k], terms[1 - k]
+        if weight is None or x is None or len(its) != 2 or not worthwhile(rw, x, None):
+            continue
+        inner = [c for c in its if c in mine and c not in out]
+        if len(inner) == 1 and mine[-1] == inner[0] and len(set(mine)) == len(mine):
+            (outer,) = [c for c in its if c != inner[0]]
+            if outer in mine or out != mine[:-1] + outer:
+                continue
+            matrix = weight if its == inner[0] + outer else weight.T
+            return [linear_last(rw, x, np.ascontiguousarray(matrix), "fc")]
+    values = [rw.value(node, k) for k in (0, 1)]
+    sizes: dict[str, tuple[Any, ...]] = {}
+    held: list[set[str]] = []
+    for term, v in zip(terms, values, strict=True):
+        held.append(rw.present(v))
+        for c, d in zip(term, v.dims, strict=True):
+            if sizes.setdefault(c, d) not in (d, ()):
+                return None
+            if d != ():
+                sizes[c] = d
+    if any(c not in out and any(map(is_candidate_symbol, symbols([d]))) for c, d in sizes.items()):
+        return None
+    joined = held[0] | held[1]
+    full = any(h != joined for h in held)
+    dims = tuple(sizes[c] for c in out)
+    return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+
+
+RULE = Rule(
+    name="fc",
+    title="Splits fully connected layers into a request-level and a candidate-level product.",
+    identity="[u | x] W + b = x W_x + (u W_u + b)",
+    source="MaRI (arXiv 2602.23105); rank-aware decomposition (arXiv 2605.27450)",
+    legal="The weights are constants and the contracted axis is made of blocks of several levels.",
+    refuses="Weights that the caller may override, or that are computed per candidate.",
+    exactness="reassociates",
+    operators={"MatMul": matmul, "Gemm": gemm, "Conv": conv, "Einsum": einsum},
+)
+

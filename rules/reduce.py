@@ -1,0 +1,147 @@
+"""`pool`: sums, means and extrema over entries of several levels, one partial result per level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto
+from onnxrank.rules.broadcast import attribute, elementwise, rowwise
+from onnxrank.rules.fc import Piece, distribute, partials
+
+from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.values import (
+    Abstract,
+    Dims,
+    Sum,
+    Value,
+    canonical,
+    extents,
+    is_candidate_symbol,
+    symbols,
+    view,
+)
+
+_ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
+_EXTREMA = {"ReduceMax": "Max", "ReduceMin": "Min"}
+
+
+def axes_of(rw: Rewrite, node: NodeProto, rank: int) -> list[int] | None:
+    """The axes that a reduction reduces; None if they are computed at run time."""
+    axes = attribute(node, "axes")
+    if axes is None and len(node.input) > 1 and node.input[1]:
+        given = rw.array(node, 1)
+        if given is None:
+            return None
+        axes = given.reshape(-1).tolist()
+    if not axes:
+        return [] if attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
+    return sorted(a % rank for a in axes)
+
+
+def reduce(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A reduction, by levels where it is additive or an extremum."""
+    x = rw.operand(node, 0)
+    if x is None:
+        return None
+    axes = axes_of(rw, node, x.rank)
+    if axes is None:
+        return None
+    keep = bool(attribute(node, "keepdims", 1))
+
+    def result(dims: Dims) -> Dims:
+        return tuple(() if k in axes else d for k, d in enumerate(dims) if keep or k not in axes)
+
+    if any(is_candidate_symbol(s) for a in axes for s in symbols([x.dims[a]])):
+        rw.refuse("pool", f"{node.op_type} goes over the candidates")
+        return None
+    op = node.op_type
+    if op == "ReduceSumSquare" and not (isinstance(x, Value) and x.whole is not None):
+        x = elementwise(rw, "Mul", [rw.settle(x)] * 2, rw.emit.fresh(f"{node.output[0]}/square"))
+    by_level = (op in _ADDITIVE or op in _EXTREMA) and axes and not any(symbols([x.dims[a]]) for a in axes)
+    if not by_level or (isinstance(x, Value) and x.whole is not None):
+        return _whole(rw, node, axes, result, keep)
+    # The reduced axes become one, at the place of the first.
+    order = [k for k in range(x.rank) if k not in axes]
+    at = sum(k < axes[0] for k in order)
+    order[at:at] = axes
+    count = prod(extents(x.dims)[a] for a in axes)
+
+    def merged(v: Value) -> Value:
+        dims = tuple(v.dims[k] for k in order)
+        joined = (*dims[:at], canonical([count]), *dims[at + len(axes) :])
+        return view(joined, v.dtype, v.codes.transpose(order).reshape(extents(joined)))
+
+    def unmerged(v: Value) -> Value:
+        dims = result(tuple(x.dims[k] for k in range(x.rank)))
+        codes = v.codes.reshape(extents(dims))
+        return view(dims, v.dtype, codes)
+
+    unread = rw.needed.get(node.output[0]) if axes == [x.rank - 1] and keep else None
+    if op in _EXTREMA:
+        parts = [unmerged(p) for p in _partials(rw, merged(rw.settle(x)), at, op, unread)]
+        return [parts[0] if len(parts) == 1 else elementwise(rw, _EXTREMA[op], parts, node.output[0])]
+
+    def one(v: Value) -> Abstract:
+        parts = _partials(rw, merged(v), at, _ADDITIVE[op], unread, count if op == "ReduceMean" else 1)
+        return rw.add([unmerged(p) for p in parts], result(v.dims), v.dtype)
+
+    if isinstance(x, Sum) and len(axes) == 1:
+        return [distribute(rw, x, axes[0], one)]
+    return [one(rw.settle(x))]
+
+
+def _whole(
+    rw: Rewrite, node: NodeProto, axes: Sequence[int], result: Callable[[Dims], Dims], keep: bool
+) -> list[Abstract] | None:
+    trailing = list(axes) == list(range(rw.value(node, 0).rank - len(axes), rw.value(node, 0).rank))
+    if not keep and not trailing and rw.value(node, 0).whole is None:
+        # Without the reduced axes the others move, and index maps of groups would have to follow.
+        v = rw.value(node, 0)
+        names = [rw.tensor(v), *(rw.tensor(rw.value(node, k)) for k in range(1, len(node.input)))]
+        return rw.keep(node, names, [result(v.dims)], rw.present(v))
+    return rowwise(rw, node, axes, lambda d: [result(d)])
+
+
+def _partials(
+    rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: int = 1
+) -> list[Value]:
+    def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
+        made: Dims = (*physical[:axis], (), *physical[axis + 1 :])
+
+        def writer(addend: str | None) -> str:
+            data, kind = name, rw.constant_type(x.dtype)
+            counts = np.bincount(piece.columns, minlength=piece.codes.shape[-1])
+            times = int(counts[0]) if (counts == counts[0]).all() else 1
+            if op in _EXTREMA:
+                times = 1
+            elif (counts != times).any():
+                shape = [-1 if k == axis else 1 for k in range(len(physical))]
+                data = rw.emit.add("Mul", [data, rw.emit.constant(counts.reshape(shape).astype(kind))])
+            out = rw.emit.reduce(op, data, [axis], True)
+            if times > 1:
+                out = rw.emit.add("Mul", [out, rw.emit.constant(np.array(times, kind))])
+            if divisor > 1:
+                out = rw.emit.add("Div", [out, rw.emit.constant(np.array(divisor, kind))])
+            return out if addend is None else rw.emit.add("Add", [out, addend])
+
+        return made, writer
+
+    return partials(rw, x, axis, 1, write, "pool", unread, idempotent=op in _EXTREMA)
+
+
+RULE = Rule(
+    name="pool",
+    title="Sums, means, maxima and minima over blocks: the request-level part once.",
+    identity="sum(u ++ x) = sum(u) + sum(x); max(u ++ x) = max(max(u), max(x))",
+    source="rank-aware decomposition (arXiv 2605.27450)",
+    legal="The reduced axis has a constant extent and is made of blocks of several levels.",
+    refuses="Reductions over the candidates.",
+    exactness="reassociates",
+    operators={
+        f"Reduce{kind}": reduce
+        for kind in ("Sum", "Mean", "SumSquare", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp")
+    },
+)
