@@ -110,12 +110,15 @@ class Maker:
 
     Args:
         declared: The inputs.
-        ranges: Value ranges per entry, from `find_ranges`; None gives zeros everywhere.
+        ranges: Value ranges per entry, from `find_ranges`; None gives `fill` everywhere, as far as the declared ranges
+            allow.
+        fill: A value that tables and lengths are likely to accept.
     """
 
-    def __init__(self, declared: Sequence[Input], ranges: Ranges | None) -> None:
+    def __init__(self, declared: Sequence[Input], ranges: Ranges | None, fill: int = 1) -> None:
         self.declared = declared
         self.ranges = ranges
+        self.fill = fill
 
     def __call__(self, setting: Setting) -> Feed:
         """Inputs of the original signature: request-level entries are the same in every row."""
@@ -149,7 +152,9 @@ class Maker:
             return rng.choice(np.array(["", "a", "b", "onnxrank"], dtype=object), shape)
         kind = np.dtype(helper.tensor_dtype_to_np_dtype(i.dtype))
         if self.ranges is None:
-            return np.zeros(shape, kind)
+            low = max((r.low for r in i.role.ranges), default=0)
+            high = min((r.high for r in i.role.ranges), default=np.inf)
+            return np.full(shape, min(max(self.fill, low), high - 1) if high > low + 1 else low).astype(kind)
         if kind == bool:
             return rng.random(shape) < 0.5
         low, high, whole = (

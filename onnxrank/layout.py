@@ -127,10 +127,36 @@ class Layout:
         if best is None:
             return None
         _, axis, cuts = best
+        order = _native_order(np.split(codes, cuts, axis)[0], axis)
+        if order is not None:
+            back = [int(k) for k in np.argsort(order)]
+            name = self._make(codes.transpose(order), tuple(dims[k] for k in order))
+            return self.emit.add("Transpose", [name], {"perm": back})
+        picked = self._picked(codes, dims, axis, len(cuts))
+        if picked:
+            return picked
         pieces = self._stacked(codes, dims, axis, cuts)
         if len(pieces) == 1:
             return pieces[0]
         return self.emit.add("Concat", pieces, {"axis": axis})
+
+    def _picked(self, codes: Codes, dims: Dims, axis: int, cuts: int) -> str | None:
+        """Positions that repeat or alternate: every different one once, in order of level, then one Gather."""
+        rows = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1)
+        unique, inverse = np.unique(rows, axis=0, return_inverse=True)
+        order = np.argsort(self.sources.levels(unique).max(-1), kind="stable")
+        numbers = source_numbers(unique[order, 0])
+        pieces = int((numbers[1:] != numbers[:-1]).sum())
+        if cuts <= 2 * pieces + 4:
+            return None
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        shape = list(codes.shape)
+        shape[axis] = len(order)
+        packed = np.moveaxis(unique[order].reshape(len(order), *np.moveaxis(codes, axis, 0).shape[1:]), 0, axis)
+        name = self._make(packed, with_extents(dims, shape))
+        index = self.emit.constant(place[inverse.reshape(-1)].astype(np.int64))
+        return self.emit.add("Gather", [name, index], {"axis": axis})
 
     def _stacked(self, codes: Codes, dims: Dims, axis: int, cuts: Codes) -> list[str]:
         """The pieces along an axis; runs of whole tensors of one shape such as `[N, 1, d]` are joined as they are.
@@ -211,35 +237,41 @@ class Layout:
         return self._arrange(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
 
     def _cut(self, source: Source, at: Codes) -> tuple[str, Dims, Codes]:
-        """Slices a source down to the entries used, where these are a product of positions per axis."""
+        """Takes the positions used along each axis of a source, where each axis is addressed by one axis of `at`.
+
+        Returns:
+            The tensor, its shape, and where its entries go; the source itself where no axis can be cut.
+        """
         name, have = self.name_of(source), source.dims
-        shape = extents(have)
-        used = np.unique(at)
-        if used.size == source.size:
+        found = _positions(at, extents(have))
+        if found is None and len(_stream(have)) > 1 or (found is None and at.shape and at.shape[-1] > 1):
+            # The last axis of what is wanted may be part of a longer one.
+            split = _split_last(have, at.shape[-1])
+            found = _positions(at, extents(split)) if split else None
+            if found is not None and split is not None:
+                name, have = self.reshape(name, have, split), split
+        if found is None:
             return name, have, at
-        coords = [np.unique(c) for c in np.unravel_index(used, shape)] if shape else []
-        if prod(len(c) for c in coords) != used.size:
+        positions, axes = found
+        changed = [k for k, p in enumerate(positions) if not np.array_equal(p, _range(extents(have)[k]))]
+        if any(len(have[k]) > 1 for k in changed):
             return name, have, at
-        if any(len(c) < n and len(d) > 1 for c, n, d in zip(coords, shape, have, strict=True)):
-            split: list[Dim] = [(f,) for d in have for f in d]
-            name, have = self.reshape(name, have, tuple(split)), tuple(split)
-            shape = extents(have)
-            coords = [np.unique(c) for c in np.unravel_index(used, shape)]
-        new = list(shape)
-        position = list(np.unravel_index(at, shape))
-        for axis, c in enumerate(coords):
-            if len(c) == shape[axis]:
-                continue
-            step = int(c[1] - c[0]) if len(c) > 1 else 1
-            if len(c) == 1 or (np.diff(c) == step).all():
-                ends = [int(c[0]), int(c[-1]) + 1]
-                args = [np.array([v], np.int64) for v in (*ends, axis, step)]
+        for k in changed:
+            p = positions[k]
+            step = int(p[1] - p[0]) if len(p) > 1 else 1
+            if len(p) == 1 or (step > 0 and (np.diff(p) == step).all()):
+                args = [np.array([v], np.int64) for v in (int(p[0]), int(p[-1]) + 1, k, step)]
                 name = self.emit.add("Slice", [name, *(self.emit.constant(a) for a in args)])
             else:
-                name = self.emit.add("Gather", [name, self.emit.constant(c.astype(np.int64))], {"axis": axis})
-            new[axis] = len(c)
-            position[axis] = np.searchsorted(c, position[axis])
-        return name, with_extents(have, new), np.ravel_multi_index(position, new).reshape(at.shape)
+                name = self.emit.add("Gather", [name, self.emit.constant(p.astype(np.int64))], {"axis": k})
+        new = [len(p) for p in positions]
+        place = [
+            np.zeros(at.shape, np.int64)
+            if a is None
+            else np.broadcast_to(_range(at.shape[a]).reshape([-1 if k == a else 1 for k in range(at.ndim)]), at.shape)
+            for a in axes
+        ]
+        return name, with_extents(have, new), np.ravel_multi_index(place, new) if new else at
 
     def _transpose(self, name: str, have: Dims, at: Codes, dims: Dims) -> str | None:
         """Reshape, Transpose and Reshape, where the entries are a permutation of the source's axes."""
@@ -408,6 +440,55 @@ class Layout:
         if divisor > 1:
             out = self.emit.add("Div", [out, self.emit.constant(np.array([divisor], np.int64))], hint=hint)
         return out
+
+
+def _native_order(piece: Codes, axis: int) -> list[int] | None:
+    """The order of axes in which a piece of one source lies in memory, the joined axis before the entries of a piece.
+
+    Returns:
+        None where that is the order the axes have.
+    """
+    if piece.shape[axis] != 1 or (source_numbers(piece) != source_numbers(piece).flat[0]).any():
+        return None
+    inner = [k for k in range(piece.ndim) if piece.shape[k] > 1]
+    strides = {k: int(np.moveaxis(piece, k, 0)[1].flat[0] - piece.flat[0]) for k in inner}
+    wanted = [axis, *sorted(inner, key=lambda k: -strides[k])]
+    if not inner or wanted == sorted(wanted):
+        return None
+    slots = iter(wanted)
+    return [next(slots) if k in wanted else k for k in range(piece.ndim)]
+
+
+def _positions(
+    at: Codes, shape: tuple[int, ...]
+) -> tuple[list[Codes], list[int | None]] | None:
+    """Per axis of a source, the positions taken along it and the axis of `at` they run along.
+
+    Returns:
+        None where an axis of the source is addressed by several axes of `at`, or the other way round.
+    """
+    positions: list[Codes] = []
+    axes: list[int | None] = []
+    for coordinate in np.unravel_index(at, shape) if shape else ():
+        mine = [a for a in range(at.ndim) if at.shape[a] > 1 and (coordinate != coordinate.take([0], a)).any()]
+        if len(mine) > 1 or (mine and mine[0] in axes):
+            return None
+        axes.append(mine[0] if mine else None)
+        flat = np.moveaxis(coordinate, mine[0], 0).reshape(at.shape[mine[0]], -1)[:, 0] if mine else coordinate.flat[:1]
+        positions.append(np.asarray(flat, np.int64))
+    if any(at.shape[a] > 1 and a not in axes for a in range(at.ndim)):
+        return None
+    return positions, axes
+
+
+def _split_last(dims: Dims, size: int) -> Dims | None:
+    """Splits the last constant factor in two, the second of a size."""
+    if not dims or symbols(dims[-1:]) or not dims[-1] or size < 2:
+        return None
+    total = extents(dims[-1:])[0]
+    if total % size or total == size:
+        return None
+    return (*dims[:-1], (total // size,), (size,))
 
 
 def _range(n: int) -> Codes:

@@ -20,7 +20,9 @@ from onnxrank.facts import Facts
 Needs = dict[int, NDArray[np.int64]]
 
 _SAME_SHAPE = set(
-    ["Abs", "Ceil", "Celu", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Tan", "Tanh", "ThresholdedRelu", "Cast", "Dropout", "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "PRelu", "And", "Or", "Xor", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Clip"]
+    """Abs Ceil Celu Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log Mish Neg Not Reciprocal
+    Relu Selu Sigmoid Sign Sin Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Cast Dropout Add Sub Mul Div Pow
+    Max Min Where PRelu And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual Clip""".split()
 )
 _PER_ROW = {"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"}
 

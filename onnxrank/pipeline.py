@@ -326,7 +326,11 @@ class Study:
         if CANDIDATES not in self.symbols:
             raise UsageError("no input has a candidate axis: name the inputs that differ between candidates")
         self.maker = feeds.Maker(self.declared, None)
-        self.facts = facts.measure(model, self.symbols, self.maker, loaded.folder)
+        try:
+            self.facts = facts.measure(model, self.symbols, self.maker, loaded.folder)
+        except ModelError:
+            self.maker = feeds.Maker(self.declared, None, fill=0)
+            self.facts = facts.measure(model, self.symbols, self.maker, loaded.folder)
         resolved = resolve_ifs(self.model, self.facts)
         if resolved is not None:
             self.model = resolved

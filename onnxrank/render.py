@@ -8,13 +8,13 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -68,14 +68,13 @@ class _Printer:
 
     def item(self, text: str, lead: str = "", indent: int = 2) -> None:
         """Prints a paragraph whose further lines are indented."""
-        grid = Table.grid(padding=0)
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(self.text(lead), self.text(text))
-        self.console.print(Padding(grid, (0, 0, 0, indent)))
+        width = max(self.console.width - indent - len(lead), 20)
+        lines = textwrap.wrap(printable(text, self.console.encoding, keep="\n"), width, break_on_hyphens=False)
+        for k, line in enumerate(lines):
+            self.line((lead if k == 0 else " " * len(lead)) + line, indent)
 
     def line(self, text: str, indent: int) -> None:
-        """Prints a line that is never broken, so that names of nodes can be searched for and copied."""
+        """Prints a line that is never broken: names of nodes must stay searchable."""
         self.console.print(self.text(" " * indent + text), soft_wrap=True)
 
     def text(self, text: str, style: str = "") -> Text:
@@ -91,14 +90,14 @@ class _Printer:
     def head(self) -> None:
         r = self.report
         low, high = r.candidates
-        n = f"{low} candidates" if low == high else f"{_middle(r)} candidates (of {low} to {high})"
+        n = str(low) if low == high else f"{round(math.sqrt(low * high))} ({low}..{high})"
         self.say(f"{r.source or 'model in memory'}", "bold")
-        self.say(f"onnxrank {r.version}, interface {r.interface}, costs of one request with {n}")
+        self.say(f"onnxrank {r.version}, interface {r.interface}, costs of one request at N = {n}")
         self.console.print()
 
     def costs(self) -> None:
         r = self.report
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_footer=True)
         before, after = _total(r.before.values()), _total(r.after.values())
         table.add_column("level", "total")
         for k, name in enumerate(("nodes", "parameters", "MACs", "bytes")):
@@ -111,6 +110,7 @@ class _Printer:
             ]
             table.add_row(level, *map(self.text, cells))
         self.console.print(table)
+        self.console.print()
         parts = []
         if r.macs_before:
             saved = r.macs_before - r.macs_after
@@ -150,9 +150,8 @@ class _Printer:
     def predictions(self) -> None:
         found = self.report.predictions
         if found:
-            ratios = ", ".join(f"{p.ratio:.2f}{self.times} at {p.candidates}" for p in found)
             self.title("Predicted time of the original over that of the result, by candidates")
-            self.item(ratios)
+            self.item(", ".join(f"{_three(p.ratio)}{self.times} at {p.candidates}" for p in found))
 
     def checks(self, verbose: bool) -> None:
         found = self.report.checks
@@ -162,7 +161,7 @@ class _Printer:
         worst = max(found, key=_share_of_tolerance)
         counts = ", ".join(str(n) for n in sorted({c.candidates for c in found}))
         self.item(
-            f"{_count(len(found), 'comparison')} at N = {counts}: largest difference {worst.error:.2g} where "
+            f"{_count(len(found), 'comparison')} at N = {counts}: at most {worst.error:.2g} off, "
             f"{worst.tolerance:.2g} is allowed"
         )
         for c in found if verbose else ():
@@ -174,18 +173,18 @@ class _Printer:
 
     def verdict(self) -> None:
         r = self.report
-        where = f" Written to {r.output}." if r.output else " Nothing was written."
         self.console.print()
+        self.line(f"Written to {r.output}." if r.output else "No model was written.", 0)
         if not r.changed:
-            same = "the output is the input's own bytes." if r.output else "the output would be the input's own bytes."
-            self.say(f"Nothing applied: {same}{where}", "bold yellow")
+            self.say(
+                f"Nothing applied: the output {'is' if r.output else 'would be'} the input's own bytes.", "bold yellow"
+            )
             return
         uses = ", ".join(f"{rule.sites} {self.times} {rule.name}" for rule in r.rules) or "Rewritten"
         gone = ""
         if r.macs_before:
             gone = f": {percent(1 - r.macs_after / r.macs_before)} of MACs are now once per request or gone"
-        checked = "" if r.checks else " Not checked."
-        self.say(f"{uses}{gone}.{checked}{where}", "bold green")
+        self.say(f"{uses}{gone}.{'' if r.checks else ' Not checked.'}", "bold green")
 
 
 def printable(text: str, encoding: str, keep: str = "") -> str:
@@ -203,13 +202,16 @@ def printable(text: str, encoding: str, keep: str = "") -> str:
 def human(value: float, unit: str = "") -> str:
     """A number with three digits and k, M, G or T: 1234567 is 1.23M."""
     for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 999.5 or prefix == "T":
+        if value < 999.5 or prefix == "T":
             break
         value /= 1000
     if not prefix:
         return f"{value:.0f}{unit}"
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f}{prefix}{unit}"
+    return f"{_three(value)}{prefix}{unit}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def percent(share: float) -> str:
@@ -243,11 +245,6 @@ def _unit(value: int, column: int) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _middle(report: Report) -> int:
-    low, high = report.candidates
-    return round((low * high) ** 0.5)
 
 
 def _share_of_tolerance(c: Any) -> float:
@@ -322,13 +319,19 @@ def write_report(report: Report, target: str, explain: bool = False, verbose: bo
     from onnxrank.model import check_output, replace_files
 
     form, file = parse_target(target)
-    text = to_json(report) if form == "json" else to_text(report, explain, verbose)
+    encoding = (sys.stdout.encoding or "utf-8") if file == "-" else "utf-8"
+    text = to_json(report) if form == "json" else to_text(report, explain, verbose, encoding)
+
+    def write(out: BinaryIO) -> None:
+        out.write(text.encode(encoding))
+
     if file == "-":
-        sys.stdout.write(printable(text, sys.stdout.encoding or "utf-8", keep="\n"))
+        sys.stdout.write(text)
     elif _is_stream(Path(file)):
-        Path(file).write_text(text, encoding="utf-8")
+        with open(file, "wb") as out:
+            write(out)
     else:
-        replace_files({check_output(file): lambda out: out.write(text.encode())})
+        replace_files({check_output(file): write})
 
 
 def to_json(report: Report) -> str:
@@ -336,12 +339,13 @@ def to_json(report: Report) -> str:
     return json.dumps(_finite(report.to_dict()), indent=2, allow_nan=False) + "\n"
 
 
-def to_text(report: Report, explain: bool = False, verbose: bool = False) -> str:
-    """The report as plain text."""
-    file = io.StringIO()
+def to_text(report: Report, explain: bool = False, verbose: bool = False, encoding: str = "utf-8") -> str:
+    """The report as plain text that the encoding takes."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
     console = Console(file=file, width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     print_report(report, console, explain, verbose)
-    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+    file.seek(0)
+    return "".join(f"{line.rstrip()}\n" for line in file)
 
 
 def _is_stream(path: Path) -> bool:

@@ -268,6 +268,10 @@ class Rewrite:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
 
+    def readers(self, name: str) -> list[NodeProto]:
+        """Original nodes that read an original tensor."""
+        return self._consumers.get(name, [])
+
     def linear_columns(self, name: str) -> int:
         """Columns of all constant weights that a tensor is multiplied with, affine steps in between allowed."""
         total = 0
@@ -395,7 +399,7 @@ class Rewrite:
         """Divides entries by how often they have to be computed.
 
         Args:
-            levels: Level of every entry.
+            levels: Level of every entry, or any larger key whose last two bits are the level.
             dims: Logical shape.
             flat: Whether entries without a common axis may be taken one by one.
 
@@ -406,14 +410,14 @@ class Rewrite:
             Unrepresentable: The levels do not follow an axis and `flat` is false.
         """
         if (levels == levels.flat[0]).all():
-            level = Level(int(levels.flat[0]))
+            level = _level(levels.flat[0])
             return [] if level is Level.UNREAD else [Group(level, ..., dims)]
         found = split_axis(levels)
         out = []
         if found is not None:
             axis, parts = found
             for at in parts:
-                level = Level(int(levels.take(at[0], axis).flat[0]))
+                level = _level(levels.take(at[0], axis).flat[0])
                 index = tuple(at if k == axis else slice(None) for k in range(levels.ndim))
                 if level is not Level.UNREAD:
                     out.append(Group(level, index, with_extents(dims, levels[index].shape)))
@@ -425,7 +429,7 @@ class Rewrite:
             if key != Level.UNREAD:
                 mask = levels == key
                 size = int(mask.sum())
-                out.append(Group(Level(int(key)), mask, (*syms, (size,) if size > 1 else ())))
+                out.append(Group(_level(key), mask, (*syms, (size,) if size > 1 else ())))
         return out
 
     # --- sums ------------------------------------------------------------------------------------------------------
@@ -506,6 +510,11 @@ class Rewrite:
             if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
                 return Value(dims, dtype, source)
         return view(dims, dtype, codes)
+
+
+def _level(key: Any) -> Level:
+    """The level in a key of `Rewrite.groups`."""
+    return Level.UNREAD if key == Level.UNREAD else Level(int(key) & 3)
 
 
 def _ranked(codes: Codes, rank: int) -> Codes:

@@ -183,6 +183,7 @@ class Source:
         load: Gives the entries of a constant.
         write: Writes the tensor when it is first asked for.
         product: Writes a matrix product, the named tensor added to it.
+        block: Whether it is a block of dot products, of which a part may be taken by weights of 0.
     """
 
     number: int
@@ -193,6 +194,7 @@ class Source:
     load: Callable[[], NDArray[Any]] | None = None
     write: Callable[[], str] | None = None
     product: Callable[[str | None], str] | None = None
+    block: bool = False
 
     @cached_property
     def data(self) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """The rewrite rules, in order of preference: the first that takes a node decides."""
 
-from onnxrank.rules import broadcast, fc, gru, movement, norm, reduce, select
+from onnxrank.rules import broadcast, dot, fc, gru, movement, norm, reduce, select
 
 from onnxrank.rewrite import Rule
 
@@ -8,6 +8,7 @@ RULES: tuple[Rule, ...] = (
     movement.RULE,
     norm.RULE,
     fc.RULE,
+    dot.RULE,
     reduce.RULE,
     gru.RULE,
     select.RULE,

@@ -28,13 +28,18 @@ from onnxrank.values import (
     extents,
     is_candidate_symbol,
     keep_symbols,
+    split_axis,
     symbols,
     with_extents,
 )
 
-UNARY = ["Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Ceil", "Celu", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Cast", "Dropout"]
-BINARY = ["Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor", "Clip", "CastLike"]
-_BOOLEAN = set(["And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor", "IsInf", "IsNaN"])
+UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
+    Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
+    Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Dropout""".split()
+BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min
+    Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
+_COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
+_BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 
 
 def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
@@ -83,11 +88,35 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     wide = [np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in values]
     if unread:
         wide = [mark_unread(w, unread) for w in wide]
+    ranks = [v.rank for v in values]
+    if node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
+        wide = _ordered(rw, wide)
     out = np.full(extents(dims), HOLE)
-    for group in rw.groups(rw.joint_levels(wide), dims):
+    for group in rw.groups(_kinds(rw, wide), dims):
         parts = [group.take(w) for w in wide]
-        group.put(out, _group(rw, node, group, parts, [v.rank for v in values], present, dtype))
+        group.put(out, _group(rw, node, group, parts, ranks, present, dtype))
     return rw.tidy(dims, dtype, out)
+
+
+def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:
+    """Operands of a commutative operator, the entry of the lower level first."""
+    first, second = (rw.sources.levels(w) for w in wide)
+    swap = first > second
+    return [np.where(swap, wide[1], wide[0]), np.where(swap, wide[0], wide[1])]
+
+
+def _kinds(rw: Rewrite, wide: list[Codes]) -> Any:
+    """A key per entry: its level, and where that keeps to one axis, which operands have which.
+
+    Told apart like that, no operand has to be brought to full rows only because other entries of it have them.
+    """
+    joint = rw.joint_levels(wide)
+    keys = joint.copy()
+    for w in wide:
+        keys = keys * 4 + rw.sources.levels(w)
+    keys = np.where(joint == Level.UNREAD, Level.UNREAD, keys * 4 + joint)
+    several = len(np.unique(keys)) > len(np.unique(joint))
+    return keys if several and split_axis(keys) is not None else joint
 
 
 def mark_unread(codes: Codes, needed: dict[int, Any]) -> Codes:
@@ -386,6 +415,15 @@ def _gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rw.keep(node, [rw.tensor(data, full=full), rw.tensor(ids, full=full)], [ids.dims], held)
 
 
+def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A product of two operands that no rule divides."""
+    a, b = rw.value(node, 0), rw.value(node, 1)
+    if a.rank < 2 or b.rank < 2 or any(map(is_candidate_symbol, symbols([a.dims[-1], b.dims[-2], b.dims[-1]]))):
+        return None
+    dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
+    return rw.keep(node, [rw.tensor(a), rw.tensor(b)], [dims], rw.present(a) | rw.present(b))
+
+
 def _one_hot(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     ids, depth = rw.value(node, 0), rw.array(node, 1)
     if depth is None:
@@ -439,13 +477,15 @@ RULE = Rule(
         "TopK": _topk,
         **{
             op: _batch_first
-            for op in ["Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "LpPool", "GlobalLpPool", "ConvTranspose", "DepthToSpace", "SpaceToDepth", "InstanceNormalization", "GroupNormalization", "LRN"]
+            for op in """Conv MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool ConvTranspose DepthToSpace
+    SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
         },
         "BatchNormalization": lambda rw, node: rowwise(rw, node, [1] if rw.value(node, 0).rank > 1 else []),
         "Gather": lookup,
         "GatherND": _gather_nd,
         "GatherElements": _gather_elements,
         "OneHot": _one_hot,
+        "MatMul": _matmul,
         "Attention": _attention,
         "com.microsoft::Attention": _attention,
         "com.microsoft::MultiHeadAttention": _attention,

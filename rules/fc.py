@@ -6,6 +6,7 @@ has one product with its entries side by side. The request-level product rides i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -26,11 +27,11 @@ from onnxrank.values import (
     Level,
     Sum,
     Value,
-    broadcast_dims,
     canonical,
     codes_of,
     extents,
     is_candidate_symbol,
+    source_numbers,
     split_axis,
     symbols,
     view,
@@ -71,8 +72,8 @@ class Piece:
 
         The addition is a node of constants, which the runtime folds: no weight is rounded here.
         """
-        if len(self.members) == self.codes.shape[-1]:
-            out = np.empty_like(weight[self.members])
+        if len(np.unique(self.columns)) == len(self.members):
+            out = np.zeros((self.codes.shape[-1], weight.shape[1]), weight.dtype)
             out[self.columns] = weight[self.members]
             return rw.emit.constant(out)
         chosen = np.zeros((self.codes.shape[-1], len(self.members)), weight.dtype)
@@ -80,8 +81,17 @@ class Piece:
         return rw.emit.add("MatMul", [rw.emit.constant(chosen), rw.emit.constant(weight[self.members])])
 
 
-def pieces(rw: Rewrite, codes: Codes, dims: Dims) -> Iterator[Piece]:
+_FEW = 3
+
+
+def pieces(rw: Rewrite, codes: Codes, dims: Dims, weighted: bool = False) -> Iterator[Piece]:
     """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
+
+    Args:
+        rw: The rewrite.
+        codes: The entries.
+        dims: Logical shape.
+        weighted: Whether pieces may hold entries nobody asked for, because weights of 0 will undo them.
 
     Raises:
         Unrepresentable: The levels follow no axis.
@@ -89,6 +99,10 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims) -> Iterator[Piece]:
     levels = rw.sources.levels(codes).astype(np.int64)
     mix = np.random.default_rng(0).integers(1, 1 << 40, codes.shape[-1])
     row_keys = ((levels + 2) * mix).sum(-1)
+    numbers = source_numbers(codes)
+    if 1 < len(np.unique(numbers)) <= _FEW and (numbers == numbers[..., :1]).all():
+        # Rows of a few large tensors: contracted where they lie, they need not be joined.
+        row_keys = row_keys * 2 * _FEW + numbers[..., 0]
     row_keys[(levels == Level.UNREAD).any(-1)] = 0
     rows = dims[:-1]
     groups: list[tuple[Any, Dims]] = [(..., dims)]
@@ -123,13 +137,36 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims) -> Iterator[Piece]:
             flat = sub.reshape(-1, len(members))
             order = np.argsort(flat[0], kind="stable")
             keep, columns = [int(order[0])], np.zeros(len(members), np.int64)
-            for a, b in zip(order, order[1:], strict=False):
+            for a, b in itertools.pairwise(order.tolist()):
                 if flat[0, a] != flat[0, b] or not np.array_equal(flat[:, a], flat[:, b]):
                     keep.append(int(b))
                 columns[b] = len(keep) - 1
             sub = sub[..., keep]
+            if weighted and flat.shape[0] == 1:
+                sub, moved = _completed(rw, sub)
+                columns = moved[columns]
             level = Level(int(level_of[members[0]]))
             yield Piece(level, group, sub, with_extents(own, sub.shape), slot, columns, members)
+
+
+def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
+    """Adds the missing entries of blocks of dot products that are used for the better part, such as a triangle.
+
+    They get weights of 0: a few more products cost less than picking activations apart.
+
+    Returns:
+        The sorted entries, and where each given one has gone.
+    """
+    flat = codes.reshape(-1)
+    extra = [flat]
+    for number, count in zip(*np.unique(source_numbers(flat), return_counts=True), strict=True):
+        source = rw.sources[int(number)]
+        if source.block and count < source.size <= 2 * count + 1:
+            extra.append(np.setdiff1d(codes_of(source).reshape(-1), flat))
+    if len(extra) == 1:
+        return codes, np.arange(flat.size)
+    everything = np.sort(np.concatenate(extra))
+    return everything.reshape(*codes.shape[:-1], -1), np.searchsorted(everything, flat)
 
 
 Product = Callable[[Piece, str, Dims], tuple[Dims, Callable[[str | None], str]]]
@@ -149,6 +186,7 @@ def partials(
     rule: str,
     unread: Any = None,
     idempotent: bool = False,
+    weighted: bool = False,
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
 
@@ -160,6 +198,7 @@ def partials(
         write: Writes the contraction of one piece.
         rule: Name of the rule, for the report.
         unread: Positions read per axis of the result, if not all.
+        weighted: Whether `write` multiplies with weights, of which 0 undoes an entry.
         idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
 
     Returns:
@@ -175,7 +214,7 @@ def partials(
     zero = rw.zero(x.dtype)
     terms: list[Codes] = []
     split = not rw.single_level(x)
-    for piece in pieces(rw, codes, dims):
+    for piece in pieces(rw, codes, dims, weighted):
         if piece.slot == len(terms):
             terms.append(terms[0].copy() if idempotent and terms else np.full(shape, HOLE if unread else zero))
         small = piece.codes.shape[:-1]
@@ -205,7 +244,7 @@ def contract(
     def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
         return write(name, physical, piece.weights(rw, weight))
 
-    parts = partials(rw, x, axis, weight.shape[1], one, rule, unread)
+    parts = partials(rw, x, axis, weight.shape[1], one, rule, unread, weighted=True)
     dims = (*x.dims[:axis], canonical([weight.shape[1]]), *x.dims[axis + 1 :])
     return rw.add(parts, dims, x.dtype)
 
@@ -278,7 +317,7 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         y = rw.operand(node, 1)
         if y is not None and y.rank >= 2 and worthwhile(rw, y, unread):
             return [_left(rw, y, left, unread)]
-    return bilinear(rw, node)
+    return None
 
 
 def linear_last(rw: Rewrite, x: Abstract, weight: NDArray[Any], rule: str, unread: Any = None) -> Abstract:
@@ -350,23 +389,6 @@ def _with(rw: Rewrite, name: str, addend: str | None) -> str:
 def _plain(rw: Rewrite, node: NodeProto, x: Value, width: int) -> list[Abstract]:
     names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
     return rw.keep(node, names, [(*x.dims[:-1], canonical([width]))], rw.present(x))
-
-
-def bilinear(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """A product of two computed operands: candidates become rows of one matrix where the other has none."""
-    a, b = rw.value(node, 0), rw.value(node, 1)
-    if a.rank < 2 or b.rank < 2 or any(map(is_candidate_symbol, symbols([a.dims[-1], b.dims[-2]]))):
-        return None
-    if any(map(is_candidate_symbol, symbols([b.dims[-1]]))):
-        return None
-    lead = broadcast_dims([a.dims[:-2], b.dims[:-2]])
-    dims = (*lead, a.dims[-2], b.dims[-1])
-    if b.rank > 2 and a.rank >= b.rank and rw.level(a) is Level.CANDIDATE and rw.level(b) is Level.REQUEST:
-        name, physical = rw.tensor(b), b.whole.dims if b.whole is not None else None
-        if physical is not None and all(d == () for d in physical[:-2]):
-            matrix = rw.layout.reshape(name, physical, physical[-2:])
-            return rw.keep(node, [rw.tensor(a), matrix], [dims], rw.present(a) | rw.present(b))
-    return rw.keep(node, [rw.tensor(a), rw.tensor(b)], [dims], rw.present(a) | rw.present(b))
 
 
 def gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -217,6 +217,21 @@ def gather(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return move(rw, node, x, [(dims, lambda c: np.take(c, at, axis))])
 
 
+def gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """GatherND of constant positions, as in the selection of a triangle."""
+    ids = rw.array(node, 1)
+    found = rw.operand(node, 0)
+    if ids is None or found is None or rw.level(found) is Level.CONSTANT or attribute(node, "batch_dims", 0):
+        return None
+    x = _data(rw, node)
+    width = ids.shape[-1]
+    if any(symbols([d]) for d in x.dims[:width]):
+        return None
+    at = tuple(np.moveaxis(ids, -1, 0))
+    dims = (*(canonical([k]) for k in ids.shape[:-1]), *x.dims[width:])
+    return move(rw, node, x, [(dims, lambda c: c[at])])
+
+
 def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Concat: blocks along an axis of constant extent."""
     values = [rw.value(node, k) for k in range(len(node.input))]
@@ -329,6 +344,7 @@ RULE = Rule(
         "Slice": slice_,
         "Split": split,
         "Gather": gather,
+        "GatherND": gather_nd,
         "Concat": concat,
         "Expand": expand,
         "Tile": tile,

@@ -39,6 +39,7 @@ sys.modules.setdefault("deepctr_torch.utils", _quiet)
 
 from deepctr_torch import models as library  # noqa: E402
 from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat, build_input_features  # noqa: E402
+from deepctr_torch.layers import PredictionLayer  # noqa: E402
 
 SEED = 7
 HISTORY = 50
@@ -228,7 +229,7 @@ MODELS: dict[str, Maker] = {
 def initialise(module: nn.Module, scale: Scale, x: torch.Tensor) -> None:
     """Draws weights that make activations O(1) and scores differ; the library's own are all but zero.
 
-    Each linear layer is scaled, when `x` first passes it, so that its results have a standard deviation near 1.
+    Each linear layer is scaled, when `x` first passes it, so that its results vary by about 1 over the rows.
     """
     rng = torch.Generator().manual_seed(SEED)
 
@@ -249,35 +250,47 @@ def initialise(module: nn.Module, scale: Scale, x: torch.Tensor) -> None:
                 normal(parameter, 0.1)
             else:
                 # Cross kernels are [layers, in, out], those of the outer product [in, pairs, out].
-                fan_in = parameter[0].numel() if isinstance(_owner(module, name), nn.Conv2d) else parameter.shape[-1]
+                fan_in = parameter[0].numel() if isinstance(_owner(module, name), nn.Conv1d | nn.Conv2d) else parameter.shape[-1]
                 normal(parameter, 1.0 / math.sqrt(max(fan_in, 4) if fan_in > 1 else parameter.shape[-2]))
         for layer in module.modules():
             if isinstance(layer, nn.BatchNorm1d):
                 normal(layer.running_mean, 0.2)
                 layer.running_var.uniform_(0.6, 1.4, generator=rng)
                 normal(layer.weight, 0.2, mean=1.0)
+    hooks: list[Any] = []
+    done: set[nn.Module] = set()
+
+    def first_time(layer: nn.Module) -> bool:
+        done_before = layer in done
+        done.add(layer)
+        return not done_before
+
+    def unit(layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+        """Scales by a power of two, so that the calibration's own rounding does not matter."""
+        std = float(out.std(dim=0).mean())
+        if not first_time(layer) or not std > 0:
+            return None
+        layer.weight.mul_(2.0 ** -round(math.log2(std)))
+        return layer.forward(*args)
+
+    def centre(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Moves logits to where the sigmoid is steep."""
+        if first_time(layer):
+            layer.bias.fill_(-round(float(args[0].mean()), 1))
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+            hooks.append(layer.register_forward_hook(unit))
+        elif isinstance(layer, PredictionLayer) and layer.use_bias:
+            hooks.append(layer.register_forward_pre_hook(centre))
     with torch.no_grad():
-        hooks = [m.register_forward_hook(_unit) for m in module.modules() if isinstance(m, nn.Linear)]
         module(x)
-        for hook in hooks:
-            hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(name.rpartition(".")[0])
-
-
-def _unit(layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
-    """Scales a linear layer once, by a power of two so that rounding elsewhere does not matter."""
-    if hasattr(layer, "scaled_once"):
-        return None
-    layer.scaled_once = True
-    std = float(out.std())
-    if not 1e-8 < std < 1e8:
-        return None
-    factor = 2.0 ** -round(math.log2(std))
-    layer.weight.mul_(factor)
-    return nn.functional.linear(args[0], layer.weight, layer.bias)
 
 
 def build(name: str, scale_name: str = "small") -> tuple[nn.Module, list[InputSpec]]:

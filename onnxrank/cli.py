@@ -1,0 +1,376 @@
+"""The command line. What is slow to import is imported by the command that needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from onnxrank.errors import EnvironmentProblem, NothingApplied, OnnxrankError, UsageError
+
+if TYPE_CHECKING:
+    from onnxrank.report import Report
+    from onnxrank.rewrite import Rule
+
+INTERNAL = 70
+INTERRUPTED = 130
+TERMINATED = 143
+BROKEN_PIPE = 141
+_PATIENCE = 1.0  # seconds before progress is shown
+
+
+def _span(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, int]:
+    """Reads `512` or `64..2048`."""
+    match = re.fullmatch(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is neither a number nor a range such as 64..2048.", ctx, param)
+    low = int(match[1])
+    high = low if match[2] is None else int(match[2])
+    if low < 1 or high < low:
+        raise click.BadParameter(f"{value!r} starts below 1, or goes down.", ctx, param)
+    return low if match[2] is None else (low, high)
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
+    """Reads comma lists; None if there is none."""
+    return [name for part in value for item in part.split(",") if (name := item.strip())] if value else None
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onnxrank", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Makes exported ONNX ranking models fast without changing what they compute.
+
+    Exit codes: 0 done, 1 the check failed, 2 usage or roles, 3 the model is invalid or not supported, 4 the environment
+    lacks something, 5 nothing applied although a change was required, 70 internal error.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command(short_help="Compute once per request what does not depend on the candidate.")
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", required=False)
+@click.option(
+    "--request",
+    multiple=True,
+    metavar="PATTERN",
+    help="Inputs that are the same for all candidates of a request: a name, a glob such as 'user_*', or columns "
+    "such as 'X[0:13,20]' (half-open ranges). Repeatable.",
+)
+@click.option("--roles", metavar="FILE", help="The same, with value ranges and axes, as YAML or JSON.")
+@click.option(
+    "--infer-roles", metavar="DATA.npz", help="Recorded requests: an array per input, and request_id. Instead of roles."
+)
+@click.option(
+    "--interface",
+    type=click.Choice(["request", "same"]),
+    default="request",
+    show_default=True,
+    help="request: request-level inputs take one row. same: the signature does not change.",
+)
+@click.option(
+    "--no-guard",
+    is_flag=True,
+    help="With --interface same: do not turn scores into NaN where request-level rows differ.",
+)
+@click.option(
+    "--candidates",
+    callback=_span,
+    default="512",
+    show_default=True,
+    metavar="N|LOW..HIGH",
+    help="Expected number of candidates per request, or its range.",
+)
+@click.option(
+    "--select", callback=_names, multiple=True, metavar="RULES", help="Use only these: a comma list, or repeated."
+)
+@click.option(
+    "--ignore", callback=_names, multiple=True, metavar="RULES", help="Leave these out: a comma list, or repeated."
+)
+@click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable.")
+@click.option(
+    "--report",
+    multiple=True,
+    metavar="[FORMAT:]FILE",
+    help="Write the report as json or text; the file's ending tells which if FORMAT is left out; - is stdout. "
+    "Repeatable.",
+)
+@click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
+@click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
+@click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
+@click.option("--require-change", is_flag=True, help="Exit with 5 and write no model if nothing applied.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print every step and comparison, and tracebacks of internal errors."
+)
+@click.pass_context
+def optimize(
+    ctx: click.Context,
+    source: str,
+    out: str | None,
+    request: tuple[str, ...],
+    roles: str | None,
+    infer_roles: str | None,
+    interface: str,
+    no_guard: bool,
+    candidates: int | tuple[int, int],
+    select: list[str] | None,
+    ignore: list[str] | None,
+    rules: tuple[str, ...],
+    report: tuple[str, ...],
+    explain: bool,
+    dry_run: bool,
+    no_check: bool,
+    require_change: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Compute once per request what does not depend on the candidate.
+
+    Reads the ranking model IN, rewrites it, compares the result with the original and writes it to OUT, which may be IN
+    itself. If nothing applies, OUT gets IN's own bytes. If anything fails, no file is written.
+    """
+    ctx.find_root().obj = {"verbose": verbose}
+    if quiet and verbose:
+        raise click.UsageError("-q and -v exclude each other.", ctx)
+    if out is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).", ctx)
+    if infer_roles is not None and (request or roles is not None):
+        raise click.UsageError("--infer-roles finds the roles itself, so --request and --roles exclude it.", ctx)
+
+    from onnxrank import optimize as run
+    from onnxrank.model import check_output
+    from onnxrank.render import check_target, parse_target, write_report
+    from onnxrank.roles import load_spec
+
+    for target in report:
+        check_target(target, [source, *([out] if out is not None else [])])
+    if out is not None and not dry_run:
+        check_output(out)
+    spec = None if roles is None else load_spec(roles)
+    recorded = None if infer_roles is None else _read_npz(infer_roles)
+    with _progress(quiet, verbose) as progress:
+        result = run(
+            source,
+            request=request,
+            spec=spec,
+            infer_from=recorded,
+            interface=interface,
+            guard=not no_guard,
+            candidates=candidates,
+            select=select,
+            ignore=ignore or (),
+            extra_rules=rules,
+            check=not no_check,
+            progress=progress,
+        )
+        refused = require_change and not result.changed
+        if out is not None and not dry_run and not refused:
+            result.save(out)
+    for target in report:
+        write_report(result.report, target, explain, verbose)
+    if not quiet:
+        # Stdout is one document: a report that goes there displaces the table.
+        taken = any(parse_target(target)[1] == "-" for target in report)
+        _print(result.report, sys.stderr if taken else sys.stdout, explain, verbose)
+    if refused:
+        raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")
+
+
+@cli.command("rules", short_help="List the rules, or explain one.")
+@click.argument("name", metavar="[RULE]", required=False)
+def list_rules(name: str | None) -> None:
+    """List the rules, or explain RULE."""
+    from onnxrank.pipeline import choose_rules
+
+    known = {rule.name: rule for rule in choose_rules(None, (), ())}
+    if name is None:
+        width = max(map(len, known))
+        for rule in known.values():
+            click.echo(f"{rule.name:<{width}}  {rule.title}")
+    elif name in known:
+        _explain(known[name])
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"There is no rule {name!r}.{hint} The rules are {', '.join(known)}.")
+
+
+def _explain(rule: Rule) -> None:
+    import textwrap
+
+    click.echo(f"{rule.name}: {rule.title}\n")
+    exactness = {"exact": "results are bit-identical", "reassociates": "the order of additions changes"}
+    for label, text in (
+        ("identity", rule.identity),
+        ("source", rule.source),
+        ("applies", rule.legal),
+        ("refuses", rule.refuses),
+        ("exactness", f"{rule.exactness} ({exactness.get(rule.exactness, 'see source')})"),
+        ("operators", ", ".join(sorted(rule.operators)) or "none of its own"),
+    ):
+        click.echo(textwrap.fill(text, 80, initial_indent=f"{label:<11}", subsequent_indent=" " * 11))
+
+
+def _read_npz(path: str) -> dict[str, Any]:
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    try:
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise UsageError(f"{path} holds a single array; an .npz file with an array per input is needed.")
+        with data:
+            return {key: data[key] for key in data.files}
+    except OSError as e:
+        raise UsageError(f"The recorded requests {path} cannot be read: {e.strerror or e}.") from e
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        raise UsageError(f"The recorded requests {path} are not an .npz file of plain arrays: {_line(e)}.") from e
+
+
+def _print(report: Report, stream: TextIO, explain: bool, verbose: bool) -> None:
+    from rich.console import Console
+
+    from onnxrank.render import print_report
+
+    console = Console(file=stream)
+    # Written here rather than by rich, which would end the process where the reader went away.
+    with console.capture() as captured:
+        print_report(report, console, explain, verbose)
+    stream.write(captured.get())
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool, verbose: bool) -> Iterator[Callable[[str], None] | None]:
+    """Progress on stderr: lines with -v, else a spinner on a terminal after a second."""
+    if quiet or not (verbose or sys.stderr.isatty()):
+        yield None
+    elif verbose:
+        start = time.monotonic()
+        yield lambda step: click.echo(f"{time.monotonic() - start:6.1f} s  {step}", err=True)
+    else:
+        from rich.console import Console
+
+        status = Console(stderr=True).status("working")
+        lock = threading.Lock()
+        done = False
+
+        def show() -> None:
+            with lock:
+                if not done:
+                    status.start()
+
+        timer = threading.Timer(_PATIENCE, show)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield lambda step: status.update(step)
+        finally:
+            timer.cancel()
+            with lock:
+                done = True
+                status.stop()
+
+
+def _line(e: BaseException) -> str:
+    return " ".join(str(e).split())[:400].rstrip(".") or type(e).__name__
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: The arguments; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with _terminable():
+        return _run(list(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> int:
+    ctx: click.Context | None = None
+    try:
+        ctx = cli.make_context("onnxrank", args)
+        with ctx:
+            cli.invoke(ctx)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:
+        command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "onnxrank"
+        return _fail(f"{e.format_message()} Try '{command} --help'.", UsageError.exit_code)
+    except OnnxrankError as e:
+        return _fail(str(e), e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except MemoryError:
+        return _fail("There is not enough memory.", EnvironmentProblem.exit_code)
+    except BrokenPipeError:
+        # Whatever is left in the buffer must not be tried again on the way out.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            return _fail(f"There is no space left to write the output: {_line(e)}.", EnvironmentProblem.exit_code)
+        verbose = ctx is not None and bool(ctx.obj and ctx.obj["verbose"])
+        if verbose:
+            traceback.print_exc()
+        again = "" if verbose else " (run again with -v for the traceback)"
+        return _fail(
+            f"internal error: {type(e).__name__}: {_line(e)}. This is a bug in onnxrank; please report it{again}.",
+            INTERNAL,
+        )
+
+
+def _fail(message: str, code: int) -> int:
+    from onnxrank.render import printable
+
+    text = printable(f"onnxrank: error: {message}", sys.stderr.encoding or "utf-8", keep="\n")
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
+    return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into an exception, so that temporary files are removed as on any other failure."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

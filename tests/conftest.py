@@ -1,0 +1,9 @@
+"""Lets the tests import what `support` holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Not this folder itself: its `onnxrank` would hide the package of an editable install.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
