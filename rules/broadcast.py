@@ -92,7 +92,9 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     if node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
     out = np.full(extents(dims), HOLE)
-    for group in rw.groups(_kinds(rw, wide), dims):
+    # A tensor that is there as one would have to be cut up: then the other operand is rather brought to its rows.
+    entire = any(v.whole is not None and v.whole.level is Level.CANDIDATE for v in values)
+    for group in rw.groups(rw.joint_levels(wide) if entire else _kinds(rw, wide), dims):
         parts = [group.take(w) for w in wide]
         group.put(out, _group(rw, node, group, parts, ranks, present, dtype))
     return rw.tidy(dims, dtype, out)

@@ -29,6 +29,7 @@ from onnxrank.values import (
     Value,
     canonical,
     codes_of,
+    constant_along,
     extents,
     is_candidate_symbol,
     source_numbers,
@@ -477,6 +478,10 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
                 continue
             matrix = weight if its == inner[0] + outer else weight.T
             return [linear_last(rw, x, np.ascontiguousarray(matrix), "fc")]
+    for k in (0, 1):
+        weight, x = rw.array(node, 1 - k), rw.operand(node, k)
+        if weight is not None and x is not None and worthwhile(rw, x, None):
+            return _einsum_by_rows(rw, node, rw.settle(x), k, terms, out, weight)
     values = [rw.value(node, k) for k in (0, 1)]
     sizes: dict[str, tuple[Any, ...]] = {}
     held: list[set[str]] = []
@@ -493,6 +498,47 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     full = any(h != joined for h in held)
     dims = tuple(sizes[c] for c in out)
     return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+
+
+def _einsum_by_rows(
+    rw: Rewrite, node: NodeProto, x: Value, k: int, terms: list[str], out: str, weight: NDArray[Any]
+) -> list[Abstract] | None:
+    """Einsum with constant weights, which may differ by row: rows of each level with their own weights."""
+    mine, its = terms[k], terms[1 - k]
+    if len(set(mine)) != len(mine) or any(c not in mine + its for c in out):
+        return None
+    inner = [a for a, c in enumerate(mine) if c not in out]
+    if any(map(is_candidate_symbol, symbols([x.dims[a] for a in inner]))):
+        return None
+    sizes = dict(zip(its, (canonical([n]) for n in weight.shape), strict=True)) | dict(zip(mine, x.dims, strict=True))
+    levels = rw.sources.levels(x.codes).astype(np.int64)
+    levels = np.broadcast_to(levels.max(tuple(inner), keepdims=True), levels.shape)
+    dims = tuple(sizes[c] for c in out)
+    result = np.full(extents(dims), HOLE)
+    for group in rw.groups(levels, x.dims, flat=False):
+        part, w = group.take(x.codes), weight
+        chosen: dict[str, NDArray[np.int64]] = {}
+        if group.index is not ...:
+            axis = next(a for a, i in enumerate(group.index) if not isinstance(i, slice))
+            chosen = {mine[axis]: group.index[axis]}
+            if mine[axis] in its:
+                w = np.ascontiguousarray(weight.take(group.index[axis], its.index(mine[axis])))
+        for a in range(part.ndim):
+            # An axis that the weights run along too is not one that results repeat along.
+            if a not in inner and mine[a] not in its and constant_along(part, a):
+                part = part.take([0], a)
+        own = with_extents(group.dims, part.shape)
+        name, physical = rw.layout.realise(part, own)
+        made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
+        operands = [name, rw.emit.constant(w)]
+        rw.emit.rule = "fc" if group.level is Level.REQUEST else None
+        rw.emit.copy(node, operands if k == 0 else operands[::-1], [made])
+        rw.emit.rule = None
+        had = dict(zip(its, (canonical([n]) for n in w.shape), strict=True)) | dict(zip(mine, physical, strict=True))
+        source = rw.sources.add(tuple(had[c] for c in out), x.dtype, made)
+        at = tuple(chosen.get(c, slice(None)) for c in out)
+        result[at] = np.broadcast_to(codes_of(source), result[at].shape)
+    return [rw.tidy(dims, x.dtype, result)]
 
 
 RULE = Rule(

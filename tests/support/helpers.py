@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,5 +314,3 @@ def _equal(a: NDArray[Any], b: NDArray[Any], allowed: float, what: Any) -> None:
     same = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.abs(a - b) <= allowed)
     assert same.all(), f"{what}: differs by {np.abs(a - b).max()} where {allowed} is allowed"
 
-
-Draw = Callable[..., Any]

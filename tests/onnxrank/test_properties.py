@@ -1,0 +1,301 @@
+"""What holds of every rewritten model, on every committed export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxrank
+import pytest
+import yaml
+from helpers import FLOAT, Feed, Graph, run, session, transformation, witness
+from onnx import inliner
+
+from onnxrank import check
+from onnxrank.facts import Setting
+from onnxrank.pipeline import CONTRACT, Transformation
+
+FOLDER = Path(__file__).resolve().parents[2] / "models" / "onnx"
+FILES = [p.name for p in sorted(FOLDER.glob("*.onnx"))]
+every_model = pytest.mark.parametrize("name", FILES)
+
+
+def spec(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{name.split('.')[0]}.roles.yaml").read_text())
+
+
+@cache
+def optimised(name: str, interface: str = "request") -> onnxrank.Result:
+    return onnxrank.optimize(FOLDER / name, spec=spec(name), interface=interface, check=False)
+
+
+@cache
+def rewrite(name: str) -> Transformation:
+    return transformation(onnx.load(FOLDER / name), spec(name))
+
+
+@cache
+def sessions(name: str) -> list[Any]:
+    return [session(str(FOLDER / name)), session(optimised(name).model)]
+
+
+def feed(name: str, n: int, seed: int = 0) -> Feed:
+    """Inputs of the original for one request of `n` candidates."""
+    study = rewrite(name).study
+    return dict(study.maker(Setting({**dict.fromkeys(study.symbols, 7), "N": n}, seed)))
+
+
+def candidate_inputs(name: str, rows: Feed) -> list[str]:
+    """Inputs of the rewritten model that have rows of candidates, all of them on axis 0."""
+    return [i.name for i in optimised(name).model.graph.input if i.type.tensor_type.shape.dim[0].HasField("dim_param")]
+
+
+def close(a: Feed, b: Feed) -> None:
+    """Equal up to the rounding of products of other sizes."""
+    assert a.keys() == b.keys()
+    for name, score in a.items():
+        np.testing.assert_allclose(b[name], score, rtol=2e-5, atol=2e-5 * max(float(np.abs(score).max(initial=0)), 1e-6))
+
+
+@every_model
+def test_every_model_changes(name: str) -> None:
+    """The other tests say something only of a model that was rewritten."""
+    assert optimised(name).changed
+
+
+@every_model
+def test_signature_of_outputs(name: str) -> None:
+    """Names, order, types, shapes and symbolic dims of the outputs; of the inputs under `same`."""
+    original = onnx.load(FOLDER / name)
+    assert list(optimised(name).model.graph.output) == list(original.graph.output)
+    same = optimised(name, "same").model.graph
+    assert list(same.output) == list(original.graph.output)
+    assert [(i.name, i.type) for i in same.input] == [(i.name, i.type) for i in original.graph.input]
+
+
+@every_model
+def test_scores(name: str) -> None:
+    """The same scores, measured as the check does."""
+    made = rewrite(name)
+    compared, _ = check.compare(
+        made.study.model, optimised(name).model, made.study.maker, made.translate, made.study.symbols, candidates=(1, 2, 7, 97)
+    )
+    assert {c.candidates for c in compared} == {1, 2, 7, 97}
+    assert all(c.passed for c in compared), [c for c in compared if not c.passed]
+
+
+@every_model
+def test_no_candidates(name: str) -> None:
+    """Without candidates there are no scores, where the original gives none."""
+    rows = feed(name, 2)
+    before, after = sessions(name)
+    try:
+        want = run(before, {k: v[:0] for k, v in rows.items()})
+    except Exception:
+        pytest.skip("the original does not run without candidates")
+    new = rewrite(name).translate(rows)
+    for i in candidate_inputs(name, rows):
+        new[i] = new[i][:0]
+    got = run(after, new)
+    for output, score in want.items():
+        assert got[output].shape == score.shape and got[output].dtype == score.dtype
+
+
+@every_model
+def test_idempotent(name: str) -> None:
+    """There is nothing left to do on a result."""
+    made = optimised(name).model
+    again = onnxrank.optimize(made, check=False)
+    assert not again.changed
+    assert again.model.SerializeToString() == made.SerializeToString()
+
+
+def digests() -> dict[str, str]:
+    """Hash of every rewritten model."""
+    out = {}
+    for name in FILES:
+        made = onnxrank.optimize(FOLDER / name, spec=spec(name), check=False)
+        out[name] = hashlib.sha256(made.model.SerializeToString()).hexdigest()
+    return out
+
+
+def test_deterministic() -> None:
+    """The same bytes in this process and in one that hashes strings otherwise."""
+    code = f"import runpy, json; print(json.dumps(runpy.run_path({__file__!r})['digests']()))"
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": path}
+    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    here = digests()
+    assert json.loads(other.stdout.splitlines()[-1]) == here
+    cached = {n: hashlib.sha256(optimised(n).model.SerializeToString()).hexdigest() for n in FILES}
+    assert cached == here
+
+
+@every_model
+def test_candidates_do_not_meet(name: str) -> None:
+    """Permuting, duplicating, dropping and appending candidates does the same to their scores."""
+    after = sessions(name)[1]
+    new = rewrite(name).translate(feed(name, 7))
+    rows = candidate_inputs(name, new)
+    scores = run(after, new)
+    for picked in ([6, 2, 0, 1, 5, 4, 3], [3, 3, 3, 0], [4], [0, 1, 2, 3, 4, 5, 6, 6, 0]):
+        close({k: v[picked] for k, v in scores.items()}, run(after, {k: v[picked] if k in rows else v for k, v in new.items()}))
+
+
+@every_model
+def test_same_interface(name: str) -> None:
+    """The old inputs give the old scores; rows of one request-level input that differ give NaN."""
+    made = session(optimised(name, "same").model)
+    rows = feed(name, 5)
+    want = run(sessions(name)[0], rows)
+    close(want, run(made, rows))
+    for role in rewrite(name).study.declared:
+        if role.role.level == "candidate":
+            continue
+        bad = rows[role.name].copy()
+        column = (3, *(0,) * (bad.ndim - 1)) if role.role.level == "request" else (3, role.role.request[0])
+        bad[column] = bad[column] + 1 if bad[column] < 1 else bad[column] - 1
+        got = run(made, {**rows, role.name: bad})
+        assert all(np.isnan(score).all() for score in got.values()), role.name
+
+
+@every_model
+def test_untouched_parts(name: str) -> None:
+    """Nodes and initializers that no rule touched, versions and metadata are the original's."""
+    original, made = onnx.load(FOLDER / name), optimised(name).model
+    inlined = inliner.inline_local_functions(original) if original.functions else original
+    nodes = {tuple(n.output): n for n in inlined.graph.node}
+    kept = 0
+    for n in made.graph.node:
+        own = nodes.get(tuple(n.output))
+        if own is not None and own.name == n.name and list(own.input) == list(n.input):
+            kept += 1
+            assert own == n
+    assert kept
+    tensors = {t.name: t for t in inlined.graph.initializer}
+    assert any(t.name in tensors for t in made.graph.initializer)
+    assert all(tensors[t.name] == t for t in made.graph.initializer if t.name in tensors)
+    assert made.ir_version == original.ir_version
+    assert list(made.opset_import) == list(inlined.opset_import)
+    assert (made.producer_name, made.producer_version, made.doc_string) == (
+        original.producer_name, original.producer_version, original.doc_string)  # fmt: skip
+    assert (made.graph.name, made.graph.doc_string) == (inlined.graph.name, inlined.graph.doc_string)
+    stored = {p.key: p.value for p in made.metadata_props}
+    contract = json.loads(stored.pop(CONTRACT))
+    assert stored == {p.key: p.value for p in original.metadata_props}
+    assert contract["source_sha256"] == hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()
+    assert contract["interface"] == "request"
+    levels = {i["name"]: i["level"] for i in contract["roles"]["inputs"]}
+    assert levels.keys() == {i.name for i in original.graph.input}
+    assert {"request", "mixed"} & set(levels.values())
+    assert set(contract["rules"]) == {r.name for r in optimised(name).report.rules}
+    onnx.checker.check_model(made, full_check=True)
+
+
+def adversarial(name: str, rows: Feed, kind: str) -> Feed:
+    """Candidates that are all equal, or wildly different."""
+    out = dict(rows)
+    for role in rewrite(name).study.declared:
+        data = rows[role.name].copy()
+        if role.role.level == "request":
+            continue
+        own = list(role.candidate_positions) if role.role.level == "mixed" else slice(None)
+        part = data[:, own] if role.role.level == "mixed" else data
+        if kind == "equal":
+            part = np.repeat(part[:1], len(part), 0)
+        elif data.dtype.kind == "f":
+            factors = np.array([1e3, -1e3, 1e-3, 0, 30], data.dtype)[: len(part)]
+            part = part * factors.reshape(-1, *(1,) * (part.ndim - 1))
+        else:
+            part = np.where(np.arange(len(part)).reshape(-1, *(1,) * (part.ndim - 1)) % 2, part.max(0), part.min(0))
+        if role.role.level == "mixed":
+            data[:, own] = part
+        else:
+            data = part
+        out[role.name] = data
+    return out
+
+
+@every_model
+def test_claims_have_a_witness(name: str) -> None:
+    """What is said not to vary is seen not to vary, in the original."""
+    made = rewrite(name)
+    setting = Setting({**dict.fromkeys(made.study.symbols, 7), "N": 5}, 0)
+    for seed in (1, 2):
+        rows = feed(name, 5, seed)
+        claims = witness(made, rows, setting, 1e-5)
+        assert claims
+    for kind in ("equal", "different"):
+        witness(made, adversarial(name, rows, kind), setting, 1e-5)
+
+
+def test_witness_can_fail() -> None:
+    """A request-level input that does differ between rows is noticed."""
+    name = "wide_deep.torchscript.onnx"
+    rows = feed(name, 5, 1)
+    for role in rewrite(name).study.declared:
+        if role.role.level == "request":
+            rows[role.name] = rows[role.name].copy()
+            rows[role.name][2] = rows[role.name][2] * 0
+    with pytest.raises(AssertionError, match="differs by"):
+        witness(rewrite(name), rows, Setting({"N": 5}, 0), 1e-5)
+
+
+def many_features(count: int) -> Graph:
+    """Lookups of `count` single-id features, side by side, into a small tower."""
+    g = Graph()
+    parts = []
+    for k in range(count):
+        ids = g.input(f"{'user' if k % 2 else 'item'}_{k}", ["N"], onnx.TensorProto.INT64)
+        x = g.op("Gather", g.const(np.arange(20).reshape(10, 2) - k % 7), ids, axis=0)
+        x = g.on_axes("Unsqueeze", x, [1])
+        x = g.op("Mul", x, g.const(np.float32(2)))
+        x = g.op("Relu", x)
+        x = g.op("Identity", x)
+        x = g.op("Neg", x)
+        x = g.op("Reshape", x, g.ints(-1, 2))
+        parts.append(g.op("Abs", x))
+    x = g.op("Concat", *parts, axis=1)
+    x = g.op("Relu", g.op("MatMul", x, g.const(np.ones((2 * count, 8)))))
+    g.output(g.op("MatMul", x, g.const(np.ones((8, 1)))), ["N", 1])
+    return g
+
+
+def deep_chain(count: int) -> Graph:
+    """Elementwise nodes, one behind the other, ahead of a layer."""
+    g = Graph()
+    u, c = g.input("user_x", ["N", 4]), g.input("item_x", ["N", 4])
+    for k in range(count):
+        u = g.op(("Relu", "Neg", "Abs", "Tanh")[k % 4], u)
+    x = g.op("Concat", u, c, axis=1)
+    for k in range(count // 10):
+        x = g.op(("Relu", "Neg")[k % 2], x)
+    g.output(g.op("MatMul", x, g.const(np.ones((8, 1)))), ["N", 1])
+    return g
+
+
+@pytest.mark.parametrize("graph", [lambda: many_features(1250), lambda: deep_chain(5000)], ids=["wide", "deep"])
+def test_large_graphs(graph: Any) -> None:
+    """Thousands of nodes are optimised, with the same scores."""
+    model = graph().model()
+    result = onnxrank.optimize(model, request=["user_*"], check=False)
+    assert result.report.macs_after < result.report.macs_before
+    rng = np.random.default_rng(0)
+    old, new = {}, {}
+    for i in model.graph.input:
+        kind = np.float32 if i.type.tensor_type.elem_type == FLOAT else np.int64
+        shape = [3, *(d.dim_value for d in i.type.tensor_type.shape.dim[1:])]
+        data = rng.integers(0, 10, shape).astype(kind)
+        request = i.name.startswith("user")
+        old[i.name] = np.repeat(data[:1], 3, 0) if request else data
+        new[i.name] = data[:1] if request else data
+    close(run(model, old), run(result.model, new))
+
