@@ -1,8 +1,8 @@
 """Holds a rewritten model against the original: the same scores, under the contract, by running both.
 
 The measure is not a tolerance someone chose but the float64 result of the original: the rewritten model may be at most
-twice as far from it as the original itself is, plus a few units of rounding. Where float64 cannot be run, the original's
-own scores are the measure.
+twice as far from it as the original itself is, plus a few units of rounding. Where float64 cannot be run, the
+original's own scores are the measure.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def compare(
     *,
     candidates: Sequence[int] = CANDIDATES,
     seeds: int = SEEDS,
+    sessions: Sequence[Any | None] = (None, None),
     raise_to_double: bool = True,
 ) -> tuple[list[Comparison], list[str]]:
     """Compares two models at several numbers of candidates.
@@ -77,6 +78,7 @@ def compare(
         folder: Where external data lies.
         candidates: Numbers of candidates.
         seeds: Different data for each.
+        sessions: Sessions of the two models, where there are any yet.
         raise_to_double: Whether to look for a float64 truth.
 
     Returns:
@@ -95,7 +97,7 @@ def compare(
             pair = [runtime.retype(m, TensorProto.FLOAT, folder) for m in pair]
             made = [runtime.session(m, folder) for m in pair]
     else:
-        made = [runtime.session(m, folder) for m in pair]
+        made = [s or runtime.session(m, folder) for s, m in zip(sessions, pair, strict=True)]
     external = any(t.data_location == TensorProto.EXTERNAL for t in original.graph.initializer)
     double = [runtime.Float64(m, folder) for m in pair] if raise_to_double and not external else None
     names = [o.name for o in original.graph.output]

@@ -35,6 +35,7 @@ _NOT_DETERMINISTIC = {
     "Bernoulli",
 }
 _SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SplitToSequence", "Optional"}
+_KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
 _LARGEST_FOLD = 1 << 24
 
 
@@ -72,7 +73,6 @@ class Facts:
     extents: dict[str, tuple[Extent, ...]] = field(default_factory=dict)
     folded: dict[str, tuple[Dims, NDArray[Any]]] = field(default_factory=dict)
     varying: set[str] = field(default_factory=set)
-    dtypes: dict[str, int] = field(default_factory=dict)
     note: str | None = None
 
     def dims(self, name: str) -> Dims | None:
@@ -96,7 +96,8 @@ def shape_derived(nodes: Iterable[NodeProto], constants: Iterable[str]) -> set[s
     for node in nodes:
         inner = {c for g in subgraphs(node) for c in captured(g)}
         if node.op_type in ("Shape", "Size") or (
-            node.op_type not in _NOT_DETERMINISTIC | _SEQUENCES and all(not i or i in known for i in {*node.input, *inner})
+            node.op_type not in _NOT_DETERMINISTIC | _SEQUENCES
+            and all(not i or i in known for i in {*node.input, *inner})
         ):
             known |= set(node.output)
             out |= {o for o in node.output if o}
@@ -108,12 +109,11 @@ def available(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
 
     Domains other than ONNX's own and ORT's contrib ones are custom: they need a library that is not loaded.
     """
-    known = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
     dead: set[str] = set()
     good, bad = [], []
     for node in model.graph.node:
         inner = {c for g in subgraphs(node) for c in captured(g)}
-        if node.domain not in known or dead & {*node.input, *inner}:
+        if node.domain not in _KNOWN_DOMAINS or dead & {*node.input, *inner}:
             dead |= set(node.output)
             bad.append(node)
         else:
@@ -121,93 +121,102 @@ def available(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
     return good, bad
 
 
-def measure(
-    model: ModelProto,
-    symbols: Iterable[str],
-    feeds: Callable[[Setting], runtime.Feeds],
-    folder: str | os.PathLike[str] | None = None,
-) -> Facts:
-    """Runs a model at several numbers of candidates and fits its shapes.
+class Probe:
+    """A model loaded with the shape of every tensor exposed.
 
     Args:
         model: The model, functions inlined.
         symbols: Names of the symbolic extents of its inputs.
-        feeds: Makes the inputs for a setting.
         folder: Where its external data lies.
 
     Raises:
         ModelError: onnxruntime does not take the model.
     """
-    good, bad = available(model)
-    facts = Facts()
-    if bad:
-        ops = sorted({f"{n.domain}::{n.op_type}" for n in bad if n.domain not in ("", "com.microsoft")})
-        facts.note = f"operators that onnxruntime does not have ({', '.join(ops)}) and what follows them were not run"
-    graph = model.graph
-    initializers = {t.name for t in graph.initializer}
-    overridable = {i.name for i in graph.input} if model.ir_version >= 4 else set()
-    derived = shape_derived(good, initializers - overridable)
-    exposed = ModelProto()
-    exposed.CopyFrom(model)
-    if bad:
-        del exposed.graph.node[:]
-        exposed.graph.node.extend(good)
-    del exposed.graph.output[:], exposed.graph.value_info[:]
-    names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
-    for name in names:
-        exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
-        exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
-    for name in derived:
-        exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
-    half = runtime.has_half(model)
-    if half:
-        exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
-    made = runtime.session(exposed, folder)
-    kinds = {o.name: o.type for o in made.get_outputs()}
-    points = settings(symbols)
-    runs = [runtime.run(made, feeds(p)) for p in points]
-    for name in names:
-        shapes = [tuple(int(v) for v in r[name + _MARK]) for r in runs]
-        if len({len(s) for s in shapes}) == 1:
-            facts.extents[name] = tuple(
-                fit([s[k] for s in shapes], points, f"{name}.{k}") for k in range(len(shapes[0]))
-            )
-    alone = _at_one(made, symbols, feeds, derived)
-    for name in derived:
-        values = [np.asarray(r[name]) for r in runs]
-        folded = _fold(values, facts.extents.get(name), alone.get(name))
-        if folded is None or folded[1].nbytes > _LARGEST_FOLD:
-            facts.varying.add(name)
+
+    def __init__(self, model: ModelProto, symbols: Iterable[str], folder: str | os.PathLike[str] | None = None) -> None:
+        self._model, self._symbols = model, list(symbols)
+        good, bad = available(model)
+        ops = sorted({f"{n.domain}::{n.op_type}" for n in bad if n.domain not in _KNOWN_DOMAINS})
+        self.note = None
+        if bad:
+            self.note = f"operators onnxruntime does not have ({', '.join(ops)}) and all behind them were not run"
+        graph = model.graph
+        overridable = {i.name for i in graph.input} if model.ir_version >= 4 else set()
+        self._derived = shape_derived(good, {t.name for t in graph.initializer} - overridable)
+        exposed = ModelProto()
+        exposed.CopyFrom(model)
+        del exposed.graph.output[:], exposed.graph.value_info[:]
+        if bad:
+            del exposed.graph.node[:]
+            exposed.graph.node.extend(good)
         else:
-            facts.folded[name] = folded
-        kind = kinds[name]
-        if kind.startswith("tensor("):
-            facts.dtypes[name] = helper.np_dtype_to_tensor_dtype(values[0].dtype)
-    if half:
-        _restore_half(model, facts)
-    return facts
+            exposed.graph.output.extend(o for o in graph.output if o.name not in self._derived)
+        self._names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
+        for name in self._names:
+            exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
+            exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
+        for name in sorted(self._derived):
+            exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
+        self._half = runtime.has_half(model)
+        if self._half:
+            exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
+        self._session = runtime.session(exposed, folder)
+
+    @property
+    def session(self) -> Any | None:
+        """The session, where it computes the model's outputs just as the model does; it has further outputs."""
+        return None if self._half or self.note else self._session
+
+    def measure(self, feeds: Callable[[Setting], runtime.Feeds]) -> Facts:
+        """Runs the model at several numbers of candidates and fits its shapes.
+
+        Args:
+            feeds: Makes the inputs for a setting.
+
+        Raises:
+            ModelError: onnxruntime cannot run the model on these inputs.
+        """
+        facts = Facts(note=self.note)
+        points = settings(self._symbols)
+        wanted = [*(n + _MARK for n in self._names), *self._derived]
+        runs = [runtime.run(self._session, feeds(p), wanted) for p in points]
+        for name in self._names:
+            shapes = [tuple(r[name + _MARK].tolist()) for r in runs]
+            if len({len(s) for s in shapes}) == 1:
+                facts.extents[name] = tuple(
+                    fit([s[k] for s in shapes], points, f"{name}.{k}") for k in range(len(shapes[0]))
+                )
+        alone = self._at_one(feeds)
+        for name in self._derived:
+            values = [np.asarray(r[name]) for r in runs]
+            folded = _fold(values, facts.extents.get(name), alone.get(name))
+            if folded is None or folded[1].nbytes > _LARGEST_FOLD:
+                facts.varying.add(name)
+            else:
+                facts.folded[name] = folded
+        if self._half:
+            _restore_half(self._model, facts)
+        return facts
+
+    def _at_one(self, feeds: Callable[[Setting], runtime.Feeds]) -> dict[str, NDArray[Any]]:
+        """The shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
+        (point,) = settings(self._symbols, (1,))
+        try:
+            return runtime.run(self._session, feeds(point), list(self._derived)) if self._derived else {}
+        except ModelError:
+            return {}
 
 
 def _restore_half(model: ModelProto, facts: Facts) -> None:
     """Constants folded in float32 on the way to 16-bit tensors are the 16-bit model's own only if it is cast back."""
-    half = next(t.data_type for t in model.graph.initializer if t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16))
+    half = next(
+        t.data_type for t in model.graph.initializer if t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    )
     to = helper.tensor_dtype_to_np_dtype(half)
     exact = {o for n in model.graph.node if n.op_type == "Cast" for o in n.output}
     for name, (dims, data) in list(facts.folded.items()):
         if data.dtype == np.float32 and name not in exact:
             facts.folded[name] = (dims, data.astype(to))
-            facts.dtypes[name] = half
-
-
-def _at_one(
-    made: Any, symbols: Iterable[str], feeds: Callable[[Setting], runtime.Feeds], names: Iterable[str]
-) -> dict[str, NDArray[Any]]:
-    """The shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
-    (point,) = settings(symbols, (1,))
-    try:
-        return runtime.run(made, feeds(point), list(names))
-    except ModelError:
-        return {}
 
 
 def fit(values: list[int], points: list[Setting], label: str) -> Extent:

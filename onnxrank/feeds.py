@@ -1,7 +1,7 @@
 """Inputs for running a model: what is declared of them, and data that a model accepts.
 
-Ids must lie inside the tables that they look up. Where the roles file gives no range, the lookups are found by following
-every entry of every input through casts, offsets and data movement to the Gathers it ends in.
+Ids must lie inside the tables that they look up. Where the roles file gives no range, the lookups are found by
+following every entry of every input through casts, offsets and data movement to the Gathers it ends in.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def describe(model: ModelProto) -> list[InputInfo]:
         dims: tuple[int | str | None, ...] | None = None
         if i.type.HasField("tensor_type") and kind.HasField("shape"):
             dims = tuple(
-                d.dim_value
-                if d.HasField("dim_value") and d.dim_value >= 0
-                else d.dim_param or None
+                d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else d.dim_param or None
                 for d in kind.shape.dim
             )
         out.append(InputInfo(i.name, kind.elem_type, dims))
@@ -152,10 +150,10 @@ class Maker:
             return rng.choice(np.array(["", "a", "b", "onnxrank"], dtype=object), shape)
         kind = np.dtype(helper.tensor_dtype_to_np_dtype(i.dtype))
         if self.ranges is None:
-            low = max((r.low for r in i.role.ranges), default=0)
-            high = min((r.high for r in i.role.ranges), default=np.inf)
-            return np.full(shape, min(max(self.fill, low), high - 1) if high > low + 1 else low).astype(kind)
-        if kind == bool:
+            least = max((r.low for r in i.role.ranges), default=0.0)
+            most = min((r.high for r in i.role.ranges), default=np.inf)
+            return np.full(shape, min(max(self.fill, least), most - 1) if most > least + 1 else least).astype(kind)
+        if kind.kind == "b":
             return rng.random(shape) < 0.5
         low, high, whole = (
             a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
@@ -189,10 +187,7 @@ def divided(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]]) -> Feed
         if role.level == "candidate" or role.candidate_axis is None:
             out[i.name] = data
             continue
-        if role.record is not None:
-            rows = data.reshape(-1, role.record)
-        else:
-            rows = np.moveaxis(data, role.candidate_axis, 0)
+        rows = data.reshape(-1, role.record) if role.record is not None else np.moveaxis(data, role.candidate_axis, 0)
         if role.level == "request":
             one = rows[:1]
             out[i.name] = one.reshape(-1) if role.record is not None else np.moveaxis(one, 0, role.candidate_axis)

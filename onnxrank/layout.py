@@ -1,8 +1,8 @@
 """From codes back to tensors: which few nodes bring entries of several sources into one layout.
 
-`Layout.realise` is the only place where data movement is paid for at run time. It looks for, in this order: a tensor that
-is there already, a reshape, a slice or transpose of one tensor, a Concat of such pieces along one axis, and, where the
-layout has no structure, one Gather over the flattened entries.
+`Layout.realise` is the only place where data movement is paid for at run time. It looks for, in this order: a tensor
+that is there already, a reshape, a slice or transpose of one tensor, a Concat of such pieces along one axis, and, where
+the layout has no structure, one Gather over the flattened entries.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class Layout:
         """
         name, have = self.name_of(source), source.dims
         found = _positions(at, extents(have))
-        if found is None and len(_stream(have)) > 1 or (found is None and at.shape and at.shape[-1] > 1):
+        if found is None and at.shape:
             # The last axis of what is wanted may be part of a longer one.
             split = _split_last(have, at.shape[-1])
             found = _positions(at, extents(split)) if split else None
@@ -459,9 +459,7 @@ def _native_order(piece: Codes, axis: int) -> list[int] | None:
     return [next(slots) if k in wanted else k for k in range(piece.ndim)]
 
 
-def _positions(
-    at: Codes, shape: tuple[int, ...]
-) -> tuple[list[Codes], list[int | None]] | None:
+def _positions(at: Codes, shape: tuple[int, ...]) -> tuple[list[Codes], list[int | None]] | None:
     """Per axis of a source, the positions taken along it and the axis of `at` they run along.
 
     Returns:

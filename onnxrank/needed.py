@@ -146,7 +146,9 @@ def _same_axes(node: NodeProto, mine: Needs, facts: Facts, rank: int, out_rank: 
         return None
 
     def ends(shape: Sequence[tuple[int, tuple[str, ...]]]) -> list[tuple[int, tuple[str, ...]]]:
-        total, syms, out = 1, [], []
+        total = 1
+        syms: list[str] = []
+        out: list[tuple[int, tuple[str, ...]]] = []
         for c, s in reversed(shape):
             out.append((total, tuple(sorted(syms))))
             total, syms = total * c, [*syms, *s]

@@ -6,7 +6,7 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -181,7 +181,8 @@ def optimize(
         "roles": roles.to_dict(),
         "rules": {},
     }
-    after_facts = rewrite.measure(made)
+    probe = facts.Probe(made, study.symbols, loaded.folder)
+    after_facts = probe.measure(lambda setting: rewrite.translate(study.maker(setting)))
     after = cost.shapes_of(made, after_facts, rewrite.input_extents(), report_candidates(span))
     report.after = cost.by_level(made.graph, after)
     report.rules = rewrite.rule_uses(before, after)
@@ -189,25 +190,33 @@ def optimize(
     entry = made.metadata_props.add()
     entry.key, entry.value = CONTRACT, json.dumps(contract, sort_keys=True)
     report.size_after = made.ByteSize()
-    report.predictions = [_predict(study, made, after_facts, rewrite, n) for n in _SCAN]
+    report.predictions = _predictions(
+        lambda n: cost.seconds(study.model.graph, replace(before, symbols={**before.symbols, CANDIDATES: n})),
+        lambda n: cost.seconds(made.graph, replace(after, symbols={**after.symbols, CANDIDATES: n})),
+    )
     if check:
         say("checking")
-        verify(study, made, rewrite, report)
+        verify(study, made, probe, rewrite, report)
     return Result(made, report, loaded)
 
 
 def report_candidates(span: tuple[int, int]) -> int:
     """The number of candidates that costs are told for: the geometric middle of the range."""
-    return round((span[0] * span[1]) ** 0.5)
+    return round(float(span[0] * span[1]) ** 0.5)
 
 
-def _predict(study: Study, made: ModelProto, after: Facts, rewrite: Transformation, n: int) -> Prediction:
-    a = cost.seconds(study.model.graph, cost.shapes_of(study.model, study.facts, study.input_extents(), n))
-    b = cost.seconds(made.graph, cost.shapes_of(made, after, rewrite.input_extents(), n))
-    return Prediction(n, round(a / b, 3) if b else 1.0)
+def _predictions(before: Callable[[int], float], after: Callable[[int], float]) -> list[Prediction]:
+    """Predicted ratios over the number of candidates; costs are lines in it."""
+
+    def line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
+        low, high = cost_at(1), cost_at(2)
+        return lambda n: low + (n - 1) * (high - low)
+
+    old, new = line(before), line(after)
+    return [Prediction(n, round(old(n) / new(n), 3)) for n in _SCAN]
 
 
-def verify(study: Study, made: ModelProto, rewrite: Transformation, report: Report) -> None:
+def verify(study: Study, made: ModelProto, probe: facts.Probe, rewrite: Transformation, report: Report) -> None:
     """Checks the rewritten model and fills the report's checks.
 
     Raises:
@@ -218,12 +227,16 @@ def verify(study: Study, made: ModelProto, rewrite: Transformation, report: Repo
     except onnx.checker.ValidationError as e:
         raise CheckFailed(f"the rewritten model is not valid ONNX: {runtime.first_line(e)}") from e
     if study.facts.note:
-        raise ModelError(
-            f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked"
-        )
+        raise ModelError(f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked")
     try:
         report.checks, more = checking.compare(
-            study.model, made, study.maker, rewrite.translate, study.symbols, study.loaded.folder
+            study.model,
+            made,
+            study.maker,
+            rewrite.translate,
+            study.symbols,
+            study.loaded.folder,
+            sessions=(study.probe.session, probe.session),
         )
     except ModelError as e:
         raise CheckFailed(f"the rewritten model does not run: {e}") from e
@@ -326,19 +339,25 @@ class Study:
         if CANDIDATES not in self.symbols:
             raise UsageError("no input has a candidate axis: name the inputs that differ between candidates")
         self.maker = feeds.Maker(self.declared, None)
-        try:
-            self.facts = facts.measure(model, self.symbols, self.maker, loaded.folder)
-        except ModelError:
-            self.maker = feeds.Maker(self.declared, None, fill=0)
-            self.facts = facts.measure(model, self.symbols, self.maker, loaded.folder)
+        self.probe = facts.Probe(model, self.symbols, loaded.folder)
+        self.facts = self._first_look()
         resolved = resolve_ifs(self.model, self.facts)
         if resolved is not None:
             self.model = resolved
-            self.facts = facts.measure(resolved, self.symbols, self.maker, loaded.folder)
+            self.probe = facts.Probe(resolved, self.symbols, loaded.folder)
+            self.facts = self.probe.measure(self.maker)
         self.maker = feeds.Maker(self.declared, self._ranges())
         if self._data_shaped():
-            self.facts = facts.measure(self.model, self.symbols, self.maker, loaded.folder)
+            self.facts = self.probe.measure(self.maker)
         self.dtypes = element_types(self.model)
+
+    def _first_look(self) -> Facts:
+        """Shapes, from inputs that most models accept: ids of 1, or else of 0."""
+        try:
+            return self.probe.measure(self.maker)
+        except ModelError:
+            self.maker = feeds.Maker(self.declared, None, fill=0)
+            return self.probe.measure(self.maker)
 
     def constants(self) -> dict[str, Value]:
         """Values of the initializers; their data are loaded when asked for."""
@@ -438,9 +457,7 @@ def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
 class Transformation:
     """One rewrite of a studied model."""
 
-    def __init__(
-        self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, candidates: float
-    ) -> None:
+    def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, candidates: float) -> None:
         self.study = study
         self.interface = interface
         self.guard = guard and interface == "same"
@@ -451,9 +468,7 @@ class Transformation:
             taken |= {c for g in subgraphs(node) for c in captured(g)}
         opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
         self.emit = Emitter(taken, opset)
-        self.rw = Rewrite(
-            study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates))
-        )
+        self.rw = Rewrite(study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)))
         if any(r.name == "select" for r in rules):
             constants = {n: v[1] for n, v in study.facts.folded.items()}
             constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
@@ -621,7 +636,9 @@ class Transformation:
             if i.dtype in runtime.FLOATS:
                 both = [emit.add("IsNaN", [t], hint=i.name) for t in (data, first)]
                 same = emit.add("Or", [same, emit.add("And", both, hint=i.name)], hint=i.name)
-            differs = emit.add("Cast", [emit.add("Not", [same], hint=i.name)], {"to": int(TensorProto.INT32)}, hint=i.name)
+            differs = emit.add(
+                "Cast", [emit.add("Not", [same], hint=i.name)], {"to": int(TensorProto.INT32)}, hint=i.name
+            )
             parts.append(emit.reduce("ReduceSum", differs, list(range(len(i.dims))), False, hint=i.name))
         if not parts:
             return None
@@ -683,12 +700,6 @@ class Transformation:
                 assert e.rule is not None
                 out.setdefault(e.rule, set()).add(e.origin)
         return {rule: sorted(at) for rule, at in out.items()}
-
-    def measure(self, made: ModelProto) -> Facts:
-        """Shapes of the new graph."""
-        return facts.measure(
-            made, self.study.symbols, lambda s: self.translate(self.study.maker(s)), self.study.loaded.folder
-        )
 
     def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
         """Sites per rule and what they saved: an original node's products against those that replace it."""

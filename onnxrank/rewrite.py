@@ -1,7 +1,7 @@
 """Abstract interpretation of a model that writes the optimised graph as it goes.
 
-Every node's operator has transfer rules (`rules/`). A rule reads the abstract values of the operands and returns those of
-the outputs, writing what must be computed through `Rewrite`. What no rule can follow is a barrier: its operands are
+Every node's operator has transfer rules (`rules/`). A rule reads the abstract values of the operands and returns those
+of the outputs, writing what must be computed through `Rewrite`. What no rule can follow is a barrier: its operands are
 brought to the original layout with all rows and the node stays as it is.
 """
 
@@ -94,7 +94,8 @@ class Group:
 
     def take(self, array: NDArray[Any]) -> NDArray[Any]:
         """The group's part of an array of the whole shape."""
-        return array[self.index].reshape(extents(self.dims))
+        part: NDArray[Any] = array[self.index].reshape(extents(self.dims))
+        return part
 
     def put(self, whole: NDArray[Any], part: NDArray[Any]) -> None:
         """Writes the group's part, broadcast to its shape, into an array of the whole shape."""
@@ -201,7 +202,9 @@ class Rewrite:
         operands += [self.values[c] for c in inner]
         rows = any(is_candidate_symbol(s) for v in operands for s in symbols(v.dims))
         if rows and any(self.level(v) is Level.REQUEST for v in operands):
-            self.refuse("broadcast", f"{node.op_type} is not known to treat rows independently, so it runs on all of them")
+            self.refuse(
+                "broadcast", f"{node.op_type} is not known to treat rows independently, so it runs on all of them"
+            )
         names = [self.tensor(self.values[i], full=True) if i else "" for i in node.input]
         if inner:
             renamed = NodeProto()
@@ -391,7 +394,7 @@ class Rewrite:
     def joint_levels(self, arrays: Sequence[Codes]) -> NDArray[np.int64]:
         """How often each entry of an elementwise result must be computed; unread if an operand's entry is."""
         levels = [self.sources.levels(a) for a in arrays]
-        joint = np.maximum.reduce(levels).astype(np.int64)
+        joint: NDArray[np.int64] = np.maximum.reduce(levels).astype(np.int64)
         joint[np.minimum.reduce(levels) == Level.UNREAD] = Level.UNREAD
         return joint
 
@@ -488,7 +491,10 @@ class Rewrite:
         for product, codes, physical in parts:
             if name is None:
                 # A product that more will be added to need not be made on its own yet, but the first one must be.
-                name, have = (self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]), physical
+                name, have = (
+                    (self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]),
+                    physical,
+                )
                 continue
             joined = broadcast_dims([have, physical])
             if product is not None and joined == physical:

@@ -36,9 +36,7 @@ _MAX_POSITION = 1 << 24
 _TOP_KEYS = ("inputs", "request", "candidate_axis")
 _ENTRY_KEYS = ("level", "request", "axis", "candidate_axis", "record", "range", "ranges")
 _LEVELS = ("request", "candidate", "mixed")
-_INTEGERS = frozenset(
-    getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
-)
+_INTEGERS = frozenset(getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64))
 
 # What one source says of one input: "request", "candidate", or the request-level positions.
 _Claim = str | tuple[int, ...]
@@ -108,8 +106,7 @@ class Roles:
             roles = [_role_from_dict(item) for item in d["inputs"]]
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise ModelError(
-                f"The stored roles cannot be read ({type(error).__name__}: {error}). Optimise the original "
-                "model again."
+                f"The stored roles cannot be read ({type(error).__name__}: {error}). Optimise the original model again."
             ) from error
         return cls({role.name: role for role in roles})
 
@@ -128,8 +125,7 @@ def _role_to_dict(role: InputRole) -> dict[str, Any]:
         d["record"] = role.record
     if role.ranges:
         d["ranges"] = [
-            {"low": r.low, "high": r.high}
-            | ({} if r.positions is None else {"positions": format_ranges(r.positions)})
+            {"low": r.low, "high": r.high} | ({} if r.positions is None else {"positions": format_ranges(r.positions)})
             for r in role.ranges
         ]
     return d
@@ -178,19 +174,14 @@ def parse_ranges(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?::\s*([0-9]{1,18})\s*)?", part)
         if match is None:
             raise UsageError(
-                f"{text!r} is not a list of positions. Write half-open ranges and single positions, such as "
-                "0:13,20."
+                f"{text!r} is not a list of positions. Write half-open ranges and single positions, such as 0:13,20."
             )
         low = int(match[1])
         high = low + 1 if match[2] is None else int(match[2])
         if high <= low:
-            raise UsageError(
-                f"The range {part.strip()} in {text!r} is empty: ranges are half-open, low:high."
-            )
+            raise UsageError(f"The range {part.strip()} in {text!r} is empty: ranges are half-open, low:high.")
         if high > _MAX_POSITION:
-            raise UsageError(
-                f"The range {part.strip()} in {text!r} goes past position {_MAX_POSITION}, the limit."
-            )
+            raise UsageError(f"The range {part.strip()} in {text!r} goes past position {_MAX_POSITION}, the limit.")
         found.update(range(low, high))
     return tuple(sorted(found))
 
@@ -276,9 +267,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"The roles file {where} is not valid YAML: {' '.join(str(error).split())}."
-        ) from error
+        raise UsageError(f"The roles file {where} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 def _refuse_repeats(keys: Sequence[str], where: str) -> None:
@@ -311,9 +300,7 @@ def _read_entry(value: Any, where: str) -> _Entry:
     if value in ("request", "candidate"):
         return _Entry(claim=value)
     if not isinstance(value, Mapping):
-        raise UsageError(
-            f"{where} must be request, candidate or a mapping of {', '.join(_ENTRY_KEYS)}, not {value!r}."
-        )
+        raise UsageError(f"{where} must be request, candidate or a mapping of {', '.join(_ENTRY_KEYS)}, not {value!r}.")
     _check_keys(value, _ENTRY_KEYS, where)
     level = value.get("level")
     if "level" in value and level not in _LEVELS:
@@ -321,21 +308,15 @@ def _read_entry(value: Any, where: str) -> _Entry:
     claim: _Claim | None = level
     if "request" in value:
         if level in ("request", "candidate"):
-            raise UsageError(
-                f"{where} is contradictory: level {level}, and request positions as well. Drop one."
-            )
+            raise UsageError(f"{where} is contradictory: level {level}, and request positions as well. Drop one.")
         claim = _positions(value["request"], f"{where}: request")
     elif level == "mixed":
-        raise UsageError(
-            f"{where} is mixed but has no request positions. Add them, such as request: '0:13,20'."
-        )
+        raise UsageError(f"{where} is mixed but has no request positions. Add them, such as request: '0:13,20'.")
     record = _integer(value["record"], f"{where}: record") if "record" in value else None
     if record is not None and record < 1:
         raise UsageError(f"{where}: record must be at least 1, not {record}.")
     if record is not None and "axis" in value:
-        raise UsageError(
-            f"{where}: positions count within the record, so axis and record exclude each other."
-        )
+        raise UsageError(f"{where}: positions count within the record, so axis and record exclude each other.")
     given = "candidate_axis" in value
     axis = value.get("candidate_axis")
     return _Entry(
@@ -354,9 +335,7 @@ def _read_ranges(value: Mapping[str, Any], where: str) -> tuple[ValueRange, ...]
         pairs.append((None, value["range"]))
     if "ranges" in value:
         if not isinstance(value["ranges"], Mapping):
-            raise UsageError(
-                f"{where}: ranges must be a mapping such as {{'0:3': [0, 100]}}; for all use range."
-            )
+            raise UsageError(f"{where}: ranges must be a mapping such as {{'0:3': [0, 100]}}; for all use range.")
         pairs += [(_positions(key, f"{where}: ranges"), pair) for key, pair in value["ranges"].items()]
     ranges = []
     for positions, pair in pairs:
@@ -371,9 +350,7 @@ def _read_ranges(value: Mapping[str, Any], where: str) -> tuple[ValueRange, ...]
 
 def _check_keys(value: Any, allowed: Sequence[str], where: str) -> None:
     if not isinstance(value, Mapping):
-        raise UsageError(
-            f"{where}: a mapping with the keys {', '.join(allowed)} is expected, not {_kind(value)}."
-        )
+        raise UsageError(f"{where}: a mapping with the keys {', '.join(allowed)} is expected, not {_kind(value)}.")
     unknown = [str(key) for key in value if key not in allowed]
     if unknown:
         raise UsageError(f"{where}: unknown key {_names(unknown)}. Allowed are {', '.join(allowed)}.")
@@ -433,9 +410,7 @@ def resolve(
     entries = _match_entries(parsed.inputs, names)
     claims = _merge_claims(
         {
-            "--request": _match_patterns(
-                (request,) if isinstance(request, str) else request, names, "--request"
-            ),
+            "--request": _match_patterns((request,) if isinstance(request, str) else request, names, "--request"),
             "request in the roles file": _match_patterns(parsed.request, names, "request in the roles file"),
             "inputs in the roles file": {
                 name: entry.claim for name, entry in entries.items() if entry.claim is not None
@@ -445,16 +420,12 @@ def resolve(
     axes: dict[str, int | None] = {}
     for info in inputs:
         axes[info.name] = _candidate_axis(info, entries.get(info.name, _Entry()), parsed.candidate_axis)
-    moving = any(
-        not isinstance(_dim(info, axes[info.name]), int) for info in inputs if axes[info.name] is not None
-    )
+    moving = any(not isinstance(_dim(info, axes[info.name]), int) for info in inputs if axes[info.name] is not None)
     one_row = {
         info.name: _has_one_row(info, axes[info.name], entries.get(info.name, _Entry()).axis_given, moving)
         for info in inputs
     }
-    if all(claim == "candidate" for claim in claims.values()) and not any(
-        one_row[i.name] and i.dims for i in inputs
-    ):
+    if all(claim == "candidate" for claim in claims.values()) and not any(one_row[i.name] and i.dims for i in inputs):
         raise UsageError(_nothing_named(inputs))
 
     roles: dict[str, InputRole] = {}
@@ -483,8 +454,7 @@ def _match_patterns(patterns: Sequence[str], names: Sequence[str], where: str) -
             before = claims.get(name, claim)
             if isinstance(before, str) != isinstance(claim, str):
                 raise UsageError(
-                    f"{where} is contradictory: input {name!r} is named as a whole and by columns. Keep one "
-                    "of the two."
+                    f"{where} is contradictory: input {name!r} is named as a whole and by columns. Keep one of the two."
                 )
             if isinstance(before, tuple) and isinstance(claim, tuple):
                 claim = tuple(sorted({*before, *claim}))
@@ -593,11 +563,7 @@ def _one_row_role(info: InputInfo, claim: _Claim | None, entry: _Entry) -> Input
             f"The roles are contradictory: input {_describe(info)} carries one row per request, so it "
             f"cannot be {said}. Leave it out of the roles, or give it a candidate_axis of symbolic size."
         )
-    axis = (
-        _position_axis(info, entry, None, None)
-        if any(r.positions is not None for r in entry.ranges)
-        else None
-    )
+    axis = _position_axis(info, entry, None, None) if any(r.positions is not None for r in entry.ranges) else None
     return InputRole(info.name, "request", None, axis=axis, ranges=entry.ranges)
 
 
@@ -608,8 +574,7 @@ def _row_role(info: InputInfo, claim: _Claim, entry: _Entry, candidate_axis: int
         raise ModelError(_static_batch(info, candidate_axis))
     if entry.record is not None and len(_dims(info)) != 1:
         raise UsageError(
-            f"Input {_describe(info)} cannot hold flat records of {entry.record}: only an input with one "
-            "axis can."
+            f"Input {_describe(info)} cannot hold flat records of {entry.record}: only an input with one axis can."
         )
     level, request = (claim, ()) if isinstance(claim, str) else ("mixed", claim)
     axis = None
@@ -736,9 +701,7 @@ def infer(inputs: Sequence[InputInfo], data: Mapping[str, np.ndarray[Any, Any]])
     rowed = [info for info in inputs if info.name not in fixed]
     _check_data(inputs, rowed, data)
     ids = np.asarray(data.get("request_id", np.zeros(len(data[rowed[0].name]))))
-    _, first, inverse, counts = np.unique(
-        ids.reshape(-1), return_index=True, return_inverse=True, return_counts=True
-    )
+    _, first, inverse, counts = np.unique(ids.reshape(-1), return_index=True, return_inverse=True, return_counts=True)
     if not (counts >= 2).any():
         raise UsageError(
             "The recorded data has no request with two rows or more, so nothing can be seen to be constant "
@@ -820,9 +783,7 @@ def _check_data(
     if "request_id" in data:
         shape = np.shape(data["request_id"])
         if not shape or math.prod(shape) != shape[0]:
-            raise UsageError(
-                f"request_id in the recorded data has the shape {list(shape)}; it needs one id per row."
-            )
+            raise UsageError(f"request_id in the recorded data has the shape {list(shape)}; it needs one id per row.")
         rows["request_id"] = shape[0]
     if len(set(rows.values())) > 1:
         listing = ", ".join(f"{name!r} {count}" for name, count in rows.items())
@@ -834,11 +795,7 @@ def _check_data(
 def _how_constant(everywhere: bool, requests: int) -> str:
     if requests == 1:
         return "constant over the only request"
-    return (
-        f"constant over all {requests} requests"
-        if everywhere
-        else f"constant within each of {requests} requests"
-    )
+    return f"constant over all {requests} requests" if everywhere else f"constant within each of {requests} requests"
 
 
 def _constant(array: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -181,7 +181,9 @@ def retype(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = N
             value(i)
         for node in g.node:
             for a in node.attribute:
-                if (a.name == "to" and node.op_type == "Cast" and a.i in FLOATS) or (a.name == "dtype" and a.i in FLOATS):
+                if (a.name == "to" and node.op_type == "Cast" and a.i in FLOATS) or (
+                    a.name == "dtype" and a.i in FLOATS
+                ):
                     a.i = to
                 elif a.HasField("t"):
                     tensor(a.t)
@@ -198,7 +200,9 @@ def retype(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = N
                     graph(inner)
             if node.op_type == "ConstantOfShape" and not node.attribute:
                 node.attribute.append(
-                    helper.make_attribute("value", numpy_helper.from_array(np.zeros(1, helper.tensor_dtype_to_np_dtype(to))))
+                    helper.make_attribute(
+                        "value", numpy_helper.from_array(np.zeros(1, helper.tensor_dtype_to_np_dtype(to)))
+                    )
                 )
 
     graph(out.graph)

@@ -62,13 +62,13 @@ def canonical(factors: Iterable[Factor]) -> Dim:
     """
     out: list[Factor] = []
     for f in factors:
-        if isinstance(f, int):
-            if f == 1:
-                continue
-            if out and isinstance(out[-1], int):
-                out[-1] *= f
-                continue
-        out.append(f)
+        if f == 1:
+            continue
+        last = out[-1] if out else None
+        if isinstance(f, int) and isinstance(last, int):
+            out[-1] = last * f
+        else:
+            out.append(f)
     if sum(isinstance(f, int) for f in out) > 1:
         raise Unrepresentable(f"a dimension of factors {out}")
     return tuple(out)
@@ -122,7 +122,8 @@ def regroup(dims: Dims, target: Sequence[tuple[int, tuple[str, ...]]]) -> Dims:
     out: list[Dim] = []
     at = 0
     for const, syms in target:
-        need, left, got = const, list(syms), []
+        need, left = const, list(syms)
+        got: list[Factor] = []
         while need != 1 or left:
             if at == len(stream):
                 raise Unrepresentable("reshape to another number of entries")

@@ -1,8 +1,8 @@
 """The rewrite rules, in order of preference: the first that takes a node decides."""
 
-from onnxrank.rules import broadcast, dot, fc, gru, movement, norm, reduce, select
-
 from onnxrank.rewrite import Rule
+
+from . import broadcast, dot, fc, gru, movement, norm, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,

@@ -33,11 +33,11 @@ from onnxrank.values import (
     with_extents,
 )
 
-UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
-    Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
-    Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Dropout""".split()
-BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min
-    Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
+UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
+    HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
+    Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Dropout""".split()
+BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
+    Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
 _COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
 _BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 

@@ -61,7 +61,8 @@ def _stays_apart(rw: Rewrite, name: str) -> bool:
     """Whether all that reads a tensor, behind any data movement, is linear: then blocks are never joined again."""
     readers = rw.readers(name)
     return bool(readers) and all(
-        n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in _MOVES and _stays_apart(rw, n.output[0])) for n in readers
+        n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in _MOVES and _stays_apart(rw, n.output[0]))
+        for n in readers
     )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
-from onnxrank.rules.broadcast import attribute, mark_unread
 
 from onnxrank.rewrite import Group, Rewrite, Rule
 from onnxrank.values import (
@@ -38,6 +37,8 @@ from onnxrank.values import (
     view,
     with_extents,
 )
+
+from .broadcast import attribute, mark_unread
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,9 @@ def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Ab
 def _rank(rw: Rewrite, term: Value, axis: int) -> frozenset[int | str]:
     """Axes, but the contracted one, and symbols along which a term varies."""
     codes = term.codes
-    axes = {a for a in range(codes.ndim) if a != axis and codes.shape[a] > 1 and not (codes == codes.take([0], a)).all()}
+    axes = {
+        a for a in range(codes.ndim) if a != axis and codes.shape[a] > 1 and not (codes == codes.take([0], a)).all()
+    }
     return frozenset(axes | rw.sources.symbols(codes))
 
 
@@ -551,4 +554,3 @@ RULE = Rule(
     exactness="reassociates",
     operators={"MatMul": matmul, "Gemm": gemm, "Conv": conv, "Einsum": einsum},
 )
-

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from onnx import NodeProto
-from onnxrank.rules.broadcast import attribute
 
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import Abstract, Dims, Level, canonical, extents, is_candidate_symbol, symbols
+
+from .broadcast import attribute
 
 
 def recurrent(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

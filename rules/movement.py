@@ -10,7 +10,6 @@ from math import prod
 
 import numpy as np
 from onnx import NodeProto
-from onnxrank.rules.broadcast import attribute
 
 from onnxrank.facts import Extent
 from onnxrank.rewrite import Rewrite, Rule
@@ -31,6 +30,8 @@ from onnxrank.values import (
     symbols,
     view,
 )
+
+from .broadcast import attribute
 
 Move = Callable[[Codes], Codes]
 
@@ -166,7 +167,9 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     out = tuple(dims)
     if any(isinstance(s, str) and s not in symbols(x.dims) for s in symbols(out)):
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
-        return rw.keep(node, names, [out], rw.present(rw.settle(x)) | {s for s in symbols(out) if s not in symbols(x.dims)})
+        return rw.keep(
+            node, names, [out], rw.present(rw.settle(x)) | {s for s in symbols(out) if s not in symbols(x.dims)}
+        )
     if isinstance(x, Value) and x.whole is not None and (starts is None or ends is None) and x.whole.dims != x.dims:
         if out == x.dims:
             return [x]

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
-from onnxrank.rules.broadcast import attribute, pointwise, rowwise
-from onnxrank.rules.fc import pieces
 
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
@@ -37,6 +35,9 @@ from onnxrank.values import (
     view,
     with_extents,
 )
+
+from .broadcast import attribute, pointwise, rowwise
+from .fc import pieces
 
 
 def normalised(
@@ -202,34 +203,40 @@ def affine_step(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """`* gamma` and `+ beta` behind a normalisation that was kept apart."""
     for k in (0, 1):
         x, data = rw.operand(node, k), rw.array(node, 1 - k)
-        if not isinstance(x, Affine) or data is None or data.size not in (1, extents(x.dims)[-1]):
-            continue
-        if data.ndim > 1 and data.shape[-1] != data.size:
-            continue
-        vector = np.ascontiguousarray(np.broadcast_to(data.reshape(-1), (extents(x.dims)[-1],)))
-        inner, add = x.fold, rw.emit.add
-
-        def times(w: str) -> tuple[str, str | None]:
-            return inner(add("Mul", [rw.emit.constant(vector[:, None]), w]))
-
-        def plus(w: str) -> tuple[str, str | None]:
-            folded, shift = inner(w)
-            mine = add("MatMul", [rw.emit.constant(vector), w])
-            return folded, mine if shift is None else add("Add", [shift, mine])
-
-        def whole() -> Value:
-            return _made_later(rw, node, lambda: pointwise(rw, node))
-
-        fold = times if node.op_type == "Mul" else plus
-        return [Affine(x.dims, x.dtype, x.base, fold, x.scale, whole)]
+        if isinstance(x, Affine) and data is not None and data.size in (1, data.shape[-1:] and data.shape[-1]):
+            width = extents(x.dims)[-1]
+            if data.size in (1, width):
+                return [_stepped(rw, node, x, np.ascontiguousarray(np.broadcast_to(data.reshape(-1), (width,))))]
     return None
+
+
+def _stepped(rw: Rewrite, node: NodeProto, x: Affine, vector: NDArray[Any]) -> Affine:
+    add = rw.emit.add
+
+    def times(w: str) -> tuple[str, str | None]:
+        return x.fold(add("Mul", [rw.emit.constant(vector[:, None]), w]))
+
+    def plus(w: str) -> tuple[str, str | None]:
+        folded, shift = x.fold(w)
+        mine = add("MatMul", [rw.emit.constant(vector), w])
+        return folded, mine if shift is None else add("Add", [shift, mine])
+
+    def whole() -> Value:
+        return _made_later(rw, node, lambda: pointwise(rw, node))
+
+    return Affine(x.dims, x.dtype, x.base, times if node.op_type == "Mul" else plus, x.scale, whole)
 
 
 def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """BatchNormalization in inference: each level's channels alone, with their part of the parameters."""
     x = rw.value(node, 0)
     params = [rw.array(node, k) for k in range(1, 5)]
-    if x.whole is not None or x.rank < 2 or attribute(node, "training_mode", 0) or len([o for o in node.output if o]) > 1:
+    if (
+        x.whole is not None
+        or x.rank < 2
+        or attribute(node, "training_mode", 0)
+        or len([o for o in node.output if o]) > 1
+    ):
         return None
     codes = x.codes
     levels = rw.sources.levels(codes).astype(np.int64)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from onnx import NodeProto
-from onnxrank.rules.broadcast import attribute, elementwise, rowwise
-from onnxrank.rules.fc import Piece, distribute, partials
 
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
@@ -23,6 +21,9 @@ from onnxrank.values import (
     symbols,
     view,
 )
+
+from .broadcast import attribute, elementwise, rowwise
+from .fc import Piece, distribute, partials
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
 _EXTREMA = {"ReduceMax": "Max", "ReduceMin": "Min"}
@@ -105,9 +106,7 @@ def _whole(
     return rowwise(rw, node, axes, lambda d: [result(d)])
 
 
-def _partials(
-    rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: int = 1
-) -> list[Value]:
+def _partials(rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: int = 1) -> list[Value]:
     def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
         made: Dims = (*physical[:axis], (), *physical[axis + 1 :])
 

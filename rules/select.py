@@ -1,7 +1,7 @@
 """`select`: positions that nobody reads are not computed.
 
-The work is done by `onnxrank.needed`, which finds the positions, and by the other rules, which leave out entries that are
-marked as unread; this module names and explains it.
+The work is done by `onnxrank.needed`, which finds the positions, and by the other rules, which leave out entries that
+are marked as unread; this module names and explains it.
 """
 
 from __future__ import annotations

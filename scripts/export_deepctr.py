@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -344,8 +345,8 @@ def check(model: onnx.ModelProto, module: nn.Module, specs: Sequence[InputSpec])
 
 def export(name: str, scale: str, exporters: Sequence[str], outdir: Path) -> Iterator[str]:
     """Exports one model and yields the exporters that failed."""
-    for path in [*(outdir / f"{name}.{exporter}.onnx" for exporter in exporters), outdir / f"{name}.roles.yaml"]:
-        path.unlink(missing_ok=True)
+    for exporter in exporters:
+        (outdir / f"{name}.{exporter}.onnx").unlink(missing_ok=True)
     try:
         module, specs = build(name, scale)
     except Exception as error:  # a model that cannot be built must not stop the others
@@ -390,7 +391,11 @@ def silence() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+    """The first line of an error, of the one behind it where an exporter only wraps that."""
+    while isinstance(error, torch.onnx.errors.OnnxExporterError) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def main() -> int:

@@ -85,9 +85,9 @@ def batch_of_candidates() -> ModelProto:
 def record() -> ModelProto:
     """Long histories: `[5 * N]`, four history ids and then the target."""
     return mlp(
-        "(int64['5_N'] seq) => (float[N,1] y) { e = Gather(T, seq) s = Reshape(e, shape)"
+        "(int64[M] seq) => (float[N,1] y) { e = Gather(T, seq) s = Reshape(e, shape)"
         "h0 = Slice(s, zero, minus, one) p = ReduceMean<axes=[1], keepdims=0>(h0) t = Gather<axis=1>(s, last)"
-        f"c = Concat<axis=1>(p, t) {HEAD} }}".replace("'5_N'", "M"),
+        f"c = Concat<axis=1>(p, t) {HEAD} }}",
         width=8, T=w(9, 4), shape=i64(-1, 5, 4), zero=i64(0), minus=i64(-1), one=i64(1), last=np.array(-1),
     )  # fmt: skip
 
@@ -548,9 +548,7 @@ def test_qdq(per_channel: bool, axis: int) -> None:
         s=one(0.03), z=np.array(3, np.int8), W8=rng.integers(-100, 100, (7, 8)).astype(np.int8), ws=scales, wz=zeros,
     )  # fmt: skip
     model.graph.initializer.remove(next(t for t in model.graph.initializer if t.name == "W"))
-    # A value on the edge between two steps may fall either way once additions are reordered, so exact data: powers of 2.
-    result = hold(model, ["user"], share=0.6, runtime_optimises=False)
-    assert result.report.checks
+    hold(model, ["user"], share=0.6, runtime_optimises=False)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -559,7 +557,8 @@ def test_qdq(per_channel: bool, axis: int) -> None:
 def test_external_data(tmp_path: Path) -> None:
     """Weights in a side file, the divided layer and a table among them."""
     model = mlp(
-        f"(int64[N] user, float[N,3] item) => (float[N,1] y) {{ e = Gather(T, user) c = Concat<axis=1>(e, item) {HEAD} }}",
+        f"(int64[N] user, float[N,3] item) => (float[N,1] y)"
+        f" {{ e = Gather(T, user) c = Concat<axis=1>(e, item) {HEAD} }}",
         width=67, W=w(67, 32), b=w(32), V=w(32, 1), T=w(50, 64),
     )  # fmt: skip
     source = tmp_path / "in.onnx"
@@ -581,7 +580,7 @@ def test_nothing_to_do(tmp_path: Path) -> None:
     """Where no rule applies, the output is the input's own bytes."""
     model = graph("(float[1,4] bias, float[N,4] item) => (float[N,4] y) { y = Add(item, bias) }")
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    source.write_bytes(model.SerializeToString() + b"")
+    source.write_bytes(model.SerializeToString())
     result = onnxrank.optimize(source)
     assert not result.changed and not result.report.rules
     result.save(out)

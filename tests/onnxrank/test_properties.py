@@ -53,7 +53,7 @@ def feed(name: str, n: int, seed: int = 0) -> Feed:
     return dict(study.maker(Setting({**dict.fromkeys(study.symbols, 7), "N": n}, seed)))
 
 
-def candidate_inputs(name: str, rows: Feed) -> list[str]:
+def candidate_inputs(name: str) -> list[str]:
     """Inputs of the rewritten model that have rows of candidates, all of them on axis 0."""
     return [i.name for i in optimised(name).model.graph.input if i.type.tensor_type.shape.dim[0].HasField("dim_param")]
 
@@ -92,21 +92,53 @@ def test_scores(name: str) -> None:
     assert all(c.passed for c in compared), [c for c in compared if not c.passed]
 
 
+def run_without_candidates(names: list[str]) -> None:
+    """Prints, a line each, what the original and then the rewritten model give for no candidates."""
+    for name in names:
+        rows = feed(name, 2)
+        new = rewrite(name).translate(rows)
+        new |= {i: new[i][:0] for i in candidate_inputs(name)}
+        for made, fed in zip(sessions(name), ({k: v[:0] for k, v in rows.items()}, new), strict=True):
+            print(json.dumps(name), end=" ", flush=True)
+            try:
+                print(json.dumps({k: [str(v.dtype), *v.shape] for k, v in run(made, fed).items()}), flush=True)
+            except Exception as e:
+                print(json.dumps(str(e)), flush=True)
+
+
+def elsewhere(call: str) -> list[str]:
+    """Lines that a function of this file prints in another process, which hashes strings otherwise and may crash."""
+    code = f"import runpy; space = runpy.run_path({__file__!r}); exec({call!r}, space)"
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+
+
+@cache
+def without_candidates() -> dict[str, list[Any]]:
+    """Per model what the original and the rewritten one give; None where onnxruntime crashed."""
+    found: dict[str, list[Any]] = {name: [] for name in FILES}
+    left = FILES
+    while left:
+        for line in elsewhere(f"run_without_candidates({left!r})"):
+            name, at = json.JSONDecoder().raw_decode(line)
+            found[name].append(json.loads(line[at:]) if line[at:].strip() else None)
+        crashed = [n for n in left if len(found[n]) < 2 or None in found[n]]
+        assert not crashed or found[crashed[0]], "the process did not start"
+        left = left[left.index(crashed[0]) + 1 :] if crashed else []
+    return found
+
+
 @every_model
 def test_no_candidates(name: str) -> None:
     """Without candidates there are no scores, where the original gives none."""
-    rows = feed(name, 2)
-    before, after = sessions(name)
-    try:
-        want = run(before, {k: v[:0] for k, v in rows.items()})
-    except Exception:
-        pytest.skip("the original does not run without candidates")
-    new = rewrite(name).translate(rows)
-    for i in candidate_inputs(name, rows):
-        new[i] = new[i][:0]
-    got = run(after, new)
-    for output, score in want.items():
-        assert got[output].shape == score.shape and got[output].dtype == score.dtype
+    want, *got = without_candidates()[name]
+    if not isinstance(want, dict):
+        pytest.skip("onnxruntime does not run the original without candidates")
+    declared = {o.name: len(o.type.tensor_type.shape.dim) for o in optimised(name).model.graph.output}
+    if any(len(shape) - 1 != declared[k] for k, shape in want.items()):
+        pytest.skip("onnxruntime's reductions of no rows give wrong shapes")
+    assert got == [want]
 
 
 @every_model
@@ -129,12 +161,8 @@ def digests() -> dict[str, str]:
 
 def test_deterministic() -> None:
     """The same bytes in this process and in one that hashes strings otherwise."""
-    code = f"import runpy, json; print(json.dumps(runpy.run_path({__file__!r})['digests']()))"
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": path}
-    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     here = digests()
-    assert json.loads(other.stdout.splitlines()[-1]) == here
+    assert json.loads(elsewhere("print(json.dumps(digests()))")[-1]) == here
     cached = {n: hashlib.sha256(optimised(n).model.SerializeToString()).hexdigest() for n in FILES}
     assert cached == here
 
@@ -144,7 +172,7 @@ def test_candidates_do_not_meet(name: str) -> None:
     """Permuting, duplicating, dropping and appending candidates does the same to their scores."""
     after = sessions(name)[1]
     new = rewrite(name).translate(feed(name, 7))
-    rows = candidate_inputs(name, new)
+    rows = candidate_inputs(name)
     scores = run(after, new)
     for picked in ([6, 2, 0, 1, 5, 4, 3], [3, 3, 3, 0], [4], [0, 1, 2, 3, 4, 5, 6, 6, 0]):
         close({k: v[picked] for k, v in scores.items()}, run(after, {k: v[picked] if k in rows else v for k, v in new.items()}))
@@ -173,13 +201,10 @@ def test_untouched_parts(name: str) -> None:
     original, made = onnx.load(FOLDER / name), optimised(name).model
     inlined = inliner.inline_local_functions(original) if original.functions else original
     nodes = {tuple(n.output): n for n in inlined.graph.node}
-    kept = 0
     for n in made.graph.node:
         own = nodes.get(tuple(n.output))
         if own is not None and own.name == n.name and list(own.input) == list(n.input):
-            kept += 1
             assert own == n
-    assert kept
     tensors = {t.name: t for t in inlined.graph.initializer}
     assert any(t.name in tensors for t in made.graph.initializer)
     assert all(tensors[t.name] == t for t in made.graph.initializer if t.name in tensors)
@@ -200,6 +225,16 @@ def test_untouched_parts(name: str) -> None:
     onnx.checker.check_model(made, full_check=True)
 
 
+def test_most_nodes_stay() -> None:
+    """A model's nodes keep their names and outputs wherever nothing had to change: the diff is small."""
+    share = []
+    for name in FILES:
+        original, made = onnx.load(FOLDER / name), optimised(name).model
+        own = {(n.name, tuple(n.output)) for n in original.graph.node}
+        share.append(np.mean([(n.name, tuple(n.output)) in own for n in made.graph.node]))
+    assert np.median(share) > 0.4
+
+
 def adversarial(name: str, rows: Feed, kind: str) -> Feed:
     """Candidates that are all equal, or wildly different."""
     out = dict(rows)
@@ -211,11 +246,11 @@ def adversarial(name: str, rows: Feed, kind: str) -> Feed:
         part = data[:, own] if role.role.level == "mixed" else data
         if kind == "equal":
             part = np.repeat(part[:1], len(part), 0)
-        elif data.dtype.kind == "f":
-            factors = np.array([1e3, -1e3, 1e-3, 0, 30], data.dtype)[: len(part)]
-            part = part * factors.reshape(-1, *(1,) * (part.ndim - 1))
         else:
-            part = np.where(np.arange(len(part)).reshape(-1, *(1,) * (part.ndim - 1)) % 2, part.max(0), part.min(0))
+            down = (-1, *(1,) * (part.ndim - 1))
+            ends = np.where(np.arange(len(part)).reshape(down) % 2, part.max(0), part.min(0))
+            factors = np.array([1e3, -1e3, 1e-3, 0, 30])[: len(part)].reshape(down)
+            part = np.where(part == np.round(part), ends, part * factors).astype(data.dtype)  # ids stay ids
         if role.role.level == "mixed":
             data[:, own] = part
         else:

@@ -39,7 +39,8 @@ def left_alone(model: ModelProto, request: list[str], op: str = "", **how: Any) 
 ROWS = "s = Shape(user) n = Gather(s, zero) n1 = Concat<axis=0>(n, wide)"
 EXTENTS = {
     "Reshape": f"{ROWS} i2 = Reshape(item, n1) c = Concat<axis=1>(user, i2)",
-    "Reshape of both": f"{ROWS} k = Mul(user, item3) i2 = Reshape(item, n1) k2 = Reshape(k, n4) c = Concat<axis=1>(k2, i2)",
+    "Reshape of both": f"{ROWS} k = Mul(user, item3) i2 = Reshape(item, n1) k2 = Reshape(k, n4) c ="
+        f" Concat<axis=1>(k2, i2)",
     "Expand of a constant": f"{ROWS} e = Expand(row, n1) i2 = Add(item, e) c = Concat<axis=1>(user, i2)",
     "ConstantOfShape": f"{ROWS} z = ConstantOfShape(n1) i2 = Add(item, z) c = Concat<axis=1>(user, i2)",
     "ones": f"{ROWS} z = ConstantOfShape<value = float[1] {{2.0}}>(n1) i2 = Mul(item, z) c = Concat<axis=1>(user, i2)",
@@ -54,12 +55,15 @@ EXTENTS = {
     "Slice": "s = Shape(user) n = Gather(s, zero) i2 = Slice(item, zero, n, zero) c = Concat<axis=1>(user, i2)",
     "request rows expanded like itself": f"{ROWS} uh = Slice(user, zero, wide, ax1) ue = Expand(uh, n1)"
     " d = Sub(ue, item) uc = Slice(user, wide, four, ax1) c = Concat<axis=1>(ue, d, uc)",
-    "torch expand": "s = Shape(user) o = ConstantOfShape<value = int64[1] {1}>(two) mi = Mul(o, minus) eq = Equal(t, mi)"
+    "torch expand": "s = Shape(user) o = ConstantOfShape<value = int64[1] {1}>(two) mi = Mul(o, minus) eq ="
+        " Equal(t, mi)"
     " wh = Where(eq, o, t) e = Expand(row, wh) i2 = Add(item, e) c = Concat<axis=1>(user, i2)",
 }
 CONSTANTS = {
-    "zero": i64(0), "wide": i64(3), "row": w(1, 3, seed=5), "z0": np.array(0), "o0": np.array(1), "ax1": i64(1),
-    "nil": one(0.0), "four": i64(4), "two": i64(2), "minus": i64(-1), "t": i64(-1, 3), "item3": w(1, 4), "n4": i64(-1, 4),
+    "zero": i64(0), "wide": i64(3), "row": w(1, 3, seed=5), "z0": np.array(0), "o0": np.array(1),
+    "ax1": i64(1),
+    "nil": one(0.0), "four": i64(4), "two": i64(2), "minus": i64(-1), "t": i64(-1, 3),
+    "item3": w(1, 4), "n4": i64(-1, 4),
 }  # fmt: skip
 
 
@@ -83,11 +87,45 @@ def test_zero_accumulators(source: str, order: str) -> None:
     hold(model, ["user"], share=0.6)
 
 
+# Extents with a threshold far above the numbers of candidates that a quick look at the model would try.
+THRESHOLDS = {
+    "at most 100 rows": "a = Slice(item, z, hundred, z) u = Slice(user, z, hundred, z) c = Concat<axis=1>(u, a)",
+    "at most 100 rows of both": "k = Concat<axis=1>(user, item) c = Slice(k, z, hundred, z)",
+    "all but the last 100 rows": "s = Shape(item) n = Gather(s, z) m = Sub(n, hundred) f = Max(m, z)"
+    " a = Slice(item, f, n, z) u = Slice(user, f, n, z) c = Concat<axis=1>(u, a)",
+    "scaled above 100": "s = Shape(item) n = Gather(s, z) q = Greater(n, hundred) f = Cast<to=1>(q) g = Add(f, onef)"
+    " u = Mul(user, g) c = Concat<axis=1>(u, item)",
+    "clipped count": "s = Shape(item) n = Gather(s, z) m = Min(n, hundred) p = Div(n, m) f = Cast<to=1>(p)"
+    " u = Mul(user, f) c = Concat<axis=1>(u, item)",
+    "other branch above 100": "s = Shape(user) n = Gather(s, k0) q = Less(n, k100) u = If(q) <"
+    "then_branch = t () => (float[N,4] a) { a = Identity(user) },"
+    "else_branch = e () => (float[N,4] d) { d = Neg(user) }> c = Concat<axis=1>(u, item)",
+    "in chunks of 100": "s = Shape(item) n = Gather(s, z) m = Add(n, most) p = Div(m, hundred) f = Cast<to=1>(p)"
+    " u = Div(user, f) c = Concat<axis=1>(u, item)",
+    "every hundredth row": "a = Slice(item, z, big, z, hundred) u = Slice(user, z, big, z, hundred) c ="
+        " Concat<axis=1>(u, a)",
+}
+
+
+@pytest.mark.parametrize("interface", ["request", "same"])
+@pytest.mark.parametrize("form", THRESHOLDS)
+def test_thresholds_on_the_number_of_candidates(form: str, interface: str) -> None:
+    model = mlp(
+        f"{TWO}(float[M,1] y) {{ {THRESHOLDS[form]} {HEAD} }}",
+        z=i64(0), hundred=i64(100), onef=one(1.0), k0=np.array(0), k100=np.array(100), most=i64(99), big=i64(2**40),
+    )  # fmt: skip
+    try:
+        hold(model, ["user"], rules=(), sizes=(1, 2, 7, 99, 100, 101, 250, 512), interface=interface)
+    except ModelError:  # said before anything is written
+        assert form == "all but the last 100 rows", "the model runs at every number of candidates"
+
+
 # --- 2: squeezes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interface", ["request", "same"])
-@pytest.mark.parametrize("dense", ["h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V)", "h = MatMul(c, W) r = Relu(h) y = MatMul(r, V)"])
+@pytest.mark.parametrize("dense", ["h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V)", "h = MatMul(c, W) r ="
+    " Relu(h) y = MatMul(r, V)"])
 def test_squeeze_without_axes(interface: str, dense: str) -> None:
     """`[N, 1, 4]` squeezed without axes is `[4]` at one row: what shrank must not lose its rows' axis."""
     model = mlp(
@@ -96,7 +134,8 @@ def test_squeeze_without_axes(interface: str, dense: str) -> None:
         width=8, T=w(5, 4),
     )  # fmt: skip
     # With one candidate MatMul gives `[1]` instead of `[1, 1]`: a model that cannot be divided is left as it is.
-    result = hold(model, ["user"], rules=["fc"] if "Gemm" in dense else (), share=0.6, sizes=(1, 2, 3, 9), interface=interface)
+    rules = ["fc"] if "Gemm" in dense else ()
+    result = hold(model, ["user"], rules=rules, share=0.6, sizes=(1, 2, 3, 9), interface=interface)
     assert result.changed or result.report.refusals
 
 
@@ -133,7 +172,8 @@ def test_if_on_the_number_of_candidates() -> None:
 ELSEWHERE = {
     "positions first": "u = Gather(T, hist) s = Transpose<perm=[1, 0, 2]>(u) m = MatMul(s, Q) t = Tanh(m)"
     " p = ReduceMean<axes=[0], keepdims=0>(t) c = Concat<axis=1>(p, item)",
-    "fields and rows merged": "u = Gather(T, hist) i1 = Unsqueeze(item, ax1) s = Concat<axis=1>(u, i1) f = Reshape(s, m4)"
+    "fields and rows merged": "u = Gather(T, hist) i1 = Unsqueeze(item, ax1) s = Concat<axis=1>(u, i1) f ="
+        " Reshape(s, m4)"
     " m = Gemm(f, Q, q) t = Relu(m) g = Reshape(t, m64) p = ReduceSum<keepdims=0>(g, ax1) c = Concat<axis=1>(p, item)",
     "rows and fields merged, fields first": "u = Gather(T, hist) i1 = Unsqueeze(item, ax1) s = Concat<axis=1>(u, i1)"
     " x = Transpose<perm=[1, 0, 2]>(s) f = Reshape(x, m4) m = Gemm(f, Q, q) t = Relu(m) g = Reshape(t, s6m)"
@@ -161,8 +201,8 @@ def test_batch_elsewhere(form: str) -> None:
         s6m=i64(6, -1, 4), ia=np.array([[0], [1], [0]]), ib=np.array([[5], [2], [3]]), flat=i64(1, 5, 12, 35),
         s5m=i64(5, -1, 2, 2), ax13=i64(1, 3), m12=i64(-1, 12),
     )  # fmt: skip
-    share = {"GatherND behind a transpose": 0.9, "pairs flat, rows last": 1.0, "rows on the last axis": 0.8}.get(form, 0.7)
-    hold(model, ["hist"], rules=["fc"], share=share, ids=6)
+    shares = {"GatherND behind a transpose": 0.9, "pairs flat, rows last": 1.0, "rows on the last axis": 0.8}
+    hold(model, ["hist"], rules=["fc"], share=shares.get(form, 0.7), ids=6)
 
 
 @pytest.mark.parametrize("kind", ["scores", "heads merged", "heads first"])
@@ -170,7 +210,8 @@ def test_attention_over_history(kind: str) -> None:
     """Self-attention over a request's history and the candidate behind it; nn.MultiheadAttention merges N and heads."""
     project = " ".join(f"{k} = MatMul(s, W{k}) " for k in "qkv")
     forms = {
-        "scores": project + "kt = Transpose<perm=[0, 2, 1]>(k) a = MatMul(q, kt) p = Softmax<axis=-1>(a) o = MatMul(p, v)",
+        "scores": project + "kt = Transpose<perm=[0, 2, 1]>(k) a = MatMul(q, kt) p = Softmax<axis=-1>(a) o ="
+            " MatMul(p, v)",
         "heads merged": "t = Transpose<perm=[1, 0, 2]>(s) "
         + project.replace("(s,", "(t,")
         + " ".join(f"{k}r = Reshape({k}, lnh) {k}m = Transpose<perm=[1, 0, 2]>({k}r) " for k in "qkv")
@@ -194,7 +235,8 @@ def test_encoder_of_the_request_alone() -> None:
     """All work is the request's: an encoder, of whose rows one is read, and a dot product with the candidate."""
     model = graph(
         "(int64[N,6] hist, int64[N,1] item) => (float[N,1] y) { e = Gather(T, hist) q = MatMul(e, Wq) k = MatMul(e, Wk)"
-        "kt = Transpose<perm=[0, 2, 1]>(k) a = MatMul(q, kt) am = Add(a, mask) p = Softmax<axis=-1>(am) o = MatMul(p, e)"
+        "kt = Transpose<perm=[0, 2, 1]>(k) a = MatMul(q, kt) am = Add(a, mask) p = Softmax<axis=-1>(am) o ="
+        " MatMul(p, e)"
         "l = Gather<axis=1>(o, last) t3 = Gather(T, item) t = Squeeze(t3, ax1) m = Mul(l, t) y = ReduceSum(m, ax1) }",
         T=w(7, 8), Wq=w(8, 8), Wk=w(8, 8, seed=1), last=np.array(-1), ax1=i64(1),
         mask=np.triu(np.full((6, 6), -1e9, np.float32), 1),
@@ -222,7 +264,8 @@ def test_concatenated_ids() -> None:
     """Library B: raw ids of both levels side by side, offsets, one lookup, and a Split behind it."""
     model = mlp(
         "(int64[N,3] user, int64[N,2] item) => (float[N,1] y) { i = Concat<axis=1>(item, user, item) o = Add(i, off)"
-        f"e = Gather(T, o) p, q = Split<axis=1>(e, sp) pf = Flatten(p) qf = Flatten(q) c = Concat<axis=1>(qf, pf) {HEAD} }}",
+        f"e = Gather(T, o) p, q = Split<axis=1>(e, sp) pf = Flatten(p) qf = Flatten(q) c = Concat<axis=1>(qf,"
+        f" pf) {HEAD} }}",
         width=28, T=w(35, 4), off=np.arange(7)[None] * 5, sp=i64(3, 4),
     )  # fmt: skip
     hold(model, ["user"], share=0.6)
@@ -236,7 +279,8 @@ def test_one_concat_for_many() -> None:
         body += f"g{t} = MatMul(c, G{t}) p{t} = Softmax(g{t}) x{t} = Unsqueeze(p{t}, ax2) m{t} = Mul(e, x{t}) "
         body += f"s{t} = ReduceSum<keepdims=0>(m{t}, ax) o{t} = MatMul(s{t}, H{t}) {t} = Sigmoid(o{t}) "
     model = graph(
-        f"(float[N,12] user, float[N,4] item) => (float[N,1] a, float[N,1] b) {{ c = Concat<axis=1>(user, item) {body} }}",
+        f"(float[N,12] user, float[N,4] item) => (float[N,1] a, float[N,1] b)"
+        f" {{ c = Concat<axis=1>(user, item) {body} }}",
         **{f"W{k}": w(16, 8, seed=k) for k in range(4)}, **{f"b{k}": w(8, seed=k) for k in range(4)},
         **{f"G{t}": w(16, 4, seed=ord(t)) for t in "ab"}, **{f"H{t}": w(8, 1, seed=ord(t)) for t in "ab"},
         ax=i64(1), ax2=i64(2),
@@ -259,7 +303,8 @@ def test_interleaved_columns(seed: int) -> None:
     )  # fmt: skip
     result = hold(model, [f"X[{','.join(map(str, request))}]"], share=0.9)
     feed = {k: np.round(v * 4) for k, v in draw(model, roles_of(result), 5, seed).items()}
-    for a, b in zip(session(model).run(None, feed), session(result.model).run(None, divide(feed, roles_of(result))), strict=True):
+    mine = divide(feed, roles_of(result))
+    for a, b in zip(session(model).run(None, feed), session(result.model).run(None, mine), strict=True):
         assert np.array_equal(a, b)
 
 
@@ -307,7 +352,8 @@ def test_top_k(form: str) -> None:
     pick = "v, i = TopK(s, two)" if form != "ArgMax" else "i = ArgMax<axis=1, keepdims=1>(s)"
     k = 1 if form == "ArgMax" else 2
     model = mlp(
-        f"(int64[N,6] hist, int64[N,1] item) => (float[N,1] y, int64[N,{k}] i) {{ e = Gather(T, hist) t = Gather(T, item)"
+        f"(int64[N,6] hist, int64[N,1] item) => (float[N,1] y, int64[N,{k}] i)"
+        f" {{ e = Gather(T, hist) t = Gather(T, item)"
         f"{score} {pick} j = Unsqueeze(i, ax2) x = Expand(j, s114) g = GatherElements<axis=1>(e, x)"
         f"p = ReduceMean<axes=[1], keepdims=0>(g) tf = Flatten(t) c = Concat<axis=1>(p, tf) {HEAD} }}",
         width=8, T=np.round(w(7, 4) * 2), two=i64(2), ax2=i64(2), s114=i64(1, 1, 4),
@@ -323,12 +369,14 @@ def test_top_k(form: str) -> None:
 @pytest.mark.parametrize("interface", ["request", "same"])
 @pytest.mark.parametrize("guard", [True, False])
 def test_outputs_of_every_kind(interface: str, guard: bool) -> None:
-    """Of no candidate, of candidates only, mixed, one another's, an input's, integers: names, order, types and N rows."""
+    """Of no candidate, of candidates only, mixed, an input's, integers: names, order, types and N rows."""
     model = graph(
         "(float[N,4] user, int64[N,3] ids, float[N,3] item, float[N,2] unused)"
-        "=> (float[N,2] tower, float[N,4] user_out, float[N,3] item_out, int64[N,3] ids_out, float[N,1] y, float[N,1] z,"
+        "=> (float[N,2] tower, float[N,4] user_out, float[N,3] item_out, int64[N,3] ids_out, float[N,1] y,"
+        " float[N,1] z,"
         "float[N,1] y2, bool[N,4] positive, float[1,4] fixed) {"
-        "t = MatMul(user, U) tower = Relu(t) user_out = Identity(user) item_out = Identity(item) ids_out = Identity(ids)"
+        "t = MatMul(user, U) tower = Relu(t) user_out = Identity(user) item_out = Identity(item) ids_out ="
+        " Identity(ids)"
         "c = Concat<axis=1>(user, item) h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V) y2 = Identity(y) z = Sigmoid(y)"
         "positive = Greater(user, zero) fixed = Identity(K) }",
         U=w(4, 2), W=w(7, 8), b=w(8), V=w(8, 1), zero=one(0.0), K=w(1, 4),
@@ -491,7 +539,8 @@ def test_across_candidates(form: str, x: str) -> None:
 def test_batch_statistics() -> None:
     """Normalised by the mean and variance of the candidates of this call."""
     model = mlp(
-        f"{TWO}(float[N,1] y) {{ c0 = Concat<axis=1>(user, item) a = ReduceMean<axes=[0]>(c0) d = Sub(c0, a) q = Mul(d, d)"
+        f"{TWO}(float[N,1] y)"
+        f" {{ c0 = Concat<axis=1>(user, item) a = ReduceMean<axes=[0]>(c0) d = Sub(c0, a) q = Mul(d, d)"
         f"v = ReduceMean<axes=[0]>(q) e = Add(v, eps) s = Sqrt(e) c = Div(d, s) {HEAD} }}",
         eps=one(0.1),
     )
@@ -539,7 +588,8 @@ def test_custom_operators() -> None:
 
 
 def test_nothing_but_custom_operators() -> None:
-    model = graph("(float[N,4] user, float[N,3] item) => (float[N,1] y) { y = acme.All(user, item) }", domains={"acme": 1})
+    model = graph("(float[N,4] user, float[N,3] item) => (float[N,1] y) { y = acme.All(user, item)"
+        " }", domains={"acme": 1})
     with pytest.raises(ModelError):
         onnxrank.optimize(model, request=["user"])
 
@@ -551,7 +601,8 @@ def test_nothing_but_custom_operators() -> None:
 def test_if_reads_outer_tensors(flag: str) -> None:
     """An If on data, whose branches read request-level and candidate-level tensors from outside."""
     model = mlp(
-        f"{TWO}(float[N,1] y) {{ u2 = MatMul(user, U) s = ReduceSum<keepdims=0>({flag}) q = Greater(s, zero) x = If(q) <"
+        f"{TWO}(float[N,1] y)"
+        f" {{ u2 = MatMul(user, U) s = ReduceSum<keepdims=0>({flag}) q = Greater(s, zero) x = If(q) <"
         "then_branch = t () => (float[N,4] a) { ub = Sub(u2, one) a = Mul(ub, user) },"
         "else_branch = e () => (float[N,4] d) { ib = Slice(item, z, o, o) d = Add(u2, ib) }>"
         f"c = Concat<axis=1>(x, item) {HEAD} }}",
@@ -716,9 +767,10 @@ def test_einsum(equation: str) -> None:
     data = next(o for o in operands.split(",") if "n" in o)
     size = {"n": "N", "f": 7, "d": 7 if len(data) == 2 else 3, "k": 8}
     constant = w(*[size[c] for c in next(o for o in operands.split(",") if "n" not in o)])
-    user, item = ([("4" if a else "3"), "3"][: len(data) - 1] for a in (1, 0))
+    user, item = (",".join(["N", "4" if a else "3", "3"][: len(data)]) for a in (1, 0))
+    outputs = ",".join(str(size[c]) for c in out)
     model = graph(
-        f"(float[N,{','.join(user)}] user, float[N,{','.join(item)}] item) => (float[{','.join(str(size[c]) for c in out)}] y)"
+        f"(float[{user}] user, float[{item}] item) => (float[{outputs}] y)"
         f"{{ c = Concat<axis=1>(user, item) e = Einsum<equation = \"{equation}\">"
         f"({'c, K' if operands.split(',')[0] == data else 'K, c'}) y = Tanh(e) }}",
         K=constant,
@@ -758,6 +810,364 @@ def test_conv_across_fields() -> None:
         W=w(2, 1, 3, 2), ax1=i64(1),
     )  # fmt: skip
     hold(model, ["user"], rules=())
+
+
+# Bodies from `user` [N, 4] and `item` [N, 4] to a `c` of 8 columns, and whether the layer behind it is divided.
+FORMS: dict[str, tuple[str, bool]] = {
+    "rank 1": (
+        "u0 = Gather<axis=1>(user, k0) a = Gather<axis=1>(item, k1) d = Add(u0, a) e = Unsqueeze(d, ax1)"
+        " f = Unsqueeze(u0, ax1) g = Concat<axis=1>(e, f, f, f) c = Concat<axis=1>(g, user)",
+        True,
+    ),
+    "flat and back": ("f = Reshape(item, m1) g = Relu(f) i2 = Reshape(g, m4) c = Concat<axis=1>(user, i2)", True),
+    "request flat and back": ("f = Reshape(user, m1) g = Relu(f) u2 = Reshape(g, m4) c = Concat<axis=1>(u2,"
+        " item)", True),
+    "both flat and back": ("k = Concat<axis=1>(user, item) f = Reshape(k, m1) g = Relu(f) c = Reshape(g, m8)", True),
+    "request cut across rows": ("f = Reshape(user, m1) g = Reshape(f, x2) e = Reshape(g, m4) c ="
+        " Concat<axis=1>(e, item)", False),
+    "rows in pairs": (
+        "k = Concat<axis=0>(user, item) p = Reshape(k, s2m4) t = Transpose<perm=[1, 0, 2]>(p) c = Reshape(t,"
+        " m8)", False,
+    ),
+    "rows behind rows": (
+        "k = Concat<axis=0>(user, item) m = Relu(k) a, d = Split<axis=0>(m) c = Concat<axis=1>(a, d)", False,
+    ),
+    "stacked rows through one product": (
+        "k = Concat<axis=0>(user, item) m = MatMul(k, Q) p = Reshape(m, s2m4) t = Transpose<perm=[1, 0, 2]>(p)"
+        " c = Reshape(t, m8)",
+        False,
+    ),
+    "transposed product": (
+        "t = Transpose(user) g = Gemm<transA=1>(t, Q) c = Concat<axis=1>(g, item)", False,
+    ),
+    "product of the transposed Concat": (
+        "k = Concat<axis=1>(user, item) t = Transpose(k) g = Gemm<transA=1>(t, R8) c = Relu(g)", False,
+    ),
+    "addend of the request": ("k = Concat<axis=1>(item, item) u8 = Concat<axis=1>(user, user) c = Gemm(k, R8,"
+        " u8)", False),
+    "addend of the candidate": ("k = Concat<axis=1>(user, user) i8 = Concat<axis=1>(item, item) c = Gemm(k, R8,"
+        " i8)", False),
+    "addend of one column": ("k = Concat<axis=1>(user, item) u0 = Slice(user, z0, ax1, ax1) c = Gemm(k, R8, u0)", True),
+    "batched products of levels": (
+        "u3 = Unsqueeze(user, ax1) i3 = Unsqueeze(item, ax2) p = MatMul(i3, u3) q = MatMul(u3, i3) f = Reshape(p, m16)"
+        " g = MatMul(f, Q16) h1 = Reshape(q, m1x1) k = Concat<axis=1>(user, item) a = Add(g, h1) c = Add(k, a)",
+        False,
+    ),
+    "outer product by broadcasting": (
+        "u3 = Unsqueeze(user, ax1) i3 = Unsqueeze(item, ax2) p = Mul(u3, i3) f = Reshape(p, m16) c = MatMul(f,"
+        " Q16)", False,
+    ),
+    "choice by the request": ("q = Greater(user, nil) d = Where(q, item, user) c = Concat<axis=1>(user, d)", True),
+    "choice by the candidate": ("q = Greater(item, nil) d = Where(q, user, nil) c = Concat<axis=1>(user, d)", True),
+    "gathered elements": (
+        "s = Mul(item, five) a = Abs(s) f = Cast<to=7>(a) m = Mod(f, i4) g = GatherElements<axis=1>(user, m)"
+        " c = Concat<axis=1>(user, g)",
+        True,
+    ),
+    "gathered by row": (
+        "s = Mul(item, five) a = Abs(s) f = Cast<to=7>(a) m = Mod(f, i4) m3 = Unsqueeze(m, ax2)"
+        " g = GatherND<batch_dims=1>(user, m3) c = Concat<axis=1>(user, g)",
+        True,
+    ),
+    "scattered": (
+        "s0 = Shape(user) n0 = Gather(s0, z0) n11 = Concat<axis=0>(n0, ax1) jj = Expand(ax1, n11) kk ="
+        " Expand(nil1, n11)"
+        " s = ScatterElements<axis=1>(user, jj, kk) c = Concat<axis=1>(s, item)",
+        False,
+    ),
+    "one hot": (
+        "s = Mul(user, five) a = Abs(s) f = Cast<to=7>(a) m = Mod(f, i4) m0 = Gather<axis=1>(m, k0) o ="
+        " OneHot(m0, d4, onoff)"
+        " c = Concat<axis=1>(o, item)",
+        True,
+    ),
+    "padded": ("u = Slice(user, z0, th, ax1) p = Pad(u, pads) c = Concat<axis=1>(p, item)", False),
+    "number of entries": (
+        "n = Size(user) f = Cast<to=1>(n) s = Reciprocal(f) d = Mul(item, s) c = Concat<axis=1>(user, d)", True,
+    ),
+    "mean over rows by count": (
+        "n = Size(user) f = Cast<to=1>(n) s = ReduceSum(user, z0) d = Div(s, f) a = Add(item, d) c ="
+        " Concat<axis=1>(user, a)",
+        True,
+    ),
+    "row numbers as ids": (
+        "s = Shape(user) n = Gather(s, k0) r0 = Range(k0, n, k1) m = Mod(r0, i4) e = Gather(Q, m) c ="
+        " Concat<axis=1>(user, e)",
+        False,
+    ),
+    "max pool": (
+        "u3 = Unsqueeze(user, ax1) p = MaxPool<kernel_shape=[2], strides=[1], pads=[0, 1]>(u3) u = Squeeze(p, ax1)"
+        " c = Concat<axis=1>(u, item)",
+        True,
+    ),
+    "top of the request": ("v, j = TopK<axis=1, largest=0>(user, four) c = Concat<axis=1>(v, item)", True),
+    "top of both": ("k = Concat<axis=1>(user, item) c, j = TopK(k, eight)", False),
+    "norm": ("a = LpNormalization(user) d = ReduceL2<axes=[1]>(item) e = Div(item, d) c = Concat<axis=1>(a, e)", True),
+    "cosine": (
+        "a = LpNormalization(user) d = LpNormalization(item) m = Mul(a, d) s = ReduceSum(m, ax1)"
+        " k = Concat<axis=1>(user, item) c = Add(k, s)",
+        False,
+    ),
+    "log of sums": ("a = ReduceLogSumExp<axes=[1]>(user) d = Sub(user, a) c = Concat<axis=1>(d, item)", True),
+    "nothing reduced": ("a = ReduceSum<noop_with_empty_axes=1>(user) c = Concat<axis=1>(a, item)", True),
+    "float8 of the whole": (
+        "k = Concat<axis=1>(user, item) q, sc, zp = DynamicQuantizeLinear(k) c = DequantizeLinear(q, sc, zp)", False,
+    ),
+    "instance norm": (
+        "u3 = Unsqueeze(user, ax1) k = InstanceNormalization(u3, onev, zerov) u = Squeeze(k, ax1) c ="
+        " Concat<axis=1>(u, item)",
+        True,
+    ),
+    "mean and variance of rows": (
+        "u4 = Unsqueeze(user, ax23) k = MeanVarianceNormalization<axes=[0, 2, 3]>(u4) u = Squeeze(k, ax23)"
+        " c = Concat<axis=1>(u, item)",
+        False,
+    ),
+    "reversed sequence": (
+        "s0 = Shape(user) n0 = Gather(s0, z0) lens = Expand(th, n0) u = ReverseSequence<batch_axis=0,"
+        " time_axis=1>(user, lens) c = Concat<axis=1>(u, item)", False,
+    ),
+    "steps backwards": ("u = Slice(user, last, first, ax1, back) c = Concat<axis=1>(item, u)", True),
+    "empty slice": ("u = Slice(user, th, th, ax1) c = Concat<axis=1>(user, u, item)", True),
+    "scaled by the row count of the other": (
+        "s = Shape(item) n = Gather(s, k0) f = Cast<to=1>(n) d = Div(user, f) c = Concat<axis=1>(d, item)", True,
+    ),
+    "int product": (
+        "s = Mul(user, five) f = Cast<to=6>(s) t = Mul(item, five) g = Cast<to=6>(t) k = Concat<axis=1>(f, g)"
+        " m = MatMul(k, RI) c = Cast<to=1>(m)",
+        True,
+    ),
+    "same operand twice": ("k = Concat<axis=1>(user, item) a = Add(k, k) c = Mul(a, a)", True),
+    "chain of sums": (
+        "a = MatMul(user, Q) d = MatMul(item, Q) e = Add(a, d) f = Add(e, a) g = Sub(f, d) h1 = Neg(g) i2 ="
+        " Mul(h1, five)"
+        " t = Tanh(i2) c = Concat<axis=1>(user, t)",
+        True,
+    ),
+    "sum used twice": (
+        "k = Concat<axis=1>(user, item) m = MatMul(k, R8) a = Relu(m) d = Sigmoid(m) e = Mul(a, d) c = Add(e, m)", True,
+    ),
+    "product of a product": ("k = Concat<axis=1>(user, item) u8 = Concat<axis=1>(user, user) m = MatMul(k, R8)"
+        " n = Add(m, u8) c = MatMul(n, R8)", True),
+    "division by the sum": ("s = ReduceSum(item, ax1) a = Abs(s) p = Add(a, five) d = Div(user, p) c ="
+        " Concat<axis=1>(user, d)",
+                            True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("interface", ["request", "same"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str, interface: str) -> None:
+    body, divided = FORMS[form]
+    constants: dict[str, np.ndarray] = {
+        "k0": np.array(0), "k1": np.array(1), "ax1": i64(1), "ax2": i64(2), "ax23": i64(2, 3), "m1": i64(-1),
+        "m4": i64(-1, 4), "m8": i64(-1, 8), "x2": i64(2, -1), "s2m4": i64(2, -1, 4), "Q": w(4, 4), "R8": w(8, 8),
+        "z0": i64(0), "m16": i64(-1, 16), "Q16": w(16, 8), "m1x1": i64(-1, 1), "nil": one(0.0), "five": one(5.0),
+        "i4": np.array(4), "nil1": np.zeros(1, np.float32), "d4": np.array(4), "onoff": np.array([-1, 2], np.float32),
+        "th": i64(3), "pads": i64(0, 0, 0, 1), "four": i64(4), "eight": i64(8), "onev": np.ones(1, np.float32),
+        "zerov": np.zeros(1, np.float32), "last": i64(-1), "first": i64(-(2**62)), "back": i64(-1),
+        "RI": np.random.default_rng(0).integers(-3, 4, (8, 8)).astype(np.int32),
+    }  # fmt: skip
+    model = mlp(f"(float[N,4] user, float[N,4] item) => (float[N,1] y) {{ {body} {HEAD} }}", width=8, **constants)
+    hold(model, ["user"], rules=["fc"] if divided else (), share=1.0, interface=interface)
+
+
+@pytest.mark.parametrize("x", ["user", "k"])
+def test_training_mode(x: str) -> None:
+    """BatchNormalization in training mode takes its statistics from the rows it sees."""
+    model = mlp(
+        f"{TWO}(float[N,1] y) {{ k = Concat<axis=1>(user, item) n, rm, rv = BatchNormalization<training_mode=1>"
+        f"({x}, g, b0, mu, va) c = {'Concat<axis=1>(n, item)' if x == 'user' else 'Identity(n)'} {HEAD} }}",
+        **{k: np.ones(4 if x == "user" else 7, np.float32) for k in ("g", "b0", "mu", "va")},
+    )  # fmt: skip
+    try:
+        session(model)
+    except Exception:
+        pytest.skip("onnxruntime has no training mode here")
+    hold(model, ["user"], rules=())
+
+
+def test_dropout_in_training_mode() -> None:
+    """Every candidate's mask is its own."""
+    model = mlp(
+        f"{TWO}(float[N,1] y, float[N,4] u) {{ ones = Sub(user, user) o1 = Add(ones, full) u = Dropout(o1, half, train)"
+        f"c0 = Concat<axis=1>(user, item) c = Identity(c0) {HEAD} }}",
+        full=one(1.0), half=one(0.5), train=np.array(True),
+    )  # fmt: skip
+    result = onnxrank.optimize(model, request=["user"], check=False)
+    feed = draw(model, roles_of(result), 40, 0)
+    mine = divide(feed, roles_of(result)) if result.changed else feed
+    before, after = (session(m).run(["u"], f)[0] for m, f in ((model, feed), (result.model, mine)))
+    assert before.shape == after.shape == (40, 4)
+    assert len(np.unique(before, axis=0)) > 4, "rows of the original differ"
+    assert len(np.unique(after, axis=0)) > 4, "rows of the result differ"
+
+
+@pytest.mark.parametrize("opset", [22, 23])
+def test_attention_operators(opset: int) -> None:
+    """onnxruntime's fused attention over the history, or opset 23's."""
+    ops = {
+        22: "o = com.microsoft.MultiHeadAttention<num_heads=2>(q, k, v)",
+        23: "o = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v)",
+    }
+    model = mlp(
+        "(int64[N,5] hist, float[N,4] item) => (float[N,1] y) { e = Gather(T, hist) q = MatMul(e, Wq) k = MatMul(e, Wk)"
+        f"v = MatMul(e, Wv) {ops[opset]} p = ReduceMax<keepdims=0>(o, ax1) c = Concat<axis=1>(p, item) {HEAD} }}",
+        width=8, opset=opset, ir=10, domains={"com.microsoft": 1} if opset == 22 else {}, T=w(6, 4), Wq=w(4, 4, seed=1),
+        Wk=w(4, 4, seed=2), Wv=w(4, 4, seed=3), ax1=i64(1),
+    )  # fmt: skip
+    try:
+        session(model)
+    except Exception:
+        pytest.skip("onnxruntime has no such operator here")
+    hold(model, ["hist"], rules=["broadcast", "fc"], share=0.2, ids=6)
+
+
+@pytest.mark.parametrize("which", ["user", "item"])
+def test_input_read_for_its_extent_only(which: str) -> None:
+    """An input of which only the number of rows matters."""
+    other, width = ("item", 3) if which == "user" else ("user", 4)
+    model = graph(
+        f"{TWO}(float[N,8] y) {{ s = Shape({which}) n = Gather(s, z) n1 = Concat<axis=0>(n, o)"
+        f"k = ConstantOfShape<value = float[1] {{0.5}}>(n1) c = Concat<axis=1>(k, {other}) m = MatMul(c, W) y ="
+        f" Relu(m) }}",
+        z=i64(0), o=i64(1), W=w(width + 1, 8),
+    )  # fmt: skip
+    hold(model, ["user"], rules=())
+
+
+def test_dead_code() -> None:
+    """Nodes and weights that no output needs, one of which would fail if its rows were cut."""
+    model = mlp(
+        f"{TWO}(float[N,1] y) {{ dead = MatMul(user, D) dead2 = Relu(dead) dt = Transpose(user) d3 = MatMul(item3, dt)"
+        f"item3b = Identity(item3) c = Concat<axis=1>(user, item) {HEAD} }}",
+        D=w(4, 9), item3=w(2, 4), unused=w(3, 3),
+    )  # fmt: skip
+    hold(model, ["user"], share=0.6)
+
+
+def test_outputs_that_nobody_reads() -> None:
+    """Left-out and unused outputs of operators with several."""
+    model = mlp(
+        f"{TWO}(float[N,1] y) {{ k = Concat<axis=1>(user, item) a, mask = Dropout(k) p, q, r0 = Split<axis=1>(a, sp)"
+        f"v, j = TopK(p, three) c = Concat<axis=1>(v, q) {HEAD} }}",
+        width=6, sp=i64(4, 3, 0), three=i64(3),
+    )  # fmt: skip
+    hold(model, ["user"], share=0.7)
+
+
+def test_large_table() -> None:
+    """A table of more entries than are followed one by one, behind an alias."""
+    model = mlp(
+        "(int64[N,2] user, int64[N] item, float[N,2] ctx) => (float[N,1] y) { T2 = Identity(T) e = Gather(T2, user)"
+        f"t = Gather(T2, item) ef = Flatten(e) c = Concat<axis=1>(ef, t, ctx) {HEAD} }}",
+        width=8, T=np.random.default_rng(0).standard_normal((2_100_000, 2), np.float32),
+    )  # fmt: skip
+    result = hold(model, ["user", "ctx"], share=0.6, ids=2_100_000)
+    assert result.model.ByteSize() < model.ByteSize() + 4096
+
+
+@pytest.mark.parametrize("how", [{"ignore": ["fc"]}, {"select": ["pool"]}])
+def test_rules_left_out(how: dict[str, Any]) -> None:
+    model = mlp(f"{TWO}(float[N,1] y) {{ c = Concat<axis=1>(user, item) {HEAD} }}")
+    result = hold(model, ["user"], rules=(), **how)
+    assert "fc" not in fired(result)
+
+
+@pytest.mark.parametrize(
+    "kind", ["float", "double", "float16", "int64", "int32", "int16", "int8", "uint8", "uint16", "bool", "string"]
+)
+@pytest.mark.parametrize("opset", [11, 17, 21])
+def test_guard_of_every_type(kind: str, opset: int) -> None:
+    """Rows of any type are compared where the signature stays, or the report says that they are not."""
+    read = {"bool": "f = Cast<to=1>(flag)", "string": 'k = ai.onnx.ml.LabelEncoder<keys_strings = ["a"], '
+            'values_int64s = [1], default_int64 = 0>(flag) f = Cast<to=1>(k)'}.get(kind, "f = Cast<to=1>(flag)")  # fmt: skip
+    model = mlp(
+        f"({kind}[N,2] flag, float[N,3] item) => (float[N,1] y) {{ {read} c = Concat<axis=1>(f, item) {HEAD} }}",
+        width=5, opset=opset, ir=7 if opset == 11 else 8, domains={"ai.onnx.ml": 2},
+    )  # fmt: skip
+    try:
+        session(model)
+    except Exception:
+        pytest.skip("onnxruntime does not run the original")
+    result = hold(model, ["flag"], share=0.8, interface="same")
+    feed = draw(model, roles_of(result), 4, 0)
+    feed["flag"][:] = feed["flag"][:1]
+    other = {"bool": lambda v: ~v, "string": lambda v: "b" if v == "a" else "a"}.get(kind, lambda v: v + 1)
+    feed["flag"][3, 1] = other(feed["flag"][3, 1])
+    (scores,) = session(result.model).run(None, feed)
+    assert np.isnan(scores).all()
+
+
+def test_guard_and_special_values() -> None:
+    """NaN equals NaN and 0 equals -0 in a guard; an infinite feature is a feature."""
+    model = mlp(f"{TWO}(float[N,1] y)"
+        f" {{ k = Concat<axis=1>(user, item) q = IsNaN(k) c = Where(q, z, k) {HEAD} }}", z=one(0.0))
+    result = hold(model, ["user"], share=0.7, interface="same")
+    feed = draw(model, roles_of(result), 3, 0)
+    feed["user"][:] = [np.nan, 0.0, 1.0, 2.0]
+    feed["user"][1, 1] = -0.0
+    (a,), (b,) = (session(m).run(None, feed) for m in (model, result.model))
+    assert np.isfinite(a).all()
+    agree(a, b, "y")
+
+
+def test_candidates_against_candidates() -> None:
+    """A listwise model: an input that has the candidates on both axes."""
+    model = mlp(
+        "(float[N,4] user, float[N,3] item, float[N,N] mask) => (float[N,1] y) { t = Transpose(item) s ="
+        " MatMul(item, t)"
+        f"m = Add(s, mask) p = Softmax(m) o = MatMul(p, item) c = Concat<axis=1>(user, o) {HEAD} }}"
+    )
+    try:
+        result = onnxrank.optimize(model, request=["user"])
+    except ModelError as e:
+        assert "mask" in str(e), e
+        return
+    for n in (1, 2, 7):
+        rng = np.random.default_rng(n)
+        user, item, mask = (rng.standard_normal(s, np.float32) for s in ((1, 4), (n, 3), (n, n)))
+        (a,) = session(model).run(None, {"user": np.repeat(user, n, 0), "item": item, "mask": mask})
+        mine = {"user": user if result.changed else np.repeat(user, n, 0), "item": item, "mask": mask}
+        agree(a, session(result.model).run(None, mine)[0], f"N = {n}")
+
+
+def test_several_mixed_inputs() -> None:
+    """Two packed matrices and a table of rows, each divided its own way."""
+    model = mlp(
+        "(float[N,5] X, int64[3,N] ids, float[N,2,3] Z) => (float[N,1] y) { p0, p1, p2 = Split<axis=0>(ids, ones)"
+        + "".join(f"i{k} = Squeeze(p{k}, z) e{k} = Gather(T, i{k}) " for k in range(3))
+        + f"zf = Flatten(Z) c = Concat<axis=1>(e2, X, e0, zf, e1) {HEAD} }}",
+        width=17, ones=i64(1, 1, 1), z=i64(0), T=w(6, 2),
+    )  # fmt: skip
+    spec = {"request": ["X[1,3:5]"], "inputs": {"ids": {"candidate_axis": 1, "request": "1:3"},
+                                              "Z": {"axis": 2, "request": "0,2"}}}  # fmt: skip
+    for interface in ("request", "same"):
+        hold(model, spec=spec, share=0.65, ids=6, interface=interface)
+
+
+@pytest.mark.parametrize("mask", ["left", "right", "all"])
+def test_padded_histories(mask: str) -> None:
+    """Row 0 is padded as every request is: masks, lengths and all-padding histories come out the same."""
+    model = mlp(
+        "(int64[N,6] hist, int64[N,1] item, float[N,2] ctx) => (float[N,1] y) { e = Gather(T, hist) t = Gather(T, item)"
+        "q = Equal(hist, zero) k = Not(q) kf = Cast<to=1>(k) n = ReduceSum(kf, ax1) tt = Expand(t, s161) d = Sub(tt, e)"
+        "x = Mul(tt, e) cc = Concat<axis=2>(tt, e, d, x) m = MatMul(cc, A) a = Add(ab, m) r0 = Sigmoid(a)"
+        "s = MatMul(r0, B) sq = Squeeze(s, ax2) sm = Where(q, low, sq) p = Softmax(sm) pz = Where(q, nil, p)"
+        "pu = Unsqueeze(pz, ax1) o = MatMul(pu, e) os = Squeeze(o, ax1) n1 = Max(n, onef) se = Mul(e, ku)"
+        "ku = Unsqueeze(kf, ax2) sum = ReduceSum<keepdims=0>(se, ax1) mean = Div(sum, n1) tf = Flatten(t)"
+        f"c = Concat<axis=1>(os, mean, tf, ctx) {HEAD} }}".replace("se = Mul(e, ku)", "").replace(
+            "sum = Reduce", "se = Mul(e, ku) sum = Reduce"
+        ),
+        width=14, T=w(9, 4), zero=np.array(0), ax1=i64(1), ax2=i64(2), s161=i64(1, 6, 1), A=w(16, 8), ab=w(8), B=w(8, 1),
+        low=one(-4e9), nil=one(0.0), onef=one(1.0),
+    )  # fmt: skip
+    result = hold(model, ["hist", "ctx"], share=0.85, ids=9)
+    roles = roles_of(result)
+    for n in (1, 5):
+        feed = draw(model, roles, n, n, ids=9)
+        feed["hist"][:, {"left": slice(0, 4), "right": slice(2, 6), "all": slice(0, 6)}[mask]] = 0
+        agree(session(model).run(None, feed)[0], session(result.model).run(None, divide(feed, roles))[0], f"N = {n}")
 
 
 def test_names_that_clash() -> None:

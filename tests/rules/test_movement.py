@@ -1,0 +1,155 @@
+"""`movement`: positions are followed at compile time; nothing along the candidate axis is taken for a position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnxrank
+import pytest
+from helpers import Graph, candidate, operators, optimised, request, rules, whole_numbers
+
+N = 512
+GIVEN = [request("u", 3, 4), candidate("c", 2, 4)]
+Move = Callable[[Graph, str], str]
+
+
+def fields(opset: int = 17) -> tuple[Graph, str]:
+    """[N, 5, 4]: three request-level fields and two candidate-level ones."""
+    g = Graph(opset)
+    return g, g.op("Concat", *(i.declare(g) for i in GIVEN), axis=1)
+
+
+MOVES: dict[str, tuple[Move, int, int]] = {
+    "slice": (lambda g, x: g.op("Slice", x, g.ints(1), g.ints(4), g.ints(1)), 8, 4),
+    "slice backwards": (lambda g, x: g.op("Slice", x, g.ints(4), g.ints(-(1 << 40)), g.ints(1), g.ints(-1)), 12, 8),
+    "slice with steps": (lambda g, x: g.op("Slice", x, g.ints(0), g.ints(99), g.ints(-2), g.ints(2)), 8, 4),
+    "gather": (lambda g, x: g.op("Gather", x, g.ints(-1, 0, 3), axis=1), 4, 8),
+    "gather one": (lambda g, x: g.op("Gather", x, g.const(2, np.int64), axis=2), 3, 2),
+    "gather a matrix": (lambda g, x: g.op("Gather", x, g.const([[0, 4], [1, 3]], np.int64), axis=1), 8, 8),
+    "split": (lambda g, x: g.op("Concat", *g.ops("Split", 2, x, g.ints(1, 3), axis=2)[::-1], axis=2), 12, 8),
+    "transpose": (lambda g, x: g.op("Transpose", x, perm=[0, 2, 1]), 12, 8),
+    "rows last and back": (
+        lambda g, x: g.op("Transpose", g.op("Transpose", x, perm=[1, 2, 0]), perm=[2, 0, 1]), 12, 8),
+    "rows merged and back": (lambda g, x: g.op("Reshape", g.op("Reshape", x, g.ints(-1, 4)), g.ints(-1, 5, 4)), 12, 8),
+    "squeeze": (lambda g, x: g.on_axes("Squeeze", g.on_axes("Unsqueeze", x, [1, 3]), [3]), 12, 8),
+    "tile": (lambda g, x: g.op("Tile", x, g.ints(1, 2, 1)), 12, 8),
+    "expand": (lambda g, x: g.op("Expand", g.on_axes("Unsqueeze", x, [2]), g.ints(1, 1, 3, 1)), 12, 8),
+    "identity": (lambda g, x: g.op("Cast", g.op("Identity", x), to=1), 12, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moves_into_weights(move: str) -> None:
+    """Every kind of movement ahead of a layer goes into the weights: each entry is multiplied once."""
+    g, x = fields()
+    how, user, item = MOVES[move]
+    x = g.op("Flatten", how(g, x))
+    width = {"slice": 12, "slice with steps": 12, "gather": 12, "gather one": 5, "gather a matrix": 16}.get(move, 20)
+    width = {"tile": 40, "expand": 60}.get(move, width)
+    g.output(g.op("MatMul", x, g.const(whole_numbers(width, 3))), ["N", 3])
+    result = optimised(g, GIVEN)
+    assert rules(result)["fc"] == 1
+    assert result.report.after["request"].macs == user * 3
+    assert result.report.after["candidate"].macs == N * item * 3
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moves_to_outputs(move: str) -> None:
+    """The same layouts, asked for as they are."""
+    g, x = fields()
+    y = MOVES[move][0](g, x)
+    g.output(g.op("Relu", y), ["N", *[None] * {"gather one": 1, "squeeze": 3, "expand": 3, "gather a matrix": 3}.get(move, 2)])
+    optimised(g, GIVEN)
+
+
+def test_rows_last() -> None:
+    """Blocks that repeat, with the candidates on the last axis."""
+    given = [request("u", 3), candidate("c", 4, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, g.op("Flatten", c), g.op("Flatten", c), axis=1)
+    g.output(g.op("Transpose", x, perm=[1, 0]), [35, "N"])
+    optimised(g, given)
+
+
+def test_rows_last_of_mixed_fields() -> None:
+    """The same without repetition, and rows in the middle."""
+    for perm in ([1, 2, 0], [1, 0, 2], [2, 1, 0]):
+        g, x = fields()
+        g.output(g.op("Transpose", g.op("Relu", x), perm=perm), [None, None, None])
+        optimised(g, GIVEN)
+
+
+ALONG_CANDIDATES: dict[str, Move] = {
+    "slice": lambda g, x: g.op("Slice", x, g.ints(0), g.ints(1), g.ints(0)),
+    "reverse": lambda g, x: g.op("Slice", x, g.ints(-1), g.ints(-(1 << 40)), g.ints(0), g.ints(-1)),
+    "gather": lambda g, x: g.op("Gather", x, g.ints(0, 0), axis=0),
+    "concat": lambda g, x: g.op("Concat", x, g.op("Neg", x), axis=0),
+    "flatten all": lambda g, x: g.op("Reshape", x, g.ints(5, -1)),
+    "cut through": lambda g, x: g.op("Reshape", x, g.ints(1, -1, 10)),
+    "tile": lambda g, x: g.op("Tile", x, g.ints(2, 1, 1)),
+    "roll": lambda g, x: g.op(
+        "Concat", g.op("Slice", x, g.ints(1), g.ints(1 << 40), g.ints(0)), g.op("Slice", x, g.ints(0), g.ints(1), g.ints(0)),
+        axis=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("move", ALONG_CANDIDATES)
+def test_candidate_axis(move: str) -> None:
+    """Movement along the candidate axis is left to the runtime, on all rows."""
+    g, x = fields()
+    y = ALONG_CANDIDATES[move](g, g.op("Relu", x))
+    g.output(g.op("Neg", y), [None] * (2 if move == "flatten all" else 3))
+    optimised(g, GIVEN, counts=(1, 2, 5))
+
+
+def test_candidate_axis_of_request_level() -> None:
+    """All rows of a request-level tensor are equal, but how many there are counts."""
+    for name, move in ALONG_CANDIDATES.items():
+        if name in ("flatten all", "cut through"):
+            continue
+        given = [request("u", 5, 4), candidate("c", 2)]
+        g = Graph()
+        u, c = (i.declare(g) for i in given)
+        g.output(move(g, g.op("Relu", u)), [None, 5, 4])
+        g.output(g.op("Neg", c), ["N", 2])
+        optimised(g, given, counts=(1, 2, 5))
+
+
+def test_positions_at_run_time() -> None:
+    """Positions that depend on the candidate, or on the request, are no constants."""
+    for level in (request, candidate):
+        given = [*GIVEN, level("at", ids=5)]
+        g = Graph()
+        u, c, at = (i.declare(g) for i in given)
+        x = g.op("Concat", u, c, axis=1)
+        hot = g.op("OneHot", at, g.const(5, np.int64), g.const([0.0, 1.0]), axis=-1)
+        picked = g.op("MatMul", g.on_axes("Unsqueeze", hot, [1]), x)
+        g.output(g.on_axes("Squeeze", picked, [1]), ["N", 4])
+        optimised(g, given, counts=(1, 2, 5))
+
+
+def test_shape_of_request_level() -> None:
+    """The number of rows is read from a tensor that has one row now."""
+    given = [request("u", 3), candidate("c", 2)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    tower = g.op("Relu", u)
+    count = g.op("Gather", g.op("Shape", tower), g.ints(0), axis=0)
+    zeros = g.op("ConstantOfShape", g.op("Concat", count, g.ints(3), axis=0))
+    g.output(g.op("Concat", g.op("Add", zeros, tower), c, axis=1), ["N", 5])
+    g.output(g.op("Cast", g.op("Size", tower), to=1), [])
+    optimised(g, given)
+
+
+def test_nothing_moved_without_levels() -> None:
+    """Movement within one level keeps the user's nodes."""
+    given = [request("u", 3), candidate("c", 2, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    y = g.op("Flatten", g.op("Transpose", g.op("Relu", c), perm=[0, 2, 1]))
+    g.output(g.op("Concat", g.op("Neg", u), y, axis=1), ["N", 11])
+    result = optimised(g, given)
+    assert {"Transpose", "Flatten"} <= set(operators(result.model))
+    assert onnxrank.optimize(result.model, check=False).model.SerializeToString() == result.model.SerializeToString()
