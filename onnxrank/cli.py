@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from onnxrank.errors import EnvironmentProblem, NothingApplied, OnnxrankError, UsageError
+from onnxrank.errors import CheckFailed, EnvironmentProblem, NothingApplied, OnnxrankError, UsageError
 
 if TYPE_CHECKING:
     from onnxrank.report import Report
@@ -163,20 +163,26 @@ def optimize(
     spec = None if roles is None else load_spec(roles)
     recorded = None if infer_roles is None else _read_npz(infer_roles)
     with _progress(quiet, verbose) as progress:
-        result = run(
-            source,
-            request=request,
-            spec=spec,
-            infer_from=recorded,
-            interface=interface,
-            guard=not no_guard,
-            candidates=candidates,
-            select=select,
-            ignore=ignore or (),
-            extra_rules=rules,
-            check=not no_check,
-            progress=progress,
-        )
+        try:
+            result = run(
+                source,
+                request=request,
+                spec=spec,
+                infer_from=recorded,
+                interface=interface,
+                guard=not no_guard,
+                candidates=candidates,
+                select=select,
+                ignore=ignore or (),
+                extra_rules=rules,
+                check=not no_check,
+                progress=progress,
+            )
+        except CheckFailed as e:
+            if e.report is not None:
+                for target in report:
+                    write_report(e.report, target, explain, verbose)
+            raise
         refused = require_change and not result.changed
         if out is not None and not dry_run and not refused:
             result.save(out)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxrank.report import Report
+
 
 class OnnxrankError(Exception):
     """Base of every error raised on purpose: one or two sentences, what is wrong and what to do."""
@@ -10,9 +15,17 @@ class OnnxrankError(Exception):
 
 
 class CheckFailed(OnnxrankError):
-    """The rewritten model did not pass its check; nothing was written."""
+    """The rewritten model did not pass its check; nothing was written.
+
+    Attributes:
+        report: The report of the run, with the comparisons, where it got that far.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class UsageError(OnnxrankError):

@@ -28,6 +28,7 @@ from onnxrank.values import (
     CANDIDATES,
     Dims,
     Level,
+    Unrepresentable,
     Value,
     canonical,
     codes_of,
@@ -165,14 +166,17 @@ def optimize(
         notes.append(study.facts.note)
     say("rewriting")
     rewrite = Transformation(study, rules, interface, guard, (span[0] * span[1]) ** 0.5)
-    made = rewrite.run()
+    try:
+        made: ModelProto | None = rewrite.run()
+    except Unrepresentable as e:
+        made = None
+        rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
     report.refusals = rewrite.rw.refusals
     before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     report.before = report.after = cost.by_level(study.model.graph, before)
-    if not rewrite.sites():
+    if made is None or not rewrite.sites():
         return Result(original, report, loaded)
     say("measuring the result")
-    report.changed = True
     contract = {
         "version": report.version,
         "source_sha256": loaded.sha256,
@@ -184,6 +188,10 @@ def optimize(
     probe = facts.Probe(made, study.symbols, loaded.folder)
     after_facts = probe.measure(lambda setting: rewrite.translate(study.maker(setting)))
     after = cost.shapes_of(made, after_facts, rewrite.input_extents(), report_candidates(span))
+    if not cost.seconds(made.graph, after) < cost.seconds(study.model.graph, before):
+        notes.append(f"the rewritten model would not be faster at N = {report_candidates(span)}, so it was not taken")
+        return Result(original, report, loaded)
+    report.changed = True
     report.after = cost.by_level(made.graph, after)
     report.rules = rewrite.rule_uses(before, after)
     contract["rules"] = {r.name: r.sites for r in report.rules}
@@ -202,7 +210,8 @@ def optimize(
 
 def report_candidates(span: tuple[int, int]) -> int:
     """The number of candidates that costs are told for: the geometric middle of the range."""
-    return round(float(span[0] * span[1]) ** 0.5)
+    middle: float = (span[0] * span[1]) ** 0.5
+    return round(middle)
 
 
 def _predictions(before: Callable[[int], float], after: Callable[[int], float]) -> list[Prediction]:
@@ -244,9 +253,11 @@ def verify(study: Study, made: ModelProto, probe: facts.Probe, rewrite: Transfor
     failed = [c for c in report.checks if not c.passed]
     if failed:
         worst = max(failed, key=lambda c: c.error / max(c.tolerance, 1e-300))
+        report.changed = False
         raise CheckFailed(
             f"output {worst.output!r} differs by {worst.error:.3g} where {worst.tolerance:.3g} is allowed "
-            f"(N = {worst.candidates}, seed {worst.seed}; {len(failed)} of {len(report.checks)} comparisons failed)"
+            f"(N = {worst.candidates}, seed {worst.seed}; {len(failed)} of {len(report.checks)} comparisons failed)",
+            report,
         )
 
 
@@ -254,7 +265,7 @@ def _without_external(model: ModelProto) -> ModelProto:
     """A copy whose external tensors are empty, for the checker, which looks for them in the current folder."""
     out = ModelProto()
     out.CopyFrom(model)
-    for t in out.graph.initializer:
+    for t in files.tensors(out):
         if t.data_location == TensorProto.EXTERNAL:
             t.ClearField("external_data")
             t.data_location = TensorProto.DEFAULT
@@ -317,7 +328,7 @@ def _rules_in(path: str | os.PathLike[str]) -> list[Rule]:
         space = runpy.run_path(os.fspath(path))
     except OSError as e:
         raise UsageError(f"the rules file {os.fspath(path)} cannot be read: {e.strerror}") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UsageError(f"the rules file {os.fspath(path)} fails: {type(e).__name__}: {e}") from e
     found = space.get("RULES")
     if not isinstance(found, Sequence) or not all(isinstance(r, Rule) for r in found):

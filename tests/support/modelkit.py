@@ -182,6 +182,7 @@ def hold(
     share: float | None = 1.0,
     sizes: Sequence[int] = SIZES,
     ids: Mapping[str, int] | int = 5,
+    seeds: int = 2,
     runtime_optimises: bool = True,
     **how: Any,
 ) -> Result:
@@ -199,5 +200,5 @@ def hold(
     onnx.checker.check_model(result.model)
     assert result.model.ir_version == model.ir_version
     assert list(result.model.opset_import) == list(model.opset_import)
-    compare(model, result, sizes=sizes, ids=ids, optimise=runtime_optimises)
+    compare(model, result, sizes=sizes, ids=ids, seeds=seeds, optimise=runtime_optimises)
     return result
