@@ -122,9 +122,17 @@ def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
     return {level: LevelCost(*t) for level, t in totals.items()}
 
 
+def _recurrent_macs(node: NodeProto, shapes: Shapes) -> int:
+    """Multiply-adds inside a recurrent layer, which runs them step by step."""
+    if node.op_type not in ("GRU", "LSTM", "RNN"):
+        return 0
+    x, w, r = (shapes.shape(i) for i in node.input[:3])
+    return 0 if x is None or w is None or r is None else prod(x[:2]) * (prod(w) + prod(r))
+
+
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
-    macs = sum(node_macs(n, shapes) for n in graph.node)
+    macs = sum(node_macs(n, shapes) + _recurrent_macs(n, shapes) for n in graph.node)
     written = sum(node_bytes(n, shapes) for n in graph.node)
     launches = sum(n.op_type not in _FREE for n in graph.node)
     return macs * _SECONDS_PER_MAC + written * _SECONDS_PER_BYTE + launches * _SECONDS_PER_LAUNCH

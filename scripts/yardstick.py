@@ -112,7 +112,8 @@ def block_ideal(
                 continue
             axes[name] = _candidate_axis(value.shape, shapes[name], rows)
             found = _unvarying(value, axes[name], n)
-            same[name] = same[name] & found if name in same else found
+            before = same.get(name, found)
+            same[name] = before & found if before.shape == found.shape else np.zeros(found.shape, bool)
     request = candidate = 0.0
     for node in trace.nodes:
         total = float(_macs(node, values))

@@ -10,6 +10,9 @@ import numpy as np
 import onnx
 import pytest
 from modelkit import (
+    GEMM,
+    HEAD,
+    HIDDEN,
     SIZES,
     agree,
     compare,
@@ -20,7 +23,9 @@ from modelkit import (
     graph,
     hold,
     i64,
+    mlp,
     one,
+    optimised,
     roles_of,
     session,
     signature,
@@ -30,14 +35,6 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxrank
 from onnxrank.errors import ModelError, UsageError
-
-HEAD = "h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V)"
-GEMM = f"(float[N,4] user, float[N,3] item) => (float[N,1] y) {{ c = Concat<axis=1>(user, item) {HEAD} }}"
-
-
-def mlp(text: str = GEMM, width: int = 7, **how: Any) -> ModelProto:
-    return graph(text, **{"W": w(width, 8), "b": w(8), "V": w(8, 1), **how})
-
 
 # --- roles ---------------------------------------------------------------------------------------------------------
 
@@ -78,7 +75,7 @@ def batch_of_candidates() -> ModelProto:
         "(float[B,4] user, float[B,C,3] item) => (float[B,C,1] y) {"
         "u = Unsqueeze(user, one) s = Shape<start=0, end=2>(item) t = Concat<axis=0>(s, four) e = Expand(u, t)"
         "c = Concat<axis=-1>(e, item) m = MatMul(c, W) h = Add(b, m) r = Relu(h) y = MatMul(r, V) }",
-        one=i64(1), four=i64(4), W=w(7, 8), b=w(8), V=w(8, 1),
+        one=i64(1), four=i64(4), W=w(7, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1),
     )  # fmt: skip
 
 
@@ -97,7 +94,7 @@ def positions() -> ModelProto:
     return graph(
         "(float[N,5,4] seq) => (float[N,1] y) { m = MatMul(seq, W) h = Add(b, m) r = Relu(h) s = MatMul(r, V)"
         "y = ReduceSum<keepdims=0>(s, one) }",
-        W=w(4, 8), b=w(8), V=w(8, 1), one=i64(1),
+        W=w(4, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1), one=i64(1),
     )  # fmt: skip
 
 
@@ -142,7 +139,7 @@ def test_roles(name: str, interface: str) -> None:
 def test_request_interface_signature() -> None:
     def inputs(name: str) -> list[Any]:
         make, how, _, _ = ROLES[name]
-        return [(v.name, dims(v)) for v in onnxrank.optimize(make(), **how).model.graph.input]
+        return [(v.name, dims(v)) for v in optimised(make(), **how).model.graph.input]
 
     assert inputs("named") == [("user", [1, 4]), ("item", ["N", 3])]
     assert inputs("packed") == [("X.request", [1, 4]), ("X.candidate", ["N", 3])]
@@ -159,7 +156,7 @@ def test_rows_that_differ(name: str, interface: str) -> None:
     """The old N rows fail loudly under `request`; under `same` every score is NaN, or row 0 counts without a guard."""
     make, how, ids, _ = ROLES[name]
     model = make()
-    result = onnxrank.optimize(model, **how, interface=interface)
+    result = optimised(model, **how, interface=interface)
     roles, run = roles_of(result), session(result.model)
     feed = draw(model, roles, 3, 0, ids)
     if interface == "request":
@@ -173,7 +170,7 @@ def test_rows_that_differ(name: str, interface: str) -> None:
     rows[(2, *[0] * (rows.ndim - 1))] = (rows[(0, *[0] * (rows.ndim - 1))] + 1) % 5
     (scores,) = run.run(None, wrong)
     assert scores.shape == (3, 1) and np.isnan(scores).all()
-    free = onnxrank.optimize(model, **how, interface="same", guard=False)
+    free = optimised(model, **how, interface="same", guard=False)
     (scores,) = session(free.model).run(None, wrong)
     (expected,) = session(model).run(None, feed)
     agree(expected, scores, "row 0")
@@ -222,17 +219,17 @@ def test_roles_that_cannot_be(how: dict[str, Any], error: type[Exception], says:
 def test_models_that_cannot_be(text: str, says: str | None) -> None:
     if says is None:  # a scalar where a matrix belongs: not a model that runs
         with pytest.raises((ModelError, UsageError)):
-            onnxrank.optimize(mlp(text), request=["user"])
+            optimised(mlp(text), request=["user"])
         return
     with pytest.raises((ModelError, UsageError), match=says):
-        onnxrank.optimize(mlp(text), request=["user"])
+        optimised(mlp(text), request=["user"])
 
 
 def test_several_batch_axes_keep_their_symbols() -> None:
     """`[batch, candidates, d]`: users in one batch must not be mixed up."""
     make, how, _, _ = ROLES["batch of candidates"]
     model = make()
-    result = onnxrank.optimize(model, **how)
+    result = optimised(model, **how)
     rng = np.random.default_rng(0)
     for users, n in ((1, 1), (1, 5), (3, 1), (3, 5)):
         feed = {"user": rng.standard_normal((users, 4)), "item": rng.standard_normal((users, n, 3))}
@@ -263,7 +260,7 @@ def exported(opset: int, ir: int) -> ModelProto:
         mean = {axes("ReduceMean", "eh", 1, "drop")}
         c = Concat<axis=1>(user, ei, pool, mean) h = Gemm(c, W, b) {norm} r = Relu(ln) y = Gemm(r, V) }}"""
     return graph(
-        body, opset=opset, ir=ir, T=w(5, 4), q=w(4, 1), W=w(16, 8), b=w(8), V=w(8, 1), g=w(8), gb=w(8, seed=2),
+        body, opset=opset, ir=ir, T=w(5, 4), q=w(4, 1), W=w(16, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1), g=w(8), gb=w(8, seed=2),
         zero=i64(0), ax1=i64(1), ax2=i64(2),
     )  # fmt: skip
 
@@ -302,13 +299,13 @@ def test_weights_that_callers_may_replace() -> None:
     model = mlp()
     for t in model.graph.initializer:
         model.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
-    result = onnxrank.optimize(model, request=["user"])
+    result = optimised(model, request=["user"])
     roles = roles_of(result)
     compare(model, result)
     assert {i.name for i in result.model.graph.input} >= {"W", "b", "V"}
     feed = draw(model, roles, 3, 0)
     mine = divide(feed, roles) if result.changed else feed
-    for other in ({"W": w(7, 8, seed=9)}, {"b": w(8, seed=9), "V": w(8, 1, seed=9)}):
+    for other in ({"W": w(7, HIDDEN, seed=9)}, {"b": w(HIDDEN, seed=9), "V": w(HIDDEN, 1, seed=9)}):
         a = session(model, False).run(None, feed | other)[0]
         agree(a, session(result.model, False).run(None, mine | other)[0], str(list(other)))
 
@@ -326,9 +323,9 @@ def test_model_local_functions() -> None:
     <domain: "local", opset_import: ["" : 18]>
     Head(x, weight) => (out) { out = MatMul(x, weight) }"""
     model = onnx.parser.parse_model(text)
-    model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in {"W": w(7, 8), "V": w(8, 1)}.items())
+    model.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in {"W": w(7, HIDDEN), "V": w(8, 1)}.items())
     onnx.checker.check_model(model)
-    result = onnxrank.optimize(model, request=["user"])
+    result = optimised(model, request=["user"])
     compare(model, result)
     assert "fc" in fired(result) and result.report.macs_after < 0.6 * result.report.macs_before
 
@@ -352,7 +349,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("form", CONSTANTS)
 @pytest.mark.parametrize("product", ["Gemm(c, W3, b)", "MatMul(c, W3)"])
 def test_weights_behind(form: str, product: str) -> None:
-    base = w(7, 8)
+    base = w(7, HIDDEN)
     weights = {
         "W": base, "WT": np.ascontiguousarray(base.T), "WW": np.stack([base, -base]), "k": np.array(1), "k1": i64(0),
         "WH": base.astype(np.float16), "WD": base.astype(np.float64), "WM": w(1, 8), "sp": i64(3, 4),
@@ -362,7 +359,7 @@ def test_weights_behind(form: str, product: str) -> None:
     model = graph(
         f"(float[N,4] user, float[N,3] item) => (float[N,1] y) {{ {CONSTANTS[form]} c = Concat<axis=1>(user, item)"
         f"h = {product} r = Relu(h) y = Gemm(r, V) }}",
-        opset=18, **read, b=w(8), V=w(8, 1),
+        opset=18, **read, b=w(HIDDEN), V=w(HIDDEN, 1),
     )  # fmt: skip
     hold(model, ["user"], share=0.6)
 
@@ -417,7 +414,7 @@ def test_tf2onnx() -> None:
         flat = Reshape(c3, tof) m = MatMul(flat, W) r3 = Reshape(m, n3) ab = Add(r3, b) act = Relu(ab)
         fl = Reshape(act, back) c = Concat<axis=-1>(fl, d1) z = MatMul(c, V) scores = Sigmoid(z) }""",
         T=w(5, 4), halves=i64(1, 1), one=i64(1), first=i64(0, 1), units=np.array([8], np.int32), tof=i64(-1, 12),
-        back=i64(-1, 8), W=w(12, 8), b=w(8), V=w(9, 1),
+        back=i64(-1, 8), W=w(12, HIDDEN), b=w(HIDDEN), V=w(9, 1),
     )  # fmt: skip
     hold(model, ["user*", "hist"], share=0.5, ids=5)
 
@@ -437,7 +434,7 @@ def test_batch_of_minus_one() -> None:
     model = mlp()
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = -1
-    result = onnxrank.optimize(model, request=["user"])
+    result = optimised(model, request=["user"])
     assert "fc" in fired(result)
     rng = np.random.default_rng(0)
     user, item = rng.standard_normal((1, 4), np.float32), rng.standard_normal((6, 3), np.float32)
@@ -455,7 +452,7 @@ def test_sequence_length_as_a_symbol(shared: bool) -> None:
         "e = Gather(T, hist) f = Gather(T, cats) m = MatMul(e, Q) t = Tanh(m) p = ReduceMean<axes=[1], keepdims=0>(t)"
         "q = ReduceSum<keepdims=0>(f, one) c = Concat<axis=1>(p, q, item) h = Gemm(c, W, b) r = Relu(h)"
         "y = Gemm(r, V) }",
-        T=w(5, 4), Q=w(4, 4), one=i64(1), W=w(12, 8), b=w(8), V=w(8, 1),
+        T=w(5, 4), Q=w(4, 4), one=i64(1), W=w(12, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1),
     )  # fmt: skip
     result = hold(model, ["hist", "cats"], share=0.5, rules=["fc", "broadcast"])
     assert [dims(v) for v in result.model.graph.input] == [[1, "L"], [1, second], ["N", 4]]
@@ -468,7 +465,7 @@ def test_target_attention_over_an_open_length() -> None:
         "t3 = Unsqueeze(t, one) s = Shape(k) q = Expand(t3, s) d = Sub(q, k) p = Mul(q, k)"
         "c = Concat<axis=2>(q, k, d, p) m = MatMul(c, W) a = Add(b, m) r = Sigmoid(a) v = MatMul(r, V)"
         "x = Mul(v, k) o = ReduceSum<keepdims=0>(x, one) y = Gemm(o, U) }",
-        T=w(6, 4), one=i64(1), W=w(16, 8), b=w(8), V=w(8, 1), U=w(4, 1),
+        T=w(6, 4), one=i64(1), W=w(16, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1), U=w(4, 1),
     )  # fmt: skip
     hold(model, ["hist"], rules=["fc"], share=0.9, ids=6)
 
@@ -516,7 +513,7 @@ def test_bfloat16() -> None:
         return w(*shape).astype(ml_dtypes.bfloat16)
 
     model = mlp(GEMM.replace("float", "bfloat16"), opset=18, W=bf(7, 8), b=bf(8), V=bf(8, 1))
-    result = onnxrank.optimize(model, request=["user"])
+    result = optimised(model, request=["user"])
     assert "fc" in fired(result) and result.report.macs_after < 0.6 * result.report.macs_before
     assert all(c.passed for c in result.report.checks) and result.report.checks
     assert {t.data_type for t in result.model.graph.initializer} == {TensorProto.BFLOAT16}
@@ -563,7 +560,7 @@ def test_external_data(tmp_path: Path) -> None:
     )  # fmt: skip
     source = tmp_path / "in.onnx"
     onnx.save(model, source, save_as_external_data=True, location="in.data", size_threshold=256)
-    result = onnxrank.optimize(source, request=["user"])
+    result = optimised(source, request=["user"])
     assert "fc" in fired(result) and all(c.passed for c in result.report.checks)
     assert result.report.macs_after < 0.1 * result.report.macs_before
     out = tmp_path / "out.onnx"
@@ -581,7 +578,7 @@ def test_nothing_to_do(tmp_path: Path) -> None:
     model = graph("(float[1,4] bias, float[N,4] item) => (float[N,4] y) { y = Add(item, bias) }")
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     source.write_bytes(model.SerializeToString())
-    result = onnxrank.optimize(source)
+    result = optimised(source)
     assert not result.changed and not result.report.rules
     result.save(out)
     assert out.read_bytes() == source.read_bytes()
@@ -591,8 +588,8 @@ def test_nothing_to_do(tmp_path: Path) -> None:
 def test_twice_is_once(name: str) -> None:
     """Optimising again changes nothing, and the same input gives the same bytes."""
     make, how, _, _ = ROLES[name]
-    first, again = (onnxrank.optimize(make(), **how) for _ in range(2))
+    first, again = (optimised(make(), **how) for _ in range(2))
     assert first.model.SerializeToString(deterministic=True) == again.model.SerializeToString(deterministic=True)
     if name != "batch of candidates":
-        second = onnxrank.optimize(first.model)
+        second = optimised(first.model)
         assert not second.changed, [(r.name, r.nodes) for r in second.report.rules]

@@ -7,19 +7,31 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from modelkit import agree, compare, divide, draw, fired, graph, hold, i64, one, roles_of, session, w
+from modelkit import (
+    HEAD,
+    HIDDEN,
+    agree,
+    compare,
+    divide,
+    draw,
+    fired,
+    graph,
+    hold,
+    i64,
+    mlp,
+    one,
+    optimised,
+    roles_of,
+    session,
+    w,
+)
 from onnx import ModelProto, TensorProto, helper
 
 import onnxrank
 from onnxrank.errors import ModelError
 from onnxrank.pipeline import Result
 
-HEAD = "h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V)"
 TWO = "(float[N,4] user, float[N,3] item) => "
-
-
-def mlp(text: str, width: int = 7, **how: Any) -> ModelProto:
-    return graph(text, **{"W": w(width, 8), "b": w(8), "V": w(8, 1), **how})
 
 
 def reasons(result: Result) -> str:
@@ -82,7 +94,7 @@ def test_zero_accumulators(source: str, order: str) -> None:
         f"{TWO}(float[N,1] y) {{ c = Concat<axis=1>(user, item) s = Shape({source}) n = Gather(s, zero)"
         f"s1 = Concat<axis=0>(n, units) z = ConstantOfShape(s1) l = MatMul(user, L) a = {order} k = MatMul(item, M)"
         "t = Add(a, k) h = Gemm(c, W, b) r = Relu(h) d = MatMul(r, V) f = Add(t, d) y = Sigmoid(f) }",
-        zero=i64(0), units=i64(1), L=w(4, 1), M=w(3, 1), W=w(7, 8), b=w(8), V=w(8, 1),
+        zero=i64(0), units=i64(1), L=w(4, 1), M=w(3, 1), W=w(7, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1),
     )  # fmt: skip
     hold(model, ["user"], share=0.6)
 
@@ -235,7 +247,7 @@ def test_encoder_of_the_request_alone() -> None:
         "kt = Transpose<perm=[0, 2, 1]>(k) a = MatMul(q, kt) am = Add(a, mask) p = Softmax<axis=-1>(am) o ="
         " MatMul(p, e)"
         "l = Gather<axis=1>(o, last) t3 = Gather(T, item) t = Squeeze(t3, ax1) m = Mul(l, t) y = ReduceSum(m, ax1) }",
-        T=w(7, 8), Wq=w(8, 8), Wk=w(8, 8, seed=1), last=np.array(-1), ax1=i64(1),
+        T=w(7, HIDDEN), Wq=w(8, HIDDEN), Wk=w(8, 8, seed=1), last=np.array(-1), ax1=i64(1),
         mask=np.triu(np.full((6, 6), -1e9, np.float32), 1),
     )  # fmt: skip
     hold(model, ["hist"], rules=["broadcast"], share=0.01, ids=7)
@@ -295,7 +307,7 @@ def test_interleaved_columns(seed: int) -> None:
     model = graph(
         "(float[N,12] X) => (float[N,8] y, float[N,4] z) { g = Gather<axis=1>(X, picks) y = Gemm(g, W, b)"
         "a = Slice(X, from, to, ax, step) z = MatMul(a, U) }",
-        picks=picks, W=rng.integers(-3, 4, (20, 8)).astype(np.float32), b=w(8).round(), U=rng.integers(-3, 4, (6, 4)).
+        picks=picks, W=rng.integers(-3, 4, (20, 8)).astype(np.float32), b=w(HIDDEN).round(), U=rng.integers(-3, 4, (6, 4)).
         astype(np.float32), **{"from": i64(11), "to": i64(-13), "ax": i64(1), "step": i64(-2)},
     )  # fmt: skip
     result = hold(model, [f"X[{','.join(map(str, request))}]"], share=0.9)
@@ -320,7 +332,7 @@ def test_order_of_repeats(order: str) -> None:
         f"(float[N,4] user, float[N,4] item) => (float[N,3,2] y) {{ {forms[order]} u3 = Unsqueeze(user, ax1)"
         "uw = Mul(u3, P) c = Concat<axis=2>(uw, x) m = MatMul(c, W) h = Add(b, m) r = Relu(h) y = MatMul(r, V) }",
         r13=i64(1, 3), r113=i64(1, 1, 3), n34=i64(-1, 3, 4), ax1=i64(1), ax2=i64(2), s131=i64(1, 3, 1), m4=i64(-1, 4),
-        Q=w(4, 4), P=w(1, 3, 4), W=w(8, 8), b=w(8), V=w(8, 2),
+        Q=w(4, 4), P=w(1, 3, 4), W=w(8, HIDDEN), b=w(HIDDEN), V=w(8, 2),
     )  # fmt: skip
     hold(model, ["user"], share=0.8)
 
@@ -329,7 +341,7 @@ def test_rows_tiled_across_the_batch() -> None:
     """Tile along the candidate axis itself: rows of the output are rows of other candidates. Nothing may go wrong."""
     model = graph(
         f"{TWO}(float[M,8] y) {{ c = Concat<axis=1>(user, item) t = Tile(c, twice) y = MatMul(t, W) }}",
-        twice=i64(2, 1), W=w(7, 8),
+        twice=i64(2, 1), W=w(7, HIDDEN),
     )  # fmt: skip
     hold(model, ["user"], rules=())
 
@@ -376,7 +388,7 @@ def test_outputs_of_every_kind(interface: str, guard: bool) -> None:
         " Identity(ids)"
         "c = Concat<axis=1>(user, item) h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V) y2 = Identity(y) z = Sigmoid(y)"
         "positive = Greater(user, zero) fixed = Identity(K) }",
-        U=w(4, 2), W=w(7, 8), b=w(8), V=w(8, 1), zero=one(0.0), K=w(1, 4),
+        U=w(4, 2), W=w(7, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1), zero=one(0.0), K=w(1, 4),
     )  # fmt: skip
     result = hold(model, ["user", "ids"], share=0.7, interface=interface, guard=guard)
     names = {i.name for i in result.model.graph.input}
@@ -385,13 +397,13 @@ def test_outputs_of_every_kind(interface: str, guard: bool) -> None:
 
 def test_output_is_an_input() -> None:
     model = graph(
-        f"{TWO}(float[N,4] user, float[N,8] y) {{ c = Concat<axis=1>(user, item) y = MatMul(c, W) }}", W=w(7, 8)
+        f"{TWO}(float[N,4] user, float[N,8] y) {{ c = Concat<axis=1>(user, item) y = MatMul(c, W) }}", W=w(7, HIDDEN)
     )
-    result = onnxrank.optimize(model, request=["user"], interface="same", guard=False)
+    result = optimised(model, request=["user"], interface="same", guard=False)
     compare(model, result)
     # Under `request` an input of one row cannot have the name of an output with N rows.
     try:
-        other = onnxrank.optimize(model, request=["user"])
+        other = optimised(model, request=["user"])
     except ModelError as e:
         assert "user" in str(e)
     else:
@@ -399,7 +411,8 @@ def test_output_is_an_input() -> None:
 
 
 def test_output_is_an_initializer() -> None:
-    model = graph(f"{TWO}(float[N,8] y, float[7,8] W) {{ c = Concat<axis=1>(user, item) y = MatMul(c, W) }}", W=w(7, 8))
+    model = graph(f"{TWO}(float[N,8] y, float[7,8] W)"
+        f" {{ c = Concat<axis=1>(user, item) y = MatMul(c, W) }}", W=w(7, HIDDEN))
     hold(model, ["user"], share=0.6)
 
 
@@ -413,7 +426,7 @@ def test_constant_output_of_n_rows() -> None:
     model = graph(
         f"{TWO}(float[N,1] bias, float[N,8] y) {{ s = Shape(user) n = Gather(s, z) n1 = Concat<axis=0>(n, o)"
         "bias = ConstantOfShape<value = float[1] {0.5}>(n1) c = Concat<axis=1>(user, item) y = MatMul(c, W) }",
-        W=w(7, 8), z=i64(0), o=i64(1),
+        W=w(7, HIDDEN), z=i64(0), o=i64(1),
     )  # fmt: skip
     hold(model, ["user"], share=0.6)
 
@@ -422,7 +435,7 @@ def test_duplicate_outputs() -> None:
     model = graph(
         f"{TWO}(float[N,8] y, float[N,8] again, float[N,4] u, float[N,4] v) {{ c = Concat<axis=1>(user, item)"
         "y = MatMul(c, W) again = Identity(y) u = Relu(user) v = Identity(u) }",
-        W=w(7, 8),
+        W=w(7, HIDDEN),
     )  # fmt: skip
     hold(model, ["user"], share=0.6)
 
@@ -441,10 +454,10 @@ def test_scalar_and_empty_inputs() -> None:
 def test_no_candidates() -> None:
     """N = 0 gives no scores where it did before."""
     model = mlp(f"{TWO}(float[N,1] y) {{ c = Concat<axis=1>(user, item) {HEAD} }}")
-    result = onnxrank.optimize(model, request=["user"])
+    result = optimised(model, request=["user"])
     feed = {"user": np.ones((1, 4), np.float32), "item": np.ones((0, 3), np.float32)}
     assert session(result.model).run(None, feed)[0].shape == (0, 1)
-    same = onnxrank.optimize(model, request=["user"], interface="same")
+    same = optimised(model, request=["user"], interface="same")
     feed["user"] = np.ones((0, 4), np.float32)
     assert session(model).run(None, feed)[0].shape == (0, 1)
     assert session(same.model).run(None, feed)[0].shape == (0, 1)
@@ -552,7 +565,7 @@ def test_random_operators(op: str) -> None:
         f"c = Concat<axis=1>(u, item) {HEAD} }}",
         nil=one(0.0),
     )
-    result = onnxrank.optimize(model, request=["user"], check=False)
+    result = optimised(model, request=["user"], check=False)
     roles = roles_of(result)
     feed = draw(model, roles, 9, 0)
     mine = divide(feed, roles) if result.changed else feed
@@ -566,11 +579,11 @@ def test_custom_operators() -> None:
     model = mlp(
         f"{TWO}(float[N,1] y) {{ u = acme.Secret<strength: int = 3>(user) t = MatMul(user, U) v = acme.Secret(t)"
         f"c = Concat<axis=1>(user, item) {HEAD.replace('y =', 'y0 =')} y1 = Add(y0, u) y = Add(y1, v) }}",
-        domains={"acme": 1}, U=w(4, 8),
+        domains={"acme": 1}, U=w(4, HIDDEN),
     )  # fmt: skip
     with pytest.raises(ModelError, match="acme"):
-        onnxrank.optimize(model, request=["user"])
-    result = onnxrank.optimize(model, request=["user"], check=False)
+        optimised(model, request=["user"])
+    result = optimised(model, request=["user"], check=False)
     assert "fc" in fired(result) and any("acme" in n for n in result.report.notes)
     assert any(r.op == "Secret" for r in result.report.refusals)
     secrets = [n for n in result.model.graph.node if n.op_type == "Secret"]
@@ -588,7 +601,7 @@ def test_nothing_but_custom_operators() -> None:
     model = graph("(float[N,4] user, float[N,3] item) => (float[N,1] y) { y = acme.All(user, item)"
         " }", domains={"acme": 1})
     with pytest.raises(ModelError):
-        onnxrank.optimize(model, request=["user"])
+        optimised(model, request=["user"])
 
 
 # --- subgraphs -----------------------------------------------------------------------------------------------------
@@ -958,8 +971,8 @@ def test_forms(form: str, interface: str) -> None:
     body, divided = FORMS[form]
     constants: dict[str, np.ndarray] = {
         "k0": np.array(0), "k1": np.array(1), "ax1": i64(1), "ax2": i64(2), "ax23": i64(2, 3), "m1": i64(-1),
-        "m4": i64(-1, 4), "m8": i64(-1, 8), "x2": i64(2, -1), "s2m4": i64(2, -1, 4), "Q": w(4, 4), "R8": w(8, 8),
-        "z0": i64(0), "m16": i64(-1, 16), "Q16": w(16, 8), "m1x1": i64(-1, 1), "nil": one(0.0), "five": one(5.0),
+        "m4": i64(-1, 4), "m8": i64(-1, 8), "x2": i64(2, -1), "s2m4": i64(2, -1, 4), "Q": w(4, 4), "R8": w(8, HIDDEN),
+        "z0": i64(0), "m16": i64(-1, 16), "Q16": w(16, HIDDEN), "m1x1": i64(-1, 1), "nil": one(0.0), "five": one(5.0),
         "i4": np.array(4), "nil1": np.zeros(1, np.float32), "d4": np.array(4), "onoff": np.array([-1, 2], np.float32),
         "th": i64(3), "pads": i64(0, 0, 0, 1), "four": i64(4), "eight": i64(8), "onev": np.ones(1, np.float32),
         "zerov": np.zeros(1, np.float32), "last": i64(-1), "first": i64(-(2**62)), "back": i64(-1),
@@ -991,7 +1004,7 @@ def test_dropout_in_training_mode() -> None:
         f"c0 = Concat<axis=1>(user, item) c = Identity(c0) {HEAD} }}",
         full=one(1.0), half=one(0.5), train=np.array(True),
     )  # fmt: skip
-    result = onnxrank.optimize(model, request=["user"], check=False)
+    result = optimised(model, request=["user"], check=False)
     feed = draw(model, roles_of(result), 40, 0)
     mine = divide(feed, roles_of(result)) if result.changed else feed
     before, after = (session(m).run(["u"], f)[0] for m, f in ((model, feed), (result.model, mine)))
@@ -1117,7 +1130,7 @@ def test_candidates_against_candidates() -> None:
         f"m = Add(s, mask) p = Softmax(m) o = MatMul(p, item) c = Concat<axis=1>(user, o) {HEAD} }}"
     )
     try:
-        result = onnxrank.optimize(model, request=["user"])
+        result = optimised(model, request=["user"])
     except ModelError as e:
         assert "mask" in str(e), e
         return
@@ -1173,7 +1186,7 @@ def test_padded_histories(mask: str) -> None:
         "pu = Unsqueeze(pz, ax1) o = MatMul(pu, e) os = Squeeze(o, ax1) n1 = Max(n, onef) ku = Unsqueeze(kf, ax2)"
         "se = Mul(e, ku) sum = ReduceSum<keepdims=0>(se, ax1) mean = Div(sum, n1) tf = Flatten(t)"
         f"c = Concat<axis=1>(os, mean, tf, ctx) {HEAD} }}",
-        width=14, T=w(9, 4), zero=np.array(0), ax1=i64(1), ax2=i64(2), s161=i64(1, 6, 1), A=w(16, 8), ab=w(8), B=w(8, 1),
+        width=14, T=w(9, 4), zero=np.array(0), ax1=i64(1), ax2=i64(2), s161=i64(1, 6, 1), A=w(16, HIDDEN), ab=w(HIDDEN), B=w(8, 1),
         low=one(-4e9), nil=one(0.0), onef=one(1.0),
     )  # fmt: skip
     result = hold(model, ["hist", "ctx"], share=0.85, ids=9)
@@ -1189,9 +1202,9 @@ def test_names_that_clash() -> None:
     model = graph(
         "(float[N,4] user, float[N,3] item) => (float[N,1] y) { c = Concat<axis=1>(user, item) h = Gemm(c, W, b)"
         "r = Relu(h) y = Gemm(r, V) }",
-        W=w(7, 8), b=w(8), V=w(8, 1),
+        W=w(7, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1),
     )  # fmt: skip
-    plain = onnxrank.optimize(model, request=["user"])
+    plain = optimised(model, request=["user"])
     new = [n.output[0] for n in plain.model.graph.node] + [t.name for t in plain.model.graph.initializer]
     taken = sorted({n for n in new if "/" in n} | {"X.request", "y/rows", "candidates"})
     assert len(taken) > 3
@@ -1210,7 +1223,7 @@ def test_input_named_like_a_divided_one() -> None:
         f"c = Concat<axis=1>(X, \"X.request\", \"X.candidate\") {HEAD} }}"
     )
     try:
-        result = onnxrank.optimize(model, request=["X[0:3]"])
+        result = optimised(model, request=["X[0:3]"])
     except onnxrank.pipeline.ModelError as e:
         assert "X.request" in str(e)
         return
