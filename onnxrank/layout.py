@@ -56,7 +56,7 @@ class Layout:
             if source.write is not None:
                 source.name = source.write()
             elif source.product is not None:
-                source.name = source.product(None)
+                source.name = source.product(None, ())
             else:
                 source.name = self.emit.constant(source.data)
         return source.name

@@ -131,13 +131,13 @@ class Rewrite:
 
     def __post_init__(self) -> None:
         self._settled: dict[int, tuple[Sum, Value]] = {}
-        self.later: dict[str, Value] = {}
+        self.made_later: dict[str, Value] = {}
         self.producers: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = {}
         self.sources = Sources()
         self.layout = Layout(self.sources, self.emit)
         self._claimed: set[str] = set()
-        self._zeros: dict[int, int] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
         self._node = NodeProto()
 
     # --- interpretation --------------------------------------------------------------------------------------------
@@ -271,6 +271,10 @@ class Rewrite:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
 
+    def uses(self, rule: str) -> bool:
+        """Whether a rule is selected."""
+        return any(r.name == rule for r in self.rules)
+
     def readers(self, name: str) -> list[NodeProto]:
         """Original nodes that read an original tensor."""
         return self._consumers.get(name, [])
@@ -313,11 +317,31 @@ class Rewrite:
 
     def zero(self, dtype: int) -> int:
         """Code of the constant 0."""
-        if dtype not in self._zeros:
-            data = np.zeros((), helper.tensor_dtype_to_np_dtype(dtype))
+        return self._number(0, dtype)
+
+    def one(self, dtype: int) -> int:
+        """Code of the constant 1."""
+        return self._number(1, dtype)
+
+    def _number(self, value: int, dtype: int) -> int:
+        if (value, dtype) not in self._numbers:
+            data = np.array(value, self.constant_type(dtype))
             source = self.sources.add((), dtype, load=lambda: data)
-            self._zeros[dtype] = int(codes_of(source))
-        return self._zeros[dtype]
+            self._numbers[value, dtype] = int(codes_of(source))
+        return self._numbers[value, dtype]
+
+    def later(self, write: Callable[..., str], rule: str | None) -> Callable[..., str]:
+        """A writer that, whenever it is called, writes at the current node's place and under a rule's name."""
+        origin, hint = self.emit.origin, self.emit.hint
+
+        def run(*args: Any) -> str:
+            before = self.emit.origin, self.emit.rule, self.emit.hint
+            self.emit.origin, self.emit.rule, self.emit.hint = origin, rule, hint
+            name = write(*args)
+            self.emit.origin, self.emit.rule, self.emit.hint = before
+            return name
+
+        return run
 
     def dtype(self, name: str, default: int = TensorProto.FLOAT) -> int:
         """Element type of an original tensor."""
@@ -499,7 +523,7 @@ class Rewrite:
             joined = broadcast_dims([have, physical])
             if product is not None and joined == physical:
                 assert product.product is not None
-                name = product.product(name)
+                name = product.product(name, have)
             else:
                 other = self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]
                 name = self.emit.add("Add", [other, name])

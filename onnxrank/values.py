@@ -183,8 +183,10 @@ class Source:
         name: Tensor name; None while the tensor has not been written.
         load: Gives the entries of a constant.
         write: Writes the tensor when it is first asked for.
-        product: Writes a matrix product, the named tensor added to it.
+        product: Writes a matrix product, the named tensor of the given physical shape added to it.
         block: Whether it is a block of dot products, of which a part may be taken by weights of 0.
+        linear: Gives, for a tensor not written yet, each entry as a sum of products: request-level and candidate-level
+            factors, `[extents..., terms]` each.
     """
 
     number: int
@@ -194,8 +196,9 @@ class Source:
     name: str | None = None
     load: Callable[[], NDArray[Any]] | None = None
     write: Callable[[], str] | None = None
-    product: Callable[[str | None], str] | None = None
+    product: Callable[[str | None, Dims], str] | None = None
     block: bool = False
+    linear: Callable[[], tuple[Codes, Codes]] | None = None
 
     @cached_property
     def data(self) -> NDArray[Any]:

@@ -2,13 +2,14 @@
 
 from onnxrank.rewrite import Rule
 
-from . import broadcast, dot, fc, gru, movement, norm, reduce, select
+from . import broadcast, dot, fc, fold, gru, movement, norm, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
     norm.RULE,
     fc.RULE,
     dot.RULE,
+    fold.RULE,
     reduce.RULE,
     gru.RULE,
     select.RULE,

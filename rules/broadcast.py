@@ -7,6 +7,7 @@ independently gives, on equal rows, equal rows, so it may run on one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh El
     Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Dropout""".split()
 BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
     Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
+_LARGEST_SCALED = 1 << 18
 _COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
 _BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 
@@ -80,6 +82,9 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         return same
     unread = rw.needed.get(node.output[0])
     if all(v.whole is not None for v in values) and not unread:
+        scaled = _scaled(rw, node, values, dims, dtype)
+        if scaled is not None:
+            return scaled
         names = dict(zip(present, (rw.tensor(v) for v in values), strict=True))
         held = {s for v in values for s in rw.present(v)}
         (made,) = rw.keep(node, [names.get(k, "") for k in range(len(node.input))], [dims], held, dtype=dtype)
@@ -98,6 +103,28 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         parts = [group.take(w) for w in wide]
         group.put(out, _group(rw, node, group, parts, ranks, present, dtype))
     return rw.tidy(dims, dtype, out)
+
+
+def _scaled(rw: Rewrite, node: NodeProto, values: Sequence[Value], dims: Dims, dtype: int) -> Value | None:
+    """A product of a request-level and a candidate-level tensor, which is written when somebody needs it as it is."""
+    if node.op_type != "Mul" or len(values) != 2 or not rw.uses("fold") or prod(extents(dims)) > _LARGEST_SCALED:
+        return None
+    low, high = sorted(values, key=rw.level)
+    if (rw.level(low), rw.level(high)) != (Level.REQUEST, Level.CANDIDATE):
+        return None
+    rank = len(dims)
+
+    def linear() -> tuple[Codes, Codes]:
+        wide = [np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in (low, high)]
+        return wide[0][..., None], wide[1][..., None]
+
+    def write() -> str:
+        name = rw.claim(node.output[0]) or rw.emit.fresh(node.output[0])
+        rw.emit.copy(node, [rw.tensor(v) for v in values], [name])
+        return name
+
+    held = rw.present(low) | rw.present(high)
+    return rw.new(dims, dtype, held, write=rw.later(write, None), linear=linear)
 
 
 def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:
@@ -149,32 +176,46 @@ def _group(
             dims = (*syms, (1,))
             ranks = [len(dims)]
     small = with_extents(dims, np.broadcast_shapes(*(p.shape for p in parts)))
-    names = [""] * len(node.input)
-    held: set[str] = set()
-    for k, part, rank in zip(present, parts, ranks, strict=True):
-        for axis in range(part.ndim):
-            if constant_along(part, axis):
-                part = part.take([0], axis)
-        lead = part.ndim - rank
-        if lead > 0 and all(n == 1 for n in part.shape[:lead]):
-            part = part.reshape(part.shape[lead:])
-        own = with_extents(dims[len(dims) - part.ndim :], part.shape)
-        names[k], physical = rw.layout.realise(part, own)
-        held |= set(symbols(physical))
     whole = group.index is Ellipsis and spread is None and parts[0].shape == shape
-    if whole:
-        (made,) = rw.keep(node, names, [small], held, dtype=dtype)
-        assert isinstance(made, Value) and made.whole is not None
-        source = made.whole
-    else:
-        lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(group.dims))
-        rw.emit.rule = "broadcast" if lowered or parts[0].size < np.prod(shape) else None
-        name = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
+    held = {s for part in parts for s in rw.sources.symbols(part)}
+    lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(group.dims))
+    fewer = prod(extents(small)) < prod(shape)
+
+    def write() -> str:
+        names = [""] * len(node.input)
+        for k, part, rank in zip(present, parts, ranks, strict=True):
+            for axis in range(part.ndim):
+                if constant_along(part, axis):
+                    part = part.take([0], axis)
+            lead = part.ndim - rank
+            if lead > 0 and all(n == 1 for n in part.shape[:lead]):
+                part = part.reshape(part.shape[lead:])
+            names[k], _ = rw.layout.realise(part, with_extents(dims[len(dims) - part.ndim :], part.shape))
+        name = rw.claim(node.output[0]) if whole else None
+        name = name or rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
         rw.emit.copy(node, names, [name])
-        source = rw.sources.add(keep_symbols(small, held), dtype, name)
-        rw.emit.rule = None
+        return name
+
+    writer = rw.later(write, "broadcast" if lowered or fewer else None)
+    linear = _open_product(rw, node, parts, extents(small)) if group.level is Level.CANDIDATE else None
+    if linear is None:
+        source = rw.sources.add(keep_symbols(small, held), dtype, writer())
+    else:
+        source = rw.sources.add(keep_symbols(small, held), dtype, write=writer, linear=linear)
     codes = codes_of(source)
     return np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape)
+
+
+def _open_product(
+    rw: Rewrite, node: NodeProto, parts: list[Codes], shape: tuple[int, ...]
+) -> Callable[[], tuple[Codes, Codes]] | None:
+    """The factors of a product of request-level with candidate-level entries."""
+    if node.op_type != "Mul" or len(parts) != 2 or not rw.uses("fold") or prod(shape) > _LARGEST_SCALED:
+        return None
+    low, high = (rw.sources.levels(p) for p in parts)
+    if low.max() > Level.REQUEST or low.max() == Level.CONSTANT or high.min() < Level.CANDIDATE:
+        return None
+    return lambda: (np.broadcast_to(parts[0], shape)[..., None], np.broadcast_to(parts[1], shape)[..., None])
 
 
 def _neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | None:

@@ -25,12 +25,14 @@ from onnxrank.values import (
     Dims,
     Level,
     Sum,
+    Unrepresentable,
     Value,
     canonical,
     codes_of,
     constant_along,
     extents,
     is_candidate_symbol,
+    keep_symbols,
     source_numbers,
     split_axis,
     symbols,
@@ -38,6 +40,7 @@ from onnxrank.values import (
     with_extents,
 )
 
+from . import fold
 from .broadcast import attribute, mark_unread
 
 
@@ -54,6 +57,7 @@ class Piece:
         columns: Which column of the operand each entry stands for: `columns[j]` is the place, among the columns of
             `codes`, of operand column `members[j]`; equal columns share a place.
         members: The operand's columns that the piece covers.
+        fold: How to contract it over the candidate-level factors alone, if that pays.
     """
 
     level: Level
@@ -63,6 +67,7 @@ class Piece:
     slot: int
     columns: NDArray[np.int64]
     members: NDArray[np.int64]
+    fold: fold.Fold | None = None
 
     def put(self, whole: Codes, part: Codes) -> None:
         """Writes results `[rows..., width]` of the piece into an array over all rows."""
@@ -86,14 +91,15 @@ class Piece:
 _FEW = 3
 
 
-def pieces(rw: Rewrite, codes: Codes, dims: Dims, weighted: bool = False) -> Iterator[Piece]:
+def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Piece]:
     """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
 
     Args:
         rw: The rewrite.
         codes: The entries.
         dims: Logical shape.
-        weighted: Whether pieces may hold entries nobody asked for, because weights of 0 will undo them.
+        width: Columns of the weights that the pieces are for, which may undo entries nobody asked for by 0 and fold
+            products; 0 for other contractions.
 
     Raises:
         Unrepresentable: The levels follow no axis.
@@ -104,7 +110,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, weighted: bool = False) -> Ite
     numbers = source_numbers(codes)
     if 1 < len(np.unique(numbers)) <= _FEW and (numbers == numbers[..., :1]).all():
         # Rows of a few large tensors: contracted where they lie, they need not be joined.
-        row_keys = row_keys * 2 * _FEW + numbers[..., 0]
+        row_keys = row_keys + numbers[..., 0] * 1_000_003
     row_keys[(levels == Level.UNREAD).any(-1)] = 0
     rows = dims[:-1]
     groups: list[tuple[Any, Dims]] = [(..., dims)]
@@ -123,15 +129,30 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, weighted: bool = False) -> Ite
         part, level_of = codes[index], levels[index].reshape(-1, codes.shape[-1])[0]
         if (level_of == Level.UNREAD).any():
             continue
+        if (levels[index] != level_of).any():
+            raise Unrepresentable("levels that follow no single axis")
         group = Group(Level.CANDIDATE, index, (*own[:-1],))
+        slots = itertools.count()
+        found_fold = fold.find(rw, part, level_of == Level.CANDIDATE, width) if width and rw.uses("fold") else None
+        if found_fold is not None:
+            members, how = found_fold
+            level_of = level_of.copy()
+            level_of[members] = Level.UNREAD
+            sub = part[..., members]
+            columns = np.arange(len(members))
+            yield Piece(
+                Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how
+            )
         # Columns that vary along the same axes go together.
         signature = level_of.copy()
         for axis in range(len(rows)):
             if part.shape[axis] > 1:
                 still = (part == part.take([0], axis)).all(tuple(range(len(rows))))
                 signature = signature * 2 + ~still
-        for slot, key in enumerate(dict.fromkeys(signature.tolist())):
+        for key in dict.fromkeys(signature.tolist()):
             members = np.flatnonzero(signature == key)
+            if level_of[members[0]] == Level.UNREAD:
+                continue
             sub = part[..., members]
             for axis in range(len(rows)):
                 if sub.shape[axis] > 1 and (sub == sub.take([0], axis)).all():
@@ -144,11 +165,11 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, weighted: bool = False) -> Ite
                     keep.append(int(b))
                 columns[b] = len(keep) - 1
             sub = sub[..., keep]
-            if weighted and flat.shape[0] == 1:
+            if width and flat.shape[0] == 1:
                 sub, moved = _completed(rw, sub)
                 columns = moved[columns]
             level = Level(int(level_of[members[0]]))
-            yield Piece(level, group, sub, with_extents(own, sub.shape), slot, columns, members)
+            yield Piece(level, group, sub, with_extents(own, sub.shape), next(slots), columns, members)
 
 
 def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
@@ -171,11 +192,11 @@ def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
     return everything.reshape(*codes.shape[:-1], -1), np.searchsorted(everything, flat)
 
 
-Product = Callable[[Piece, str, Dims], tuple[Dims, Callable[[str | None], str]]]
+Product = Callable[[Piece, str, Dims], tuple[Dims, Callable[[str | None, Dims], str]]]
 """Writes the contraction of a piece, given as a tensor of a physical shape; gives the result's shape and a writer that
-takes the name of a tensor to add."""
+takes the name and shape of a tensor to add."""
 
-WeightedProduct = Callable[[str, Dims, str], tuple[Dims, Callable[[str | None], str]]]
+WeightedProduct = Callable[[str, Dims, str], tuple[Dims, Callable[[str | None, Dims], str]]]
 """The same with the name of the piece's weights."""
 
 
@@ -189,6 +210,7 @@ def partials(
     unread: Any = None,
     idempotent: bool = False,
     weighted: bool = False,
+    additive: bool = False,
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
 
@@ -201,6 +223,7 @@ def partials(
         rule: Name of the rule, for the report.
         unread: Positions read per axis of the result, if not all.
         weighted: Whether `write` multiplies with weights, of which 0 undoes an entry.
+        additive: Whether the contraction is a plain sum.
         idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
 
     Returns:
@@ -216,19 +239,28 @@ def partials(
     zero = rw.zero(x.dtype)
     terms: list[Codes] = []
     split = not rw.single_level(x)
-    for piece in pieces(rw, codes, dims, weighted):
+    for piece in pieces(rw, codes, dims, width if weighted else 0):
         if piece.slot == len(terms):
             terms.append(terms[0].copy() if idempotent and terms else np.full(shape, HOLE if unread else zero))
         small = piece.codes.shape[:-1]
-        own = (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
-        name, physical = rw.layout.realise(np.moveaxis(piece.codes, -1, axis), own)
         lowered = piece.level is Level.REQUEST and any(map(is_candidate_symbol, symbols(dims)))
-        tag = rule if split or lowered else None
+        tag = "fold" if piece.fold else rule if split or lowered else None
         if prod(small) < prod(shape[:-1]):
             tag = tag or ("select" if unread else "broadcast")
-        made_dims, writer = write(piece, name, physical)
-        source = rw.sources.add(made_dims, x.dtype, product=_tagged(rw, writer, tag))
-        part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
+        if piece.fold is not None:
+            made_dims, writer = write(piece, "", ())
+            source = rw.sources.add(made_dims, x.dtype, product=rw.later(writer, tag))
+            part = codes_of(source).reshape(*small, width)
+        else:
+            linear = _summed(rw, piece, axis) if additive else None
+            operand, own = np.moveaxis(piece.codes, -1, axis), (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
+            if linear is None:
+                name, physical = rw.layout.realise(operand, own)
+                made_dims, writer = write(piece, name, physical)
+            else:
+                made_dims, writer = _postponed(rw, piece, operand, own, axis, write)
+            source = rw.sources.add(made_dims, x.dtype, product=rw.later(writer, tag), linear=linear)
+            part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
         piece.put(terms[piece.slot], part)
     out_dims = (*x.dims[:axis], column, *x.dims[axis + 1 :])
     if unread and not idempotent:
@@ -238,12 +270,41 @@ def partials(
     return [view(out_dims, x.dtype, np.moveaxis(t, -1, axis)) for t in terms]
 
 
+def _summed(rw: Rewrite, piece: Piece, axis: int) -> Callable[[], tuple[Codes, Codes]] | None:
+    """The sums of a piece's products that were not made yet, as sums of products themselves."""
+    unique = len(piece.members) == piece.codes.shape[-1]
+    if piece.level is not Level.CANDIDATE or not unique or not fold.is_open(rw, piece.codes).all():
+        return None
+
+    def linear() -> tuple[Codes, Codes]:
+        factors = fold.expand(rw, piece.codes)
+        a, b = (f.reshape(*f.shape[:-2], -1) for f in factors)
+        return np.expand_dims(a, axis), np.expand_dims(b, axis)
+
+    return linear
+
+
+def _postponed(
+    rw: Rewrite, piece: Piece, operand: Codes, own: Dims, axis: int, write: Product
+) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+    """A contraction whose operand is only written if the result is."""
+    physical = keep_symbols(own, rw.sources.symbols(operand))
+
+    def writer(addend: str | None, have: Dims) -> str:
+        name, seen = rw.layout.realise(operand, own)
+        return write(piece, name, seen)[1](addend, have)
+
+    return (*physical[:axis], (), *physical[axis + 1 :]), writer
+
+
 def contract(
     rw: Rewrite, x: Value, axis: int, weight: NDArray[Any], write: WeightedProduct, rule: str, unread: Any = None
 ) -> Abstract:
     """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum."""
 
-    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
+    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+        if piece.fold is not None:
+            return fold.product(rw, piece.fold, weight[piece.members])
         return write(name, physical, piece.weights(rw, weight))
 
     parts = partials(rw, x, axis, weight.shape[1], one, rule, unread, weighted=True)
@@ -251,30 +312,25 @@ def contract(
     return rw.add(parts, dims, x.dtype)
 
 
-def _tagged(rw: Rewrite, writer: Callable[[str | None], str], rule: str | None) -> Callable[[str | None], str]:
-    """The writer, run under the rule's name and the original node's place whenever it is called."""
-    origin, hint = rw.emit.origin, rw.emit.hint
-
-    def write(addend: str | None) -> str:
-        before = rw.emit.origin, rw.emit.rule, rw.emit.hint
-        rw.emit.origin, rw.emit.rule, rw.emit.hint = origin, rule, hint
-        name = writer(addend)
-        rw.emit.origin, rw.emit.rule, rw.emit.hint = before
-        return name
-
-    return write
-
-
 def right_product(rw: Rewrite, width: int) -> WeightedProduct:
     """`x @ W` with the contracted axis last: a Gemm where there is something to add to a matrix."""
+    column = canonical([width])
 
-    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None], str]]:
-        def writer(addend: str | None) -> str:
+    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+        def writer(addend: str | None, have: Dims) -> str:
             if len(physical) == 2 and addend is not None:
                 return rw.emit.add("Gemm", [name, weight, addend])
+            if addend is not None and all(d == () for d in have[:-1]):
+                # A bias: added on the way out of the product, not in a pass of its own.
+                flat = (tuple(f for d in physical[:-1] for f in d), physical[-1])
+                if sum(isinstance(f, int) for f in flat[0]) <= 1:
+                    rows = rw.layout.reshape(name, physical, flat)
+                    vector = rw.layout.reshape(addend, have, have[-1:])
+                    made = rw.emit.add("Gemm", [rows, weight, vector])
+                    return rw.layout.reshape(made, (flat[0], column), (*physical[:-1], column))
             return _with(rw, rw.emit.add("MatMul", [name, weight]), addend)
 
-        return (*physical[:-1], canonical([width])), writer
+        return (*physical[:-1], column), writer
 
     return write
 
@@ -342,7 +398,7 @@ def _normalised_product(rw: Rewrite, x: Affine, weight: NDArray[Any], unread: An
     folded, shift = x.fold(rw.emit.constant(weight))
     width = weight.shape[1]
 
-    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
+    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         order = np.empty(len(piece.members), np.int64)
         order[piece.columns] = piece.members
         rows = rw.emit.add("Gather", [folded, rw.emit.constant(order)], {"axis": 0})
@@ -365,16 +421,16 @@ def _left(rw: Rewrite, y: Abstract, left: NDArray[Any], unread: Any) -> Abstract
 
     width = left.shape[0]
 
-    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None], str]]:
+    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         made: Dims = (*physical[:-2], canonical([width]), physical[-1])
         if physical[-1] == ():
             # A vector per row: rows become the matrix's, one product instead of one for each.
             flat = (*physical[:-2], physical[-2])
             rows = rw.layout.reshape(name, physical, flat)
             inner_dims, inner = right_product(rw, width)(rows, flat, weight)
-            return made, lambda addend: _with(rw, rw.layout.reshape(inner(None), inner_dims, made), addend)
+            return made, lambda addend, have: _with(rw, rw.layout.reshape(inner(None, ()), inner_dims, made), addend)
 
-        def writer(addend: str | None) -> str:
+        def writer(addend: str | None, have: Dims) -> str:
             turned = rw.emit.add("Transpose", [weight], {"perm": [1, 0]})
             return _with(rw, rw.emit.add("MatMul", [turned, name]), addend)
 
@@ -440,10 +496,10 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     trail, width = (1,) * (weight.ndim - 2), weight.shape[0]
 
-    def write(name: str, physical: Dims, w: str) -> tuple[Dims, Callable[[str | None], str]]:
+    def write(name: str, physical: Dims, w: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         made: Dims = (physical[0], canonical([width]), *physical[2:])
 
-        def writer(addend: str | None) -> str:
+        def writer(addend: str | None, have: Dims) -> str:
             turned = rw.emit.add("Transpose", [w], {"perm": [1, 0]})
             shape = rw.emit.constant(np.array([width, -1, *trail], np.int64))
             return _with(rw, rw.emit.add("Conv", [name, rw.emit.add("Reshape", [turned, shape])]), addend)

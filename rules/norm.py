@@ -142,11 +142,11 @@ def layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def _made_later(rw: Rewrite, node: NodeProto, make: Callable[[], list[Abstract] | None]) -> Value:
     """Writes a node when its whole value is asked for after all; once."""
-    done = rw.later.get(node.output[0])
+    done = rw.made_later.get(node.output[0])
     if done is None:
         made = make()
         assert made is not None
-        done = rw.later[node.output[0]] = rw.settle(made[0])
+        done = rw.made_later[node.output[0]] = rw.settle(made[0])
     return done
 
 

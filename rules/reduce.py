@@ -107,10 +107,10 @@ def _whole(
 
 
 def _partials(rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: int = 1) -> list[Value]:
-    def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None], str]]:
+    def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         made: Dims = (*physical[:axis], (), *physical[axis + 1 :])
 
-        def writer(addend: str | None) -> str:
+        def writer(addend: str | None, have: Dims) -> str:
             data, kind = name, rw.constant_type(x.dtype)
             counts = np.bincount(piece.columns, minlength=piece.codes.shape[-1])
             times = int(counts[0]) if (counts == counts[0]).all() else 1
@@ -128,7 +128,7 @@ def _partials(rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: i
 
         return made, writer
 
-    return partials(rw, x, axis, 1, write, "pool", unread, idempotent=op in _EXTREMA)
+    return partials(rw, x, axis, 1, write, "pool", unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum")
 
 
 RULE = Rule(

@@ -260,8 +260,8 @@ def exported(opset: int, ir: int) -> ModelProto:
         mean = {axes("ReduceMean", "eh", 1, "drop")}
         c = Concat<axis=1>(user, ei, pool, mean) h = Gemm(c, W, b) {norm} r = Relu(ln) y = Gemm(r, V) }}"""
     return graph(
-        body, opset=opset, ir=ir, T=w(5, 4), q=w(4, 1), W=w(16, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1), g=w(8), gb=w(8, seed=2),
-        zero=i64(0), ax1=i64(1), ax2=i64(2),
+        body, opset=opset, ir=ir, T=w(5, 4), q=w(4, 1), W=w(16, HIDDEN), b=w(HIDDEN), V=w(HIDDEN, 1), g=w(8),
+        gb=w(8, seed=2), zero=i64(0), ax1=i64(1), ax2=i64(2),
     )  # fmt: skip
 
 

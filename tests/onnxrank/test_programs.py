@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxrank
 import pytest
-from helpers import Feed, Given, Graph, assert_same_scores, feeds, patterns, transformation, witness
+from helpers import Feed, Given, Graph, assert_same_scores, feeds, patterns, rewritten, transformation, witness
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 
@@ -430,17 +430,16 @@ def test_same_bits(interface: str, seed: int, steps: int) -> None:
     model, inputs = made_up.model, made_up.inputs
     note(onnx.printer.to_text(model))
     before = model.SerializeToString()
-    options: dict[str, Any] = {"interface": interface, "check": False}
-    result = onnxrank.optimize(model, request=patterns(inputs), **options)
+    result = rewritten(model, request=patterns(inputs), interface=interface)
     assert model.SerializeToString() == before
     assert list(result.model.graph.output) == list(model.graph.output)
     if not result.changed:
         assert result.model.SerializeToString() == before
     assert_same_scores(model, result, inputs, interface, (1, 2, 5))
     made = result.model.SerializeToString()
-    assert onnxrank.optimize(model, request=patterns(inputs), **options).model.SerializeToString() == made
+    assert rewritten(model, request=patterns(inputs), interface=interface).model.SerializeToString() == made
     if result.changed:
-        again = onnxrank.optimize(result.model, **options)
+        again = onnxrank.optimize(result.model, interface=interface, check=False)
         assert not again.changed
         assert again.model.SerializeToString() == made
 
@@ -455,7 +454,7 @@ def test_no_candidates(interface: str, seed: int, steps: int) -> None:
     note(onnx.printer.to_text(model))
     # Reductions of no rows have wrong shapes in onnxruntime, and crash it.
     assume(not any(n.op_type.startswith("Reduce") for n in model.graph.node))
-    result = onnxrank.optimize(model, request=patterns(inputs), interface=interface, check=False)
+    result = rewritten(model, request=patterns(inputs), interface=interface)
     assert_same_scores(model, result, inputs, interface, (0,))
 
 

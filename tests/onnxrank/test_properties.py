@@ -16,7 +16,7 @@ import onnx
 import onnxrank
 import pytest
 import yaml
-from helpers import FLOAT, Feed, Graph, run, session, transformation, witness
+from helpers import FLOAT, Feed, Graph, rewritten, run, session, transformation, witness
 from onnx import inliner
 
 from onnxrank import check
@@ -34,7 +34,7 @@ def spec(name: str) -> dict[str, Any]:
 
 @cache
 def optimised(name: str, interface: str = "request") -> onnxrank.Result:
-    return onnxrank.optimize(FOLDER / name, spec=spec(name), interface=interface, check=False)
+    return rewritten(FOLDER / name, spec=spec(name), interface=interface)
 
 
 @cache
@@ -154,7 +154,7 @@ def digests() -> dict[str, str]:
     """Hash of every rewritten model."""
     out = {}
     for name in FILES:
-        made = onnxrank.optimize(FOLDER / name, spec=spec(name), check=False)
+        made = rewritten(FOLDER / name, spec=spec(name))
         out[name] = hashlib.sha256(made.model.SerializeToString()).hexdigest()
     return out
 

@@ -307,8 +307,9 @@ def test_interleaved_columns(seed: int) -> None:
     model = graph(
         "(float[N,12] X) => (float[N,8] y, float[N,4] z) { g = Gather<axis=1>(X, picks) y = Gemm(g, W, b)"
         "a = Slice(X, from, to, ax, step) z = MatMul(a, U) }",
-        picks=picks, W=rng.integers(-3, 4, (20, 8)).astype(np.float32), b=w(HIDDEN).round(), U=rng.integers(-3, 4, (6, 4)).
-        astype(np.float32), **{"from": i64(11), "to": i64(-13), "ax": i64(1), "step": i64(-2)},
+        picks=picks, W=rng.integers(-3, 4, (20, 8)).astype(np.float32), b=w(HIDDEN).round(),
+        U=rng.integers(-3, 4, (6, 4)).astype(np.float32),
+        **{"from": i64(11), "to": i64(-13), "ax": i64(1), "step": i64(-2)},
     )  # fmt: skip
     result = hold(model, [f"X[{','.join(map(str, request))}]"], share=0.9)
     feed = {k: np.round(v * 4) for k, v in draw(model, roles_of(result), 5, seed).items()}
@@ -1186,8 +1187,8 @@ def test_padded_histories(mask: str) -> None:
         "pu = Unsqueeze(pz, ax1) o = MatMul(pu, e) os = Squeeze(o, ax1) n1 = Max(n, onef) ku = Unsqueeze(kf, ax2)"
         "se = Mul(e, ku) sum = ReduceSum<keepdims=0>(se, ax1) mean = Div(sum, n1) tf = Flatten(t)"
         f"c = Concat<axis=1>(os, mean, tf, ctx) {HEAD} }}",
-        width=14, T=w(9, 4), zero=np.array(0), ax1=i64(1), ax2=i64(2), s161=i64(1, 6, 1), A=w(16, HIDDEN), ab=w(HIDDEN), B=w(8, 1),
-        low=one(-4e9), nil=one(0.0), onef=one(1.0),
+        width=14, T=w(9, 4), zero=np.array(0), ax1=i64(1), ax2=i64(2), s161=i64(1, 6, 1), A=w(16, HIDDEN), ab=w(HIDDEN),
+        B=w(8, 1), low=one(-4e9), nil=one(0.0), onef=one(1.0),
     )  # fmt: skip
     result = hold(model, ["hist", "ctx"], share=0.85, ids=9)
     roles = roles_of(result)
