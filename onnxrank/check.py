@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,54 +102,65 @@ def compare(
     external = any(t.data_location == TensorProto.EXTERNAL for t in original.graph.initializer)
     double = [runtime.Float64(m, folder) for m in pair] if raise_to_double and not external else None
     names = [o.name for o in original.graph.output]
-    out: list[Comparison] = []
+    runs: list[_Run] = []
     for n in candidates:
         for seed in range(seeds):
             (point,) = settings(symbols, (n,))
             feed = feeds(Setting(point.symbols, 100 * n + seed))
             other = translate(feed)
             try:
-                scores = runtime.run(made[0], _cast(made[0], feed), names)
+                scores = runtime.run(made[0], feed, names)
             except ModelError:
                 if n > 1:
                     raise
                 notes.append("the original does not run with a single candidate")
                 break
-            mine = runtime.run(made[1], _cast(made[1], other), names)
+            mine = runtime.run(made[1], other, names)
             truth = None
             if double is not None:
                 try:
                     truth = [d.run(f, names) for d, f in zip(double, (feed, other), strict=True)]
                 except ModelError:
                     double = None
-            for k in names:
-                out.append(_verdict(n, seed, k, scores[k], mine[k], [t[k] for t in truth] if truth else None))
+            runs += [_Run(n, seed, k, scores[k], mine[k], [t[k] for t in truth] if truth else None) for k in names]
     if double is None:
         notes.append("no float64 run was possible, so the original's own scores were the measure")
-    return out, notes
+    return [c for k in names for c in _verdicts([r for r in runs if r.output == k])], notes
 
 
-def _verdict(
-    n: int, seed: int, name: str, a: NDArray[Any], b: NDArray[Any], truth: list[NDArray[Any]] | None
-) -> Comparison:
-    gap = difference(a, b)
-    finite = a[np.isfinite(a.astype(np.float64))].astype(np.float64) if a.dtype.kind in "fV" else np.zeros(0)
-    scale = max(float(np.abs(finite).max()) if finite.size else 0.0, 1e-30)
-    if truth is None:
-        allowed = floor(a.dtype, exact=False) * scale
-    else:
-        if difference(*truth) > _ALGEBRA * scale:
-            return Comparison(n, seed, name, difference(*truth), _ALGEBRA * scale, False)
-        # |b - truth| <= 2 |a - truth| + floor, told as a bound on |a - b|.
-        own = difference(a.astype(truth[0].dtype), truth[0])
-        gap_to_truth = difference(b.astype(truth[0].dtype), truth[0])
-        allowed = 2 * own + floor(a.dtype, exact=True) * scale
-        return Comparison(n, seed, name, gap if gap == float("inf") else gap_to_truth, allowed, gap_to_truth <= allowed)
-    return Comparison(n, seed, name, gap, allowed, gap <= allowed)
+@dataclass(frozen=True)
+class _Run:
+    """One output of both models at one setting; `truth` holds both in float64."""
+
+    candidates: int
+    seed: int
+    output: str
+    original: NDArray[Any]
+    rewritten: NDArray[Any]
+    truth: list[NDArray[Any]] | None
 
 
-def _cast(made: Any, feed: runtime.Feeds) -> runtime.Feeds:
-    """Float inputs in the type that a session takes."""
-    types = {"tensor(double)": np.float64, "tensor(float)": np.float32}
-    kinds = {i.name: types.get(i.type) for i in made.get_inputs()}
-    return {k: v.astype(kinds[k]) if kinds.get(k) is not None and runtime.is_float(v) else v for k, v in feed.items()}
+def _verdicts(runs: Sequence[_Run]) -> list[Comparison]:
+    """Judges all runs of one output; its scale, and the original's own error, are those of all runs together."""
+    scale, own = 1e-30, 0.0
+    for r in runs:
+        if runtime.is_float(r.original):
+            finite = r.original.astype(np.float64)
+            finite = np.abs(finite[np.isfinite(finite)])
+            scale = max(scale, float(finite.max()) if finite.size else 0.0)
+        if r.truth is not None:
+            error = difference(r.original.astype(r.truth[0].dtype), r.truth[0])
+            own = max(own, error if np.isfinite(error) else 0.0)
+    out = []
+    for r in runs:
+        dtype, gap = r.original.dtype, difference(r.original, r.rewritten)
+        allowed = floor(dtype, exact=False) * scale
+        if r.truth is not None and np.isfinite(gap):
+            apart = difference(*r.truth)
+            if apart > _ALGEBRA * scale:
+                gap, allowed = apart, _ALGEBRA * scale
+            else:
+                gap = difference(r.rewritten.astype(r.truth[0].dtype), r.truth[0])
+                allowed = 2 * own + floor(dtype, exact=True) * scale
+        out.append(Comparison(r.candidates, r.seed, r.output, gap, allowed, gap <= allowed))
+    return out

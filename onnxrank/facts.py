@@ -8,7 +8,7 @@ fitted as `a * N + b`. An extent that no such line goes through depends on the d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -67,13 +67,19 @@ class Facts:
         folded: Tensors that depend on constants and extents only and are the same for every number of candidates,
             with their data cut to one row along symbols.
         varying: Tensors that depend on constants and extents only and change with the number of candidates.
+        unproven: Those of them that may change in another way at numbers that were not tried, by a threshold say.
+        unsteady: Tensors that have another rank for a single candidate.
+        literals: Data of small integer initializers.
         note: Why nothing could be measured for a part of the model, if so.
     """
 
     extents: dict[str, tuple[Extent, ...]] = field(default_factory=dict)
     folded: dict[str, tuple[Dims, NDArray[Any]]] = field(default_factory=dict)
     varying: set[str] = field(default_factory=set)
+    unproven: set[str] = field(default_factory=set)
+    unsteady: set[str] = field(default_factory=set)
     note: str | None = None
+    literals: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def dims(self, name: str) -> Dims | None:
         """Shape with each extent as one factor, when known; merged extents are opaque symbols."""
@@ -157,6 +163,13 @@ class Probe:
             exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
         for name in sorted(self._derived):
             exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
+        self._literals = {
+            t.name: numpy_helper.to_array(t)
+            for t in graph.initializer
+            if t.data_type in (TensorProto.INT64, TensorProto.INT32)
+            and t.data_location != TensorProto.EXTERNAL
+            and t.ByteSize() < 1 << 20
+        }
         self._half = runtime.has_half(model)
         if self._half:
             exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
@@ -176,7 +189,7 @@ class Probe:
         Raises:
             ModelError: onnxruntime cannot run the model on these inputs.
         """
-        facts = Facts(note=self.note)
+        facts = Facts(note=self.note, literals=self._literals)
         points = settings(self._symbols)
         wanted = [*(n + _MARK for n in self._names), *self._derived]
         runs = [runtime.run(self._session, feeds(p), wanted) for p in points]
@@ -187,31 +200,41 @@ class Probe:
                     fit([s[k] for s in shapes], points, f"{name}.{k}") for k in range(len(shapes[0]))
                 )
         alone = self._at_one(feeds)
-        for name in self._derived:
-            values = [np.asarray(r[name]) for r in runs]
-            folded = _fold(values, facts.extents.get(name), alone.get(name))
-            if folded is None or folded[1].nbytes > _LARGEST_FOLD:
+        for name in self._names:
+            if name + _MARK in alone and name in facts.extents:
+                if len(alone[name + _MARK]) != len(facts.extents[name]):
+                    facts.unsteady.add(name)
+        seen = {name: [np.asarray(r[name]) for r in runs] for name in self._derived}
+        for node in self._model.graph.node:
+            for name in node.output:
+                if name not in seen:
+                    continue
+                folded = _fold(seen[name], facts.extents.get(name), alone.get(name))
+                fixed = all(i not in facts.varying for i in node.input)
+                if folded is not None and folded[1].nbytes <= _LARGEST_FOLD and (fixed or _proven(node, seen, facts)):
+                    facts.folded[name] = folded
+                    continue
                 facts.varying.add(name)
-            else:
-                facts.folded[name] = folded
+                if facts.unproven & set(node.input) or not (fixed or _proven(node, seen, facts)):
+                    facts.unproven.add(name)
         if self._half:
             _restore_half(self._model, facts)
         return facts
 
     def _at_one(self, feeds: Callable[[Setting], runtime.Feeds]) -> dict[str, NDArray[Any]]:
-        """The shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
+        """Shapes and shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
         (point,) = settings(self._symbols, (1,))
         try:
-            return runtime.run(self._session, feeds(point), list(self._derived)) if self._derived else {}
+            wanted = [*(n + _MARK for n in self._names), *self._derived]
+            return runtime.run(self._session, feeds(point), wanted) if wanted else {}
         except ModelError:
             return {}
 
 
 def _restore_half(model: ModelProto, facts: Facts) -> None:
     """Constants folded in float32 on the way to 16-bit tensors are the 16-bit model's own only if it is cast back."""
-    half = next(
-        t.data_type for t in model.graph.initializer if t.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    )
+    kinds = [t.data_type for t in model.graph.initializer] + [i.type.tensor_type.elem_type for i in model.graph.input]
+    half = next(k for k in kinds if k in (TensorProto.FLOAT16, TensorProto.BFLOAT16))
     to = helper.tensor_dtype_to_np_dtype(half)
     exact = {o for n in model.graph.node if n.op_type == "Cast" for o in n.output}
     for name, (dims, data) in list(facts.folded.items()):
@@ -241,6 +264,66 @@ def fit(values: list[int], points: list[Setting], label: str) -> Extent:
                 return a, tuple(sorted(syms, key=lambda s: s != CANDIDATES))
             return 1, (f"{'~'.join(sorted(syms, key=lambda s: s != CANDIDATES))}~{a}+{b}",)
     return 1, (f"{CANDIDATES}~?{label}",)
+
+
+_STRUCTURAL = set(
+    """Shape Size Gather Slice Concat Unsqueeze Squeeze Cast Identity Reshape Flatten Transpose Split Expand Tile
+    ConstantOfShape Add Sub Mul Neg ReduceProd ReduceSum Range Where""".split()
+)
+_ROOTS = {"Equal": "equal", "Less": "sign", "Greater": "sign", "LessOrEqual": "sign", "GreaterOrEqual": "sign"}
+
+
+def _proven(node: NodeProto, seen: Mapping[str, list[NDArray[Any]]], facts: Facts) -> bool:
+    """Whether what a node does to extents at a few numbers of candidates tells what it does at all of them.
+
+    Picking, joining, adding and multiplying gives polynomials, which a few points determine. A comparison does not
+    change where the difference has no root; a quotient is a line where the divisor divides the slope.
+    """
+    op = node.op_type
+    if facts.unproven.intersection(node.input):
+        return False
+    if op in ("Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Tile", "Where"):
+        # Positions and conditions that change could change what is picked.
+        steering = [node.input[0]] if op == "Where" else node.input[1:]
+        return all(i not in facts.varying for i in steering)
+    if op in _STRUCTURAL:
+        return True
+    lines = [_line(seen[i]) if i in facts.varying else None for i in node.input]
+    if op in _ROOTS and len(node.input) == 2:
+        operands = [
+            line if line is not None else (0.0, np.asarray(_constant(i, seen, facts)))
+            for i, line in zip(node.input, lines, strict=True)
+            if line is not None or i not in facts.varying
+        ]
+        if len(operands) != 2 or any(o[1].dtype == object for o in operands):
+            return False
+        slope, start = operands[0][0] - operands[1][0], operands[0][1] - operands[1][1]
+        if _ROOTS[op] == "equal":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                root = np.where(slope == 0, -1, -start / np.where(slope == 0, 1, slope))
+            return bool(np.all((root < 0) | (root != np.floor(root))))
+        return bool(np.all((slope * start > 0) | (slope == 0)))
+    if op in ("Div", "Mod") and len(node.input) == 2 and lines[0] is not None:
+        slope, start = lines[0]
+        if lines[1] is None:
+            divisor = np.asarray(_constant(node.input[1], seen, facts))
+            return divisor.dtype != object and bool(np.all(divisor > 0) and np.all(slope % divisor == 0))
+        return bool(np.all(start == 0) and np.all(lines[1][1] == 0))
+    return False
+
+
+def _constant(name: str, seen: Mapping[str, list[NDArray[Any]]], facts: Facts) -> Any:
+    """Data of an operand that does not vary; an object array if it is not known here."""
+    return seen[name][0] if name in seen else facts.literals.get(name, np.array(None, object))
+
+
+def _line(values: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Slope and start, entry by entry, of what was seen at 2, 3 and 5 candidates; None if no line."""
+    if any(v.shape != values[0].shape for v in values) or values[0].dtype.kind not in "iu":
+        return None
+    two, three, five = (v.astype(np.int64) for v in values[:3])
+    slope = three - two
+    return (slope, two - 2 * slope) if (five == two + 3 * slope).all() else None
 
 
 def _fold(

@@ -24,6 +24,7 @@ from onnxrank.values import (
     Codes,
     Dims,
     Value,
+    broadcast_dims,
     canonical,
     codes_of,
     extents,
@@ -31,6 +32,7 @@ from onnxrank.values import (
     source_numbers,
     symbols,
     view,
+    with_extents,
 )
 
 Feed = dict[str, NDArray[Any]]
@@ -211,7 +213,7 @@ class _Lookups:
     def __init__(self, declared: Sequence[Input]) -> None:
         self.bounds: Ranges = {}
         self._entry: dict[int, str] = {}
-        self._shifted: dict[int, tuple[Codes, NDArray[np.float64]]] = {}
+        self._derived: dict[int, list[tuple[Codes, NDArray[np.float64]]]] = {}
         for i in declared:
             shape = extents(i.dims)
             whole = np.full(shape, np.dtype(helper.tensor_dtype_to_np_dtype(i.dtype)).kind in "iu")
@@ -236,8 +238,7 @@ class _Lookups:
                 np.maximum.at(least, where, low[at])
                 np.minimum.at(most, where, high[at])
                 whole[where] = True
-            elif number in self._shifted:
-                parents, shift = self._shifted[number]
+            for parents, shift in self._derived.get(number, []):
                 delta = shift.reshape(-1)[where]
                 self._limit(parents.reshape(-1)[where], low[at] - delta, high[at] - delta)
 
@@ -247,6 +248,10 @@ class _Lookups:
             "Cast": self._cast,
             "Add": self._shift,
             "Sub": self._shift,
+            **{op: self._pass for op in ("Identity", "Where", "Mul", "Max", "Min", "Abs", "Clip", "Relu")},
+            "GRU": self._recur,
+            "LSTM": self._recur,
+            "RNN": self._recur,
             "Gather": self._gather,
             "GatherND": self._gather_nd,
         })  # fmt: skip
@@ -261,21 +266,46 @@ class _Lookups:
     def _shift(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         for k in (0, 1):
             data = rw.array(node, 1 - k)
-            x = rw.value(node, k)
-            if data is None or data.dtype.kind not in "iu" or data.ndim > x.rank or (node.op_type == "Sub" and k):
+            if data is None or data.dtype.kind not in "iu" or (node.op_type == "Sub" and k):
                 continue
-            shape = np.broadcast_shapes(extents(x.dims), data.shape)
-            dims = tuple(
-                d if n == e else canonical([n]) for d, n, e in zip(x.dims, shape, extents(x.dims), strict=True)
-            )
-            made = rw.new(dims, x.dtype, symbols(dims), "shifted")
-            assert made.whole is not None
             sign = -1.0 if node.op_type == "Sub" else 1.0
-            self._shifted[made.whole.number] = (
-                np.broadcast_to(x.codes, shape),
-                np.broadcast_to(sign * data.astype(np.float64), shape),
+            return self._follow(rw, node, [(rw.value(node, k), sign * data.astype(np.float64))])
+        return None
+
+    def _pass(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+        """Operators that give one of their operands, or 0: whole numbers in a range stay in it."""
+        values = [rw.value(node, k) for k, i in enumerate(node.input) if i and rw.array(node, k) is None]
+        kinds = [np.dtype(helper.tensor_dtype_to_np_dtype(v.dtype)).kind for v in values]
+        if not values or any(k not in "iub" for k in kinds):
+            return None
+        return self._follow(rw, node, [(v, np.zeros(())) for v, k in zip(values, kinds, strict=True) if k != "b"])
+
+    def _follow(
+        self, rw: Rewrite, node: NodeProto, parents: list[tuple[Value, NDArray[np.float64]]]
+    ) -> list[Abstract] | None:
+        found = rw.facts.extents.get(node.output[0])
+        if found is None or not parents:
+            return None
+        dims = broadcast_dims([v.dims for v, _ in parents])
+        shape = np.broadcast_shapes(extents(dims), *(shift.shape for _, shift in parents))
+        if len(shape) != len(dims):
+            return None
+        dims = with_extents(dims, shape)
+        made = rw.new(dims, parents[0][0].dtype, symbols(dims), "derived")
+        assert made.whole is not None
+        self._derived[made.whole.number] = [
+            (
+                np.broadcast_to(v.codes.reshape((1,) * (len(shape) - v.rank) + v.codes.shape), shape),
+                np.broadcast_to(shift, shape),
             )
-            return [view(dims, x.dtype, codes_of(made.whole))]
+            for v, shift in parents
+        ]
+        return [view(dims, made.dtype, codes_of(made.whole))]
+
+    def _recur(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+        if len(node.input) > 4 and node.input[4]:
+            steps = extents(rw.value(node, 0).dims)[0]
+            self.limit(rw.value(node, 4).codes, 1, steps + 1)
         return None
 
     def _gather(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -318,6 +348,9 @@ def find_ranges(
         assert value.whole is not None
         source = rw.sources.add(value.whole.dims, value.dtype, name, load=value.whole.load)
         rw.values[name] = Value(value.dims, value.dtype, source)
+    for t in model.graph.initializer:
+        if t.name not in rw.values:
+            rw.values[t.name] = rw.new(tuple(canonical([n]) for n in t.dims), t.data_type, (), t.name)
     for s in {s for i in declared for s in symbols(i.dims)}:
         rw.layout.extent_of[s] = (declared[0].name, 0, 1)  # nothing written here is ever run
     rw.interpret(model.graph.node)

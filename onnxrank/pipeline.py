@@ -22,8 +22,8 @@ from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.report import Prediction, Report, RuleUse
-from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.roles import Roles, infer, resolve
+from onnxrank.rewrite import Refusal, Rewrite, Rule
+from onnxrank.roles import InputInfo, InputRole, Roles, infer, resolve
 from onnxrank.values import (
     CANDIDATES,
     Dims,
@@ -146,8 +146,8 @@ def optimize(
         else:
             stored = stored_contract(original)
             if stored is not None:
-                roles = _again(described)
-                notes.append("the model was optimised before; its inputs speak for themselves")
+                roles = _again(described, stored)
+                notes.append("the model was optimised before; its roles are those of its contract")
             else:
                 roles = resolve(described, request=request, spec=spec)
     rules = choose_rules(select, ignore, extra_rules)
@@ -166,6 +166,13 @@ def optimize(
     study = Study(working, roles, loaded)
     if study.facts.note:
         notes.append(study.facts.note)
+    stray = study.unproven_shapes()
+    if stray is not None:
+        report.refusals = [stray]
+        report.before = report.after = cost.by_level(
+            study.model.graph, cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
+        )
+        return Result(original, report, loaded)
     say("rewriting")
     rewrite = Transformation(study, rules, interface, guard, (span[0] * span[1]) ** 0.5)
     try:
@@ -174,6 +181,7 @@ def optimize(
         made = None
         rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
     report.refusals = rewrite.rw.refusals
+    notes += rewrite.notes
     before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     report.before = report.after = cost.by_level(study.model.graph, before)
     if made is None or not rewrite.sites():
@@ -288,9 +296,25 @@ def stored_contract(model: ModelProto) -> dict[str, Any] | None:
     return None
 
 
-def _again(described: Sequence[Any]) -> Roles:
-    """Roles of a model that was optimised before: nothing but what its inputs say."""
-    return resolve(described)
+def _again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> Roles:
+    """Roles of a model that was optimised before: request-level inputs have their one row by now.
+
+    Under the interface `same` rows are taken inside, and every input counts as candidate-level from outside.
+    """
+    before = Roles.from_dict(contract.get("roles", {})).inputs
+    divided = contract.get("interface") == "request"
+    out: dict[str, InputRole] = {}
+    for info in described:
+        stem, _, part = info.name.rpartition(".")
+        role = before.get(info.name) or before.get(stem)
+        axis = 0 if role is None else role.candidate_axis
+        record = None if role is None else role.record
+        once = role is not None and divided and (part == "request" or role.level == "request")
+        if role is not None and divided and info.name not in before and record is not None:
+            record = record - len(role.request) if part == "candidate" else None
+        level = "request" if once or axis is None else "candidate"
+        out[info.name] = InputRole(info.name, level, None if once else axis, record=None if once else record)
+    return Roles(out)
 
 
 def runtime_domain_only(model: ModelProto) -> bool:
@@ -370,7 +394,15 @@ class Study:
             return self.probe.measure(self.maker)
         except ModelError:
             self.maker = feeds.Maker(self.declared, None, fill=0)
+        try:
             return self.probe.measure(self.maker)
+        except ModelError as e:
+            raise ModelError(
+                "the model does not run at several numbers of candidates with inputs of these roles: "
+                f"{', '.join(f'{i.name} {_shown(i.dims)}' for i in self.declared)}. {e}. If it is a static batch export, "
+                "export it again with a dynamic one (torch: dynamic_axes or dynamic_shapes; tf2onnx: a batch of None); "
+                "if an input takes values of its own, give their range in a roles file."
+            ) from e
 
     def constants(self) -> dict[str, Value]:
         """Values of the initializers; their data are loaded when asked for."""
@@ -406,9 +438,23 @@ class Study:
                 return True
         return False
 
+    def unproven_shapes(self) -> Refusal | None:
+        """A shape that is computed from the number of candidates in a way that a few runs cannot tell."""
+        for n in self.model.graph.node:
+            first = _SHAPE_OPERANDS.get(n.op_type)
+            if first is not None and self.facts.unproven.intersection(n.input[first:]):
+                reason = "a shape is computed from the number of candidates in a way that cannot be followed"
+                return Refusal("movement", _label(n), n.op_type, reason)
+        return None
+
     def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:
         """Extents of the inputs."""
         return {i.name: extents_of(i.dims) for i in self.declared}
+
+
+def _shown(dims: Dims) -> str:
+    """A factored shape in a message."""
+    return "[" + ", ".join("*".join(str(f).removeprefix("S:") for f in d) or "1" for d in dims) + "]"
 
 
 def extents_of(dims: Dims) -> tuple[facts.Extent, ...]:
@@ -491,6 +537,7 @@ class Transformation:
                 graph.node, [o.name for o in graph.output], study.facts, shapes, constants
             )
         self.inputs: list[onnx.ValueInfoProto] = []
+        self.notes: list[str] = []
         self._extents: dict[str, tuple[facts.Extent, ...]] = {}
         self._kept: list[Emitted] = []
 
@@ -604,6 +651,9 @@ class Transformation:
         names = [o.name for o in self.study.model.graph.output]
         made = [rw.tensor(rw.values[name], full=True) for name in names]
         valid = self._guards() if self.guard else None
+        fed = {i.name for i in self.inputs}
+        if any(name in fed and tensor != name for name, tensor in zip(names, made, strict=True)):
+            raise Unrepresentable("an output is an input, and cannot keep its name")
         final: dict[str, str] = {}
         for name, tensor in zip(names, made, strict=True):
             dtype = rw.values[name].dtype
@@ -637,13 +687,19 @@ class Transformation:
         emit.rule = "interface"
         parts: list[str] = []
         for i in self.study.declared:
-            if i.role.level == "candidate" or i.role.candidate_axis is None or i.role.record is not None:
+            if i.role.level == "candidate" or i.role.candidate_axis is None:
                 continue
-            data = i.name
+            if i.dtype == TensorProto.STRING and emit.opset < 19:
+                self.notes.append(f"rows of {i.name} are not guarded: strings cannot be compared at this opset")
+                continue
+            data, axis = i.name, i.role.candidate_axis
+            if i.role.record is not None:
+                data = emit.add("Reshape", [data, emit.constant(np.array([-1, i.role.record], np.int64))], hint=i.name)
             if i.role.level == "mixed":
                 at = emit.constant(np.array(i.role.request, np.int64))
-                data = emit.add("Gather", [data, at], {"axis": i.mixed_axis}, hint=i.name)
-            ends = [np.array([v], np.int64) for v in (0, 1, i.role.candidate_axis)]
+                along = 1 if i.role.record is not None else i.mixed_axis
+                data = emit.add("Gather", [data, at], {"axis": along}, hint=i.name)
+            ends = [np.array([v], np.int64) for v in (0, 1, axis)]
             first = emit.add("Slice", [data, *(emit.constant(e) for e in ends)], hint=i.name)
             same = emit.add("Equal", [data, first], hint=i.name)
             if i.dtype in runtime.FLOATS:
@@ -652,7 +708,8 @@ class Transformation:
             differs = emit.add(
                 "Cast", [emit.add("Not", [same], hint=i.name)], {"to": int(TensorProto.INT32)}, hint=i.name
             )
-            parts.append(emit.reduce("ReduceSum", differs, list(range(len(i.dims))), False, hint=i.name))
+            rank = len(i.dims) + (i.role.record is not None)
+            parts.append(emit.reduce("ReduceSum", differs, list(range(rank)), False, hint=i.name))
         if not parts:
             return None
         total = parts[0]
@@ -697,6 +754,12 @@ class Transformation:
             if was_read:
                 graph.initializer.append(t)
         graph.initializer.extend(t for name, t in self.emit.initializers.items() if name in read)
+        if base.ir_version < 4:
+            graph.input.extend(
+                helper.make_tensor_value_info(name, t.data_type, t.dims)
+                for name, t in self.emit.initializers.items()
+                if name in read
+            )
         graph.sparse_initializer.extend(t for t in base.graph.sparse_initializer if t.values.name in read)
         have = {t.name for t in graph.initializer}
         fed = {i.name for i in self.inputs}

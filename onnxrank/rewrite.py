@@ -43,6 +43,18 @@ from onnxrank.values import (
     with_extents,
 )
 
+_EXACT = {
+    "Constant",
+    "Identity",
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Gather",
+    "Slice",
+    "Expand",
+}
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 
 Transfer = Callable[["Rewrite", NodeProto], "list[Abstract] | None"]
@@ -72,6 +84,26 @@ class Rule:
     refuses: str
     exactness: str
     operators: Mapping[str, Transfer]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A constant matrix `[K, columns]`.
+
+    Attributes:
+        data: Its entries.
+        name: A tensor that holds them, where the model computes them: parts are then taken of that, because the
+            entries here are rounded to the model's type.
+    """
+
+    data: NDArray[Any]
+    name: str | None = None
+
+    def rows(self, emit: Emitter, index: NDArray[np.int64]) -> str:
+        """Writes the rows at some positions, `[*index.shape, columns]`."""
+        if self.name is None:
+            return emit.constant(np.ascontiguousarray(self.data[index]))
+        return emit.add("Gather", [self.name, emit.constant(index.astype(np.int64))], {"axis": 0})
 
 
 @dataclass(frozen=True)
@@ -214,7 +246,7 @@ class Rewrite:
         dims: list[Dims] = []
         for o in node.output:
             known = self.facts.dims(o) if o else ()
-            if known is None:
+            if known is None or o in self.facts.unsteady:
                 known = ((f"{CANDIDATES}~?{o}",),)
             dims.append(known)
         return self.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
@@ -235,11 +267,26 @@ class Rewrite:
 
     def array(self, node: NodeProto, k: int) -> NDArray[Any] | None:
         """Data of the k-th input if it is a constant without symbolic extents."""
-        found = self.operand(node, k)
+        found = self.values.get(node.input[k]) if k < len(node.input) else None
         if isinstance(found, Value) and found.whole is not None and found.whole.level is Level.CONSTANT:
             if not symbols(found.dims):
                 return found.whole.data.reshape(extents(found.dims))
         return None
+
+    def weights(self, node: NodeProto, k: int, turned: bool = False) -> Weights | None:
+        """The k-th input if it is a constant matrix, transposed if `turned`."""
+        data = self.array(node, k)
+        if data is None or data.ndim != 2:
+            return None
+        name: str | None = node.input[k]
+        while name in self.producers and self.producers[name].op_type in _EXACT:
+            made = self.producers[name]
+            name = made.input[0] if made.input else None
+        computed = name is not None and name in self.producers
+        tensor = self.tensor(self.values[node.input[k]]) if computed else None
+        if tensor is not None and turned:
+            tensor = self.emit.add("Transpose", [tensor], {"perm": [1, 0]})
+        return Weights(np.ascontiguousarray(data.T) if turned else data, tensor)
 
     def level(self, value: Abstract) -> Level:
         """Highest level of any entry."""

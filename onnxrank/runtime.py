@@ -122,15 +122,21 @@ def is_float(data: NDArray[Any]) -> bool:
 
 
 def run(made: Any, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Runs a session on the feeds it knows.
+    """Runs a session on the feeds it knows; floats are given in the type it takes.
 
     Raises:
         ModelError: The run failed; the message is onnxruntime's own.
     """
-    wanted = {i.name for i in made.get_inputs()}
+    types = {"tensor(double)": np.float64, "tensor(float)": np.float32}
+    wanted = {i.name: types.get(i.type) for i in made.get_inputs()}
     names = list(outputs) if outputs is not None else [o.name for o in made.get_outputs()]
     try:
-        return dict(zip(names, made.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+        given = {
+            k: v.astype(wanted[k]) if wanted[k] is not None and is_float(v) else v
+            for k, v in feeds.items()
+            if k in wanted
+        }
+        return dict(zip(names, made.run(names, given), strict=True))
     except Exception as e:
         raise ModelError(f"onnxruntime cannot run the model: {first_line(e)}") from e
 

@@ -36,7 +36,7 @@ from onnxrank.values import (
 
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
     HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
-    Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Dropout""".split()
+    Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast""".split()
 BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
     Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
 _LARGEST_SCALED = 1 << 18
@@ -115,7 +115,9 @@ def _scaled(rw: Rewrite, node: NodeProto, values: Sequence[Value], dims: Dims, d
     rank = len(dims)
 
     def linear() -> tuple[Codes, Codes]:
-        wide = [np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in (low, high)]
+        wide = [
+            np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in (low, high)
+        ]
         return wide[0][..., None], wide[1][..., None]
 
     def write() -> str:
@@ -235,11 +237,17 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     operands = [rw.operand(node, k) for k in range(len(node.input))]
     if any(o is None for o in operands) or len(operands) != 2 or rw.needed.get(node.output[0]):
         return None
+    # What others read too is made once, not once for each.
+    operands = [
+        rw.settle(o) if o is not None and len(rw.readers(i)) > 1 else o
+        for i, o in zip(node.input, operands, strict=True)
+    ]
     a, b = (o if isinstance(o, Sum) else rw.settle(o) for o in operands if o is not None)
     if a.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return None
     dims = broadcast_dims([a.dims, b.dims])
-    if not (isinstance(a, Sum) or isinstance(b, Sum) or _pending(rw, a) or _pending(rw, b)):
+    alone = [len(rw.readers(i)) == 1 for i in node.input]
+    if not any(single and (isinstance(v, Sum) or _pending(rw, v)) for single, v in zip(alone, (a, b), strict=True)):
         return None
     terms = [t for v in (a, b) for t in (v.terms if isinstance(v, Sum) else [v])]
     same = None if len(terms) != 2 else _neutral(node, [rw.settle(a), rw.settle(b)], dims)
@@ -467,6 +475,19 @@ def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rw.keep(node, [rw.tensor(a), rw.tensor(b)], [dims], rw.present(a) | rw.present(b))
 
 
+def _batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    if attribute(node, "training_mode", 0) or len([o for o in node.output if o]) > 1:
+        return None
+    return rowwise(rw, node, [1] if rw.value(node, 0).rank > 1 else [])
+
+
+def _dropout(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    training = rw.array(node, 2) if len(node.input) > 2 and node.input[2] else np.array(False)
+    if training is None or training.any():
+        return None
+    return rowwise(rw, node, [], lambda dims: [dims] * len(node.output))
+
+
 def _one_hot(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     ids, depth = rw.value(node, 0), rw.array(node, 1)
     if depth is None:
@@ -523,7 +544,8 @@ RULE = Rule(
             for op in """Conv MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool ConvTranspose DepthToSpace
     SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
         },
-        "BatchNormalization": lambda rw, node: rowwise(rw, node, [1] if rw.value(node, 0).rank > 1 else []),
+        "BatchNormalization": _batch_norm,
+        "Dropout": _dropout,
         "Gather": lookup,
         "GatherND": _gather_nd,
         "GatherElements": _gather_elements,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.rewrite import Group, Rewrite, Rule
+from onnxrank.rewrite import Group, Rewrite, Rule, Weights
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -74,18 +74,24 @@ class Piece:
         target = whole[self.group.index]
         whole[self.group.index] = np.broadcast_to(part, target.shape)
 
-    def weights(self, rw: Rewrite, weight: NDArray[Any]) -> str:
+    def weights(self, rw: Rewrite, weight: Weights) -> str:
         """The rows of a weight matrix that belong to the piece; rows of equal columns are added up.
 
         The addition is a node of constants, which the runtime folds: no weight is rounded here.
         """
-        if len(np.unique(self.columns)) == len(self.members):
-            out = np.zeros((self.codes.shape[-1], weight.shape[1]), weight.dtype)
-            out[self.columns] = weight[self.members]
+        count = self.codes.shape[-1]
+        plain = len(np.unique(self.columns)) == len(self.members)
+        if plain and count == len(self.members):
+            order = np.empty(count, np.int64)
+            order[self.columns] = self.members
+            return weight.rows(rw.emit, order)
+        if plain and weight.name is None:
+            out = np.zeros((count, weight.data.shape[1]), weight.data.dtype)
+            out[self.columns] = weight.data[self.members]
             return rw.emit.constant(out)
-        chosen = np.zeros((self.codes.shape[-1], len(self.members)), weight.dtype)
+        chosen = np.zeros((count, len(self.members)), weight.data.dtype)
         chosen[self.columns, np.arange(len(self.members))] = 1
-        return rw.emit.add("MatMul", [rw.emit.constant(chosen), rw.emit.constant(weight[self.members])])
+        return rw.emit.add("MatMul", [rw.emit.constant(chosen), weight.rows(rw.emit, self.members)])
 
 
 _FEW = 3
@@ -140,9 +146,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             level_of[members] = Level.UNREAD
             sub = part[..., members]
             columns = np.arange(len(members))
-            yield Piece(
-                Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how
-            )
+            yield Piece(Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how)
         # Columns that vary along the same axes go together.
         signature = level_of.copy()
         for axis in range(len(rows)):
@@ -253,7 +257,10 @@ def partials(
             part = codes_of(source).reshape(*small, width)
         else:
             linear = _summed(rw, piece, axis) if additive else None
-            operand, own = np.moveaxis(piece.codes, -1, axis), (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
+            operand, own = (
+                np.moveaxis(piece.codes, -1, axis),
+                (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1]),
+            )
             if linear is None:
                 name, physical = rw.layout.realise(operand, own)
                 made_dims, writer = write(piece, name, physical)
@@ -298,29 +305,30 @@ def _postponed(
 
 
 def contract(
-    rw: Rewrite, x: Value, axis: int, weight: NDArray[Any], write: WeightedProduct, rule: str, unread: Any = None
+    rw: Rewrite, x: Value, axis: int, weight: Weights, write: WeightedProduct, rule: str, unread: Any = None
 ) -> Abstract:
     """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum."""
 
     def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         if piece.fold is not None:
-            return fold.product(rw, piece.fold, weight[piece.members])
+            return fold.product(rw, piece.fold, weight, piece.members)
         return write(name, physical, piece.weights(rw, weight))
 
-    parts = partials(rw, x, axis, weight.shape[1], one, rule, unread, weighted=True)
-    dims = (*x.dims[:axis], canonical([weight.shape[1]]), *x.dims[axis + 1 :])
+    width = weight.data.shape[1]
+    parts = partials(rw, x, axis, width, one, rule, unread, weighted=True)
+    dims = (*x.dims[:axis], canonical([width]), *x.dims[axis + 1 :])
     return rw.add(parts, dims, x.dtype)
 
 
-def right_product(rw: Rewrite, width: int) -> WeightedProduct:
+def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct:
     """`x @ W` with the contracted axis last: a Gemm where there is something to add to a matrix."""
     column = canonical([width])
 
     def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         def writer(addend: str | None, have: Dims) -> str:
-            if len(physical) == 2 and addend is not None:
+            if len(physical) == 2 and addend is not None and real:
                 return rw.emit.add("Gemm", [name, weight, addend])
-            if addend is not None and all(d == () for d in have[:-1]):
+            if addend is not None and real and all(d == () for d in have[:-1]):
                 # A bias: added on the way out of the product, not in a pass of its own.
                 flat = (tuple(f for d in physical[:-1] for f in d), physical[-1])
                 if sum(isinstance(f, int) for f in flat[0]) <= 1:
@@ -364,39 +372,40 @@ def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """MatMul with a constant matrix on either side; two computed operands are left to other rules."""
-    weight = rw.array(node, 1)
-    x = rw.operand(node, 0)
-    unread = rw.needed.get(node.output[0])
-    if weight is not None and weight.ndim == 2 and x is not None and x.rank >= 2:
+    """MatMul with a constant on either side; two computed operands are left to other rules."""
+    x, unread = rw.operand(node, 0), rw.needed.get(node.output[0])
+    weight = rw.weights(node, 1)
+    if weight is not None and x is not None and x.rank >= 2:
         if not worthwhile(rw, x, unread):
-            return _plain(rw, node, rw.settle(x), weight.shape[1])
+            return _plain(rw, node, rw.settle(x), weight.data.shape[1])
         return [linear_last(rw, x, weight, "fc", unread)]
-    left = rw.array(node, 0)
-    if left is not None and left.ndim == 2 and len(node.input) > 1:
-        y = rw.operand(node, 1)
-        if y is not None and y.rank >= 2 and worthwhile(rw, y, unread):
-            return [_left(rw, y, left, unread)]
-    return None
+    left, y = rw.array(node, 0), rw.operand(node, 1)
+    if left is None or y is None or y.rank < 2 or left.ndim < 2 or not worthwhile(rw, y, unread):
+        return None
+    if left.ndim == 2:
+        turned = rw.weights(node, 0, turned=True)
+        return None if turned is None else [_left(rw, y, turned, unread)]
+    return _left_stack(rw, y, left)
 
 
-def linear_last(rw: Rewrite, x: Abstract, weight: NDArray[Any], rule: str, unread: Any = None) -> Abstract:
+def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: Any = None) -> Abstract:
     """`x @ weight` over the last axis of `x`."""
     if isinstance(x, Affine):
         return _normalised_product(rw, x, weight, unread)
     axis = x.rank - 1
+    real = weight.data.dtype.kind not in "iu"
 
     def one(v: Value) -> Abstract:
-        return contract(rw, v, axis, weight, right_product(rw, weight.shape[1]), rule, unread)
+        return contract(rw, v, axis, weight, right_product(rw, weight.data.shape[1], real), rule, unread)
 
     return distribute(rw, x, axis, one)
 
 
-def _normalised_product(rw: Rewrite, x: Affine, weight: NDArray[Any], unread: Any) -> Abstract:
+def _normalised_product(rw: Rewrite, x: Affine, weight: Weights, unread: Any) -> Abstract:
     """`(scale * (base @ M) + shift) @ W`, with `M @ W` and `shift @ W` made by nodes of constants."""
     before, rw.emit.rule = rw.emit.rule, "norm"
-    folded, shift = x.fold(rw.emit.constant(weight))
-    width = weight.shape[1]
+    folded, shift = x.fold(weight.name or rw.emit.constant(weight.data))
+    width = weight.data.shape[1]
 
     def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         order = np.empty(len(piece.members), np.int64)
@@ -415,11 +424,9 @@ def _normalised_product(rw: Rewrite, x: Affine, weight: NDArray[Any], unread: An
     return rw.add(terms, dims, x.dtype)
 
 
-def _left(rw: Rewrite, y: Abstract, left: NDArray[Any], unread: Any) -> Abstract:
-    """`W @ y`: contracted over the last axis but one."""
-    axis = y.rank - 2
-
-    width = left.shape[0]
+def _left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
+    """`W @ y`, given W transposed: contracted over the last axis but one."""
+    axis, width = y.rank - 2, turned.data.shape[1]
 
     def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         made: Dims = (*physical[:-2], canonical([width]), physical[-1])
@@ -431,15 +438,27 @@ def _left(rw: Rewrite, y: Abstract, left: NDArray[Any], unread: Any) -> Abstract
             return made, lambda addend, have: _with(rw, rw.layout.reshape(inner(None, ()), inner_dims, made), addend)
 
         def writer(addend: str | None, have: Dims) -> str:
-            turned = rw.emit.add("Transpose", [weight], {"perm": [1, 0]})
-            return _with(rw, rw.emit.add("MatMul", [turned, name]), addend)
+            back = rw.emit.add("Transpose", [weight], {"perm": [1, 0]})
+            return _with(rw, rw.emit.add("MatMul", [back, name]), addend)
 
         return made, writer
 
-    def one(v: Value) -> Abstract:
-        return contract(rw, v, axis, np.ascontiguousarray(left.T), write, "fc", unread)
+    return distribute(rw, y, axis, lambda v: contract(rw, v, axis, turned, write, "fc", unread))
 
-    return distribute(rw, y, axis, one)
+
+def _left_stack(rw: Rewrite, y: Abstract, left: NDArray[Any]) -> list[Abstract] | None:
+    """A stack of matrices on the left of one vector or matrix per row: one matrix of all their rows."""
+    lead = left.ndim - 2
+    if y.rank < left.ndim or any(d != () for d in y.dims[y.rank - left.ndim : -2]):
+        return None
+    stacked = left.reshape(-1, left.shape[-1])
+    made = _left(rw, y, Weights(np.ascontiguousarray(stacked.T)), None)
+    front = made.dims[: y.rank - left.ndim]
+    dims = (*front, *(canonical([n]) for n in left.shape[:-1]), made.dims[-1])
+    if lead and isinstance(made, Sum):
+        return [rw.add([view(dims, t.dtype, t.codes.reshape(extents(dims))) for t in made.terms], dims, made.dtype)]
+    settled = rw.settle(made)
+    return [view(dims, made.dtype, settled.codes.reshape(extents(dims)))]
 
 
 def _with(rw: Rewrite, name: str, addend: str | None) -> str:
@@ -453,31 +472,28 @@ def _plain(rw: Rewrite, node: NodeProto, x: Value, width: int) -> list[Abstract]
 
 def gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Gemm with a constant B."""
-    weight = rw.array(node, 1)
+    turned = bool(attribute(node, "transB", 0))
     x, unread = rw.operand(node, 0), rw.needed.get(node.output[0])
-    if x is None:
+    if x is None or attribute(node, "transA", 0):
         return None
-    if attribute(node, "transA", 0):
-        return None
+    weight = rw.weights(node, 1, turned)
     bias = rw.operand(node, 2)
     if weight is None:
         # Gemm does not broadcast its matrices, so both must hold the rows they have.
         b = rw.value(node, 1)
         if any(map(is_candidate_symbol, symbols(b.dims))):
             return None
-        width = b.dims[-2 if attribute(node, "transB", 0) else -1]
+        width = b.dims[-2 if turned else -1]
         v = rw.settle(x)
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         held = {s for k, i in enumerate(node.input) if i for s in rw.present(rw.value(node, k))}
         return rw.keep(node, names, [(v.dims[0], width)], held) if held == rw.present(v) else None
-    if attribute(node, "transB", 0):
-        weight = weight.T
     if not worthwhile(rw, x, unread) and (bias is None or rw.level(bias) <= rw.level(x)):
-        return _plain(rw, node, rw.settle(x), weight.shape[1])
+        return _plain(rw, node, rw.settle(x), weight.data.shape[1])
     if attribute(node, "alpha", 1.0) != 1.0 or (bias is not None and attribute(node, "beta", 1.0) != 1.0):
         rw.refuse("fc", "alpha or beta is not 1")
         return None
-    made = linear_last(rw, x, np.ascontiguousarray(weight), "fc", unread)
+    made = linear_last(rw, x, weight, "fc", unread)
     if bias is None:
         return [made]
     c = rw.settle(bias)
@@ -506,7 +522,7 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
         return made, writer
 
-    matrix = np.ascontiguousarray(weight.reshape(weight.shape[:2]).T)
+    matrix = Weights(np.ascontiguousarray(weight.reshape(weight.shape[:2]).T))
 
     def one(v: Value) -> Abstract:
         return contract(rw, v, 1, matrix, write, "fc")
@@ -527,16 +543,11 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     terms = left.split(",")
     for k in (0, 1):
         weight, x = rw.array(node, 1 - k), rw.operand(node, k)
-        mine, its = terms[k], terms[1 - k]
-        if weight is None or x is None or len(its) != 2 or not worthwhile(rw, x, None):
+        if weight is None or x is None or not worthwhile(rw, x, None):
             continue
-        inner = [c for c in its if c in mine and c not in out]
-        if len(inner) == 1 and mine[-1] == inner[0] and len(set(mine)) == len(mine):
-            (outer,) = [c for c in its if c != inner[0]]
-            if outer in mine or out != mine[:-1] + outer:
-                continue
-            matrix = weight if its == inner[0] + outer else weight.T
-            return [linear_last(rw, x, np.ascontiguousarray(matrix), "fc")]
+        made = _einsum_linear(rw, rw.settle(x), terms[k], terms[1 - k], out, weight)
+        if made is not None:
+            return [made]
     for k in (0, 1):
         weight, x = rw.array(node, 1 - k), rw.operand(node, k)
         if weight is not None and x is not None and worthwhile(rw, x, None):
@@ -557,6 +568,26 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     full = any(h != joined for h in held)
     dims = tuple(sizes[c] for c in out)
     return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+
+
+def _einsum_linear(rw: Rewrite, x: Value, mine: str, its: str, out: str, weight: NDArray[Any]) -> Abstract | None:
+    """Einsum with a constant whose letters are all contracted or all its own: a linear map of the contracted axes."""
+    inner = [c for c in mine if c in its and c not in out]
+    outer = [c for c in its if c not in mine]
+    rows = [c for c in mine if c not in inner]
+    if not inner or len(set(mine)) != len(mine) or sorted(inner + outer) != sorted(its):
+        return None
+    if sorted(out) != sorted(rows + outer) or any(symbols([x.dims[mine.index(c)]]) for c in inner):
+        return None
+    sizes = dict(zip(its, weight.shape, strict=True))
+    joined = canonical([prod(sizes[c] for c in inner)])
+    dims = (*(x.dims[mine.index(c)] for c in rows), joined)
+    codes = x.codes.transpose([mine.index(c) for c in (*rows, *inner)]).reshape(extents(dims))
+    matrix = weight.transpose([its.index(c) for c in (*inner, *outer)]).reshape(extents(dims)[-1], -1)
+    made = rw.settle(linear_last(rw, view(dims, x.dtype, codes), Weights(np.ascontiguousarray(matrix)), "fc"))
+    split = (*dims[:-1], *(canonical([sizes[c]]) for c in outer))
+    order = [(*rows, *outer).index(c) for c in out]
+    return view(tuple(split[k] for k in order), x.dtype, made.codes.reshape(extents(split)).transpose(order))
 
 
 def _einsum_by_rows(

@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite, Rule, Weights
 from onnxrank.values import (
     CANDIDATES,
     Codes,
@@ -153,19 +152,22 @@ def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> 
     return columns, Fold(coefficients, np.maximum(kinds, 0), basis, place)
 
 
-def product(rw: Rewrite, fold: Fold, weight: NDArray[Any]) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+def product(
+    rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64]
+) -> tuple[Dims, Callable[[str | None, Dims], str]]:
     """Writes a folded contraction.
 
     Args:
         rw: The rewrite.
         fold: What to fold.
-        weight: Weights of the folded columns, `[columns, width]`.
+        weight: The weights.
+        members: Which of their rows belong to the folded columns.
 
     Returns:
         The result's physical shape, `[N, rows * width]`, and its writer.
     """
     groups, items, terms = fold.coefficients.shape
-    width, rows = weight.shape[1], fold.place.shape[1]
+    width, rows = weight.data.shape[1], fold.place.shape[1]
     dims: Dims = ((CANDIDATES,), canonical([rows * width]))
 
     def writer(addend: str | None, have: Dims) -> str:
@@ -173,7 +175,7 @@ def product(rw: Rewrite, fold: Fold, weight: NDArray[Any]) -> tuple[Dims, Callab
             fold.coefficients, (canonical([groups]), canonical([items]), canonical([terms]))
         )
         assert not symbols(physical)
-        made = rw.emit.add("MatMul", [factors, rw.emit.constant(weight[fold.columns])])
+        made = rw.emit.add("MatMul", [factors, weight.rows(rw.emit, members[fold.columns])])
         dtype = rw.sources.of(fold.basis)[0].dtype
         source = rw.sources.add((canonical([groups]), canonical([items]), canonical([width])), dtype, made)
         codes = codes_of(source).reshape(groups * items, width)[fold.place]

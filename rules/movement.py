@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto
@@ -91,6 +92,8 @@ def squeeze(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
             return None
         axes = given.tolist()
     implicit = axes is None
+    if implicit and node.output[0] in rw.facts.unsteady:
+        raise Unrepresentable("squeezes the candidate axis too where there is a single candidate")
     if axes is None:
         axes = [k for k, d in enumerate(x.dims) if d == ()]
     gone = {a % x.rank for a in axes}
@@ -157,7 +160,7 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if step != 1 or seen is None:
             raise Unrepresentable("a slice along a symbolic extent")
         mine = (prod(f for f in x.dims[a] if isinstance(f, int)), sorted(symbols([x.dims[a]])))
-        if (seen[a][0], sorted(seen[a][1])) == mine:
+        if (seen[a][0], sorted(seen[a][1])) == mine and _takes_all(rw, node, starts, ends, k):
             continue
         if any(map(is_candidate_symbol, symbols([x.dims[a]]))) or not isinstance(x, Value) or x.whole is None:
             raise Unrepresentable("a slice along a symbolic extent")
@@ -170,11 +173,21 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return rw.keep(
             node, names, [out], rw.present(rw.settle(x)) | {s for s in symbols(out) if s not in symbols(x.dims)}
         )
-    if isinstance(x, Value) and x.whole is not None and (starts is None or ends is None) and x.whole.dims != x.dims:
+    if starts is None or ends is None:
         if out == x.dims:
             return [x]
         raise Unrepresentable("slice bounds computed at run time")
     return move(rw, node, x, [(out, lambda c: c[tuple(index)])])
+
+
+def _takes_all(rw: Rewrite, node: NodeProto, starts: Any, ends: Any, k: int) -> bool:
+    """Whether a slice along a symbolic extent takes all of it, whatever the extent."""
+    if starts is None or int(starts[k]) != 0:
+        return False
+    if ends is not None:
+        return int(ends[k]) >= (1 << 31) - 1
+    # The end is computed from extents, by steps that hold for all of them, and it was the whole extent wherever seen.
+    return node.input[2] in rw.facts.varying and node.input[2] not in rw.facts.unproven
 
 
 def _end(end: int, step: int) -> int | None:
@@ -325,7 +338,7 @@ def identity(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x = rw.operand(node, 0)
     if x is None or (node.op_type == "Cast" and attribute(node, "to") != x.dtype):
         return None
-    if isinstance(x, Value) and x.whole is not None and x.whole.level is not Level.CONSTANT:
+    if isinstance(x, Value) and x.whole is not None and x.whole.level is not Level.CONSTANT and rw.keep_moves:
         return None
     return [x]
 

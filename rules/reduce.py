@@ -128,7 +128,9 @@ def _partials(rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: i
 
         return made, writer
 
-    return partials(rw, x, axis, 1, write, "pool", unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum")
+    return partials(
+        rw, x, axis, 1, write, "pool", unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum"
+    )
 
 
 RULE = Rule(

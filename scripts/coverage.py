@@ -210,7 +210,7 @@ class Row:
     """What is known of one model.
 
     Attributes:
-        model: Its file.
+        model: Its folder and file.
         status: `optimised`, `unchanged`, `WRONG` or `error`.
         message: Why, and anything else worth knowing.
         rules: What applied, with the number of sites.
@@ -269,7 +269,7 @@ def measure(path: Path, options: argparse.Namespace, say: Callable[[Row], None])
         options: The command line's.
         say: Called with what is known so far, before each step that may take the process down.
     """
-    row = Row(path.name)
+    row = Row(f"{path.parent.name}/{path.name}")
     roles = _roles_path(path)
     if roles is None:
         row.message = "no roles file"
@@ -279,6 +279,7 @@ def measure(path: Path, options: argparse.Namespace, say: Callable[[Row], None])
             _measure(path, roles, Path(folder) / "optimised.onnx", options, row, say)
     except Exception as error:  # whatever it is, it belongs into the table
         row.status = "WRONG" if type(error).__name__ == "CheckFailed" else "error"
+        row.message = "" if row.message.startswith(_DIED) else row.message
         _add(row, f"{type(error).__name__}: {_first_line(error)}")
     return row
 
@@ -289,19 +290,18 @@ def _measure(
     from onnxrank import optimize
     from onnxrank.roles import load_spec
 
-    row.message = "the process died while optimising"
+    row.message = f"{_DIED} optimising"
     say(row)
-    original = onnx.load(path, load_external_data=False)
     begin = time.perf_counter()
     result = optimize(path, spec=load_spec(roles), check=not options.no_check, interface=options.interface)
     row.optimise_s = time.perf_counter() - begin
     result.save(out)
     row.rules = {use.name: use.sites for use in result.report.rules}
     row.predicted = {p.candidates: p.ratio for p in result.report.predictions}
-    optimised = onnx.load(out, load_external_data=False)
+    original, optimised = (onnx.load(p, load_external_data=False) for p in (path, out))
     row.nodes = (len(original.graph.node), len(optimised.graph.node))
     row.status = "optimised" if result.changed else "unchanged"
-    row.message = "the process died while measuring"
+    row.message = f"{_DIED} measuring"
     say(row)
     row.message = ""
     draw = Requests(original, yaml.safe_load(roles.read_text()))
@@ -379,9 +379,11 @@ def _compare(
     if names != [o.name for o in after.get_outputs()]:
         _wrong(row, f"outputs are {[o.name for o in after.get_outputs()]}, not {names}")
         return
-    truth = _truth(original, path.parent)
-    if truth is None:
-        _add(row, "no float64 truth")
+    truth: Truth | None = None
+    try:
+        truth = Truth(original, path.parent)
+    except Exception as error:
+        _add(row, f"no float64 truth: {_first_line(error)[:80]}")
     results: list[tuple[int, list[Array], list[Array], list[Array] | None]] = []
     for n, seed in itertools.product(PARITY_ROWS, SEEDS):
         first, second = feeds(n, seed)
@@ -405,8 +407,8 @@ def _compare(
             try:
                 exact = truth(first, n)
             except Exception as error:
-                if seed == SEEDS[0]:
-                    _add(row, f"no float64 truth at N = {n}: {_first_line(error)[:60]}")
+                truth = None
+                _add(row, f"no float64 truth: {_first_line(error)[:80]}")
         results.append((n, expected, got, exact))
     shapes_by_rows = {n: [value.shape for value in expected] for n, expected, _, _ in results}
     if 2 in shapes_by_rows and 7 in shapes_by_rows:
@@ -458,7 +460,9 @@ def _compare_none(
     process.join()
     found += [("dies", "")] * (2 - len(found))
     (how, expected), (after, got) = found
-    form = [tuple(a - 2 * (b - a) // 5 for a, b in zip(x, y, strict=True)) for x, y in zip(at_two, at_seven, strict=True)]
+    form = [
+        tuple(a - 2 * (b - a) // 5 for a, b in zip(x, y, strict=True)) for x, y in zip(at_two, at_seven, strict=True)
+    ]
     if how != "runs":
         _add(row, f"the original {how} at N = 0")
     elif [shape for _, shape in expected] != form:
@@ -499,7 +503,36 @@ def _worst(expected: Sequence[Array], got: Sequence[Array], scales: Sequence[flo
     return worst
 
 
-Truth = Callable[[Feed, int], list[Array]]
+class Truth:
+    """The original in float64, on onnxruntime or, where that has no kernel, on onnx's slow reference."""
+
+    slow_rows = 100
+
+    def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
+        from onnx.reference import ReferenceEvaluator
+
+        double = _in_double(model, folder)
+        self._session: onnxruntime.InferenceSession | None = None
+        with contextlib.suppress(Exception):
+            self._session = _session(double.SerializeToString(), folder)
+        self._reference = ReferenceEvaluator(double)
+
+    def __call__(self, feed: Feed, n: int) -> list[Array] | None:
+        """Results, or None for too many rows for the reference.
+
+        Raises:
+            Exception: Neither can run the model.
+        """
+        if self._session is not None:
+            try:
+                return _run(self._session, _double(feed))
+            except Exception:
+                self._session = None
+        if n > self.slow_rows:
+            return None
+        wanted = set(self._reference.input_names)
+        fed = {name: value for name, value in _double(feed).items() if name in wanted}
+        return [np.asarray(value) for value in self._reference.run(None, fed)]
 
 
 def _double(feed: Feed) -> Feed:
@@ -511,33 +544,6 @@ def _in_double(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
 
     whole = inliner.inline_local_functions(model) if model.functions else model
     return retype(whole, TensorProto.DOUBLE, folder)
-
-
-def _truth(model: onnx.ModelProto, folder: Path) -> Truth | None:
-    """Runs the original in float64, on onnxruntime or, where that has no kernel, on onnx's reference."""
-    try:
-        double = _in_double(model, folder)
-    except Exception:
-        return None
-    try:
-        session = _session(double.SerializeToString(), folder)
-        return lambda feed, n: _run(session, _double(feed))
-    except Exception:
-        pass
-    try:
-        from onnx.reference import ReferenceEvaluator
-
-        reference = ReferenceEvaluator(double)
-    except Exception:
-        return None
-
-    def run(feed: Feed, n: int) -> list[Array]:
-        if n > 100:  # it is slow
-            raise ValueError("onnxruntime has no float64 kernel, and the reference is slow")
-        known = set(reference.input_names)
-        return [np.asarray(a) for a in reference.run(None, {k: v for k, v in _double(feed).items() if k in known})]
-
-    return run
 
 
 def _algebra(
@@ -553,8 +559,9 @@ def _algebra(
     try:
         double = _in_double(original, path.parent)
         before = _session(double.SerializeToString(), path.parent)
-    except Exception as error:
-        _add(row, f"no algebra: {_first_line(error)[:120]}")
+        _run(before, _double(feeds(2, 0)[0]))
+    except Exception:
+        _add(row, "no algebra: onnxruntime lacks a float64 kernel")
         return
     result = optimize(double, spec=spec, check=False)
     if not result.changed:
@@ -722,7 +729,7 @@ def _in_process(path: Path, arguments: Sequence[str], limit: float) -> Row:
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
         how, finished = f"not done after {limit:.0f} s", False
-    row = Row(path.name)
+    row = Row(f"{path.parent.name}/{path.name}")
     for line in output.splitlines():
         if line.startswith(_MARK):
             row = _from_json(line.removeprefix(_MARK))
@@ -733,6 +740,7 @@ def _in_process(path: Path, arguments: Sequence[str], limit: float) -> Row:
 
 
 _MARK = "row: "
+_DIED = "the process died while"
 
 
 def _to_json(row: Row) -> str:

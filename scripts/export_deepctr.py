@@ -245,14 +245,15 @@ def initialise(module: nn.Module, scale: Scale, x: torch.Tensor) -> None:
             elif "embedding_dict" in name:
                 # Sums over all pairs of fields, as in FM, become O(1).
                 normal(parameter, 0.3 / math.sqrt(scale.dim))
-            elif name.endswith(("bias", "alpha")) or parameter.ndim == 1:
+            elif name.endswith(("bias", "alpha")) or parameter.ndim == 1 or "ltl_weights" in name:
                 normal(parameter, 0.1)
-            elif "ltl_weights" in name:
-                normal(parameter, 0.1)
+            elif isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Conv1d | nn.Conv2d):
+                normal(parameter, 1.0 / math.sqrt(parameter[0].numel()))
             else:
-                # Cross kernels are [layers, in, out], those of the outer product [in, pairs, out].
-                fan_in = parameter[0].numel() if isinstance(_owner(module, name), nn.Conv1d | nn.Conv2d) else parameter.shape[-1]
-                normal(parameter, 1.0 / math.sqrt(max(fan_in, 4) if fan_in > 1 else parameter.shape[-2]))
+                # Along the last axis, but for columns: cross kernels are [layers, in, out], those of the outer
+                # product [in, pairs, out].
+                fan_in = parameter.shape[-1] if parameter.shape[-1] > 1 else parameter.shape[-2]
+                normal(parameter, 1.0 / math.sqrt(max(fan_in, 4)))
         for layer in module.modules():
             if isinstance(layer, nn.BatchNorm1d):
                 normal(layer.running_mean, 0.2)
@@ -288,10 +289,6 @@ def initialise(module: nn.Module, scale: Scale, x: torch.Tensor) -> None:
         module(x)
     for hook in hooks:
         hook.remove()
-
-
-def _owner(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
 
 
 def build(name: str, scale_name: str = "small") -> tuple[nn.Module, list[InputSpec]]:

@@ -23,8 +23,8 @@ Array = NDArray[Any]
 Feed = dict[str, Array]
 # Primes, so that no other extent of a model is a multiple of them.
 ROWS = (37, 41)
-# Entries that vary less than this, relative to their tensor, differ by rounding only.
-_ROUNDING = 3e-6
+# Entries that vary less than this, relative to themselves and to a typical entry of their tensor, differ by rounding.
+_ROUNDING = (3e-6, 2e-7)
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _PRODUCTS = {
     "MatMul": (0, 1),
@@ -97,12 +97,13 @@ def block_ideal(
         trace: The original model.
         feed: Inputs for a number of candidates and a seed.
         seeds: Requests. What varies in any of them varies: a ReLU that is zero for all candidates of one request
-            is not request-level.
+            is not request-level. One that is zero in all requests is taken for what the rest of its tensor is.
         rows: Two numbers of candidates; an extent that differs between them runs over candidates.
     """
     n = rows[0]
     shapes = {name: value.shape for name, value in trace(feed(rows[1], seeds[0])).items() if _is_array(value)}
     same: dict[str, NDArray[np.bool_]] = {}
+    zero: dict[str, NDArray[np.bool_]] = {}
     axes: dict[str, int | None] = {}
     values: Feed = {}
     for seed in seeds:
@@ -114,6 +115,11 @@ def block_ideal(
             found = _unvarying(value, axes[name], n)
             before = same.get(name, found)
             same[name] = before & found if before.shape == found.shape else np.zeros(found.shape, bool)
+            before = zero.get(name, found)
+            zero[name] = before & (value == 0) if before.shape == found.shape else np.zeros(found.shape, bool)
+    for name, mask in same.items():
+        if not mask.all():
+            same[name] = mask & ~zero[name]
     request = candidate = 0.0
     for node in trace.nodes:
         total = float(_macs(node, values))
@@ -146,7 +152,8 @@ def _unvarying(value: Array, axis: int | None, n: int) -> NDArray[np.bool_]:
         return np.zeros(value.shape, bool)
     data = value.astype(np.float64)
     finite = np.isfinite(data)
-    scale = float(np.abs(data, where=finite, out=np.zeros_like(data)).max()) or 1.0
+    sizes = np.abs(data[finite & (data != 0)])
+    typical = float(np.median(sizes)) if sizes.size else 0.0
     per_row = value.shape[axis] // n
     best = np.zeros(value.shape, bool)
     # Merged axes: candidates outside, or inside as in sequence-first layouts.
@@ -154,8 +161,10 @@ def _unvarying(value: Array, axis: int | None, n: int) -> NDArray[np.bool_]:
         split = (per_row, n) if inner else (n, per_row)
         cut = data.reshape(*value.shape[:axis], *split, *value.shape[axis + 1 :])
         cut = np.moveaxis(cut, axis + 1 if inner else axis, 0)
+        first = cut[:1]
         with np.errstate(invalid="ignore"):
-            equal = (np.abs(cut - cut[:1]) <= _ROUNDING * scale) | (cut == cut[:1]) | (np.isnan(cut) & np.isnan(cut[:1]))
+            close = np.abs(cut - first) <= _ROUNDING[0] * np.abs(first) + _ROUNDING[1] * typical
+            equal = (close & np.isfinite(first)) | (cut == first) | (np.isnan(cut) & np.isnan(first))
         mask = np.broadcast_to(equal.all(axis=0), cut.shape)
         mask = np.moveaxis(mask, 0, axis + 1 if inner else axis).reshape(value.shape)
         if mask.sum() > best.sum():
@@ -240,4 +249,3 @@ def _unvarying_macs(node: onnx.NodeProto, values: dict[str, Any], same: dict[str
         if x.shape[2:] == y.shape[2:]:
             return float(same[node.input[0]].sum(dtype=np.float64) * weight.shape[0])
     return _macs(node, values) * float(same[node.output[0]].mean())
-

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxrank
 import pytest
 from helpers import Feed, Given, Graph, assert_same_scores, feeds, patterns, rewritten, transformation, witness
-from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import HealthCheck, assume, given, note, reject, settings
 from hypothesis import strategies as st
 
+import onnxrank
 from onnxrank.facts import Setting
+from onnxrank.values import Unrepresentable
 
 N = "N"
 LIMIT = 1 << 20
@@ -141,8 +142,9 @@ class Writer:
         if not x.fixed:
             return
         axis = self.pick(x.fixed)
-        like = [v for v in self.values if v.rank == x.rank and all(
-            a == b for k, (a, b) in enumerate(zip(v.dims, x.dims, strict=True)) if k != axis) and N not in v.dims[axis]]  # fmt: skip
+        rest = x.dims[:axis] + x.dims[axis + 1 :]
+        like = [v for v in self.values if v.rank == x.rank and v.dims[:axis] + v.dims[axis + 1 :] == rest]
+        like = [v for v in like if axis in v.fixed]
         parts = [x, self.partner(x, like), *self.some(like, 0, 2)]
         if self.number(0, 1):
             parts = parts[::-1]
@@ -212,7 +214,9 @@ class Writer:
             together = bool(dims) and self.number(0, 1) == 1
             if together and not (whole != N and N in dims[-1] and len(dims[-1]) > 1):
                 last = dims[-1]
-                dims[-1] = (last[0] * whole,) if last and last[0] != N and whole != N and len(last) == 1 else (*last, whole)
+                dims[-1] = (
+                    (last[0] * whole,) if last and last[0] != N and whole != N and len(last) == 1 else (*last, whole)
+                )
             else:
                 dims.append((whole,))
         if any(len(d) > 2 or (len(d) == 2 and N not in d) for d in dims) or not dims or len(dims) > 5:
@@ -356,7 +360,12 @@ class Writer:
     def op_fc(self, x: Tensor) -> None:
         form = self.pick(["MatMul", "MatMul", "Gemm", "bias", "left", "Conv", "Einsum"])
         axis = {"left": x.rank - 2, "Conv": 1}.get(form, x.rank - 1)
-        if x.rank < 2 or N in x.dims[axis] or (form == "Gemm" and x.rank != 2) or (form == "Conv" and x.rank not in (3, 4)):
+        if (
+            x.rank < 2
+            or N in x.dims[axis]
+            or (form == "Gemm" and x.rank != 2)
+            or (form == "Conv" and x.rank not in (3, 4))
+        ):
             return
         k, width = x.sizes[axis], self.pick([1, 2, 3, 4])
         bound = 2 * k * x.bound + 2
@@ -388,8 +397,8 @@ class Writer:
 
 
 OPERATORS = [
-    *["concat"] * 4, "slice", "split", "gather", "gather", *["reshape"] * 2, "flatten", "flatten", "transpose", "transpose",
-    "unsqueeze", "squeeze", "expand", "tile", "unary", "unary", *["binary"] * 4, "constant", "reduce", "reduce", *["fc"] * 4,
+    *["concat"] * 4, "slice", "split", *["gather"] * 2, *["reshape"] * 2, *["flatten"] * 2, *["transpose"] * 2,
+    "unsqueeze", "squeeze", "expand", "tile", *["unary"] * 2, *["binary"] * 4, "constant", *["reduce"] * 2, *["fc"] * 4,
 ]  # fmt: skip
 
 
@@ -417,7 +426,7 @@ def program(seed: int, steps: int) -> Program:
 
 SEEDS, STEPS = st.integers(0, 1 << 32), st.integers(1, 20)
 EXAMPLES = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -425,7 +434,7 @@ EXAMPLES = settings(
 @EXAMPLES
 @given(seed=SEEDS, steps=STEPS)
 def test_same_bits(interface: str, seed: int, steps: int) -> None:
-    """Scores, signature of the outputs, determinism and idempotence."""
+    """Scores, signature of the outputs, and the same bytes when it is done again."""
     made_up = program(seed, steps)
     model, inputs = made_up.model, made_up.inputs
     note(onnx.printer.to_text(model))
@@ -438,10 +447,20 @@ def test_same_bits(interface: str, seed: int, steps: int) -> None:
     assert_same_scores(model, result, inputs, interface, (1, 2, 5))
     made = result.model.SerializeToString()
     assert rewritten(model, request=patterns(inputs), interface=interface).model.SerializeToString() == made
-    if result.changed:
-        again = onnxrank.optimize(result.model, interface=interface, check=False)
-        assert not again.changed
-        assert again.model.SerializeToString() == made
+
+
+@pytest.mark.parametrize("interface", ["request", "same"])
+@settings(EXAMPLES, max_examples=60)
+@given(seed=SEEDS, steps=STEPS)
+def test_idempotent(interface: str, seed: int, steps: int) -> None:
+    """There is nothing left to do on a result."""
+    made_up = program(seed, steps)
+    note(onnx.printer.to_text(made_up.model))
+    result = rewritten(made_up.model, request=patterns(made_up.inputs), interface=interface)
+    assume(result.changed)
+    again = onnxrank.optimize(result.model, interface=interface, check=False)
+    assert not again.changed
+    assert again.model.SerializeToString() == result.model.SerializeToString()
 
 
 @pytest.mark.parametrize("interface", ["request", "same"])
@@ -465,7 +484,10 @@ def test_claims_hold(seed: int, steps: int) -> None:
     made_up = program(seed, steps)
     model, inputs = made_up.model, made_up.inputs
     note(onnx.printer.to_text(model))
-    made = transformation(model, request=patterns(inputs))
+    try:
+        made = transformation(model, request=patterns(inputs))
+    except Unrepresentable:
+        reject()  # the model is left alone
     for seed in (1, 2):
         old, _ = feeds(inputs, 5, seed)
         witness(made, old, Setting({"N": 5}, seed), 0.0)

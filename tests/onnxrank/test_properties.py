@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxrank
 import pytest
 import yaml
 from helpers import FLOAT, Feed, Graph, rewritten, run, session, transformation, witness
 from onnx import inliner
 
+import onnxrank
 from onnxrank import check
 from onnxrank.facts import Setting
 from onnxrank.pipeline import CONTRACT, Transformation
@@ -62,7 +62,9 @@ def close(a: Feed, b: Feed) -> None:
     """Equal up to the rounding of products of other sizes."""
     assert a.keys() == b.keys()
     for name, score in a.items():
-        np.testing.assert_allclose(b[name], score, rtol=2e-5, atol=2e-5 * max(float(np.abs(score).max(initial=0)), 1e-6))
+        np.testing.assert_allclose(
+            b[name], score, rtol=2e-5, atol=2e-5 * max(float(np.abs(score).max(initial=0)), 1e-6)
+        )
 
 
 @every_model
@@ -86,7 +88,12 @@ def test_scores(name: str) -> None:
     """The same scores, measured as the check does."""
     made = rewrite(name)
     compared, _ = check.compare(
-        made.study.model, optimised(name).model, made.study.maker, made.translate, made.study.symbols, candidates=(1, 2, 7, 97)
+        made.study.model,
+        optimised(name).model,
+        made.study.maker,
+        made.translate,
+        made.study.symbols,
+        candidates=(1, 2, 7, 97),
     )
     assert {c.candidates for c in compared} == {1, 2, 7, 97}
     assert all(c.passed for c in compared), [c for c in compared if not c.passed]
@@ -175,7 +182,10 @@ def test_candidates_do_not_meet(name: str) -> None:
     rows = candidate_inputs(name)
     scores = run(after, new)
     for picked in ([6, 2, 0, 1, 5, 4, 3], [3, 3, 3, 0], [4], [0, 1, 2, 3, 4, 5, 6, 6, 0]):
-        close({k: v[picked] for k, v in scores.items()}, run(after, {k: v[picked] if k in rows else v for k, v in new.items()}))
+        close(
+            {k: v[picked] for k, v in scores.items()},
+            run(after, {k: v[picked] if k in rows else v for k, v in new.items()}),
+        )
 
 
 @every_model
@@ -333,4 +343,3 @@ def test_large_graphs(graph: Any) -> None:
         old[i.name] = np.repeat(data[:1], 3, 0) if request else data
         new[i.name] = data[:1] if request else data
     close(run(model, old), run(result.model, new))
-

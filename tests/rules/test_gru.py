@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxrank
 import pytest
 from helpers import Given, Graph, candidate, operators, optimised, refusals, request, rows, rules, whole_numbers
+
+import onnxrank
 
 LENGTH, WIDTH, HIDDEN = 6, 3, 4
 GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
@@ -82,7 +83,7 @@ def test_all_outputs(kind: str, direction: str) -> None:
 
 @pytest.mark.parametrize("part", ["sequence", "step", "state", "lengths"])
 def test_candidate_level_part(part: str) -> None:
-    """A sequence, one step of it, an initial state or lengths that depend on the candidate: all rows, with the reason."""
+    """A sequence, a step of it, a state or lengths that depend on the candidate: all rows, with the reason."""
     given = [request("h", LENGTH, WIDTH), request("s", 1, HIDDEN), candidate("c", WIDTH), candidate("d", 1, HIDDEN)]
     given += [candidate("e", LENGTH, WIDTH), candidate("l", ids=LENGTH)]
     g = Graph()

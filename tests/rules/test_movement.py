@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnxrank
 import pytest
 from helpers import Graph, candidate, operators, optimised, request, rules, whole_numbers
+
+import onnxrank
 
 N = 512
 GIVEN = [request("u", 3, 4), candidate("c", 2, 4)]
@@ -59,17 +60,22 @@ def test_moves_to_outputs(move: str) -> None:
     """The same layouts, asked for as they are."""
     g, x = fields()
     y = MOVES[move][0](g, x)
-    g.output(g.op("Relu", y), ["N", *[None] * {"gather one": 1, "squeeze": 3, "expand": 3, "gather a matrix": 3}.get(move, 2)])
+    g.output(
+        g.op("Relu", y),
+        ["N", *[None] * {"gather one": 1, "squeeze": 3, "expand": 3, "gather a matrix": 3}.get(move, 2)],
+    )
     optimised(g, GIVEN)
 
 
-def test_rows_last() -> None:
-    """Blocks that repeat, with the candidates on the last axis."""
-    given = [request("u", 3), candidate("c", 4, 4)]
+@pytest.mark.parametrize("repeat", [False, True])
+def test_rows_last(repeat: bool) -> None:
+    """Several tensors of one shape, with the candidates on the last axis."""
+    given = [request("u", 4), candidate("c", 5), candidate("d", 5)]
     g = Graph()
-    u, c = (i.declare(g) for i in given)
-    x = g.op("Concat", u, g.op("Flatten", c), g.op("Flatten", c), axis=1)
-    g.output(g.op("Transpose", x, perm=[1, 0]), [35, "N"])
+    u, c, d = (i.declare(g) for i in given)
+    parts = [g.op("Relu", u), c, d, *[c] * repeat]
+    x = g.op("Concat", *parts, axis=1)
+    g.output(g.op("Transpose", x, perm=[1, 0]), [4 + 5 * (len(parts) - 1), "N"])
     optimised(g, given)
 
 
@@ -81,6 +87,11 @@ def test_rows_last_of_mixed_fields() -> None:
         optimised(g, GIVEN)
 
 
+def rolled(g: Graph, x: str) -> str:
+    ends = [g.op("Slice", x, g.ints(a), g.ints(b), g.ints(0)) for a, b in ((1, 1 << 40), (0, 1))]
+    return g.op("Concat", *ends, axis=0)
+
+
 ALONG_CANDIDATES: dict[str, Move] = {
     "slice": lambda g, x: g.op("Slice", x, g.ints(0), g.ints(1), g.ints(0)),
     "reverse": lambda g, x: g.op("Slice", x, g.ints(-1), g.ints(-(1 << 40)), g.ints(0), g.ints(-1)),
@@ -89,10 +100,8 @@ ALONG_CANDIDATES: dict[str, Move] = {
     "flatten all": lambda g, x: g.op("Reshape", x, g.ints(5, -1)),
     "cut through": lambda g, x: g.op("Reshape", x, g.ints(1, -1, 10)),
     "tile": lambda g, x: g.op("Tile", x, g.ints(2, 1, 1)),
-    "roll": lambda g, x: g.op(
-        "Concat", g.op("Slice", x, g.ints(1), g.ints(1 << 40), g.ints(0)), g.op("Slice", x, g.ints(0), g.ints(1), g.ints(0)),
-        axis=0),
-}  # fmt: skip
+    "roll": rolled,
+}
 
 
 @pytest.mark.parametrize("move", ALONG_CANDIDATES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxrank
 import pytest
 from helpers import Graph, candidate, optimised, request, rewritten, rows, rules, run, whole_numbers
 from numpy.typing import NDArray
@@ -36,7 +35,12 @@ def multiplied(g: Graph, x: str, affine: bool) -> str:
     return written_out(g, x, affine, "Mul")
 
 
-FORMS = {"operator": (operator, 17), "written out": (written_out, 14), "multiplied": (multiplied, 17), "new": (operator, 20)}
+FORMS = {
+    "operator": (operator, 17),
+    "written out": (written_out, 14),
+    "multiplied": (multiplied, 17),
+    "new": (operator, 20),
+}
 
 
 def build(form: str, affine: bool = True, relu: bool = False) -> Graph:
@@ -152,6 +156,7 @@ def test_layer_norm_too_small() -> None:
 
 def test_not_a_layer_norm() -> None:
     """Likenesses of the written-out form: another exponent, other means, an axis too few."""
+
     def other(g: Graph, x: str, kind: str) -> str:
         mean = g.on_axes("ReduceMean", x, [-1], keepdims=1)
         centred = g.op("Sub", x, mean)
@@ -176,7 +181,12 @@ def test_not_a_layer_norm() -> None:
 def parameters(g: Graph, count: int) -> list[str]:
     """Scale, bias, mean and a variance that has an exact root."""
     rng = np.random.default_rng(2)
-    data = [rng.integers(-2, 3, count), rng.integers(-2, 3, count), rng.integers(-2, 3, count), 4.0 ** rng.integers(-1, 2, count)]
+    data = [
+        rng.integers(-2, 3, count),
+        rng.integers(-2, 3, count),
+        rng.integers(-2, 3, count),
+        4.0 ** rng.integers(-1, 2, count),
+    ]
     return [g.const(d) for d in data]
 
 

@@ -106,7 +106,9 @@ def test_masked_mean() -> None:
     result = optimised(g, given, counts=COUNTS, tolerance=1e-6)
     extents = rows(result, given, 50)
     assert {k for k, n in extents.items() if n == 50} == {*(o.name for o in result.model.graph.output)} or all(
-        extents[n.output[0]] < 50 for n in result.model.graph.node if n.op_type in ("ReduceSum", "Div", "Mul", "Greater")
+        extents[n.output[0]] < 50
+        for n in result.model.graph.node
+        if n.op_type in ("ReduceSum", "Div", "Mul", "Greater")
     )
 
 

@@ -109,7 +109,9 @@ def test_broadcast_operand() -> None:
     """Operands that are broadcast along the chosen axis are read as they are."""
     g, x = sequence()
     y = g.op("Mul", g.op("MatMul", x, g.const(whole_numbers(4, 6))), g.const(whole_numbers(8, 1, seed=2)))
-    y = g.op("Where", g.op("Greater", y, g.const(whole_numbers(1, 6))), y, g.op("MatMul", "c", g.const(whole_numbers(4, 6))))
+    y = g.op(
+        "Where", g.op("Greater", y, g.const(whole_numbers(1, 6))), y, g.op("MatMul", "c", g.const(whole_numbers(4, 6)))
+    )
     g.output(g.op("Gather", y, g.ints(3, 7), axis=1), ["N", 2, 6])
     optimised(g, GIVEN)
 

@@ -258,7 +258,9 @@ def refusals(result: onnxrank.Result) -> str:
 # --- witness -------------------------------------------------------------------------------------------------------
 
 
-def transformation(model: ModelProto, spec: Mapping[str, Any] | None = None, request: Sequence[str] = ()) -> Transformation:
+def transformation(
+    model: ModelProto, spec: Mapping[str, Any] | None = None, request: Sequence[str] = ()
+) -> Transformation:
     """A finished rewrite, with the abstract values that it rests on."""
     from onnx import inliner
 
@@ -335,7 +337,9 @@ def witness(made: Transformation, feed: Mapping[str, NDArray[Any]], setting: Set
             for axis, s in enumerate(rows):
                 if s not in present:
                     count += 1
-                    _equal(column, np.broadcast_to(column.take([0], axis), column.shape), tolerance * scale, (name, k, s))
+                    _equal(
+                        column, np.broadcast_to(column.take([0], axis), column.shape), tolerance * scale, (name, k, s)
+                    )
         if keys and not any((key == HOLE).any() for key in keys):
             _, first, back = np.unique(np.stack(keys), axis=1, return_index=True, return_inverse=True)
             twins = first[back.reshape(-1)]
@@ -354,7 +358,9 @@ def _by_symbol(data: NDArray[Any], dims: Dims, setting: Setting) -> tuple[list[s
     """Symbols first, an axis each, the entries flat behind them."""
     factors = [f for d in dims for f in d]
     shaped = data.astype(np.float64).reshape([f if isinstance(f, int) else setting.symbols[f] for f in factors])
-    order = [k for k, f in enumerate(factors) if isinstance(f, str)] + [k for k, f in enumerate(factors) if isinstance(f, int)]
+    order = [k for k, f in enumerate(factors) if isinstance(f, str)] + [
+        k for k, f in enumerate(factors) if isinstance(f, int)
+    ]
     names = [f for f in factors if isinstance(f, str)]
     moved = shaped.transpose(order)
     return names, moved.reshape(*moved.shape[: len(names)], -1)
@@ -363,4 +369,3 @@ def _by_symbol(data: NDArray[Any], dims: Dims, setting: Setting) -> tuple[list[s
 def _equal(a: NDArray[Any], b: NDArray[Any], allowed: float, what: Any) -> None:
     same = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.abs(a - b) <= allowed)
     assert same.all(), f"{what}: differs by {np.abs(a - b).max()} where {allowed} is allowed"
-
