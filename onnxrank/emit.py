@@ -82,7 +82,10 @@ class Emitter:
             return self._same[key]
         name = output or self.fresh(f"{hint or self.hint}/{op.lower()}")
         self._same.setdefault(key, name)
-        self.nodes.append(Emitted(surgery.node(op, inputs, name, attrs), self.origin, self.rule or "movement"))
+        proto = surgery.node(op, inputs, name, attrs)
+        if output is not None:
+            proto.name = self.fresh(f"{output}/{op.lower()}")
+        self.nodes.append(Emitted(proto, self.origin, self.rule or "movement"))
         return name
 
     def copy(self, node: NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -326,7 +326,12 @@ class _Lookups:
 
 
 def find_ranges(
-    model: ModelProto, declared: Sequence[Input], facts: Facts, constants: Mapping[str, Value], movement: Rule
+    model: ModelProto,
+    declared: Sequence[Input],
+    facts: Facts,
+    constants: Mapping[str, Value],
+    dtypes: dict[str, int],
+    movement: Rule,
 ) -> Ranges:
     """Value ranges of every input entry: declared ones first, then those of the tables that it looks up.
 
@@ -335,11 +340,12 @@ def find_ranges(
         declared: Its inputs.
         facts: Shapes, measured with zeros for inputs.
         constants: Values of initializers.
+        dtypes: Element types of tensors.
         movement: The rule that follows data movement.
     """
     lookups = _Lookups(declared)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    rw = Rewrite(facts, (lookups.rule(), movement), Emitter((), opset), {}, keep_moves=False)
+    rw = Rewrite(facts, (lookups.rule(), movement), Emitter((), opset), dtypes, keep_moves=False)
     for i in declared:
         source = rw.sources.add(i.dims, i.dtype, i.name)
         lookups.own(source.number, i.name)

@@ -195,6 +195,8 @@ class Layout:
         if along is None or piece.size != piece.shape[axis] or (numbers != source.number).any():
             return (), 0
         want = with_extents(dims, piece.shape)
+        if any(symbols([d]) for d in dims[axis:]):
+            return (), 0
         if symbols(source.dims) != symbols(dims) or any(symbols([d]) for d in source.dims[along:]):
             return (), 0
         if not np.array_equal(offsets(piece).reshape(-1), _range(source.size)):

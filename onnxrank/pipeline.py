@@ -23,7 +23,7 @@ from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.report import Prediction, Report, RuleUse
 from onnxrank.rewrite import Refusal, Rewrite, Rule
-from onnxrank.roles import InputInfo, InputRole, Roles, infer, resolve
+from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange, infer, resolve
 from onnxrank.values import (
     CANDIDATES,
     Dims,
@@ -139,12 +139,14 @@ def optimize(
     working = inliner.inline_local_functions(original) if original.functions else original
     notes: list[str] = []
     described = feeds.describe(working)
+    stored = stored_contract(original)
+    if stored is not None and roles is None and _is_done(stored, interface, span):
+        return _left_alone(loaded, stored, interface, span)
     if roles is None:
         if infer_from is not None:
             roles, lines = infer(described, infer_from)
             notes += lines
         else:
-            stored = stored_contract(original)
             if stored is not None:
                 roles = _again(described, stored)
                 notes.append("the model was optimised before; its roles are those of its contract")
@@ -296,6 +298,30 @@ def stored_contract(model: ModelProto) -> dict[str, Any] | None:
     return None
 
 
+def _is_done(contract: Mapping[str, Any], interface: str, span: tuple[int, int]) -> bool:
+    """Whether this version has optimised the model already, for the same use."""
+    mine = {"version": metadata.version("onnxrank"), "interface": interface, "candidates": list(span)}
+    return all(contract.get(key) == value for key, value in mine.items())
+
+
+def _left_alone(
+    loaded: files.LoadedModel, contract: Mapping[str, Any], interface: str, span: tuple[int, int]
+) -> Result:
+    """The result for a model that was optimised before: nothing to do."""
+    report = Report(
+        metadata.version("onnxrank"),
+        None if loaded.path is None else os.fspath(loaded.path),
+        loaded.sha256,
+        interface,
+        span,
+        dict(contract.get("roles", {})),
+        size_before=loaded.size,
+        size_after=loaded.size,
+        notes=["the model's contract says that it was optimised before, for the same use"],
+    )
+    return Result(loaded.proto, report, loaded)
+
+
 def _again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> Roles:
     """Roles of a model that was optimised before: request-level inputs have their one row by now.
 
@@ -313,8 +339,34 @@ def _again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> Roles
         if role is not None and divided and info.name not in before and record is not None:
             record = record - len(role.request) if part == "candidate" else None
         level = "request" if once or axis is None else "candidate"
-        out[info.name] = InputRole(info.name, level, None if once else axis, record=None if once else record)
+        ranges = () if role is None else _moved_ranges(role, part if info.name not in before else "")
+        along = 0 if record is not None or role is None or role.axis is None else role.axis
+        out[info.name] = InputRole(
+            info.name,
+            level,
+            None if once else axis,
+            axis=along if any(r.positions is not None for r in ranges) else None,
+            record=None if once else record,
+            ranges=ranges,
+        )
     return Roles(out)
+
+
+def _moved_ranges(role: InputRole, part: str) -> tuple[ValueRange, ...]:
+    """Ranges of an input, or of one part of one that was divided: positions count within the part."""
+    if not part:
+        return role.ranges
+    out = []
+    taken = set(role.request)
+    for r in role.ranges:
+        if r.positions is None:
+            out.append(r)
+            continue
+        before = sorted(taken) if part == "request" else [k for k in range(max(r.positions) + 1) if k not in taken]
+        kept = tuple(before.index(p) for p in r.positions if (p in taken) == (part == "request"))
+        if kept:
+            out.append(replace(r, positions=kept))
+    return tuple(out)
 
 
 def runtime_domain_only(model: ModelProto) -> bool:
@@ -383,10 +435,10 @@ class Study:
             self.model = resolved
             self.probe = facts.Probe(resolved, self.symbols, loaded.folder)
             self.facts = self.probe.measure(self.maker)
+        self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
         if self._data_shaped():
             self.facts = self.probe.measure(self.maker)
-        self.dtypes = element_types(self.model)
 
     def _first_look(self) -> Facts:
         """Shapes, from inputs that most models accept: ids of 1, or else of 0."""
@@ -425,7 +477,7 @@ class Study:
     def _ranges(self) -> feeds.Ranges:
         from onnxrank.rules import movement
 
-        return feeds.find_ranges(self.model, self.declared, self.facts, self.constants(), movement.RULE)
+        return feeds.find_ranges(self.model, self.declared, self.facts, self.constants(), self.dtypes, movement.RULE)
 
     def _data_shaped(self) -> bool:
         """Whether a shape may depend on the data of the inputs, which the first run fed with zeros."""
@@ -612,11 +664,18 @@ class Transformation:
         return view(i.dims, i.dtype, codes)
 
     def _first_row(self, i: feeds.Input) -> str:
-        """Row 0 of an input whose signature stays."""
+        """Row 0 of an input whose signature stays; zeros where there are no rows at all."""
         axis = i.role.candidate_axis
         assert axis is not None
-        ends = [np.array([v], np.int64) for v in (0, i.role.record or 1, axis)]
-        return self.emit.add("Slice", [i.name, *(self.emit.constant(e) for e in ends)], hint=i.name)
+        ends = [self.emit.constant(np.array([v], np.int64)) for v in (0, i.role.record or 1, axis)]
+        row = self.emit.add("Slice", [i.name, *ends], hint=i.name)
+        once = keep_symbols(i.dims, ())
+        if i.dtype == TensorProto.STRING or symbols(i.dims) != (CANDIDATES,):
+            return row
+        shape = [max(1, extents((d,))[0]) for d in once]
+        zeros = self.emit.constant(np.zeros(shape, helper.tensor_dtype_to_np_dtype(i.dtype)))
+        both = self.emit.add("Concat", [row, zeros], {"axis": axis}, hint=i.name)
+        return self.emit.add("Slice", [both, *ends], hint=i.name)
 
     def _declare(self, info: onnx.ValueInfoProto, name: str, dims: Dims) -> None:
         """Adds an input to the new signature."""

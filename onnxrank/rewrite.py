@@ -38,6 +38,7 @@ from onnxrank.values import (
     is_candidate_symbol,
     keep_symbols,
     split_axis,
+    split_merged,
     symbols,
     view,
     with_extents,
@@ -533,14 +534,16 @@ class Rewrite:
 
     def _make_sum(self, value: Sum) -> Value:
         zero = self.zero(value.dtype)
-        out = np.full(extents(value.dims), zero)
-        arrays = [t.codes for t in value.terms]
-        for group in self.groups(self.joint_levels(arrays), value.dims):
+        # Terms that lack a factor of a merged dimension only broadcast where it stands alone.
+        split = split_merged(value.dims)
+        out = np.full(extents(split), zero)
+        arrays = [t.codes.reshape(extents(split)) for t in value.terms]
+        for group in self.groups(self.joint_levels(arrays), split):
             terms = [t for t in map(group.take, arrays) if (t != zero).any()]
             if len(terms) > 1:
                 terms = [self._added(terms, group.dims, value.dtype)]
             group.put(out, terms[0] if terms else np.array(zero))
-        return self.tidy(value.dims, value.dtype, out)
+        return self.tidy(value.dims, value.dtype, out.reshape(extents(value.dims)))
 
     def _added(self, terms: list[Codes], dims: Dims, dtype: int) -> Codes:
         """Adds terms of one group: constants and request-level terms first, products as Gemm chains."""

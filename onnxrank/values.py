@@ -171,6 +171,11 @@ def broadcast_dims(all_dims: Sequence[Dims]) -> Dims:
     return tuple(out)
 
 
+def split_merged(dims: Dims) -> Dims:
+    """Every factor as a dimension of its own, dimensions of one factor as they are."""
+    return tuple(part for d in dims for part in ([(f,) for f in d] if len(d) > 1 else [d]))
+
+
 @dataclass(eq=False)
 class Source:
     """A tensor of the new graph, or a constant.

@@ -18,6 +18,7 @@ from onnxrank.values import (
     HOLE,
     Abstract,
     Codes,
+    Dim,
     Dims,
     Level,
     Sum,
@@ -30,7 +31,9 @@ from onnxrank.values import (
     is_candidate_symbol,
     keep_symbols,
     split_axis,
+    split_merged,
     symbols,
+    view,
     with_extents,
 )
 
@@ -81,14 +84,20 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     if same is not None:
         return same
     unread = rw.needed.get(node.output[0])
+    if not unread and _merges_differently(rw, values, dims):
+        split = split_merged(dims)
+        apart = [_as_split(v, dims) for v in values]
+        made = _elementwise(rw, node, apart, present, dtype)
+        assert made.dims == split
+        return rw.tidy(dims, dtype, made.codes.reshape(extents(dims)))
     if all(v.whole is not None for v in values) and not unread:
         scaled = _scaled(rw, node, values, dims, dtype)
         if scaled is not None:
             return scaled
         names = dict(zip(present, (rw.tensor(v) for v in values), strict=True))
         held = {s for v in values for s in rw.present(v)}
-        (made,) = rw.keep(node, [names.get(k, "") for k in range(len(node.input))], [dims], held, dtype=dtype)
-        return rw.settle(made)
+        (kept,) = rw.keep(node, [names.get(k, "") for k in range(len(node.input))], [dims], held, dtype=dtype)
+        return rw.settle(kept)
     rank = len(dims)
     wide = [np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in values]
     if unread:
@@ -103,6 +112,20 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         parts = [group.take(w) for w in wide]
         group.put(out, _group(rw, node, group, parts, ranks, present, dtype))
     return rw.tidy(dims, dtype, out)
+
+
+def _merges_differently(rw: Rewrite, values: Sequence[Value], dims: Dims) -> bool:
+    """Whether a dimension like `N * 50` meets one that holds 50 entries only: then neither is 1, nor are they equal."""
+    merged = {s for d in dims if len(d) > 1 for s in symbols([d])}
+    return bool(merged) and len({frozenset(merged & rw.present(v)) for v in values if v.rank}) > 1
+
+
+def _as_split(value: Value, dims: Dims) -> Value:
+    """An operand with the dimensions apart that are merged in the result."""
+    own: list[Dim] = []
+    for d, whole in zip(value.dims, dims[len(dims) - value.rank :], strict=True):
+        own += [(f,) for f in d] if len(whole) > 1 and d else [()] * max(1, len(whole)) if len(whole) > 1 else [d]
+    return view(tuple(own), value.dtype, value.codes.reshape(extents(tuple(own))))
 
 
 def _scaled(rw: Rewrite, node: NodeProto, values: Sequence[Value], dims: Dims, dtype: int) -> Value | None:
@@ -472,7 +495,15 @@ def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if a.rank < 2 or b.rank < 2 or any(map(is_candidate_symbol, symbols([a.dims[-1], b.dims[-2], b.dims[-1]]))):
         return None
     dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
-    return rw.keep(node, [rw.tensor(a), rw.tensor(b)], [dims], rw.present(a) | rw.present(b))
+    held = rw.present(a) | rw.present(b)
+    names = [rw.tensor(v, full=v.rank > 2 and not batches_agree(rw, v, held)) for v in (a, b)]
+    return rw.keep(node, names, [dims], held)
+
+
+def batches_agree(rw: Rewrite, value: Value, held: set[str]) -> bool:
+    """Whether a stack of matrices has all the rows of the product: runtimes do not broadcast 1 against 0 of them."""
+    stack = {s for s in symbols(value.dims[:-2]) if s in held}
+    return stack <= rw.present(value)
 
 
 def _batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -21,6 +21,7 @@ from onnxrank.values import (
     Codes,
     Dims,
     Level,
+    Unrepresentable,
     Value,
     broadcast_dims,
     canonical,
@@ -33,7 +34,11 @@ from onnxrank.values import (
     with_extents,
 )
 
+from .broadcast import batches_agree
+
 _MOVES = set("Reshape Flatten Squeeze Unsqueeze Transpose Gather GatherND Slice Split Concat Identity".split())
+_FEW_ROWS = 4
+"""Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {"MatMul", "Gemm", "ReduceSum", "ReduceMean", "Conv"}
 
 
@@ -115,19 +120,70 @@ def _part(x: Value, at: NDArray[np.int64], axis: int) -> Value:
 
 def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims, hint: str = "") -> Value:
     """One product; the candidates are rows of one matrix where the other operand has none."""
-    first, da = (rw.tensor(a), a.whole.dims) if a.whole else rw.layout.realise(a.codes, a.dims)
-    second, db = (rw.tensor(b), b.whole.dims) if b.whole else rw.layout.realise(b.codes, b.dims)
-    held = {*symbols(da), *symbols(db)}
-    if symbols(da) and len(db) > 2 and all(d == () for d in db[:-2]) and len(da) >= len(db):
+    a_rows, b_rows = ({s for s in rw.present(v) if is_candidate_symbol(s)} for v in (a, b))
+    if a_rows and not b_rows and extents(a.dims)[-2] <= _FEW_ROWS:
+        return _as_rows(rw, a, b, dims, hint or (node.output[0] if node else ""))
+    if b_rows and not a_rows and extents(b.dims)[-1] <= _FEW_ROWS:
+        turned = (*dims[:-2], dims[-1], dims[-2])
+        made = _as_rows(rw, _turned(b), _turned(a), turned, hint or (node.output[0] if node else ""))
+        return rw.tidy(dims, made.dtype, made.codes.swapaxes(-1, -2))
+    held = rw.present(a) | rw.present(b)
+    full = [v.rank > 2 and not batches_agree(rw, v, held) for v in (a, b)]
+    if a_rows and not b_rows and all(d == () for d in keep_symbols(b.dims, rw.present(b))[:-2]):
         # One matrix for all rows.
-        second, db = rw.layout.reshape(second, db, db[-2:]), db[-2:]
+        b = Value(b.dims[-2:], b.dtype, None, b.codes.reshape(b.codes.shape[-2:]))
+        full[1] = False
+    names, shapes = [], []
+    for v, wide in zip((a, b), full, strict=True):
+        if v.whole is not None:
+            names.append(rw.tensor(v, full=wide))
+            shapes.append(v.dims if wide else v.whole.dims)
+        else:
+            name, physical = rw.layout.realise(v.codes, v.dims, wide)
+            names.append(name)
+            shapes.append(physical)
     if node is not None:
-        (made,) = rw.keep(node, [first, second], [dims], held)
-        return rw.settle(made)
-    name = rw.emit.add("MatMul", [first, second], hint=hint)
-    own = keep_symbols((*broadcast_dims([da[:-2], db[:-2]]), da[-2], db[-1]), held)
+        (kept,) = rw.keep(node, names, [dims], held)
+        return rw.settle(kept)
+    name = rw.emit.add("MatMul", names, hint=hint)
+    own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
     source = rw.sources.add(own, a.dtype, name, block=True)
     return Value(dims, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)))
+
+
+def _turned(x: Value) -> Value:
+    """The last two axes exchanged."""
+    return Value((*x.dims[:-2], x.dims[-1], x.dims[-2]), x.dtype, None, x.codes.swapaxes(-1, -2))
+
+
+def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
+    """`a @ b` for a candidate-level `a` and a request-level `b`: `[stack, N * rows, K] @ [stack, K, columns]`."""
+    lead = len(dims) - 2
+    a_codes = a.codes.reshape((1,) * (lead + 2 - a.rank) + a.codes.shape)
+    b_codes = b.codes.reshape((1,) * (lead + 2 - b.rank) + b.codes.shape)
+    a_dims = ((),) * (lead + 2 - a.rank) + a.dims
+    b_dims = ((),) * (lead + 2 - b.rank) + b.dims
+    syms = [s for s in symbols(a_dims[:-2]) if s in rw.present(a)]
+    if len(syms) != 1 or len(symbols([a_dims[-2]])) or symbols(b_dims[-2:]):
+        raise Unrepresentable("rows of several extents")
+    (rows,) = syms
+    stack = tuple(canonical(f for f in d if f != rows) for d in a_dims[:-2])
+    if any(len(d) > 1 for d in a_dims[:-2]) or symbols(stack):
+        raise Unrepresentable("merged rows")
+    many = tuple(k for k in range(lead) if max(a_codes.shape[k], b_codes.shape[k]) > 1)
+    stacked = [np.broadcast_to(a_codes, np.broadcast_shapes(a_codes.shape, (*b_codes.shape[:-2], 1, 1))), b_codes]
+    shape_a = (*(stacked[0].shape[k] for k in many), *a_codes.shape[-2:])
+    shape_b = (*(b_codes.shape[k] for k in many), *b_codes.shape[-2:])
+    own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, shape_a[-2]]), canonical([shape_a[-1]]))
+    own_b = tuple(canonical([n]) for n in shape_b)
+    left, _ = rw.layout.realise(stacked[0].reshape(shape_a), own_a, full=True)
+    right, _ = rw.layout.realise(b_codes.reshape(shape_b), own_b)
+    name = rw.emit.add("MatMul", [left, right], hint=hint)
+    made = rw.sources.add((*own_a[:-1], own_b[-1]), a.dtype, name, block=True)
+    codes = codes_of(made).reshape(
+        *(np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])), *(a_codes.shape[-2], b_codes.shape[-1])
+    )
+    return rw.tidy(dims, a.dtype, np.broadcast_to(codes, extents(dims)))
 
 
 RULE = Rule(

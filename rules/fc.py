@@ -245,7 +245,7 @@ def partials(
     split = not rw.single_level(x)
     for piece in pieces(rw, codes, dims, width if weighted else 0):
         if piece.slot == len(terms):
-            terms.append(terms[0].copy() if idempotent and terms else np.full(shape, HOLE if unread else zero))
+            terms.append(np.full(shape, HOLE if unread or idempotent else zero))
         small = piece.codes.shape[:-1]
         lowered = piece.level is Level.REQUEST and any(map(is_candidate_symbol, symbols(dims)))
         tag = "fold" if piece.fold else rule if split or lowered else None
@@ -270,7 +270,9 @@ def partials(
             part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
         piece.put(terms[piece.slot], part)
     out_dims = (*x.dims[:axis], column, *x.dims[axis + 1 :])
-    if unread and not idempotent:
+    if idempotent:
+        terms = [np.where(t == HOLE, terms[0], t) for t in terms]
+    elif unread:
         # A row that is read is zero in the terms it has no piece in.
         read = np.any([t != HOLE for t in terms], axis=0)
         terms = [np.where(read & (t == HOLE), zero, t) for t in terms]

@@ -77,33 +77,44 @@ def normalised(
         centred.append(add("Sub", [name, means[-1]]))
         squares.append(rw.emit.reduce("ReduceSumSquare", centred[-1], [axis], True))
         shapes.append(physical)
+    # The means are rounded: what is left of them in the centred parts is taken into account.
+    rest = [rw.emit.reduce("ReduceMean", c, [len(s) - 1], True) for c, s in zip(centred, shapes, strict=True)]
     apart = add("Sub", means)
-    between = add("Div", [add("Mul", [add("Mul", [apart, apart]), scalar(p * q)]), scalar(width)])
-    total = add("Add", [add("Add", squares[::-1]), between])
+    left = add("Add", [add("Mul", [rest[1], scalar(q)]), add("Mul", [rest[0], scalar(p)])])
+    left = add("Div", [left, scalar(width)])
+    inner = [
+        add("Sub", [total, add("Mul", [add("Mul", [r, r]), scalar(n)])])
+        for total, r, n in zip(squares, rest, (p, q), strict=True)
+    ]
+    exact = add("Add", [add("Sub", [rest[0], rest[1]]), apart])
+    between = add("Div", [add("Mul", [add("Mul", [exact, exact]), scalar(p * q)]), scalar(width)])
+    total = add("Add", [add("Add", inner[::-1]), between])
     variance = add("Add", [add("Div", [total, scalar(width)]), scalar(epsilon)])
     scale = add("Reciprocal", [add("Sqrt", [variance])])
     rw.emit.rule = before
     rows = x.dims[:-1]
-    base = np.zeros((*extents(rows), width + 1), np.int64)
+    base = np.zeros((*extents(rows), width + 2), np.int64)
     for part, name, physical in zip((first, second), centred, shapes, strict=True):
         codes = codes_of(rw.sources.add(physical, x.dtype, name))
         base[..., part.members] = codes[..., part.columns]
     per_row: Dims = (*shapes[1][:-1], ())
-    base[..., -1:] = codes_of(rw.sources.add(per_row, x.dtype, apart))
+    base[..., -2:-1] = codes_of(rw.sources.add(per_row, x.dtype, apart))
+    base[..., -1:] = codes_of(rw.sources.add(per_row, x.dtype, left))
     held = {s for s in symbols(per_row)}
 
-    # Which columns belong to which part, with the other part's size for a weight: d's row in the product.
-    balance = np.zeros((1, width))
+    # Rows for d, by which part a column belongs to, and for what is left of the mean.
+    balance = np.zeros((2, width))
     balance[0, first.members], balance[0, second.members] = q, -p
+    balance[1] = -width
 
     def fold(weight: str) -> tuple[str, str | None]:
         # Nodes of constants, which the runtime folds when it loads the model: nothing is rounded here.
         scaled = weight if gamma is None else add("Mul", [constant(gamma[:, None]), weight])
-        row = add("Div", [add("MatMul", [constant(balance), scaled]), scalar(width)])
+        rows = add("Div", [add("MatMul", [constant(balance), scaled]), scalar(width)])
         shift = None if beta is None else add("MatMul", [constant(beta), weight])
-        return add("Concat", [scaled, row], {"axis": 0}), shift
+        return add("Concat", [scaled, rows], {"axis": 0}), shift
 
-    dims = (*rows, canonical([width + 1]))
+    dims = (*rows, canonical([width + 2]))
     factor = rw.new((*rows, ()), x.dtype, held, scale)
     return Affine(x.dims, x.dtype, view(dims, x.dtype, base), fold, factor, whole)
 

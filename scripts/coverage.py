@@ -691,9 +691,12 @@ def summary(rows: Sequence[Row], candidates: Sequence[int]) -> Iterator[str]:
     """What the whole table says."""
     counts = Counter(row.status for row in rows)
     yield f"{len(rows)} models: " + ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    failed: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.status in ("WRONG", "error"):
-            yield f"{row.status}: {row.model}: {row.message}"
+            failed.setdefault((row.status, row.message), []).append(row.model)
+    for (status, message), models in failed.items():
+        yield f"{status}: {', '.join(models)}: {message}"
     imprecise = [row.model for row in rows if row.imprecise]
     yield f"error against float64 more than twice the original's: {_listed(imprecise)}"
     shares = [(row.share, row.model) for row in rows if row.share is not None]

@@ -97,7 +97,7 @@ def block_ideal(
         trace: The original model.
         feed: Inputs for a number of candidates and a seed.
         seeds: Requests. What varies in any of them varies: a ReLU that is zero for all candidates of one request
-            is not request-level. One that is zero in all requests is taken for what the rest of its tensor is.
+            is not request-level. One that is zero in all requests is taken for what the rest of its vector is.
         rows: Two numbers of candidates; an extent that differs between them runs over candidates.
     """
     n = rows[0]
@@ -118,8 +118,8 @@ def block_ideal(
             before = zero.get(name, found)
             zero[name] = before & (value == 0) if before.shape == found.shape else np.zeros(found.shape, bool)
     for name, mask in same.items():
-        if not mask.all():
-            same[name] = mask & ~zero[name]
+        if mask.ndim:
+            same[name] = mask & ~(zero[name] & ~mask.all(axis=-1, keepdims=True))
     request = candidate = 0.0
     for node in trace.nodes:
         total = float(_macs(node, values))
