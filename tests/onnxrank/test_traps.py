@@ -142,10 +142,9 @@ def test_squeeze_without_axes(interface: str, dense: str) -> None:
         f"us = Squeeze(u) vs = Squeeze(v) c = Concat<axis=-1>(us, vs) {dense} }}",
         width=8, T=w(5, 4),
     )  # fmt: skip
-    # With one candidate MatMul gives `[1]` instead of `[1, 1]`: a model that cannot be divided is left as it is.
-    rules = ["fc"] if "Gemm" in dense else ()
-    result = hold(model, ["user"], rules=rules, share=0.6, sizes=(1, 2, 3, 9), interface=interface)
-    assert result.changed or result.report.refusals
+    # With one candidate the squeezed tensors have another rank: behind them the model is left as it is.
+    result = hold(model, ["user"], rules=(), share=1.0, sizes=(1, 2, 3, 9), interface=interface)
+    assert any(r.op == "Squeeze" for r in result.report.refusals)
 
 
 @pytest.mark.parametrize("where", ["item", "user"])
@@ -717,7 +716,7 @@ def test_lengths_without_a_range() -> None:
         f"all, last = GRU<hidden_size=4>(x, WX, WR, , len) l = Squeeze(last, k0) c = Concat<axis=1>(l, item) {HEAD} }}",
         width=8, WX=w(1, 12, 4), WR=w(1, 12, 4), k0=i64(0),
     )  # fmt: skip
-    hold(model, ["hist", "len"], rules=["gru", "fc"], share=0.2, ids=6)
+    hold(model, ["hist", "len"], rules=["gru", "fc"], share=0.6, ids=6)
 
 
 def _runs_batch_first(op: str) -> bool:
@@ -1107,7 +1106,10 @@ def test_guard_of_every_type(kind: str, opset: int) -> None:
     other = {"bool": lambda v: ~v, "string": lambda v: "b" if v == "a" else "a"}.get(kind, lambda v: v + 1)
     feed["flag"][3, 1] = other(feed["flag"][3, 1])
     (scores,) = session(result.model).run(None, feed)
-    assert np.isnan(scores).all()
+    if kind == "string" and opset < 19:
+        assert any("flag are not guarded" in note for note in result.report.notes)
+    else:
+        assert np.isnan(scores).all()
 
 
 def test_guard_and_special_values() -> None:
