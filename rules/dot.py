@@ -34,7 +34,7 @@ from onnxrank.values import (
     with_extents,
 )
 
-from .broadcast import batches_agree
+from .broadcast import batches_agree, mark_unread
 
 _MOVES = set("Reshape Flatten Squeeze Unsqueeze Transpose Gather GatherND Slice Split Concat Identity".split())
 _FEW_ROWS = 4
@@ -51,12 +51,18 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     lead = broadcast_dims([a.dims[:-2], b.dims[:-2]])
     dims = (*lead, a.dims[-2], b.dims[-1])
-    if rw.needed.get(node.output[0]) is None and a.whole is not None and b.whole is not None:
+    unread = rw.needed.get(node.output[0], {})
+    if not unread and a.whole is not None and b.whole is not None:
         return [_product(rw, node, a, b, dims)]
+    a, b = _read(a, unread.get(len(dims) - 2), a.rank - 2), _read(b, unread.get(len(dims) - 1), b.rank - 1)
     rows, columns = _runs(rw, a, -1), _runs(rw, b, -2)
-    if rows is None or columns is None or len(rows) * len(columns) == 1:
+    if rows is None or columns is None:
         return None
-    if not _stays_apart(rw, node.output[0]):
+    if len(rows) * len(columns) == 1:
+        return [_blocks(rw, node, a, b, dims, rows, columns)]
+    # Queries of several levels on request-level keys: rows that are request-level stay so behind any softmax.
+    once = any(len(side) == 1 and side[0][0] <= Level.REQUEST for side in (rows, columns))
+    if not once and not _stays_apart(rw, node.output[0]):
         rw.refuse("dot", "what reads the product needs its blocks side by side again")
         return None
     return [_blocks(rw, node, a, b, dims, rows, columns)]
@@ -71,14 +77,19 @@ def _stays_apart(rw: Rewrite, name: str) -> bool:
     )
 
 
+def _read(x: Value, positions: NDArray[np.int64] | None, axis: int) -> Value:
+    """The operand with holes where nobody reads."""
+    return x if positions is None else Value(x.dims, x.dtype, None, mark_unread(x.codes, {axis: positions}))
+
+
 def _runs(rw: Rewrite, x: Value, inner: int) -> list[tuple[Level, NDArray[np.int64]]] | None:
     """Positions along the outer matrix axis by level; None where the level depends on other axes, or the inner one."""
     outer = -3 - inner
     levels = np.moveaxis(rw.sources.levels(x.codes), outer % x.rank, 0)
     flat = levels.reshape(levels.shape[0], -1)
-    if not (flat == flat[:, :1]).all() or (flat == Level.UNREAD).any():
+    if not (flat == flat[:, :1]).all():
         return None
-    return [(Level(int(k)), np.flatnonzero(flat[:, 0] == k)) for k in np.unique(flat[:, 0])]
+    return [(Level(int(k)), np.flatnonzero(flat[:, 0] == k)) for k in np.unique(flat[:, 0]) if k != Level.UNREAD]
 
 
 def _blocks(
