@@ -58,7 +58,12 @@ def positions_needed(
                 known[name] = _union(known[name], need)
             else:
                 known[name] = need
-    return {name: need for name, need in known.items() if need}
+    out: dict[str, Needs] = {}
+    for name, need in known.items():
+        partly = {axis: at for axis, at in (need or {}).items() if len(at) != _extent(name, axis, facts)}
+        if partly:
+            out[name] = partly
+    return out
 
 
 def _rank(name: str, facts: Facts, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
