@@ -1,0 +1,86 @@
+"""Times models against what onnxrank makes of them, and against hand-written twins where there are any.
+
+    python scripts/export_models.py OUT --scale industrial
+    python scripts/twins.py OUT --scale industrial
+    python scripts/benchmark.py OUT
+
+The sessions run interleaved on one thread at onnxruntime's default optimisation level; a ratio is one of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import yaml
+from coverage import Requests
+
+from onnxrank import optimize
+from onnxrank.roles import load_spec
+
+
+def session(model: Path | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    source = str(model) if isinstance(model, Path) else model
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def medians(sessions: Sequence[onnxruntime.InferenceSession], feeds: Sequence[dict], seconds: float) -> list[float]:
+    """Median seconds of each session, interleaved."""
+    spent: list[list[float]] = [[] for _ in sessions]
+    given = [{i.name: feed[i.name] for i in s.get_inputs()} for s, feed in zip(sessions, feeds, strict=True)]
+    for s, feed in zip(sessions, given, strict=True):
+        s.run(None, feed)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(spent[0]) < 7:
+        for k, (s, feed) in enumerate(zip(sessions, given, strict=True)):
+            begin = time.perf_counter()
+            s.run(None, feed)
+            spent[k].append(time.perf_counter() - begin)
+    return [statistics.median(s) for s in spent]
+
+
+def measure(path: Path, candidates: Sequence[int], seconds: float) -> list[str]:
+    name = path.name.split(".")[0]
+    roles = path.with_name(f"{name}.roles.yaml")
+    result = optimize(path, spec=load_spec(roles))
+    draw = Requests(onnx.load(path), yaml.safe_load(roles.read_text()))
+    sessions = [session(path), session(result.model.SerializeToString())]
+    twin = path.with_name(f"{name}.twin.onnx")
+    if twin.exists():
+        sessions.append(session(twin))
+    used = " ".join(f"{u.sites}×{u.name}" for u in result.report.rules) or "unchanged"
+    row = [path.stem, used, f"{result.report.macs_after / max(1, result.report.macs_before):.3f}"]
+    for n in candidates:
+        before, after = draw(n, 0)
+        took = medians(sessions, [before, after if result.changed else before, after][: len(sessions)], seconds)
+        row.append(f"{took[0] / took[1]:.2f}" + (f" ({took[2] / took[1]:.2f})" if twin.exists() else ""))
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="*.torchscript.onnx", metavar="GLOB")
+    parser.add_argument("--candidates", default="1,32,512,2048")
+    parser.add_argument("--seconds", type=float, default=1.5, help="per model and number of candidates")
+    options = parser.parse_args()
+    candidates = [int(n) for n in options.candidates.split(",")]
+    heading = ["model", "rules", "MACs left at 512", *(f"time ratio N={n} (of twin)" for n in candidates)]
+    print("| " + " | ".join(heading) + " |")
+    print("|" + "---|" * len(heading))
+    for path in sorted(options.folder.glob(options.only)):
+        if ".twin." not in path.name:
+            print("| " + " | ".join(measure(path, candidates, options.seconds)) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
