@@ -56,6 +56,7 @@ _EXACT = {
     "Slice",
     "Expand",
 }
+_MOVES = {"Concat", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Identity", "Expand"}
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 
 Transfer = Callable[["Rewrite", NodeProto], "list[Abstract] | None"]
@@ -318,6 +319,16 @@ class Rewrite:
         if made.whole is not None:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
+
+    def read_by_linear_maps(self, name: str) -> bool:
+        """Whether all readers of an original tensor, behind data movement, are products with constant matrices."""
+        found = self.readers(name)
+        return bool(found) and all(
+            n.op_type == "Shape"
+            or (n.op_type in ("MatMul", "Gemm") and n.input[0] == name and self.array(n, 1) is not None)
+            or (n.op_type in _MOVES and self.read_by_linear_maps(n.output[0]))
+            for n in found
+        )
 
     def uses(self, rule: str) -> bool:
         """Whether a rule is selected."""

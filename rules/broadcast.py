@@ -270,11 +270,32 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     dims = broadcast_dims([a.dims, b.dims])
     alone = [len(rw.readers(i)) == 1 for i in node.input]
-    if not any(single and (isinstance(v, Sum) or _pending(rw, v)) for single, v in zip(alone, (a, b), strict=True)):
+    waits = any(single and (isinstance(v, Sum) or _pending(rw, v)) for single, v in zip(alone, (a, b), strict=True))
+    apart = waits or _varies_apart(rw, node, a, b, dims)
+    if not apart or (node.op_type == "Sub" and waits):
         return None
+    if node.op_type == "Sub":
+        b = elementwise(rw, "Neg", [rw.settle(b)], rw.emit.fresh(f"{node.output[0]}/negative"))
     terms = [t for v in (a, b) for t in (v.terms if isinstance(v, Sum) else [v])]
     same = None if len(terms) != 2 else _neutral(node, [rw.settle(a), rw.settle(b)], dims)
     return [same] if same is not None else [rw.add(terms, dims, a.dtype)]
+
+
+def _varies_apart(rw: Rewrite, node: NodeProto, a: Value | Sum, b: Value | Sum, dims: Dims) -> bool:
+    """Whether each operand varies along something the other does not, and what reads the result is linear."""
+    if isinstance(a, Sum) or isinstance(b, Sum) or not rw.read_by_linear_maps(node.output[0]):
+        return False
+    own = []
+    for v in (a, b):
+        lead = len(dims) - v.rank
+        axes = {lead + k for k, n in enumerate(extents(v.dims)) if n > 1 and not constant_along(v.codes, k)}
+        own.append(axes | rw.present(v))
+    return not own[0] <= own[1] and not own[1] <= own[0]
+
+
+def _sum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    made = add(rw, node)
+    return made if made is not None else pointwise(rw, node)
 
 
 def _pending(rw: Rewrite, value: Value) -> bool:
@@ -553,9 +574,9 @@ RULE = Rule(
     refuses="Operators that are not known, or known to mix rows: they run on all rows, as before.",
     exactness="exact",
     operators={
-        "Add": lambda rw, node: made if (made := add(rw, node)) is not None else pointwise(rw, node),
-        **{op: pointwise for op in UNARY},
-        **{op: pointwise for op in BINARY if op != "Add"},
+        **{op: pointwise for op in (*UNARY, *BINARY)},
+        "Add": _sum,
+        "Sub": _sum,
         "QuantizeLinear": _quantise,
         "DequantizeLinear": _quantise,
         "Softmax": _softmax,

@@ -147,6 +147,10 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             sub = part[..., members]
             columns = np.arange(len(members))
             yield Piece(Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how)
+        nothing = (part == rw.zero(rw.sources.of(part)[0].dtype)).all(tuple(range(part.ndim - 1)))
+        if nothing.all():
+            nothing[0] = False
+        level_of = np.where(nothing, Level.UNREAD, level_of)
         # Columns that vary along the same axes go together.
         signature = level_of.copy()
         for axis in range(len(rows)):
@@ -346,24 +350,36 @@ def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct
 
 
 def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
-    """A linear map of a pending sum: of each term, where no term varies along everything that the sum does."""
+    """A linear map of a pending sum: of each term, where that is less work than of the sum."""
     if isinstance(x, Sum):
-        axes = [_rank(rw, t, axis) for t in x.terms]
-        joint = frozenset().union(*axes)
-        if all(a != joint for a in axes):
+        if _crossing(rw, x, axis, rw.zero(x.dtype)):
             parts = [linear(t) for t in x.terms]
             terms = [t for p in parts for t in (p.terms if isinstance(p, Sum) else [rw.settle(p)])]
             return rw.add(terms, parts[0].dims, x.dtype)
     return linear(rw.settle(x))
 
 
-def _rank(rw: Rewrite, term: Value, axis: int) -> frozenset[int | str]:
-    """Axes, but the contracted one, and symbols along which a term varies."""
-    codes = term.codes
-    axes = {
-        a for a in range(codes.ndim) if a != axis and codes.shape[a] > 1 and not (codes == codes.take([0], a)).all()
-    }
-    return frozenset(axes | rw.sources.symbols(codes))
+def _axes(rw: Rewrite, codes: Codes, axis: int) -> NDArray[np.bool_]:
+    """Per column, along which other axes, and (last) whether along the candidates, it varies: `[columns, axes + 1]`."""
+    moved = np.moveaxis(codes, axis, -1)
+    out = [(moved != moved.take([0], k)).any(tuple(range(moved.ndim - 1))) for k in range(moved.ndim - 1)]
+    out.append((rw.sources.levels(moved) == Level.CANDIDATE).any(tuple(range(moved.ndim - 1))))
+    return np.stack(out, -1)
+
+
+def _work(rw: Rewrite, codes: Codes, axis: int, zero: int) -> NDArray[np.float64]:
+    """Rows that each column is multiplied in."""
+    sizes = np.array([*np.delete(codes.shape, axis), rw.candidates], np.float64)
+    rows = np.where(_axes(rw, codes, axis), sizes, 1).prod(-1)
+    return np.where((np.moveaxis(codes, axis, -1) == zero).all(tuple(range(codes.ndim - 1))), 0, rows)
+
+
+def _crossing(rw: Rewrite, x: Sum, axis: int, zero: int) -> bool:
+    """Whether the terms vary along different axes, so that their sum varies along more than any of them."""
+    costs = [_work(rw, t.codes, axis, zero) for t in x.terms]
+    sizes = np.array([*np.delete(extents(x.dims), axis), rw.candidates], np.float64)
+    joint = np.logical_or.reduce([_axes(rw, t.codes, axis) for t in x.terms])
+    return bool(sum(c.sum() for c in costs) < np.where(joint, sizes, 1).prod(-1).sum())
 
 
 def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:

@@ -250,6 +250,9 @@ def gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Concat: blocks along an axis of constant extent."""
+    operands = [rw.operand(node, k) for k in range(len(node.input))]
+    if any(isinstance(o, Sum) for o in operands) and rw.read_by_linear_maps(node.output[0]):
+        return _concat_sums(rw, node, [o if isinstance(o, Sum) else rw.settle(o) for o in operands if o is not None])
     values = [rw.value(node, k) for k in range(len(node.input))]
     rank = values[0].rank
     axis = attribute(node, "axis") % rank
@@ -264,6 +267,26 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if rw.keep_moves and all(v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) for v in values):
         return rw.keep(node, [rw.tensor(v) for v in values], [dims], held)
     return [rw.tidy(dims, values[0].dtype, np.concatenate([v.codes for v in values], axis))]
+
+
+def _concat_sums(rw: Rewrite, node: NodeProto, operands: list[Value | Sum]) -> list[Abstract]:
+    """Pending sums stay pending: a sum of Concats, with zeros for operands of fewer terms."""
+    axis = attribute(node, "axis") % operands[0].rank
+    if any(symbols([o.dims[axis]]) for o in operands):
+        raise Unrepresentable("joins along an extent that is not constant")
+    dtype, other = operands[0].dtype, operands[0].dims
+    if any(o.dims[:axis] + o.dims[axis + 1 :] != other[:axis] + other[axis + 1 :] for o in operands):
+        raise Unrepresentable("operands of differently factored shapes")
+    dims = (*other[:axis], canonical([sum(extents(o.dims)[axis] for o in operands)]), *other[axis + 1 :])
+    terms = [o.terms if isinstance(o, Sum) else [o] for o in operands]
+    zero = rw.zero(dtype)
+    joined = []
+    for k in range(max(len(t) for t in terms)):
+        parts = [
+            t[k].codes if k < len(t) else np.full(extents(o.dims), zero) for t, o in zip(terms, operands, strict=True)
+        ]
+        joined.append(view(dims, dtype, np.concatenate(parts, axis)))
+    return [rw.add(joined, dims, dtype)]
 
 
 def _concat_symbolic(rw: Rewrite, node: NodeProto, values: list[Value], axis: int) -> list[Abstract] | None:
