@@ -188,6 +188,10 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, shape_a[-2]]), canonical([shape_a[-1]]))
     own_b = tuple(canonical([n]) for n in shape_b)
     left, _ = rw.layout.realise(stacked[0].reshape(shape_a), own_a, full=True)
+    if shape_a[:-2]:
+        # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul and then divides by zero rows.
+        shape = np.array([*shape_a[:-2], -1, shape_a[-1]], np.int64)
+        left = rw.emit.add("Reshape", [left, rw.emit.constant(shape)], hint=hint)
     right, _ = rw.layout.realise(b_codes.reshape(shape_b), own_b)
     name = rw.emit.add("MatMul", [left, right], hint=hint)
     made = rw.sources.add((*own_a[:-1], own_b[-1]), a.dtype, name, block=True)
