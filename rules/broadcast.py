@@ -103,11 +103,11 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     if unread:
         wide = [mark_unread(w, unread) for w in wide]
     ranks = [v.rank for v in values]
-    if node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
-        wide = _ordered(rw, wide)
     out = np.full(extents(dims), HOLE)
     # A tensor that is there as one would have to be cut up: then the other operand is rather brought to its rows.
     entire = any(v.whole is not None and v.whole.level is Level.CANDIDATE for v in values)
+    if not entire and node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
+        wide = _ordered(rw, wide)
     for group in rw.groups(rw.joint_levels(wide) if entire else _kinds(rw, wide), dims):
         parts = [group.take(w) for w in wide]
         group.put(out, _group(rw, node, group, parts, ranks, present, dtype))
