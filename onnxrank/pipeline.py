@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -45,6 +45,8 @@ CONTRACT = "onnxrank.contract"
 _NO_SITE = {None, "movement", "interface"}
 _DATA_SHAPED = {"NonZero", "Unique", "Compress", "Loop", "If", "Scan", "NonMaxSuppression"}
 _SHAPE_OPERANDS = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 0, "Slice": 1, "TopK": 1}
+_FORMS = ("cross",)
+"""Rules whose forms pay or not as a whole, not site by site."""
 _LEAST_GAIN = 0.9
 """A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
@@ -176,15 +178,15 @@ def optimize(
         )
         return Result(original, report, loaded)
     say("rewriting")
-    rewrite = Transformation(study, rules, interface, guard, (span[0] * span[1]) ** 0.5)
-    try:
-        made: ModelProto | None = rewrite.run()
-    except Unrepresentable as e:
-        made = None
-        rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
+    before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
+    forms = [Form(study, rules, interface, guard, span)]
+    if forms[0].uses(_FORMS):
+        # Which form is best changes with the number of candidates: the cheapest is taken.
+        forms.append(Form(study, [r for r in rules if r.name not in _FORMS], interface, guard, span))
+    chosen = min(forms, key=lambda f: f.seconds(span))
+    made, rewrite = chosen.model, chosen.rewrite
     report.refusals = rewrite.rw.refusals
     notes += rewrite.notes
-    before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     report.before = report.after = cost.by_level(study.model.graph, before)
     if made is None or not rewrite.sites():
         return Result(original, report, loaded)
@@ -197,9 +199,8 @@ def optimize(
         "roles": roles.to_dict(),
         "rules": {},
     }
-    probe = facts.Probe(made, study.symbols, loaded.folder)
-    after_facts = probe.measure(lambda setting: rewrite.translate(study.maker(setting)))
-    after = cost.shapes_of(made, after_facts, rewrite.input_extents(), report_candidates(span))
+    assert chosen.probe is not None
+    probe, after = chosen.probe, chosen.shapes(report_candidates(span))
     if cost.seconds(study.model.graph, before) < _LEAST_GAIN * cost.seconds(made.graph, after):
         notes.append(f"the rewritten model would not be faster at N = {report_candidates(span)}, so it was not taken")
         return Result(original, report, loaded)
@@ -218,6 +219,44 @@ def optimize(
         say("checking")
         verify(study, made, probe, rewrite, report)
     return Result(made, report, loaded)
+
+
+class Form:
+    """One way to rewrite a model, with its measured shapes.
+
+    Attributes:
+        rewrite: The transformation.
+        model: Its result; None where the model as a whole cannot be rewritten.
+    """
+
+    def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, span: tuple[int, int]) -> None:
+        self.rewrite = Transformation(study, rules, interface, guard, report_candidates(span))
+        self.model: ModelProto | None = None
+        self.probe: facts.Probe | None = None
+        try:
+            self.model = self.rewrite.run()
+        except Unrepresentable as e:
+            self.rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
+            return
+        if self.rewrite.sites():
+            self.probe = facts.Probe(self.model, study.symbols, study.loaded.folder)
+            self.facts = self.probe.measure(lambda setting: self.rewrite.translate(study.maker(setting)))
+
+    def uses(self, rules: Iterable[str]) -> bool:
+        """Whether any of some rules applied."""
+        return not self.rewrite.applied.isdisjoint(rules)
+
+    def shapes(self, candidates: int) -> cost.Shapes:
+        """Shapes at a number of candidates."""
+        assert self.model is not None
+        return cost.shapes_of(self.model, self.facts, self.rewrite.input_extents(), candidates)
+
+    def seconds(self, span: tuple[int, int]) -> float:
+        """Predicted time, over the expected numbers of candidates and at a quarter of the least."""
+        if self.model is None or self.probe is None:
+            return float("inf")
+        points = (max(1, span[0] // 4), report_candidates(span))
+        return sum(cost.seconds(self.model.graph, self.shapes(n)) / n for n in points)
 
 
 def report_candidates(span: tuple[int, int]) -> int:
@@ -826,6 +865,11 @@ class Transformation:
         untouched = {o for e in self._kept if e.rule is None for o in e.proto.output}
         graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
         return made
+
+    @property
+    def applied(self) -> set[str]:
+        """Names of the rules that took a node, whatever became of it."""
+        return self.rw.applied
 
     def sites(self) -> dict[str, list[int]]:
         """Per rule the original nodes at which it applied."""

@@ -101,6 +101,13 @@ class Weights:
     data: NDArray[Any]
     name: str | None = None
 
+    def part(self, emit: Emitter, axis: int, index: NDArray[np.int64]) -> Weights:
+        """Some of the rows or columns, as weights of their own."""
+        name = None
+        if self.name is not None:
+            name = emit.add("Gather", [self.name, emit.constant(index.astype(np.int64))], {"axis": axis})
+        return Weights(np.ascontiguousarray(self.data.take(index, axis)), name)
+
     def rows(self, emit: Emitter, index: NDArray[np.int64]) -> str:
         """Writes the rows at some positions, `[*index.shape, columns]`."""
         if self.name is None:
@@ -166,6 +173,7 @@ class Rewrite:
     def __post_init__(self) -> None:
         self._settled: dict[int, tuple[Sum, Value]] = {}
         self.made_later: dict[str, Value] = {}
+        self.applied: set[str] = set()
         self.producers: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = {}
         self.sources = Sources()
@@ -201,6 +209,7 @@ class Rewrite:
                     made = transfer(self, node)
                     if made is not None:
                         self._confirm(node, made)
+                        self.applied.add(rule.name)
                         break
                 except Unrepresentable as e:
                     self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
@@ -320,15 +329,43 @@ class Rewrite:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
 
-    def read_by_linear_maps(self, name: str) -> bool:
-        """Whether all readers of an original tensor, behind data movement, are products with constant matrices."""
+    def read_by_linear_maps(self, name: str, through: frozenset[str] = frozenset()) -> bool:
+        """Whether all readers of an original tensor, behind data movement, are products with constant matrices.
+
+        Args:
+            name: The tensor.
+            through: Further operators that may stand in between.
+        """
         found = self.readers(name)
         return bool(found) and all(
             n.op_type == "Shape"
-            or (n.op_type in ("MatMul", "Gemm") and n.input[0] == name and self.array(n, 1) is not None)
-            or (n.op_type in _MOVES and self.read_by_linear_maps(n.output[0]))
+            or (n.op_type in ("MatMul", "Gemm") and any(self.array(n, k) is not None for k in (0, 1)))
+            or (n.op_type in _MOVES | through and self.read_by_linear_maps(n.output[0], through))
             for n in found
         )
+
+    def columns_made(self, width: int) -> int:
+        """Of the columns of the current node's product, those that have to be made for every candidate.
+
+        Behind a cross layer's factor the request-level columns stay affine in the candidate (`rules/cross.py`).
+        """
+        name = self._node.output[0]
+        while True:
+            found = self.readers(name)
+            if len(found) != 1 or found[0].op_type not in ("Add", "Mul"):
+                return width
+            (reader,) = found
+            other = self.values.get(next((i for i in reader.input if i != name), ""))
+            if reader.op_type == "Mul":
+                break
+            if not isinstance(other, Value) or self.level(other) is not Level.CONSTANT:
+                return width
+            name = reader.output[0]
+        if not isinstance(other, Value) or not self.uses("cross"):
+            return width
+        if not self.read_by_linear_maps(reader.output[0], frozenset({"Add"})):
+            return width
+        return int((self.sources.levels(other.codes) == Level.CANDIDATE).sum()) or width
 
     def uses(self, rule: str) -> bool:
         """Whether a rule is selected."""
@@ -549,7 +586,13 @@ class Rewrite:
         split = split_merged(value.dims)
         out = np.full(extents(split), zero)
         arrays = [t.codes.reshape(extents(split)) for t in value.terms]
-        for group in self.groups(self.joint_levels(arrays), split):
+        keys = self.joint_levels(arrays)
+        if any(s.linear is not None and s.name is None for a in arrays for s in self.sources.of(a)):
+            # Entries with a product that was put off are not mixed with those that have none.
+            held = sum(((a != zero).astype(np.int64) << k for k, a in enumerate(arrays)), np.zeros_like(keys))
+            apart = np.where(keys < 0, keys, held * 4 + keys)
+            keys = apart if split_axis(apart) is not None else keys
+        for group in self.groups(keys, split):
             terms = [t for t in map(group.take, arrays) if (t != zero).any()]
             if len(terms) > 1:
                 terms = [self._added(terms, group.dims, value.dtype)]

@@ -192,6 +192,8 @@ class Source:
         block: Whether it is a block of dot products, of which a part may be taken by weights of 0.
         linear: Gives, for a tensor not written yet, each entry as a sum of products: request-level and candidate-level
             factors, `[extents..., terms]` each.
+        affine: The same for a matrix product not written yet, for whom it pays to know.
+        narrow: Gives the same product with some of its columns only.
     """
 
     number: int
@@ -204,6 +206,8 @@ class Source:
     product: Callable[[str | None, Dims], str] | None = None
     block: bool = False
     linear: Callable[[], tuple[Codes, Codes]] | None = None
+    affine: Callable[[], tuple[Codes, Codes]] | None = None
+    narrow: Callable[[NDArray[np.int64]], Source] | None = None
 
     @cached_property
     def data(self) -> NDArray[Any]:

@@ -2,11 +2,12 @@
 
 from onnxrank.rewrite import Rule
 
-from . import broadcast, dot, fc, fold, gru, movement, norm, reduce, select
+from . import broadcast, cross, dot, fc, fold, gru, movement, norm, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
     norm.RULE,
+    cross.RULE,
     fc.RULE,
     dot.RULE,
     fold.RULE,

@@ -37,6 +37,8 @@ from onnxrank.values import (
     with_extents,
 )
 
+from . import fold
+
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
     HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
     Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast""".split()
@@ -260,6 +262,14 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     operands = [rw.operand(node, k) for k in range(len(node.input))]
     if any(o is None for o in operands) or len(operands) != 2 or rw.needed.get(node.output[0]):
         return None
+    for k, o in enumerate(operands):
+        if isinstance(o, Sum) and fold.has_open(rw, o):
+            other = operands[1 - k]
+            assert other is not None
+            terms = [*o.terms, *(other.terms if isinstance(other, Sum) else [rw.settle(other)])]
+            if node.op_type == "Sub" or broadcast_dims([t.dims for t in terms]) != o.dims:
+                break
+            return [fold.compact(rw, terms, o.dims, o.dtype)]
     # What others read too is made once, not once for each.
     operands = [
         rw.settle(o) if o is not None and len(rw.readers(i)) > 1 else o

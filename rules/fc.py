@@ -24,6 +24,7 @@ from onnxrank.values import (
     Codes,
     Dims,
     Level,
+    Source,
     Sum,
     Unrepresentable,
     Value,
@@ -219,6 +220,7 @@ def partials(
     idempotent: bool = False,
     weighted: bool = False,
     additive: bool = False,
+    note: Callable[[Source, Piece], None] | None = None,
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
 
@@ -232,6 +234,7 @@ def partials(
         unread: Positions read per axis of the result, if not all.
         weighted: Whether `write` multiplies with weights, of which 0 undoes an entry.
         additive: Whether the contraction is a plain sum.
+        note: Called with the result and the piece of each contraction.
         idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
 
     Returns:
@@ -272,6 +275,8 @@ def partials(
                 made_dims, writer = _postponed(rw, piece, operand, own, axis, write)
             source = rw.sources.add(made_dims, x.dtype, product=rw.later(writer, tag), linear=linear)
             part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
+        if note is not None:
+            note(source, piece)
         piece.put(terms[piece.slot], part)
     out_dims = (*x.dims[:axis], column, *x.dims[axis + 1 :])
     if idempotent:
@@ -321,9 +326,58 @@ def contract(
         return write(name, physical, piece.weights(rw, weight))
 
     width = weight.data.shape[1]
-    parts = partials(rw, x, axis, width, one, rule, unread, weighted=True)
+
+    def note(source: Source, piece: Piece) -> None:
+        if piece.level is Level.CANDIDATE and prod(piece.codes.shape[:-1]) == 1 and not unread:
+            _explain(rw, source, piece, weight, axis)
+
+    parts = partials(rw, x, axis, width, one, rule, unread, weighted=True, note=note)
     dims = (*x.dims[:axis], canonical([width]), *x.dims[axis + 1 :])
     return rw.add(parts, dims, x.dtype)
+
+
+_LARGEST_AFFINE = 1 << 20
+
+
+def _explain(rw: Rewrite, source: Source, piece: Piece, weight: Weights, axis: int) -> None:
+    """Tells how a product that is not written yet comes from candidate-level entries, and how to take part of it."""
+    width = weight.data.shape[1]
+    order = np.empty(len(piece.members), np.int64)
+    count = piece.codes.shape[-1]
+    plain = count == len(piece.members) and len(np.unique(piece.columns)) == count
+    if piece.fold is None and (not plain or count * width > _LARGEST_AFFINE):
+        return
+    order[piece.columns] = piece.members
+
+    def affine() -> tuple[Codes, Codes]:
+        if piece.fold is not None:
+            codes, basis = fold.matrix(rw, piece.fold, weight, piece.members), piece.fold.basis
+        else:
+            data = weight.data[order]
+            codes, basis = rw.constant(data).codes.reshape(data.shape), piece.codes.reshape(-1)
+        return codes.T, np.broadcast_to(basis, (width, len(basis)))
+
+    def narrow(columns: NDArray[np.int64]) -> Source:
+        part = weight.part(rw.emit, 1, columns)
+        dims = with_extents(source.dims, [len(columns) if n > 1 else 1 for n in extents(source.dims)])
+        if piece.fold is not None:
+            writer, rule = fold.product(rw, piece.fold, part, piece.members)[1], "fold"
+        else:
+            operand = np.moveaxis(piece.codes, -1, axis)
+            own = (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
+            _, writer = _postponed(rw, piece, operand, own, axis, _narrowed(rw, part, axis, len(own)))
+            rule = "fc"
+        made = rw.sources.add(dims, source.dtype, product=rw.later(writer, rule))
+        _explain(rw, made, piece, part, axis)
+        return made
+
+    source.affine, source.narrow = affine, narrow
+
+
+def _narrowed(rw: Rewrite, part: Weights, axis: int, rank: int) -> Product:
+    """The product over the last axis, or over the last but one of a vector per row."""
+    make = right_product if axis == rank - 1 else left_product
+    return lambda piece, name, physical: make(rw, part.data.shape[1])(name, physical, piece.weights(rw, part))
 
 
 def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct:
@@ -412,6 +466,8 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
         return _normalised_product(rw, x, weight, unread)
     axis = x.rank - 1
     real = weight.data.dtype.kind not in "iu"
+    if isinstance(x, Sum) and fold.has_open(rw, x):
+        x, weight = fold.stacked(rw, x, axis, weight)
 
     def one(v: Value) -> Abstract:
         return contract(rw, v, axis, weight, right_product(rw, weight.data.shape[1], real), rule, unread)
@@ -442,9 +498,8 @@ def _normalised_product(rw: Rewrite, x: Affine, weight: Weights, unread: Any) ->
     return rw.add(terms, dims, x.dtype)
 
 
-def _left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
-    """`W @ y`, given W transposed: contracted over the last axis but one."""
-    axis, width = y.rank - 2, turned.data.shape[1]
+def left_product(rw: Rewrite, width: int) -> WeightedProduct:
+    """`W @ y` over the last axis of `y` but one, given W transposed."""
 
     def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         made: Dims = (*physical[:-2], canonical([width]), physical[-1])
@@ -461,6 +516,15 @@ def _left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
 
         return made, writer
 
+    return write
+
+
+def _left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
+    """`W @ y`, given W transposed: contracted over the last axis but one."""
+    axis = y.rank - 2
+    if isinstance(y, Sum) and fold.has_open(rw, y):
+        y, turned = fold.stacked(rw, y, axis, turned)
+    write = left_product(rw, turned.data.shape[1])
     return distribute(rw, y, axis, lambda v: contract(rw, v, axis, turned, write, "fc", unread))
 
 

@@ -12,7 +12,7 @@ products of fields) and where rows share the candidate's entries (target attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -24,11 +24,16 @@ from onnxrank.values import (
     CANDIDATES,
     Codes,
     Dims,
-    Level,
+    Sum,
+    Unrepresentable,
+    Value,
     canonical,
     codes_of,
+    extents,
     source_numbers,
     symbols,
+    view,
+    with_extents,
 )
 
 _LARGEST = 1 << 24
@@ -47,12 +52,15 @@ class Fold:
         basis: The candidate-level factors, once each.
         place: Number of the item, over all groups, that is the weight of a basis entry in a row: `[basis, rows]`; -1
             for none.
+        plain: Basis entries of the columns, behind those folded, that are candidate-level factors themselves:
+            `[columns, rows]`.
     """
 
     coefficients: Codes
     columns: NDArray[np.int64]
     basis: Codes
     place: NDArray[np.int64]
+    plain: NDArray[np.int64]
 
 
 def expand(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes]:
@@ -107,15 +115,31 @@ def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> 
     if not candidate.any():
         return None
     flat = part.reshape(-1, part.shape[-1])
-    opened = (is_open(rw, flat) & candidate).any(0)
+    width = rw.columns_made(width)
+    opened: NDArray[np.bool_] = np.any(is_open(rw, flat) & candidate, axis=0)
     if not opened.any():
         return None
-    left, right = expand(rw, flat[:, opened])
-    basis = np.unique(right)
+    basis = np.unique(expand(rw, flat[:, opened])[1])
     if any(s.symbols != (CANDIDATES,) for s in rw.sources.of(basis)):
         return None
-    chosen = opened | (candidate & np.isin(flat, basis).all(0))
-    columns = np.flatnonzero(chosen)
+    joined = candidate & np.isin(flat, basis).all(0) & ~opened
+    found = _regular(rw, flat, np.flatnonzero(opened | joined), opened, basis, width)
+    if found is None and joined.any():
+        # Columns that are candidate-level factors themselves add to the weights made per request.
+        found = _regular(rw, flat, np.flatnonzero(opened), opened, basis, width, np.flatnonzero(joined))
+    return found
+
+
+def _regular(
+    rw: Rewrite,
+    flat: Codes,
+    columns: NDArray[np.int64],
+    opened: NDArray[np.bool_],
+    basis: Codes,
+    width: int,
+    plain: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.int64], Fold] | None:
+    """The fold of some columns, if the weights are regular and pay; `plain` columns have their own weights added."""
     left, right = expand(rw, flat[:, columns])
     rows = flat.shape[0]
     r, k, j = np.nonzero(left != rw.zero(rw.sources.of(basis)[0].dtype))
@@ -144,12 +168,15 @@ def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> 
     place = np.full((len(basis), rows), -1)
     place.reshape(-1)[items] = kind * most + within
     made = rows * int(opened.sum())
-    direct = made * _SECONDS_PER_ENTRY * 2 + (rows * len(columns) * width + len(item)) * _SECONDS_PER_MAC
+    plain = np.zeros(0, np.int64) if plain is None else plain
+    direct = made * _SECONDS_PER_ENTRY * 2 + (rows * (len(columns) + len(plain)) * width + len(item)) * _SECONDS_PER_MAC
     folded = len(basis) * rows * width * _SECONDS_PER_MAC
     once = (groups * terms + groups * most) * width * _SECONDS_PER_ENTRY * 2 + 5 * _SECONDS_PER_LAUNCH
+    once += groups * most * terms * width * _SECONDS_PER_MAC
     if once + rw.candidates * folded >= rw.candidates * direct:
         return None
-    return columns, Fold(coefficients, np.maximum(kinds, 0), basis, place)
+    own = np.searchsorted(basis, flat[:, plain]).T
+    return np.concatenate([columns, plain]), Fold(coefficients, np.maximum(kinds, 0), basis, place, own)
 
 
 def product(
@@ -166,36 +193,63 @@ def product(
     Returns:
         The result's physical shape, `[N, rows * width]`, and its writer.
     """
-    groups, items, terms = fold.coefficients.shape
-    width, rows = weight.data.shape[1], fold.place.shape[1]
+    width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
     dims: Dims = ((CANDIDATES,), canonical([rows * width]))
 
     def writer(addend: str | None, have: Dims) -> str:
-        factors, physical = rw.layout.realise(
-            fold.coefficients, (canonical([groups]), canonical([items]), canonical([terms]))
-        )
-        assert not symbols(physical)
-        made = rw.emit.add("MatMul", [factors, weight.rows(rw.emit, members[fold.columns])])
-        dtype = rw.sources.of(fold.basis)[0].dtype
-        source = rw.sources.add((canonical([groups]), canonical([items]), canonical([width])), dtype, made)
-        codes = codes_of(source).reshape(groups * items, width)[fold.place]
-        codes[fold.place < 0] = rw.zero(dtype)
-        count = len(fold.basis)
-        matrix, _ = rw.layout.realise(
-            codes.reshape(count, rows * width), (canonical([count]), canonical([rows * width]))
-        )
+        codes = matrix(rw, fold, weight, members)
+        made, _ = rw.layout.realise(codes, (canonical([count]), canonical([rows * width])))
         basis, _ = rw.layout.realise(fold.basis.reshape(1, count), ((CANDIDATES,), canonical([count])))
-        if addend is not None and prod(rows_of(have)) in (width, rows * width) and not symbols(have):
-            if prod(rows_of(have)) == rows * width:
-                row = rw.layout.reshape(addend, have, ((), canonical([rows * width])))
-                return rw.emit.add("Gemm", [basis, matrix, row])
-        if addend is not None and rows == 1:
-            return rw.emit.add("Gemm", [basis, matrix, rw.layout.reshape(addend, have, _flat(have))])
-        out = rw.emit.add("MatMul", [basis, matrix])
-        assert addend is None
-        return out
+        if addend is None:
+            return rw.emit.add("MatMul", [basis, made])
+        flat: Dims = (tuple(symbols(have)), canonical([prod(rows_of(have))]))
+        return rw.emit.add("Gemm", [basis, made, rw.layout.reshape(addend, have, flat)])
 
     return dims, writer
+
+
+def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64]) -> Codes:
+    """Writes the weights made per request; gives their codes, `[basis, rows * width]`."""
+    groups, items, terms = fold.coefficients.shape
+    width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
+    dtype = rw.sources.of(fold.basis)[0].dtype
+    shape: Dims = (canonical([groups]), canonical([items]), canonical([terms]))
+    factors, physical = rw.layout.realise(fold.coefficients, shape)
+    assert not symbols(physical)
+    folded = members[: len(members) - len(fold.plain)]
+    if groups == 1:
+        # One matrix product, not a stack of one.
+        flat, own = rw.layout.reshape(factors, shape, shape[1:]), weight.rows(rw.emit, folded[fold.columns[0]])
+        name = rw.emit.add("MatMul", [flat, own])
+    else:
+        name = rw.emit.add("MatMul", [factors, weight.rows(rw.emit, folded[fold.columns])])
+    made = rw.sources.add((*(shape[1:] if groups == 1 else shape)[:-1], canonical([width])), dtype, name)
+    codes = codes_of(made).reshape(groups * items, width)[fold.place]
+    codes[fold.place < 0] = rw.zero(dtype)
+    if len(fold.plain):
+        codes = _with_plain(rw, fold, weight, members[len(folded) :], codes, dtype)
+    return codes.reshape(count, rows * width)
+
+
+def _with_plain(
+    rw: Rewrite, fold: Fold, weight: Weights, columns: NDArray[np.int64], codes: Codes, dtype: int
+) -> Codes:
+    """Adds the own weights of candidate-level factors to the rows made for them, `[basis, rows, width]`."""
+    _, rows, width = codes.shape
+    entry = np.repeat(columns[:, None], rows, 1)
+    touched = np.unique(fold.plain)
+    wanted = np.full((len(touched), rows), -1)
+    wanted[np.searchsorted(touched, fold.plain), np.arange(rows)] = entry
+    if (wanted < 0).any():
+        raise Unrepresentable("candidate-level factors of some rows only")
+    dims: Dims = (canonical([len(touched)]), canonical([rows]), canonical([width]))
+    base, _ = rw.layout.realise(codes[touched], dims)
+    same = (wanted == wanted[:, :1]).all()
+    own = weight.rows(rw.emit, wanted[:, :1] if same else wanted)
+    added = rw.emit.add("Add", [base, own])
+    codes = codes.copy()
+    codes[touched] = codes_of(rw.sources.add(dims, dtype, added)).reshape(len(touched), rows, width)
+    return codes
 
 
 def rows_of(dims: Dims) -> tuple[int, ...]:
@@ -203,9 +257,83 @@ def rows_of(dims: Dims) -> tuple[int, ...]:
     return tuple(f for d in dims for f in d if isinstance(f, int))
 
 
-def _flat(dims: Dims) -> Dims:
-    syms = symbols(dims)
-    return (tuple(syms), canonical([prod(rows_of(dims))]))
+def has_open(rw: Rewrite, value: Sum) -> bool:
+    """Whether a pending sum holds products that were put off."""
+    return any(is_open(rw, t.codes).any() for t in value.terms)
+
+
+def compact(rw: Rewrite, terms: Sequence[Value], dims: Dims, dtype: int) -> Sum:
+    """A sum of two terms: products that were put off, and everything else."""
+    zero = rw.zero(dtype)
+    opened: list[Value] = []
+    plain: list[Value] = []
+    for t in terms:
+        codes = np.broadcast_to(t.codes, extents(dims))
+        mask = is_open(rw, codes)
+        if mask.any():
+            opened.append(view(dims, dtype, np.where(mask, codes, zero)))
+        if not mask.all():
+            plain.append(view(dims, dtype, np.where(mask, zero, codes)))
+    first = opened[0]
+    for other in opened[1:]:
+        first = _merged(rw, first, other)
+    return Sum(dims, dtype, [first, rw.settle(rw.add(plain, dims, dtype))] if plain else [first])
+
+
+def _merged(rw: Rewrite, a: Value, b: Value) -> Value:
+    """Two terms of products that were put off as one; factors of the same candidate-level entry are added up."""
+    dtype, zero = a.dtype, rw.zero(a.dtype)
+    shape = a.codes.shape
+    columns = np.flatnonzero((a.codes != zero).reshape(-1) | (b.codes != zero).reshape(-1))
+    parts = [v.codes.reshape(-1)[columns] for v in (a, b)]
+    factors = [expand(rw, p) for p in parts]
+    for (left, _), p in zip(factors, parts, strict=True):
+        left[p == zero] = zero
+    (la, ra), (lb, rb) = factors
+    if (
+        (ra == ra[:1]).all()
+        and (rb == rb[:1]).all()
+        and len(set(ra[0])) == ra.shape[1]
+        and len(set(rb[0])) == rb.shape[1]
+    ):
+        both, ia, ib = np.intersect1d(ra[0], rb[0], return_indices=True)
+        if len(both):
+            matrix_dims: Dims = (canonical([len(columns)]), canonical([len(both)]))
+            names = [rw.layout.realise(x[:, i], matrix_dims)[0] for x, i in ((la, ia), (lb, ib))]
+            source = rw.sources.add(matrix_dims, dtype, rw.emit.add("Add", names))
+            la = la.copy()
+            la[:, ia] = codes_of(source).reshape(len(columns), len(both))
+            keep = np.setdiff1d(np.arange(rb.shape[1]), ib)
+            lb, rb = lb[:, keep], rb[:, keep]
+    left, right = np.concatenate([la, lb], 1), np.concatenate([ra, rb], 1)
+    made_dims = with_extents(a.dims, [len(columns) if n > 1 else 1 for n in shape])
+
+    def write() -> str:
+        names = [rw.layout.realise(p.reshape(extents(made_dims)), made_dims, full=True)[0] for p in parts]
+        return rw.emit.add("Add", names)
+
+    made = rw.sources.add(
+        made_dims,
+        dtype,
+        write=rw.later(write, None),
+        linear=lambda: (left.reshape(*extents(made_dims), -1), right.reshape(*extents(made_dims), -1)),
+    )
+    codes = np.full(a.codes.size, zero)
+    codes[columns] = codes_of(made).reshape(-1)
+    return view(a.dims, dtype, codes.reshape(shape))
+
+
+def stacked(rw: Rewrite, x: Sum, axis: int, weight: Weights) -> tuple[Value, Weights]:
+    """A sum with products that were put off, before a linear map: its terms side by side, weights repeated."""
+    whole = compact(rw, x.terms, x.dims, x.dtype)
+    first = whole.terms[0].codes
+    columns = np.flatnonzero((first != rw.zero(x.dtype)).any(tuple(k for k in range(first.ndim) if k != axis)))
+    codes = [first.take(columns, axis), *(t.codes for t in whole.terms[1:])]
+    count = extents(x.dims)[axis]
+    index = np.concatenate([columns, *([np.arange(count)] * (len(codes) - 1))])
+    joined = np.concatenate(codes, axis)
+    dims = (*x.dims[:axis], canonical([len(index)]), *x.dims[axis + 1 :])
+    return view(dims, x.dtype, joined), weight.part(rw.emit, 0, index)
 
 
 RULE = Rule(
@@ -218,5 +346,3 @@ RULE = Rule(
     exactness="reassociates",
     operators={},
 )
-
-__all__ = ["RULE", "Fold", "Level", "expand", "find", "is_open", "product"]

@@ -1,0 +1,149 @@
+"""`cross`: cross layers stay affine in the candidate on their request-level side.
+
+In a cross layer `y = x0 * (x W + b) + x` the request-level half of `x0` scales products of the candidate. For a
+fixed request that half of `y` is an affine function of candidate-level entries, `A C + r`, and so is that of the next layer: it
+is never made per candidate. `A` is made once per request, and the next linear map is folded into it (`rules/fold.py`).
+Only the candidate-level half of each layer, which multiplies candidates with candidates, is made for every one of them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.values import (
+    Abstract,
+    Codes,
+    Level,
+    Sum,
+    Value,
+    canonical,
+    codes_of,
+    extents,
+    offsets,
+    source_numbers,
+    view,
+    with_extents,
+)
+
+from .broadcast import elementwise
+
+_THROUGH = frozenset({"Add"})
+
+
+def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A pending sum with a product, times a value that is request-level in part."""
+    operands = [rw.operand(node, k) for k in (0, 1)]
+    sums = [o for o in operands if isinstance(o, Sum)]
+    if len(sums) != 1 or not rw.uses("fold") or not rw.read_by_linear_maps(node.output[0], _THROUGH):
+        return None
+    (x,) = sums
+    (other,) = (o for o in operands if o is not x)
+    if other is None or rw.needed.get(node.output[0]):
+        return None
+    v = rw.settle(other)
+    shape = extents(x.dims)
+    if v.dims != x.dims or prod(shape) != max(shape, default=1) or max(shape, default=1) == 1:
+        return None
+    levels = rw.sources.levels(v.codes).reshape(-1)
+    once, each = np.flatnonzero(levels <= Level.REQUEST), np.flatnonzero(levels == Level.CANDIDATE)
+    terms = [t.codes.reshape(-1) for t in x.terms]
+    moving = [t for t in terms if (rw.sources.levels(t[once]) == Level.CANDIDATE).any()] if len(once) else []
+    if not moving or not len(each):
+        return None
+    ahead = [_narrowed(rw, t[once]) for t in moving]
+    factors = [_affine(rw, t) for t in ahead]
+    if any(f is None for f in factors):
+        return None
+    axis = int(np.argmax(shape))
+
+    def part(codes: Codes) -> Value:
+        dims = with_extents(x.dims, [len(codes) if k == axis else 1 for k in range(len(shape))])
+        return view(dims, x.dtype, codes.reshape(extents(dims)))
+
+    def fresh(kind: str) -> str:
+        return rw.emit.fresh(f"{node.output[0]}/{kind}")
+
+    zero = rw.zero(x.dtype)
+    scale = v.codes.reshape(-1)
+    still = [t[once] for t in terms if not any(t is m for m in moving)]
+    lead = part(scale[once])
+    fixed = rw.add([part(t) for t in still], lead.dims, x.dtype) if still else part(np.full(len(once), zero))
+    plain = np.full(len(scale), zero)
+    plain[once] = elementwise(rw, "Mul", [lead, rw.settle(fixed)], fresh("request")).codes.reshape(-1)
+    made = rw.settle(rw.add([part(_narrowed(rw, t[each])) for t in terms], part(scale[each]).dims, x.dtype))
+    plain[each] = elementwise(rw, "Mul", [part(scale[each]), made], fresh("candidate")).codes.reshape(-1)
+    left = np.concatenate([f[0] for f in factors if f is not None], 1)
+    right = np.concatenate([f[1] for f in factors if f is not None], 1)
+
+    def linear() -> tuple[Codes, Codes]:
+        dims = (canonical([len(once)]), canonical([left.shape[1]]))
+        coefficients, _ = rw.layout.realise(left, dims)
+        by, _ = rw.layout.realise(scale[once][:, None], (dims[0], ()))
+        source = rw.sources.add(dims, x.dtype, rw.emit.add("Mul", [coefficients, by]))
+        codes = codes_of(source).reshape(*extents(lead.dims), -1)
+        return codes, right.reshape(codes.shape)
+
+    def write() -> str:
+        product = rw.settle(rw.add([part(t) for t in ahead], lead.dims, x.dtype))
+        return rw.emit.add("Mul", [rw.tensor(product), rw.tensor(lead)])
+
+    source = rw.sources.add(lead.dims, x.dtype, write=rw.later(write, None), linear=cache(linear))
+    opened = np.full(len(scale), zero)
+    opened[once] = codes_of(source).reshape(-1)
+    return [Sum(x.dims, x.dtype, [view(x.dims, x.dtype, c.reshape(shape)) for c in (opened, plain)])]
+
+
+def _affine(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes] | None:
+    """Entries of products that are not written yet, as sums of coefficients times candidate-level entries."""
+    zero = rw.zero(rw.sources.of(codes)[0].dtype)
+    found = [s for s in rw.sources.of(codes) if s.level is Level.CANDIDATE]
+    if any(s.affine is None or s.name is not None for s in found):
+        return None
+    numbers = source_numbers(codes)
+    known = np.isin(numbers, [s.number for s in found]) | (codes == zero)
+    if not known.all():
+        return None
+    lefts, rights = [], []
+    for s in found:
+        assert s.affine is not None
+        a, b = s.affine()
+        at = numbers == s.number
+        left = np.full((len(codes), a.shape[1]), zero)
+        right = np.repeat(b[:1], len(codes), 0)
+        left[at], right[at] = a[offsets(codes[at])], b[offsets(codes[at])]
+        lefts.append(left)
+        rights.append(right)
+    return np.concatenate(lefts, 1), np.concatenate(rights, 1)
+
+
+def _narrowed(rw: Rewrite, codes: Codes) -> Codes:
+    """The same entries, of products that have no other columns."""
+    out = codes.copy()
+    numbers = source_numbers(codes)
+    for s in rw.sources.of(codes):
+        if s.narrow is None or s.name is not None:
+            continue
+        at = numbers == s.number
+        columns: NDArray[np.int64] = np.unique(offsets(codes[at]))
+        if len(columns) < s.size:
+            cut = codes_of(s.narrow(columns)).reshape(-1)
+            out[at] = cut[np.searchsorted(columns, offsets(codes[at]))]
+    return out
+
+
+RULE = Rule(
+    name="cross",
+    title="Keeps the request-level side of cross layers affine in the candidate, at every depth.",
+    identity="u * ([u | x] W + b) + u = x (W_xu diag(u)) + u * (u W_uu + b_u) + u",
+    source="rank-aware decomposition (arXiv 2605.27450) for the first layer; onnxrank beyond it",
+    legal="The product is scaled by a value that is request-level in part, and only additions and linear maps read it.",
+    refuses="Cross layers whose result something other than a linear map reads.",
+    exactness="reassociates",
+    operators={"Mul": scaled},
+)
