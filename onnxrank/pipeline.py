@@ -183,7 +183,12 @@ def optimize(
     if forms[0].uses(_FORMS):
         # Which form is best changes with the number of candidates: the cheapest is taken.
         forms.append(Form(study, [r for r in rules if r.name not in _FORMS], interface, guard, span))
-    chosen = min(forms, key=lambda f: f.seconds(span))
+
+    def original_seconds(n: int) -> float:
+        return cost.seconds(study.model.graph, replace(before, symbols={**before.symbols, CANDIDATES: n}))
+
+    # Of forms that are all out the last is the plainest.
+    chosen = min(reversed(forms), key=lambda f: f.seconds(span, original_seconds))
     made, rewrite = chosen.model, chosen.rewrite
     report.refusals = rewrite.rw.refusals
     notes += rewrite.notes
@@ -212,7 +217,7 @@ def optimize(
     entry.key, entry.value = CONTRACT, json.dumps(contract, sort_keys=True)
     report.size_after = made.ByteSize()
     report.predictions = _predictions(
-        lambda n: cost.seconds(study.model.graph, replace(before, symbols={**before.symbols, CANDIDATES: n})),
+        original_seconds,
         lambda n: cost.seconds(made.graph, replace(after, symbols={**after.symbols, CANDIDATES: n})),
     )
     if check:
@@ -251,12 +256,19 @@ class Form:
         assert self.model is not None
         return cost.shapes_of(self.model, self.facts, self.rewrite.input_extents(), candidates)
 
-    def seconds(self, span: tuple[int, int]) -> float:
-        """Predicted time, over the expected numbers of candidates and at a quarter of the least."""
+    def seconds(self, span: tuple[int, int], original: Callable[[int], float]) -> float:
+        """Predicted time at the expected number of candidates.
+
+        Args:
+            span: Least and most candidates expected.
+            original: Predicted time of the original; a form that is slower at a quarter of the least is out.
+        """
         if self.model is None or self.probe is None:
             return float("inf")
-        points = (max(1, span[0] // 4), report_candidates(span))
-        return sum(cost.seconds(self.model.graph, self.shapes(n)) / n for n in points)
+        few = max(1, span[0] // 4)
+        if cost.seconds(self.model.graph, self.shapes(few)) > original(few):
+            return float("inf")
+        return cost.seconds(self.model.graph, self.shapes(report_candidates(span)))
 
 
 def report_candidates(span: tuple[int, int]) -> int:

@@ -194,6 +194,8 @@ class Source:
             factors, `[extents..., terms]` each.
         affine: The same for a matrix product not written yet, for whom it pays to know.
         narrow: Gives the same product with some of its columns only.
+        again: Gives the product followed by another matrix: the tensor with that, and its number of columns.
+        pull: The same for a sum of products that was put off.
     """
 
     number: int
@@ -208,6 +210,8 @@ class Source:
     linear: Callable[[], tuple[Codes, Codes]] | None = None
     affine: Callable[[], tuple[Codes, Codes]] | None = None
     narrow: Callable[[NDArray[np.int64]], Source] | None = None
+    again: Callable[[str, int], Source] | None = None
+    pull: Callable[[str, int], list[Source]] | None = None
 
     @cached_property
     def data(self) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from onnxrank.values import (
     Abstract,
     Codes,
     Level,
+    Source,
     Sum,
     Value,
     canonical,
@@ -93,7 +94,18 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         product = rw.settle(rw.add([part(t) for t in ahead], lead.dims, x.dtype))
         return rw.emit.add("Mul", [rw.tensor(product), rw.tensor(lead)])
 
-    source = rw.sources.add(lead.dims, x.dtype, write=rw.later(write, None), linear=cache(linear))
+    products = [s for t in ahead for s in rw.sources.of(t) if s.level is Level.CANDIDATE]
+    simple = all(s.again is not None and s.size == len(once) for s in products)
+    simple = simple and all(np.array_equal(offsets(t), np.arange(len(once))) for t in ahead)
+
+    def pull(name: str, width: int) -> list[Source]:
+        by, _ = rw.layout.realise(scale[once][:, None], (canonical([len(once)]), ()))
+        scaled_by = rw.emit.add("Mul", [name, by])
+        return [s.again(scaled_by, width) for s in products if s.again is not None]
+
+    source = rw.sources.add(
+        lead.dims, x.dtype, write=rw.later(write, None), linear=cache(linear), pull=pull if simple else None
+    )
     opened = np.full(len(scale), zero)
     opened[once] = codes_of(source).reshape(-1)
     return [Sum(x.dims, x.dtype, [view(x.dims, x.dtype, c.reshape(shape)) for c in (opened, plain)])]

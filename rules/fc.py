@@ -357,20 +357,29 @@ def _explain(rw: Rewrite, source: Source, piece: Piece, weight: Weights, axis: i
             codes, basis = rw.constant(data).codes.reshape(data.shape), piece.codes.reshape(-1)
         return codes.T, np.broadcast_to(basis, (width, len(basis)))
 
-    def narrow(columns: NDArray[np.int64]) -> Source:
-        part = weight.part(rw.emit, 1, columns)
-        dims = with_extents(source.dims, [len(columns) if n > 1 else 1 for n in extents(source.dims)])
+    def other(part: Weights, rule: str) -> Source:
+        columns = part.data.shape[1]
+        dims = with_extents(source.dims, [columns if n > 1 else 1 for n in extents(source.dims)])
         if piece.fold is not None:
             writer, rule = fold.product(rw, piece.fold, part, piece.members)[1], "fold"
         else:
             operand = np.moveaxis(piece.codes, -1, axis)
             own = (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
             _, writer = _postponed(rw, piece, operand, own, axis, _narrowed(rw, part, axis, len(own)))
-            rule = "fc"
-        made = rw.sources.add(dims, source.dtype, product=rw.later(writer, rule))
+        return rw.sources.add(dims, source.dtype, product=rw.later(writer, rule))
+
+    def narrow(columns: NDArray[np.int64]) -> Source:
+        part = weight.part(rw.emit, 1, columns)
+        made = other(part, "fc")
         _explain(rw, made, piece, part, axis)
         return made
 
+    def again(name: str, columns: int) -> Source:
+        mine = weight.rows(rw.emit, np.arange(len(weight.data)))
+        both = rw.emit.add("MatMul", [mine, name])
+        return other(Weights(np.empty((len(weight.data), columns), weight.data.dtype), both), "cross")
+
+    source.again = again
     source.affine, source.narrow = affine, narrow
 
 
@@ -467,12 +476,24 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
     axis = x.rank - 1
     real = weight.data.dtype.kind not in "iu"
     if isinstance(x, Sum) and fold.has_open(rw, x):
-        x, weight = fold.stacked(rw, x, axis, weight)
+        return _of_open(rw, x, axis, weight, lambda v, w: linear_last(rw, v, w, rule, unread))
 
     def one(v: Value) -> Abstract:
         return contract(rw, v, axis, weight, right_product(rw, weight.data.shape[1], real), rule, unread)
 
     return distribute(rw, x, axis, one)
+
+
+def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:
+    """A linear map of a sum with products that were put off: multiplied from its own side, or all terms together."""
+    x = fold.compact(rw, x.terms, x.dims, x.dtype)
+    pulled = fold.pulled(rw, x, axis, weight)
+    if pulled is None:
+        return linear(*fold.stacked(rw, x, axis, weight))
+    rest = [linear(t, weight) for t in x.terms[1:]]
+    terms = [t for r in rest for t in (r.terms if isinstance(r, Sum) else [rw.settle(r)])]
+    dims = (*x.dims[:axis], canonical([weight.data.shape[1]]), *x.dims[axis + 1 :])
+    return rw.add([*terms, *pulled], dims, x.dtype)
 
 
 def _normalised_product(rw: Rewrite, x: Affine, weight: Weights, unread: Any) -> Abstract:
@@ -523,7 +544,7 @@ def _left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
     """`W @ y`, given W transposed: contracted over the last axis but one."""
     axis = y.rank - 2
     if isinstance(y, Sum) and fold.has_open(rw, y):
-        y, turned = fold.stacked(rw, y, axis, turned)
+        return _of_open(rw, y, axis, turned, lambda v, w: _left(rw, v, w, unread))
     write = left_product(rw, turned.data.shape[1])
     return distribute(rw, y, axis, lambda v: contract(rw, v, axis, turned, write, "fc", unread))
 

@@ -24,6 +24,7 @@ from onnxrank.values import (
     CANDIDATES,
     Codes,
     Dims,
+    Source,
     Sum,
     Unrepresentable,
     Value,
@@ -317,18 +318,57 @@ def _merged(rw: Rewrite, a: Value, b: Value) -> Value:
         dtype,
         write=rw.later(write, None),
         linear=lambda: (left.reshape(*extents(made_dims), -1), right.reshape(*extents(made_dims), -1)),
+        pull=_pull_both(rw, parts, dtype),
     )
     codes = np.full(a.codes.size, zero)
     codes[columns] = codes_of(made).reshape(-1)
     return view(a.dims, dtype, codes.reshape(shape))
 
 
+def _pull_both(rw: Rewrite, parts: Sequence[Codes], dtype: int) -> Callable[[str, int], list[Source]] | None:
+    """How to multiply the sum of two terms: each on its own."""
+    zero = rw.zero(dtype)
+    owners: list[tuple[Source, NDArray[np.int64]]] = []
+    for p in parts:
+        at = np.flatnonzero(p != zero)
+        found = rw.sources.of(p[at])
+        if len(found) != 1 or found[0].pull is None or found[0].size != len(at):
+            return None
+        owners.append((found[0], at[np.argsort(p[at])]))
+
+    def pull(name: str, width: int) -> list[Source]:
+        out: list[Source] = []
+        for source, order in owners:
+            assert source.pull is not None
+            rows = rw.emit.add("Gather", [name, rw.emit.constant(order)], {"axis": 0})
+            out += source.pull(rows, width)
+        return out
+
+    return pull
+
+
+def pulled(rw: Rewrite, x: Sum, axis: int, weight: Weights) -> list[Value] | None:
+    """Products that were put off, in a sum made by `compact`, times a narrow matrix.
+
+    Multiplied from the side of that matrix, `A (B w)`, nothing is made that is wider than it.
+    """
+    width = weight.data.shape[1]
+    codes = np.moveaxis(x.terms[0].codes, axis, -1).reshape(-1, extents(x.dims)[axis])[0]
+    columns = np.flatnonzero(codes != rw.zero(x.dtype))
+    found = rw.sources.of(codes[columns])
+    if len(found) != 1 or found[0].pull is None or found[0].size != len(columns) or 4 * width > len(columns):
+        return None
+    order = columns[np.argsort(codes[columns])]
+    dims = (*x.dims[:axis], canonical([width]), *x.dims[axis + 1 :])
+    made = found[0].pull(weight.rows(rw.emit, order), width)
+    return [view(dims, x.dtype, codes_of(s).reshape(extents(dims))) for s in made]
+
+
 def stacked(rw: Rewrite, x: Sum, axis: int, weight: Weights) -> tuple[Value, Weights]:
-    """A sum with products that were put off, before a linear map: its terms side by side, weights repeated."""
-    whole = compact(rw, x.terms, x.dims, x.dtype)
-    first = whole.terms[0].codes
+    """A sum made by `compact`, before a linear map: its terms side by side, weights repeated."""
+    first = x.terms[0].codes
     columns = np.flatnonzero((first != rw.zero(x.dtype)).any(tuple(k for k in range(first.ndim) if k != axis)))
-    codes = [first.take(columns, axis), *(t.codes for t in whole.terms[1:])]
+    codes = [first.take(columns, axis), *(t.codes for t in x.terms[1:])]
     count = extents(x.dims)[axis]
     index = np.concatenate([columns, *([np.arange(count)] * (len(codes) - 1))])
     joined = np.concatenate(codes, axis)
