@@ -130,9 +130,19 @@ def _recurrent_macs(node: NodeProto, shapes: Shapes) -> int:
     return 0 if x is None or w is None or r is None else prod(x[:2]) * (prod(w) + prod(r))
 
 
+def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
+    """Seconds on one core.
+
+    Args:
+        macs: Multiply-adds of matrix products.
+        written: Bytes written.
+        launches: Operators run.
+    """
+    return macs * _SECONDS_PER_MAC + written * _SECONDS_PER_BYTE + launches * _SECONDS_PER_LAUNCH
+
+
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
     macs = sum(node_macs(n, shapes) + _recurrent_macs(n, shapes) for n in graph.node)
     written = sum(node_bytes(n, shapes) for n in graph.node)
-    launches = sum(n.op_type not in _FREE for n in graph.node)
-    return macs * _SECONDS_PER_MAC + written * _SECONDS_PER_BYTE + launches * _SECONDS_PER_LAUNCH
+    return estimate(macs, written, sum(n.op_type not in _FREE for n in graph.node))

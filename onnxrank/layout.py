@@ -23,7 +23,7 @@ from onnxrank.values import (
     Sources,
     Unrepresentable,
     canonical,
-    constant_along,
+    cut_repeats,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -91,10 +91,7 @@ class Layout:
         found = self.sources.of(codes)
         if len(found) == 1 and found[0].dims == dims and np.array_equal(offsets(codes).reshape(-1), _range(codes.size)):
             return self.name_of(found[0])
-        reduced = codes
-        for axis in range(codes.ndim):
-            if constant_along(reduced, axis):
-                reduced = reduced.take([0], axis)
+        reduced = cut_repeats(codes)
         held = self.sources.symbols(reduced)
         small = keep_symbols(with_extents(dims, reduced.shape), held)
         if small != dims:

@@ -155,17 +155,7 @@ def optimize(
             else:
                 roles = resolve(described, request=request, spec=spec)
     rules = choose_rules(select, ignore, extra_rules)
-    report = Report(
-        metadata.version("onnxrank"),
-        None if loaded.path is None else os.fspath(loaded.path),
-        loaded.sha256,
-        interface,
-        span,
-        roles.to_dict(),
-        size_before=loaded.size,
-        size_after=loaded.size,
-        notes=notes,
-    )
+    report = _report(loaded, interface, span, roles.to_dict(), notes)
     say("measuring shapes")
     study = Study(working, roles, loaded)
     if study.facts.note:
@@ -224,6 +214,16 @@ def optimize(
         say("checking")
         verify(study, made, probe, rewrite, report)
     return Result(made, report, loaded)
+
+
+def _report(
+    loaded: files.LoadedModel, interface: str, span: tuple[int, int], roles: dict[str, Any], notes: list[str]
+) -> Report:
+    """A report of a run that has not changed anything yet."""
+    source = None if loaded.path is None else os.fspath(loaded.path)
+    report = Report(metadata.version("onnxrank"), source, loaded.sha256, interface, span, roles, notes=notes)
+    report.size_before = report.size_after = loaded.size
+    return report
 
 
 class Form:
@@ -359,17 +359,8 @@ def _left_alone(
     loaded: files.LoadedModel, contract: Mapping[str, Any], interface: str, span: tuple[int, int]
 ) -> Result:
     """The result for a model that was optimised before: nothing to do."""
-    report = Report(
-        metadata.version("onnxrank"),
-        None if loaded.path is None else os.fspath(loaded.path),
-        loaded.sha256,
-        interface,
-        span,
-        dict(contract.get("roles", {})),
-        size_before=loaded.size,
-        size_after=loaded.size,
-        notes=["the model's contract says that it was optimised before, for the same use"],
-    )
+    note = "the model's contract says that it was optimised before, for the same use"
+    report = _report(loaded, interface, span, dict(contract.get("roles", {})), [note])
     return Result(loaded.proto, report, loaded)
 
 
@@ -500,11 +491,12 @@ class Study:
         try:
             return self.probe.measure(self.maker)
         except ModelError as e:
+            shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
             raise ModelError(
-                "the model does not run at several numbers of candidates with inputs of these roles: "
-                f"{', '.join(f'{i.name} {_shown(i.dims)}' for i in self.declared)}. {e}. If it is a static batch export, "
-                "export it again with a dynamic one (torch: dynamic_axes or dynamic_shapes; tf2onnx: a batch of None); "
-                "if an input takes values of its own, give their range in a roles file."
+                f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {e}. "
+                "If it is a static batch export, export it again with a dynamic one (torch: dynamic_axes or "
+                "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "
+                "roles file."
             ) from e
 
     def constants(self) -> dict[str, Value]:

@@ -33,7 +33,7 @@ from onnxrank.values import (
     Value,
     broadcast_dims,
     codes_of,
-    constant_along,
+    cut_repeats,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -603,10 +603,7 @@ class Rewrite:
         """Adds terms of one group: constants and request-level terms first, products as Gemm chains."""
         parts: list[tuple[Source | None, Codes, Dims]] = []
         for t in terms:
-            small = t
-            for axis in range(t.ndim):
-                if constant_along(small, axis):
-                    small = small.take([0], axis)
+            small = cut_repeats(t)
             held = self.sources.symbols(small)
             physical = keep_symbols(with_extents(dims, small.shape), held)
             (first, *others) = self.sources.of(small)

@@ -384,22 +384,19 @@ def view(dims: Dims, dtype: int, codes: Codes) -> Value:
 
 
 def constant_along(codes: Codes, axis: int) -> bool:
-    """Whether the value is the same at every position of an axis (holes take any value)."""
+    """Whether the value is the same at every position of an axis of more than one."""
     if codes.shape[axis] == 1:
         return False
     first = codes.take([0], axis)
     return bool((codes == first).all())
 
 
-def squeeze_broadcast(arrays: Sequence[Codes]) -> list[Codes]:
-    """Cuts every array, axis by axis, to one position where it does not vary."""
-    out = []
-    for a in arrays:
-        for axis in range(a.ndim):
-            if constant_along(a, axis):
-                a = a.take([0], axis)
-        out.append(a)
-    return out
+def cut_repeats(codes: Codes, axes: Iterable[int] | None = None) -> Codes:
+    """Codes cut to one position along every axis (of `axes`) that the value does not vary along."""
+    for axis in range(codes.ndim) if axes is None else axes:
+        if constant_along(codes, axis):
+            codes = codes.take([0], axis)
+    return codes
 
 
 def split_axis(keys: NDArray[np.int64]) -> tuple[int, list[NDArray[np.int64]]] | None:

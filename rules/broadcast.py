@@ -27,6 +27,7 @@ from onnxrank.values import (
     canonical,
     codes_of,
     constant_along,
+    cut_repeats,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -44,6 +45,8 @@ UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh El
     Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast""".split()
 BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
     Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
+IMAGES = """Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool DepthToSpace
+    SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
 _LARGEST_SCALED = 1 << 18
 _COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
 _BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
@@ -211,9 +214,7 @@ def _group(
     def write() -> str:
         names = [""] * len(node.input)
         for k, part, rank in zip(present, parts, ranks, strict=True):
-            for axis in range(part.ndim):
-                if constant_along(part, axis):
-                    part = part.take([0], axis)
+            part = cut_repeats(part)
             lead = part.ndim - rank
             if lead > 0 and all(n == 1 for n in part.shape[:lead]):
                 part = part.reshape(part.shape[lead:])
@@ -351,9 +352,7 @@ def rowwise(
     out = [np.full(extents(d), HOLE) for d in dims_out]
     for group in rw.groups(levels, x.dims, flat=False):
         part = group.take(codes)
-        for axis in range(part.ndim):
-            if axis not in core and constant_along(part, axis):
-                part = part.take([0], axis)
+        part = cut_repeats(part, set(range(part.ndim)) - set(core))
         own = with_extents(group.dims, part.shape)
         name, physical = rw.layout.realise(part, own)
         small = reshape(own)
@@ -473,10 +472,7 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     tail = extents(after)
     out = np.full(extents(dims), HOLE)
     for group in rw.groups(rw.sources.levels(ids.codes).astype(np.int64), ids.dims):
-        part = group.take(ids.codes)
-        for k in range(part.ndim):
-            if constant_along(part, k):
-                part = part.take([0], k)
+        part = cut_repeats(group.take(ids.codes))
         name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))
         lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(ids.dims))
         rw.emit.rule = "broadcast" if lowered else None
@@ -601,11 +597,7 @@ RULE = Rule(
         "ArgMax": _arg,
         "ArgMin": _arg,
         "TopK": _topk,
-        **{
-            op: _batch_first
-            for op in """Conv MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool ConvTranspose DepthToSpace
-    SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
-        },
+        **{op: _batch_first for op in IMAGES},
         "BatchNormalization": _batch_norm,
         "Dropout": _dropout,
         "Gather": lookup,

@@ -1,9 +1,10 @@
 """`cross`: cross layers stay affine in the candidate on their request-level side.
 
-In a cross layer `y = x0 * (x W + b) + x` the request-level half of `x0` scales products of the candidate. For a
-fixed request that half of `y` is an affine function of candidate-level entries, `A C + r`, and so is that of the next layer: it
-is never made per candidate. `A` is made once per request, and the next linear map is folded into it (`rules/fold.py`).
-Only the candidate-level half of each layer, which multiplies candidates with candidates, is made for every one of them.
+In a cross layer `y = x0 * (x W + b) + x` the request-level half of `x0` scales products of the candidate. For a fixed
+request that half of `y` is an affine function of candidate-level entries, `A C + r`, and so is that of the next layer:
+it is never made per candidate. `A` is made once per request, and the next linear map is folded into it
+(`rules/fold.py`). Only the candidate-level half of each layer, which multiplies candidates with candidates, is made for
+every one of them.
 """
 
 from __future__ import annotations

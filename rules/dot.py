@@ -26,7 +26,7 @@ from onnxrank.values import (
     broadcast_dims,
     canonical,
     codes_of,
-    constant_along,
+    cut_repeats,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -122,10 +122,7 @@ def _blocks(
 
 
 def _part(x: Value, at: NDArray[np.int64], axis: int) -> Value:
-    codes: Codes = x.codes.take(at, axis)
-    for k in range(codes.ndim - 2):
-        if constant_along(codes, k):
-            codes = codes.take([0], k)
+    codes: Codes = cut_repeats(x.codes.take(at, axis), range(x.rank - 2))
     return Value(with_extents(x.dims, codes.shape), x.dtype, None, codes)
 
 
@@ -189,7 +186,7 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     own_b = tuple(canonical([n]) for n in shape_b)
     left, _ = rw.layout.realise(stacked[0].reshape(shape_a), own_a, full=True)
     if shape_a[:-2]:
-        # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul and then divides by zero rows.
+        # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul, then divides by no rows.
         shape = np.array([*shape_a[:-2], -1, shape_a[-1]], np.int64)
         left = rw.emit.add("Reshape", [left, rw.emit.constant(shape)], hint=hint)
     right, _ = rw.layout.realise(b_codes.reshape(shape_b), own_b)

@@ -30,7 +30,7 @@ from onnxrank.values import (
     Value,
     canonical,
     codes_of,
-    constant_along,
+    cut_repeats,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -716,10 +716,8 @@ def _einsum_by_rows(
             chosen = {mine[axis]: group.index[axis]}
             if mine[axis] in its:
                 w = np.ascontiguousarray(weight.take(group.index[axis], its.index(mine[axis])))
-        for a in range(part.ndim):
-            # An axis that the weights run along too is not one that results repeat along.
-            if a not in inner and mine[a] not in its and constant_along(part, a):
-                part = part.take([0], a)
+        # An axis that the weights run along too is not one that results repeat along.
+        part = cut_repeats(part, [a for a in range(part.ndim) if a not in inner and mine[a] not in its])
         own = with_extents(group.dims, part.shape)
         name, physical = rw.layout.realise(part, own)
         made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")

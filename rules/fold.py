@@ -19,6 +19,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxrank import cost
 from onnxrank.rewrite import Rewrite, Rule, Weights
 from onnxrank.values import (
     CANDIDATES,
@@ -38,9 +39,6 @@ from onnxrank.values import (
 )
 
 _LARGEST = 1 << 24
-_SECONDS_PER_MAC = 1 / 25e9
-_SECONDS_PER_ENTRY = 4 / 8e9
-_SECONDS_PER_LAUNCH = 1.5e-6
 
 
 @dataclass(frozen=True)
@@ -170,11 +168,11 @@ def _regular(
     place.reshape(-1)[items] = kind * most + within
     made = rows * int(opened.sum())
     plain = np.zeros(0, np.int64) if plain is None else plain
-    direct = made * _SECONDS_PER_ENTRY * 2 + (rows * (len(columns) + len(plain)) * width + len(item)) * _SECONDS_PER_MAC
-    folded = len(basis) * rows * width * _SECONDS_PER_MAC
-    once = (groups * terms + groups * most) * width * _SECONDS_PER_ENTRY * 2 + 5 * _SECONDS_PER_LAUNCH
-    once += groups * most * terms * width * _SECONDS_PER_MAC
-    if once + rw.candidates * folded >= rw.candidates * direct:
+    # Every product that is not folded is written, and read again.
+    direct = cost.estimate(rows * (len(columns) + len(plain)) * width + len(item), 8 * made)
+    each = cost.estimate(len(basis) * rows * width)
+    once = cost.estimate(groups * most * terms * width, 8 * (groups * terms + groups * most) * width, launches=5)
+    if once + rw.candidates * each >= rw.candidates * direct:
         return None
     own = np.searchsorted(basis, flat[:, plain]).T
     return np.concatenate([columns, plain]), Fold(coefficients, np.maximum(kinds, 0), basis, place, own)
@@ -203,7 +201,7 @@ def product(
         basis, _ = rw.layout.realise(fold.basis.reshape(1, count), ((CANDIDATES,), canonical([count])))
         if addend is None:
             return rw.emit.add("MatMul", [basis, made])
-        flat: Dims = (tuple(symbols(have)), canonical([prod(rows_of(have))]))
+        flat: Dims = (tuple(symbols(have)), canonical([prod(extents(have))]))
         return rw.emit.add("Gemm", [basis, made, rw.layout.reshape(addend, have, flat)])
 
     return dims, writer
@@ -251,11 +249,6 @@ def _with_plain(
     codes = codes.copy()
     codes[touched] = codes_of(rw.sources.add(dims, dtype, added)).reshape(len(touched), rows, width)
     return codes
-
-
-def rows_of(dims: Dims) -> tuple[int, ...]:
-    """Constant extents of a shape."""
-    return tuple(f for d in dims for f in d if isinstance(f, int))
 
 
 def has_open(rw: Rewrite, value: Sum) -> bool:
@@ -382,7 +375,7 @@ RULE = Rule(
     identity="sum_k W_k R_k C_u(k) = sum_u (sum_{k: u(k)=u} R_k W_k) C_u",
     source="onnxrank; beyond rank-aware decomposition (arXiv 2605.27450)",
     legal="The product is read by linear maps with constant weights, and the weights made per request are regular.",
-    refuses="Products that are needed as they are, and numbers of candidates at which the weights cost more than they save.",
+    refuses="Products needed as they are; numbers of candidates at which the weights cost more than they save.",
     exactness="reassociates",
     operators={},
 )

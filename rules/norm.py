@@ -28,7 +28,7 @@ from onnxrank.values import (
     Value,
     canonical,
     codes_of,
-    constant_along,
+    cut_repeats,
     extents,
     split_axis,
     symbols,
@@ -257,9 +257,7 @@ def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     out = np.full(codes.shape, HOLE)
     for group in rw.groups(levels, x.dims, flat=False):
         part, at = group.take(codes), group.index[1]
-        for axis in range(part.ndim):
-            if axis != 1 and constant_along(part, axis):
-                part = part.take([0], axis)
+        part = cut_repeats(part, [k for k in range(part.ndim) if k != 1])
         name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))
         own = [rw.emit.constant(np.ascontiguousarray(p[at])) for p in params if p is not None]
         made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")

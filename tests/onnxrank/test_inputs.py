@@ -488,9 +488,11 @@ def test_types_of_ids(ids: str) -> None:
 def test_bool_and_string_inputs() -> None:
     model = mlp(
         "(bool[N,4] flags, string[N] country, float[N,3] item) => (float[N,1] y) {"
-        "f = Cast<to=1>(flags) k = ai.onnx.ml.LabelEncoder<keys_strings = [\"a\", \"b\"], values_int64s = [1, 2],"
+        'f = Cast<to=1>(flags) k = ai.onnx.ml.LabelEncoder<keys_strings = ["a", "b"], values_int64s = [1, 2],'
         f"default_int64 = 0>(country) e = Gather(T, k) c = Concat<axis=1>(f, e, item) {HEAD} }}",
-        width=11, domains={"ai.onnx.ml": 2}, T=w(3, 4),
+        width=11,
+        domains={"ai.onnx.ml": 2},
+        T=w(3, 4),
     )
     hold(model, ["flags", "country"], rules=["fc"], share=0.8)
 

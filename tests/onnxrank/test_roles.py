@@ -272,9 +272,7 @@ def test_records() -> None:
     ranges = (ValueRange(0, 9, (64,)),)
     assert role == InputRole("h", "mixed", 0, None, tuple(range(64)), 65, ranges)
     whole = {"inputs": {"h": {"record": 2, "request": "0:2"}}}
-    assert resolve([info("h", "M"), info("x", "N")], spec=whole).inputs["h"] == InputRole(
-        "h", "request", 0, record=2
-    )
+    assert resolve([info("h", "M"), info("x", "N")], spec=whole).inputs["h"] == InputRole("h", "request", 0, record=2)
 
 
 @pytest.mark.parametrize(
@@ -369,9 +367,7 @@ def test_contradictory(request_: Sequence[str], name: str, entry: Any, says: str
 
 
 def test_contradictory_within_the_file() -> None:
-    with pytest.raises(
-        UsageError, match="contradictory.*by request in the roles file and candidate-level by inputs"
-    ):
+    with pytest.raises(UsageError, match=r"contradictory.*by request in the roles file and candidate-level by inputs"):
         resolve(PACKED, spec={"request": ["X[0]"], "inputs": {"X": "candidate"}})
 
 

@@ -52,7 +52,7 @@ ROWS = "s = Shape(user) n = Gather(s, zero) n1 = Concat<axis=0>(n, wide)"
 EXTENTS = {
     "Reshape": f"{ROWS} i2 = Reshape(item, n1) c = Concat<axis=1>(user, i2)",
     "Reshape of both": f"{ROWS} k = Mul(user, item3) i2 = Reshape(item, n1) k2 = Reshape(k, n4) c ="
-        f" Concat<axis=1>(k2, i2)",
+    f" Concat<axis=1>(k2, i2)",
     "Expand of a constant": f"{ROWS} e = Expand(row, n1) i2 = Add(item, e) c = Concat<axis=1>(user, i2)",
     "ConstantOfShape": f"{ROWS} z = ConstantOfShape(n1) i2 = Add(item, z) c = Concat<axis=1>(user, i2)",
     "ones": f"{ROWS} z = ConstantOfShape<value = float[1] {{2.0}}>(n1) i2 = Mul(item, z) c = Concat<axis=1>(user, i2)",
@@ -68,7 +68,7 @@ EXTENTS = {
     "request rows expanded like itself": f"{ROWS} uh = Slice(user, zero, wide, ax1) ue = Expand(uh, n1)"
     " d = Sub(ue, item) uc = Slice(user, wide, four, ax1) c = Concat<axis=1>(ue, d, uc)",
     "torch expand": "s = Shape(user) o = ConstantOfShape<value = int64[1] {1}>(two) mi = Mul(o, minus) eq ="
-        " Equal(t, mi)"
+    " Equal(t, mi)"
     " wh = Where(eq, o, t) e = Expand(row, wh) i2 = Add(item, e) c = Concat<axis=1>(user, i2)",
 }
 CONSTANTS = {
@@ -115,7 +115,7 @@ THRESHOLDS = {
     "in chunks of 100": "s = Shape(item) n = Gather(s, z) m = Add(n, most) p = Div(m, hundred) f = Cast<to=1>(p)"
     " u = Div(user, f) c = Concat<axis=1>(u, item)",
     "every hundredth row": "a = Slice(item, z, big, z, hundred) u = Slice(user, z, big, z, hundred) c ="
-        " Concat<axis=1>(u, a)",
+    " Concat<axis=1>(u, a)",
 }
 
 
@@ -133,8 +133,9 @@ def test_thresholds_on_the_number_of_candidates(form: str, interface: str) -> No
 
 
 @pytest.mark.parametrize("interface", ["request", "same"])
-@pytest.mark.parametrize("dense", ["h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V)", "h = MatMul(c, W) r ="
-    " Relu(h) y = MatMul(r, V)"])
+@pytest.mark.parametrize(
+    "dense", ["h = Gemm(c, W, b) r = Relu(h) y = Gemm(r, V)", "h = MatMul(c, W) r = Relu(h) y = MatMul(r, V)"]
+)
 def test_squeeze_without_axes(interface: str, dense: str) -> None:
     """`[N, 1, 4]` squeezed without axes is `[4]` at one row: what shrank must not lose its rows' axis."""
     model = mlp(
@@ -181,7 +182,7 @@ ELSEWHERE = {
     "positions first": "u = Gather(T, hist) s = Transpose<perm=[1, 0, 2]>(u) m = MatMul(s, Q) t = Tanh(m)"
     " p = ReduceMean<axes=[0], keepdims=0>(t) c = Concat<axis=1>(p, item)",
     "fields and rows merged": "u = Gather(T, hist) i1 = Unsqueeze(item, ax1) s = Concat<axis=1>(u, i1) f ="
-        " Reshape(s, m4)"
+    " Reshape(s, m4)"
     " m = Gemm(f, Q, q) t = Relu(m) g = Reshape(t, m64) p = ReduceSum<keepdims=0>(g, ax1) c = Concat<axis=1>(p, item)",
     "rows and fields merged, fields first": "u = Gather(T, hist) i1 = Unsqueeze(item, ax1) s = Concat<axis=1>(u, i1)"
     " x = Transpose<perm=[1, 0, 2]>(s) f = Reshape(x, m4) m = Gemm(f, Q, q) t = Relu(m) g = Reshape(t, s6m)"
@@ -219,7 +220,7 @@ def test_attention_over_history(kind: str) -> None:
     project = " ".join(f"{k} = MatMul(s, W{k}) " for k in "qkv")
     forms = {
         "scores": project + "kt = Transpose<perm=[0, 2, 1]>(k) a = MatMul(q, kt) p = Softmax<axis=-1>(a) o ="
-            " MatMul(p, v)",
+        " MatMul(p, v)",
         "heads merged": "t = Transpose<perm=[1, 0, 2]>(s) "
         + project.replace("(s,", "(t,")
         + " ".join(f"{k}r = Reshape({k}, lnh) {k}m = Transpose<perm=[1, 0, 2]>({k}r) " for k in "qkv")
@@ -227,7 +228,7 @@ def test_attention_over_history(kind: str) -> None:
         "ot = Transpose<perm=[1, 0, 2]>(om) ol = Reshape(ot, lne) o = Transpose<perm=[1, 0, 2]>(ol)",
         "heads first": project
         + " ".join(f"{k}r = Reshape({k}, nlhd) {k}m = Transpose<perm=[2, 0, 1, 3]>({k}r) " for k in "qkv")
-        + "a = Einsum<equation = \"bnik,bnjk->bnij\">(qm, km) p = Softmax<axis=-1>(a) om = MatMul(p, vm)"
+        + 'a = Einsum<equation = "bnik,bnjk->bnij">(qm, km) p = Softmax<axis=-1>(a) om = MatMul(p, vm)'
         "ot = Transpose<perm=[1, 2, 0, 3]>(om) o = Reshape(ot, nle)",
     }
     model = mlp(
@@ -411,8 +412,9 @@ def test_output_is_an_input() -> None:
 
 
 def test_output_is_an_initializer() -> None:
-    model = graph(f"{TWO}(float[N,8] y, float[7,8] W)"
-        f" {{ c = Concat<axis=1>(user, item) y = MatMul(c, W) }}", W=w(7, HIDDEN))
+    model = graph(
+        f"{TWO}(float[N,8] y, float[7,8] W) {{ c = Concat<axis=1>(user, item) y = MatMul(c, W) }}", W=w(7, HIDDEN)
+    )
     hold(model, ["user"], share=0.6)
 
 
@@ -598,8 +600,9 @@ def test_custom_operators() -> None:
 
 
 def test_nothing_but_custom_operators() -> None:
-    model = graph("(float[N,4] user, float[N,3] item) => (float[N,1] y) { y = acme.All(user, item)"
-        " }", domains={"acme": 1})
+    model = graph(
+        "(float[N,4] user, float[N,3] item) => (float[N,1] y) { y = acme.All(user, item) }", domains={"acme": 1}
+    )
     with pytest.raises(ModelError):
         optimised(model, request=["user"])
 
@@ -1114,8 +1117,9 @@ def test_guard_of_every_type(kind: str, opset: int) -> None:
 
 def test_guard_and_special_values() -> None:
     """NaN equals NaN and 0 equals -0 in a guard; an infinite feature is a feature."""
-    model = mlp(f"{TWO}(float[N,1] y)"
-        f" {{ k = Concat<axis=1>(user, item) q = IsNaN(k) c = Where(q, z, k) {HEAD} }}", z=one(0.0))
+    model = mlp(
+        f"{TWO}(float[N,1] y) {{ k = Concat<axis=1>(user, item) q = IsNaN(k) c = Where(q, z, k) {HEAD} }}", z=one(0.0)
+    )
     result = hold(model, ["user"], share=0.7, interface="same")
     feed = draw(model, roles_of(result), 3, 0)
     feed["user"][:] = [np.nan, 0.0, 1.0, 2.0]
@@ -1222,8 +1226,8 @@ def test_names_that_clash() -> None:
 def test_input_named_like_a_divided_one() -> None:
     """`X` is divided into `X.request` and `X.candidate`, which exist."""
     model = mlp(
-        "(float[N,5] X, float[N,1] \"X.request\", float[N,1] \"X.candidate\") => (float[N,1] y) {"
-        f"c = Concat<axis=1>(X, \"X.request\", \"X.candidate\") {HEAD} }}"
+        '(float[N,5] X, float[N,1] "X.request", float[N,1] "X.candidate") => (float[N,1] y) {'
+        f'c = Concat<axis=1>(X, "X.request", "X.candidate") {HEAD} }}'
     )
     try:
         result = optimised(model, request=["X[0:3]"])

@@ -1,0 +1,363 @@
+"""`dot`: products of two computed operands by blocks of levels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import (
+    Given,
+    Graph,
+    candidate,
+    operators,
+    optimised,
+    patterns,
+    refusals,
+    request,
+    rewritten,
+    rows,
+    rules,
+    whole_numbers,
+)
+
+import onnxrank
+
+N = 512
+
+
+def fields(users: int, items: int, d: int, shuffled: int | None = None) -> tuple[Graph, list[Given], str]:
+    """All fields [N, F, d], in the order of a seed."""
+    given = [request("u", users, d), candidate("c", items, d)]
+    g = Graph()
+    x = g.op("Concat", *(i.declare(g) for i in given), axis=1)
+    if shuffled is not None:
+        order = np.random.default_rng(shuffled).permutation(users + items)
+        x = g.op("Gather", x, g.ints(*order), axis=1)
+    return g, given, x
+
+
+def gram(g: Graph, x: str) -> str:
+    return g.op("MatMul", x, g.op("Transpose", x, perm=[0, 2, 1]))
+
+
+def flat(g: Graph, z: str, count: int) -> tuple[str, int]:
+    """The lower triangle, by positions on the flattened axis."""
+    i, j = np.tril_indices(count, -1)
+    return g.op("Gather", g.op("Reshape", z, g.ints(-1, count**2)), g.ints(*(i * count + j)), axis=1), len(i)
+
+
+def by_pairs(g: Graph, z: str, count: int) -> tuple[str, int]:
+    """The lower triangle, as `z[:, i, j]` is exported."""
+    i, j = np.tril_indices(count, -1)
+    picked = g.op("GatherND", g.op("Transpose", z, perm=[1, 2, 0]), g.const(np.stack([i, j], 1), np.int64))
+    return g.op("Transpose", picked, perm=[1, 0]), len(i)
+
+
+def everything(g: Graph, z: str, count: int) -> tuple[str, int]:
+    return g.op("Flatten", z), count**2
+
+
+def layer(g: Graph, x: str, rows: int, width: int, seed: int = 0) -> str:
+    y = g.op("Gemm", x, g.const(whole_numbers(rows, width, seed=seed)), g.const(whole_numbers(width, seed=seed + 1)))
+    return g.op("Relu", y)
+
+
+def made_by(result: onnxrank.Result, given: list[Given], kind: str) -> list[int]:
+    """Largest extent of all that an operator gives, at 50 candidates."""
+    extents = rows(result, given, 50)
+    return [extents[n.output[0]] for n in result.model.graph.node if n.op_type == kind]
+
+
+# --- dot interaction -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffled", [None, 1])
+@pytest.mark.parametrize("pick", [flat, by_pairs, everything])
+def test_interaction(pick: object, shuffled: int | None) -> None:
+    """Every block is multiplied once and at its own level; the triangle goes into the weights."""
+    users, items, d, width = 6, 3, 4, 5
+    g, given, x = fields(users, items, d, shuffled)
+    picked, pairs = pick(g, gram(g, x), users + items)  # type: ignore[operator]
+    g.output(layer(g, picked, pairs, width), ["N", width])
+    result = optimised(g, given)
+    assert rules(result) == {"dot": 1, "fc": 1}
+    assert refusals(result) == ""
+    before, after = result.report.before, result.report.after
+    assert sum(c.macs for c in before.values()) == N * ((users + items) ** 2 * d + pairs * width)
+    once = users * (users - 1) // 2 if pick is not everything else users**2
+    each = items * users + (items * (items - 1) // 2 if pick is not everything else items**2)
+    # A triangle of a block that is read for the better part keeps its place and has weights of 0.
+    if pick is not everything:
+        each += items * (items + 1) // 2 if items**2 <= items * (items - 1) + 1 else 0
+    assert after["request"].macs == users**2 * d + once * width
+    assert after["candidate"].macs == N * (items * (users + items) * d + each * width)
+    assert "Expand" not in operators(result.model)
+
+
+def test_candidates_are_rows_of_one_matrix() -> None:
+    """`C U'` is a product of [N * items, d] with [d, users]; no operand of the request has rows of candidates."""
+    g, given, x = fields(7, 2, 4)
+    picked, pairs = flat(g, gram(g, x), 9)
+    g.output(layer(g, picked, pairs, 3), ["N", 3])
+    result = optimised(g, given)
+    extents = rows(result, given, 50)
+    made = {o: n for n in result.model.graph.node for o in n.output}
+    products = [n for n in result.model.graph.node if n.op_type == "MatMul"]
+    assert sorted(extents[n.output[0]] for n in products) == [7, 50, 100]
+    (joined,) = (n for n in products if extents[n.output[0]] == 100)
+    assert extents[joined.input[0]] == 100
+    assert joined.input[1] not in made or extents[joined.input[1]] <= 7
+    assert len(products) == 3  # the symmetric block is not made twice
+
+
+@pytest.mark.parametrize("items", [1, 4, 5, 6])
+def test_rows_per_candidate(items: int) -> None:
+    """Few rows per candidate are brought side by side for one product; more are products of their own."""
+    g, given, x = fields(3, items, 4)
+    g.output(g.op("MatMul", g.op("Flatten", gram(g, x)), g.const(whole_numbers((3 + items) ** 2, 2))), ["N", 2])
+    result = optimised(g, given)
+    assert rules(result)["dot"] == 1
+    dot = 9 * 4 + N * items * (3 + items) * 4
+    assert result.report.after["candidate"].macs + result.report.after["request"].macs - dot == (
+        9 * 2 + N * items * (3 + items) * 2
+    )
+
+
+def test_beside_a_dense_part() -> None:
+    """The usual DLRM: one more field from a request-level MLP, which also goes into the top layer by itself."""
+    given = [request("dense", 5), request("u", 4, 3), candidate("c", 2, 3)]
+    g = Graph()
+    dense, u, c = (i.declare(g) for i in given)
+    x = layer(g, dense, 5, 3)
+    t = g.op("Concat", g.on_axes("Unsqueeze", x, [1]), u, c, axis=1)
+    picked, pairs = flat(g, gram(g, t), 7)
+    y = layer(g, g.op("Concat", x, picked, axis=1), 3 + pairs, 4, seed=5)
+    g.output(g.op("MatMul", y, g.const(whole_numbers(4, 1))), ["N", 1])
+    result = optimised(g, given)
+    assert {"dot", "fc", "broadcast"} <= set(rules(result))
+    assert result.report.after["request"].macs == 5 * 3 + 25 * 3 + (3 + 10) * 4
+    assert result.report.after["candidate"].macs == N * (2 * 7 * 3 + (10 + 1) * 4 + 4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_operands(turned: bool) -> None:
+    """`A B'` of two different operands, each with rows of both levels: no block mirrors another."""
+    given = [request("u", 3, 2), request("v", 4, 2), candidate("c", 2, 2), candidate("e", 5, 2)]
+    g = Graph()
+    u, v, c, e = (i.declare(g) for i in given)
+    a, b = g.op("Concat", c, u, axis=1), g.op("Concat", v, e, axis=1)
+    if turned:
+        a, b = b, a
+    z = g.op("MatMul", a, g.op("Transpose", b, perm=[0, 2, 1]))
+    g.output(g.op("MatMul", g.op("Flatten", z), g.const(whole_numbers(45, 3))), ["N", 3])
+    result = optimised(g, given)
+    assert rules(result)["dot"] == 1
+    assert result.report.after["request"].macs == 3 * 4 * 2 + 12 * 3
+    assert result.report.after["candidate"].macs == N * ((45 - 12) * 2 + (45 - 12) * 3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_layout(seed: int) -> None:
+    """Random numbers of fields, widths, orders and choices of pairs; some fields occur twice."""
+    rng = np.random.default_rng(seed)
+    users, items, d, width = (int(k) for k in rng.integers(1, 6, 4))
+    given = [request("u", users, d), candidate("c", items, d)]
+    g = Graph()
+    x = g.op("Concat", *(i.declare(g) for i in given), axis=1)
+    order = rng.integers(0, users + items, users + items + int(rng.integers(0, 3)))
+    order[:2] = 0, users  # one of each level at least
+    x = g.op("Gather", x, g.ints(*rng.permutation(order)), axis=1)
+    count = len(order)
+    pairs = rng.permutation(count**2)[: int(rng.integers(1, count**2 + 1))]
+    picked = g.op("Gather", g.op("Reshape", gram(g, x), g.ints(-1, count**2)), g.ints(*pairs), axis=1)
+    g.output(layer(g, picked, len(pairs), width, seed), ["N", width])
+    assert rules(optimised(g, given))["dot"] == 1
+
+
+def test_rows_summed() -> None:
+    """A reduction is linear too: `sum_j x_i . x_j`."""
+    g, given, x = fields(4, 3, 2)
+    y = g.on_axes("ReduceSum", gram(g, x), [2], keepdims=0)
+    g.output(g.op("MatMul", y, g.const(whole_numbers(7, 2))), ["N", 2])
+    result = optimised(g, given, counts=(1, 2, 5))  # onnxruntime gives wrong shapes for reductions of no rows
+    assert rules(result)["dot"] == 1
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["Softmax", "Relu", "output", "both"])
+def test_blocks_needed_side_by_side(reader: str) -> None:
+    """What joins the blocks again, a softmax over keys of both levels say, leaves the product whole."""
+    g, given, x = fields(4, 3, 2)
+    z = gram(g, x)
+    if reader == "output":
+        g.output(z, ["N", 7, 7])
+    else:
+        y = g.op(reader, z, **({"axis": -1} if reader == "Softmax" else {})) if reader != "both" else z
+        g.output(g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(49, 2))), ["N", 2])
+        if reader == "both":
+            g.output(g.op("Tanh", z), ["N", 7, 7])
+    result = optimised(g, given, tolerance=1e-6)
+    assert "dot MatMul: what reads the product needs its blocks side by side again" in refusals(result)
+    assert "dot" not in rules(result)
+
+
+def test_inner_axis_of_both_levels() -> None:
+    """Rows that hold both levels have no level of their own: nothing to divide."""
+    given = [request("u", 3, 4), candidate("c", 3, 2)]
+    g = Graph()
+    x = g.op("Concat", *(i.declare(g) for i in given), axis=2)
+    g.output(g.op("MatMul", g.op("Flatten", gram(g, x)), g.const(whole_numbers(9, 2))), ["N", 2])
+    result = optimised(g, given)
+    assert "dot" not in rules(result)
+
+
+def test_stack_of_both_levels() -> None:
+    """Where the level follows a stacked axis, rows have none."""
+    given = [request("u", 1, 3, 2), candidate("c", 2, 3, 2)]
+    g = Graph()
+    x = g.op("Concat", *(i.declare(g) for i in given), axis=1)
+    z = g.op("MatMul", x, g.op("Transpose", x, perm=[0, 1, 3, 2]))
+    g.output(g.op("MatMul", g.op("Flatten", z), g.const(whole_numbers(27, 2))), ["N", 2])
+    result = optimised(g, given)
+    assert "dot" not in rules(result)
+
+
+def test_product_over_candidates() -> None:
+    """`C' C` over all candidates mixes them: the rows it goes over stay those of the original."""
+    given = [request("u", 3), candidate("c", 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    mixed = g.op("MatMul", g.op("Transpose", g.op("Relu", u), perm=[1, 0]), c)
+    g.output(g.op("MatMul", g.op("Tanh", u), mixed), ["N", 4])
+    optimised(g, given, tolerance=1e-6)
+
+
+def test_left_out() -> None:
+    """Without the rule the scores are the same and the product stays."""
+    g, given, x = fields(4, 3, 2)
+    g.output(layer(g, g.op("Flatten", gram(g, x)), 49, 2), ["N", 2])
+    with_rule, without = optimised(g, given), optimised(g, given, ignore=["dot"])
+    assert "dot" in rules(with_rule) and "dot" not in rules(without)
+    assert with_rule.report.macs_after < without.report.macs_after
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+L, D, HEADS = 6, 4, 2
+
+
+def heads(g: Graph, x: str, length: int, perm: list[int], d: int = D, count: int = HEADS) -> str:
+    return g.op("Transpose", g.op("Reshape", x, g.ints(-1, length, count, d // count)), perm=perm)
+
+
+def attention(
+    g: Graph, x: str, history: str, mask: str | None, seed: int, norm: bool, tokens: int = L + 1, keys: int = L
+) -> str:
+    """A layer of attention of all tokens on the history, with residual and a feed-forward part."""
+    w = [g.const(whole_numbers(D, D, seed=seed + k)) for k in range(4)]
+    q = heads(g, g.op("MatMul", x, w[0]), tokens, [0, 2, 1, 3])
+    k = heads(g, g.op("MatMul", history, w[1]), keys, [0, 2, 3, 1])
+    v = heads(g, g.op("MatMul", history, w[2]), keys, [0, 2, 1, 3])
+    scores = g.op("MatMul", q, k)
+    if norm:
+        scores = g.op("Mul", scores, g.const(0.125))
+        scores = g.op("Softmax", g.op("Add", scores, mask) if mask else scores, axis=-1)
+    elif mask:
+        scores = g.op("Mul", scores, mask)
+    out = g.op("Reshape", g.op("Transpose", g.op("MatMul", scores, v), perm=[0, 2, 1, 3]), g.ints(-1, tokens, D))
+    return g.op("Relu", g.op("Add", x, g.op("MatMul", out, w[3])))
+
+
+def sequence(layers: int, norm: bool, last: bool, padded: bool = True) -> tuple[Graph, list[Given]]:
+    given = [request("h", L, D), request("m", L), candidate("c", D)]
+    g = Graph()
+    h, m, c = (i.declare(g) for i in given)
+    x = g.op("Concat", h, g.on_axes("Unsqueeze", c, [1]), axis=1)
+    seen = np.tril(np.ones((L + 1, L)))
+    there = g.op("Greater", m, g.const(-3 if padded else -99))
+    wide = g.on_axes("Unsqueeze", there, [1, 2])
+    if norm:
+        mask = g.op("Add", g.op("Where", wide, g.const(0), g.const(-1e9)), g.const(np.where(seen, 0, -1e9)))
+    else:
+        mask = g.op("Mul", g.op("Cast", wide, to=1), g.const(seen))
+    ends = [g.ints(k) for k in (0, L, 1)]
+    for k in range(layers):
+        x = attention(g, x, g.op("Slice", x, *ends), mask, 10 * k, norm)
+    if last:
+        y = g.op("Gather", x, g.const(-1, np.int64), axis=1)
+        g.output(g.op("MatMul", y, g.const(whole_numbers(D, 2))), ["N", 2])
+    else:
+        g.output(g.op("MatMul", x, g.const(whole_numbers(D, 2))), ["N", L + 1, 2])
+    return g, given
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_candidate_after_history(layers: int, norm: bool, last: bool) -> None:
+    """Keys are the history: its rows stay request-level through all layers, and only the candidate's is made N times.
+
+    Without softmax all numbers are whole, and the scores must be equal bit for bit.
+    """
+    if not norm and layers == 3:
+        pytest.skip("the numbers get too large to be exact")
+    g, given = sequence(layers, norm, last)
+    result = optimised(g, given, tolerance=1e-5 if norm else 0.0)
+    assert rules(result)["dot"] == 2 * layers
+    # Projections of query and output, scores, pooling, and the head.
+    each = layers * (2 * D * D + 2 * L * D) + 2 * D
+    assert result.report.after["candidate"].macs == N * each
+    through = 4 * L * D * D + 2 * L * L * D
+    idle = 2 * L * D * D + 2 * L * L * D  # of the last layer's history only keys and values are read
+    assert result.report.after["request"].macs == layers * through - (idle if last else -2 * L * D)
+    assert "Expand" not in operators(result.model)
+
+
+def test_history_without_candidate_rows() -> None:
+    """No tensor of the history has rows of candidates; no product has one small matrix per candidate."""
+    g, given = sequence(2, True, True)
+    result = optimised(g, given, tolerance=1e-5)
+    made = made_by(result, given, "MatMul") + made_by(result, given, "Gemm")
+    assert set(made) == {4, 6, 50} or set(made) == {6, 50}
+    assert set(made_by(result, given, "Softmax")) == {6, 50}
+
+
+def test_every_key_masked() -> None:
+    """A row whose keys are all masked has equal weights, and still only sees the history."""
+    g, given = sequence(2, True, True)
+    model = g.model()
+    result = rewritten(model, request=patterns(given))
+    from helpers import feeds, run
+
+    old, new = feeds(given, 5)
+    old["m"], new["m"] = np.full_like(old["m"], -3), np.full_like(new["m"], -3)
+    for name, score in run(model, old).items():
+        np.testing.assert_allclose(run(result.model, new)[name], score, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("many", [1, 3, 5])
+def test_target_attention(many: int) -> None:
+    """Several candidate-level queries on request-level keys: `q K'`, softmax, `P V`, with rows of candidates."""
+    given = [request("h", L, D), candidate("c", many, D)]
+    g = Graph()
+    h, c = (i.declare(g) for i in given)
+    scores = g.op("Softmax", g.op("MatMul", c, g.op("Transpose", h, perm=[0, 2, 1])), axis=-1)
+    y = g.op("Flatten", g.op("MatMul", scores, h))
+    g.output(g.op("MatMul", y, g.const(whole_numbers(many * D, 2))), ["N", 2])
+    result = optimised(g, given, tolerance=1e-5)
+    assert result.report.macs_after == result.report.macs_before
+    assert max(made_by(result, given, "MatMul")) == (50 * many if many <= 4 else 50)
+    assert "Expand" not in operators(result.model)
+
+
+def test_rows_nobody_reads() -> None:
+    """Of a product only some rows and columns are read: the others are not made."""
+    g, given, x = fields(5, 3, 4)
+    z = gram(g, x)
+    kept = g.op("Gather", g.op("Gather", z, g.ints(5, 6), axis=1), g.ints(0, 1, 2), axis=2)
+    g.output(layer(g, g.op("Flatten", kept), 6, 3), ["N", 3])
+    result = optimised(g, given)
+    assert result.report.macs_after == N * (6 * 4 + 6 * 3)
+    assert result.report.macs_before == N * (64 * 4 + 6 * 3)
