@@ -18,6 +18,7 @@ from onnx import NodeProto
 
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
+    CANDIDATES,
     Abstract,
     Codes,
     Level,
@@ -29,6 +30,7 @@ from onnxrank.values import (
     extents,
     offsets,
     source_numbers,
+    symbols,
     view,
     with_extents,
 )
@@ -50,7 +52,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     v = rw.settle(other)
     shape = extents(x.dims)
-    if v.dims != x.dims or prod(shape) != max(shape, default=1) or max(shape, default=1) == 1:
+    if v.dims != x.dims or symbols(x.dims) != (CANDIDATES,) or prod(shape) != max(shape, default=1) or max(shape, default=1) == 1:
         return None
     levels = rw.sources.levels(v.codes).reshape(-1)
     once, each = np.flatnonzero(levels <= Level.REQUEST), np.flatnonzero(levels == Level.CANDIDATE)

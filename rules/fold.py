@@ -140,6 +140,8 @@ def _regular(
 ) -> tuple[NDArray[np.int64], Fold] | None:
     """The fold of some columns, if the weights are regular and pay; `plain` columns have their own weights added."""
     left, right = expand(rw, flat[:, columns])
+    if rw.sources.symbols(left):
+        return None
     rows = flat.shape[0]
     r, k, j = np.nonzero(left != rw.zero(rw.sources.of(basis)[0].dtype))
     item = np.searchsorted(basis, right[r, k, j]) * rows + r
