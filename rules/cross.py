@@ -52,7 +52,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     v = rw.settle(other)
     shape = extents(x.dims)
-    if v.dims != x.dims or symbols(x.dims) != (CANDIDATES,) or prod(shape) != max(shape, default=1) or max(shape, default=1) == 1:
+    if v.dims != x.dims or symbols(x.dims) != (CANDIDATES,) or prod(shape) != max(shape) or prod(shape) == 1:
         return None
     levels = rw.sources.levels(v.codes).reshape(-1)
     once, each = np.flatnonzero(levels <= Level.REQUEST), np.flatnonzero(levels == Level.CANDIDATE)

@@ -8,6 +8,7 @@ from helpers import (
     Given,
     Graph,
     candidate,
+    feeds,
     operators,
     optimised,
     patterns,
@@ -16,6 +17,7 @@ from helpers import (
     rewritten,
     rows,
     rules,
+    run,
     whole_numbers,
 )
 
@@ -85,9 +87,6 @@ def test_interaction(pick: object, shuffled: int | None) -> None:
     assert sum(c.macs for c in before.values()) == N * ((users + items) ** 2 * d + pairs * width)
     once = users * (users - 1) // 2 if pick is not everything else users**2
     each = items * users + (items * (items - 1) // 2 if pick is not everything else items**2)
-    # A triangle of a block that is read for the better part keeps its place and has weights of 0.
-    if pick is not everything:
-        each += items * (items + 1) // 2 if items**2 <= items * (items - 1) + 1 else 0
     assert after["request"].macs == users**2 * d + once * width
     assert after["candidate"].macs == N * (items * (users + items) * d + each * width)
     assert "Expand" not in operators(result.model)
@@ -267,7 +266,8 @@ def attention(
     elif mask:
         scores = g.op("Mul", scores, mask)
     out = g.op("Reshape", g.op("Transpose", g.op("MatMul", scores, v), perm=[0, 2, 1, 3]), g.ints(-1, tokens, D))
-    return g.op("Relu", g.op("Add", x, g.op("MatMul", out, w[3])))
+    y = g.op("Add", x, g.op("MatMul", out, w[3]))
+    return g.op("Relu", y) if norm else g.op("Clip", y, g.const(-2), g.const(2))  # small enough to be exact
 
 
 def sequence(layers: int, norm: bool, last: bool, padded: bool = True) -> tuple[Graph, list[Given]]:
@@ -301,8 +301,6 @@ def test_candidate_after_history(layers: int, norm: bool, last: bool) -> None:
 
     Without softmax all numbers are whole, and the scores must be equal bit for bit.
     """
-    if not norm and layers == 3:
-        pytest.skip("the numbers get too large to be exact")
     g, given = sequence(layers, norm, last)
     result = optimised(g, given, tolerance=1e-5 if norm else 0.0)
     assert rules(result)["dot"] == 2 * layers
@@ -312,7 +310,7 @@ def test_candidate_after_history(layers: int, norm: bool, last: bool) -> None:
     through = 4 * L * D * D + 2 * L * L * D
     idle = 2 * L * D * D + 2 * L * L * D  # of the last layer's history only keys and values are read
     assert result.report.after["request"].macs == layers * through - (idle if last else -2 * L * D)
-    assert "Expand" not in operators(result.model)
+    assert "Expand" not in operators(result.model) or not last  # all tokens are an output
 
 
 def test_history_without_candidate_rows() -> None:
@@ -320,7 +318,8 @@ def test_history_without_candidate_rows() -> None:
     g, given = sequence(2, True, True)
     result = optimised(g, given, tolerance=1e-5)
     made = made_by(result, given, "MatMul") + made_by(result, given, "Gemm")
-    assert set(made) == {4, 6, 50} or set(made) == {6, 50}
+    assert set(made) <= {D, L, 50}
+    assert made.count(50) == 2 * 4 + 1  # two projections, scores and pooling per layer, and the head
     assert set(made_by(result, given, "Softmax")) == {6, 50}
 
 
@@ -329,8 +328,6 @@ def test_every_key_masked() -> None:
     g, given = sequence(2, True, True)
     model = g.model()
     result = rewritten(model, request=patterns(given))
-    from helpers import feeds, run
-
     old, new = feeds(given, 5)
     old["m"], new["m"] = np.full_like(old["m"], -3), np.full_like(new["m"], -3)
     for name, score in run(model, old).items():
@@ -352,12 +349,15 @@ def test_target_attention(many: int) -> None:
     assert "Expand" not in operators(result.model)
 
 
-def test_rows_nobody_reads() -> None:
-    """Of a product only some rows and columns are read: the others are not made."""
+@pytest.mark.parametrize("axis", [1, 2])
+def test_rows_nobody_reads(axis: int) -> None:
+    """Of a product only some rows or columns are read: the others are not made."""
     g, given, x = fields(5, 3, 4)
-    z = gram(g, x)
-    kept = g.op("Gather", g.op("Gather", z, g.ints(5, 6), axis=1), g.ints(0, 1, 2), axis=2)
-    g.output(layer(g, g.op("Flatten", kept), 6, 3), ["N", 3])
+    kept = g.op("Gather", gram(g, x), g.ints(0, 1, 2, 6, 7), axis=axis)
+    g.output(layer(g, g.op("Flatten", kept), 40, 3), ["N", 3])
     result = optimised(g, given)
-    assert result.report.macs_after == N * (6 * 4 + 6 * 3)
-    assert result.report.macs_before == N * (64 * 4 + 6 * 3)
+    assert rules(result)["dot"] == 1
+    assert result.report.before["candidate"].macs == N * (64 * 4 + 40 * 3)
+    # 3 of the request's fields and 2 of the candidate's with 5 and 3.
+    assert result.report.after["request"].macs == 15 * 4 + 15 * 3
+    assert result.report.after["candidate"].macs == N * (25 * 4 + 25 * 3)
