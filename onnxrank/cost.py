@@ -17,6 +17,7 @@ _OPAQUE = re.compile(r"^(?P<symbols>.*)~(?P<a>\d+)\+(?P<b>-?\d+)$")
 _SECONDS_PER_MAC = 1 / 25e9
 _SECONDS_PER_BYTE = 1 / 8e9
 _SECONDS_PER_LAUNCH = 1.5e-6
+_PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "Conv", "Einsum", "Attention", "MultiHeadAttention"}
 _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 
 
@@ -59,8 +60,10 @@ def _attribute(node: NodeProto, name: str, default: int = 0) -> int:
 
 def node_macs(node: NodeProto, shapes: Shapes) -> int:
     """Multiply-adds of the matrix products of one node; 0 for other operators and unknown shapes."""
-    x = [shapes.shape(i) if i else None for i in node.input]
     op = node.op_type
+    if op not in _PRODUCTS:
+        return 0
+    x = [shapes.shape(i) if i else None for i in node.input]
     if op in ("MatMul", "Gemm", "FusedMatMul", "MatMulInteger"):
         out, a = shapes.shape(node.output[0]), x[0]
         if out is None or a is None:
