@@ -433,9 +433,10 @@ class Rewrite:
         def run(*args: Any) -> str:
             before = self.emit.origin, self.emit.rule, self.emit.hint
             self.emit.origin, self.emit.rule, self.emit.hint = origin, rule, hint
-            name = write(*args)
-            self.emit.origin, self.emit.rule, self.emit.hint = before
-            return name
+            try:
+                return write(*args)
+            finally:
+                self.emit.origin, self.emit.rule, self.emit.hint = before
 
         return run
 

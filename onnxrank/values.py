@@ -32,7 +32,7 @@ _MASK = (1 << _SHIFT) - 1
 HOLE = -1
 """Code of an entry that nobody reads."""
 
-MAX_ENTRIES = 1 << 22
+MAX_ENTRIES = 1 << 24
 """Above this many entries per row a tensor is taken as a whole: no index map is made for it."""
 
 

@@ -1,0 +1,311 @@
+"""`fold`: products of request-level with candidate-level values go into the linear map that reads them."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import Given, Graph, candidate, operators, optimised, patterns, request, rows, rules, whole_numbers
+
+import onnxrank
+from onnxrank import pipeline
+
+N = 512
+USER, ITEM, D = 12, 3, 4
+
+
+def made_by(result: onnxrank.Result, given: list[Given], kind: str = "Mul") -> list[int]:
+    """Largest extent of all that an operator gives, at 50 candidates."""
+    extents = rows(result, given, 50)
+    return [extents[n.output[0]] for n in result.model.graph.node if n.op_type == kind]
+
+
+def macs(result: onnxrank.Result) -> tuple[int, int]:
+    """Once per request, and for all candidates."""
+    return result.report.after["request"].macs, result.report.after["candidate"].macs
+
+
+def layer(g: Graph, x: str, count: int, width: int, seed: int = 0) -> str:
+    w, b = whole_numbers(count, width, seed=seed), whole_numbers(width, seed=seed + 1)
+    return g.op("Relu", g.op("Gemm", x, g.const(w), g.const(b)))
+
+
+# --- products of fields --------------------------------------------------------------------------------------------
+
+
+def picked(g: Graph, u: str, c: str, users: int, items: int) -> tuple[str, int]:
+    """All pairs of all fields, by two gathers."""
+    x = g.op("Concat", u, c, axis=1)
+    i, j = np.triu_indices(users + items, 1)
+    return g.op("Mul", *(g.op("Gather", x, g.ints(*k), axis=1) for k in (i, j))), len(i)
+
+
+def one_by_one(g: Graph, u: str, c: str, users: int, items: int) -> tuple[str, int]:
+    """All pairs of all fields, a node each."""
+    x = g.op("Concat", c, u, axis=1)
+    i, j = np.triu_indices(users + items, 1)
+    fields = [g.op("Slice", x, g.ints(k), g.ints(k + 1), g.ints(1)) for k in range(users + items)]
+    return g.op("Concat", *(g.op("Mul", fields[b], fields[a]) for a, b in zip(i, j, strict=True)), axis=1), len(i)
+
+
+def crossed(g: Graph, u: str, c: str, users: int, items: int) -> tuple[str, int]:
+    """Pairs of different levels only, by broadcasting."""
+    y = g.op("Mul", g.on_axes("Unsqueeze", c, [1]), g.on_axes("Unsqueeze", u, [2]))
+    return g.op("Reshape", y, g.ints(-1, users * items, D)), users * items
+
+
+@pytest.mark.parametrize("few", [1, 2])
+@pytest.mark.parametrize("form", [picked, one_by_one, crossed])
+def test_pairs(form: object, few: int) -> None:
+    """Hadamard products of all pairs before a layer: no product of two levels is made for every candidate.
+
+    With one or two candidates making them costs less than the weights would.
+    """
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = form(g, *(i.declare(g) for i in given), USER, ITEM)  # type: ignore[operator]
+    width = 16
+    g.output(layer(g, g.op("Flatten", y), pairs * D, width), ["N", width])
+    users, items = (0, 0) if form is crossed else (USER * (USER - 1) // 2, ITEM * (ITEM - 1) // 2)
+    unit = D * width
+    folded = optimised(g, given, candidates=N)
+    assert folded.report.macs_before == N * pairs * unit
+    assert macs(folded) == ((users + USER * ITEM) * unit, N * (ITEM + items) * unit)
+    plain = optimised(g, given, candidates=few)
+    if plain.changed:
+        assert macs(plain) == (users * unit, few * (USER * ITEM + items) * unit)
+    else:
+        assert form is crossed
+    if form is crossed:
+        assert rules(folded)["fold"] == 1
+        assert max(made_by(folded, given), default=1) < 50
+
+
+def test_left_out() -> None:
+    """`ignore` leaves the products as they are."""
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = crossed(g, *(i.declare(g) for i in given), USER, ITEM)
+    g.output(layer(g, g.op("Flatten", y), pairs * D, 16), ["N", 16])
+    result = optimised(g, given, ignore=["fold"])
+    assert "fold" not in rules(result)
+    assert result.report.macs_after == result.report.macs_before
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("width", [1, 8])
+def test_dot_products_of_fields(width: int, weighted: bool) -> None:
+    """Products summed over the width of the fields: inner PNN, or with one weight per pair FwFM."""
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = picked(g, *(i.declare(g) for i in given), USER, ITEM)
+    x = g.on_axes("ReduceSum", y, [2], keepdims=0)
+    if weighted:
+        x = g.op("Mul", x, g.const(whole_numbers(pairs, seed=7)))
+    g.output(g.op("MatMul", x, g.const(whole_numbers(pairs, width))), ["N", width])
+    result = optimised(g, given, counts=(1, 2, 5))  # onnxruntime gives wrong shapes for reductions of no rows
+    users, items = USER * (USER - 1) // 2, ITEM * (ITEM - 1) // 2
+    assert result.report.macs_before == N * pairs * width
+    if width == 1:
+        # Folded: D * ITEM entries, each with its own weight, instead of USER * ITEM products of D entries.
+        assert result.report.after["candidate"].macs == N * (ITEM * D + items) * width
+        assert result.report.after["request"].macs == (users + USER * ITEM * D) * width or weighted
+    assert result.report.after["candidate"].bytes < result.report.before["candidate"].bytes / 3
+    few = optimised(g, given, counts=(1, 2, 5), candidates=1)
+    assert few.report.after["candidate"].macs == (USER * ITEM + items) * width
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_pairs(seed: int) -> None:
+    """Random fields, pairs in any order and more than once, factors themselves beside them: exact to the bit."""
+    rng = np.random.default_rng(seed)
+    users, items, d, width = (int(k) for k in rng.integers((1, 1, 1, 1), (9, 4, 5, 9)))
+    given = [request("u", users, d), candidate("c", items, d)]
+    g = Graph()
+    x = g.op("Concat", *(i.declare(g) for i in given), axis=1)
+    i, j = rng.integers(0, users + items, (2, int(rng.integers(1, 60))))
+    y = g.op("Mul", *(g.op("Gather", x, g.ints(*k), axis=1) for k in (i, j)))
+    parts, count = [g.op("Flatten", y)], len(i) * d
+    if seed % 2:
+        parts, count = [g.op("Flatten", x), *parts], count + (users + items) * d
+    if seed % 3 == 0:
+        parts, count = [*parts, g.op("Flatten", g.op("Gather", x, g.ints(users), axis=1))], count + d
+    x = g.op("Concat", *parts, axis=1)
+    order = rng.permutation(count)
+    g.output(layer(g, g.op("Gather", x, g.ints(*order), axis=1), count, width, seed), ["N", width])
+    for n in (3, 20000):
+        optimised(g, given, candidates=n)
+
+
+@pytest.mark.parametrize("reader", ["Relu", "output", "Softmax", "ReduceMax"])
+def test_also_read_as_it_is(reader: str) -> None:
+    """A product that something else needs as well is made, and both readers are right."""
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = crossed(g, *(i.declare(g) for i in given), USER, ITEM)
+    g.output(layer(g, g.op("Flatten", y), pairs * D, 8), ["N", 8])
+    if reader == "output":
+        g.output(y, ["N", pairs, D])
+    elif reader == "ReduceMax":
+        g.output(g.on_axes(reader, y, [2], keepdims=0), ["N", pairs])
+    else:
+        g.output(g.op("MatMul", g.op(reader, y), g.const(whole_numbers(D, 2))), ["N", pairs, 2])
+    counts = (1, 2, 5) if reader == "ReduceMax" else (0, 1, 2, 5)
+    result = optimised(g, given, counts=counts, tolerance=1e-6 if reader == "Softmax" else 0)
+    assert max(made_by(result, given)) >= 50
+
+
+def test_two_linear_maps() -> None:
+    """Two layers on the same products, one of them behind a permutation: both are folded."""
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = crossed(g, *(i.declare(g) for i in given), USER, ITEM)
+    g.output(layer(g, g.op("Flatten", y), pairs * D, 8), ["N", 8])
+    g.output(layer(g, g.op("Flatten", g.op("Transpose", y, perm=[0, 2, 1])), pairs * D, 5, 3), ["N", 5])
+    result = optimised(g, given)
+    assert rules(result)["fold"] == 2
+    assert macs(result) == (USER * ITEM * D * 13, N * ITEM * D * 13)
+    assert max(made_by(result, given), default=1) < 50
+
+
+@pytest.mark.parametrize("kind", ["computed", "transposed", "left"])
+def test_forms_of_weights(kind: str) -> None:
+    """Weights that nodes of constants make, transposed ones, and ones on the left of a column."""
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = crossed(g, *(i.declare(g) for i in given), USER, ITEM)
+    x, count = g.op("Flatten", y), pairs * D
+    if kind == "computed":
+        w = g.op("Mul", g.const(whole_numbers(count, 8)), g.const(whole_numbers(count, 1, seed=1)))
+        z = g.op("MatMul", x, w)
+    elif kind == "transposed":
+        z = g.op("MatMul", x, g.op("Transpose", g.const(whole_numbers(8, count)), perm=[1, 0]))
+    else:
+        z = g.op("MatMul", g.const(whole_numbers(8, count)), g.on_axes("Unsqueeze", x, [2]))
+        z = g.on_axes("Squeeze", z, [2])
+    g.output(z, ["N", 8])
+    result = optimised(g, given)
+    assert rules(result)["fold"] == 1
+    assert result.report.after["candidate"].macs == N * ITEM * D * 8
+
+
+def test_weights_of_the_request() -> None:
+    """Weights that are an input are no constants: nothing is folded."""
+    given = [request("u", 6), candidate("c", 6), request("w", 6, 3)]
+    g = Graph()
+    u, c, w = (i.declare(g) for i in given)
+    y = g.op("MatMul", g.on_axes("Unsqueeze", g.op("Mul", u, c), [1]), w)
+    g.output(g.on_axes("Squeeze", y, [1]), ["N", 3])
+    assert "fold" not in rules(optimised(g, given))
+
+
+# --- scales and sums -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_scaled_by_the_request(width: int) -> None:
+    """`(s * x) W = x (diag(s) W)`: a gate of the request before a layer, where its columns are few."""
+    given = [request("s", 32), candidate("c", 32)]
+    g = Graph()
+    s, c = (i.declare(g) for i in given)
+    g.output(g.op("Relu", g.op("MatMul", g.op("Mul", c, g.op("Tanh", s)), g.const(whole_numbers(32, width)))), None)
+    # Each entry of the result may be rounded otherwise: a gate is no whole number.
+    result = optimised(g, given, tolerance=1e-5, candidates=8192)
+    if width <= 3:
+        assert rules(result)["fold"] == 1
+        assert max(made_by(result, given), default=1) < 50
+    assert result.report.after["candidate"].macs == 8192 * 32 * width
+
+
+def test_one_factor_for_all_columns() -> None:
+    """A scalar of the request per row."""
+    given = [request("s", 1), candidate("c", 8)]
+    g = Graph()
+    s, c = (i.declare(g) for i in given)
+    g.output(g.op("MatMul", g.op("Mul", s, c), g.const(whole_numbers(8, 3))), ["N", 3])
+    for n in (1, 512, 100000):
+        optimised(g, given, candidates=n)
+
+
+def test_sum_of_products() -> None:
+    """`a * x + b * y + x` before a layer, factors in common or not."""
+    given = [request("a", 16), request("b", 16), candidate("x", 16), candidate("y", 16)]
+    g = Graph()
+    a, b, x, y = (i.declare(g) for i in given)
+    total = g.op("Add", g.op("Add", g.op("Mul", a, x), g.op("Mul", y, b)), x)
+    g.output(g.op("MatMul", total, g.const(whole_numbers(16, 2))), ["N", 2])
+    g.output(g.op("MatMul", g.op("Sub", g.op("Mul", a, x), g.op("Mul", b, x)), g.const(whole_numbers(16, 2))), ["N", 2])
+    for n in (1, 512, 100000):
+        optimised(g, given, candidates=n)
+
+
+def test_products_of_three() -> None:
+    """Factors of the request before and behind the candidate's."""
+    given = [request("a", 16), request("b", 16), candidate("x", 16)]
+    g = Graph()
+    a, b, x = (i.declare(g) for i in given)
+    y = g.op("Mul", g.op("Mul", a, x), b)
+    g.output(g.op("MatMul", y, g.const(whole_numbers(16, 2))), ["N", 2])
+    g.output(g.op("MatMul", g.op("Mul", y, x), g.const(whole_numbers(16, 2))), ["N", 2])
+    for n in (1, 512, 100000):
+        optimised(g, given, candidates=n)
+
+
+# --- target attention ----------------------------------------------------------------------------------------------
+
+L, WIDTH = 10, 8
+
+
+def target(kind: str, opset: int = 17) -> tuple[Graph, list[Given]]:
+    """The first layer of DIN's attention on [q, h, q - h, q * h]."""
+    given = [request("h", L, D), candidate("q", D)]
+    g = Graph(opset)
+    h, q = (i.declare(g) for i in given)
+    wide = g.op("Expand", g.on_axes("Unsqueeze", q, [1]), g.ints(1, L, 1))
+    parts = {"q": wide, "h": h, "-": g.op("Sub", wide, h), "*": g.op("Mul", wide, h)}
+    x = g.op("Concat", *(parts[k] for k in kind), axis=2)
+    y = g.op("Add", g.op("MatMul", x, g.const(whole_numbers(len(kind) * D, WIDTH))), g.const(whole_numbers(WIDTH)))
+    g.output(g.op("Relu", y), ["N", L, WIDTH])
+    return g, given
+
+
+@pytest.mark.parametrize("kind", ["*", "*h", "q*", "qh*"])
+def test_target_attention(kind: str) -> None:
+    """`(q * h) W` has weights `diag(h_l) W` for every position, made once; `q` itself adds to them or is apart."""
+    g, given = target(kind)
+    result = optimised(g, given, candidates=N)
+    assert result.report.macs_before == N * L * len(kind) * D * WIDTH
+    each = result.report.after["candidate"].macs
+    assert N * L * D * WIDTH <= each <= N * (L + 1) * D * WIDTH
+    assert max(made_by(result, given), default=1) < 50
+    optimised(g, given, candidates=1)
+
+
+def test_difference_beside_the_product() -> None:
+    """`q - h` is divided as it is without the product: its half of `q` is one row per candidate, not one per position."""
+    g, given = target("qh-*")
+    result, apart = optimised(g, given, candidates=N), optimised(g, given, candidates=N, ignore=["fold"])
+    assert apart.report.after["candidate"].macs == N * (L + 1) * D * WIDTH
+    assert result.report.after["candidate"].macs <= apart.report.after["candidate"].macs
+
+
+# --- the check -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [picked, one_by_one, crossed])
+def test_float64_agrees(form: object) -> None:
+    """With any numbers, the algebra agrees to 1e-10 in float64 and float32 is no worse than the original."""
+    given = [request("u", USER, D), candidate("c", ITEM, D)]
+    g = Graph()
+    y, pairs = form(g, *(i.declare(g) for i in given), USER, ITEM)  # type: ignore[operator]
+    rng = np.random.default_rng(0)
+    h = g.op("Sigmoid", g.op("MatMul", g.op("Flatten", y), g.const(rng.normal(size=(pairs * D, 16)))))
+    g.output(g.op("MatMul", h, g.const(rng.normal(size=(16, 1)))), ["N", 1])
+    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+        result = onnxrank.optimize(g.model(), request=patterns(given), candidates=N, check=True)
+    items = 0 if form is crossed else ITEM * (ITEM - 1) // 2
+    assert result.report.after["candidate"].macs == N * ((ITEM + items) * D * 16 + 16)
+    assert result.report.checks and all(c.passed for c in result.report.checks)
+    assert not any("float64" in note for note in result.report.notes)
+    assert "Sigmoid" in operators(result.model)
