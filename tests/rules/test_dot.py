@@ -184,7 +184,7 @@ def test_rows_summed() -> None:
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reader", ["Softmax", "Relu", "output", "both"])
+@pytest.mark.parametrize("reader", ["Softmax", "Relu", "output", "both", "output too"])
 def test_blocks_needed_side_by_side(reader: str) -> None:
     """What joins the blocks again, a softmax over keys of both levels say, leaves the product whole."""
     g, given, x = fields(4, 3, 2)
@@ -192,10 +192,12 @@ def test_blocks_needed_side_by_side(reader: str) -> None:
     if reader == "output":
         g.output(z, ["N", 7, 7])
     else:
-        y = g.op(reader, z, **({"axis": -1} if reader == "Softmax" else {})) if reader != "both" else z
+        y = g.op(reader, z, **({"axis": -1} if reader == "Softmax" else {})) if reader in ("Softmax", "Relu") else z
         g.output(g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(49, 2))), ["N", 2])
         if reader == "both":
             g.output(g.op("Tanh", z), ["N", 7, 7])
+        elif reader == "output too":
+            g.output(z, ["N", 7, 7])
     result = optimised(g, given, tolerance=1e-6)
     assert "dot MatMul: what reads the product needs its blocks side by side again" in refusals(result)
     assert "dot" not in rules(result)
