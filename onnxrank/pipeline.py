@@ -622,7 +622,10 @@ class Transformation:
             taken |= {c for g in subgraphs(node) for c in captured(g)}
         opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
         self.emit = Emitter(taken, opset)
-        self.rw = Rewrite(study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)))
+        outputs = frozenset(o.name for o in graph.output)
+        self.rw = Rewrite(
+            study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)), outputs=outputs
+        )
         if any(r.name == "select" for r in rules):
             constants = {n: v[1] for n, v in study.facts.folded.items()}
             constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
@@ -892,8 +895,9 @@ class Transformation:
         owner: dict[int, str] = {}
         for e in self._kept:
             new[e.origin] += cost.node_macs(e.proto, after)
-            if e.rule not in _NO_SITE and e.rule is not None and owner.get(e.origin) in (None, "broadcast"):
-                owner[e.origin] = e.rule
+            if e.rule not in _NO_SITE and e.rule is not None:
+                # A site is told for the rule that does most there.
+                owner[e.origin] = max(owner.get(e.origin, e.rule), e.rule, key=_standing)
         out = []
         for rule in dict.fromkeys([r.name for r in self.rw.rules]):
             at = sorted(k for k, r in owner.items() if r == rule and k < len(nodes))
@@ -901,6 +905,12 @@ class Transformation:
                 saved = sum(old[k] - new[k] for k in at)
                 out.append(RuleUse(rule, len(at), saved, tuple(_label(nodes[k]) for k in at)))
         return out
+
+
+def _standing(rule: str) -> int:
+    """Rules by how much they do beyond others; those of third parties come first."""
+    order = ("broadcast", "select", "pool", "fc", "norm", "gru", "dot", "fold", "cross")
+    return order.index(rule) if rule in order else len(order)
 
 
 def _label(node: NodeProto) -> str:

@@ -156,6 +156,7 @@ class Rewrite:
         candidates: Number of candidates per request that the rewrite should pay at.
         keep_moves: Whether data movement of whole tensors keeps the user's nodes instead of following entries.
         needed: Per original tensor, per axis, the positions anybody reads; absent means all.
+        outputs: Names of the graph's outputs.
         values: What is known of every original tensor.
         refusals: Sites left alone.
     """
@@ -167,6 +168,7 @@ class Rewrite:
     candidates: int = 512
     keep_moves: bool = True
     needed: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
     values: dict[str, Abstract] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -309,6 +311,10 @@ class Rewrite:
             return value.whole.level
         return Level(int(self.sources.levels(value.codes).max()))
 
+    def is_open(self, value: Value) -> bool:
+        """Whether the value is one tensor that was put off, as a sum of products."""
+        return value.whole is not None and value.whole.linear is not None and value.whole.name is None
+
     def single_level(self, value: Value) -> bool:
         """Whether all entries have one level."""
         if value.whole is not None:
@@ -337,11 +343,15 @@ class Rewrite:
             through: Further operators that may stand in between.
         """
         found = self.readers(name)
-        return bool(found) and all(
-            n.op_type == "Shape"
-            or (n.op_type in ("MatMul", "Gemm") and any(self.array(n, k) is not None for k in (0, 1)))
-            or (n.op_type in _MOVES | through and self.read_by_linear_maps(n.output[0], through))
-            for n in found
+        return (
+            bool(found)
+            and name not in self.outputs
+            and all(
+                n.op_type == "Shape"
+                or (n.op_type in ("MatMul", "Gemm") and any(self.array(n, k) is not None for k in (0, 1)))
+                or (n.op_type in _MOVES | through and self.read_by_linear_maps(n.output[0], through))
+                for n in found
+            )
         )
 
     def columns_made(self, width: int) -> int:

@@ -44,7 +44,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A pending sum with a product, times a value that is request-level in part."""
     operands = [rw.operand(node, k) for k in (0, 1)]
     sums = [o for o in operands if isinstance(o, Sum)]
-    if len(sums) != 1 or not rw.uses("fold") or not rw.read_by_linear_maps(node.output[0], _THROUGH):
+    if len(sums) != 1 or not rw.uses("fold"):
         return None
     (x,) = sums
     (other,) = (o for o in operands if o is not x)
@@ -63,6 +63,9 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     ahead = [_narrowed(rw, t[once]) for t in moving]
     factors = [_affine(rw, t) for t in ahead]
     if any(f is None for f in factors):
+        return None
+    if not rw.read_by_linear_maps(node.output[0], _THROUGH):
+        rw.refuse("cross", "something other than additions and linear maps reads the result")
         return None
     axis = int(np.argmax(shape))
 

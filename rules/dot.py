@@ -57,6 +57,7 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     a, b = _read(a, unread.get(len(dims) - 2), a.rank - 2), _read(b, unread.get(len(dims) - 1), b.rank - 1)
     rows, columns = _runs(rw, a, -1), _runs(rw, b, -2)
     if rows is None or columns is None:
+        rw.refuse("dot", "the inner axis, or another than the outer ones, holds several levels")
         return None
     if len(rows) * len(columns) == 1:
         return [_blocks(rw, node, a, b, dims, rows, columns)]
@@ -71,9 +72,13 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _stays_apart(rw: Rewrite, name: str) -> bool:
     """Whether all that reads a tensor, behind any data movement, is linear: then blocks are never joined again."""
     readers = rw.readers(name)
-    return bool(readers) and all(
-        n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in _MOVES and _stays_apart(rw, n.output[0]))
-        for n in readers
+    return (
+        bool(readers)
+        and name not in rw.outputs
+        and all(
+            n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in _MOVES and _stays_apart(rw, n.output[0]))
+            for n in readers
+        )
     )
 
 

@@ -449,7 +449,7 @@ def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:
     """Whether there is anything to gain over the user's own node."""
     if not isinstance(x, Value):
         return True
-    return x.whole is None or bool(unread)
+    return x.whole is None or bool(unread) or rw.is_open(x)
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -254,8 +254,9 @@ def _with_plain(
 
 
 def has_open(rw: Rewrite, value: Sum) -> bool:
-    """Whether a pending sum holds products that were put off."""
-    return any(is_open(rw, t.codes).any() for t in value.terms)
+    """Whether a pending sum of vectors, one per row, holds products that were put off."""
+    shape = extents(value.dims)
+    return prod(shape) == max(shape, default=1) and any(is_open(rw, t.codes).any() for t in value.terms)
 
 
 def compact(rw: Rewrite, terms: Sequence[Value], dims: Dims, dtype: int) -> Sum:

@@ -51,7 +51,7 @@ def move(rw: Rewrite, node: NodeProto, x: Value | Sum, outputs: Sequence[tuple[D
         else:
             ((dims, codes),) = outputs
             return [rw.add([view(dims, t.dtype, codes(t.codes)) for t in x.terms], dims, x.dtype)]
-    if x.whole is not None and rw.keep_moves:
+    if x.whole is not None and rw.keep_moves and not rw.is_open(x):
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [d for d, _ in outputs], rw.present(x))
     return [rw.tidy(dims, x.dtype, codes(x.codes)) for dims, codes in outputs]
@@ -69,7 +69,7 @@ def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x = _data(rw, node)
     dims = regroup(x.dims, _target(rw, node))
     fixed = node.op_type == "Flatten" or rw.array(node, 1) is not None
-    if isinstance(x, Value) and x.whole is not None and not fixed and rw.keep_moves:
+    if isinstance(x, Value) and x.whole is not None and not fixed and rw.keep_moves and not rw.is_open(x):
         # The shape is computed at run time, perhaps from a tensor that has one row now.
         return [_reshaped(rw, node, x, dims)]
     return move(rw, node, x, [(dims, lambda c: c.reshape(extents(dims)))])
@@ -264,7 +264,10 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
             raise Unrepresentable("operands of differently factored shapes")
     dims = (*other[:axis], canonical([sum(extents(v.dims)[axis] for v in values)]), *other[axis + 1 :])
     held = {s for v in values for s in rw.present(v)}
-    if rw.keep_moves and all(v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) for v in values):
+    plain = all(
+        v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) and not rw.is_open(v) for v in values
+    )
+    if rw.keep_moves and plain:
         return rw.keep(node, [rw.tensor(v) for v in values], [dims], held)
     return [rw.tidy(dims, values[0].dtype, np.concatenate([v.codes for v in values], axis))]
 

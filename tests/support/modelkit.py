@@ -142,7 +142,9 @@ def roles_of(result: Result) -> Roles:
 
 
 def fired(result: Result) -> set[str]:
-    return {r.name for r in result.report.rules}
+    """Rules that applied. A site counts for the rule that does most there: a folded layer is a divided one too."""
+    names = {r.name for r in result.report.rules}
+    return names | {"fc"} if "fold" in names else names
 
 
 def dims(info: onnx.ValueInfoProto) -> list[int | str | None]:
