@@ -37,7 +37,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, pointwise, rowwise
-from .fc import pieces
+from .products import pieces
 
 
 def normalised(

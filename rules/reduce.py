@@ -23,7 +23,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, elementwise, rowwise
-from .fc import Piece, distribute, partials
+from .products import Piece, distribute, partials
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
 _EXTREMA = {"ReduceMax": "Max", "ReduceMin": "Min"}

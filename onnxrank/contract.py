@@ -1,0 +1,81 @@
+"""The contract: what an optimised model says of itself in its metadata, and what follows for the next run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+from onnx import ModelProto
+
+from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange
+
+CONTRACT = "onnxrank.contract"
+"""Key of the contract in a model's metadata."""
+
+
+def stored_contract(model: ModelProto) -> dict[str, Any] | None:
+    """The contract in a model's metadata."""
+    for p in model.metadata_props:
+        if p.key == CONTRACT:
+            try:
+                found = json.loads(p.value)
+            except ValueError:
+                return None
+            return found if isinstance(found, dict) else None
+    return None
+
+
+def is_done(contract: Mapping[str, Any], interface: str, span: tuple[int, int]) -> bool:
+    """Whether this version has optimised the model already, for the same use."""
+    mine = {"version": metadata.version("onnxrank"), "interface": interface, "candidates": list(span)}
+    return all(contract.get(key) == value for key, value in mine.items())
+
+
+def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> Roles:
+    """Roles of a model that was optimised before: request-level inputs have their one row by now.
+
+    Under the interface `same` rows are taken inside, and every input counts as candidate-level from outside.
+    """
+    before = Roles.from_dict(contract.get("roles", {})).inputs
+    divided = contract.get("interface") == "request"
+    out: dict[str, InputRole] = {}
+    for info in described:
+        stem, _, part = info.name.rpartition(".")
+        role = before.get(info.name) or before.get(stem)
+        axis = 0 if role is None else role.candidate_axis
+        record = None if role is None else role.record
+        once = role is not None and divided and (part == "request" or role.level == "request")
+        if role is not None and divided and info.name not in before and record is not None:
+            record = record - len(role.request) if part == "candidate" else None
+        level = "request" if once or axis is None else "candidate"
+        ranges = () if role is None else _moved_ranges(role, part if info.name not in before else "")
+        along = 0 if record is not None or role is None or role.axis is None else role.axis
+        out[info.name] = InputRole(
+            info.name,
+            level,
+            None if once else axis,
+            axis=along if any(r.positions is not None for r in ranges) else None,
+            record=None if once else record,
+            ranges=ranges,
+        )
+    return Roles(out)
+
+
+def _moved_ranges(role: InputRole, part: str) -> tuple[ValueRange, ...]:
+    """Ranges of an input, or of one part of one that was divided: positions count within the part."""
+    if not part:
+        return role.ranges
+    out = []
+    taken = set(role.request)
+    for r in role.ranges:
+        if r.positions is None:
+            out.append(r)
+            continue
+        before = sorted(taken) if part == "request" else [k for k in range(max(r.positions) + 1) if k not in taken]
+        kept = tuple(before.index(p) for p in r.positions if (p in taken) == (part == "request"))
+        if kept:
+            out.append(replace(r, positions=kept))
+    return tuple(out)

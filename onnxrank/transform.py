@@ -1,0 +1,374 @@
+"""One rewrite of a studied model: its signature, its outputs, and the new graph put together."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from onnxrank import cost, facts, feeds, needed, runtime
+from onnxrank.contract import CONTRACT
+from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
+from onnxrank.report import RuleUse
+from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.study import Study, extents_of, label
+from onnxrank.values import (
+    CANDIDATES,
+    Dims,
+    Unrepresentable,
+    Value,
+    canonical,
+    codes_of,
+    extents,
+    is_candidate_symbol,
+    keep_symbols,
+    symbols,
+    view,
+)
+
+_NO_SITE = {None, "movement", "interface"}
+
+
+class Transformation:
+    """One rewrite of a studied model."""
+
+    def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, candidates: float) -> None:
+        self.study = study
+        self.interface = interface
+        self.guard = guard and interface == "same"
+        graph = study.model.graph
+        taken = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+        for node in graph.node:
+            taken |= {*node.input, *node.output, node.name}
+            taken |= {c for g in subgraphs(node) for c in captured(g)}
+        opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
+        self.emit = Emitter(taken, opset)
+        outputs = frozenset(o.name for o in graph.output)
+        self.rw = Rewrite(
+            study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)), outputs=outputs
+        )
+        if any(r.name == "select" for r in rules):
+            constants = {n: v[1] for n, v in study.facts.folded.items()}
+            constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
+                          if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20}  # fmt: skip
+            shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+            self.rw.needed = needed.positions_needed(
+                graph.node, [o.name for o in graph.output], study.facts, shapes, constants
+            )
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.notes: list[str] = []
+        self._extents: dict[str, tuple[facts.Extent, ...]] = {}
+        self._kept: list[Emitted] = []
+
+    def run(self) -> ModelProto:
+        """Rewrites the model."""
+        graph = self.study.model.graph
+        for name, value in self.study.constants().items():
+            assert value.whole is not None
+            source = self.rw.sources.add(value.whole.dims, value.dtype, name, load=value.whole.load)
+            self.rw.values[name] = Value(value.dims, value.dtype, source)
+        for t in graph.initializer:
+            if t.name not in self.rw.values:
+                dims: Dims = tuple((n,) if n != 1 else () for n in t.dims)
+                self.rw.values[t.name] = Value(dims, t.data_type, self.rw.sources.add(dims, t.data_type, t.name))
+        self.emit.rule = "interface"
+        infos = {i.name: i for i in graph.input}
+        for i in self.study.declared:
+            self.rw.values[i.name] = self._input(i, infos[i.name])
+        self.emit.rule = None
+        self.rw.interpret(graph.node)
+        return self._assemble()
+
+    # --- inputs ----------------------------------------------------------------------------------------------------
+
+    def _input(self, i: feeds.Input, info: onnx.ValueInfoProto) -> Value:
+        """The value of an input, and what the new graph's signature has for it."""
+        role, sources = i.role, self.rw.sources
+        for s in symbols(i.dims):
+            if role.level != "request" or not is_candidate_symbol(s):
+                axis = next(k for k, d in enumerate(i.dims) if s in d)
+                where = i.name
+                if role.level == "mixed" and self.interface == "request":
+                    where = f"{i.name}.candidate"
+                held = extents((i.dims[axis],))[0]
+                if role.level == "mixed" and self.interface == "request" and axis == i.mixed_axis:
+                    held = len(i.candidate_positions)
+                if symbols([i.dims[axis]]) == (s,):
+                    self.rw.layout.extent_of.setdefault(s, (where, axis, held))
+        if role.level == "candidate" or role.candidate_axis is None:
+            self._declare(info, i.name, i.dims)
+            return Value(i.dims, i.dtype, sources.add(i.dims, i.dtype, i.name))
+        rows = [s for s in symbols(i.dims) if not is_candidate_symbol(s)]
+        once = keep_symbols(i.dims, rows)
+        if role.level == "request":
+            if self.interface == "request":
+                self._declare(info, i.name, once)
+                return Value(i.dims, i.dtype, sources.add(once, i.dtype, i.name))
+            self._declare(info, i.name, i.dims)
+            return Value(i.dims, i.dtype, sources.add(once, i.dtype, self._first_row(i)))
+        axis = i.mixed_axis
+        positions = {"request": role.request, "candidate": i.candidate_positions}
+        codes = np.zeros(extents(i.dims), np.int64)
+        for part, at in positions.items():
+            dims = list(once if part == "request" else i.dims)
+            dims[axis] = canonical(len(at) if isinstance(f, int) else f for f in dims[axis])
+            index = tuple(list(at) if k == axis else slice(None) for k in range(codes.ndim))
+            if self.interface == "request":
+                name = f"{i.name}.{part}"
+                self._declare(info, name, tuple(dims))
+                codes[index] = codes_of(sources.add(tuple(dims), i.dtype, name))
+            elif part == "candidate":
+                codes[index] = codes_of(sources.add(i.dims, i.dtype, i.name))[index]
+                self._declare(info, i.name, i.dims)
+            else:
+                row = self._first_row(i)
+                if role.record is None:
+                    name = self.emit.add("Gather", [row, self.emit.constant(np.array(at, np.int64))], {"axis": axis},
+                                         hint=i.name)  # fmt: skip
+                    codes[index] = codes_of(sources.add(tuple(dims), i.dtype, name))
+                else:
+                    codes[index] = codes_of(sources.add(once, i.dtype, row))[index]
+        return view(i.dims, i.dtype, codes)
+
+    def _first_row(self, i: feeds.Input) -> str:
+        """Row 0 of an input whose signature stays; zeros where there are no rows at all."""
+        axis = i.role.candidate_axis
+        assert axis is not None
+        ends = [self.emit.constant(np.array([v], np.int64)) for v in (0, i.role.record or 1, axis)]
+        row = self.emit.add("Slice", [i.name, *ends], hint=i.name)
+        once = keep_symbols(i.dims, ())
+        if i.dtype == TensorProto.STRING or symbols(i.dims) != (CANDIDATES,):
+            return row
+        shape = [max(1, extents((d,))[0]) for d in once]
+        zeros = self.emit.constant(np.zeros(shape, helper.tensor_dtype_to_np_dtype(i.dtype)))
+        both = self.emit.add("Concat", [row, zeros], {"axis": axis}, hint=i.name)
+        return self.emit.add("Slice", [both, *ends], hint=i.name)
+
+    def _declare(self, info: onnx.ValueInfoProto, name: str, dims: Dims) -> None:
+        """Adds an input to the new signature."""
+        self._extents[name] = extents_of(dims)
+        made = onnx.ValueInfoProto()
+        made.CopyFrom(info)
+        made.name = name
+        for axis, (dim, d) in enumerate(zip(dims, made.type.tensor_type.shape.dim, strict=True)):
+            fixed = not symbols([dim])
+            size = extents((dim,))[0]
+            if fixed and (not d.HasField("dim_value") or d.dim_value != size):
+                d.dim_value = size
+            elif not fixed and name != info.name and symbols([dim]) == (CANDIDATES,) and size == 1:
+                original = info.type.tensor_type.shape.dim[axis].dim_param
+                d.dim_param = original if original.isidentifier() else "candidates"
+        self.inputs.append(made)
+
+    def translate(self, feed: runtime.Feeds) -> runtime.Feeds:
+        """Inputs of the new signature from inputs of the old one."""
+        return feeds.divided(self.study.declared, feed) if self.interface == "request" else feed
+
+    def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:
+        """Extents of the new graph's inputs."""
+        return self._extents
+
+    # --- outputs ---------------------------------------------------------------------------------------------------
+
+    def _finish_outputs(self) -> None:
+        """Brings the outputs to their names, with all their rows."""
+        emit, rw = self.emit, self.rw
+        emit.origin = len(self.study.model.graph.node)
+        names = [o.name for o in self.study.model.graph.output]
+        made = [rw.tensor(rw.values[name], full=True) for name in names]
+        valid = self._guards() if self.guard else None
+        fed = {i.name for i in self.inputs}
+        if any(name in fed and tensor != name for name, tensor in zip(names, made, strict=True)):
+            raise Unrepresentable("an output is an input, and cannot keep its name")
+        final: dict[str, str] = {}
+        for name, tensor in zip(names, made, strict=True):
+            dtype = rw.values[name].dtype
+            if valid is not None and dtype in runtime.FLOATS:
+                nan = emit.constant(np.array(np.nan, rw.constant_type(dtype)))
+                emit.rule = "interface"
+                tensor = emit.add("Where", [valid, tensor, nan], hint=name)
+                emit.rule = None
+            final[name] = tensor
+        for name, tensor in final.items():
+            if tensor == name:
+                continue
+            own = [e for e in emit.nodes if tensor in e.proto.output]
+            self._rename(name, emit.fresh(f"{name}/rows"))
+            if not own or tensor in names or list(final.values()).count(tensor) > 1:
+                emit.add("Identity", [final[name]], output=name)
+            else:
+                self._rename(tensor, name)
+
+    def _rename(self, old: str, new: str) -> None:
+        for e in self.emit.nodes:
+            for field in (e.proto.input, e.proto.output):
+                for k, n in enumerate(field):
+                    if n == old:
+                        field[k] = new
+            rename_captured(e.proto, {old: new})
+
+    def _guards(self) -> str | None:
+        """Whether all rows of every request-level input are equal, as a bool scalar."""
+        emit = self.emit
+        emit.rule = "interface"
+        parts: list[str] = []
+        for i in self.study.declared:
+            if i.role.level == "candidate" or i.role.candidate_axis is None:
+                continue
+            if i.dtype == TensorProto.STRING and emit.opset < 19:
+                self.notes.append(f"rows of {i.name} are not guarded: strings cannot be compared at this opset")
+                continue
+            data, axis = i.name, i.role.candidate_axis
+            if i.role.record is not None:
+                data = emit.add("Reshape", [data, emit.constant(np.array([-1, i.role.record], np.int64))], hint=i.name)
+            if i.role.level == "mixed":
+                at = emit.constant(np.array(i.role.request, np.int64))
+                along = 1 if i.role.record is not None else i.mixed_axis
+                data = emit.add("Gather", [data, at], {"axis": along}, hint=i.name)
+            ends = [np.array([v], np.int64) for v in (0, 1, axis)]
+            first = emit.add("Slice", [data, *(emit.constant(e) for e in ends)], hint=i.name)
+            same = emit.add("Equal", [data, first], hint=i.name)
+            if i.dtype in runtime.FLOATS:
+                both = [emit.add("IsNaN", [t], hint=i.name) for t in (data, first)]
+                same = emit.add("Or", [same, emit.add("And", both, hint=i.name)], hint=i.name)
+            differs = emit.add(
+                "Cast", [emit.add("Not", [same], hint=i.name)], {"to": int(TensorProto.INT32)}, hint=i.name
+            )
+            rank = len(i.dims) + (i.role.record is not None)
+            parts.append(emit.reduce("ReduceSum", differs, list(range(rank)), False, hint=i.name))
+        if not parts:
+            return None
+        total = parts[0]
+        for p in parts[1:]:
+            total = emit.add("Add", [total, p], hint="guard")
+        valid = emit.add("Equal", [total, emit.constant(np.array(0, np.int32))], hint="guard")
+        emit.rule = None
+        return valid
+
+    # --- assembling ------------------------------------------------------------------------------------------------
+
+    def _assemble(self) -> ModelProto:
+        self._finish_outputs()
+        base = self.study.model
+        outputs = [o.name for o in base.graph.output]
+        self._kept = _sorted_live(self.emit.nodes, outputs)
+        made = ModelProto()
+        for field, value in base.ListFields():
+            if field.name != "graph":
+                if field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED:
+                    getattr(made, field.name).extend(value)
+                elif field.message_type is not None:
+                    getattr(made, field.name).CopyFrom(value)
+                else:
+                    setattr(made, field.name, value)
+        del made.functions[:]
+        stale = [k for k, p in enumerate(made.metadata_props) if p.key == CONTRACT]
+        for k in stale[::-1]:
+            del made.metadata_props[k]
+        graph = made.graph
+        graph.name, graph.doc_string = base.graph.name, base.graph.doc_string
+        graph.metadata_props.extend(base.graph.metadata_props)
+        graph.quantization_annotation.extend(base.graph.quantization_annotation)
+        graph.output.extend(base.graph.output)
+        graph.input.extend(self.inputs)
+        graph.node.extend(e.proto for e in self._kept)
+        read = {i for e in self._kept for i in e.proto.input} | set(outputs)
+        for e in self._kept:
+            read |= {c for g in subgraphs(e.proto) for c in captured(g)}
+        for t in base.graph.initializer:
+            was_read = t.name in read
+            if was_read:
+                graph.initializer.append(t)
+        graph.initializer.extend(t for name, t in self.emit.initializers.items() if name in read)
+        if base.ir_version < 4:
+            graph.input.extend(
+                helper.make_tensor_value_info(name, t.data_type, t.dims)
+                for name, t in self.emit.initializers.items()
+                if name in read
+            )
+        graph.sparse_initializer.extend(t for t in base.graph.sparse_initializer if t.values.name in read)
+        have = {t.name for t in graph.initializer}
+        fed = {i.name for i in self.inputs}
+        graph.input.extend(i for i in base.graph.input if i.name in have and i.name not in fed)
+        untouched = {o for e in self._kept if e.rule is None for o in e.proto.output}
+        graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
+        return made
+
+    @property
+    def applied(self) -> set[str]:
+        """Names of the rules that took a node, whatever became of it."""
+        return self.rw.applied
+
+    def sites(self) -> dict[str, list[int]]:
+        """Per rule the original nodes at which it applied."""
+        out: dict[str, set[int]] = {}
+        for e in self._kept:
+            if e.rule not in _NO_SITE:
+                assert e.rule is not None
+                out.setdefault(e.rule, set()).add(e.origin)
+        return {rule: sorted(at) for rule, at in out.items()}
+
+    def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
+        """Sites per rule and what they saved: an original node's products against those that replace it."""
+        nodes = self.study.model.graph.node
+        old = [cost.node_macs(n, before) for n in nodes]
+        new = [0] * (len(nodes) + 1)
+        owner: dict[int, str] = {}
+        for e in self._kept:
+            new[e.origin] += cost.node_macs(e.proto, after)
+            if e.rule not in _NO_SITE and e.rule is not None:
+                # A site is told for the rule that does most there.
+                owner[e.origin] = max(owner.get(e.origin, e.rule), e.rule, key=_standing)
+        out = []
+        for rule in dict.fromkeys([r.name for r in self.rw.rules]):
+            at = sorted(k for k, r in owner.items() if r == rule and k < len(nodes))
+            if at:
+                saved = sum(old[k] - new[k] for k in at)
+                out.append(RuleUse(rule, len(at), saved, tuple(label(nodes[k]) for k in at)))
+        return out
+
+
+def _standing(rule: str) -> int:
+    """Rules by how much they do beyond others; those of third parties come first."""
+    order = ("broadcast", "select", "pool", "fc", "norm", "gru", "dot", "fold", "cross")
+    return order.index(rule) if rule in order else len(order)
+
+
+def _sorted_live(nodes: Sequence[Emitted], outputs: Sequence[str]) -> list[Emitted]:
+    """The nodes that outputs depend on, in topological order, close to that of the original."""
+    producer = {o: k for k, e in enumerate(nodes) for o in e.proto.output if o}
+
+    def operands(k: int) -> set[int]:
+        proto = nodes[k].proto
+        read = {*proto.input, *(c for g in subgraphs(proto) for c in captured(g))}
+        return {producer[i] for i in read if i in producer}
+
+    live: set[int] = set()
+    stack = [producer[o] for o in outputs if o in producer]
+    needs: dict[int, set[int]] = {}
+    while stack:
+        k = stack.pop()
+        if k in live:
+            continue
+        live.add(k)
+        needs[k] = operands(k)
+        stack.extend(needs[k])
+    users: dict[int, list[int]] = {}
+    waiting = {k: len(needs[k]) for k in live}
+    for k in live:
+        for p in needs[k]:
+            users.setdefault(p, []).append(k)
+    ready = [(nodes[k].origin, k) for k in live if not waiting[k]]
+    heapq.heapify(ready)
+    out = []
+    while ready:
+        _, k = heapq.heappop(ready)
+        out.append(nodes[k])
+        for u in users.get(k, []):
+            waiting[u] -= 1
+            if not waiting[u]:
+                heapq.heappush(ready, (nodes[u].origin, u))
+    return out

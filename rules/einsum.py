@@ -1,0 +1,124 @@
+"""Einsum in the rule `fc`: linear maps written as index equations."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from onnxrank.rewrite import Rewrite, Weights
+from onnxrank.values import (
+    HOLE,
+    Abstract,
+    Level,
+    Value,
+    canonical,
+    codes_of,
+    cut_repeats,
+    extents,
+    is_candidate_symbol,
+    symbols,
+    view,
+    with_extents,
+)
+
+from .broadcast import attribute
+from .products import linear_last, worthwhile
+
+
+def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Einsum of one operand with a constant matrix over the operand's last axis, or of operands of one level."""
+    equation = attribute(node, "equation").decode().replace(" ", "")
+    if "->" not in equation or "." in equation or len(node.input) != 2:
+        return None
+    left, out = equation.split("->")
+    terms = left.split(",")
+    for k in (0, 1):
+        weight, x = rw.array(node, 1 - k), rw.operand(node, k)
+        if weight is None or x is None or not worthwhile(rw, x, None):
+            continue
+        made = _einsum_linear(rw, rw.settle(x), terms[k], terms[1 - k], out, weight)
+        if made is not None:
+            return [made]
+    for k in (0, 1):
+        weight, x = rw.array(node, 1 - k), rw.operand(node, k)
+        if weight is not None and x is not None and worthwhile(rw, x, None):
+            return _einsum_by_rows(rw, node, rw.settle(x), k, terms, out, weight)
+    values = [rw.value(node, k) for k in (0, 1)]
+    sizes: dict[str, tuple[Any, ...]] = {}
+    held: list[set[str]] = []
+    for term, v in zip(terms, values, strict=True):
+        held.append(rw.present(v))
+        for c, d in zip(term, v.dims, strict=True):
+            if sizes.setdefault(c, d) not in (d, ()):
+                return None
+            if d != ():
+                sizes[c] = d
+    if any(c not in out and any(map(is_candidate_symbol, symbols([d]))) for c, d in sizes.items()):
+        return None
+    joined = held[0] | held[1]
+    full = any(h != joined for h in held)
+    dims = tuple(sizes[c] for c in out)
+    return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+
+
+def _einsum_linear(rw: Rewrite, x: Value, mine: str, its: str, out: str, weight: NDArray[Any]) -> Abstract | None:
+    """Einsum with a constant whose letters are all contracted or all its own: a linear map of the contracted axes."""
+    inner = [c for c in mine if c in its and c not in out]
+    outer = [c for c in its if c not in mine]
+    rows = [c for c in mine if c not in inner]
+    if not inner or len(set(mine)) != len(mine) or sorted(inner + outer) != sorted(its):
+        return None
+    if sorted(out) != sorted(rows + outer) or any(symbols([x.dims[mine.index(c)]]) for c in inner):
+        return None
+    sizes = dict(zip(its, weight.shape, strict=True))
+    joined = canonical([prod(sizes[c] for c in inner)])
+    dims = (*(x.dims[mine.index(c)] for c in rows), joined)
+    codes = x.codes.transpose([mine.index(c) for c in (*rows, *inner)]).reshape(extents(dims))
+    matrix = weight.transpose([its.index(c) for c in (*inner, *outer)]).reshape(extents(dims)[-1], -1)
+    made = rw.settle(linear_last(rw, view(dims, x.dtype, codes), Weights(np.ascontiguousarray(matrix)), "fc"))
+    split = (*dims[:-1], *(canonical([sizes[c]]) for c in outer))
+    order = [(*rows, *outer).index(c) for c in out]
+    return view(tuple(split[k] for k in order), x.dtype, made.codes.reshape(extents(split)).transpose(order))
+
+
+def _einsum_by_rows(
+    rw: Rewrite, node: NodeProto, x: Value, k: int, terms: list[str], out: str, weight: NDArray[Any]
+) -> list[Abstract] | None:
+    """Einsum with constant weights, which may differ by row: rows of each level with their own weights."""
+    mine, its = terms[k], terms[1 - k]
+    if len(set(mine)) != len(mine) or any(c not in mine + its for c in out):
+        return None
+    inner = [a for a, c in enumerate(mine) if c not in out]
+    if any(map(is_candidate_symbol, symbols([x.dims[a] for a in inner]))):
+        return None
+    sizes = dict(zip(its, (canonical([n]) for n in weight.shape), strict=True)) | dict(zip(mine, x.dims, strict=True))
+    levels = rw.sources.levels(x.codes).astype(np.int64)
+    levels = np.broadcast_to(levels.max(tuple(inner), keepdims=True), levels.shape)
+    dims = tuple(sizes[c] for c in out)
+    result = np.full(extents(dims), HOLE)
+    for group in rw.groups(levels, x.dims, flat=False):
+        part, w = group.take(x.codes), weight
+        chosen: dict[str, NDArray[np.int64]] = {}
+        if group.index is not ...:
+            axis = next(a for a, i in enumerate(group.index) if not isinstance(i, slice))
+            chosen = {mine[axis]: group.index[axis]}
+            if mine[axis] in its:
+                w = np.ascontiguousarray(weight.take(group.index[axis], its.index(mine[axis])))
+        # An axis that the weights run along too is not one that results repeat along.
+        part = cut_repeats(part, [a for a in range(part.ndim) if a not in inner and mine[a] not in its])
+        own = with_extents(group.dims, part.shape)
+        name, physical = rw.layout.realise(part, own)
+        made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
+        operands = [name, rw.emit.constant(w)]
+        rw.emit.rule = "fc" if group.level is Level.REQUEST else None
+        rw.emit.copy(node, operands if k == 0 else operands[::-1], [made])
+        rw.emit.rule = None
+        had = dict(zip(its, (canonical([n]) for n in w.shape), strict=True)) | dict(zip(mine, physical, strict=True))
+        source = rw.sources.add(tuple(had[c] for c in out), x.dtype, made)
+        at = tuple(chosen.get(c, slice(None)) for c in out)
+        result[at] = np.broadcast_to(codes_of(source), result[at].shape)
+    return [rw.tidy(dims, x.dtype, result)]
