@@ -250,18 +250,21 @@ class Rewrite:
             self.refuse(
                 "broadcast", f"{node.op_type} is not known to treat rows independently, so it runs on all of them"
             )
-        names = [self.tensor(self.values[i], full=True) if i else "" for i in node.input]
-        if inner:
-            renamed = NodeProto()
-            renamed.CopyFrom(node)
-            rename_captured(renamed, {c: self.tensor(self.values[c], full=True) for c in inner})
-            node = renamed
         dims: list[Dims] = []
         for o in node.output:
             known = self.facts.dims(o) if o else ()
             if known is None or o in self.facts.unsteady:
                 known = ((f"{CANDIDATES}~?{o}",),)
             dims.append(known)
+        if not self.keep_moves:
+            # Entries are only followed, and end here: nothing needs to be written.
+            return [self.new(d, self.dtype(o), symbols(d), o) for o, d in zip(node.output, dims, strict=True)]
+        names = [self.tensor(self.values[i], full=True) if i else "" for i in node.input]
+        if inner:
+            renamed = NodeProto()
+            renamed.CopyFrom(node)
+            rename_captured(renamed, {c: self.tensor(self.values[c], full=True) for c in inner})
+            node = renamed
         return self.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
 
     # --- reading ---------------------------------------------------------------------------------------------------
