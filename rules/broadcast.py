@@ -342,6 +342,9 @@ def rowwise(
         return None
     rest = [rw.tensor(v) if v is not None else "" for v in others]
     unread = rw.needed.get(node.output[0])
+    if unread and len(reshape(x.dims)[0]) != x.rank and max(unread) >= min(core, default=x.rank):
+        # Axes that went move those behind them: positions of the result are not positions of the operand.
+        unread = None
     held = {s for v in others if v is not None for s in rw.present(v)}
     if x.whole is not None and not unread:
         return rw.keep(node, [rw.tensor(x), *rest], reshape(x.dims), held | rw.present(x))

@@ -127,3 +127,17 @@ def test_positions_at_run_time() -> None:
     result = optimised(g, given)
     assert "select" not in rules(result)
     assert result.report.macs_after == (7 + N) * 24
+
+
+@pytest.mark.parametrize("kind", ["ReduceMin", "ReduceMax", "ReduceL1"])
+def test_positions_behind_an_axis_that_went(kind: str) -> None:
+    """A reduction without its axis: positions of the result are those of another axis of the operand."""
+    given = [request("u", 2), candidate("s", 5, 6, 4)]
+    g = Graph()
+    u, s = (i.declare(g) for i in given)
+    first = g.op("Transpose", s, perm=[1, 2, 3, 0])
+    y = g.op(kind, first, axes=[0], keepdims=0)
+    picked = g.op("Gather", y, g.const([2, 3], np.int64), axis=1)
+    total = g.op("ReduceMax", picked, axes=[0, 1], keepdims=0)
+    g.output(g.op("Add", u, g.op("Unsqueeze", total, g.const([1], np.int64))), ["N", 2])
+    optimised(g, given, counts=(1, 2, 5))
