@@ -32,6 +32,7 @@ from onnxrank.values import (
     canonical,
     codes_of,
     extents,
+    offsets,
     source_numbers,
     symbols,
     view,
@@ -80,7 +81,7 @@ def expand(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes]:
     numbers = source_numbers(codes)
     for number, a, b in found:
         at = numbers == number
-        where = (codes & ((1 << 40) - 1))[at]
+        where = offsets(codes[at])
         terms = a.shape[-1]
         left[at] = rw.zero(rw.sources[number].dtype)
         left[at, :terms] = a.reshape(-1, terms)[where]
