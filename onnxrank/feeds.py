@@ -6,6 +6,7 @@ following every entry of every input through casts, offsets and data movement to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -329,7 +330,7 @@ def find_ranges(
     model: ModelProto,
     declared: Sequence[Input],
     facts: Facts,
-    constants: Mapping[str, Value],
+    folder: str | os.PathLike[str] | None,
     dtypes: dict[str, int],
     movement: Rule,
 ) -> Ranges:
@@ -339,7 +340,7 @@ def find_ranges(
         model: The model.
         declared: Its inputs.
         facts: Shapes, measured with zeros for inputs.
-        constants: Values of initializers.
+        folder: Where its external data lies.
         dtypes: Element types of tensors.
         movement: The rule that follows data movement.
     """
@@ -350,13 +351,7 @@ def find_ranges(
         source = rw.sources.add(i.dims, i.dtype, i.name)
         lookups.own(source.number, i.name)
         rw.values[i.name] = Value(i.dims, i.dtype, source)
-    for name, value in constants.items():
-        assert value.whole is not None
-        source = rw.sources.add(value.whole.dims, value.dtype, name, load=value.whole.load)
-        rw.values[name] = Value(value.dims, value.dtype, source)
-    for t in model.graph.initializer:
-        if t.name not in rw.values:
-            rw.values[t.name] = rw.new(tuple(canonical([n]) for n in t.dims), t.data_type, (), t.name)
+    rw.declare_initializers(model, folder)
     for s in {s for i in declared for s in symbols(i.dims)}:
         rw.layout.extent_of[s] = (declared[0].name, 0, 1)  # nothing written here is ever run
     rw.interpret(model.graph.node)

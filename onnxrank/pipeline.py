@@ -143,15 +143,13 @@ def optimize(
     study = Study(working, roles, loaded)
     if study.facts.note:
         notes.append(study.facts.note)
+    before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
+    report.before = report.after = cost.by_level(study.model.graph, before)
     stray = study.unproven_shapes()
     if stray is not None:
         report.refusals = [stray]
-        report.before = report.after = cost.by_level(
-            study.model.graph, cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
-        )
         return Result(original, report, loaded)
     say("rewriting")
-    before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     forms = [Form(study, rules, interface, guard, span)]
     if forms[0].uses(_FORMS):
         # Which form is best changes with the number of candidates: the cheapest is taken.
@@ -165,10 +163,8 @@ def optimize(
     made, rewrite = chosen.model, chosen.rewrite
     report.refusals = rewrite.rw.refusals
     notes += rewrite.notes
-    report.before = report.after = cost.by_level(study.model.graph, before)
     if made is None or not rewrite.sites():
         return Result(original, report, loaded)
-    say("measuring the result")
     contract = {
         "version": report.version,
         "source_sha256": loaded.sha256,

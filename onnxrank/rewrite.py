@@ -7,6 +7,7 @@ brought to the original layout with all rows and the node stays as it is.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -14,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
-from onnxrank.facts import Facts
+from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
 from onnxrank.values import (
     CANDIDATES,
@@ -32,6 +33,7 @@ from onnxrank.values import (
     Unrepresentable,
     Value,
     broadcast_dims,
+    canonical,
     codes_of,
     cut_repeats,
     extents,
@@ -316,7 +318,7 @@ class Rewrite:
 
     def is_open(self, value: Value) -> bool:
         """Whether the value is one tensor that was put off, as a sum of products."""
-        return value.whole is not None and value.whole.linear is not None and value.whole.name is None
+        return value.whole is not None and value.whole.is_open
 
     def single_level(self, value: Value) -> bool:
         """Whether all entries have one level."""
@@ -418,6 +420,21 @@ class Rewrite:
         """A value that is one new tensor."""
         source = self.sources.add(keep_symbols(dims, present), dtype, name, **how)
         return Value(dims, dtype, source)
+
+    def declare_initializers(self, model: ModelProto, folder: str | os.PathLike[str] | None) -> None:
+        """Gives every initializer its value; data are loaded when asked for.
+
+        What is also listed as an input may be replaced by the caller, and is not a constant (IR version 4 and later;
+        before it, all had to be listed).
+        """
+        listed = {i.name for i in model.graph.input} if model.ir_version >= 4 else set()
+        for t in model.graph.initializer:
+
+            def load(t: TensorProto = t) -> NDArray[Any]:
+                return constant_data(t, folder)
+
+            dims = tuple(canonical([n]) for n in t.dims)
+            self.values[t.name] = self.new(dims, t.data_type, (), t.name, load=None if t.name in listed else load)
 
     def constant(self, data: NDArray[Any], dims: Dims | None = None) -> Value:
         """A constant value."""
@@ -583,6 +600,10 @@ class Rewrite:
             return view(dims, dtype, codes)
         return Sum(dims, dtype, [view(dims, dtype, w) for w in wide])
 
+    def terms(self, value: Abstract) -> list[Value]:
+        """The terms of a pending sum; anything else is its own only term."""
+        return value.terms if isinstance(value, Sum) else [self.settle(value)]
+
     def settle(self, value: Abstract) -> Value:
         """Makes a pending sum or normalisation."""
         if isinstance(value, Value):
@@ -601,7 +622,7 @@ class Rewrite:
         out = np.full(extents(split), zero)
         arrays = [t.codes.reshape(extents(split)) for t in value.terms]
         keys = self.joint_levels(arrays)
-        if any(s.linear is not None and s.name is None for a in arrays for s in self.sources.of(a)):
+        if any(s.is_open for a in arrays for s in self.sources.of(a)):
             # Entries with a product that was put off are not mixed with those that have none.
             held = sum(((a != zero).astype(np.int64) << k for k, a in enumerate(arrays)), np.zeros_like(keys))
             apart = np.where(keys < 0, keys, held * 4 + keys)
@@ -622,7 +643,7 @@ class Rewrite:
             physical = keep_symbols(with_extents(dims, small.shape), held)
             (first, *others) = self.sources.of(small)
             whole = not others and first.dims == physical and np.array_equal(small, codes_of(first))
-            parts.append((first if whole and first.product and first.name is None else None, small, physical))
+            parts.append((first if whole and first.is_pending else None, small, physical))
         # What varies along least comes first, so that it is added to the least.
         parts.sort(key=lambda p: (self.sources.levels(p[1]).max(), len(symbols(p[2])), prod(extents(p[2]))))
         name: str | None = None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
@@ -18,9 +15,6 @@ from onnxrank.roles import Roles
 from onnxrank.values import (
     CANDIDATES,
     Dims,
-    Level,
-    Source,
-    Value,
     extents,
     symbols,
 )
@@ -69,26 +63,10 @@ class Study:
                 "roles file."
             ) from e
 
-    def constants(self) -> dict[str, Value]:
-        """Values of the initializers; their data are loaded when asked for."""
-        graph = self.model.graph
-        listed = {i.name for i in graph.input} if self.model.ir_version >= 4 else set()
-        out = {}
-        for k, t in enumerate(graph.initializer):
-            if t.name in listed:
-                continue
-            dims: Dims = tuple((n,) if n != 1 else () for n in t.dims)
-
-            def load(t: TensorProto = t) -> NDArray[Any]:
-                return facts.constant_data(t, self.loaded.folder)
-
-            out[t.name] = Value(dims, t.data_type, Source(-1 - k, dims, t.data_type, Level.CONSTANT, t.name, load))
-        return out
-
     def _ranges(self) -> feeds.Ranges:
         from onnxrank.rules import movement
 
-        return feeds.find_ranges(self.model, self.declared, self.facts, self.constants(), self.dtypes, movement.RULE)
+        return feeds.find_ranges(self.model, self.declared, self.facts, self.loaded.folder, self.dtypes, movement.RULE)
 
     def _data_shaped(self) -> bool:
         """Whether a shape may depend on the data of the inputs, which the first run fed with zeros."""

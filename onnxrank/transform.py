@@ -66,14 +66,7 @@ class Transformation:
     def run(self) -> ModelProto:
         """Rewrites the model."""
         graph = self.study.model.graph
-        for name, value in self.study.constants().items():
-            assert value.whole is not None
-            source = self.rw.sources.add(value.whole.dims, value.dtype, name, load=value.whole.load)
-            self.rw.values[name] = Value(value.dims, value.dtype, source)
-        for t in graph.initializer:
-            if t.name not in self.rw.values:
-                dims: Dims = tuple((n,) if n != 1 else () for n in t.dims)
-                self.rw.values[t.name] = Value(dims, t.data_type, self.rw.sources.add(dims, t.data_type, t.name))
+        self.rw.declare_initializers(self.study.model, self.study.loaded.folder)
         self.emit.rule = "interface"
         infos = {i.name: i for i in graph.input}
         for i in self.study.declared:

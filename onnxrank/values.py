@@ -213,6 +213,16 @@ class Source:
     again: Callable[[str, int], Source] | None = None
     pull: Callable[[str, int], list[Source]] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is a sum of products that has not been written."""
+        return self.linear is not None and self.name is None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is a matrix product that has not been written, and could take an addend."""
+        return self.product is not None and self.name is None
+
     @cached_property
     def data(self) -> NDArray[Any]:
         """The entries of a constant, shaped as its constant extents."""

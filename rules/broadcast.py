@@ -267,7 +267,7 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if isinstance(o, Sum) and fold.has_open(rw, o):
             other = operands[1 - k]
             assert other is not None
-            terms = [*o.terms, *(other.terms if isinstance(other, Sum) else [rw.settle(other)])]
+            terms = [*o.terms, *rw.terms(other)]
             if node.op_type == "Sub" or broadcast_dims([t.dims for t in terms]) != o.dims:
                 break
             return [fold.compact(rw, terms, o.dims, o.dtype)]
@@ -287,7 +287,7 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     if node.op_type == "Sub":
         b = elementwise(rw, "Neg", [rw.settle(b)], rw.emit.fresh(f"{node.output[0]}/negative"))
-    terms = [t for v in (a, b) for t in (v.terms if isinstance(v, Sum) else [v])]
+    terms = [*rw.terms(a), *rw.terms(b)]
     same = None if len(terms) != 2 else _neutral(node, [rw.settle(a), rw.settle(b)], dims)
     return [same] if same is not None else [rw.add(terms, dims, a.dtype)]
 
@@ -312,7 +312,7 @@ def _sum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _pending(rw: Rewrite, value: Value) -> bool:
     """Whether the value holds a product that could still take an addend."""
     found = [value.whole] if value.whole is not None else rw.sources.of(value.codes)
-    return any(s.product is not None and s.name is None for s in found)
+    return any(s.is_pending for s in found)
 
 
 def rowwise(

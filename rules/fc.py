@@ -95,9 +95,7 @@ def gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     made = linear_last(rw, x, weight, "fc", unread)
     if bias is None:
         return [made]
-    c = rw.settle(bias)
-    terms = made.terms if isinstance(made, Sum) else [rw.settle(made)]
-    return [rw.add([*terms, c], made.dims, made.dtype)]
+    return [rw.add([*rw.terms(made), rw.settle(bias)], made.dims, made.dtype)]
 
 
 def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -129,8 +127,7 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     made = distribute(rw, x, 1, one)
     if bias is None:
         return [made]
-    terms = made.terms if isinstance(made, Sum) else [rw.settle(made)]
-    return [rw.add([*terms, rw.constant(bias.reshape(-1, *trail))], made.dims, made.dtype)]
+    return [rw.add([*rw.terms(made), rw.constant(bias.reshape(-1, *trail))], made.dims, made.dtype)]
 
 
 RULE = Rule(

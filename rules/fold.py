@@ -69,13 +69,14 @@ def expand(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes]:
     Returns:
         Request-level and candidate-level factors, `[..., terms]` each; what is no such sum is 1 times itself.
     """
-    one = rw.one(rw.sources.of(codes)[0].dtype)
+    sources = rw.sources.of(codes)
+    one, zero = rw.one(sources[0].dtype), rw.zero(sources[0].dtype)
     found = []
-    for source in rw.sources.of(codes):
-        if source.linear is not None and source.name is None:
+    for source in sources:
+        if source.is_open and source.linear is not None:
             found.append((source.number, *source.linear()))
     width = max([a.shape[-1] for _, a, _ in found], default=1)
-    left = np.full((*codes.shape, width), rw.zero(rw.sources.of(codes)[0].dtype))
+    left = np.full((*codes.shape, width), zero)
     right = np.repeat(codes[..., None], width, -1)
     left[..., 0] = one
     numbers = source_numbers(codes)
@@ -83,7 +84,7 @@ def expand(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes]:
         at = numbers == number
         where = offsets(codes[at])
         terms = a.shape[-1]
-        left[at] = rw.zero(rw.sources[number].dtype)
+        left[at] = zero
         left[at, :terms] = a.reshape(-1, terms)[where]
         right[at, :terms] = b.reshape(-1, terms)[where]
         right[at, terms:] = b.reshape(-1, terms)[where][:, :1]
@@ -95,7 +96,7 @@ def is_open(rw: Rewrite, codes: Codes) -> NDArray[np.bool_]:
     out = np.zeros(codes.shape, bool)
     numbers = source_numbers(codes)
     for source in rw.sources.of(codes):
-        if source.linear is not None and source.name is None:
+        if source.is_open:
             out |= numbers == source.number
     return out
 
@@ -143,8 +144,8 @@ def _regular(
     left, right = expand(rw, flat[:, columns])
     if rw.sources.symbols(left):
         return None
-    rows = flat.shape[0]
-    r, k, j = np.nonzero(left != rw.zero(rw.sources.of(basis)[0].dtype))
+    rows, zero = flat.shape[0], rw.zero(rw.sources.of(basis)[0].dtype)
+    r, k, j = np.nonzero(left != zero)
     item = np.searchsorted(basis, right[r, k, j]) * rows + r
     order = np.lexsort((k, item))
     item, k, coefficient = item[order], k[order], left[r, k, j][order]
@@ -153,7 +154,7 @@ def _regular(
     if len(items) * terms > _LARGEST:
         return None
     lists = np.full((len(items), terms), -1)
-    values = np.full((len(items), terms), rw.zero(rw.sources.of(basis)[0].dtype))
+    values = np.full((len(items), terms), zero)
     at = (np.repeat(np.arange(len(items)), count), np.arange(len(item)) - np.repeat(start, count))
     lists[at], values[at] = k, coefficient
     kinds, kind = np.unique(lists, axis=0, return_inverse=True)
@@ -165,7 +166,7 @@ def _regular(
     by_kind = np.argsort(kind, kind="stable")
     within = np.empty(len(items), np.int64)
     within[by_kind] = np.arange(len(items)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    coefficients = np.full((groups, most, terms), rw.zero(rw.sources.of(basis)[0].dtype))
+    coefficients = np.full((groups, most, terms), zero)
     coefficients[kind, within] = values
     place = np.full((len(basis), rows), -1)
     place.reshape(-1)[items] = kind * most + within

@@ -29,6 +29,7 @@ from onnxrank.values import (
     Value,
     canonical,
     codes_of,
+    cut_repeats,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -160,10 +161,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             members = np.flatnonzero(signature == key)
             if level_of[members[0]] == Level.UNREAD:
                 continue
-            sub = part[..., members]
-            for axis in range(len(rows)):
-                if sub.shape[axis] > 1 and (sub == sub.take([0], axis)).all():
-                    sub = sub.take([0], axis)
+            sub = cut_repeats(part[..., members], range(len(rows)))
             flat = sub.reshape(-1, len(members))
             order = np.argsort(flat[0], kind="stable")
             keep, columns = [int(order[0])], np.zeros(len(members), np.int64)
@@ -415,8 +413,7 @@ def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Ab
     if isinstance(x, Sum):
         if _crossing(rw, x, axis, rw.zero(x.dtype)):
             parts = [linear(t) for t in x.terms]
-            terms = [t for p in parts for t in (p.terms if isinstance(p, Sum) else [rw.settle(p)])]
-            return rw.add(terms, parts[0].dims, x.dtype)
+            return rw.add([t for p in parts for t in rw.terms(p)], parts[0].dims, x.dtype)
     return linear(rw.settle(x))
 
 
@@ -472,7 +469,7 @@ def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[
     if pulled is None:
         return linear(*fold.stacked(rw, x, axis, weight))
     rest = [linear(t, weight) for t in x.terms[1:]]
-    terms = [t for r in rest for t in (r.terms if isinstance(r, Sum) else [rw.settle(r)])]
+    terms = [t for r in rest for t in rw.terms(r)]
     dims = (*x.dims[:axis], canonical([weight.data.shape[1]]), *x.dims[axis + 1 :])
     return rw.add([*terms, *pulled], dims, x.dtype)
 
