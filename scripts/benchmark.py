@@ -10,41 +10,86 @@ The sessions run interleaved on one thread at onnxruntime's default optimisation
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import yaml
-from coverage import Requests
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from onnxrank import optimize
 from onnxrank.roles import load_spec
+from scripts.coverage import Requests
 
 
-def session(model: Path | bytes) -> onnxruntime.InferenceSession:
+def session(
+    model: Path | bytes, level: onnxruntime.GraphOptimizationLevel | None = None
+) -> onnxruntime.InferenceSession:
+    """One thread; onnxruntime's default optimisation level if none is given."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    if level is not None:
+        options.graph_optimization_level = level
     source = str(model) if isinstance(model, Path) else model
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def medians(sessions: Sequence[onnxruntime.InferenceSession], feeds: Sequence[dict], seconds: float) -> list[float]:
-    """Median seconds of each session, interleaved."""
+def medians(
+    sessions: Sequence[onnxruntime.InferenceSession], feeds: Sequence[dict], seconds: float, least: int = 7
+) -> list[float]:
+    """Median seconds of each session, interleaved, with `least` runs or more of each.
+
+    Every round has an order of its own, so that no session always follows the same one.
+    """
     spent: list[list[float]] = [[] for _ in sessions]
     given = [{i.name: feed[i.name] for i in s.get_inputs()} for s, feed in zip(sessions, feeds, strict=True)]
     for s, feed in zip(sessions, given, strict=True):
         s.run(None, feed)
+    order = list(range(len(sessions)))
+    shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(spent[0]) < 7:
-        for k, (s, feed) in enumerate(zip(sessions, given, strict=True)):
+    while time.perf_counter() < end or len(spent[0]) < least:
+        shuffle(order)
+        for k in order:
             begin = time.perf_counter()
-            s.run(None, feed)
+            sessions[k].run(None, given[k])
             spent[k].append(time.perf_counter() - begin)
     return [statistics.median(s) for s in spent]
+
+
+def medians_over_sessions(
+    names: Sequence[str],
+    make: Callable[[str, int], tuple[onnxruntime.InferenceSession, dict]],
+    sessions: int,
+    seconds: float,
+    least: int = 7,
+) -> dict[str, float]:
+    """Median over several sessions of each form's median seconds, for differences of a few percent.
+
+    Where memory happens to lie makes as much of a difference for as long as a session lives. So sessions are opened
+    several times, in several orders, with inputs of their own.
+
+    Args:
+        names: The forms.
+        make: Opens a session for a form, and draws inputs by a seed.
+        sessions: How many of each form, one after the other.
+        seconds: For all of them together.
+        least: Runs in each, at least.
+    """
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(sessions):
+        order = random.Random(seed).sample(list(names), len(names))
+        opened, feeds = zip(*(make(name, seed) for name in order), strict=True)
+        for name, took in zip(order, medians(opened, feeds, seconds / sessions, least), strict=True):
+            found[name].append(took)
+    return {name: statistics.median(took) for name, took in found.items()}
 
 
 def measure(path: Path, candidates: Sequence[int], seconds: float) -> list[str]:
