@@ -306,7 +306,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="GLOB", help="on file names")
     parser.add_argument("--without", nargs="+", choices=OTHERS, default=[], help="tools to leave out")
     parser.add_argument("--candidates", default="32,512", metavar="N,N")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per model and number of candidates")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per model and number of candidates")
     parser.add_argument(
         "--least", type=int, default=3, help="runs of every form in each of three sessions, however long they take"
     )
