@@ -230,7 +230,9 @@ def _explain(rule: Rule) -> None:
         ("exactness", f"{rule.exactness} ({exactness.get(rule.exactness, 'see source')})"),
         ("operators", ", ".join(sorted(rule.operators)) or "none of its own"),
     ):
-        click.echo(textwrap.fill(text, 80, initial_indent=f"{label:<11}", subsequent_indent=" " * 11))
+        click.echo(
+            textwrap.fill(text, 80, initial_indent=f"{label:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
+        )
 
 
 def _read_npz(path: str) -> dict[str, Any]:

@@ -30,9 +30,13 @@ from onnxrank.values import (
     keep_symbols,
     offsets,
     source_numbers,
+    split_merged,
+    stream,
     symbols,
     with_extents,
 )
+
+_MOST_CUTS = 16
 
 
 class Layout:
@@ -101,7 +105,40 @@ class Layout:
             return self.emit.constant(self.sources.constants(codes).reshape(extents(dims)))
         if len(found) == 1:
             return self._from_one(found[0], codes, dims)
+        split = split_merged(dims)
+        if split != dims:
+            return self.reshape(self._make(codes.reshape(extents(split)), split), split, dims)
         return self._concat(codes, dims) or self._gather_flat(codes, dims)
+
+    def native_order(self, codes: Codes, dims: Dims) -> list[int] | None:
+        """The order of axes in which a whole tensor lies in memory.
+
+        Returns:
+            None for the order they have, and for entries that are not those of one tensor.
+        """
+        found = self.sources.of(codes)
+        if len(found) != 1 or found[0].size != codes.size or any(len(d) > 1 for d in dims):
+            return None
+        factors = [f for d in found[0].dims for f in d]
+        sizes = [f if isinstance(f, int) else 1 for f in factors]
+        strides = [prod(sizes[k + 1 :]) for k in range(len(sizes))]
+        place: dict[int, tuple[int, int]] = {}
+        for axis, d in enumerate(dims):
+            if symbols([d]):
+                if d[0] not in factors:
+                    return None
+                place[axis] = (factors.index(d[0]), 0)
+            elif codes.shape[axis] > 1:
+                step = int(np.moveaxis(codes, axis, 0)[1].flat[0] - codes.flat[0])
+                fits = (k for k, n in enumerate(sizes) if strides[k] <= step < strides[k] * n)
+                place[axis] = (next(fits, -1), -step)
+        wanted = sorted(place, key=lambda a: place[a])
+        order = [a for a in range(len(dims)) if a not in place] + wanted
+        if wanted == sorted(wanted) or not np.array_equal(
+            offsets(codes.transpose(order)).reshape(-1), _range(codes.size)
+        ):
+            return None
+        return order
 
     # --- several sources -------------------------------------------------------------------------------------------
 
@@ -122,6 +159,7 @@ class Layout:
                 # Pieces of one level are brought to full rows together: few large Expands, not many small ones.
                 if len(cuts) and (best is None or len(cuts) < best[0]):
                     best = (len(cuts), axis, cuts)
+        best = best or _grid(numbers, dims)
         if best is None:
             return None
         _, axis, cuts = best
@@ -197,6 +235,8 @@ class Layout:
             return (), 0
         if symbols(source.dims) != symbols(dims) or any(symbols([d]) for d in source.dims[along:]):
             return (), 0
+        if any(isinstance(f, int) for d in source.dims[:along] for f in d):
+            return (), 0
         if not np.array_equal(offsets(piece).reshape(-1), _range(source.size)):
             return (), 0
         if self.before_reshape(self.name_of(source), source.dims, want) is not None:
@@ -223,11 +263,15 @@ class Layout:
         total = prod(extents(have))
         if at.size == total:
             if np.array_equal(at.reshape(-1), _range(total)) and symbols(have) == symbols(dims):
-                if _stream(have) == _stream(dims):
+                if stream(have) == stream(dims):
                     return self.reshape(name, have, dims)
             moved = self._transpose(name, have, at, dims)
             if moved:
                 return moved
+            finer = _finer(at, dims)
+            moved = self._transpose(name, have, *finer) if finer else None
+            if finer and moved:
+                return self.reshape(moved, finer[1], dims)
         # No structure left: flatten the source and pick entry by entry.
         syms = tuple((s,) for s in symbols(dims))
         flat = self._arrange_to_flat(name, have, syms)
@@ -285,11 +329,11 @@ class Layout:
             return None
         axes = sorted((a for a in range(at.ndim) if at.shape[a] > 1), key=lambda a: -strides[a])
         # Factors of the source in its own order, each with the target axis it becomes.
-        stream: list[tuple[Factor, int | str]] = []
+        factors: list[tuple[Factor, int | str]] = []
         left = list(axes)
         for f in (f for d in have for f in d):
             if isinstance(f, str):
-                stream.append((f, f))
+                factors.append((f, f))
                 continue
             need = f
             while need > 1:
@@ -297,15 +341,15 @@ class Layout:
                     return None
                 a = left.pop(0)
                 need //= at.shape[a]
-                stream.append((at.shape[a], a))
+                factors.append((at.shape[a], a))
         order: list[int | str] = []
         for axis, d in enumerate(dims):
             order += [f if isinstance(f, str) else axis for f in d]
-        labels = [label for _, label in stream]
+        labels = [label for _, label in factors]
         if sorted(map(str, labels)) != sorted(map(str, order)):
             return None
         perm = [labels.index(o) for o in order]
-        split: Dims = tuple((f,) for f, _ in stream)
+        split: Dims = tuple((f,) for f, _ in factors)
         name = self.reshape(name, have, split)
         if perm != list(range(len(perm))):
             name = self.emit.add("Transpose", [name], {"perm": perm})
@@ -314,26 +358,26 @@ class Layout:
     def _arrange_to_flat(self, name: str, have: Dims, syms: Dims) -> str:
         total = prod(extents(have))
         flat: Dims = (*syms, (total,) if total > 1 else ())
-        stream = _stream(have)
-        order = [stream.index(s) for (s,) in syms] + [k for k, f in enumerate(stream) if isinstance(f, int)]
+        factors = stream(have)
+        order = [factors.index(s) for (s,) in syms] + [k for k, f in enumerate(factors) if isinstance(f, int)]
         if order != sorted(order):
-            split: Dims = tuple((f,) for f in stream)
+            split: Dims = tuple((f,) for f in factors)
             name = self.emit.add("Transpose", [self.reshape(name, have, split)], {"perm": order})
             have = tuple(split[k] for k in order)
         return self.reshape(name, have, flat)
 
     def _arrange(self, name: str, have: Dims, dims: Dims) -> str:
         """From symbols first, entries flat behind them, to the wanted shape."""
-        stream = _stream(dims)
-        order = [k for k, f in enumerate(stream) if isinstance(f, str)] + [
-            k for k, f in enumerate(stream) if isinstance(f, int)
+        factors = stream(dims)
+        order = [k for k, f in enumerate(factors) if isinstance(f, str)] + [
+            k for k, f in enumerate(factors) if isinstance(f, int)
         ]
         if order == sorted(order):
             return self.reshape(name, have, dims)
-        split: Dims = tuple((stream[k],) for k in order)
+        split: Dims = tuple((factors[k],) for k in order)
         name = self.reshape(name, have, split)
         name = self.emit.add("Transpose", [name], {"perm": list(np.argsort(order))})
-        return self.reshape(name, tuple((f,) for f in stream), dims)
+        return self.reshape(name, tuple((f,) for f in factors), dims)
 
     # --- shapes ----------------------------------------------------------------------------------------------------
 
@@ -442,6 +486,20 @@ class Layout:
         return out
 
 
+def _grid(numbers: Codes, dims: Dims) -> tuple[int, int, Codes] | None:
+    """The axis along which rows of several tensors, side by side, are followed by rows of others; and where."""
+    best: tuple[int, int, Codes] | None = None
+    for axis, n in enumerate(numbers.shape):
+        flat = np.moveaxis(numbers, axis, 0).reshape(n, -1)
+        cuts = np.flatnonzero((flat[1:] != flat[:-1]).any(1)) + 1
+        if len(dims[axis]) > 1 or not 0 < len(cuts) <= _MOST_CUTS:
+            continue
+        most = max(len(np.unique(piece)) for piece in np.split(flat, cuts))
+        if most < len(np.unique(numbers)) and (best is None or len(cuts) < best[0]):
+            best = (len(cuts), axis, cuts)
+    return best
+
+
 def _native_order(piece: Codes, axis: int) -> list[int] | None:
     """The order of axes in which a piece of one source lies in memory, the joined axis before the entries of a piece.
 
@@ -457,6 +515,25 @@ def _native_order(piece: Codes, axis: int) -> list[int] | None:
         return None
     slots = iter(wanted)
     return [next(slots) if k in wanted else k for k in range(piece.ndim)]
+
+
+def _finer(at: Codes, dims: Dims) -> tuple[Codes, Dims] | None:
+    """Axes that go through several axes of a source, split into one for each."""
+    split: list[Dim] = []
+    for axis, d in enumerate(dims):
+        line = np.moveaxis(at, axis, 0).reshape(at.shape[axis], -1)[:, 0]
+        sizes: list[int] = []
+        while len(line) > 1:
+            jumps = np.flatnonzero(np.diff(line) != line[1] - line[0])
+            run = int(jumps[0]) + 1 if len(jumps) else len(line)
+            if len(line) % run or run == 1:
+                return None
+            sizes.insert(0, run)
+            line = line[::run]
+        if len(sizes) > 1 and len(d) > 1:
+            return None
+        split += [(n,) for n in sizes] if len(sizes) > 1 else [d]
+    return None if len(split) == len(dims) else (at.reshape(extents(tuple(split))), tuple(split))
 
 
 def _positions(at: Codes, shape: tuple[int, ...]) -> tuple[list[Codes], list[int | None]] | None:
@@ -491,14 +568,3 @@ def _split_last(dims: Dims, size: int) -> Dims | None:
 
 def _range(n: int) -> Codes:
     return np.arange(n, dtype=np.int64)
-
-
-def _stream(dims: Dims) -> list[Factor]:
-    """All factors in order, neighbouring constants merged."""
-    out: list[Factor] = []
-    for f in (f for d in dims for f in d):
-        if isinstance(f, int) and out and isinstance(out[-1], int):
-            out[-1] *= f
-        else:
-            out.append(f)
-    return out

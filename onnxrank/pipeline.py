@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -28,8 +28,6 @@ from onnxrank.values import (
     Unrepresentable,
 )
 
-_FORMS = ("cross",)
-"""Rules whose forms pay or not as a whole, not site by site."""
 _LEAST_GAIN = 0.9
 """A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
@@ -151,9 +149,11 @@ def optimize(
         return Result(original, report, loaded)
     say("rewriting")
     forms = [Form(study, rules, interface, guard, span)]
-    if forms[0].uses(_FORMS):
+    for rule in rules:
         # Which form is best changes with the number of candidates: the cheapest is taken.
-        forms.append(Form(study, [r for r in rules if r.name not in _FORMS], interface, guard, span))
+        if rule.forms is not None and forms[0].uses(rule.name):
+            others = [replace(rule, operators=o) for o in rule.forms] + [None]
+            forms += [Form(study, _replaced(rules, rule, o), interface, guard, span) for o in others]
 
     def original_seconds(n: int) -> float:
         return cost.seconds(study.model.graph, replace(before, symbols={**before.symbols, CANDIDATES: n}))
@@ -226,9 +226,9 @@ class Form:
             self.probe = facts.Probe(self.model, study.symbols, study.loaded.folder)
             self.facts = self.probe.measure(lambda setting: self.rewrite.translate(study.maker(setting)))
 
-    def uses(self, rules: Iterable[str]) -> bool:
-        """Whether any of some rules applied."""
-        return not self.rewrite.applied.isdisjoint(rules)
+    def uses(self, rule: str) -> bool:
+        """Whether a rule applied."""
+        return rule in self.rewrite.applied
 
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
@@ -248,6 +248,11 @@ class Form:
         if cost.seconds(self.model.graph, self.shapes(few)) > original(few):
             return float("inf")
         return cost.seconds(self.model.graph, self.shapes(report_candidates(span)))
+
+
+def _replaced(rules: Sequence[Rule], rule: Rule, other: Rule | None) -> list[Rule]:
+    """Rules with another in the place of one, or none."""
+    return [r for r in (other if r is rule else r for r in rules) if r is not None]
 
 
 def report_candidates(span: tuple[int, int]) -> int:

@@ -36,11 +36,16 @@ from onnxrank.values import (
     canonical,
     codes_of,
     cut_repeats,
+    extended,
     extents,
     is_candidate_symbol,
     keep_symbols,
+    offsets,
+    rectangles,
+    source_numbers,
     split_axis,
     split_merged,
+    stream,
     symbols,
     view,
     with_extents,
@@ -61,6 +66,11 @@ _EXACT = {
 _MOVES = {"Concat", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Identity", "Expand"}
 _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 
+_MOST_BOXES = 16
+_LARGEST = 1 << 20
+LARGE = 32
+"""Entries per row from which on a tensor is not copied to lie beside others."""
+
 Transfer = Callable[["Rewrite", NodeProto], "list[Abstract] | None"]
 
 
@@ -78,6 +88,9 @@ class Rule:
         exactness: `exact` if results are bit-identical, `reassociates` if the order of additions changes.
         operators: Transfer function per operator type (default domain unless written `domain::Op`). A transfer returns
             None to leave the node to the next rule.
+        forms: Other transfer functions, each of which is the rule as a whole in another form. Which form is cheapest
+            changes with the number of candidates: each is tried, and so is leaving the rule out. None for a rule that
+            pays, or does not, site by site.
     """
 
     name: str
@@ -88,6 +101,7 @@ class Rule:
     refuses: str
     exactness: str
     operators: Mapping[str, Transfer]
+    forms: tuple[Mapping[str, Transfer], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -568,6 +582,14 @@ class Rewrite:
             return [] if level is Level.UNREAD else [Group(level, ..., dims)]
         found = split_axis(levels)
         out = []
+        boxes = rectangles(levels, _MOST_BOXES) if found is None and flat and levels.size < _LARGEST else None
+        if boxes is not None:
+            for box in boxes:
+                places = np.ix_(*box)
+                level = _level(levels[places].flat[0])
+                if level is not Level.UNREAD:
+                    out.append(Group(level, places, with_extents(dims, levels[places].shape)))
+            return out
         if found is not None:
             axis, parts = found
             for at in parts:
@@ -584,6 +606,70 @@ class Rewrite:
                 mask = levels == key
                 size = int(mask.sum())
                 out.append(Group(_level(key), mask, (*syms, (size,) if size > 1 else ())))
+        return out
+
+    def boxes(self, arrays: Sequence[Codes], rows: bool = False) -> list[Any]:
+        """Divides entries by the candidate-level tensors they lie in, where those are few and large.
+
+        What is made side by side would have to be copied side by side first.
+
+        Args:
+            arrays: Codes of the operands, of one shape.
+            rows: Whether the last axis has to stay whole.
+
+        Returns:
+            Index of each part; one index of everything where tensors are small or do not follow rows and columns.
+        """
+        shape = arrays[0].shape
+        keys = np.zeros(shape, np.int64)
+        for a in arrays:
+            candidate = self.sources.levels(a) == Level.CANDIDATE
+            keys = keys * 1_000_003 + np.where(candidate, source_numbers(a) + 1, 0)
+        if (keys == keys.flat[0]).all():
+            return [...]
+        if rows:
+            keys = (keys * np.random.default_rng(0).integers(1, 1 << 30, shape[-1])).sum(-1)
+        width = shape[-1] if rows else 1
+        found = rectangles(keys, _MOST_BOXES)
+        if found is None or len(found) == 1 or any(prod(map(len, box)) * width < LARGE for box in found):
+            return [...]
+        return [(*np.ix_(*box), slice(None)) if rows else np.ix_(*box) for box in found]
+
+    def memory_order(self, arrays: Sequence[Codes]) -> Orders:
+        """Orders of positions in which what lies side by side in a tensor comes together.
+
+        What is joined in this order need not be sorted afterwards, position by position.
+
+        Args:
+            arrays: Codes of the operands, of one shape.
+
+        Returns:
+            The order per axis, where there is something to gain.
+        """
+        moving = [a for a in arrays if a.size and (self.sources.levels(a) == Level.CANDIDATE).any()]
+        out: Orders = {}
+        for axis, n in enumerate(moving[0].shape if moving else ()):
+            lines = [np.moveaxis(a, axis, 0).reshape(n, -1)[:, 0] for a in moving]
+            order = np.argsort(np.where(lines[0] < 0, np.iinfo(np.int64).max, lines[0]), kind="stable")
+            gains = [_breaks(line) - _breaks(line[order]) for line in lines]
+            if min(gains) >= 0 and max(gains) > 0:
+                out[axis] = order
+        return out
+
+    def narrowed(self, codes: Codes) -> Codes:
+        """The same entries, of products that have no other columns."""
+        out = codes.copy()
+        numbers = source_numbers(codes)
+        for s in self.sources.of(codes):
+            if s.narrow is None or s.name is not None:
+                continue
+            at = numbers == s.number
+            width = extents(s.dims)[-1] if extents(s.dims)[-1] > 1 else s.size
+            row, column = np.divmod(offsets(codes[at]), width)
+            columns: NDArray[np.int64] = np.unique(column)
+            if len(columns) < width:
+                cut = codes_of(s.narrow(columns)).reshape(-1)
+                out[at] = cut[row * len(columns) + np.searchsorted(columns, column)]
         return out
 
     # --- sums ------------------------------------------------------------------------------------------------------
@@ -627,46 +713,81 @@ class Rewrite:
             held = sum(((a != zero).astype(np.int64) << k for k, a in enumerate(arrays)), np.zeros_like(keys))
             apart = np.where(keys < 0, keys, held * 4 + keys)
             keys = apart if split_axis(apart) is not None else keys
-        for group in self.groups(keys, split):
-            terms = [t for t in map(group.take, arrays) if (t != zero).any()]
-            if len(terms) > 1:
-                terms = [self._added(terms, group.dims, value.dtype)]
-            group.put(out, terms[0] if terms else np.array(zero))
+        orders = self.memory_order(arrays)
+        arrays, keys, out = [permuted(a, orders) for a in arrays], permuted(keys, orders), permuted(out, orders)
+        boxes = self.boxes(arrays)
+        for box in boxes:
+            part, whole = out[box], [a[box] for a in arrays]
+            if len(boxes) > 1:
+                whole = [self.narrowed(a) for a in whole]
+            for group in self.groups(keys[box], with_extents(split, part.shape)):
+                terms = [t for t in map(group.take, whole) if (t != zero).any()]
+                if len(terms) > 1:
+                    terms = [self._added(terms, group.dims, value.dtype)]
+                group.put(part, terms[0] if terms else np.array(zero))
+            out[box] = part
+        out = restored(out, orders)
         return self.tidy(value.dims, value.dtype, out.reshape(extents(value.dims)))
 
     def _added(self, terms: list[Codes], dims: Dims, dtype: int) -> Codes:
         """Adds terms of one group: constants and request-level terms first, products as Gemm chains."""
+        keep = extended(dims, {s for t in terms for s in self.sources.symbols(t)})
+        shape = tuple(1 if k not in keep else n for k, n in enumerate(extents(dims)))
+        dims, terms = tuple(dims[k] for k in keep), [t.reshape([t.shape[k] for k in keep]) for t in terms]
+        for t in terms:
+            # In the layout of a product that is not written yet, so that the rest rides in it.
+            small = cut_repeats(t)
+            order = self.layout.native_order(small, with_extents(dims, small.shape))
+            if order is not None and self.sources.of(small)[0].is_pending:
+                turned = self._added([u.transpose(order) for u in terms], tuple(dims[k] for k in order), dtype)
+                return turned.transpose(np.argsort(order)).reshape(shape)
         parts: list[tuple[Source | None, Codes, Dims]] = []
         for t in terms:
             small = cut_repeats(t)
             held = self.sources.symbols(small)
             physical = keep_symbols(with_extents(dims, small.shape), held)
             (first, *others) = self.sources.of(small)
-            whole = not others and first.dims == physical and np.array_equal(small, codes_of(first))
-            parts.append((first if whole and first.is_pending else None, small, physical))
-        # What varies along least comes first, so that it is added to the least.
-        parts.sort(key=lambda p: (self.sources.levels(p[1]).max(), len(symbols(p[2])), prod(extents(p[2]))))
+            whole = (
+                not others and first.is_pending and np.array_equal(offsets(small).reshape(-1), np.arange(first.size))
+            )
+            parts.append((first if whole and stream(first.dims) == stream(physical) else None, small, physical))
+        # What varies along least comes first, so that it is added to the least; products take what there is.
+        parts.sort(
+            key=lambda p: (
+                self.sources.levels(p[1]).max(),
+                len(symbols(p[2])),
+                prod(extents(p[2])),
+                p[0] is not None,
+            )
+        )
         name: str | None = None
         have: Dims = ()
         for product, codes, physical in parts:
             if name is None:
                 # A product that more will be added to need not be made on its own yet, but the first one must be.
-                name, have = (
-                    (self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]),
-                    physical,
-                )
+                name, have = self.layout.realise(codes, physical)[0], physical
                 continue
             joined = broadcast_dims([have, physical])
-            if product is not None and joined == physical:
-                assert product.product is not None
-                name = product.product(name, have)
-            else:
-                other = self.layout.name_of(product) if product else self.layout.realise(codes, physical)[0]
-                name = self.emit.add("Add", [other, name])
+            made = self._product_with(product, name, have, physical) if product and joined == physical else None
+            name = made or self.emit.add("Add", [self.layout.realise(codes, physical)[0], name])
             have = joined
         assert name is not None
-        source = self.sources.add(have, dtype, name)
-        return codes_of(source)
+        codes = codes_of(self.sources.add(have, dtype, name))
+        return np.broadcast_to(codes, extents(dims)).reshape(shape)
+
+    def _product_with(self, product: Source, name: str, have: Dims, physical: Dims) -> str | None:
+        """A product with a tensor added to it on the way; both are given in one shape, the product has its own."""
+        assert product.product is not None
+        if product.dims == physical:
+            return product.product(name, have)
+        lead = next((k for k, d in enumerate(have) if d != ()), len(have))
+        if have == physical:
+            have, addend = product.dims, self.layout.reshape(name, have, product.dims)
+        elif have[lead:] == physical[lead:] and stream(have) == stream(product.dims[-1:]) and not symbols(have):
+            have, addend = product.dims[-1:], self.layout.reshape(name, have, product.dims[-1:])
+        else:
+            return None
+        return self.layout.reshape(product.product(addend, have), product.dims, physical)
 
     def tidy(self, dims: Dims, dtype: int, codes: Codes) -> Value:
         """A value from codes; recognised as one whole tensor where it is that."""
@@ -676,6 +797,27 @@ class Rewrite:
             if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
                 return Value(dims, dtype, source)
         return view(dims, dtype, codes)
+
+
+Orders = dict[int, NDArray[np.int64]]
+"""Per axis, an order of its positions."""
+
+
+def permuted(array: NDArray[Any], orders: Orders) -> NDArray[Any]:
+    """An array with its positions in other orders."""
+    for axis, order in orders.items():
+        array = array.take(order, axis)
+    return array
+
+
+def restored(array: NDArray[Any], orders: Orders) -> NDArray[Any]:
+    """An array of which `permuted` changed the orders, as it was."""
+    return permuted(array, {axis: np.argsort(order) for axis, order in orders.items()})
+
+
+def _breaks(line: Codes) -> int:
+    """How often a line of codes goes back, or to another source."""
+    return int(((np.diff(line) < 0) | (np.diff(source_numbers(line)) != 0)).sum())
 
 
 def _level(key: Any) -> Level:

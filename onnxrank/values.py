@@ -89,6 +89,29 @@ def symbols(dims: Iterable[Dim]) -> tuple[str, ...]:
     return tuple(f for d in dims for f in d if isinstance(f, str))
 
 
+def extended(dims: Dims, held: Iterable[str] | None = None) -> list[int]:
+    """The dimensions of more than one entry, and at least the last two: in fewer dimensions less is reshaped.
+
+    Args:
+        dims: Logical shape.
+        held: The symbols that count; None for all.
+    """
+    physical = dims if held is None else keep_symbols(dims, held)
+    keep = [k for k, d in enumerate(physical) if d != () or k == len(dims) - 1]
+    return keep if len(keep) > 1 else list(range(max(0, len(dims) - 2), len(dims)))
+
+
+def stream(dims: Iterable[Dim]) -> list[Factor]:
+    """All factors in order, neighbouring constants merged: equal for two groupings of the same entries."""
+    out: list[Factor] = []
+    for f in (f for d in dims for f in d):
+        if isinstance(f, int) and out and isinstance(out[-1], int):
+            out[-1] *= f
+        else:
+            out.append(f)
+    return out
+
+
 def keep_symbols(dims: Dims, present: Iterable[str]) -> Dims:
     """The physical shape of a tensor that holds one entry along every symbol not in `present`."""
     keep = set(present)
@@ -196,6 +219,7 @@ class Source:
         narrow: Gives the same product with some of its columns only.
         again: Gives the product followed by another matrix: the tensor with that, and its number of columns.
         pull: The same for a sum of products that was put off.
+        scaled: Gives, for a product not written yet, the product times (True) or divided by (False) a scalar constant.
     """
 
     number: int
@@ -212,6 +236,7 @@ class Source:
     narrow: Callable[[NDArray[np.int64]], Source] | None = None
     again: Callable[[str, int], Source] | None = None
     pull: Callable[[str, int], list[Source]] | None = None
+    scaled: Callable[[str, bool], Source] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -431,3 +456,37 @@ def split_axis(keys: NDArray[np.int64]) -> tuple[int, list[NDArray[np.int64]]] |
     _, axis, column = best
     found, first = np.unique(column, return_index=True)
     return axis, [np.flatnonzero(column == found[i]) for i in np.argsort(first)]
+
+
+def rectangles(keys: NDArray[np.int64], most: int) -> list[tuple[NDArray[np.int64], ...]] | None:
+    """Divides an array into boxes of one key each, each box a set of positions per axis.
+
+    Args:
+        keys: Key of every entry.
+        most: Boxes allowed.
+
+    Returns:
+        The positions of each box, in order of first appearance; None if more boxes would be needed.
+    """
+    whole = tuple(np.arange(n) for n in keys.shape)
+    if (keys == keys.flat[0]).all():
+        return [whole]
+    best: tuple[int, int, NDArray[np.int64], NDArray[np.int64]] | None = None
+    for axis in range(keys.ndim):
+        flat = np.moveaxis(keys, axis, 0).reshape(keys.shape[axis], -1)
+        if len(flat) == 1 or (flat == flat[:1]).all():
+            continue
+        _, first, inverse = np.unique(flat, axis=0, return_index=True, return_inverse=True)
+        if len(first) <= most and (best is None or len(first) < best[0]):
+            best = (len(first), axis, first, inverse.reshape(-1))
+    if best is None:
+        return None
+    _, axis, first, inverse = best
+    out: list[tuple[NDArray[np.int64], ...]] = []
+    for kind in np.argsort(first):
+        at = np.flatnonzero(inverse == kind)
+        inner = rectangles(keys.take(at[:1], axis), most - len(out))
+        if inner is None:
+            return None
+        out += [tuple(at if k == axis else p for k, p in enumerate(box)) for box in inner]
+    return out if len(out) <= most else None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from onnxrank.rewrite import Group, Rewrite, Rule
+from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -28,6 +28,7 @@ from onnxrank.values import (
     codes_of,
     constant_along,
     cut_repeats,
+    extended,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -113,10 +114,19 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     entire = any(v.whole is not None and v.whole.level is Level.CANDIDATE for v in values)
     if not entire and node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
-    for group in rw.groups(rw.joint_levels(wide) if entire else _kinds(rw, wide), dims):
-        parts = [group.take(w) for w in wide]
-        group.put(out, _group(rw, node, group, parts, ranks, present, dtype))
-    return rw.tidy(dims, dtype, out)
+    keys = rw.joint_levels(wide) if entire else _kinds(rw, wide)
+    orders = rw.memory_order(wide)
+    wide, keys = [permuted(w, orders) for w in wide], permuted(keys, orders)
+    boxes = rw.boxes(wide)
+    alone = len(boxes) == 1 and not orders
+    for box in boxes:
+        some = [w[box] for w in wide]
+        part = np.full(some[0].shape, HOLE)
+        for group in rw.groups(keys[box], with_extents(dims, part.shape)):
+            parts = [group.take(w) for w in some]
+            group.put(part, _group(rw, node, group, parts, ranks, present, dtype, alone))
+        out[box] = part
+    return rw.tidy(dims, dtype, restored(out, orders))
 
 
 def _merges_differently(rw: Rewrite, values: Sequence[Value], dims: Dims) -> bool:
@@ -189,13 +199,43 @@ def mark_unread(codes: Codes, needed: dict[int, Any]) -> Codes:
 
 
 def _group(
-    rw: Rewrite, node: NodeProto, group: Group, parts: list[Codes], ranks: list[int], present: list[int], dtype: int
+    rw: Rewrite,
+    node: NodeProto,
+    group: Group,
+    parts: list[Codes],
+    ranks: list[int],
+    present: list[int],
+    dtype: int,
+    whole: bool,
 ) -> Codes:
-    """Writes the node for the entries of one level; entries that are equal are computed once."""
+    """Writes the node for the entries of one level; entries that are equal are computed once.
+
+    Args:
+        rw: The rewrite.
+        node: The node.
+        group: The entries.
+        parts: Codes of the operands.
+        ranks: Ranks of the operands.
+        present: Which inputs of the node the operands are.
+        dtype: Element type of the result.
+        whole: Whether these may be all entries.
+    """
     dims, shape = group.dims, parts[0].shape
+    order = _memory_order(rw, parts, dims)
+    if order is not None:
+        turned = Group(group.level, ..., tuple(dims[k] for k in order))
+        parts = [p.transpose(order) for p in parts]
+        made = _group(rw, node, turned, parts, [len(dims)] * len(ranks), present, dtype, False)
+        return made.transpose(np.argsort(order))
     for axis in range(len(dims)):
         if all(constant_along(p, axis) or p.shape[axis] == 1 for p in parts):
             parts = [p.take([0], axis) for p in parts]
+    keep = extended(dims, {s for part in parts for s in rw.sources.symbols(part)})
+    if group.level is not Level.CONSTANT and len(keep) < len(dims):
+        whole = False
+        ranks = [sum(k >= len(dims) - r for k in keep) for r in ranks]
+        dims, parts = tuple(dims[k] for k in keep), [p.reshape([p.shape[k] for k in keep]) for p in parts]
+    shape_now = tuple(shape[k] for k in keep) if len(dims) < len(shape) else shape
     spread: Codes | None = None
     if len(parts) == 1 and parts[0].size > 1:
         unique, inverse = np.unique(parts[0].reshape(-1), return_inverse=True)
@@ -206,7 +246,7 @@ def _group(
             dims = (*syms, (1,))
             ranks = [len(dims)]
     small = with_extents(dims, np.broadcast_shapes(*(p.shape for p in parts)))
-    whole = group.index is Ellipsis and spread is None and parts[0].shape == shape
+    whole = whole and group.index is Ellipsis and spread is None and parts[0].shape == shape_now
     held = {s for part in parts for s in rw.sources.symbols(part)}
     lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(group.dims))
     fewer = prod(extents(small)) < prod(shape)
@@ -231,7 +271,19 @@ def _group(
     else:
         source = rw.sources.add(keep_symbols(small, held), dtype, write=writer, linear=linear)
     codes = codes_of(source)
-    return np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape)
+    made = np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape_now)
+    return made.reshape(shape)
+
+
+def _memory_order(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> list[int] | None:
+    """The order of axes in which all candidate-level operands lie in memory, where that is another than they have."""
+    orders = set()
+    for part in parts:
+        small = cut_repeats(part)
+        if rw.sources.levels(small).max() == Level.CANDIDATE and small.size > 1:
+            orders.add(tuple(rw.layout.native_order(small, with_extents(dims, small.shape)) or ()))
+    (order,) = orders if len(orders) == 1 else ((),)
+    return list(order) or None
 
 
 def _open_product(
@@ -263,6 +315,8 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     operands = [rw.operand(node, k) for k in range(len(node.input))]
     if any(o is None for o in operands) or len(operands) != 2 or rw.needed.get(node.output[0]):
         return None
+    if rw.read_by_linear_maps(node.output[0], frozenset({"Add"})):
+        operands = [fold.apart(rw, o) if isinstance(o, Value) else o for o in operands]
     for k, o in enumerate(operands):
         if isinstance(o, Sum) and fold.has_open(rw, o):
             other = operands[1 - k]
@@ -349,18 +403,29 @@ def rowwise(
     if x.whole is not None and not unread:
         return rw.keep(node, [rw.tensor(x), *rest], reshape(x.dims), held | rw.present(x))
     codes = mark_unread(x.codes, {a: p for a, p in unread.items() if a not in core}) if unread else x.codes
+    dims_out = reshape(x.dims)
+    orders = {k: o for k, o in rw.memory_order([codes]).items() if k not in core} if dims_out == [x.dims] else {}
+    codes = permuted(codes, orders)
     levels = rw.sources.levels(codes).astype(np.int64).max(axis=tuple(core), keepdims=True)
     levels = np.broadcast_to(levels, codes.shape)
-    dims_out = reshape(x.dims)
     out = [np.full(extents(d), HOLE) for d in dims_out]
     for group in rw.groups(levels, x.dims, flat=False):
         part = group.take(codes)
         part = cut_repeats(part, set(range(part.ndim)) - set(core))
         own = with_extents(group.dims, part.shape)
+        kept = extended(own, rw.sources.symbols(part))
+        if core == [x.rank - 1] and len(kept) < x.rank and dims_out == [x.dims]:
+            rw.emit.rule = "broadcast" if group.level is Level.REQUEST else None
+            codes_made = _row_by_row(
+                rw, node, rest, part.reshape([part.shape[k] for k in kept]), tuple(own[k] for k in kept)
+            )
+            rw.emit.rule = None
+            group.put(out[0], codes_made.reshape(part.shape))
+            continue
         name, physical = rw.layout.realise(part, own)
         small = reshape(own)
         present = held | set(symbols(physical))
-        if group.index is Ellipsis and part.shape == codes.shape:
+        if group.index is Ellipsis and part.shape == codes.shape and not orders:
             made = rw.keep(node, [name, *rest], small, present)
             sources = [m.whole for m in made if isinstance(m, Value)]
         else:
@@ -376,7 +441,20 @@ def rowwise(
             assert source is not None
             wide = with_extents(dims_out[k], extents(reshape(group.dims)[k]))
             Group(group.level, _match(group.index, out[k]), wide).put(out[k], codes_of(source))
+    out = [restored(c, orders) for c in out]
     return [rw.tidy(d, rw.dtype(o, x.dtype), c) for d, o, c in zip(dims_out, node.output, out, strict=False)]
+
+
+def _row_by_row(rw: Rewrite, node: NodeProto, rest: Sequence[str], codes: Codes, dims: Dims) -> Codes:
+    """An operator over the last axis, of rows in as few dimensions as they need."""
+    name, physical = rw.layout.realise(codes, dims)
+    level = rw.sources.levels(codes).max()
+    made = [rw.emit.fresh(f"{node.output[0]}/{Level(int(level)).name.lower()}")]
+    rw.emit.copy(node, [name, *rest], made)
+    for a in rw.emit.nodes[-1].proto.attribute:
+        if a.name == "axis":
+            a.i = len(dims) - 1
+    return codes_of(rw.sources.add(physical, rw.dtype(node.output[0], TensorProto.FLOAT), made[0]))
 
 
 def _match(index: Any, out: Codes) -> Any:

@@ -13,7 +13,6 @@ from functools import cache
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.rewrite import Rewrite, Rule
@@ -38,6 +37,22 @@ from onnxrank.values import (
 from .broadcast import elementwise
 
 _THROUGH = frozenset({"Add"})
+_MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Transpose", "Identity")
+
+
+def last_layer(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """The product of a layer that no other cross layer follows; the first splits as a linear map does."""
+    return scaled(rw, node) if _is_last(rw, node.output[0]) else None
+
+
+def _is_last(rw: Rewrite, name: str) -> bool:
+    """Whether no linear map that reads a tensor, behind additions and movement, scales another value."""
+    for n in rw.readers(name):
+        if n.op_type == "Mul" and all(rw.array(n, k) is None for k in (0, 1)):
+            return False
+        if n.op_type in ("Add", "MatMul", "Gemm", *_MOVES) and not _is_last(rw, n.output[0]):
+            return False
+    return True
 
 
 def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -60,7 +75,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     moving = [t for t in terms if (rw.sources.levels(t[once]) == Level.CANDIDATE).any()] if len(once) else []
     if not moving or not len(each):
         return None
-    ahead = [_narrowed(rw, t[once]) for t in moving]
+    ahead = [rw.narrowed(t[once]) for t in moving]
     factors = [_affine(rw, t) for t in ahead]
     if any(f is None for f in factors):
         return None
@@ -83,17 +98,21 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     fixed = rw.add([part(t) for t in still], lead.dims, x.dtype) if still else part(np.full(len(once), zero))
     plain = np.full(len(scale), zero)
     plain[once] = elementwise(rw, "Mul", [lead, rw.settle(fixed)], fresh("request")).codes.reshape(-1)
-    made = rw.settle(rw.add([part(_narrowed(rw, t[each])) for t in terms], part(scale[each]).dims, x.dtype))
+    made = rw.settle(rw.add([part(rw.narrowed(t[each])) for t in terms], part(scale[each]).dims, x.dtype))
     plain[each] = elementwise(rw, "Mul", [part(scale[each]), made], fresh("candidate")).codes.reshape(-1)
     left = np.concatenate([f[0] for f in factors if f is not None], 1)
     right = np.concatenate([f[1] for f in factors if f is not None], 1)
 
     def linear() -> tuple[Codes, Codes]:
-        dims = (canonical([len(once)]), canonical([left.shape[1]]))
-        coefficients, _ = rw.layout.realise(left, dims)
-        by, _ = rw.layout.realise(scale[once][:, None], (dims[0], ()))
-        source = rw.sources.add(dims, x.dtype, rw.emit.add("Mul", [coefficients, by]))
-        codes = codes_of(source).reshape(*extents(lead.dims), -1)
+        # Candidate-level entries along the rows: so they lie for the product with the next weights.
+        made = []
+        for part in np.split(left.T, np.flatnonzero(np.diff(source_numbers(left[0]))) + 1):
+            dims = (canonical([len(part)]), canonical([len(once)]))
+            coefficients, _ = rw.layout.realise(part, dims)
+            by, _ = rw.layout.realise(scale[once][None], ((), dims[1]))
+            source = rw.sources.add(dims, x.dtype, rw.emit.add("Mul", [coefficients, by]))
+            made.append(codes_of(source).reshape(part.shape))
+        codes = np.concatenate(made).T.reshape(*extents(lead.dims), -1)
         return codes, right.reshape(codes.shape)
 
     def write() -> str:
@@ -140,21 +159,6 @@ def _affine(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes] | None:
     return np.concatenate(lefts, 1), np.concatenate(rights, 1)
 
 
-def _narrowed(rw: Rewrite, codes: Codes) -> Codes:
-    """The same entries, of products that have no other columns."""
-    out = codes.copy()
-    numbers = source_numbers(codes)
-    for s in rw.sources.of(codes):
-        if s.narrow is None or s.name is not None:
-            continue
-        at = numbers == s.number
-        columns: NDArray[np.int64] = np.unique(offsets(codes[at]))
-        if len(columns) < s.size:
-            cut = codes_of(s.narrow(columns)).reshape(-1)
-            out[at] = cut[np.searchsorted(columns, offsets(codes[at]))]
-    return out
-
-
 RULE = Rule(
     name="cross",
     title="Keeps the request-level side of cross layers affine in the candidate, at every depth.",
@@ -164,4 +168,5 @@ RULE = Rule(
     refuses="Cross layers whose result something other than a linear map reads.",
     exactness="reassociates",
     operators={"Mul": scaled},
+    forms=({"Mul": last_layer},),
 )

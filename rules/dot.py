@@ -10,6 +10,9 @@ is selected of the result, a triangle say, folds into the weights of the layer t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
@@ -21,6 +24,8 @@ from onnxrank.values import (
     Codes,
     Dims,
     Level,
+    Source,
+    Sum,
     Unrepresentable,
     Value,
     broadcast_dims,
@@ -31,116 +36,258 @@ from onnxrank.values import (
     is_candidate_symbol,
     keep_symbols,
     symbols,
+    view,
     with_extents,
 )
 
-from .broadcast import batches_agree, mark_unread
+from . import fold
+from .broadcast import BINARY, UNARY, batches_agree, elementwise, mark_unread
+from .products import with_addend
 
 _MOVES = set("Reshape Flatten Squeeze Unsqueeze Transpose Gather GatherND Slice Split Concat Identity".split())
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
-_LINEAR = {"MatMul", "Gemm", "ReduceSum", "ReduceMean", "Conv"}
+_LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
+_BLOCKWISE = {*UNARY, *BINARY}
+_MOST_HEADS = 16
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product: the terms of a sum that may not have been made, and the level of every entry.
+
+    Attributes:
+        dims: Logical shape.
+        dtype: Element type.
+        terms: Codes, each of the whole shape.
+        kinds: A key per entry of one matrix of the stack, all of which are alike: its level, and whether it is a
+            product of a request-level with a candidate-level entry that was put off.
+    """
+
+    dims: Dims
+    dtype: int
+    terms: list[Codes]
+    kinds: NDArray[np.int64]
+
+    def level(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Level:
+        """Level of a part that has one."""
+        return Level(int(self.kinds[rows[0], columns[0]]) & 3)
+
+
+def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -> Operand | None:
+    """An operand by levels; None where the matrices of a stack differ in them."""
+    shape = extents(x.dims)
+    terms = [np.broadcast_to(t.codes, shape) for t in (x.terms if isinstance(x, Sum) else [x])]
+    if unread:
+        terms = [mark_unread(t, unread) for t in terms]
+    kinds = rw.joint_levels(terms)
+    if len(terms) == 1:
+        kinds = kinds + 4 * (fold.is_open(rw, terms[0]) & (kinds == Level.CANDIDATE))
+    flat = kinds.reshape(-1, *shape[-2:])
+    return Operand(x.dims, x.dtype, terms, flat[0]) if (flat == flat[:1]).all() else None
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """MatMul of two operands that are not constant."""
-    a, b = rw.value(node, 0), rw.value(node, 1)
+    a, b = (v if isinstance(v, Sum) else rw.settle(v) for k in (0, 1) if (v := rw.operand(node, k)) is not None)
+    return multiply(rw, a, b, node.output[0], "dot", node)
+
+
+def multiply(
+    rw: Rewrite, a: Value | Sum, b: Value | Sum, output: str, rule: str, node: NodeProto | None = None
+) -> list[Abstract] | None:
+    """The product of two computed operands, by blocks of one level each.
+
+    Args:
+        rw: The rewrite.
+        a: The left operand, `[..., R, K]`.
+        b: The right operand, `[..., K, C]`.
+        output: The original tensor that it is, or belongs to.
+        rule: Name of the rule, for the report.
+        node: The original node, if that is a MatMul.
+
+    Returns:
+        The product; None where it is left to another rule.
+    """
     if a.rank < 2 or b.rank < 2 or Level.CONSTANT in (rw.level(a), rw.level(b)):
         return None
     if any(is_candidate_symbol(s) for s in symbols([a.dims[-1], b.dims[-2], b.dims[-1]])):
         return None
-    lead = broadcast_dims([a.dims[:-2], b.dims[:-2]])
-    dims = (*lead, a.dims[-2], b.dims[-1])
-    unread = rw.needed.get(node.output[0], {})
-    if not unread and a.whole is not None and b.whole is not None:
-        return [_product(rw, node, a, b, dims)]
-    a, b = _read(a, unread.get(len(dims) - 2), a.rank - 2), _read(b, unread.get(len(dims) - 1), b.rank - 1)
-    rows, columns = _runs(rw, a, -1), _runs(rw, b, -2)
-    if rows is None or columns is None:
-        rw.refuse("dot", "the inner axis, or another than the outer ones, holds several levels")
+    dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
+    unread = rw.needed.get(output, {})
+    if node is not None and not unread and all(isinstance(v, Value) and v.whole is not None for v in (a, b)):
+        return [_product(rw, node, rw.settle(a), rw.settle(b), dims)]
+    if a.dims[-1] == () and not unread and extents(a.dims)[-1] == extents(b.dims)[-2] == 1:
+        return [elementwise(rw, "Mul", [rw.settle(a), rw.settle(b)], output)]
+    places = [({v.rank - k: p} if (p := unread.get(len(dims) - k)) is not None else {}) for v, k in ((a, 2), (b, 1))]
+    left, right = operand(rw, a, places[0]), operand(rw, b, places[1])
+    if left is None or right is None:
+        rw.refuse(rule, "the matrices of a stack differ in their levels")
         return None
-    if len(rows) * len(columns) == 1:
-        return [_blocks(rw, node, a, b, dims, rows, columns)]
+    rows = [in_memory_order(left.terms[0], at, -2) for at in alike(left.kinds)]
+    columns = [in_memory_order(right.terms[0], at, -1) for at in alike(right.kinds.T)]
     # Queries of several levels on request-level keys: rows that are request-level stay so behind any softmax.
-    once = any(len(side) == 1 and side[0][0] <= Level.REQUEST for side in (rows, columns))
-    if not once and not _stays_apart(rw, node.output[0]):
-        rw.refuse("dot", "what reads the product needs its blocks side by side again")
+    once = any(rw.level(v) <= Level.REQUEST for v in (a, b))
+    if len(rows) * len(columns) > 1 and not once and not _stays_apart(rw, output):
+        rw.refuse(rule, "what reads the product needs its blocks side by side again")
         return None
-    return [_blocks(rw, node, a, b, dims, rows, columns)]
+    return [_Blocks(rw, left, right, dims, output, rule).made(rows, columns)]
+
+
+def alike(kinds: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Groups of rows with the same keys, in order of first appearance; without those that nobody reads."""
+    _, first, inverse = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
+    found = [np.flatnonzero(inverse.reshape(-1) == k) for k in np.argsort(first)]
+    return [at for at in found if (kinds[at[0]] != Level.UNREAD).all()]
+
+
+def in_memory_order(codes: Codes, at: NDArray[np.int64], axis: int) -> NDArray[np.int64]:
+    """Positions along an axis in the order in which their entries lie in memory, where any order will do."""
+    first = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1)[at, 0]
+    return at[np.argsort(first, kind="stable")]
 
 
 def _stays_apart(rw: Rewrite, name: str) -> bool:
-    """Whether all that reads a tensor, behind any data movement, is linear: then blocks are never joined again."""
+    """Whether all that reads a tensor, behind data movement and elementwise steps, works block by block."""
     readers = rw.readers(name)
+    blockwise = _MOVES | _BLOCKWISE | ({"Softmax"} if rw.uses("attention") else set())
     return (
         bool(readers)
         and name not in rw.outputs
         and all(
-            n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in _MOVES and _stays_apart(rw, n.output[0]))
+            n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in blockwise and _stays_apart(rw, n.output[0]))
             for n in readers
         )
     )
 
 
-def _read(x: Value, positions: NDArray[np.int64] | None, axis: int) -> Value:
-    """The operand with holes where nobody reads."""
-    return x if positions is None else Value(x.dims, x.dtype, None, mark_unread(x.codes, {axis: positions}))
+class _Blocks:
+    """The blocks of one product.
 
+    Args:
+        rw: The rewrite.
+        left: Left operand.
+        right: Right operand.
+        dims: Logical shape of the product.
+        output: The original tensor.
+        rule: Name of the rule.
+    """
 
-def _runs(rw: Rewrite, x: Value, inner: int) -> list[tuple[Level, NDArray[np.int64]]] | None:
-    """Positions along the outer matrix axis by level; None where the level depends on other axes, or the inner one."""
-    outer = -3 - inner
-    levels = np.moveaxis(rw.sources.levels(x.codes), outer % x.rank, 0)
-    flat = levels.reshape(levels.shape[0], -1)
-    if not (flat == flat[:, :1]).all():
-        return None
-    return [(Level(int(k)), np.flatnonzero(flat[:, 0] == k)) for k in np.unique(flat[:, 0]) if k != Level.UNREAD]
+    def __init__(self, rw: Rewrite, left: Operand, right: Operand, dims: Dims, output: str, rule: str) -> None:
+        self.rw, self.left, self.right, self.dims, self.output, self.rule = rw, left, right, dims, output, rule
+        self.zero = rw.zero(left.dtype)
+        same = len(left.terms) == len(right.terms) == 1 and left.terms[0].shape == right.terms[0].swapaxes(-1, -2).shape
+        self.mirrored = same and np.array_equal(left.terms[0], right.terms[0].swapaxes(-1, -2))
 
+    def made(self, rows: list[NDArray[np.int64]], columns: list[NDArray[np.int64]]) -> Abstract:
+        """All blocks; where the inner axis holds several levels, the sum of one product for each."""
+        terms: list[Codes] = []
+        for i in rows:
+            for j in columns:
+                parts = self._inner(i[0], j[0])
+                whole = len(parts) == 1
+                if whole and self.mirrored and self.left.kinds[i[0], 0] < self.left.kinds[j[0], 0]:
+                    continue
+                for slot, part in enumerate(parts):
+                    if slot == len(terms):
+                        terms.append(np.full(extents(self.dims), HOLE if slot == 0 else self.zero))
+                    made = self._block(i, j, part)
+                    terms[slot][..., i[:, None], j] = made
+                    if whole and self.mirrored and self.left.kinds[i[0], 0] > self.left.kinds[j[0], 0]:
+                        terms[slot][..., j[:, None], i] = made.swapaxes(-1, -2)
+        if len(terms) == 1:
+            return self.rw.tidy(self.dims, self.left.dtype, terms[0])
+        # Entries nobody reads have a hole in the first term; what is added to it does not matter.
+        return self.rw.add([view(self.dims, self.left.dtype, t) for t in terms], self.dims, self.left.dtype)
 
-def _blocks(
-    rw: Rewrite,
-    node: NodeProto,
-    a: Value,
-    b: Value,
-    dims: Dims,
-    rows: list[tuple[Level, NDArray[np.int64]]],
-    columns: list[tuple[Level, NDArray[np.int64]]],
-) -> Value:
-    out = np.full(extents(dims), HOLE)
-    mirrored = a.rank == b.rank and a.codes.shape == b.codes.swapaxes(-1, -2).shape
-    mirrored = mirrored and np.array_equal(a.codes, b.codes.swapaxes(-1, -2))
-    for la, i in rows:
-        for lb, j in columns:
-            if mirrored and la < lb:
-                continue
-            part_a = _part(a, i, -2)
-            part_b = _part(b, j, -1)
-            own = (*dims[:-2], canonical([len(i)]), canonical([len(j)]))
-            rw.emit.rule = "dot" if max(la, lb) <= Level.REQUEST or la != lb else None
-            made = _product(rw, None, part_a, part_b, own, node.output[0])
+    def _inner(self, row: int, column: int) -> list[NDArray[np.int64]]:
+        """Positions along the inner axis by the levels of both operands; without those that hold 0 only."""
+        keys = self.left.kinds[row] * 64 + self.right.kinds[:, column]
+        for terms, k in ((self.left.terms, row), (self.right.terms, column)):
+            if len(terms) == 1:
+                line = terms[0][..., k, :] if terms is self.left.terms else terms[0][..., :, k]
+                keys = np.where((line == self.zero).reshape(-1, line.shape[-1]).all(0), -1, keys)
+        if (keys < 0).all():
+            keys[0] = 0
+        found = [np.flatnonzero(keys == k) for k in dict.fromkeys(keys.tolist()) if k >= 0]
+        return [in_memory_order(self.left.terms[0][..., row : row + 1, :], at, -1) for at in found]
+
+    def _block(self, i: NDArray[np.int64], j: NDArray[np.int64], inner: NDArray[np.int64]) -> Codes:
+        """The codes of one block's product over some inner positions, `[stack..., rows, columns]`."""
+        rw = self.rw
+        levels = self.left.level(i, inner), self.right.level(inner, j)
+        own = (*self.dims[:-2], canonical([len(i)]), canonical([len(j)]))
+        own = (*own[:-2], *with_extents((self.dims[-2], self.dims[-1]), (len(i), len(j))))
+        out = np.full(extents(own), HOLE)
+        low = max(levels) <= Level.REQUEST
+        stack = extents(own[:-2])
+        each_head = 1 < prod(stack) <= _MOST_HEADS and not low
+        # One row per candidate: heads side by side cost less than a product for each.
+        each_head = each_head and max(len(i) if levels[0] == Level.CANDIDATE else 1,
+                                      len(j) if levels[1] == Level.CANDIDATE else 1) > 1  # fmt: skip
+        places = [tuple(np.array([p]) for p in at) for at in np.ndindex(*stack)] if each_head else [()]
+        for at in places:
+            a, b = self._part(self.left, at, i, inner), self._part(self.right, at, inner, j)
+            cut = with_extents(own, ((1,) * len(stack) if each_head else stack) + extents(own[-2:]))
+            rw.emit.rule = self.rule if low or levels[0] != levels[1] else None
+            made = self._put_off(a, b, cut) or _product(rw, None, a, b, cut, self.output)
             rw.emit.rule = None
-            wide = np.broadcast_to(made.codes, extents(own))
-            out[..., i[:, None], j] = wide
-            if mirrored and la > lb:
-                out[..., j[:, None], i] = wide.swapaxes(-1, -2)
-    return rw.tidy(dims, a.dtype, out)
+            wide = np.broadcast_to(made.codes, extents(cut))
+            out[tuple(int(p[0]) for p in at) if at else ...] = wide.reshape(wide.shape[-2:]) if at else wide
+        return out
 
+    def _part(
+        self, x: Operand, head: tuple[NDArray[np.int64], ...], i: NDArray[np.int64], j: NDArray[np.int64]
+    ) -> Value:
+        """Some rows and columns of an operand, of one matrix of the stack if `head` says which."""
+        rw = self.rw
+        terms: list[Value] = []
+        shape: tuple[int, ...] = ()
+        for t in x.terms:
+            lead = t.shape[:-2]
+            if head:
+                mine = head[len(head) - len(lead) :]
+                t = t[tuple(int(p[0]) if n > 1 else 0 for p, n in zip(mine, lead, strict=True))]
+                t = t.reshape((1,) * len(lead) + t.shape)
+            part = t[..., i[:, None], j]
+            shape = part.shape
+            if (part != self.zero).any():
+                part = rw.narrowed(part) if head else part
+                terms.append(view(with_extents(x.dims, shape), x.dtype, part))
+        dims = with_extents(x.dims, shape)
+        if not terms:
+            return view(dims, x.dtype, np.full(shape, self.zero))
+        codes = rw.settle(rw.add(terms, dims, x.dtype)).codes if len(terms) > 1 else terms[0].codes
+        codes = cut_repeats(codes, range(len(dims) - 2))
+        return Value(with_extents(dims, codes.shape), x.dtype, None, codes)
 
-def _part(x: Value, at: NDArray[np.int64], axis: int) -> Value:
-    codes: Codes = cut_repeats(x.codes.take(at, axis), range(x.rank - 2))
-    return Value(with_extents(x.dims, codes.shape), x.dtype, None, codes)
+    def _put_off(self, a: Value, b: Value, dims: Dims) -> Value | None:
+        """`(t * e) b` for a factor `t` per candidate and row: `t * (e b)`, the bracket once per request."""
+        rw = self.rw
+        if not fold.is_open(rw, a.codes).all() or rw.level(b) > Level.REQUEST:
+            return None
+        factors, by = fold.expand(rw, a.codes)
+        if by.shape[-1] != 1 or not (by == by[..., :1, :]).all():
+            return None
+        pooled = _product(rw, None, view(a.dims, a.dtype, factors[..., 0]), b, dims, self.output)
+        scale = view((*a.dims[:-1], ()), a.dtype, by[..., :1, 0])
+        return elementwise(rw, "Mul", [scale, pooled], self.output)
 
 
 def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims, hint: str = "") -> Value:
     """One product; the candidates are rows of one matrix where the other operand has none."""
     a_rows, b_rows = ({s for s in rw.present(v) if is_candidate_symbol(s)} for v in (a, b))
-    if a_rows and not b_rows and extents(a.dims)[-2] <= _FEW_ROWS:
-        return _as_rows(rw, a, b, dims, hint or (node.output[0] if node else ""))
-    if b_rows and not a_rows and extents(b.dims)[-1] <= _FEW_ROWS:
+    hint = hint or (node.output[0] if node else "")
+    if a_rows and not b_rows and (node is None or extents(a.dims)[-2] <= _FEW_ROWS):
+        return _as_rows(rw, a, b, dims, hint)
+    if b_rows and not a_rows and (node is None or extents(b.dims)[-1] <= _FEW_ROWS):
         turned = (*dims[:-2], dims[-1], dims[-2])
-        made = _as_rows(rw, _turned(b), _turned(a), turned, hint or (node.output[0] if node else ""))
+        made = _as_rows(rw, _turned(b), _turned(a), turned, hint)
         return rw.tidy(dims, made.dtype, made.codes.swapaxes(-1, -2))
     held = rw.present(a) | rw.present(b)
+    whole = dims
+    if node is None:
+        a, b, dims = _fewer(a, b, dims)
     full = [v.rank > 2 and not batches_agree(rw, v, held) for v in (a, b)]
     if a_rows and not b_rows and all(d == () for d in keep_symbols(b.dims, rw.present(b))[:-2]):
         # One matrix for all rows.
@@ -161,7 +308,20 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     name = rw.emit.add("MatMul", names, hint=hint)
     own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
     source = rw.sources.add(own, a.dtype, name, block=True)
-    return Value(dims, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)))
+    codes = np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole))
+    return Value(whole, a.dtype, None, codes)
+
+
+def _fewer(a: Value, b: Value, dims: Dims) -> tuple[Value, Value, Dims]:
+    """The operands and the shape of a product without dimensions of a stack that hold one matrix."""
+    lead = len(dims) - 2
+    keep = [k for k in range(lead) if dims[k] != ()] + [lead, lead + 1]
+
+    def few(v: Value) -> Value:
+        mine = [k - (len(dims) - v.rank) for k in keep if k >= len(dims) - v.rank]
+        return Value(tuple(v.dims[k] for k in mine), v.dtype, None, v.codes.reshape([v.codes.shape[k] for k in mine]))
+
+    return few(a), few(b), tuple(dims[k] for k in keep)
 
 
 def _turned(x: Value) -> Value:
@@ -189,15 +349,35 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     shape_b = (*(b_codes.shape[k] for k in many), *b_codes.shape[-2:])
     own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, shape_a[-2]]), canonical([shape_a[-1]]))
     own_b = tuple(canonical([n]) for n in shape_b)
-    left, _ = rw.layout.realise(stacked[0].reshape(shape_a), own_a, full=True)
-    if shape_a[:-2]:
-        # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul, then divides by no rows.
-        shape = np.array([*shape_a[:-2], -1, shape_a[-1]], np.int64)
-        left = rw.emit.add("Reshape", [left, rw.emit.constant(shape)], hint=hint)
-    right, _ = rw.layout.realise(b_codes.reshape(shape_b), own_b)
-    name = rw.emit.add("MatMul", [left, right], hint=hint)
-    made = rw.sources.add((*own_a[:-1], own_b[-1]), a.dtype, name, block=True)
-    codes = codes_of(made).reshape(
+    rule, stack_shape = rw.emit.rule, shape_a[:-2]
+
+    def factors() -> tuple[str, str]:
+        left, _ = rw.layout.realise(stacked[0].reshape(shape_a), own_a, full=True)
+        if stack_shape:
+            # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul, then divides by no rows.
+            shape = np.array([*stack_shape, -1, shape_a[-1]], np.int64)
+            left = rw.emit.add("Reshape", [left, rw.emit.constant(shape)], hint=hint)
+        return left, rw.layout.realise(b_codes.reshape(shape_b), own_b)[0]
+
+    def pending(factor: tuple[str, bool] | None) -> Source:
+        def write(addend: str | None, have: Dims) -> str:
+            left, right = factors()
+            if factor is not None:
+                # The request-level operand is scaled, once.
+                right = rw.emit.add("Mul" if factor[1] else "Div", [right, factor[0]], hint=hint)
+            if addend is not None and not stack_shape:
+                return rw.emit.add("Gemm", [left, right, addend], hint=hint)
+            return with_addend(rw, rw.emit.add("MatMul", [left, right], hint=hint), addend)
+
+        return rw.sources.add(
+            (*own_a[:-1], own_b[-1]),
+            a.dtype,
+            block=True,
+            product=rw.later(write, rule),
+            scaled=None if factor else lambda name, times: pending((name, times)),
+        )
+
+    codes = codes_of(pending(None)).reshape(
         *(np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])), *(a_codes.shape[-2], b_codes.shape[-1])
     )
     return rw.tidy(dims, a.dtype, np.broadcast_to(codes, extents(dims)))

@@ -25,6 +25,8 @@ from onnxrank.values import (
     with_extents,
 )
 
+from . import dot
+from .attention import reaches_softmax
 from .broadcast import attribute
 from .products import linear_last, worthwhile
 
@@ -48,6 +50,9 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if weight is not None and x is not None and worthwhile(rw, x, None):
             return _einsum_by_rows(rw, node, rw.settle(x), k, terms, out, weight)
     values = [rw.value(node, k) for k in (0, 1)]
+    made = _as_matrices(rw, node, values, terms, out)
+    if made is not None:
+        return [made]
     sizes: dict[str, tuple[Any, ...]] = {}
     held: list[set[str]] = []
     for term, v in zip(terms, values, strict=True):
@@ -63,6 +68,33 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     full = any(h != joined for h in held)
     dims = tuple(sizes[c] for c in out)
     return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+
+
+def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[str], out: str) -> Abstract | None:
+    """Einsum of two computed operands that are not one tensor each, as a stack of matrix products."""
+    if all(v.whole is not None for v in values) and rw.level(values[0]) == rw.level(values[1]):
+        return None
+    first, second = terms
+    if any(len(set(t)) != len(t) for t in (*terms, out)) or not set(out) <= set(first + second):
+        return None
+    stack = [c for c in out if c in first and c in second]
+    rows, columns = ([c for c in t if c in out and c not in stack] for t in terms)
+    inner = [c for c in first if c in second and c not in out]
+    if [len(rows), len(columns), len(inner)] != [1, 1, 1] or len(first) + len(second) != 2 * len(stack) + 4:
+        return None
+
+    def turned(v: Value, term: str, letters: list[str]) -> Value:
+        order = [term.index(c) for c in letters]
+        return rw.tidy(tuple(v.dims[k] for k in order), v.dtype, v.codes.transpose(order))
+
+    a, b = turned(values[0], first, [*stack, *rows, *inner]), turned(values[1], second, [*stack, *inner, *columns])
+    found = dot.multiply(rw, a, b, node.output[0], "attention" if reaches_softmax(rw, node.output[0]) else "dot")
+    if found is None:
+        return None
+    made = found[0]
+    order = [[*stack, *rows, *columns].index(c) for c in out]
+    dims = tuple(made.dims[k] for k in order)
+    return rw.add([view(dims, t.dtype, t.codes.transpose(order)) for t in rw.terms(made)], dims, made.dtype)
 
 
 def _einsum_linear(rw: Rewrite, x: Value, mine: str, its: str, out: str, weight: NDArray[Any]) -> Abstract | None:

@@ -18,9 +18,11 @@ from onnxrank.rewrite import Rewrite, Rule, Weights
 from onnxrank.values import (
     Abstract,
     Dims,
+    Level,
     Sum,
     Value,
     canonical,
+    extended,
     extents,
     is_candidate_symbol,
     symbols,
@@ -37,7 +39,7 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x, unread = rw.operand(node, 0), rw.needed.get(node.output[0])
     weight = rw.weights(node, 1)
     if weight is not None and x is not None and x.rank >= 2:
-        if not worthwhile(rw, x, unread):
+        if not worthwhile(rw, x, unread) and not _takes_bias(rw, node, x):
             return _plain(rw, node, rw.settle(x), weight.data.shape[1])
         return [linear_last(rw, x, weight, "fc", unread)]
     left, y = rw.array(node, 0), rw.operand(node, 1)
@@ -62,6 +64,16 @@ def _left_stack(rw: Rewrite, y: Abstract, left: NDArray[Any]) -> list[Abstract] 
         return [rw.add([view(dims, t.dtype, t.codes.reshape(extents(dims))) for t in made.terms], dims, made.dtype)]
     settled = rw.settle(made)
     return [view(dims, made.dtype, settled.codes.reshape(extents(dims)))]
+
+
+def _takes_bias(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
+    """Whether a product could take the bias behind it, were it one of matrices, and nothing is moved for it."""
+    if x.rank < 3 or not any(map(is_candidate_symbol, symbols(x.dims))):
+        return False
+    if rw.level(x) > Level.REQUEST and len(extended(x.dims)) > 2:
+        return False
+    found = rw.readers(node.output[0])
+    return len(found) == 1 and found[0].op_type == "Add" and any(rw.array(found[0], k) is not None for k in (0, 1))
 
 
 def _plain(rw: Rewrite, node: NodeProto, x: Value, width: int) -> list[Abstract]:

@@ -261,6 +261,18 @@ def has_open(rw: Rewrite, value: Sum) -> bool:
     return prod(shape) == max(shape, default=1) and any(is_open(rw, t.codes).any() for t in value.terms)
 
 
+def apart(rw: Rewrite, value: Value) -> Value | Sum:
+    """A vector per row that is, in part, products of few candidate-level entries, put off: those and the rest."""
+    shape = extents(value.dims)
+    if value.whole is not None or prod(shape) != max(shape, default=1):
+        return value
+    mask, zero = is_open(rw, value.codes), rw.zero(value.dtype)
+    if not mask.any() or mask.all() or len(np.unique(expand(rw, value.codes[mask])[1])) * 4 > mask.sum():
+        return value
+    parts = (np.where(mask, value.codes, zero), np.where(mask, zero, value.codes))
+    return Sum(value.dims, value.dtype, [view(value.dims, value.dtype, p) for p in parts])
+
+
 def compact(rw: Rewrite, terms: Sequence[Value], dims: Dims, dtype: int) -> Sum:
     """A sum of two terms: products that were put off, and everything else."""
     zero = rw.zero(dtype)
@@ -297,11 +309,11 @@ def _merged(rw: Rewrite, a: Value, b: Value) -> Value:
     ):
         both, ia, ib = np.intersect1d(ra[0], rb[0], return_indices=True)
         if len(both):
-            matrix_dims: Dims = (canonical([len(columns)]), canonical([len(both)]))
-            names = [rw.layout.realise(x[:, i], matrix_dims)[0] for x, i in ((la, ia), (lb, ib))]
+            matrix_dims: Dims = (canonical([len(both)]), canonical([len(columns)]))
+            names = [rw.layout.realise(x[:, i].T, matrix_dims)[0] for x, i in ((la, ia), (lb, ib))]
             source = rw.sources.add(matrix_dims, dtype, rw.emit.add("Add", names))
             la = la.copy()
-            la[:, ia] = codes_of(source).reshape(len(columns), len(both))
+            la[:, ia] = codes_of(source).reshape(len(both), len(columns)).T
             keep = np.setdiff1d(np.arange(rb.shape[1]), ib)
             lb, rb = lb[:, keep], rb[:, keep]
     left, right = np.concatenate([la, lb], 1), np.concatenate([ra, rb], 1)

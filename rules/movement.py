@@ -35,6 +35,7 @@ from onnxrank.values import (
 from .broadcast import attribute
 
 Move = Callable[[Codes], Codes]
+_PICKS = {"Split", "Slice", "Gather"}
 
 
 def _data(rw: Rewrite, node: NodeProto) -> Value | Sum:
@@ -46,12 +47,14 @@ def _data(rw: Rewrite, node: NodeProto) -> Value | Sum:
 def move(rw: Rewrite, node: NodeProto, x: Value | Sum, outputs: Sequence[tuple[Dims, Move]]) -> list[Abstract]:
     """Moves entries: by the user's own node if `x` is one tensor, else on the index map."""
     if isinstance(x, Sum):
-        if len(outputs) > 1:
-            x = rw.settle(x)
-        else:
-            ((dims, codes),) = outputs
-            return [rw.add([view(dims, t.dtype, codes(t.codes)) for t in x.terms], dims, x.dtype)]
-    if x.whole is not None and rw.keep_moves and not rw.is_open(x):
+        parts = [(dims, [view(dims, t.dtype, codes(t.codes)) for t in x.terms]) for dims, codes in outputs]
+        pending = [{s.number for t in p for s in rw.sources.of(t.codes) if s.is_pending} for _, p in parts]
+        if sum(map(len, pending)) == len(set().union(*pending)):
+            return [rw.add(p, dims, x.dtype) for dims, p in parts]
+        # A product that several results hold is better made with what is added to it.
+        x = rw.settle(x)
+    linear = node.op_type in _PICKS and all(rw.read_by_linear_maps(o) for o in node.output if o)
+    if x.whole is not None and rw.keep_moves and not rw.is_open(x) and not linear:
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [d for d, _ in outputs], rw.present(x))
     return [rw.tidy(dims, x.dtype, codes(x.codes)) for dims, codes in outputs]

@@ -243,7 +243,7 @@ def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x = rw.value(node, 0)
     params = [rw.array(node, k) for k in range(1, 5)]
     if (
-        x.whole is not None
+        rw.single_level(x)
         or x.rank < 2
         or attribute(node, "training_mode", 0)
         or len([o for o in node.output if o]) > 1

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.rewrite import Group, Rewrite, Weights
+from onnxrank.rewrite import LARGE, Group, Rewrite, Weights
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -30,6 +30,7 @@ from onnxrank.values import (
     canonical,
     codes_of,
     cut_repeats,
+    extended,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -95,6 +96,7 @@ class Piece:
 
 
 _FEW = 3
+_MOST_PRODUCTS = 8
 
 
 def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Piece]:
@@ -132,6 +134,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             index = tuple(at if k == axis else slice(None) for k in range(codes.ndim - 1))
             groups.append((index, with_extents(dims, codes[index].shape)))
     for index, own in groups:
+        index = _together(rw, codes, index)
         part, level_of = codes[index], levels[index].reshape(-1, codes.shape[-1])[0]
         if (level_of == Level.UNREAD).any():
             continue
@@ -157,6 +160,8 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             if part.shape[axis] > 1:
                 still = (part == part.take([0], axis)).all(tuple(range(len(rows))))
                 signature = signature * 2 + ~still
+        if width:
+            signature = signature * (1 << 32) + _on_their_own(rw, part, level_of, width)
         for key in dict.fromkeys(signature.tolist()):
             members = np.flatnonzero(signature == key)
             if level_of[members[0]] == Level.UNREAD:
@@ -175,6 +180,32 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
                 columns = moved[columns]
             level = Level(int(level_of[members[0]]))
             yield Piece(level, group, sub, with_extents(own, sub.shape), next(slots), columns, members)
+
+
+def _together(rw: Rewrite, codes: Codes, index: Any) -> Any:
+    """The index of some rows with those of one tensor side by side."""
+    orders = {k: o for k, o in rw.memory_order([codes[index]]).items() if k < codes.ndim - 1}
+    if index is ...:
+        return tuple(orders.get(k, slice(None)) for k in range(codes.ndim - 1)) if len(orders) == 1 else index
+    return tuple(i[orders[k]] if k in orders and not isinstance(i, slice) else i for k, i in enumerate(index))
+
+
+def _on_their_own(rw: Rewrite, codes: Codes, levels: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """Number of the tensor of each column that has a product of its own: large ones before narrow weights.
+
+    To lie beside other columns they would have to be copied, which costs more than adding a narrow result.
+    """
+    out = np.zeros(codes.shape[-1], np.int64)
+    if prod(codes.shape[:-1]) > 1 or codes.shape[-1] < 2 * LARGE:
+        return out
+    numbers = source_numbers(codes).reshape(-1)
+    found, counts = np.unique(numbers[levels == Level.CANDIDATE], return_counts=True)
+    if len(found) < 2 or len(found) > _MOST_PRODUCTS:
+        return out
+    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+        if count >= max(LARGE, 4 * width) and count == rw.sources[number].size:
+            out[numbers == number] = number + 1
+    return out
 
 
 def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
@@ -260,15 +291,12 @@ def partials(
             part = codes_of(source).reshape(*small, width)
         else:
             linear = _summed(rw, piece, axis) if additive else None
-            operand, own = (
-                np.moveaxis(piece.codes, -1, axis),
-                (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1]),
-            )
+            operand, own, at = _operand(piece, axis) if weighted else _moved(piece, axis)
             if linear is None:
                 name, physical = rw.layout.realise(operand, own)
                 made_dims, writer = write(piece, name, physical)
             else:
-                made_dims, writer = _postponed(rw, piece, operand, own, axis, write)
+                made_dims, writer = _postponed(rw, piece, operand, own, at, write)
             source = rw.sources.add(made_dims, x.dtype, product=rw.later(writer, tag), linear=linear)
             part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
         if note is not None:
@@ -282,6 +310,19 @@ def partials(
         read = np.any([t != HOLE for t in terms], axis=0)
         terms = [np.where(read & (t == HOLE), zero, t) for t in terms]
     return [view(out_dims, x.dtype, np.moveaxis(t, -1, axis)) for t in terms]
+
+
+def _moved(piece: Piece, axis: int) -> tuple[Codes, Dims, int]:
+    """A piece with its columns at an axis."""
+    return np.moveaxis(piece.codes, -1, axis), (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1]), axis
+
+
+def _operand(piece: Piece, axis: int) -> tuple[Codes, Dims, int]:
+    """A piece before weights: with columns last, in as few dimensions as it needs."""
+    if axis < len(piece.dims) - 1:
+        return _moved(piece, axis)
+    keep = extended(piece.dims)
+    return piece.codes.reshape([piece.codes.shape[k] for k in keep]), tuple(piece.dims[k] for k in keep), len(keep) - 1
 
 
 def _summed(rw: Rewrite, piece: Piece, axis: int) -> Callable[[], tuple[Codes, Codes]] | None:
@@ -324,8 +365,12 @@ def contract(
     width = weight.data.shape[1]
 
     def note(source: Source, piece: Piece) -> None:
-        if piece.level is Level.CANDIDATE and prod(piece.codes.shape[:-1]) == 1 and not unread:
+        if piece.level is not Level.CANDIDATE or unread:
+            return
+        if prod(piece.codes.shape[:-1]) == 1:
             _explain(rw, source, piece, weight, axis)
+        elif piece.fold is None and axis == x.rank - 1:
+            _by_columns(rw, source, piece, weight)
 
     parts = partials(rw, x, axis, width, one, rule, unread, weighted=True, note=note)
     dims = (*x.dims[:axis], canonical([width]), *x.dims[axis + 1 :])
@@ -353,15 +398,14 @@ def _explain(rw: Rewrite, source: Source, piece: Piece, weight: Weights, axis: i
             codes, basis = rw.constant(data).codes.reshape(data.shape), piece.codes.reshape(-1)
         return codes.T, np.broadcast_to(basis, (width, len(basis)))
 
-    def other(part: Weights, rule: str) -> Source:
+    def other(part: Weights, rule: str, piece: Piece = piece) -> Source:
         columns = part.data.shape[1]
         dims = with_extents(source.dims, [columns if n > 1 else 1 for n in extents(source.dims)])
         if piece.fold is not None:
             writer, rule = fold.product(rw, piece.fold, part, piece.members)[1], "fold"
         else:
-            operand = np.moveaxis(piece.codes, -1, axis)
-            own = (*piece.dims[:axis], piece.dims[-1], *piece.dims[axis:-1])
-            _, writer = _postponed(rw, piece, operand, own, axis, _narrowed(rw, part, axis, len(own)))
+            operand, own, at = _operand(piece, axis)
+            _, writer = _postponed(rw, piece, operand, own, at, _narrowed(rw, part, at, len(own)))
         return rw.sources.add(dims, source.dtype, product=rw.later(writer, rule))
 
     def narrow(columns: NDArray[np.int64]) -> Source:
@@ -371,12 +415,31 @@ def _explain(rw: Rewrite, source: Source, piece: Piece, weight: Weights, axis: i
         return made
 
     def again(name: str, columns: int) -> Source:
-        mine = weight.rows(rw.emit, np.arange(len(weight.data)))
-        both = rw.emit.add("MatMul", [mine, name])
-        return other(Weights(np.empty((len(weight.data), columns), weight.data.dtype), both), "cross")
+        both = rw.emit.add("MatMul", [weight.rows(rw.emit, piece.members), name])
+        made = Weights(np.empty((len(piece.members), columns), weight.data.dtype), both)
+        return other(made, "cross", replace(piece, members=np.arange(len(piece.members))))
 
     source.again = again
     source.affine, source.narrow = affine, narrow
+
+
+def _by_columns(rw: Rewrite, source: Source, piece: Piece, weight: Weights) -> None:
+    """Tells how to take some columns of a product that is not written yet, or to scale it; columns are last."""
+    operand, own, at = _operand(piece, len(piece.dims) - 1)
+
+    def other(part: Weights) -> Source:
+        dims = (*source.dims[:-1], canonical([part.data.shape[1]]))
+        _, writer = _postponed(rw, piece, operand, own, at, _narrowed(rw, part, at, len(own)))
+        made = rw.sources.add(dims, source.dtype, product=rw.later(writer, "fc"))
+        _by_columns(rw, made, piece, part)
+        return made
+
+    def scaled(name: str, times: bool) -> Source:
+        own = weight.rows(rw.emit, np.arange(len(weight.data)))
+        return other(Weights(weight.data, rw.emit.add("Mul" if times else "Div", [own, name])))
+
+    source.narrow = lambda columns: other(weight.part(rw.emit, 1, columns))
+    source.scaled = scaled
 
 
 def _narrowed(rw: Rewrite, part: Weights, axis: int, rank: int) -> Product:
@@ -393,14 +456,16 @@ def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct
         def writer(addend: str | None, have: Dims) -> str:
             if len(physical) == 2 and addend is not None and real:
                 return rw.emit.add("Gemm", [name, weight, addend])
-            if addend is not None and real and all(d == () for d in have[:-1]):
-                # A bias: added on the way out of the product, not in a pass of its own.
+            result = (*physical[:-1], column)
+            bias = all(d == () for d in have[:-1])
+            if addend is not None and real and (bias or have == result):
+                # Added on the way out of the product, not in a pass of its own.
                 flat = (tuple(f for d in physical[:-1] for f in d), physical[-1])
                 if sum(isinstance(f, int) for f in flat[0]) <= 1:
                     rows = rw.layout.reshape(name, physical, flat)
-                    vector = rw.layout.reshape(addend, have, have[-1:])
-                    made = rw.emit.add("Gemm", [rows, weight, vector])
-                    return rw.layout.reshape(made, (flat[0], column), (*physical[:-1], column))
+                    other = rw.layout.reshape(addend, have, have[-1:] if bias else (flat[0], column))
+                    made = rw.emit.add("Gemm", [rows, weight, other])
+                    return rw.layout.reshape(made, (flat[0], column), result)
             return with_addend(rw, rw.emit.add("MatMul", [name, weight]), addend)
 
         return (*physical[:-1], column), writer

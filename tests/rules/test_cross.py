@@ -33,7 +33,7 @@ def forced(form: str) -> Iterator[None]:
     """Takes the form with or without the rule, whatever it costs."""
 
     def seconds(self: pipeline.Form, *_: object) -> float:
-        return float(self.uses(("cross",)) != (form == "affine"))
+        return float(self.uses("cross") != (form == "affine"))
 
     with mock.patch.object(pipeline.Form, "seconds", seconds):
         yield

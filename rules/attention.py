@@ -1,0 +1,325 @@
+"""`attention`: softmax over keys of which some are request-level.
+
+A query's scores over the request-level keys, `a`, join those over the candidate-level keys, `b`, as one more key that
+stands for all of them (online softmax). With `l = log sum exp a`,
+
+    softmax(a ++ b) = t softmax(a) ++ q    where    q ++ t = softmax((b - l) ++ 0)
+
+and behind the softmax `t (softmax(a) V_a) + q V_b`: for a request-level query the bracket is made once per request, for
+all keys. Where a mask may have been added, all scores of a row can be so low that `l` loses `log sum exp`; then the sum
+is kept apart: with `m = max a` and `s = sum exp(a - m)`, `q ++ t = softmax(b ++ m)` is weighted afterwards, by
+`1 / (1 + (s - 1) t)`, and `s` times that.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.values import (
+    HOLE,
+    Abstract,
+    Codes,
+    Dims,
+    Level,
+    Sum,
+    Value,
+    codes_of,
+    cut_repeats,
+    extents,
+    keep_symbols,
+    offsets,
+    rectangles,
+    source_numbers,
+    symbols,
+    view,
+    with_extents,
+)
+
+from . import dot
+from .broadcast import attribute, elementwise, mark_unread
+
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Flatten"}
+_STEPS = {"Mul", "Div", "Add", "Sub", "Where", "Cast", "Dropout", "Max", "Clip"}
+_PLAIN = {"MatMul", "Einsum", "Mul", "Div", "Cast"}
+_MOST_BOXES = 32
+
+
+def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """The products before and behind a softmax."""
+    if not (reaches_softmax(rw, node.output[0]) or _is_softmax(rw, node.input[0])):
+        return None
+    a, b = rw.operand(node, 0), rw.operand(node, 1)
+    if a is None or b is None:
+        return None
+    a, b = (v if isinstance(v, Sum) else rw.settle(v) for v in (a, b))
+    return dot.multiply(rw, a, b, node.output[0], "attention", node)
+
+
+def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
+    """Whether what reads a tensor, behind scaling, masks and data movement, is a softmax."""
+    found = rw.readers(name)
+    return steps > 0 and any(
+        n.op_type == "Softmax" or (n.op_type in _MOVES | _STEPS and reaches_softmax(rw, n.output[0], steps - 1))
+        for n in found
+    )
+
+
+def _is_softmax(rw: Rewrite, name: str) -> bool:
+    """Whether a tensor is, behind data movement, the result of a softmax."""
+    while (made := rw.producers.get(name)) is not None:
+        if made.op_type == "Softmax":
+            return True
+        if made.op_type not in _MOVES | {"Dropout", "Cast"}:
+            return False
+        name = made.input[0]
+    return False
+
+
+def _is_plain(rw: Rewrite, name: str) -> bool:
+    """Whether scores are products, perhaps scaled: then none of them stands for a key that is masked."""
+    made = rw.producers.get(name)
+    while made is not None and made.op_type in _MOVES | _PLAIN:
+        if made.op_type in ("MatMul", "Einsum"):
+            return True
+        if made.op_type in ("Mul", "Div") and all(rw.array(made, k) is None for k in (0, 1)):
+            return False
+        made = rw.producers.get(made.input[0])
+    return False
+
+
+def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Queries, keys or scores times a number: taken into a product that is not written yet."""
+    places = [k for k in (1, 0) if (v := rw.array(node, k)) is not None and v.size == 1]
+    if not places or (node.op_type == "Div" and places[0] == 0) or len(rw.readers(node.input[1 - places[0]])) > 1:
+        return None
+    x = rw.operand(node, 1 - places[0])
+    number = rw.array(node, places[0])
+    if not isinstance(x, Value | Sum) or number is None or number.ndim > x.rank or rw.needed.get(node.output[0]):
+        return None
+    # The tensor, not its data: what the model computes is rounded in these.
+    factor = rw.value(node, places[0])
+    terms = x.terms if isinstance(x, Sum) else [x]
+    moving = [s for t in terms for s in rw.sources.of(t.codes) if s.level is Level.CANDIDATE]
+    if not any(s.scaled is not None and s.name is None for s in moving):
+        return None
+    if not (reaches_softmax(rw, node.output[0]) or _leads_to_product(rw, node.output[0])):
+        return None
+    return [rw.add([_times(rw, node, t, factor, 1 - places[0]) for t in terms], x.dims, x.dtype)]
+
+
+def _leads_to_product(rw: Rewrite, name: str) -> bool:
+    """Whether, behind data movement, only products with computed operands read a tensor."""
+    found = rw.readers(name)
+    return bool(found) and all(
+        n.op_type == "Shape"
+        or (n.op_type == "MatMul" and all(rw.array(n, k) is None for k in (0, 1)))
+        or (n.op_type in _MOVES | {"Add"} and _leads_to_product(rw, n.output[0]))
+        for n in found
+    )
+
+
+def _times(rw: Rewrite, node: NodeProto, x: Value, factor: Value, place: int) -> Value:
+    """A term times (or divided by) a number: products that are not written yet get it in their weights."""
+    out, name = x.codes.copy(), rw.layout.reshape(rw.tensor(factor), factor.dims, ())
+    zero = rw.zero(x.dtype)
+    numbers = source_numbers(x.codes)
+    done = (x.codes == zero) | (x.codes == HOLE)
+    for s in rw.sources.of(x.codes):
+        if s.scaled is not None and s.name is None:
+            at = numbers == s.number
+            out[at] = codes_of(s.scaled(name, node.op_type == "Mul")).reshape(-1)[offsets(x.codes[at])]
+            done |= at
+    if not done.all():
+        left = view(x.dims, x.dtype, np.where(done, HOLE, x.codes))
+        operands = [left, factor]
+        made = elementwise(rw, node.op_type, operands if place == 0 else operands[::-1], node.output[0])
+        out = np.where(done, out, made.codes)
+    return rw.tidy(x.dims, x.dtype, out)
+
+
+def softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Softmax over the last axis, of scores of several levels."""
+    return joined(rw, node, None, "attention")
+
+
+def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule: str) -> list[Abstract] | None:
+    """Softmax row by row, each kind of row in its own way.
+
+    Args:
+        rw: The rewrite.
+        node: The Softmax.
+        masked: Scores that are known to get weight 0 in their rows; the others of a row then do.
+        rule: Name of the rule, for the report.
+    """
+    x = rw.value(node, 0)
+    axis = attribute(node, "axis", -1 if rw.emit.opset >= 13 else 1) % x.rank
+    if axis != x.rank - 1 or symbols(x.dims[-1:]) or (masked is None and x.whole is not None):
+        return None
+    unread = {a: p for a, p in rw.needed.get(node.output[0], {}).items() if a != axis}
+    codes = mark_unread(x.codes, unread) if unread else x.codes
+    levels = rw.sources.levels(codes).astype(np.int64)
+    if masked is not None:
+        levels = np.where(masked & (levels != Level.UNREAD), _MASKED, levels)
+    lines, inverse = np.unique(levels.reshape(-1, codes.shape[-1]), axis=0, return_inverse=True)
+    kinds = inverse.reshape(codes.shape[:-1])
+    unseen = np.flatnonzero((lines == Level.UNREAD).any(-1))
+    found = rectangles(np.where(np.isin(kinds, unseen), -1, kinds), _MOST_BOXES)
+    if found is None:
+        rw.refuse(rule, "the keys that are request-level differ from query to query")
+        return None
+    out = np.full(codes.shape, HOLE)
+    maker = _Softmax(rw, node, rule)
+    for box in found:
+        line = lines[kinds[np.ix_(*box)].flat[0]]
+        if (line == Level.UNREAD).any():
+            continue
+        orders = rw.memory_order([codes[np.ix_(*box, np.arange(codes.shape[-1]))]])
+        box = tuple(at[orders[k]] if k in orders else at for k, at in enumerate(box))
+        rows = codes[np.ix_(*box, np.arange(codes.shape[-1]))]
+        dims = with_extents(x.dims, rows.shape)
+        once, each = np.flatnonzero(line <= Level.REQUEST), np.flatnonzero(line == Level.CANDIDATE)
+        once, each = dot.in_memory_order(rows, once, -1), dot.in_memory_order(rows, each, -1)
+        made = np.full(rows.shape, rw.zero(x.dtype))
+        if len(once) > 1 and len(each):
+            made[..., once], made[..., each] = maker.merged(rows[..., once], rows[..., each], dims)
+        else:
+            seen = np.concatenate([once, each])
+            made[..., seen] = maker.plain(rows[..., seen], with_extents(dims, (*rows.shape[:-1], len(seen))))
+        out[np.ix_(*box, np.arange(codes.shape[-1]))] = made
+    return [rw.tidy(x.dims, rw.dtype(node.output[0], x.dtype), out)]
+
+
+_MASKED = 3
+
+
+class _Softmax:
+    """Writes the softmax of one node.
+
+    Args:
+        rw: The rewrite.
+        node: The Softmax.
+        rule: Name of the rule.
+    """
+
+    def __init__(self, rw: Rewrite, node: NodeProto, rule: str) -> None:
+        self.rw, self.rule = rw, rule
+        self.plain_scores = _is_plain(rw, node.input[0])
+        self.dtype = rw.dtype(node.output[0], rw.value(node, 0).dtype)
+
+    def plain(self, codes: Codes, dims: Dims) -> Codes:
+        """Softmax over the last axis of rows that are not divided."""
+        out = np.empty(codes.shape, np.int64)
+        for box in self.rw.boxes([codes], rows=True):
+            part = codes[box]
+            made = self._softmax(part, with_extents(dims, part.shape))
+            out[box] = np.broadcast_to(made, part.shape)
+        return out
+
+    def _softmax(self, codes: Codes, dims: Dims) -> Codes:
+        rw = self.rw
+        small = cut_repeats(codes, range(codes.ndim - 1))
+        own = with_extents(dims, small.shape)
+        order = rw.layout.native_order(small, own)
+        if order is None or order[-1] != len(dims) - 1:
+            order = list(range(len(dims)))
+        lowered = rw.sources.levels(small).max() <= Level.REQUEST
+        rw.emit.rule = self.rule if lowered else None
+        name, physical = rw.layout.realise(small.transpose(order), tuple(own[k] for k in order))
+        made = rw.emit.add("Softmax", [name], {"axis": len(physical) - 1})
+        rw.emit.rule = None
+        return codes_of(rw.sources.add(physical, self.dtype, made)).transpose(np.argsort(order))
+
+    def merged(self, once: Codes, each: Codes, dims: Dims) -> tuple[Codes, Codes]:
+        """Softmax over request-level scores `[rows..., A]` and candidate-level scores `[rows..., B]` together."""
+        rw, emit = self.rw, self.rw.emit
+        kind = rw.constant_type(self.dtype)
+        small = cut_repeats(once, range(once.ndim - 1))
+        own = with_extents(dims, small.shape)
+        emit.rule = self.rule
+        scores, physical = rw.layout.realise(small, own)
+        last, row = len(physical) - 1, (*physical[:-1], ())
+        top = emit.reduce("ReduceMax", scores, [last], True)
+        # All keys of a row may be at minus infinity.
+        floor = top if self.plain_scores else emit.add("Max", [top, emit.constant(np.array(np.finfo(kind).min, kind))])
+        weights = emit.add("Exp", [emit.add("Sub", [scores, floor])])
+        total = emit.reduce("ReduceSum", weights, [last], True)
+        if self.plain_scores:
+            weights = emit.add("Div", [weights, total])
+            added = emit.add("Neg", [emit.add("Add", [top, emit.add("Log", [total])])])
+        else:
+            added = top
+        emit.rule = None
+        shared = np.broadcast_to(codes_of(rw.sources.add(physical, self.dtype, weights)), once.shape)
+        ahead = np.broadcast_to(codes_of(rw.sources.add(row, self.dtype, added)), (*once.shape[:-1], 1))
+        sums = np.broadcast_to(codes_of(rw.sources.add(row, self.dtype, total)), (*once.shape[:-1], 1))
+        factor, out = np.empty((*each.shape[:-1], 1), np.int64), np.empty(each.shape, np.int64)
+        for box in rw.boxes([each], rows=True):
+            part = each[box]
+            at = with_extents(dims, part.shape)
+            out[box], factor[box] = (self._relative if self.plain_scores else self._weighted)(
+                part, at, ahead[box], sums[box]
+            )
+        return self._spread(factor, shared, with_extents(dims, once.shape)), out
+
+    def _relative(self, part: Codes, dims: Dims, ahead: Codes, sums: Codes) -> tuple[Codes, Codes]:
+        """`softmax((b - l) ++ 0)`, given `-l`."""
+        rw = self.rw
+        terms = [view(dims, self.dtype, np.broadcast_to(c, extents(dims))) for c in (part, ahead)]
+        relative = rw.settle(rw.add(terms, dims, self.dtype)).codes
+        zeros = np.full((*part.shape[:-1], 1), rw.zero(self.dtype))
+        made = self._joint(relative, zeros, dims)
+        return made[..., :-1], made[..., -1:]
+
+    def _joint(self, scores: Codes, other: Codes, dims: Dims) -> Codes:
+        both = np.concatenate([scores, other], -1)
+        return np.broadcast_to(self._softmax(both, with_extents(dims, both.shape)), both.shape)
+
+    def _weighted(self, part: Codes, dims: Dims, ahead: Codes, sums: Codes) -> tuple[Codes, Codes]:
+        """`softmax(b ++ m)`, of which `m` counts `s` times."""
+        rw, name = self.rw, self.rw.emit.hint
+        made = self._joint(part, ahead, dims)
+        row = with_extents(dims, (*part.shape[:-1], 1))
+
+        def step(op: str, a: Codes, b: Codes, own: Dims) -> Codes:
+            values = [view(with_extents(own, c.shape), self.dtype, c) for c in (a, b)]
+            return elementwise(rw, op, values, rw.emit.fresh(f"{name}/{op.lower()}")).codes
+
+        one = rw.constant(np.array(1, rw.constant_type(self.dtype))).codes.reshape((1,) * part.ndim)
+        more = step("Sub", sums, one, row)
+        held = step("Mul", more, made[..., -1:], row)
+        norm = step("Add", held, one, row)
+        return step("Div", made[..., :-1], norm, dims), step("Div", made[..., -1:], norm, row)
+
+    def _spread(self, factor: Codes, shared: Codes, dims: Dims) -> Codes:
+        """The weights of the request-level keys, as products that somebody may want to have made."""
+        rw = self.rw
+        held = rw.sources.symbols(factor) | rw.sources.symbols(shared)
+
+        def write() -> str:
+            names = [
+                rw.layout.realise(c, with_extents(dims, c.shape))[0]
+                for c in (factor, cut_repeats(shared, range(shared.ndim - 1)))
+            ]
+            return rw.emit.add("Mul", names)
+
+        def linear() -> tuple[Codes, Codes]:
+            return shared[..., None], np.broadcast_to(factor, shared.shape)[..., None]
+
+        source = rw.sources.add(keep_symbols(dims, held), self.dtype, write=rw.later(write, None), linear=linear)
+        return codes_of(source)
+
+
+RULE = Rule(
+    name="attention",
+    title="Divides attention by the levels of queries and keys; request-level keys join each softmax as one.",
+    identity="softmax(a ++ b) = t softmax(a) ++ q where q ++ t = softmax((b - log sum exp a) ++ 0)",
+    source="rank-aware decomposition (arXiv 2605.27450); online softmax (Milakov, Gimelshein 2018)",
+    legal="The softmax is over the last axis, and the same keys are request-level for all queries of a kind.",
+    refuses="Scores whose levels follow no rows and columns; fused attention with operands of several levels.",
+    exactness="reassociates",
+    operators={"Softmax": softmax, "MatMul": matmul, "Mul": scaled, "Div": scaled},
+    forms=(),
+)
