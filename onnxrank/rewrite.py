@@ -367,7 +367,7 @@ class Rewrite:
             and name not in self.outputs
             and all(
                 n.op_type == "Shape"
-                or (n.op_type in ("MatMul", "Gemm") and any(self.array(n, k) is not None for k in (0, 1)))
+                or (n.op_type in ("MatMul", "Gemm", "Conv") and any(self.array(n, k) is not None for k in (0, 1)))
                 or (n.op_type in _MOVES | through and self.read_by_linear_maps(n.output[0], through))
                 for n in found
             )
@@ -729,17 +729,17 @@ class Rewrite:
         out = restored(out, orders)
         return self.tidy(value.dims, value.dtype, out.reshape(extents(value.dims)))
 
-    def _added(self, terms: list[Codes], dims: Dims, dtype: int) -> Codes:
+    def _added(self, terms: list[Codes], dims: Dims, dtype: int, turn: bool = True) -> Codes:
         """Adds terms of one group: constants and request-level terms first, products as Gemm chains."""
         keep = extended(dims, {s for t in terms for s in self.sources.symbols(t)})
         shape = tuple(1 if k not in keep else n for k, n in enumerate(extents(dims)))
         dims, terms = tuple(dims[k] for k in keep), [t.reshape([t.shape[k] for k in keep]) for t in terms]
-        for t in terms:
+        for t in terms if turn else ():
             # In the layout of a product that is not written yet, so that the rest rides in it.
             small = cut_repeats(t)
             order = self.layout.native_order(small, with_extents(dims, small.shape))
             if order is not None and self.sources.of(small)[0].is_pending:
-                turned = self._added([u.transpose(order) for u in terms], tuple(dims[k] for k in order), dtype)
+                turned = self._added([u.transpose(order) for u in terms], tuple(dims[k] for k in order), dtype, False)
                 return turned.transpose(np.argsort(order)).reshape(shape)
         parts: list[tuple[Source | None, Codes, Dims]] = []
         for t in terms:

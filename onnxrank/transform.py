@@ -326,7 +326,7 @@ class Transformation:
 
 def _standing(rule: str) -> int:
     """Rules by how much they do beyond others; those of third parties come first."""
-    order = ("broadcast", "select", "pool", "fc", "norm", "gru", "dot", "attention", "fold", "cross")
+    order = ("broadcast", "select", "pool", "fc", "norm", "gru", "dot", "attention", "history", "fold", "cross")
     return order.index(rule) if rule in order else len(order)
 
 

@@ -2,13 +2,14 @@
 
 from onnxrank.rewrite import Rule
 
-from . import attention, broadcast, cross, dot, fc, fold, gru, movement, norm, reduce, select
+from . import attention, broadcast, cross, dot, fc, fold, gru, history, movement, norm, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
     norm.RULE,
     cross.RULE,
     fc.RULE,
+    history.RULE,
     attention.RULE,
     dot.RULE,
     fold.RULE,

@@ -184,7 +184,7 @@ class _Blocks:
         terms: list[Codes] = []
         for i in rows:
             for j in columns:
-                parts = self._inner(i[0], j[0])
+                parts = self._inner(i, j)
                 whole = len(parts) == 1
                 if whole and self.mirrored and self.left.kinds[i[0], 0] < self.left.kinds[j[0], 0]:
                     continue
@@ -200,17 +200,17 @@ class _Blocks:
         # Entries nobody reads have a hole in the first term; what is added to it does not matter.
         return self.rw.add([view(self.dims, self.left.dtype, t) for t in terms], self.dims, self.left.dtype)
 
-    def _inner(self, row: int, column: int) -> list[NDArray[np.int64]]:
+    def _inner(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Positions along the inner axis by the levels of both operands; without those that hold 0 only."""
-        keys = self.left.kinds[row] * 64 + self.right.kinds[:, column]
-        for terms, k in ((self.left.terms, row), (self.right.terms, column)):
+        keys = self.left.kinds[i[0]] * 64 + self.right.kinds[:, j[0]]
+        for terms, at, axis in ((self.left.terms, i, -2), (self.right.terms, j, -1)):
             if len(terms) == 1:
-                line = terms[0][..., k, :] if terms is self.left.terms else terms[0][..., :, k]
-                keys = np.where((line == self.zero).reshape(-1, line.shape[-1]).all(0), -1, keys)
+                lines = np.moveaxis(terms[0].take(at, axis) == self.zero, -1 if axis == -2 else -2, -1)
+                keys = np.where(lines.reshape(-1, lines.shape[-1]).all(0), -1, keys)
         if (keys < 0).all():
             keys[0] = 0
         found = [np.flatnonzero(keys == k) for k in dict.fromkeys(keys.tolist()) if k >= 0]
-        return [in_memory_order(self.left.terms[0][..., row : row + 1, :], at, -1) for at in found]
+        return [in_memory_order(self.left.terms[0][..., i[:1], :], at, -1) for at in found]
 
     def _block(self, i: NDArray[np.int64], j: NDArray[np.int64], inner: NDArray[np.int64]) -> Codes:
         """The codes of one block's product over some inner positions, `[stack..., rows, columns]`."""

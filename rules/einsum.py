@@ -27,7 +27,7 @@ from onnxrank.values import (
 
 from . import dot
 from .attention import reaches_softmax
-from .broadcast import attribute
+from .broadcast import attribute, elementwise
 from .products import linear_last, worthwhile
 
 
@@ -50,7 +50,7 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if weight is not None and x is not None and worthwhile(rw, x, None):
             return _einsum_by_rows(rw, node, rw.settle(x), k, terms, out, weight)
     values = [rw.value(node, k) for k in (0, 1)]
-    made = _as_matrices(rw, node, values, terms, out)
+    made = _as_matrices(rw, node, values, terms, out) or _as_products(rw, node, values, terms, out)
     if made is not None:
         return [made]
     sizes: dict[str, tuple[Any, ...]] = {}
@@ -95,6 +95,21 @@ def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[
     order = [[*stack, *rows, *columns].index(c) for c in out]
     dims = tuple(made.dims[k] for k in order)
     return rw.add([view(dims, t.dtype, t.codes.transpose(order)) for t in rw.terms(made)], dims, made.dtype)
+
+
+def _as_products(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[str], out: str) -> Abstract | None:
+    """Einsum that sums over nothing: an elementwise product, of which request x candidate entries may be folded."""
+    if all(v.whole is not None for v in values) and rw.level(values[0]) == rw.level(values[1]):
+        return None
+    if any(len(set(t)) != len(t) for t in (*terms, out)) or set(out) != set(terms[0] + terms[1]):
+        return None
+    wide = []
+    for v, term in zip(values, terms, strict=True):
+        order = sorted(range(len(term)), key=lambda k: out.index(term[k]))
+        there = iter(order)
+        dims = tuple(v.dims[next(there)] if c in term else () for c in out)
+        wide.append(view(dims, v.dtype, v.codes.transpose(order).reshape(extents(dims))))
+    return elementwise(rw, "Mul", wide, node.output[0])
 
 
 def _einsum_linear(rw: Rewrite, x: Value, mine: str, its: str, out: str, weight: NDArray[Any]) -> Abstract | None:

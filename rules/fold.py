@@ -62,6 +62,18 @@ class Fold:
     place: NDArray[np.int64]
     plain: NDArray[np.int64]
 
+    @property
+    def order(self) -> NDArray[np.int64] | None:
+        """The basis by rows, where every row has entries of its own and as many as the others: `[rows, entries]`.
+
+        Then there is a product for each row instead of one with weights of 0 for other rows' entries.
+        """
+        used = self.place >= 0
+        counts = used.sum(0)
+        if self.place.shape[1] == 1 or len(self.plain) or (used.sum(1) != 1).any() or (counts != counts[0]).any():
+            return None
+        return np.argsort(used.argmax(1), kind="stable").reshape(self.place.shape[1], -1)
+
 
 def expand(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes]:
     """Entries as sums of products not made yet.
@@ -174,12 +186,13 @@ def _regular(
     plain = np.zeros(0, np.int64) if plain is None else plain
     # Every product that is not folded is written, and read again.
     direct = cost.estimate(rows * (len(columns) + len(plain)) * width + len(item), 8 * made)
-    each = cost.estimate(len(basis) * rows * width)
+    own = np.searchsorted(basis, flat[:, plain]).T
+    fold = Fold(coefficients, np.maximum(kinds, 0), basis, place, own)
+    each = cost.estimate(len(basis) * (1 if fold.order is not None else rows) * width)
     once = cost.estimate(groups * most * terms * width, 8 * (groups * terms + groups * most) * width, launches=5)
     if once + rw.candidates * each >= rw.candidates * direct:
         return None
-    own = np.searchsorted(basis, flat[:, plain]).T
-    return np.concatenate([columns, plain]), Fold(coefficients, np.maximum(kinds, 0), basis, place, own)
+    return np.concatenate([columns, plain]), fold
 
 
 def product(
@@ -194,9 +207,12 @@ def product(
         members: Which of their rows belong to the folded columns.
 
     Returns:
-        The result's physical shape, `[N, rows * width]`, and its writer.
+        The result's physical shape, `[N, rows * width]` (`[rows, N, width]` where rows have entries of their own), and
+        its writer.
     """
     width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
+    if fold.order is not None:
+        return _row_by_row(rw, fold, weight, members, fold.order)
     dims: Dims = ((CANDIDATES,), canonical([rows * width]))
 
     def writer(addend: str | None, have: Dims) -> str:
@@ -207,6 +223,28 @@ def product(
             return rw.emit.add("MatMul", [basis, made])
         flat: Dims = (tuple(symbols(have)), canonical([prod(extents(have))]))
         return rw.emit.add("Gemm", [basis, made, rw.layout.reshape(addend, have, flat)])
+
+    return dims, writer
+
+
+def _row_by_row(
+    rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64], order: NDArray[np.int64]
+) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+    """A product for each row, `[rows, N, entries] @ [rows, entries, width]`."""
+    (rows, entries), width = order.shape, weight.data.shape[1]
+    stack: Dims = (canonical([rows]),)
+    dims: Dims = (*stack, (CANDIDATES,), canonical([width]))
+
+    def writer(addend: str | None, have: Dims) -> str:
+        codes = matrix(rw, fold, weight, members).reshape(len(fold.basis), rows, width)
+        own = codes[order, np.arange(rows)[:, None]]
+        made, _ = rw.layout.realise(own, (*stack, canonical([entries]), canonical([width])))
+        by_row = (*stack, (CANDIDATES,), canonical([entries]))
+        basis, _ = rw.layout.realise(fold.basis[order].reshape(rows, 1, entries), by_row)
+        # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul, then divides by no rows.
+        basis = rw.emit.add("Reshape", [basis, rw.emit.constant(np.array([rows, -1, entries], np.int64))])
+        name = rw.emit.add("MatMul", [basis, made])
+        return name if addend is None else rw.emit.add("Add", [name, addend])
 
     return dims, writer
 

@@ -1,0 +1,203 @@
+"""`history`: keys that a mask hides from a query do not reach it.
+
+A candidate that is appended to the user's history under a mask that hides it from the history's rows leaves those rows
+request-level, through any number of layers: `softmax(a ++ (b - inf)) = softmax(a) ++ 0`. That a key is hidden is read
+off the mask, for every row, by intervals: data-dependent padding may add to a mask, never take from it.
+
+A mask of minus infinity hides a key whatever else there is (a row without any key left is NaN before and after). A
+finite one does so only in rows that see another key for sure: where all keys of a row are masked alike, softmax spreads
+over all of them, the candidate too.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto
+
+from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.values import Abstract, Level, extents
+
+from . import attention
+from .broadcast import attribute
+
+_LARGEST = 1 << 22
+_GAPS = {int(TensorProto.FLOAT16): 1e4}
+"""How far below a visible key a masked one must be; other types have more room."""
+_GAP = 1e6
+_RESHAPES = {"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Cast", "Dropout"}
+_SCORES = {"MatMul", "Einsum"}
+_ON_SCORES = {*_RESHAPES, "Transpose", "Add", "Sub", "Where", "Mul", "Div"}
+
+Interval = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Least and greatest value of every entry; truth is 0 or 1."""
+
+
+def softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Softmax over keys some of which are hidden from some queries."""
+    x = rw.value(node, 0)
+    axis = attribute(node, "axis", -1 if rw.emit.opset >= 13 else 1) % x.rank
+    if axis != x.rank - 1 or x.whole is not None or rw.single_level(x):
+        return None
+    levels = rw.sources.levels(x.codes)
+    kinds = levels == Level.CANDIDATE
+    mixed = kinds.any(-1) & (levels <= Level.REQUEST).any(-1)
+    if not mixed.any():
+        return None
+    found = Masks(rw).scores(node.input[0])
+    if found is None:
+        return None
+    low, high = (np.broadcast_to(part, extents(x.dims)) for part in found)
+    seen = low.max(-1, keepdims=True)
+    gap = _GAPS.get(x.dtype, _GAP)
+    with np.errstate(invalid="ignore"):
+        hidden = (high == -np.inf) | (seen - high >= gap)
+    hidden &= kinds & mixed[..., None]
+    if not hidden.any():
+        if (high < 0).any() or (low < 0).any():
+            rw.refuse("history", "the mask does not prove that a row cannot see the candidate: where all of its keys "
+                      "may be masked alike, softmax spreads over all of them")  # fmt: skip
+        return None
+    return attention.joined(rw, node, hidden, "history")
+
+
+class Masks:
+    """Intervals of masks, and of what they add to scores.
+
+    Args:
+        rw: The rewrite.
+    """
+
+    def __init__(self, rw: Rewrite) -> None:
+        self.rw = rw
+        self._known: dict[str, Interval] = {}
+
+    def scores(self, name: str, steps: int = 16) -> Interval | None:
+        """Interval of what is added to scores that a tensor holds: scores count as 0 themselves.
+
+        Returns:
+            None where the tensor is not one product, scaled, masked and moved.
+        """
+        made = self.rw.producers.get(name)
+        if made is None or not steps or self._constant(name) is not None:
+            return None
+        if made.op_type in _SCORES:
+            return np.zeros(()), np.zeros(())
+        if made.op_type not in _ON_SCORES:
+            return None
+        mine = [self.scores(i, steps - 1) if i else None for i in made.input]
+        if sum(m is not None for m in mine) != 1 or (made.op_type in ("Sub", "Div") and mine[0] is None):
+            return None
+        if made.op_type in ("Mul", "Div"):
+            number = self._constant(made.input[1 if mine[0] is not None else 0])
+            if number is None or number.size != 1 or number.reshape(-1)[0] <= 0:
+                return None
+            factor = number.reshape(-1)[0] if made.op_type == "Mul" else 1 / number.reshape(-1)[0]
+            low, high = next(m for m in mine if m is not None)
+            return low * factor, high * factor
+        with np.errstate(invalid="ignore"):
+            return self._step(
+                made, [m if m is not None else self.of(i) for m, i in zip(mine, made.input, strict=True) if i]
+            )
+
+    def of(self, name: str) -> Interval:
+        """Interval of every entry of an original tensor, of a shape that broadcasts to the tensor's."""
+        stack = [name]
+        while stack:
+            top = stack[-1]
+            made = self.rw.producers.get(top)
+            needs = [i for i in made.input if i] if made is not None and self._constant(top) is None else []
+            missing = [i for i in needs if i not in self._known] if made and made.op_type in _FOLLOWED else []
+            if missing and top not in self._known:
+                stack += missing
+            else:
+                self._known.setdefault(top, self._interval(top, made))
+                stack.pop()
+        return self._known[name]
+
+    def _constant(self, name: str) -> NDArray[np.float64] | None:
+        found = self.rw.values.get(name)
+        whole = getattr(found, "whole", None)
+        if whole is None or whole.level is not Level.CONSTANT or whole.size > _LARGEST or found is None:
+            return None
+        data = whole.data.reshape(extents(found.dims))
+        return data.astype(np.float64) if data.dtype.kind in "biuf" else None
+
+    def _interval(self, name: str, made: NodeProto | None) -> Interval:
+        data = self._constant(name)
+        if data is not None:
+            return data, data
+        dtype = self.rw.values[name].dtype if name in self.rw.values else 0
+        unknown = (np.zeros(()), np.ones(())) if dtype == TensorProto.BOOL else (np.array(-np.inf), np.array(np.inf))
+        if made is None or made.op_type not in _FOLLOWED or prod(extents(self.rw.values[name].dims)) > _LARGEST:
+            return unknown
+        with np.errstate(invalid="ignore"):
+            found = self._step(made, [self._known[i] for i in made.input if i])
+        if found is None or any(np.isnan(part).any() for part in found):
+            return unknown
+        return found
+
+    def _step(self, node: NodeProto, x: list[Interval]) -> Interval | None:
+        """One operator on intervals; None where nothing is known of the result."""
+        op = node.op_type
+        shape = extents(self.rw.values[node.output[0]].dims)
+        (low, high) = x[0]
+        if op in _RESHAPES:
+            if low.ndim == 0:
+                return low, high
+            own = extents(self.rw.values[node.input[0]].dims)
+            return tuple(np.broadcast_to(p, own).reshape(shape) for p in x[0])  # type: ignore[return-value]
+        if op == "Transpose":
+            perm = attribute(node, "perm") or list(range(len(shape)))[::-1]
+            own = extents(self.rw.values[node.input[0]].dims)
+            return tuple(np.broadcast_to(p, own).transpose(perm) for p in x[0])  # type: ignore[return-value]
+        if op == "Expand":
+            return low, high
+        if op == "Concat":
+            wide = [[np.broadcast_to(p, extents(self.rw.values[i].dims)) for p in v]
+                    for i, v in zip(node.input, x, strict=True)]  # fmt: skip
+            axis = attribute(node, "axis") % len(shape)
+            return tuple(np.concatenate([w[k] for w in wide], axis) for k in (0, 1))  # type: ignore[return-value]
+        if op == "Not":
+            return 1 - high, 1 - low
+        if op == "Neg":
+            return -high, -low
+        if op == "Where":
+            (when, sure), (a, b), (c, d) = x
+            return np.where(sure > 0, np.where(when > 0, a, np.minimum(a, c)), c), np.where(
+                sure > 0, np.where(when > 0, b, np.maximum(b, d)), d
+            )
+        (other, most) = x[1]
+        if op == "And":
+            return np.minimum(low, other), np.minimum(high, most)
+        if op == "Or":
+            return np.maximum(low, other), np.maximum(high, most)
+        if op == "Add":
+            return low + other, high + most
+        if op == "Sub":
+            return low - most, high - other
+        if op == "Min":
+            return np.minimum(low, other), np.minimum(high, most)
+        if op == "Max":
+            return np.maximum(low, other), np.maximum(high, most)
+        ends = [a * b for a in (low, high) for b in (other, most)]
+        return np.minimum.reduce(np.broadcast_arrays(*ends)), np.maximum.reduce(np.broadcast_arrays(*ends))
+
+
+_FOLLOWED = _RESHAPES | {
+    *("Transpose", "Expand", "Concat", "Not", "Neg", "Where", "And", "Or", "Add", "Sub", "Min", "Max", "Mul")
+}
+
+
+RULE = Rule(
+    name="history",
+    title="Keeps the history request-level where a mask hides the appended candidate from it, at every depth.",
+    identity="softmax(a ++ (b - inf)) = softmax(a) ++ 0",
+    source="candidate-isolating masks (M-FALCON, arXiv 2402.17152); proved from the mask here",
+    legal="The mask is minus infinity for the candidate's key, or a million below a key that the row sees for sure.",
+    refuses="Finite masks in rows all of whose keys may be masked, and masks the caller gives.",
+    exactness="reassociates",
+    operators={"Softmax": softmax},
+)
