@@ -126,7 +126,9 @@ class _Printer:
         for rule in self.report.rules:
             share = f" ({percent(rule.macs_saved / self.report.macs_before)})" if self.report.macs_before else ""
             saved = f", {human(rule.macs_saved)} MACs saved{share}" if rule.macs_saved else ""
-            self.item(f"{_count(rule.sites, 'site')}{saved}", f"{rule.name:<{width}}  ")
+            known = [n for n in rule.break_even if n is not None]
+            pays = f", pays from N = {', '.join(map(str, sorted(set(known))))}" if known else ""
+            self.item(f"{_count(rule.sites, 'site')}{saved}{pays}", f"{rule.name:<{width}}  ")
             for node in rule.nodes if verbose else ():
                 self.line(node, 6)
 

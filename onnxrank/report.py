@@ -30,12 +30,22 @@ class LevelCost:
 
 @dataclass(frozen=True)
 class RuleUse:
-    """Where one rule applied: its original nodes, and the multiply-adds it saved there per request."""
+    """Where one rule applied.
+
+    Attributes:
+        name: The rule.
+        sites: Number of original nodes.
+        macs_saved: Multiply-adds saved there per request.
+        nodes: The original nodes, by name or by first output.
+        break_even: Per node the number of candidates from which on what was made per request for it pays; None where
+            nothing was.
+    """
 
     name: str
     sites: int
     macs_saved: int
     nodes: tuple[str, ...]
+    break_even: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,8 @@ class Rewrite:
         outputs: Names of the graph's outputs.
         values: What is known of every original tensor.
         refusals: Sites left alone.
+        break_even: Per original node, by its place, the number of candidates from which on what is made for it once
+            per request pays.
     """
 
     facts: Facts
@@ -192,6 +194,7 @@ class Rewrite:
         self._settled: dict[int, tuple[Sum, Value]] = {}
         self.made_later: dict[str, Value] = {}
         self.applied: set[str] = set()
+        self.break_even: dict[int, int] = {}
         self.producers: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = {}
         self.sources = Sources()

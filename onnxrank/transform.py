@@ -320,7 +320,8 @@ class Transformation:
             at = sorted(k for k, r in owner.items() if r == rule and k < len(nodes))
             if at:
                 saved = sum(old[k] - new[k] for k in at)
-                out.append(RuleUse(rule, len(at), saved, tuple(label(nodes[k]) for k in at)))
+                pays = tuple(self.rw.break_even.get(k) for k in at)
+                out.append(RuleUse(rule, len(at), saved, tuple(label(nodes[k]) for k in at), pays))
         return out
 
 

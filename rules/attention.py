@@ -28,6 +28,7 @@ from onnxrank.values import (
     Value,
     codes_of,
     cut_repeats,
+    extended,
     extents,
     keep_symbols,
     offsets,
@@ -141,7 +142,7 @@ def _times(rw: Rewrite, node: NodeProto, x: Value, factor: Value, place: int) ->
 
 
 def softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Softmax over the last axis, of scores of several levels."""
+    """Softmax of scores of several levels."""
     return joined(rw, node, None, "attention")
 
 
@@ -156,10 +157,14 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
     """
     x = rw.value(node, 0)
     axis = attribute(node, "axis", -1 if rw.emit.opset >= 13 else 1) % x.rank
-    if axis != x.rank - 1 or symbols(x.dims[-1:]) or (masked is None and x.whole is not None):
+    if symbols(x.dims[axis : axis + 1]) or (masked is None and x.whole is not None):
         return None
+    if rw.emit.opset < 13 and any(d != () for d in x.dims[axis + 1 :]):
+        return None  # it was over all axes from this one on
     unread = {a: p for a, p in rw.needed.get(node.output[0], {}).items() if a != axis}
     codes = mark_unread(x.codes, unread) if unread else x.codes
+    codes, all_dims = np.moveaxis(codes, axis, -1), (*x.dims[:axis], *x.dims[axis + 1 :], x.dims[axis])
+    masked = None if masked is None else np.moveaxis(masked, axis, -1)
     levels = rw.sources.levels(codes).astype(np.int64)
     if masked is not None:
         levels = np.where(masked & (levels != Level.UNREAD), _MASKED, levels)
@@ -179,7 +184,7 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
         orders = rw.memory_order([codes[np.ix_(*box, np.arange(codes.shape[-1]))]])
         box = tuple(at[orders[k]] if k in orders else at for k, at in enumerate(box))
         rows = codes[np.ix_(*box, np.arange(codes.shape[-1]))]
-        dims = with_extents(x.dims, rows.shape)
+        dims = with_extents(all_dims, rows.shape)
         once, each = np.flatnonzero(line <= Level.REQUEST), np.flatnonzero(line == Level.CANDIDATE)
         once, each = dot.in_memory_order(rows, once, -1), dot.in_memory_order(rows, each, -1)
         made = np.full(rows.shape, rw.zero(x.dtype))
@@ -189,7 +194,7 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
             seen = np.concatenate([once, each])
             made[..., seen] = maker.plain(rows[..., seen], with_extents(dims, (*rows.shape[:-1], len(seen))))
         out[np.ix_(*box, np.arange(codes.shape[-1]))] = made
-    return [rw.tidy(x.dims, rw.dtype(node.output[0], x.dtype), out)]
+    return [rw.tidy(x.dims, rw.dtype(node.output[0], x.dtype), np.moveaxis(out, -1, axis))]
 
 
 _MASKED = 3
@@ -222,6 +227,9 @@ class _Softmax:
         rw = self.rw
         small = cut_repeats(codes, range(codes.ndim - 1))
         own = with_extents(dims, small.shape)
+        shape, keep = small.shape, extended(own, rw.sources.symbols(small))
+        small, own = small.reshape([shape[k] for k in keep]), tuple(own[k] for k in keep)
+        dims = tuple(dims[k] for k in keep)
         order = rw.layout.native_order(small, own)
         if order is None or order[-1] != len(dims) - 1:
             order = list(range(len(dims)))
@@ -230,7 +238,7 @@ class _Softmax:
         name, physical = rw.layout.realise(small.transpose(order), tuple(own[k] for k in order))
         made = rw.emit.add("Softmax", [name], {"axis": len(physical) - 1})
         rw.emit.rule = None
-        return codes_of(rw.sources.add(physical, self.dtype, made)).transpose(np.argsort(order))
+        return codes_of(rw.sources.add(physical, self.dtype, made)).transpose(np.argsort(order)).reshape(shape)
 
     def merged(self, once: Codes, each: Codes, dims: Dims) -> tuple[Codes, Codes]:
         """Softmax over request-level scores `[rows..., A]` and candidate-level scores `[rows..., B]` together."""
@@ -317,7 +325,7 @@ RULE = Rule(
     title="Divides attention by the levels of queries and keys; request-level keys join each softmax as one.",
     identity="softmax(a ++ b) = t softmax(a) ++ q where q ++ t = softmax((b - log sum exp a) ++ 0)",
     source="rank-aware decomposition (arXiv 2605.27450); online softmax (Milakov, Gimelshein 2018)",
-    legal="The softmax is over the last axis, and the same keys are request-level for all queries of a kind.",
+    legal="The softmax is over one axis, and the same keys are request-level for all queries of a kind.",
     refuses="Scores whose levels follow no rows and columns; fused attention with operands of several levels.",
     exactness="reassociates",
     operators={"Softmax": softmax, "MatMul": matmul, "Mul": scaled, "Div": scaled},

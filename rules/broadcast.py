@@ -297,7 +297,20 @@ def _open_product(
     low, high = (rw.sources.levels(p) for p in parts)
     if low.max() > Level.REQUEST or low.max() == Level.CONSTANT or high.min() < Level.CANDIDATE:
         return None
-    return lambda: (np.broadcast_to(parts[0], shape)[..., None], np.broadcast_to(parts[1], shape)[..., None])
+
+    def linear() -> tuple[Codes, Codes]:
+        once, each = (np.broadcast_to(p, shape) for p in parts)
+        if not fold.is_open(rw, each).all():
+            return once[..., None], each[..., None]
+        # A product that was put off itself: its request-level factor takes the other.
+        left, right = fold.expand(rw, each)
+        dims = tuple(canonical([n]) for n in shape)
+        values = [view(dims, rw.sources.of(each)[0].dtype, c) for c in (once, left[..., 0])]
+        if left.shape[-1] > 1 or rw.sources.symbols(once) | rw.sources.symbols(left):
+            return once[..., None], each[..., None]
+        return elementwise(rw, "Mul", values, rw.emit.fresh(f"{node.output[0]}/request")).codes[..., None], right
+
+    return linear
 
 
 def _neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | None:

@@ -271,7 +271,7 @@ class _Blocks:
             return None
         pooled = _product(rw, None, view(a.dims, a.dtype, factors[..., 0]), b, dims, self.output)
         scale = view((*a.dims[:-1], ()), a.dtype, by[..., :1, 0])
-        return elementwise(rw, "Mul", [scale, pooled], self.output)
+        return elementwise(rw, "Mul", [scale, pooled], rw.emit.fresh(f"{self.output}/mul"))
 
 
 def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims, hint: str = "") -> Value:

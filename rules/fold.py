@@ -12,6 +12,7 @@ products of fields) and where rows share the candidate's entries (target attenti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -192,6 +193,8 @@ def _regular(
     once = cost.estimate(groups * most * terms * width, 8 * (groups * terms + groups * most) * width, launches=5)
     if once + rw.candidates * each >= rw.candidates * direct:
         return None
+    pays = math.ceil(once / (direct - each))
+    rw.break_even[rw.emit.origin] = max(pays, rw.break_even.get(rw.emit.origin, 0))
     return np.concatenate([columns, plain]), fold
 
 
