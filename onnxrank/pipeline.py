@@ -274,7 +274,7 @@ def verify(study: Study, made: ModelProto, probe: facts.Probe, rewrite: Transfor
         CheckFailed: It is not a valid model, onnxruntime does not load it, or a score differs.
     """
     try:
-        onnx.checker.check_model(made if not study.loaded.external else _without_external(made))
+        onnx.checker.check_model(made if not study.loaded.external else without_external(made))
     except onnx.checker.ValidationError as e:
         raise CheckFailed(f"the rewritten model is not valid ONNX: {runtime.first_line(e)}") from e
     if study.facts.note:
@@ -303,7 +303,7 @@ def verify(study: Study, made: ModelProto, probe: facts.Probe, rewrite: Transfor
         )
 
 
-def _without_external(model: ModelProto) -> ModelProto:
+def without_external(model: ModelProto) -> ModelProto:
     """A copy whose external tensors are empty, for the checker, which looks for them in the current folder."""
     out = ModelProto()
     out.CopyFrom(model)

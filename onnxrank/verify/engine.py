@@ -1,0 +1,638 @@
+"""Holds one model against another under a contract: `verify`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxrank import model as files
+from onnxrank import runtime
+from onnxrank.errors import EnvironmentProblem, ModelError
+from onnxrank.feeds import Feed, Ranges
+from onnxrank.verify import inputs, judge, metamorphic, structure
+from onnxrank.verify.inputs import ORDINARY, POISONED
+from onnxrank.verify.isolate import Crashed
+from onnxrank.verify.judge import Sample
+from onnxrank.verify.options import LEVELS, Options
+from onnxrank.verify.pairing import Terms, bind, terms
+from onnxrank.verify.report import Case, Finding, Report
+from onnxrank.verify.side import MODEL, Outputs, Side, run_both
+
+Progress = Callable[[str], None]
+_ODD = 17
+"""Candidates for inputs that are not of the ordinary kind."""
+_TRUTH = "float64"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Inputs of both models for one request.
+
+    Attributes:
+        inputs: Their kind.
+        candidates: Number of candidates.
+        seed: Their seed.
+        feed: Inputs of the original.
+        bound: Inputs of the other model.
+        request: Identity, for recorded requests.
+        labels: Recorded labels, one per candidate.
+    """
+
+    inputs: str
+    candidates: int
+    seed: int
+    feed: Feed
+    bound: Feed
+    request: str | None = None
+    labels: NDArray[Any] | None = None
+
+
+def verify(
+    original: str | os.PathLike[str] | ModelProto,
+    optimized: str | os.PathLike[str] | ModelProto,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compares two models that should give the same scores.
+
+    Args:
+        original: The model that is right by definition: a path, or a model in memory.
+        optimized: The model under test.
+        options: Choices; the defaults if None.
+        progress: Called with what is being done.
+
+    Returns:
+        What was found. `passed` is the verdict.
+
+    Raises:
+        UsageError: Options, roles or recorded data cannot be used.
+        ModelError: The original does not run, or a file is no model.
+        EnvironmentProblem: A runtime or a provider is missing.
+    """
+    from onnxrank.verify import isolate
+
+    isolate.warm(2)
+    chosen = options or Options()
+    first, second = files.load(original), files.load(optimized)
+    with Engine(first, second, chosen, progress) as engine:
+        return engine.run()
+
+
+class Engine:
+    """One run of `verify`.
+
+    Args:
+        original: The original.
+        optimized: The model under test.
+        options: Choices.
+        progress: Called with what is being done.
+    """
+
+    def __init__(
+        self, original: files.LoadedModel, optimized: files.LoadedModel, options: Options, progress: Progress | None = None
+    ) -> None:
+        self.options = options
+        self.say = progress or (lambda stage: None)
+        guarded = list(options.providers) == ["cpu"]
+        self.original = Side("original", original, options.timeout, options.memory, guarded)
+        self.optimized = Side("optimized", optimized, options.timeout, options.memory, guarded)
+        self.sides = (self.original, self.optimized)
+        paths = [None if s.loaded.path is None else os.fspath(s.loaded.path) for s in self.sides]
+        self.report = Report(
+            metadata.version("onnxrank"), paths[0], original.sha256, paths[1], optimized.sha256, options.level
+        )
+        self.names = [o.name for o in original.proto.graph.output]
+        self.samples: list[Sample] = []
+        self.held: dict[tuple[str, str, str], judge.Measure] = {}
+        self.truth = False
+        self.precision = "own"
+        self.points: list[Point] = []
+        self._good = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for s in self.sides:
+            s.close(self._good)
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        """Does everything."""
+        start = time.monotonic()
+        self.say("reading the contract")
+        found = self._terms()
+        self.binding = bind(self.original.proto, self.optimized.proto, found.roles)
+        self._environment()
+        fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
+        self.say("checking the structure")
+        loads = self._check() and fed
+        if loads:
+            self._compare(found)
+        self._explain()
+        for verdict in ("structure",):
+            self.report.settle(verdict, True)
+        self.report.seconds = round(time.monotonic() - start, 3)
+        self._good = True
+        return self.report
+
+    def _compare(self, found: Terms) -> None:
+        self.say("finding the ranges of the inputs")
+        self.ranges, self.symbols = self._study(found)
+        if not self._open():
+            return
+        self.points = list(self._generate())
+        self.compare(self.points)
+        self._metamorphic()
+        if self.options.data is not None:
+            from onnxrank.verify.replay import replay
+
+            replay(self)
+
+    def _explain(self) -> None:
+        """What more is to be said of a failure."""
+        failed = bool(self.report.failed_cases) or any(f.kind in ("crash", "timeout") for f in self.report.errors)
+        for c in _worst(self.report.failed_cases):
+            self.report.find(c.verdict, "difference", _sentence(c), place=c.place, model="optimized")
+        if not failed:
+            return
+        if self.options.bisect:
+            from onnxrank.verify.bisect import bisect
+
+            self.say("looking for the culprit")
+            self.report.culprit = bisect(self)
+            culprit = self.report.culprit
+            worst = next((k for k, f in enumerate(self.report.findings) if f.kind == "difference"), None)
+            if worst is not None and (culprit.rule or culprit.tensor):
+                self.report.findings[worst] = replace(
+                    self.report.findings[worst], rule=culprit.rule, node=culprit.node or culprit.tensor
+                )
+        if self.options.save_failing is not None:
+            from onnxrank.verify.minimise import save_failing
+
+            self.say("cutting the models down")
+            self.report.saved = save_failing(self, self.options.save_failing)
+
+    # --- before anything runs ----------------------------------------------------------------------------------------
+
+    def _terms(self) -> Terms:
+        o = self.options
+        original, optimized = self.original.proto, self.optimized.proto
+        found = terms(original, optimized, o.request, o.spec, o.roles)
+        for note in found.notes:
+            self.report.find("structure", "contract", f"{note[0].upper()}{note[1:]}.", "warning")
+        self.report.contract = {"source": found.source, **found.roles.to_dict()}
+        return found
+
+    def _environment(self) -> None:
+        # The original's process is asked, so that a runtime that cannot be loaded is not met here.
+        about = self.original.call("available")
+        cuda = "cuda" in self.options.providers
+        self.report.environment = {
+            "onnxrank": self.report.version,
+            "onnxruntime": about["version"],
+            "providers": list(self.options.providers),
+            "available": about["providers"],
+            "tf32": ("on" if self.options.tf32 else "off") if cuda else "not used",
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        }
+
+    def _check(self) -> bool:
+        """ONNX's own checker on both; whether the second model is one."""
+        before = self._calmly(self.original, "check", key=MODEL)
+        after = self._calmly(self.optimized, "check", key=MODEL)
+        if before is None or after is None:
+            return False
+        if "error" in after:
+            severity = "warning" if "error" in before else "error"
+            self.report.find(
+                "structure", "checker", f"Not valid ONNX: {after['error']}", severity, model="optimized"  # type: ignore[arg-type]
+            )
+            return severity != "error"
+        if "inference" in after and not before:
+            self.report.find(
+                "structure",
+                "checker",
+                f"Its declared types or shapes contradict each other: {after['inference']}",
+                model="optimized",
+            )
+        return True
+
+    def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
+        """Has a model do something; a crash becomes a finding, and None is returned."""
+        try:
+            return side.call(do, **arguments)
+        except Crashed as e:
+            self._crash("structure", side, f"in {do}", e)
+            return None
+
+    def _crash(self, verdict: str, side: Side, doing: str, e: Crashed) -> None:
+        self.report.find(verdict, e.kind, f"The {side.name} model made its process fail {doing}: {e}.", model=side.name)
+
+    def _study(self, found: Terms) -> tuple[Ranges, list[str]]:
+        """Ranges of the original's inputs, and the symbols of their shapes."""
+        loaded = self.original.loaded
+        try:
+            made = self.original.call(
+                "study", key=MODEL, roles=found.roles.to_dict(), sha256=loaded.sha256, size=loaded.size
+            )
+        except Crashed as e:
+            raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
+        if made["note"]:
+            raise ModelError(f"The models cannot be compared: {made['note']}.")
+        return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> bool:
+        """Makes the sessions of both models; whether the second model loads."""
+        self.say("loading the models")
+        self._find_precision()
+        for provider in self.options.providers:
+            for level in LEVELS:
+                how = {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
+                name = f"{provider}/{level}"
+                try:
+                    self.original.open(name, **how)
+                except Crashed as e:
+                    self._crash("rounding", self.original, f"while it was loaded ({provider}, {level})", e)
+                    return False
+                except ModelError as e:
+                    raise ModelError(f"The original does not load ({provider}, optimisations {level}): {e}.") from e
+                try:
+                    self.optimized.open(name, **how)
+                except Crashed as e:
+                    self._crash("structure", self.optimized, f"while it was loaded ({provider}, {level})", e)
+                    return False
+                except ModelError as e:
+                    self.report.find(
+                        "structure",
+                        "runtime",
+                        f"onnxruntime does not load it ({provider}, optimisations {level}): {e}",
+                        model="optimized",
+                    )
+                    return False
+        self.truth = self._open_truth()
+        return True
+
+    def _find_precision(self) -> None:
+        """Models with 16-bit floats that the runtime has no kernels for here are compared in float32."""
+        if not any(runtime.has_half(s.proto) for s in self.sides):
+            return
+        for side in self.sides:
+            try:
+                side.open("try", provider=self.options.providers[0], level="disabled", precision="own")
+            except Crashed:
+                return
+            except ModelError:
+                self.precision = "float"
+                self.report.find(
+                    "rounding",
+                    "precision",
+                    "onnxruntime has no 16-bit kernels here for these models: they were compared in float32.",
+                    "note",
+                )
+                return
+
+    def _open_truth(self) -> bool:
+        """Makes float64 sessions of both models; whether there are such."""
+        for side in self.sides:
+            try:
+                side.open(_TRUTH, precision="double")
+            except (ModelError, EnvironmentProblem) as e:
+                self._no_truth(side, e)
+                return False
+        return True
+
+    def _no_truth(self, side: Side, e: Exception) -> None:
+        self.truth = False
+        self.report.find(
+            "algebra",
+            "no truth",
+            f"No float64 run of the {side.name} model was possible ({e}), so the original's own scores were the measure.",
+            "warning",
+        )
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def _generate(self) -> Sequence[Point]:
+        """The generated requests."""
+        o = self.options
+        makers = inputs.kinds(self.binding.declared, self.ranges, o.kinds)
+        several = [n for n in o.counts if n > 1]
+        odd = max([n for n in several if n <= _ODD] or several[:1] or [0])
+        out = []
+        for kind, maker in makers.items():
+            counts = o.counts if kind == ORDINARY else (odd,) if odd else ()
+            users = range(1 if kind in ("zeros", "denormal", *POISONED) else max(o.users, 5 if kind == "padding" else 1))
+            for n in counts:
+                for seed in users if n else (0,):
+                    out.append(self._point(maker, kind, n, seed))
+        return out
+
+    def _point(self, maker: inputs.Kind, kind: str, n: int, seed: int) -> Point:
+        setting = inputs.point(self.symbols, max(n, 1), seed)
+        if kind == "padding":
+            setting = replace(setting, seed=seed)
+        feed = maker(setting)
+        if n == 0:
+            return Point(kind, 0, seed, *self.binding.without_candidates(feed))
+        return Point(kind, n, seed, feed, self.binding(feed))
+
+    # --- comparing ---------------------------------------------------------------------------------------------------
+
+    def compare(self, points: Sequence[Point]) -> None:
+        """Runs both models everywhere and judges what they give."""
+        shared = [n for n in self.names if n in {o.name for o in self.optimized.proto.graph.output}]
+        self.shared = shared
+        if not shared:
+            return
+        truths = self._run_truth(points)
+        for provider in self.options.providers:
+            for level in LEVELS:
+                self.say(f"comparing on {provider}, optimisations {level}")
+                self._run_level(points, provider, level, truths)
+        self._judge()
+
+    def _run_truth(self, points: Sequence[Point]) -> list[tuple[Outputs, Outputs] | None]:
+        if not self.truth:
+            return [None] * len(points)
+        self.say("comparing in float64")
+        first, second = run_both(self.sides, _TRUTH, [[p.feed for p in points], [p.bound for p in points]], self.shared)
+        for side, answers in zip(self.sides, (first, second), strict=True):
+            why = next((a for p, a in zip(points, answers, strict=True) if isinstance(a, ModelError) and p.candidates > 1), None)
+            if why is not None:
+                self._no_truth(side, why)
+                return [None] * len(points)
+        return list(zip(first, second, strict=True))
+
+    def _run_level(
+        self, points: Sequence[Point], provider: str, level: str, truths: Sequence[tuple[Outputs, Outputs] | None]
+    ) -> None:
+        feeds = [[p.feed for p in points], [p.bound for p in points]]
+        first, second = run_both(self.sides, f"{provider}/{level}", feeds, self.shared)
+        where = f"({provider}, optimisations {level})"
+        for p, a, b, t in zip(points, first, second, truths, strict=True):
+            if isinstance(a, ModelError):
+                self._original_fails(p, a, b, where)
+                continue
+            if isinstance(b, Crashed):
+                doing = f"with {p.candidates} candidates and {p.inputs} inputs {where}"
+                self._crash("rounding", self.optimized, doing, b)
+                continue
+            if isinstance(b, ModelError):
+                self.report.find(
+                    "rounding",
+                    "run",
+                    f"It does not run where the original does (N = {p.candidates}, {p.inputs} inputs) {where}: {b}",
+                    model="optimized",
+                )
+                continue
+            pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
+            for k in self.shared:
+                if p.candidates == 0 and not self._as_declared(k, a[k]) and a[k].shape != b[k].shape:
+                    self._malformed(k, a[k])
+                    continue
+                truth = pair[0][k] if pair is not None else None  # type: ignore[index]
+                raised = pair[1][k] if pair is not None else None  # type: ignore[index]
+                self.samples.append(
+                    Sample(provider, level, p.inputs, p.candidates, p.seed, k, a[k], b[k], truth, raised, p.request)
+                )
+
+    def _original_fails(self, p: Point, why: ModelError, other: Outputs, where: str) -> None:
+        if p.candidates > 1 and p.inputs == ORDINARY:
+            if isinstance(why, Crashed):
+                self._crash("rounding", self.original, f"with {p.candidates} candidates {where}", why)
+                return
+            raise ModelError(
+                f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its own, "
+                "give their range in a roles file."
+            )
+        dies = isinstance(why, Crashed)
+        runs = "" if isinstance(other, ModelError) else " (the optimized model does)"
+        how = f"makes onnxruntime fail ({why})" if dies else "does not run"
+        self.report.find(
+            "rounding",
+            "original",
+            f"The original {how} with {_count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared there.",
+            "warning" if dies else "note",
+            model="original",
+        )
+
+    def _as_declared(self, name: str, data: NDArray[Any]) -> bool:
+        """Whether an output of the original has the shape that the original declares."""
+        info = next(o for o in self.original.proto.graph.output if o.name == name)
+        dims = info.type.tensor_type.shape.dim
+        return len(dims) == data.ndim and all(
+            not d.HasField("dim_value") or d.dim_value == n for d, n in zip(dims, data.shape, strict=True)
+        )
+
+    def _malformed(self, name: str, data: NDArray[Any]) -> None:
+        self.report.find(
+            "rounding",
+            "original",
+            f"With no candidates the original gives {name!r} the shape {list(data.shape)}, which it does not declare, so "
+            "nothing was compared there.",
+            "note",
+            model="original",
+        )
+
+    def _judge(self) -> None:
+        report, samples = self.report, self.samples
+        coarse = np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
+        self.coarse = coarse
+        self.held = judge.measures(samples, coarse)
+        if self.truth:
+            if coarse is None:
+                self._file("algebra", judge.algebra(samples))
+            else:
+                report.find(
+                    "algebra",
+                    "precision",
+                    "The models' weights are rounded to different types, so they are not the same function in float64.",
+                    "note",
+                )
+        self._file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
+        report.statistics = judge.statistics(samples, self.held)
+        plain = [s for s in samples if s.inputs not in POISONED]
+        cases, report.ranking = judge.ranked(plain, self.held, self.options.top_k)
+        self._file("ranking", cases)
+        for s in report.statistics:
+            if s.own_levels > s.allowed and s.level == LEVELS[0]:
+                report.find(
+                    "rounding",
+                    "runtime",
+                    f"The original differs from itself by {s.own_levels:.3g} in {s.output!r} across onnxruntime's "
+                    f"optimisation levels ({s.provider}): that much is the runtime's own.",
+                    "note",
+                    model="original",
+                )
+
+    def _file(self, verdict: str, cases: Sequence[Case]) -> None:
+        self.report.cases += cases
+        if cases:
+            self.report.settle(verdict, all(c.passed for c in cases))
+
+    def _unstable(self) -> Callable[[Sample, tuple[int, ...]], bool]:
+        """Whether the original itself is now a number and now none, across levels or against float64."""
+        groups: dict[tuple[Any, ...], list[NDArray[Any]]] = {}
+
+        def key(s: Sample) -> tuple[Any, ...]:
+            return s.provider, s.inputs, s.candidates, s.seed, s.output, s.request
+
+        for s in self.samples:
+            groups.setdefault(key(s), []).extend([s.original, *([s.truth] if s.truth is not None else [])])
+
+        def unstable(s: Sample, at: tuple[int, ...]) -> bool:
+            seen = {_class(x[at]) for x in groups[key(s)] if x.shape == s.original.shape}
+            return len(seen) > 1 and _class(s.optimized[at]) in seen
+
+        return unstable
+
+    # --- relations ---------------------------------------------------------------------------------------------------
+
+    def _metamorphic(self) -> None:
+        """Relations between the model's own scores, in float64 where that runs."""
+        if not self.held:
+            return
+        self.say("permuting, dropping and changing candidates")
+        session = _TRUTH if self.truth else f"{self.options.providers[0]}/{LEVELS[0]}"
+        count = max([n for n in self.options.counts if 2 <= n <= _ODD], default=0)
+        if not count:
+            return
+        maker = inputs.Kind(ORDINARY, self.binding.declared, self.ranges)
+        per_row = self._per_row()
+        for seed in range(1 if self.options.level == "quick" else 2):
+            feed = maker(inputs.point(self.symbols, count, 50 + seed))
+            user = maker(inputs.point(self.symbols, count, 70 + seed))
+            other = inputs.with_request(self.binding.declared, user, feed)
+            made = metamorphic.relations(self.binding.declared, feed, other, seed)
+            try:
+                if not self._relate(session, feed, user, made, per_row, seed, count):
+                    return
+            except Crashed as e:
+                self.report.find("metamorphic", e.kind, f"A process failed: {e}.")
+                return
+
+    def _relate(
+        self,
+        session: str,
+        feed: Feed,
+        user: Feed,
+        made: Sequence[metamorphic.Relation],
+        per_row: Mapping[str, int],
+        seed: int,
+        count: int,
+    ) -> bool:
+        def runner(side: Side, bound: bool) -> metamorphic.Run:
+            def go(given: Sequence[Feed]) -> Sequence[Outputs]:
+                return side.run(session, [self.binding(f) if bound else f for f in given], self.shared)
+
+            return go
+
+        runs = [runner(self.original, False), runner(self.optimized, True)]
+        declared = self.binding.declared
+        broken = [metamorphic.test(declared, r, feed, made, per_row) for r in runs]
+        if isinstance(broken[0], ModelError) or isinstance(broken[1], ModelError):
+            return False
+        level = _TRUTH if self.truth else LEVELS[0]
+        where = Case("metamorphic", self.options.providers[0], level, "", count, seed, "", 0.0, 0.0, True)
+
+        def allowed(output: str, scale: float) -> float:
+            m = self.held.get((self.options.providers[0], ORDINARY, output))
+            if self.truth:
+                return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
+            return m.allowed if m else 0.0
+
+        cases, excused = metamorphic.judge(broken[0], broken[1], allowed, where)
+        matters = [metamorphic.user_matters(declared, r, feed, user) for r in runs]
+        if not any(isinstance(m, ModelError) for m in matters):
+            lost = [k for k in self.shared if k in matters[0] and k not in matters[1]]  # type: ignore[operator]
+            cases += [
+                replace(
+                    where, inputs="user changed", output=k, error=float(k in lost), passed=k not in lost
+                )
+                for k in self.shared
+                if k in matters[0]  # type: ignore[operator]
+            ]  # fmt: skip
+        if excused:
+            self.report.find(
+                "metamorphic",
+                "original",
+                f"The original's candidates influence each other too: {', '.join(sorted(set(excused))[:4])}.",
+                "warning",
+                model="original",
+            )
+        self._file("metamorphic", cases)
+        return True
+
+    def _per_row(self) -> dict[str, int]:
+        """Outputs with a row per candidate, and how many entries of axis 0 each has."""
+        out = {}
+        for name in self.shared:
+            sizes = {
+                (s.candidates, s.original.shape[0] if s.original.ndim else 0)
+                for s in self.samples
+                if s.output == name and s.candidates > 0
+            }
+            each = {n / c for c, n in sizes}
+            if len(each) == 1 and (factor := each.pop()) >= 1 and factor == int(factor):
+                if len(sizes) > 1 or factor == 1:
+                    out[name] = int(factor)
+        return out
+
+
+def _count(candidates: int) -> str:
+    return f"{candidates} candidate{'' if candidates == 1 else 's'}"
+
+
+def _class(value: Any) -> str:
+    x = float(value)
+    return "nan" if np.isnan(x) else "finite" if np.isfinite(x) else str(x)
+
+
+def _worst(failed: Sequence[Case]) -> list[Case]:
+    """The worst case of each verdict and output."""
+    found: dict[tuple[str, str], Case] = {}
+    for c in failed:
+        found.setdefault((c.verdict, c.output), c)
+    return list(found.values())
+
+
+def _sentence(c: Case) -> str:
+    where = f"N = {c.candidates}, {c.inputs} inputs, seed {c.seed}, {c.provider}, {c.level}"
+    spot = ""
+    if c.place is not None:
+        element = f"[{', '.join(map(str, c.place.element))}]" if c.place.element else ""
+        who = f", candidate {c.place.candidate}" if c.place.candidate is not None else ""
+        spot = f" At {c.output}{element}{who}: {c.place.found} instead of {c.place.expected}."
+    if c.verdict == "ranking":
+        return f"Candidates of {c.output!r} changed places: one moved past {c.error:.0f} others ({where}).{spot}"
+    if c.verdict == "metamorphic" and c.inputs == "user changed":
+        return f"{c.output!r} does not change with the user, as the original's does ({where})."
+    if c.verdict == "metamorphic":
+        return (
+            f"Candidates of {c.output!r} influence each other ({c.inputs}): off by {c.error:.3g} where {c.allowed:.3g} is "
+            f"allowed.{spot}"
+        )
+    return f"{c.output!r} is off by {c.error:.3g} where {c.allowed:.3g} is allowed ({where}).{spot}"
+
+
+def failure(report: Report) -> str:
+    """Why a run failed, in a sentence."""
+    first: Finding | None = next(iter(report.errors), None)
+    failed = [v for v, outcome in report.verdicts.items() if outcome == "failed"]
+    if first is None:
+        return "Nothing could be compared." if not failed else f"Failed: {', '.join(failed)}."
+    return f"{', '.join(failed)}: {first.message}"
