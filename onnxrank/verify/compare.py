@@ -34,7 +34,7 @@ class Gap:
     """How far two arrays are apart.
 
     Attributes:
-        largest: Largest absolute difference; infinite where shape or type differ, or one is finite and the other is not.
+        largest: Largest absolute difference; infinite where shape or type differ, or only one is finite.
         at: Index of the worst element; None where they are equal or cannot be compared by element.
         reason: Why it is infinite.
     """
@@ -96,8 +96,8 @@ def ulps(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     other = b.astype(a.dtype)
     with np.errstate(all="ignore"):
         finite = np.isfinite(a.astype(np.float64)) & np.isfinite(other.astype(np.float64))
-    width = {2: np.int16, 4: np.int32, 8: np.int64}[a.dtype.itemsize]
-    least = np.iinfo(width).min
+    width = np.dtype(f"i{a.dtype.itemsize}")
+    least = -(1 << (8 * a.dtype.itemsize - 1))
 
     def line(x: NDArray[Any]) -> NDArray[np.float64]:
         bits = np.ascontiguousarray(x[finite]).view(width).astype(np.int64)

@@ -24,7 +24,7 @@ from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS, Options
 from onnxrank.verify.pairing import Terms, bind, terms
-from onnxrank.verify.report import Case, Finding, Report
+from onnxrank.verify.report import Case, Finding, Report, Severity
 from onnxrank.verify.side import MODEL, Outputs, Side, run_both
 
 Progress = Callable[[str], None]
@@ -95,12 +95,19 @@ class Engine:
         optimized: The model under test.
         options: Choices.
         progress: Called with what is being done.
+        known: Ranges of the original's inputs and the symbols of their shapes, where the original was studied before.
     """
 
     def __init__(
-        self, original: files.LoadedModel, optimized: files.LoadedModel, options: Options, progress: Progress | None = None
+        self,
+        original: files.LoadedModel,
+        optimized: files.LoadedModel,
+        options: Options,
+        progress: Progress | None = None,
+        known: tuple[Ranges, Sequence[str]] | None = None,
     ) -> None:
         self.options = options
+        self.known = known
         self.say = progress or (lambda stage: None)
         guarded = list(options.providers) == ["cpu"]
         self.original = Side("original", original, options.timeout, options.memory, guarded)
@@ -112,6 +119,7 @@ class Engine:
         )
         self.names = [o.name for o in original.proto.graph.output]
         self.samples: list[Sample] = []
+        self.shared: list[str] = []
         self.held: dict[tuple[str, str, str], judge.Measure] = {}
         self.truth = False
         self.precision = "own"
@@ -149,10 +157,11 @@ class Engine:
     def _compare(self, found: Terms) -> None:
         self.say("finding the ranges of the inputs")
         self.ranges, self.symbols = self._study(found)
-        if not self._open():
-            return
+        self._find_precision()
+        self.truth = self._open_truth()
         self.points = list(self._generate())
-        self.compare(self.points)
+        if not self.compare(self.points):
+            return
         self._metamorphic()
         if self.options.data is not None:
             from onnxrank.verify.replay import replay
@@ -215,9 +224,13 @@ class Engine:
         if before is None or after is None:
             return False
         if "error" in after:
-            severity = "warning" if "error" in before else "error"
+            severity: Severity = "warning" if "error" in before else "error"
             self.report.find(
-                "structure", "checker", f"Not valid ONNX: {after['error']}", severity, model="optimized"  # type: ignore[arg-type]
+                "structure",
+                "checker",
+                f"Not valid ONNX: {after['error']}",
+                severity,
+                model="optimized",
             )
             return severity != "error"
         if "inference" in after and not before:
@@ -242,6 +255,8 @@ class Engine:
 
     def _study(self, found: Terms) -> tuple[Ranges, list[str]]:
         """Ranges of the original's inputs, and the symbols of their shapes."""
+        if self.known is not None:
+            return self.known[0], list(self.known[1])
         loaded = self.original.loaded
         try:
             made = self.original.call(
@@ -255,35 +270,25 @@ class Engine:
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
-    def _open(self) -> bool:
-        """Makes the sessions of both models; whether the second model loads."""
-        self.say("loading the models")
-        self._find_precision()
-        for provider in self.options.providers:
-            for level in LEVELS:
-                how = {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
-                name = f"{provider}/{level}"
-                try:
-                    self.original.open(name, **how)
-                except Crashed as e:
-                    self._crash("rounding", self.original, f"while it was loaded ({provider}, {level})", e)
-                    return False
-                except ModelError as e:
-                    raise ModelError(f"The original does not load ({provider}, optimisations {level}): {e}.") from e
-                try:
-                    self.optimized.open(name, **how)
-                except Crashed as e:
-                    self._crash("structure", self.optimized, f"while it was loaded ({provider}, {level})", e)
-                    return False
-                except ModelError as e:
-                    self.report.find(
-                        "structure",
-                        "runtime",
-                        f"onnxruntime does not load it ({provider}, optimisations {level}): {e}",
-                        model="optimized",
-                    )
-                    return False
-        self.truth = self._open_truth()
+    def _open(self, provider: str, level: str) -> bool:
+        """Makes a session of each model; whether the second model loads."""
+        how = {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
+        where = f"({provider}, optimisations {level})"
+        try:
+            self.original.open(f"{provider}/{level}", **how)
+        except Crashed as e:
+            self._crash("rounding", self.original, f"while it was loaded {where}", e)
+            return False
+        except ModelError as e:
+            raise ModelError(f"The original does not load {where}: {e}.") from e
+        try:
+            self.optimized.open(f"{provider}/{level}", **how)
+        except Crashed as e:
+            self._crash("structure", self.optimized, f"while it was loaded {where}", e)
+            return False
+        except ModelError as e:
+            self.report.find("structure", "runtime", f"onnxruntime does not load it {where}: {e}", model="optimized")
+            return False
         return True
 
     def _find_precision(self) -> None:
@@ -320,7 +325,8 @@ class Engine:
         self.report.find(
             "algebra",
             "no truth",
-            f"No float64 run of the {side.name} model was possible ({e}), so the original's own scores were the measure.",
+            f"No float64 run of the {side.name} model was possible ({e}), so the original's own scores were the "
+            "measure.",
             "warning",
         )
 
@@ -335,7 +341,9 @@ class Engine:
         out = []
         for kind, maker in makers.items():
             counts = o.counts if kind == ORDINARY else (odd,) if odd else ()
-            users = range(1 if kind in ("zeros", "denormal", *POISONED) else max(o.users, 5 if kind == "padding" else 1))
+            users = range(
+                1 if kind in ("zeros", "denormal", *POISONED) else max(o.users, 5 if kind == "padding" else 1)
+            )
             for n in counts:
                 for seed in users if n else (0,):
                     out.append(self._point(maker, kind, n, seed))
@@ -352,18 +360,23 @@ class Engine:
 
     # --- comparing ---------------------------------------------------------------------------------------------------
 
-    def compare(self, points: Sequence[Point]) -> None:
-        """Runs both models everywhere and judges what they give."""
-        shared = [n for n in self.names if n in {o.name for o in self.optimized.proto.graph.output}]
-        self.shared = shared
-        if not shared:
-            return
+    def compare(self, points: Sequence[Point]) -> bool:
+        """Runs both models everywhere and judges what they give; whether the second model runs at all."""
+        theirs = {o.name for o in self.optimized.proto.graph.output}
+        self.shared = [n for n in self.names if n in theirs]
+        if not self.shared:
+            return False
         truths = self._run_truth(points)
         for provider in self.options.providers:
             for level in LEVELS:
                 self.say(f"comparing on {provider}, optimisations {level}")
+                if not self._open(provider, level):
+                    return False
                 self._run_level(points, provider, level, truths)
+                for side in self.sides:
+                    side.spare(f"{provider}/{level}")
         self._judge()
+        return bool(self.samples)
 
     def _run_truth(self, points: Sequence[Point]) -> list[tuple[Outputs, Outputs] | None]:
         if not self.truth:
@@ -371,7 +384,10 @@ class Engine:
         self.say("comparing in float64")
         first, second = run_both(self.sides, _TRUTH, [[p.feed for p in points], [p.bound for p in points]], self.shared)
         for side, answers in zip(self.sides, (first, second), strict=True):
-            why = next((a for p, a in zip(points, answers, strict=True) if isinstance(a, ModelError) and p.candidates > 1), None)
+            why = next(
+                (a for p, a in zip(points, answers, strict=True) if isinstance(a, ModelError) and p.candidates > 1),
+                None,
+            )
             if why is not None:
                 self._no_truth(side, why)
                 return [None] * len(points)
@@ -416,8 +432,8 @@ class Engine:
                 self._crash("rounding", self.original, f"with {p.candidates} candidates {where}", why)
                 return
             raise ModelError(
-                f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its own, "
-                "give their range in a roles file."
+                f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its "
+                "own, give their range in a roles file."
             )
         dies = isinstance(why, Crashed)
         runs = "" if isinstance(other, ModelError) else " (the optimized model does)"
@@ -425,7 +441,8 @@ class Engine:
         self.report.find(
             "rounding",
             "original",
-            f"The original {how} with {_count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared there.",
+            f"The original {how} with {_count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared "
+            "there.",
             "warning" if dies else "note",
             model="original",
         )
@@ -442,15 +459,17 @@ class Engine:
         self.report.find(
             "rounding",
             "original",
-            f"With no candidates the original gives {name!r} the shape {list(data.shape)}, which it does not declare, so "
-            "nothing was compared there.",
+            f"With no candidates the original gives {name!r} the shape {list(data.shape)}, which it does not declare, "
+            "so nothing was compared there.",
             "note",
             model="original",
         )
 
     def _judge(self) -> None:
         report, samples = self.report, self.samples
-        coarse = np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
+        coarse = (
+            np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
+        )
         self.coarse = coarse
         self.held = judge.measures(samples, coarse)
         if self.truth:
@@ -504,8 +523,6 @@ class Engine:
 
     def _metamorphic(self) -> None:
         """Relations between the model's own scores, in float64 where that runs."""
-        if not self.held:
-            return
         self.say("permuting, dropping and changing candidates")
         session = _TRUTH if self.truth else f"{self.options.providers[0]}/{LEVELS[0]}"
         count = max([n for n in self.options.counts if 2 <= n <= _ODD], default=0)
@@ -623,8 +640,8 @@ def _sentence(c: Case) -> str:
         return f"{c.output!r} does not change with the user, as the original's does ({where})."
     if c.verdict == "metamorphic":
         return (
-            f"Candidates of {c.output!r} influence each other ({c.inputs}): off by {c.error:.3g} where {c.allowed:.3g} is "
-            f"allowed.{spot}"
+            f"Candidates of {c.output!r} influence each other ({c.inputs}): off by {c.error:.3g} where {c.allowed:.3g} "
+            f"is allowed.{spot}"
         )
     return f"{c.output!r} is off by {c.error:.3g} where {c.allowed:.3g} is allowed ({where}).{spot}"
 

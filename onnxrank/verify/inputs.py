@@ -1,4 +1,4 @@
-"""Generated inputs of several kinds, all of which keep the contract: request-level entries are the same in every row."""
+"""Generated inputs of several kinds; all keep the contract: request-level entries are the same in every row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from onnxrank.facts import Setting, settings
 from onnxrank.feeds import Feed, Input, Maker, Ranges
-from onnxrank.values import CANDIDATES
+from onnxrank.values import CANDIDATES, extents, symbols
 
 ORDINARY = "random"
 FINITE = (ORDINARY, "edges", "padding", "zeros", "large", "denormal")
@@ -26,9 +26,9 @@ class Kind(Maker):
     """Makes inputs of one kind.
 
     Args:
-        kind: `random`: ids and numbers from their ranges. `edges`: the least and the largest of them. `padding`: histories
-            that are full, empty, of one entry, padded before or behind. `zeros`, `large`, `denormal`: floats of such
-            sizes. `nan candidate`, `inf candidate`: one candidate's floats. `nan request`: the request's.
+        kind: `random`: ids and numbers from their ranges. `edges`: the least and the largest of them. `padding`:
+            histories that are full, empty, of one entry, padded before or behind. `zeros`, `large`, `denormal`: floats
+            of such sizes. `nan candidate`, `inf candidate`: one candidate's floats. `nan request`: the request's.
         declared: The inputs.
         ranges: Value ranges per entry.
     """
@@ -144,7 +144,7 @@ def _last(i: Input) -> int:
     """Extent of the last axis; that of an axis of unknown size counts as large."""
     if not i.dims or i.role.candidate_axis == len(i.dims) - 1:
         return 0
-    return _HISTORY if any(isinstance(f, str) for f in i.dims[-1]) else int(np.prod(i.dims[-1], dtype=np.int64))
+    return _HISTORY if symbols([i.dims[-1]]) else int(extents((i.dims[-1],))[0])
 
 
 def _has(
@@ -152,7 +152,9 @@ def _has(
 ) -> bool:
     from onnxrank.runtime import FLOATS
 
-    return any(i.dtype in FLOATS and i.role.level in levels and bool((~ranges[i.name][2]).any()) == real for i in declared)
+    return any(
+        i.dtype in FLOATS and i.role.level in levels and bool((~ranges[i.name][2]).any()) == real for i in declared
+    )
 
 
 def point(symbols: Sequence[str], candidates: int, seed: int) -> Setting:
@@ -168,7 +170,7 @@ def rows(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]]) -> int | N
     """The number of candidates in a feed; None if no input has rows."""
     for i in declared:
         if i.role.candidate_axis is not None:
-            return feed[i.name].shape[i.role.candidate_axis] // (i.role.record or 1)
+            return int(feed[i.name].shape[i.role.candidate_axis]) // (i.role.record or 1)
     return None
 
 
@@ -187,7 +189,9 @@ def take(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]], index: Seq
     return out
 
 
-def with_request(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> Feed:
+def with_request(
+    declared: Sequence[Input], feed: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]
+) -> Feed:
     """A feed's candidates with the request-level entries of another feed of as many rows."""
     out: Feed = {}
     for i in declared:

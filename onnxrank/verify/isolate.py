@@ -36,7 +36,7 @@ class Worker:
     """A process that runs models. One thread at a time may use it."""
 
     def __init__(self) -> None:
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115: lives as long as the process
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "onnxrank.verify.worker"],
             stdin=subprocess.PIPE,

@@ -1,8 +1,9 @@
 """From what two models gave to verdicts on algebra, rounding and ranking.
 
 - algebra: both in float64 agree to 1e-10 of the output's scale.
-- rounding: the measure is the float64 result of the original. The other model may be at most twice as far from it as the
-  original itself is, plus a few units of rounding. Where there is no float64 result, the original's own is the measure.
+- rounding: the measure is the float64 result of the original. The other model may be at most twice as far from it as
+  the original itself is, plus a few units of rounding. Where there is no float64 result, the original's own is the
+  measure.
 - ranking: pairs of candidates that are further apart than rounding explains keep their order.
 """
 
@@ -186,7 +187,17 @@ def _case(
     place = None if passed else place_of(s, found, expected, got)
     provider = "cpu" if level == "float64" else s.provider
     return Case(
-        verdict, provider, level or s.level, s.inputs, s.candidates, s.seed, s.output, found.largest, allowed, passed, place
+        verdict,
+        provider,
+        level or s.level,
+        s.inputs,
+        s.candidates,
+        s.seed,
+        s.output,
+        found.largest,
+        allowed,
+        passed,
+        place,
     )
 
 
@@ -277,11 +288,11 @@ def ranked(
         if before is None or after is None:
             continue
         m = held[s.provider, s.inputs, s.output]
-        moves, mover = 0, None
+        moves, mover = 0, (0, 0)
         for column in range(before.shape[1]):
             found = ranking.order(before[:, column], after[:, column], 2 * m.allowed, top_k)
             if found.move > moves:
-                moves, mover = found.move, (found.mover, column)
+                moves, mover = found.move, (found.mover or 0, column)
             name = s.output if before.shape[1] == 1 else f"{s.output}[:, {column}]"
             old = worst.get(name, Ranking(name, 0, top_k, 1.0, 1.0, 0))
             worst[name] = Ranking(
@@ -293,7 +304,7 @@ def ranked(
                 max(old.move, found.move),
             )
         place = None
-        if mover is not None and mover[0] is not None:
+        if moves:
             row, column = mover
             request = s.request if s.request is not None else f"generated, seed {s.seed}"
             places = [int((x[:, column] > x[row, column]).sum()) + 1 for x in (before, after)]
@@ -302,7 +313,17 @@ def ranked(
             )
         cases.append(
             Case(
-                "ranking", s.provider, s.level, s.inputs, s.candidates, s.seed, s.output, float(moves), 0.0, moves == 0, place
-            )  # fmt: skip
+                "ranking",
+                s.provider,
+                s.level,
+                s.inputs,
+                s.candidates,
+                s.seed,
+                s.output,
+                float(moves),
+                0.0,
+                moves == 0,
+                place,
+            )
         )
     return cases, list(worst.values())

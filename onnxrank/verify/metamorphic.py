@@ -7,7 +7,7 @@ original too; one that the original does not keep either is no fault of the othe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,10 @@ def test(
                 if name in per_row:
                     want = _rows(base, per_row[name])[index[kept]]
                     if got.shape[0] != per_row[name] * len(index):
-                        worst = (float("inf"), Place(name, (), None, relation.name, f"{len(index)} rows", str(got.shape[0])))
+                        worst = (
+                            float("inf"),
+                            Place(name, (), None, relation.name, f"{len(index)} rows", str(got.shape[0])),
+                        )
                         break
                     got = _rows(got, per_row[name])[kept]
                 gap = compare.gap(want, got)
@@ -162,10 +165,7 @@ def judge(
         if before > limit:
             excused.append(f"{b.relation} ({b.output})")
             continue
-        cases.append(
-            Case(
-                "metamorphic", where.provider, where.level, b.relation, where.candidates, where.seed, b.output, b.error,
-                limit, b.error <= limit, b.place if b.error > limit else None,
-            )  # fmt: skip
-        )
+        passed = b.error <= limit
+        made = replace(where, inputs=b.relation, output=b.output, error=b.error, allowed=limit, passed=passed)
+        cases.append(made if passed else replace(made, place=b.place))
     return cases, excused

@@ -73,8 +73,8 @@ def _told(described: Sequence[InputInfo], other: Sequence[InputInfo]) -> Roles:
     for info in described:
         if f"{info.name}.request" in by_name:
             raise UsageError(
-                f"The optimized model takes {info.name!r} in two parts, and nothing says which columns are request-level. "
-                f"Say it with --request '{info.name}[0:8]' or --roles FILE."
+                f"The optimized model takes {info.name!r} in two parts, and nothing says which columns are "
+                f"request-level. Say it with --request '{info.name}[0:8]' or --roles FILE."
             )
         twin = by_name.get(info.name) or renamed.get(info.name)
         dims, its = info.dims or (), (twin.dims if twin is not None else None) or ()
@@ -84,9 +84,7 @@ def _told(described: Sequence[InputInfo], other: Sequence[InputInfo]) -> Roles:
         open_axes = [k for k, d in enumerate(dims) if not isinstance(d, int)]
         if once and len(dims) == len(its):
             out[info.name] = InputRole(info.name, "request", once[0])
-        elif not open_axes:
-            out[info.name] = InputRole(info.name, "request", None)
-        elif 0 not in open_axes and dims[0] == 1:
+        elif not open_axes or (0 not in open_axes and dims[0] == 1):
             out[info.name] = InputRole(info.name, "request", None)
         else:
             out[info.name] = InputRole(info.name, "candidate", open_axes[0])

@@ -81,7 +81,7 @@ def auc(scores: NDArray[Any], labels: NDArray[Any]) -> float | None:
     positive, negative = int(y.sum()), int((~y).sum())
     if not positive or not negative:
         return None
-    values, back, counts = np.unique(s, return_inverse=True, return_counts=True)
+    _, back, counts = np.unique(s, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[back]
     return float((ranks[y].sum() - positive * (positive + 1) / 2) / (positive * negative))
 

@@ -16,6 +16,7 @@ from onnxrank.verify.isolate import Crashed
 MODEL = "model"
 _BATCH = 64 << 20
 _MOST_DEATHS = 3
+_LARGE = 256 << 20
 
 
 class Side:
@@ -99,6 +100,12 @@ class Side:
         self.start()
         if session not in self._there:
             self.open(session, **self._opened[session])
+
+    def spare(self, session: str) -> None:
+        """Closes the session of a model too large to be kept several times; it is made again where it is needed."""
+        if session in self._there and _size(self.loaded) > _LARGE:
+            self.call("close", session=session)
+            self._there.discard(session)
 
     def run(
         self, session: str, feeds: Sequence[Mapping[str, NDArray[Any]]], outputs: Sequence[str]

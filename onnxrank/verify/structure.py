@@ -24,12 +24,22 @@ def inspect(original: LoadedModel, optimized: LoadedModel, binding: Binding, rep
     Returns:
         Whether the second model can be fed at all.
     """
-    _outputs(original.proto, optimized.proto, report)
-    fed = _inputs(original.proto, optimized.proto, binding, report)
-    _versions(original.proto, optimized.proto, report)
+    strict = made_of(original, optimized)
+    _outputs(original.proto, optimized.proto, strict, report)
+    fed = _inputs(original.proto, optimized.proto, binding, strict, report)
+    _versions(original.proto, optimized.proto, strict, report)
     _shared(original, optimized, report)
     _origin(original, optimized, report)
     return fed
+
+
+def made_of(original: LoadedModel, optimized: LoadedModel) -> bool:
+    """Whether the optimized model says that it was made of just this original.
+
+    Such a model keeps all that it says nothing of; of others, made by whatever means, only the scores are expected.
+    """
+    stored = stored_contract(optimized.proto)
+    return stored is not None and stored.get("source_sha256") == original.sha256
 
 
 def changes_precision(original: ModelProto, optimized: ModelProto) -> bool:
@@ -37,7 +47,7 @@ def changes_precision(original: ModelProto, optimized: ModelProto) -> bool:
     return runtime.has_half(original) != runtime.has_half(optimized)
 
 
-def _outputs(original: ModelProto, optimized: ModelProto, report: Report) -> None:
+def _outputs(original: ModelProto, optimized: ModelProto, strict: bool, report: Report) -> None:
     before, after = list(original.graph.output), list(optimized.graph.output)
     names, found = [o.name for o in before], [o.name for o in after]
     if names != found:
@@ -73,17 +83,16 @@ def _outputs(original: ModelProto, optimized: ModelProto, report: Report) -> Non
             clash = b is not None and (
                 len(a) != len(b) or any(isinstance(y, int) and x != y for x, y in zip(a, b, strict=True))
             )
-            strict = clash or stored_contract(optimized) is not None
             report.find(
                 "structure",
                 "interface",
                 f"Output {o.name!r} is declared as {_shape(b)} where the original has {_shape(a)}.",
-                "error" if strict else "warning",
+                "error" if clash or strict else "warning",
                 model="optimized",
             )
 
 
-def _inputs(original: ModelProto, optimized: ModelProto, binding: Binding, report: Report) -> bool:
+def _inputs(original: ModelProto, optimized: ModelProto, binding: Binding, strict: bool, report: Report) -> bool:
     for text in binding.misfits:
         report.find("structure", "interface", f"The inputs contradict the contract: {text}.", model="optimized")
     if binding.strange:
@@ -95,11 +104,12 @@ def _inputs(original: ModelProto, optimized: ModelProto, binding: Binding, repor
         )
     for name in binding.missing:
         read = any(name in n.input for n in original.graph.node)
+        why = "" if read else ", which the original does not read"
         report.find(
             "structure",
             "interface",
-            f"The optimized model does not take the input {name!r}{'' if read else ', which the original does not read'}.",
-            "error" if read and stored_contract(optimized) is not None else "warning",
+            f"The optimized model does not take the input {name!r}{why}.",
+            "error" if read and strict else "warning",
             model="optimized",
         )
     if binding.renamed:
@@ -123,10 +133,9 @@ def _inputs(original: ModelProto, optimized: ModelProto, binding: Binding, repor
     return not binding.strange and not binding.misfits
 
 
-def _versions(original: ModelProto, optimized: ModelProto, report: Report) -> None:
+def _versions(original: ModelProto, optimized: ModelProto, strict: bool, report: Report) -> None:
     before = {o.domain: o.version for o in original.opset_import}
     after = {o.domain: o.version for o in optimized.opset_import}
-    strict = stored_contract(optimized) is not None
     for domain in sorted(before.keys() | after.keys()):
         a, b = before.get(domain), after.get(domain)
         used = any(n.domain in ({"", "ai.onnx"} if not domain else {domain}) for n in optimized.graph.node)
@@ -153,9 +162,9 @@ def _versions(original: ModelProto, optimized: ModelProto, report: Report) -> No
 def _shared(original: LoadedModel, optimized: LoadedModel, report: Report) -> None:
     """Whether what both models call by one name is the same thing.
 
-    A model that stores a contract was made by edits that name all they make; there a difference is an error.
+    In a model made by `optimize` a difference is an error; others may keep a name and change what it stands for.
     """
-    strict = stored_contract(optimized.proto) is not None and not changes_precision(original.proto, optimized.proto)
+    strict = made_of(original, optimized)
     before = {t.name: t for t in original.proto.graph.initializer}
     changed = [
         t.name
@@ -268,9 +277,7 @@ def _name(kind: int) -> str:
 def _dims(v: ValueInfoProto) -> tuple[int | str | None, ...] | None:
     if not v.type.tensor_type.HasField("shape"):
         return None
-    return tuple(
-        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in v.type.tensor_type.shape.dim
-    )
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in v.type.tensor_type.shape.dim)
 
 
 def _shape(dims: tuple[int | str | None, ...] | None) -> str:

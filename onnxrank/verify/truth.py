@@ -116,7 +116,9 @@ class _Part:
 
 def _floats(model: ModelProto) -> int:
     """Bytes of float initializers as float32."""
-    return sum(4 * int(np.prod(t.dims, dtype=np.float64)) for t in model.graph.initializer if t.data_type in runtime.FLOATS)
+    return sum(
+        4 * int(np.prod(t.dims, dtype=np.float64)) for t in model.graph.initializer if t.data_type in runtime.FLOATS
+    )
 
 
 def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] | None) -> list[_Part]:

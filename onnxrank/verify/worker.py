@@ -1,4 +1,4 @@
-"""The process that runs a model on behalf of another: `python -m onnxrank.verify.worker`, told what to do over its pipes.
+"""The process that runs a model on behalf of another: `python -m onnxrank.verify.worker`, told what to do by pipes.
 
 Whatever a model makes the runtime do (crash, hang, fill the memory) ends here.
 """
@@ -58,7 +58,7 @@ class Host:
 
     def check(self, key: str) -> dict[str, str]:
         """What ONNX's own checker objects to: `error`, and `inference`, what only its strict shape inference does."""
-        from onnxrank.pipeline import without_external
+        from onnxrank.model import without_external
 
         model = without_external(self._models[key][0])
         found = {}
@@ -88,7 +88,13 @@ class Host:
         }
 
     def open(
-        self, session: str, key: str, provider: str = "cpu", level: str = "all", precision: str = "own", tf32: bool = False
+        self,
+        session: str,
+        key: str,
+        provider: str = "cpu",
+        level: str = "all",
+        precision: str = "own",
+        tf32: bool = False,
     ) -> dict[str, Any]:
         """Makes a session.
 
@@ -113,18 +119,22 @@ class Host:
         wanted = NAMES[provider]
         if provider != "cpu" and wanted not in runtime.onnxruntime().get_available_providers():
             raise EnvironmentProblem(
-                f"onnxruntime has no {wanted} here, so nothing can be said of it: install 'onnxrank[cuda]' on a machine "
-                "with a GPU, or leave --ep at cpu."
+                f"onnxruntime has no {wanted} here, so nothing can be said of it: install 'onnxrank[cuda]' on a "
+                "machine with a GPU, or leave --ep at cpu."
             )
         options = [(wanted, {"use_tf32": str(int(tf32))})] if provider == "cuda" else [wanted]
         made = runtime.session(model, folder, providers=options, optimise=level == "all")
         if made.get_providers()[0] != wanted:
             raise EnvironmentProblem(
-                f"The session silently fell back from {wanted} to {made.get_providers()[0]}: the provider is installed but "
-                "does not work here (see its driver and libraries), so nothing can be said of it."
+                f"The session silently fell back from {wanted} to {made.get_providers()[0]}: the provider is installed "
+                "but does not work here (see its driver and libraries), so nothing can be said of it."
             )
         self._sessions[session] = made
         return {"how": "onnxruntime"}
+
+    def close(self, session: str) -> None:
+        """Forgets a session."""
+        self._sessions.pop(session, None)
 
     def run(self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Runs a session on several feeds.
