@@ -31,6 +31,8 @@ Progress = Callable[[str], None]
 _ODD = 17
 """Candidates for inputs that are not of the ordinary kind."""
 _TRUTH = "float64"
+_STEP = 2.0**-7
+"""A step of 8-bit quantisation, of a range of both signs."""
 
 
 @dataclass(frozen=True)
@@ -471,7 +473,16 @@ class Engine:
             np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
         )
         self.coarse = coarse
-        self.held = judge.measures(samples, coarse)
+        steps = any(structure.quantises(s.proto) for s in self.sides)
+        if steps:
+            report.find(
+                "rounding",
+                "precision",
+                "Values are quantised on the way. One at the border of two steps may fall on either side, so 1/128 of the "
+                "output's scale is allowed.",
+                "note",
+            )
+        self.held = judge.measures(samples, coarse, _STEP if steps else 0.0)
         if self.truth:
             if coarse is None:
                 self._file("algebra", judge.algebra(samples))

@@ -72,12 +72,15 @@ class Measure:
     allowed: float
 
 
-def measures(samples: Iterable[Sample], coarse: np.dtype[Any] | None = None) -> dict[tuple[str, str, str], Measure]:
+def measures(
+    samples: Iterable[Sample], coarse: np.dtype[Any] | None = None, step: float = 0.0
+) -> dict[tuple[str, str, str], Measure]:
     """Scales and own errors by provider, kind of inputs and output, over all levels, numbers of candidates and seeds.
 
     Args:
         samples: All there is.
         coarse: The type that the other model computes in, if that is coarser than its outputs'.
+        step: Least difference that passes in units of the output's scale, for models that quantise.
     """
     scales: dict[tuple[str, str, str], float] = {}
     owns: dict[tuple[str, str, str], float] = {}
@@ -91,7 +94,7 @@ def measures(samples: Iterable[Sample], coarse: np.dtype[Any] | None = None) -> 
         owns[key] = max(owns.get(key, 0.0), own if np.isfinite(own) else 0.0)
         kinds = [s.original.dtype, s.optimized.dtype, *([coarse] if coarse is not None else [])]
         exact = s.truth is not None
-        unit = max((compare.floor(k, exact) for k in kinds), default=0.0) if is_float(s.original) else 0.0
+        unit = max(step, *(compare.floor(k, exact) for k in kinds)) if is_float(s.original) else 0.0
         floors[key] = max(floors.get(key, 0.0), unit)
     out = {}
     for provider, kind, output in scales:
