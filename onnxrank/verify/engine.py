@@ -123,6 +123,8 @@ class Engine:
         self.samples: list[Sample] = []
         self.shared: list[str] = []
         self.held: dict[tuple[str, str, str], judge.Measure] = {}
+        self.ranges: Ranges = {}
+        self.symbols: list[str] = []
         self.truth = False
         self.precision = "own"
         self.points: list[Point] = []
@@ -142,6 +144,7 @@ class Engine:
         start = time.monotonic()
         self.say("reading the contract")
         found = self._terms()
+        self.roles = found.roles
         self.binding = bind(self.original.proto, self.optimized.proto, found.roles)
         self._environment()
         fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
@@ -478,8 +481,8 @@ class Engine:
             report.find(
                 "rounding",
                 "precision",
-                "Values are quantised on the way. One at the border of two steps may fall on either side, so 1/128 of the "
-                "output's scale is allowed.",
+                "Values are quantised on the way. One at the border of two steps may fall on either side, so 1/128 of "
+                "the output's scale is allowed.",
                 "note",
             )
         self.held = judge.measures(samples, coarse, _STEP if steps else 0.0)
@@ -619,6 +622,24 @@ class Engine:
                 if len(sizes) > 1 or factor == 1:
                     out[name] = int(factor)
         return out
+
+
+def failing_points(engine: Engine, model: ModelProto) -> bool:
+    """Whether another model than the one under test fails where that did.
+
+    Args:
+        engine: A failed run.
+        model: The other model, with the interface of the one under test.
+    """
+    loaded = engine.original.loaded
+    second = files.LoadedModel(model, None, loaded.folder, "", model.ByteSize(), loaded.external)
+    counts = {2, *(c.candidates for c in engine.report.failed_cases[:1])}
+    chosen = replace(
+        engine.options, bisect=False, save_failing=None, data=None, roles=engine.roles, candidates=sorted(counts)
+    )
+    known = (engine.ranges, engine.symbols) if engine.symbols else None
+    with Engine(loaded, second, replace(chosen, request=(), spec=None), known=known) as other:
+        return not other.run().passed
 
 
 def _count(candidates: int) -> str:

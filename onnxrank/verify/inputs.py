@@ -11,10 +11,11 @@ from onnx import TensorProto
 
 from onnxrank.facts import Setting, settings
 from onnxrank.feeds import Feed, Input, Maker, Ranges
+from onnxrank.runtime import FLOATS
 from onnxrank.values import CANDIDATES, extents, symbols
 
 ORDINARY = "random"
-FINITE = (ORDINARY, "edges", "padding", "zeros", "large", "denormal")
+FINITE = (ORDINARY, "edges", "padding", "fractions", "zeros", "large", "denormal")
 """Kinds that most models give finite scores for."""
 POISONED = ("nan candidate", "inf candidate", "nan request")
 """Kinds with a value in one row that is no number."""
@@ -27,7 +28,8 @@ class Kind(Maker):
 
     Args:
         kind: `random`: ids and numbers from their ranges. `edges`: the least and the largest of them. `padding`:
-            histories that are full, empty, of one entry, padded before or behind. `zeros`, `large`, `denormal`: floats
+            histories that are full, empty, of one entry, padded before or behind. `fractions`: ids that come as floats
+            and are not whole numbers. `zeros`, `large`, `denormal`: floats
             of such sizes. `nan candidate`, `inf candidate`: one candidate's floats. `nan request`: the request's.
         declared: The inputs.
         ranges: Value ranges per entry.
@@ -53,7 +55,7 @@ class Kind(Maker):
         )
         if data.dtype.kind in "iu":
             return self._whole(i, data, low, high, rng)
-        return self._real(i, data, low, high, factors)
+        return self._real(i, data, low, high, factors, rng)
 
     def _whole(
         self, i: Input, data: NDArray[Any], low: NDArray[Any], high: NDArray[Any], rng: np.random.Generator
@@ -83,7 +85,13 @@ class Kind(Maker):
         return np.where(keep, full, 0).astype(data.dtype)
 
     def _real(
-        self, i: Input, data: NDArray[Any], low: NDArray[Any], high: NDArray[Any], factors: list[Any]
+        self,
+        i: Input,
+        data: NDArray[Any],
+        low: NDArray[Any],
+        high: NDArray[Any],
+        factors: list[Any],
+        rng: np.random.Generator,
     ) -> NDArray[Any]:
         assert self.ranges is not None
         whole = self.ranges[i.name][2]
@@ -95,6 +103,8 @@ class Kind(Maker):
             edge = np.where(data >= (low + top) / 2, np.where(ids, top - 1, np.nextafter(top, low)), low)
             factor = 1000 if self.kind == "large" else 1
             return np.where(free, data.astype(np.float64) * factor, edge).astype(data.dtype)
+        if self.kind == "fractions":
+            return (data + np.where(ids, 0.5 * rng.random(data.shape), 0)).astype(data.dtype)
         allowed = free | ((low <= 0) & (high > 0))
         if self.kind == "zeros":
             return np.where(number & allowed, 0, data).astype(data.dtype)
@@ -132,6 +142,7 @@ def kinds(declared: Sequence[Input], ranges: Ranges, names: Sequence[str]) -> di
         for i in declared
     )
     useful = {"padding": histories, "zeros": floats, "large": floats, "denormal": floats}
+    useful["fractions"] = _has(declared, ranges, real=False)
     useful |= {
         "nan candidate": _has(declared, ranges, real=True, levels=("candidate", "mixed")),
         "inf candidate": _has(declared, ranges, real=True, levels=("candidate", "mixed")),
@@ -150,11 +161,9 @@ def _last(i: Input) -> int:
 def _has(
     declared: Sequence[Input], ranges: Ranges, real: bool, levels: Sequence[str] = ("request", "candidate", "mixed")
 ) -> bool:
-    from onnxrank.runtime import FLOATS
-
-    return any(
-        i.dtype in FLOATS and i.role.level in levels and bool((~ranges[i.name][2]).any()) == real for i in declared
-    )
+    """Whether an input of floats of some level has entries that are real, or else whole, numbers."""
+    floats = [i.name for i in declared if i.dtype in FLOATS and i.role.level in levels]
+    return any(bool((ranges[name][2] != real).any()) for name in floats)
 
 
 def point(symbols: Sequence[str], candidates: int, seed: int) -> Setting:

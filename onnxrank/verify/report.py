@@ -249,9 +249,9 @@ class Report:
 
     @property
     def failed_cases(self) -> list[Case]:
-        """The comparisons that did not pass, the largest excess first."""
+        """The comparisons that did not pass: by verdict, the largest excess first."""
         failed = [c for c in self.cases if not c.passed]
-        return sorted(failed, key=lambda c: -c.error / max(c.allowed, 1e-300))
+        return sorted(failed, key=lambda c: (VERDICTS.index(c.verdict), -c.error / max(c.allowed, 1e-300)))
 
     def find(self, verdict: str, kind: str, message: str, severity: Severity = "error", **where: Any) -> None:
         """Adds a finding; an error fails its verdict."""

@@ -167,6 +167,11 @@ class Host:
         self._models[key] = (out, folder)
         self._flat[key] = out
 
+    def inlined(self, key: str) -> bytes:
+        """The model without functions of its own, serialised."""
+        data: bytes = self._flattened(key)[0].SerializeToString(deterministic=True)
+        return data
+
     def raised(self, key: str) -> bytes:
         """The model in float64, serialised."""
         flat, folder = self._flattened(key)
