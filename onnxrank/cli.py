@@ -29,6 +29,7 @@ INTERNAL = 70
 INTERRUPTED = 130
 TERMINATED = 143
 BROKEN_PIPE = 141
+_BAR = 30
 _PATIENCE = 1.0  # seconds before progress is shown
 
 
@@ -448,21 +449,11 @@ def _explain(rule: Rule) -> None:
 
 
 def _read_npz(path: str) -> dict[str, Any]:
-    import zipfile
-    import zlib
+    from pathlib import Path
 
-    import numpy as np
+    from onnxrank.verify.recorded import read_archive
 
-    try:
-        data = np.load(path, allow_pickle=False)
-        if not isinstance(data, np.lib.npyio.NpzFile):
-            raise UsageError(f"{path} holds a single array; an .npz file with an array per input is needed.")
-        with data:
-            return {key: data[key] for key in data.files}
-    except OSError as e:
-        raise UsageError(f"The recorded requests {path} cannot be read: {e.strerror or e}.") from e
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        raise UsageError(f"The recorded requests {path} are not an .npz file of plain arrays: {_line(e)}.") from e
+    return read_archive(Path(path))
 
 
 def _print(report: Report, stream: TextIO, explain: bool, verbose: bool) -> None:
@@ -479,6 +470,26 @@ def _show(stream: TextIO, show: Callable[[Console], None]) -> None:
     with console.capture() as captured:
         show(console)
     stream.write(captured.get())
+
+
+class _Steps:
+    """Shows what is being done, and how far it is where that is counted."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._step = ""
+
+    def __call__(self, step: str) -> None:
+        self._step = step
+        self._show(step)
+
+    def advance(self, done: int, total: int | None) -> None:
+        """Shows a bar, or just a count where the total is not known."""
+        if not total:
+            self._show(f"{self._step}: {done} candidates")
+            return
+        full = min(_BAR, _BAR * done // total)
+        self._show(f"{self._step} {'━' * full}{'╌' * (_BAR - full)} {100 * done // total} %")
 
 
 @contextlib.contextmanager
@@ -505,7 +516,7 @@ def _progress(quiet: bool, verbose: bool) -> Iterator[Callable[[str], None] | No
         timer.daemon = True
         timer.start()
         try:
-            yield lambda step: status.update(step)
+            yield _Steps(status.update)
         finally:
             timer.cancel()
             with lock:

@@ -110,6 +110,7 @@ class Engine:
     ) -> None:
         self.options = options
         self.known = known
+        self._progress = progress
         self.say = progress or (lambda stage: None)
         guarded = list(options.providers) == ["cpu"]
         self.original = Side("original", original, options.timeout, options.memory, guarded)
@@ -128,6 +129,8 @@ class Engine:
         self.truth = False
         self.precision = "own"
         self.points: list[Point] = []
+        self.coarse: np.dtype[Any] | None = None
+        self.step = 0.0
         self._good = False
 
     def __enter__(self) -> Engine:
@@ -136,6 +139,12 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         for s in self.sides:
             s.close(self._good)
+
+    def count(self, done: int, total: int | None) -> None:
+        """Tells how many recorded candidates were compared, of how many if that is known."""
+        advance = getattr(self._progress, "advance", None)
+        if advance is not None:
+            advance(done, total)
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -485,7 +494,8 @@ class Engine:
                 "the output's scale is allowed.",
                 "note",
             )
-        self.held = judge.measures(samples, coarse, _STEP if steps else 0.0)
+        self.step = _STEP if steps else 0.0
+        self.held = judge.measures(samples, coarse, self.step)
         if self.truth:
             if coarse is None:
                 self._file("algebra", judge.algebra(samples))

@@ -40,34 +40,42 @@ import sys
 
 import numpy as np
 import onnx
+import onnx.reference
 import onnxruntime
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 OUTPUTS = {outputs!r}
 LEVEL = onnxruntime.GraphOptimizationLevel.{level}
 ALLOWED = {allowed!r}
+WHOLE = {whole!r}
 
 
 def run(name):
-    onnx.checker.check_model(str(FOLDER / (name + ".onnx")))
+    path = str(FOLDER / (name + ".onnx"))
+    onnx.checker.check_model(path)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = LEVEL
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(FOLDER / (name + ".onnx")), options, providers=["CPUExecutionProvider"])
-    feeds = {{}}
-    for key, value in np.load(FOLDER / (name + ".npz")).items():
-        feeds[key] = value
-    wanted = {{i.name for i in session.get_inputs()}}
-    return session.run(OUTPUTS, {{k: v for k, v in feeds.items() if k in wanted}})
+    feeds = dict(np.load(FOLDER / (name + ".npz")))
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return session.run(OUTPUTS, feeds)
+    except Exception as error:
+        print("onnxruntime does not run", name, "so ONNX's reference evaluator does:", str(error).splitlines()[0])
+    return onnx.reference.ReferenceEvaluator(path).run(OUTPUTS, feeds)
 
 
 failed = False
 for name, expected, found in zip(OUTPUTS, run("original"), run("optimized")):
     print(name, "original", expected.dtype, list(expected.shape), "optimized", found.dtype, list(found.shape))
-    if expected.shape != found.shape and expected.size != found.size:
+    if expected.shape != found.shape:
+        shapes = (expected.shape, found.shape)
         try:
             expected, found = np.broadcast_arrays(expected, found)
         except ValueError:
+            pass
+        # Inside the models one row may stand for several equal ones.
+        if WHOLE or expected.shape != found.shape or expected.shape not in shapes:
             print("  the shapes differ")
             failed = True
             continue
@@ -107,7 +115,8 @@ def save_failing(engine: Engine, folder: str | os.PathLike[str]) -> str | None:
     if found is None:
         return None
     case, point = found
-    parts = _cut(engine, case, point) or _whole(engine, case, point)
+    cut = _cut(engine, case, point)
+    parts = cut or _whole(engine, case, point)
     if parts is None:
         return None
     where = Path(folder)
@@ -118,7 +127,7 @@ def save_failing(engine: Engine, folder: str | os.PathLike[str]) -> str | None:
         f"{case.inputs} inputs, {case.candidates} candidates, seed {case.seed}, optimisations {case.level}"
     ).replace("\\", "/").replace('"""', "'''")  # fmt: skip
     outputs, allowed = parts[0].outputs, parts[0].allowed
-    script = _SCRIPT.format(about=about, outputs=outputs, level=level, allowed=allowed)
+    script = _SCRIPT.format(about=about, outputs=outputs, level=level, allowed=allowed, whole=cut is None)
     try:
         where.mkdir(exist_ok=True)
         for name, part in zip(("original", "optimized"), parts, strict=True):

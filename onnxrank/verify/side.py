@@ -46,6 +46,12 @@ class Side:
         """The model."""
         return self.loaded.proto
 
+    def twin(self) -> Side:
+        """The same model with the same sessions for another process."""
+        other = Side(self.name, self.loaded, self.timeout, self._memory, self._memory is not None)
+        other._opened = dict(self._opened)
+        return other
+
     def start(self) -> isolate.Worker:
         """The process, with the model in it."""
         if self._worker is None or not self._worker.alive:
