@@ -2,9 +2,9 @@
 
     python scripts/fuzz_verify.py models/onnx/mmoe.torchscript.onnx --cases 2000
 
-For every case: one of the documented exit codes, no traceback, no file written, within the time and memory limits. Cases run
-in batches in processes of their own, so that a crash of verify itself is seen too. Half of the cases damage the optimized
-model, a quarter the original, a quarter both in the same way.
+For every case: one of the documented exit codes, no traceback, no file written, within the time and memory limits. Cases
+run in batches in processes of their own, so that a crash of verify itself is seen too. Half of the cases damage the
+optimized model, a quarter the original, a quarter both in the same way.
 """
 
 from __future__ import annotations

@@ -269,7 +269,8 @@ class _Totals:
                 "data",
                 "contract",
                 f"The request-level input {what!r} differs within a request in {count} of {self.requests} recorded "
-                f"requests, first in {first}, row {row}: its role is wrong, or the data is. These requests were not compared.",
+                f"requests, first in {first}, row {row}: its role is wrong, or the data is. These were not "
+                "compared.",
             )
         if self.empty:
             report.find("data", "empty", f"{self.empty} recorded requests have no candidate.", "note")

@@ -69,7 +69,8 @@ def _result(report: Report, f: Finding, rule: int) -> dict[str, Any]:
     ]
     if logical:
         location["logicalLocations"] = logical
-    print_of = hashlib.sha256(f"{f.verdict}/{f.kind}/{f.model}/{f.place.output if f.place else f.message}".encode())
+    same = f"{f.verdict}/{f.kind}/{f.model}/{f.place.output if f.place else f.message}"
+    print_of = hashlib.sha256(_clean(same).encode())
     out: dict[str, Any] = {
         "ruleId": f"{f.verdict}/{f.kind.replace(' ', '-')}",
         "ruleIndex": rule,
