@@ -2,9 +2,9 @@
 
     python scripts/fuzz_verify.py models/onnx/mmoe.torchscript.onnx --cases 2000
 
-For every case: one of the documented exit codes, no traceback, no file written, within the time and memory limits. Cases
-run in batches in processes of their own, so that a crash of verify itself is seen too. Half of the cases damage the
-optimized model, a quarter the original, a quarter both in the same way.
+For every case: one of the documented exit codes, no traceback, no file written, within the time and memory limits.
+Cases run in batches in processes of their own, so that a crash of verify itself is seen too. Half of the cases damage
+the optimized model, a quarter the original, a quarter both in the same way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 CODES = {0, 1, 2, 3, 4}
+OPTIONS = "--candidates 0,1,3 --seeds 1 --timeout 20 --memory 4 --request user_*"
 SECONDS = 60.0
 GIB = 4.0
 
@@ -110,8 +111,7 @@ def batch(model: str, optimized: str, first: int, count: int) -> None:
             start = time.monotonic()
             out = io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                code = cli.main(["verify", "a.onnx", "b.onnx", "--candidates", "0,1,3", "--seeds", "1", "--timeout", "20",
-                                 "--memory", "4", "--request", "user_*"])  # fmt: skip
+                code = cli.main(["verify", "a.onnx", "b.onnx", *OPTIONS.split()])
             seconds = time.monotonic() - start
             text = out.getvalue()
             left = sorted(os.listdir("."))

@@ -1,6 +1,6 @@
 """Writes made-up recorded requests of a model as Parquet, to try `onnxrank verify --data` on many of them.
 
-python scripts/record_requests.py models/onnx/mmoe.torchscript.onnx requests.parquet --request 'user_*' --requests 100000
+python scripts/record_requests.py models/onnx/mmoe.torchscript.onnx r.parquet --request 'user_*' --requests 100000
 """
 
 from __future__ import annotations

@@ -100,6 +100,10 @@ def test(
     (given,) = run([feed])
     if isinstance(given, ModelError):
         return given
+    count = rows(declared, feed)
+    for name, each in per_row.items():
+        if given[name].shape[:1] != (each * (count or 0),):
+            return ModelError(f"output {name!r} has no row for every candidate")
     found: list[Broken] = []
     for relation in made:
         answers = run(relation.feeds)

@@ -53,15 +53,13 @@ def terms(
     before = stored_contract(original)
     names = {i.name for i in described}
     notes = []
+    if before is not None:
+        return Terms("stored in the original", roles_again(described, before))
     if stored is not None:
         found = Roles.from_dict(stored.get("roles", {}))
         if set(found.inputs) == names:
             return Terms("stored in the optimized model", found)
-        if before is None:
-            notes.append("the contract stored in the optimized model names other inputs than the original has")
-    if before is not None:
-        found = roles_again(described, before)
-        return Terms("stored in the original", found, tuple(notes))
+        notes.append("the contract stored in the optimized model names other inputs than the original has")
     return Terms("told by the shapes of the inputs", _told(described, feeds.describe(optimized)), tuple(notes))
 
 
