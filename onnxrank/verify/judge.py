@@ -138,7 +138,7 @@ def rounding(
     samples: Sequence[Sample],
     held: dict[tuple[str, str, str], Measure],
     tolerance: Callable[[str], tuple[float, float] | None] = lambda output: None,
-    unstable: Callable[[Sample, tuple[int, ...]], bool] = lambda sample, at: False,
+    unstable: Callable[[Sample, tuple[int, ...]], bool] = lambda *_: False,
 ) -> list[Case]:
     """Judges results in the models' own types.
 
