@@ -37,8 +37,10 @@ class Worker:
 
     def __init__(self) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        # The modules of this process, and none that happen to lie in the current folder.
+        script = f"import sys; sys.path[:] = {sys.path!r}; from onnxrank.verify.worker import main; main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "onnxrank.verify.worker"],
+            [sys.executable, "-P", "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

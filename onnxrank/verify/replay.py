@@ -9,8 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from onnxrank.errors import ModelError
 from onnxrank.verify import judge, ranking
 from onnxrank.verify.inputs import rows, violations
@@ -182,7 +180,7 @@ class _Totals:
         self._passed: dict[str, int] = {}
         self._failed: dict[str, int] = {}
         self._ranks: dict[str, Ranking] = {}
-        self._auc: dict[str, list[tuple[float, float]]] = {}
+        self._auc: dict[str, list[float]] = {}
         self._loss: dict[str, list[float]] = {}
 
     def violated(self, name: str, broken: list[tuple[str, int]]) -> None:
@@ -252,7 +250,9 @@ class _Totals:
                 a, b = before[:, column], after[:, column]
                 auc = [ranking.auc(x, mine) for x in (a, b)]
                 if auc[0] is not None and auc[1] is not None:
-                    self._auc.setdefault(name, []).append((auc[0], auc[1]))
+                    sums = self._auc.setdefault(name, [0.0, 0.0, 0.0])
+                    for k, value in enumerate((auc[0], auc[1], 1.0)):
+                        sums[k] += value
                 loss = [ranking.logloss(x, mine) for x in (a, b)]
                 if loss[0] is not None and loss[1] is not None:
                     held = self._loss.setdefault(name, [0.0, 0.0, 0.0])
@@ -282,12 +282,11 @@ class _Totals:
             report.find("rounding", "more", f"{dropped} more comparisons on recorded requests failed.", "note")
         for name, r in self._ranks.items():
             auc, loss = self._auc.get(name), self._loss.get(name)
-            mean = np.mean(auc, axis=0) if auc else None
             done = replace(
                 r,
                 output=f"{name} (recorded)",
-                auc_before=None if mean is None else float(mean[0]),
-                auc_after=None if mean is None else float(mean[1]),
+                auc_before=auc[0] / auc[2] if auc else None,
+                auc_after=auc[1] / auc[2] if auc else None,
                 logloss_before=loss[0] / loss[2] if loss and loss[2] else None,
                 logloss_after=loss[1] / loss[2] if loss and loss[2] else None,
             )

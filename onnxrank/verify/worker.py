@@ -1,4 +1,4 @@
-"""The process that runs a model on behalf of another: `python -m onnxrank.verify.worker`, told what to do by pipes.
+"""The process that runs a model on behalf of another, which tells it what to do over its pipes.
 
 Whatever a model makes the runtime do (crash, hang, fill the memory) ends here.
 """
@@ -129,6 +129,7 @@ class Host:
                 f"The session silently fell back from {wanted} to {made.get_providers()[0]}: the provider is installed "
                 "but does not work here (see its driver and libraries), so nothing can be said of it."
             )
+        made.disable_fallback()  # from a provider that fails while it runs
         self._sessions[session] = made
         return {"how": "onnxruntime"}
 
@@ -229,7 +230,3 @@ def main() -> None:
             return
         except MemoryError:
             wire.send(sink, {"error": "not enough memory", "code": EnvironmentProblem.exit_code})
-
-
-if __name__ == "__main__":
-    main()
