@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -13,6 +14,9 @@ import pytest
 from helpers import rewritten
 from mutants import FOLDER, MUTANTS
 
+import onnxrank
+from onnxrank import pipeline
+from onnxrank.errors import CheckFailed
 from onnxrank.verify import Options, verify
 
 RULE = '''
@@ -65,6 +69,16 @@ def test_rule_and_site(tmp_path: Path, node: str) -> None:
     assert done.returncode == 1 and done.stdout.endswith("the models differ\n"), done.stdout + done.stderr
     sizes = [len(onnx.load(tmp_path / "out" / f"{m}.onnx").graph.node) for m in ("original", "optimized")]
     assert max(sizes) < 10
+
+
+def test_optimize_refuses_a_broken_rule(tmp_path: Path) -> None:
+    """The same engine checks what `optimize` makes; nothing is written."""
+    (tmp_path / "broken.py").write_text(RULE.format(node="/experts.1/experts.1.0/Gemm"))
+    path, out = FOLDER / "mmoe.torchscript.onnx", tmp_path / "out.onnx"
+    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0), pytest.raises(CheckFailed, match="algebra") as e:
+        onnxrank.optimize(path, request=["user_*"], extra_rules=[tmp_path / "broken.py"]).save(out)
+    assert e.value.report is not None and not all(c.passed for c in e.value.report.checks)
+    assert {c.candidates for c in e.value.report.checks} == {1, 2, 17} and not out.exists()
 
 
 def test_rules_that_are_right(tmp_path: Path) -> None:

@@ -115,3 +115,15 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--request", "--roles", "--ep", "--data", "--candidates", "--seeds", "--rtol", "--atol", "--top-k",
                    "--labels", "--level", "--report", "--save-failing", "--bisect"):  # fmt: skip
         assert option in out
+
+
+def test_progress_of_recorded_requests() -> None:
+    """A bar where the total is known, a count where it is not."""
+    shown: list[str] = []
+    steps = cli._Steps(shown.append)
+    steps("recorded requests")
+    steps.advance(50, 200)
+    steps.advance(200, 200)
+    steps.advance(7, None)
+    assert shown[0] == "recorded requests" and shown[1].endswith(" 25 %") and shown[2].endswith(" 100 %")
+    assert shown[1].count("━") == 7 and "╌" not in shown[2] and shown[3] == "recorded requests: 7 candidates"

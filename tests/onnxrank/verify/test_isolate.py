@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, helper
 
+from onnxrank import runtime
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
 from onnxrank.model import load
-from onnxrank.verify import isolate, verify, wire
+from onnxrank.verify import isolate, verify, wire, worker
 from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.side import Side, run_both
 
@@ -104,12 +107,12 @@ def test_runs_and_is_used_again() -> None:
     made = side(plain())
     (out,) = made.run("s", [rows(3)], ["sin_1"])
     assert isinstance(out, dict) and np.allclose(out["sin_1"], np.sin(1))
-    worker = made.start()
+    process = made.start()
     made.close()
-    assert worker.alive
+    assert process.alive
     with pytest.raises(OnnxrankError):
-        worker.call("run", session="s", feeds=[rows(1)], outputs=["sin_1"])  # it has forgotten the model
-    worker.kill()
+        process.call("run", session="s", feeds=[rows(1)], outputs=["sin_1"])  # it has forgotten the model
+    process.kill()
 
 
 def test_error_is_an_answer() -> None:
@@ -148,14 +151,10 @@ def test_crash_is_found_among_others() -> None:
 def test_crash_is_a_finding() -> None:
     """Only the second model dies of having no candidate."""
     g = Graph(17)
-    x = g.input("item", ["N", 2])
-    weights = [g.const(np.ones((6, 2), np.float32)) for _ in range(2)]
-    del weights
-    y = g.op("Mul", x, g.const(np.zeros(2, np.float32)))
+    g.op("Mul", g.input("item", ["N", 2]), g.const(np.zeros(2, np.float32)))
     name = crashing().graph.output[0].name
     g.nodes[-1].output[0] = name
     g.output(name, ["N", 2])
-    del y
     found = verify(g.model(), crashing())
     assert not found.passed
     assert any(f.kind == "crash" and f.model == "optimized" and "0 candidates" in f.message for f in found.errors)
@@ -169,19 +168,52 @@ def test_original_that_crashes_is_named() -> None:
 
 
 def test_process_that_cannot_answer() -> None:
-    worker = isolate.Worker()
-    worker.ask("nothing")
-    os.kill(worker._process.pid, 9)
+    process = isolate.Worker()
+    process.ask("nothing")
+    os.kill(process._process.pid, 9)
     with pytest.raises((Crashed, ModelError)):
-        worker.result(10)
-        worker.call("reset", 10)
-    assert not worker.reusable()
-    worker.kill()
+        process.result(10)
+        process.call("reset", 10)
+    assert not process.reusable()
+    process.kill()
+
+
+class Broken:
+    """onnxruntime with a CUDA provider that is listed but makes no session."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_silent_fallback_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is not on the provider asked for says so with the exit code of the environment."""
+    real = runtime.onnxruntime()
+    monkeypatch.setattr(runtime, "onnxruntime", lambda: Broken(real))
+    host = worker.Host()
+    host.model("m", plain().SerializeToString(), None)
+    with pytest.warns(UserWarning), pytest.raises(EnvironmentProblem, match="silently fell back"):
+        host.open("s", "m", provider="cuda")
+    host.open("s", "m", provider="cpu")
+
+
+def test_modules_of_the_current_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('taken')")
+    (tmp_path / "onnxrank").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = isolate.Worker()
+    assert made.call("available", 60)["providers"]
+    made.kill()
 
 
 def test_codes_come_through() -> None:
-    worker = isolate.Worker()
-    worker.call("model", key="m", data=plain().SerializeToString(), folder=None)
+    process = isolate.Worker()
+    process.call("model", key="m", data=plain().SerializeToString(), folder=None)
     with pytest.raises(EnvironmentProblem, match="CUDAExecutionProvider"):
-        worker.call("open", session="s", key="m", provider="cuda")
-    worker.kill()
+        process.call("open", session="s", key="m", provider="cuda")
+    process.kill()
