@@ -21,7 +21,8 @@ from onnxrank.verify import compare, judge
 from onnxrank.verify.report import Case, Culprit
 
 if TYPE_CHECKING:
-    from onnxrank.verify.engine import Engine, Point
+    from onnxrank.verify.engine import Engine
+    from onnxrank.verify.points import Point
 
 _ALWAYS = ("movement", "broadcast")
 """Rules without which none of the others can be applied."""

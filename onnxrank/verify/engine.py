@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -17,45 +17,23 @@ from onnx import ModelProto
 from onnxrank import model as files
 from onnxrank import runtime
 from onnxrank.errors import EnvironmentProblem, ModelError
-from onnxrank.feeds import Feed, Ranges
-from onnxrank.verify import inputs, judge, metamorphic, structure
+from onnxrank.feeds import Ranges
+from onnxrank.verify import judge, structure
 from onnxrank.verify.inputs import ORDINARY, POISONED
 from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS, Options
 from onnxrank.verify.pairing import Terms, bind, terms
-from onnxrank.verify.report import Case, Finding, Report, Severity
+from onnxrank.verify.points import Point, generate
+from onnxrank.verify.relations import relate
+from onnxrank.verify.report import Case, Report, Severity
 from onnxrank.verify.side import MODEL, Outputs, Side, run_both
+from onnxrank.verify.words import count, sentence, worst
 
 Progress = Callable[[str], None]
-_ODD = 17
-"""Candidates for inputs that are not of the ordinary kind."""
 _TRUTH = "float64"
 _STEP = 2.0**-7
 """A step of 8-bit quantisation, of a range of both signs."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Inputs of both models for one request.
-
-    Attributes:
-        inputs: Their kind.
-        candidates: Number of candidates.
-        seed: Their seed.
-        feed: Inputs of the original.
-        bound: Inputs of the other model.
-        request: Identity, for recorded requests.
-        labels: Recorded labels, one per candidate.
-    """
-
-    inputs: str
-    candidates: int
-    seed: int
-    feed: Feed
-    bound: Feed
-    request: str | None = None
-    labels: NDArray[Any] | None = None
 
 
 def verify(
@@ -162,8 +140,7 @@ class Engine:
         if loads:
             self._compare(found)
         self._explain()
-        for verdict in ("structure",):
-            self.report.settle(verdict, True)
+        self.report.settle("structure", True)
         self.report.seconds = round(time.monotonic() - start, 3)
         self._good = True
         return self.report
@@ -173,10 +150,11 @@ class Engine:
         self.ranges, self.symbols = self._study(found)
         self._find_precision()
         self.truth = self._open_truth()
-        self.points = list(self._generate())
+        self.points = list(generate(self.binding, self.ranges, self.symbols, self.options))
         if not self.compare(self.points):
             return
-        self._metamorphic()
+        self.say("permuting, dropping and changing candidates")
+        relate(self)
         if self.options.data is not None:
             from onnxrank.verify.replay import replay
 
@@ -185,8 +163,8 @@ class Engine:
     def _explain(self) -> None:
         """What more is to be said of a failure."""
         failed = bool(self.report.failed_cases) or any(f.kind in ("crash", "timeout") for f in self.report.errors)
-        for c in _worst(self.report.failed_cases):
-            self.report.find(c.verdict, "difference", _sentence(c), place=c.place, model="optimized")
+        for c in worst(self.report.failed_cases):
+            self.report.find(c.verdict, "difference", sentence(c), place=c.place, model="optimized")
         if not failed:
             return
         if self.options.bisect:
@@ -195,10 +173,10 @@ class Engine:
             self.say("looking for the culprit")
             self.report.culprit = bisect(self)
             culprit = self.report.culprit
-            worst = next((k for k, f in enumerate(self.report.findings) if f.kind == "difference"), None)
-            if worst is not None and (culprit.rule or culprit.tensor):
-                self.report.findings[worst] = replace(
-                    self.report.findings[worst], rule=culprit.rule, node=culprit.node or culprit.tensor
+            first = next((k for k, f in enumerate(self.report.findings) if f.kind == "difference"), None)
+            if first is not None and (culprit.rule or culprit.tensor):
+                self.report.findings[first] = replace(
+                    self.report.findings[first], rule=culprit.rule, node=culprit.node or culprit.tensor
                 )
         if self.options.save_failing is not None:
             from onnxrank.verify.minimise import save_failing
@@ -344,34 +322,6 @@ class Engine:
             "warning",
         )
 
-    # --- inputs ------------------------------------------------------------------------------------------------------
-
-    def _generate(self) -> Sequence[Point]:
-        """The generated requests."""
-        o = self.options
-        makers = inputs.kinds(self.binding.declared, self.ranges, o.kinds)
-        several = [n for n in o.counts if n > 1]
-        odd = max([n for n in several if n <= _ODD] or several[:1] or [0])
-        out = []
-        for kind, maker in makers.items():
-            counts = o.counts if kind == ORDINARY else (odd,) if odd else ()
-            users = range(
-                1 if kind in ("zeros", "denormal", *POISONED) else max(o.users, 5 if kind == "padding" else 1)
-            )
-            for n in counts:
-                for seed in users if n else (0,):
-                    out.append(self._point(maker, kind, n, seed))
-        return out
-
-    def _point(self, maker: inputs.Kind, kind: str, n: int, seed: int) -> Point:
-        setting = inputs.point(self.symbols, max(n, 1), seed)
-        if kind == "padding":
-            setting = replace(setting, seed=seed)
-        feed = maker(setting)
-        if n == 0:
-            return Point(kind, 0, seed, *self.binding.without_candidates(feed))
-        return Point(kind, n, seed, feed, self.binding(feed))
-
     # --- comparing ---------------------------------------------------------------------------------------------------
 
     def compare(self, points: Sequence[Point]) -> bool:
@@ -455,7 +405,7 @@ class Engine:
         self.report.find(
             "rounding",
             "original",
-            f"The original {how} with {_count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared "
+            f"The original {how} with {count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared "
             "there.",
             "warning" if dies else "note",
             model="original",
@@ -498,7 +448,7 @@ class Engine:
         self.held = judge.measures(samples, coarse, self.step)
         if self.truth:
             if coarse is None:
-                self._file("algebra", judge.algebra(samples))
+                self.file("algebra", judge.algebra(samples))
             else:
                 report.find(
                     "algebra",
@@ -506,11 +456,11 @@ class Engine:
                     "The models' weights are rounded to different types, so they are not the same function in float64.",
                     "note",
                 )
-        self._file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
+        self.file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
         report.statistics = judge.statistics(samples, self.held)
         plain = [s for s in samples if s.inputs not in POISONED]
         cases, report.ranking = judge.ranked(plain, self.held, self.options.top_k)
-        self._file("ranking", cases)
+        self.file("ranking", cases)
         for s in report.statistics:
             if s.own_levels > s.allowed and s.level == LEVELS[0]:
                 report.find(
@@ -522,7 +472,8 @@ class Engine:
                     model="original",
                 )
 
-    def _file(self, verdict: str, cases: Sequence[Case]) -> None:
+    def file(self, verdict: str, cases: Sequence[Case]) -> None:
+        """Takes comparisons into the report."""
         self.report.cases += cases
         if cases:
             self.report.settle(verdict, all(c.passed for c in cases))
@@ -543,96 +494,6 @@ class Engine:
 
         return unstable
 
-    # --- relations ---------------------------------------------------------------------------------------------------
-
-    def _metamorphic(self) -> None:
-        """Relations between the model's own scores, in float64 where that runs."""
-        self.say("permuting, dropping and changing candidates")
-        session = _TRUTH if self.truth else f"{self.options.providers[0]}/{LEVELS[0]}"
-        count = max([n for n in self.options.counts if 2 <= n <= _ODD], default=0)
-        if not count:
-            return
-        maker = inputs.Kind(ORDINARY, self.binding.declared, self.ranges)
-        per_row = self._per_row()
-        for seed in range(1 if self.options.level == "quick" else 2):
-            feed = maker(inputs.point(self.symbols, count, 50 + seed))
-            user = maker(inputs.point(self.symbols, count, 70 + seed))
-            other = inputs.with_request(self.binding.declared, user, feed)
-            made = metamorphic.relations(self.binding.declared, feed, other, seed)
-            try:
-                if not self._relate(session, feed, user, made, per_row, seed, count):
-                    return
-            except Crashed as e:
-                self.report.find("metamorphic", e.kind, f"A process failed: {e}.")
-                return
-
-    def _relate(
-        self,
-        session: str,
-        feed: Feed,
-        user: Feed,
-        made: Sequence[metamorphic.Relation],
-        per_row: Mapping[str, int],
-        seed: int,
-        count: int,
-    ) -> bool:
-        def runner(side: Side, bound: bool) -> metamorphic.Run:
-            def go(given: Sequence[Feed]) -> Sequence[Outputs]:
-                return side.run(session, [self.binding(f) if bound else f for f in given], self.shared)
-
-            return go
-
-        runs = [runner(self.original, False), runner(self.optimized, True)]
-        declared = self.binding.declared
-        broken = [metamorphic.test(declared, r, feed, made, per_row) for r in runs]
-        if isinstance(broken[0], ModelError) or isinstance(broken[1], ModelError):
-            return False
-        level = _TRUTH if self.truth else LEVELS[0]
-        where = Case("metamorphic", self.options.providers[0], level, "", count, seed, "", 0.0, 0.0, True)
-
-        def allowed(output: str, scale: float) -> float:
-            m = self.held.get((self.options.providers[0], ORDINARY, output))
-            if self.truth:
-                return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
-            return m.allowed if m else 0.0
-
-        cases, excused = metamorphic.judge(broken[0], broken[1], allowed, where)
-        matters = [metamorphic.user_matters(declared, r, feed, user) for r in runs]
-        if not any(isinstance(m, ModelError) for m in matters):
-            lost = [k for k in self.shared if k in matters[0] and k not in matters[1]]  # type: ignore[operator]
-            cases += [
-                replace(
-                    where, inputs="user changed", output=k, error=float(k in lost), passed=k not in lost
-                )
-                for k in self.shared
-                if k in matters[0]  # type: ignore[operator]
-            ]  # fmt: skip
-        if excused:
-            self.report.find(
-                "metamorphic",
-                "original",
-                f"The original's candidates influence each other too: {', '.join(sorted(set(excused))[:4])}.",
-                "warning",
-                model="original",
-            )
-        self._file("metamorphic", cases)
-        return True
-
-    def _per_row(self) -> dict[str, int]:
-        """Outputs with a row per candidate, and how many entries of axis 0 each has."""
-        out = {}
-        for name in self.shared:
-            sizes = {
-                (s.candidates, s.original.shape[0] if s.original.ndim else 0)
-                for s in self.samples
-                if s.output == name and s.candidates > 0
-            }
-            each = {n / c for c, n in sizes}
-            if len(each) == 1 and (factor := each.pop()) >= 1 and factor == int(factor):
-                if len(sizes) > 1 or factor == 1:
-                    out[name] = int(factor)
-        return out
-
 
 def failing_points(engine: Engine, model: ModelProto) -> bool:
     """Whether another model than the one under test fails where that did.
@@ -652,46 +513,6 @@ def failing_points(engine: Engine, model: ModelProto) -> bool:
         return not other.run().passed
 
 
-def _count(candidates: int) -> str:
-    return f"{candidates} candidate{'' if candidates == 1 else 's'}"
-
-
 def _class(value: Any) -> str:
     x = float(value)
     return "nan" if np.isnan(x) else "finite" if np.isfinite(x) else str(x)
-
-
-def _worst(failed: Sequence[Case]) -> list[Case]:
-    """The worst case of each verdict and output."""
-    found: dict[tuple[str, str], Case] = {}
-    for c in failed:
-        found.setdefault((c.verdict, c.output), c)
-    return list(found.values())
-
-
-def _sentence(c: Case) -> str:
-    where = f"N = {c.candidates}, {c.inputs} inputs, seed {c.seed}, {c.provider}, {c.level}"
-    spot = ""
-    if c.place is not None:
-        element = f"[{', '.join(map(str, c.place.element))}]" if c.place.element else ""
-        who = f", candidate {c.place.candidate}" if c.place.candidate is not None else ""
-        spot = f" At {c.output}{element}{who}: {c.place.found} instead of {c.place.expected}."
-    if c.verdict == "ranking":
-        return f"Candidates of {c.output!r} changed places: one moved past {c.error:.0f} others ({where}).{spot}"
-    if c.verdict == "metamorphic" and c.inputs == "user changed":
-        return f"{c.output!r} does not change with the user, as the original's does ({where})."
-    if c.verdict == "metamorphic":
-        return (
-            f"Candidates of {c.output!r} influence each other ({c.inputs}): off by {c.error:.3g} where {c.allowed:.3g} "
-            f"is allowed.{spot}"
-        )
-    return f"{c.output!r} is off by {c.error:.3g} where {c.allowed:.3g} is allowed ({where}).{spot}"
-
-
-def failure(report: Report) -> str:
-    """Why a run failed, in a sentence."""
-    first: Finding | None = next(iter(report.errors), None)
-    failed = [v for v, outcome in report.verdicts.items() if outcome == "failed"]
-    if first is None:
-        return "Nothing could be compared." if not failed else f"Failed: {', '.join(failed)}."
-    return f"{', '.join(failed)}: {first.message}"

@@ -22,7 +22,8 @@ from onnxrank.verify import compare, judge
 from onnxrank.verify.bisect import alike, common_tensors, exposed, worst_point
 
 if TYPE_CHECKING:
-    from onnxrank.verify.engine import Engine, Point
+    from onnxrank.verify.engine import Engine
+    from onnxrank.verify.points import Point
     from onnxrank.verify.report import Case
 
 _AGREES = 1e-5

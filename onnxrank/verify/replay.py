@@ -15,12 +15,13 @@ from onnxrank.verify.inputs import rows, violations
 from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Measure, Sample
 from onnxrank.verify.options import LEVELS
+from onnxrank.verify.points import Point
 from onnxrank.verify.recorded import Request, source
 from onnxrank.verify.report import Case, Ranking
 from onnxrank.verify.side import Side, run_both
 
 if TYPE_CHECKING:
-    from onnxrank.verify.engine import Engine, Point
+    from onnxrank.verify.engine import Engine
 
 RECORDED = "recorded"
 _BATCH = 64
@@ -84,8 +85,6 @@ def _collect(pending: set[Future[_Done]], total: _Totals, rows_known: int | None
 
 def _batches(engine: Engine, total: _Totals, requests: Iterator[Request]) -> Iterator[list[Point]]:
     """Requests that keep the contract, in batches; the others are findings."""
-    from onnxrank.verify.engine import Point
-
     batch: list[Point] = []
     size = 0
     for number, r in enumerate(requests):

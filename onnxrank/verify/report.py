@@ -239,8 +239,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, and something was compared."""
-        return "failed" not in self.verdicts.values() and "passed" in self.verdicts.values()
+        """Whether nothing failed, and scores were compared."""
+        return "failed" not in self.verdicts.values() and self.verdicts["rounding"] == "passed"
 
     @property
     def errors(self) -> list[Finding]:

@@ -197,11 +197,20 @@ class Host:
         return self._flat[key], folder
 
 
+_DO: dict[str, Callable[..., Any]] = {
+    do.__name__: do
+    for do in (
+        Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.expose,
+        Host.inlined, Host.raised, Host.available,
+    )
+}  # fmt: skip
+"""What may be asked for."""
+
+
 def answer(host: Host, message: Mapping[str, Any]) -> dict[str, Any]:
     """What a message is answered with: `result`, or `error` and the exit code that stands for its kind."""
     try:
-        do: Callable[..., Any] = getattr(host, message["do"])
-        return {"result": do(**message["with"])}
+        return {"result": _DO[message["do"]](host, **message["with"])}
     except OnnxrankError as e:
         return {"error": str(e), "code": e.exit_code}
     except MemoryError:
