@@ -192,6 +192,15 @@ class Engine:
         found = terms(original, optimized, o.request, o.spec, o.roles)
         for note in found.notes:
             self.report.find("structure", "contract", f"{note[0].upper()}{note[1:]}.", "warning")
+        told = not (o.request or o.spec or o.roles) and found.source.startswith("told")
+        if told and all(r.level == "candidate" for r in found.roles.inputs.values()):
+            self.report.find(
+                "structure",
+                "contract",
+                "Nothing says that an input is the same for all candidates of a request, so all of them were varied. Name "
+                "such inputs with --request or --roles.",
+                "note",
+            )
         self.report.contract = {"source": found.source, **found.roles.to_dict()}
         return found
 

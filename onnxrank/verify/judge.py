@@ -310,7 +310,7 @@ def ranked(
         if moves:
             row, column = mover
             request = s.request if s.request is not None else f"generated, seed {s.seed}"
-            places = [int((x[:, column] > x[row, column]).sum()) + 1 for x in (before, after)]
+            places = [ranking.rank(x[:, column], row) for x in (before, after)]
             place = Place(
                 s.output, (row, column) if before.shape[1] > 1 else (row,), row, request, *(f"rank {p}" for p in places)
             )

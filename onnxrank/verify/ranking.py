@@ -69,6 +69,12 @@ def order(before: NDArray[Any], after: NDArray[Any], tie: float, top_k: int) -> 
     return Order(overlap, tau, move, int(moves.argmax()) if move else None)
 
 
+def rank(scores: NDArray[Any], candidate: int) -> int:
+    """The place of a candidate, the best being 1; those of one score share the best place of theirs."""
+    found = _sunk(scores)
+    return int((found > found[candidate]).sum()) + 1
+
+
 def _sunk(scores: NDArray[Any]) -> NDArray[np.float64]:
     """Scores in float64; NaN ranks last."""
     out = scores.astype(np.float64)

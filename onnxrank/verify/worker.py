@@ -20,6 +20,7 @@ from onnxrank.verify import wire
 from onnxrank.verify.truth import Truth
 
 CPU = "CPUExecutionProvider"
+_TOO_MUCH = {"error": "it needs more memory than its process may use", "code": ModelError.exit_code}
 NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 """Execution providers by the names that the command line has for them."""
 
@@ -212,9 +213,11 @@ def answer(host: Host, message: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {"result": _DO[message["do"]](host, **message["with"])}
     except OnnxrankError as e:
+        if isinstance(e.__cause__, MemoryError):
+            return _TOO_MUCH
         return {"error": str(e), "code": e.exit_code}
     except MemoryError:
-        return {"error": "not enough memory", "code": EnvironmentProblem.exit_code}
+        return _TOO_MUCH
     except Exception as e:
         return {"error": f"{type(e).__name__}: {runtime.first_line(e)}", "code": ModelError.exit_code}
 
@@ -238,4 +241,4 @@ def main() -> None:
         except BrokenPipeError:
             return
         except MemoryError:
-            wire.send(sink, {"error": "not enough memory", "code": EnvironmentProblem.exit_code})
+            wire.send(sink, _TOO_MUCH)

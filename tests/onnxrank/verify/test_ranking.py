@@ -60,6 +60,11 @@ def test_logloss() -> None:
     assert np.isfinite(ranking.logloss(np.array([0.0, 1.0]), y)).all()  # type: ignore[arg-type]
 
 
+def test_rank() -> None:
+    scores = np.array([0.5, np.nan, 2.0, 0.5])
+    assert [ranking.rank(scores, k) for k in range(4)] == [2, 4, 1, 2]
+
+
 def test_columns() -> None:
     assert ranking.columns(np.zeros((3, 2), np.float32), 3).shape == (3, 2)  # type: ignore[union-attr]
     assert ranking.columns(np.zeros(3, np.float32), 3).shape == (3, 1)  # type: ignore[union-attr]

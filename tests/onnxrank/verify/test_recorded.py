@@ -10,7 +10,7 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mutants import FOLDER, pair
+from mutants import pair
 from onnx import numpy_helper
 
 from onnxrank.errors import UsageError
@@ -136,11 +136,11 @@ def test_difference_names_the_request(tmp_path: Path) -> None:
         Options(roles=right.roles, level="quick", candidates=(2,), seeds=1, data=tmp_path / "r.npz",
                 save_failing=tmp_path / "out", bisect=True),
     )  # fmt: skip
-    if quiet.passed:
-        places = {c.place.request for c in found.failed_cases if c.place is not None}
-        assert all("request_id 1" in p for p in places) and places
-        assert (tmp_path / "out" / "repro.py").exists()
-    assert not found.passed
+    assert quiet.passed and not found.passed
+    places = {c.place.request for c in found.failed_cases if c.place is not None}
+    assert places and all("request_id 1" in p for p in places)
+    assert (tmp_path / "out" / "repro.py").exists()
+    assert found.culprit is not None and found.culprit.tensor == gather.output[0]
 
 
 @pytest.mark.parametrize(
@@ -203,4 +203,3 @@ def test_out_of_range_is_named(tmp_path: Path) -> None:
     found = check(tmp_path / "r.npz")
     assert not found.passed
     assert found.errors[0].model == "original" and "request_id 0" in found.errors[0].message
-    assert FOLDER.is_dir()
