@@ -32,6 +32,7 @@ from onnxrank.verify.words import count, sentence, worst
 
 Progress = Callable[[str], None]
 _TRUTH = "float64"
+_ROUNDED = "rounded"
 _STEP = 2.0**-7
 """A step of 8-bit quantisation, of a range of both signs."""
 
@@ -197,8 +198,8 @@ class Engine:
             self.report.find(
                 "structure",
                 "contract",
-                "Nothing says that an input is the same for all candidates of a request, so all of them were varied. Name "
-                "such inputs with --request or --roles.",
+                "Nothing says that an input is the same for all candidates of a request, so all of them were varied. "
+                "Name such inputs with --request or --roles.",
                 "note",
             )
         self.report.contract = {"source": found.source, **found.roles.to_dict()}
@@ -459,12 +460,7 @@ class Engine:
             if coarse is None:
                 self.file("algebra", judge.algebra(samples))
             else:
-                report.find(
-                    "algebra",
-                    "precision",
-                    "The models' weights are rounded to different types, so they are not the same function in float64.",
-                    "note",
-                )
+                self._rounded_algebra()
         self.file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
         report.statistics = judge.statistics(samples, self.held)
         plain = [s for s in samples if s.inputs not in POISONED]
@@ -480,6 +476,39 @@ class Engine:
                     "note",
                     model="original",
                 )
+
+    def _rounded_algebra(self) -> None:
+        """Compares models whose weights are rounded to different types: both in float64, with weights rounded alike."""
+        points = [p for p in self.points if p.candidates > 0 and p.inputs not in POISONED]
+        try:
+            for side in self.sides:
+                side.open(_ROUNDED, precision="rounded", to=structure.half_type(*(s.proto for s in self.sides)))
+        except (ModelError, EnvironmentProblem) as e:
+            self._no_truth(side, e)
+            return
+        answers = run_both(self.sides, _ROUNDED, [[p.feed for p in points], [p.bound for p in points]], self.shared)
+        cases = judge.algebra(
+            [
+                Sample("cpu", _TRUTH, p.inputs, p.candidates, p.seed, k, a[k], b[k], a[k], b[k])
+                for p, a, b in zip(points, *answers, strict=True)
+                if not isinstance(a, ModelError) and not isinstance(b, ModelError)
+                for k in self.shared
+            ]
+        )
+        failed = [c for c in cases if not c.passed]
+        if not failed:
+            self.file("algebra", cases)
+            return
+        far = max(failed, key=lambda c: c.error)
+        self.report.find(
+            "algebra",
+            "precision",
+            "The models differ by more than the rounding of their weights to 16 bits: with weights rounded alike, "
+            f"{far.output!r} is off by {far.error:.3g} in float64. Constants that were folded before they were rounded, or "
+            "that 16 bits cannot hold, explain that; so does an error.",
+            "warning",
+            place=far.place,
+        )
 
     def file(self, verdict: str, cases: Sequence[Case]) -> None:
         """Takes comparisons into the report."""

@@ -49,6 +49,13 @@ def changes_precision(original: ModelProto, optimized: ModelProto) -> bool:
     return runtime.has_half(original) != runtime.has_half(optimized)
 
 
+def half_type(*models: ModelProto) -> int:
+    """The 16-bit float type that occurs in some models."""
+    kinds = [t.data_type for m in models for t in m.graph.initializer]
+    kinds += [i.type.tensor_type.elem_type for m in models for i in m.graph.input]
+    return int(TensorProto.BFLOAT16 if TensorProto.BFLOAT16 in kinds else TensorProto.FLOAT16)
+
+
 def quantises(model: ModelProto) -> bool:
     """Whether values are rounded to integers on the way, so that a last digit may become a whole step."""
     return any(n.op_type in _QUANTISING for n in model.graph.node)

@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import runtime
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
+from onnxrank.model import tensors
 from onnxrank.study import element_types
 
 _LACKS = re.compile(r"(?:Could not find an implementation for|Failed to find kernel for) (\w+)\(")
@@ -118,6 +120,28 @@ class _Part:
             return dict(zip(self.outputs, made, strict=True))
         except Exception as e:
             raise ModelError(f"the model cannot be run in float64: {runtime.first_line(e)}") from e
+
+
+def rounded(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = None) -> ModelProto:
+    """A copy of a model with every float weight rounded to a narrower type, but kept in its own.
+
+    What the type cannot hold becomes the largest number that it can, as converters do.
+
+    Args:
+        model: The model.
+        to: ONNX element type.
+        folder: Where its external data lies.
+    """
+    out = ModelProto()
+    out.CopyFrom(model)
+    kind = helper.tensor_dtype_to_np_dtype(to)
+    most = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
+    for t in tensors(out):
+        if t.data_type in runtime.FLOATS:
+            data = numpy_helper.to_array(t, "" if folder is None else os.fspath(folder))
+            wide = np.where(np.isfinite(data), np.clip(data.astype(np.float64), -most, most), data.astype(np.float64))
+            t.CopyFrom(numpy_helper.from_array(wide.astype(kind).astype(data.dtype), t.name))
+    return out
 
 
 def _floats(model: ModelProto) -> int:

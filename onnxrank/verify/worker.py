@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 from onnxrank import runtime
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
 from onnxrank.verify import wire
-from onnxrank.verify.truth import Truth
+from onnxrank.verify.truth import Truth, rounded
 
 CPU = "CPUExecutionProvider"
 _TOO_MUCH = {"error": "it needs more memory than its process may use", "code": ModelError.exit_code}
@@ -96,6 +96,7 @@ class Host:
         level: str = "all",
         precision: str = "own",
         tf32: bool = False,
+        to: int = TensorProto.FLOAT16,
     ) -> dict[str, Any]:
         """Makes a session.
 
@@ -104,7 +105,9 @@ class Host:
             key: The model.
             provider: `cpu` or `cuda`.
             level: ORT's graph optimisations, `disabled` or `all`.
-            precision: `own`, `float` (16-bit types raised) or `double` (all floats raised).
+            precision: `own`, `float` (16-bit types raised), `double` (all floats raised) or `rounded` (the same, but
+                weights rounded to `to` before).
+            to: ONNX element type.
             tf32: Whether a GPU may round the operands of float32 products to 10 bits.
 
         Raises:
@@ -112,8 +115,8 @@ class Host:
             EnvironmentProblem: The provider is not there, or the session fell back to another.
         """
         flat, folder = self._flattened(key)
-        if precision == "double":
-            truth = Truth(flat, folder)
+        if precision in ("double", "rounded"):
+            truth = Truth(flat if precision == "double" else rounded(flat, to, folder), folder)
             self._sessions[session] = truth
             return {"how": truth.how}
         model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)

@@ -17,6 +17,7 @@ from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.verify import Options, Report, verify
 
 RNG = np.random.default_rng(0)
+HALF = int(TensorProto.FLOAT16)
 W = RNG.standard_normal((8, 1)).astype(np.float32)
 
 
@@ -125,12 +126,14 @@ def test_damaged_contract() -> None:
 
 
 def test_half_against_float() -> None:
-    """The weights are rounded, so there is no algebra to hold; the rounding is that of 16 bits."""
-    found = verify(tower(), tower(dtype=int(TensorProto.FLOAT16)))
-    assert found.passed, found.errors
-    assert found.verdicts["algebra"] == "skipped" and "float16" in messages(found, "warning")
-    wrong = tower(weights=W * np.float32(1.3), dtype=int(TensorProto.FLOAT16))
-    assert not verify(tower(), wrong).passed
+    """With weights rounded alike it is the same function; the rounding allowed is that of 16 bits."""
+    for pair_of in ((tower(), tower(dtype=HALF)), (tower(dtype=HALF), tower()), (tower(), tower(user=1, dtype=HALF))):
+        found = verify(*pair_of)
+        assert found.passed, found.errors
+        assert found.verdicts["algebra"] == "passed" and "float16" in messages(found, "warning")
+    assert not verify(tower(), tower(weights=W * np.float32(1.3), dtype=HALF)).passed
+    slightly = verify(tower(), tower(weights=W * np.float32(1.003), dtype=HALF))
+    assert slightly.verdicts["algebra"] == "skipped" and "more than the rounding" in messages(slightly, "warning")
 
 
 def test_user_limits() -> None:
