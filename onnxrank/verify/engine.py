@@ -504,8 +504,8 @@ class Engine:
             "algebra",
             "precision",
             "The models differ by more than the rounding of their weights to 16 bits: with weights rounded alike, "
-            f"{far.output!r} is off by {far.error:.3g} in float64. Constants that were folded before they were rounded, "
-            "or that 16 bits cannot hold, explain that; so does an error.",
+            f"{far.output!r} is off by {far.error:.3g} in float64. Constants that were folded before they were "
+            "rounded, or that 16 bits cannot hold, explain that; so does an error.",
             "warning",
             place=far.place,
         )
