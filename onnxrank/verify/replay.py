@@ -49,7 +49,7 @@ def replay(engine: Engine) -> None:
     options, report = engine.options, engine.report
     assert options.data is not None
     found = source(options.data, engine.binding.declared, options.request_id, options.labels)
-    jobs = options.jobs or os.cpu_count() or 1
+    jobs = options.jobs or (1 if any(s.large for s in engine.sides) else os.cpu_count() or 1)
     pool = _Pairs(engine, jobs)
     total = _Totals(engine)
     engine.say("recorded requests")

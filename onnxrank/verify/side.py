@@ -46,6 +46,11 @@ class Side:
         """The model."""
         return self.loaded.proto
 
+    @property
+    def large(self) -> bool:
+        """Whether it is too large to be kept in memory several times."""
+        return _size(self.loaded) > _LARGE
+
     def twin(self) -> Side:
         """The same model with the same sessions for another process."""
         other = Side(self.name, self.loaded, self.timeout, self._memory, self._memory is not None)
@@ -109,7 +114,7 @@ class Side:
 
     def spare(self, session: str) -> None:
         """Closes the session of a model too large to be kept several times; it is made again where it is needed."""
-        if session in self._there and _size(self.loaded) > _LARGE:
+        if session in self._there and self.large:
             self.call("close", session=session)
             self._there.discard(session)
 
