@@ -148,10 +148,15 @@ class Engine:
 
     def _compare(self, found: Terms) -> None:
         self.say("finding the ranges of the inputs")
-        self.ranges, self.symbols = self._study(found)
+        try:
+            self.ranges, self.symbols = self._study(found)
+            self.points = list(generate(self.binding, self.ranges, self.symbols, self.options))
+        except ModelError as e:
+            if self.options.data is None:
+                raise
+            self._only_recorded(str(e))
         self._find_precision()
         self.truth = self._open_truth()
-        self.points = list(generate(self.binding, self.ranges, self.symbols, self.options))
         if not self.compare(self.points):
             return
         self.say("permuting, dropping and changing candidates")
@@ -335,7 +340,7 @@ class Engine:
     # --- comparing ---------------------------------------------------------------------------------------------------
 
     def compare(self, points: Sequence[Point]) -> bool:
-        """Runs both models everywhere and judges what they give; whether the second model runs at all."""
+        """Runs both models everywhere and judges what they give; whether the second model loads everywhere."""
         theirs = {o.name for o in self.optimized.proto.graph.output}
         self.shared = [n for n in self.names if n in theirs]
         if not self.shared:
@@ -350,7 +355,7 @@ class Engine:
                 for side in self.sides:
                     side.spare(f"{provider}/{level}")
         self._judge()
-        return bool(self.samples)
+        return True
 
     def _run_truth(self, points: Sequence[Point]) -> list[tuple[Outputs, Outputs] | None]:
         if not self.truth:
@@ -405,6 +410,9 @@ class Engine:
             if isinstance(why, Crashed):
                 self._crash("rounding", self.original, f"with {p.candidates} candidates {where}", why)
                 return
+            if self.options.data is not None:
+                self._only_recorded(str(why))
+                return
             raise ModelError(
                 f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its "
                 "own, give their range in a roles file."
@@ -418,6 +426,15 @@ class Engine:
             f"The original {how} with {count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared "
             "there.",
             "warning" if dies else "note",
+            model="original",
+        )
+
+    def _only_recorded(self, why: str) -> None:
+        self.report.find(
+            "rounding",
+            "original",
+            f"The original does not run on some generated inputs, so recorded requests speak for those: {why}",
+            "warning",
             model="original",
         )
 

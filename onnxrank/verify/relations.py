@@ -25,7 +25,7 @@ _TRUTH = "float64"
 def relate(engine: Engine) -> None:
     """Tries the relations, in float64 where both models run in it, and puts what comes of it into the report."""
     count = max([n for n in engine.options.counts if 2 <= n <= MOST_ODD], default=0)
-    if not count:
+    if not count or not engine.samples:
         return
     maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.ranges)
     per_row = _per_row(engine)

@@ -10,10 +10,11 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import INT64, Graph
 from mutants import pair
 from onnx import numpy_helper
 
-from onnxrank.errors import UsageError
+from onnxrank.errors import ModelError, UsageError
 from onnxrank.verify import Options, Report, verify
 
 RANKER = "mmoe.torchscript"
@@ -203,3 +204,23 @@ def test_out_of_range_is_named(tmp_path: Path) -> None:
     found = check(tmp_path / "r.npz")
     assert not found.passed
     assert found.errors[0].model == "original" and "request_id 0" in found.errors[0].message
+
+
+def test_values_of_their_own(tmp_path: Path) -> None:
+    """Generated ids miss a table that is looked up with every third row; recorded ones do not."""
+    g = Graph(17)
+    user, item = g.input("user", ["N", 2]), g.input("item", ["N"], INT64)
+    table_of = g.const(np.arange(24, dtype=np.float32).reshape(12, 2))
+    rows = g.op("Gather", table_of, g.op("Mul", item, g.const(3, np.int64)))
+    g.output(g.op("ReduceSum", g.op("Mul", user, rows), g.ints(1), keepdims=0), ["N"])
+    model = g.model()
+    with pytest.raises(ModelError, match="give their range"):
+        verify(model, model, Options(request=["user"]))
+    np.savez(tmp_path / "r.npz", user=np.ones((4, 2), np.float32), item=np.array([0, 1, 2, 3]))
+    found = verify(model, model, Options(request=["user"], data=tmp_path / "r.npz"))
+    assert found.passed and found.requests == 1
+    assert any("recorded requests speak for those" in f.message for f in found.findings)
+    model.graph.initializer[0].raw_data = bytes(96)
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(model)
+    assert not verify(g.model(), wrong, Options(request=["user"], data=tmp_path / "r.npz")).passed
