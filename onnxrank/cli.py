@@ -20,6 +20,8 @@ import click
 from onnxrank.errors import CheckFailed, EnvironmentProblem, NothingApplied, OnnxrankError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from onnxrank.report import Report
     from onnxrank.rewrite import Rule
 
@@ -27,6 +29,7 @@ INTERNAL = 70
 INTERRUPTED = 130
 TERMINATED = 143
 BROKEN_PIPE = 141
+_BAR = 30
 _PATIENCE = 1.0  # seconds before progress is shown
 
 
@@ -196,6 +199,218 @@ def optimize(
         raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")
 
 
+def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Reads `0,1,2,17,512`."""
+    if value is None:
+        return None
+    parts = [p.strip() for p in value.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,6}", p) for p in parts):
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,1,2,17,512.", ctx, param)
+    return tuple(int(p) for p in parts)
+
+
+def _providers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """Reads `cpu,cuda`."""
+    names = tuple(dict.fromkeys(p.strip().lower() for p in value.split(",")))
+    if not set(names) <= {"cpu", "cuda"}:
+        raise click.BadParameter(f"{value!r} is not cpu, cuda or both with a comma.", ctx, param)
+    return names
+
+
+def _limits(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str | None, float]:
+    """Reads `[OUTPUT:]VALUE`; an output's name may hold colons itself."""
+    found: dict[str | None, float] = {}
+    for text in value:
+        output, _, number = text.rpartition(":")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = -1.0
+        if not 0 <= limit < float("inf"):
+            raise click.BadParameter(f"{text!r} is not [OUTPUT:]VALUE with a value of 0 or more.", ctx, param)
+        found[output or None] = limit
+    return found
+
+
+@cli.command(short_help="Tell whether two models give the same scores.")
+@click.argument("original", metavar="ORIGINAL")
+@click.argument("optimized", metavar="OPTIMIZED")
+@click.option(
+    "--request",
+    multiple=True,
+    metavar="PATTERN",
+    help="Inputs that are the same for all candidates of a request, as for optimize. Without this, --roles and a "
+    "contract in the metadata, the inputs that OPTIMIZED takes with one row.",
+)
+@click.option("--roles", metavar="FILE", help="The same, with value ranges and axes, as YAML or JSON.")
+@click.option("--ep", callback=_providers, default="cpu", show_default=True, help="Execution providers: cpu,cuda.")
+@click.option(
+    "--no-tf32", is_flag=True, help="With --ep cuda: do not let the GPU round operands of products to 10 bits."
+)
+@click.option(
+    "--data",
+    metavar="FILE|DIR",
+    help="Recorded requests to compare on as well: .npz, a folder of .npz files or of ONNX test data, or Parquet.",
+)
+@click.option(
+    "--request-id",
+    default="request_id",
+    show_default=True,
+    metavar="NAME",
+    help="Key or column of the request's identity.",
+)
+@click.option("--labels", metavar="NAME", help="Key or column of recorded labels, for AUC and log loss.")
+@click.option(
+    "--candidates",
+    callback=_counts,
+    metavar="N,N,…",
+    help="Numbers of candidates.  [default: 0,1,2,17,512; quick: no 512]",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), metavar="N", help="Different users for each.  [default: 3; quick: 2]"
+)
+@click.option(
+    "--rtol",
+    multiple=True,
+    callback=_limits,
+    metavar="[OUTPUT:]VALUE",
+    help="A limit beside the one by rounding. Repeatable.",
+)
+@click.option(
+    "--atol", multiple=True, callback=_limits, metavar="[OUTPUT:]VALUE", help="Likewise, absolute. Repeatable."
+)
+@click.option(
+    "--top-k", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Best candidates compared."
+)
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "full"]),
+    default="full",
+    show_default=True,
+    help="quick leaves out odd inputs and large N.",
+)
+@click.option(
+    "--report",
+    multiple=True,
+    metavar="[FORMAT:]FILE",
+    help="Write the report as text, json, junit, sarif or markdown; github alone prints annotations. Repeatable.",
+)
+@click.option(
+    "--save-failing", metavar="DIR", help="Write the smallest failing case there: inputs, both models, repro.py."
+)
+@click.option("--bisect", is_flag=True, help="On failure, name the first rule and site, or tensor, at fault.")
+@click.option(
+    "--rules", multiple=True, metavar="PATH", help="With --bisect: a Python file with further rules. Repeatable."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=120.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds for one step of a model.",
+)
+@click.option("--memory", type=click.FloatRange(0.5), metavar="GIB", help="Address space of each model's process.")
+@click.option(
+    "--jobs", type=click.IntRange(1, 1024), metavar="N", help="Processes for recorded requests.  [default: cores]"
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print every step and comparison, and tracebacks of internal errors."
+)
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    original: str,
+    optimized: str,
+    request: tuple[str, ...],
+    roles: str | None,
+    ep: tuple[str, ...],
+    no_tf32: bool,
+    data: str | None,
+    request_id: str,
+    labels: str | None,
+    candidates: tuple[int, ...] | None,
+    seeds: int | None,
+    rtol: dict[str | None, float],
+    atol: dict[str | None, float],
+    top_k: int,
+    level: str,
+    report: tuple[str, ...],
+    save_failing: str | None,
+    bisect: bool,
+    rules: tuple[str, ...],
+    timeout: float,
+    memory: float | None,
+    jobs: int | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Tell whether two models give the same scores.
+
+    Compares OPTIMIZED with ORIGINAL, which is right by definition: the algebra in float64, the rounding in the models'
+    own types on every provider and optimisation level, and the order of candidates. Each model runs in a process of its
+    own.
+    """
+    ctx.find_root().obj = {"verbose": verbose}
+    if quiet and verbose:
+        raise click.UsageError("-q and -v exclude each other.", ctx)
+    if labels is not None and data is None:
+        raise click.UsageError("--labels needs recorded requests: --data FILE|DIR.", ctx)
+
+    from onnxrank.roles import load_spec
+    from onnxrank.verify import Options, failure, reports
+    from onnxrank.verify import verify as run
+
+    for target in report:
+        reports.check_target(target, [original, optimized])
+    if save_failing is not None:
+        _check_folder(save_failing)
+    options = Options(
+        request=request,
+        spec=None if roles is None else load_spec(roles),
+        providers=ep,
+        data=data,
+        request_id=request_id,
+        labels=labels,
+        candidates=candidates,
+        seeds=seeds,
+        rtol=rtol,
+        atol=atol,
+        top_k=top_k,
+        level=level,
+        bisect=bisect,
+        save_failing=save_failing,
+        rules=rules,
+        timeout=timeout,
+        memory=None if memory is None else int(memory * (1 << 30)),
+        jobs=jobs,
+        tf32=not no_tf32,
+    )
+    with _progress(quiet, verbose) as progress:
+        found = run(original, optimized, options, progress)
+    for target in report:
+        reports.write(found, target, verbose)
+    if not quiet:
+        taken = any(reports.target_of(target)[1] == "-" for target in report)
+        stream = sys.stderr if taken else sys.stdout
+        _show(stream, lambda console: reports.show(found, console, verbose))
+    if not found.passed:
+        raise CheckFailed(failure(found))
+
+
+def _check_folder(path: str) -> None:
+    """Finds out before any work whether files can be written to a folder, which may not exist yet."""
+    place = os.path.realpath(path)
+    if os.path.isdir(place) and os.listdir(place):
+        raise UsageError(f"{path} is not empty; name a new folder for the failing case.")
+    parent = place if os.path.isdir(place) else os.path.dirname(place)
+    if os.path.exists(place) and not os.path.isdir(place):
+        raise UsageError(f"{path} is no folder.")
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} cannot be written: {parent} is missing or not writable.")
+
+
 @cli.command("rules", short_help="List the rules, or explain one.")
 @click.argument("name", metavar="[RULE]", required=False)
 def list_rules(name: str | None) -> None:
@@ -236,33 +451,47 @@ def _explain(rule: Rule) -> None:
 
 
 def _read_npz(path: str) -> dict[str, Any]:
-    import zipfile
-    import zlib
+    from pathlib import Path
 
-    import numpy as np
+    from onnxrank.verify.recorded import read_archive
 
-    try:
-        data = np.load(path, allow_pickle=False)
-        if not isinstance(data, np.lib.npyio.NpzFile):
-            raise UsageError(f"{path} holds a single array; an .npz file with an array per input is needed.")
-        with data:
-            return {key: data[key] for key in data.files}
-    except OSError as e:
-        raise UsageError(f"The recorded requests {path} cannot be read: {e.strerror or e}.") from e
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        raise UsageError(f"The recorded requests {path} are not an .npz file of plain arrays: {_line(e)}.") from e
+    return read_archive(Path(path))
 
 
 def _print(report: Report, stream: TextIO, explain: bool, verbose: bool) -> None:
-    from rich.console import Console
-
     from onnxrank.render import print_report
+
+    _show(stream, lambda console: print_report(report, console, explain, verbose))
+
+
+def _show(stream: TextIO, show: Callable[[Console], None]) -> None:
+    from rich.console import Console
 
     console = Console(file=stream)
     # Written here rather than by rich, which would end the process where the reader went away.
     with console.capture() as captured:
-        print_report(report, console, explain, verbose)
+        show(console)
     stream.write(captured.get())
+
+
+class _Steps:
+    """Shows what is being done, and how far it is where that is counted."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._step = ""
+
+    def __call__(self, step: str) -> None:
+        self._step = step
+        self._show(step)
+
+    def advance(self, done: int, total: int | None) -> None:
+        """Shows a bar, or just a count where the total is not known."""
+        if not total:
+            self._show(f"{self._step}: {done} candidates")
+            return
+        full = min(_BAR, _BAR * done // total)
+        self._show(f"{self._step} {'━' * full}{'╌' * (_BAR - full)} {100 * done // total} %")
 
 
 @contextlib.contextmanager
@@ -289,7 +518,7 @@ def _progress(quiet: bool, verbose: bool) -> Iterator[Callable[[str], None] | No
         timer.daemon = True
         timer.start()
         try:
-            yield lambda step: status.update(step)
+            yield _Steps(status.update)
         finally:
             timer.cancel()
             with lock:

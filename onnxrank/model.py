@@ -245,6 +245,19 @@ def tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from (s.values, s.indices)
 
 
+def without_external(model: ModelProto) -> ModelProto:
+    """A copy whose external tensors are empty, for the checker, which looks for them in the current folder."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    for t in tensors(out):
+        if t.data_location == TensorProto.EXTERNAL:
+            t.ClearField("external_data")
+            t.data_location = TensorProto.DEFAULT
+            del t.dims[:]
+            t.dims.append(0)
+    return out
+
+
 def _is_external(tensor: TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 

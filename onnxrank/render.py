@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -257,8 +257,15 @@ def _share_of_tolerance(c: Any) -> float:
 # --- to files ----------------------------------------------------------------------------------------------------
 
 
-def parse_target(target: str) -> tuple[str, str]:
+def parse_target(
+    target: str, formats: Sequence[str] = FORMATS, endings: Mapping[str, str] = _ENDINGS
+) -> tuple[str, str]:
     """Reads `[FORMAT:]FILE`; without a format the file's ending tells it. `-` is stdout.
+
+    Args:
+        target: What to read.
+        formats: The formats there are.
+        endings: Formats by the endings of files.
 
     Returns:
         The format and the file.
@@ -267,14 +274,14 @@ def parse_target(target: str) -> tuple[str, str]:
         UsageError: The format or the ending is unknown, or there is no file.
     """
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9_+.]+):(.*)", target, re.DOTALL)  # C:\x is a path
-    kinds = f"{' or '.join(FORMATS)}"
+    kinds = " or ".join(formats)
     if match:
         form, file = match[1].lower(), match[2]
-        if form not in FORMATS:
+        if form not in formats:
             raise UsageError(f"--report {target}: the format {match[1]!r} is unknown; it must be {kinds}.")
     else:
         file = target
-        form = _ENDINGS.get(os.path.splitext(file)[1].lower(), "")
+        form = endings.get(os.path.splitext(file)[1].lower(), "")
         if file and not form:
             raise UsageError(
                 f"--report {target}: the format cannot be told from the file's ending. Put {kinds} in front, such as "
@@ -285,19 +292,26 @@ def parse_target(target: str) -> tuple[str, str]:
     return form, file
 
 
-def check_target(target: str, taken: Sequence[str | os.PathLike[str]] = ()) -> None:
+def check_target(
+    target: str,
+    taken: Sequence[str | os.PathLike[str]] = (),
+    formats: Sequence[str] = FORMATS,
+    endings: Mapping[str, str] = _ENDINGS,
+) -> None:
     """Finds out before any work whether a report can be written.
 
     Args:
         target: `[FORMAT:]FILE`.
         taken: Files that it must not replace.
+        formats: The formats there are.
+        endings: Formats by the endings of files.
 
     Raises:
         UsageError: It cannot.
     """
     from onnxrank.model import check_output
 
-    _, file = parse_target(target)
+    _, file = parse_target(target, formats, endings)
     if file == "-" or _is_stream(Path(file)):
         return
     place = check_output(file)
@@ -318,11 +332,26 @@ def write_report(report: Report, target: str, explain: bool = False, verbose: bo
         UsageError: The format is unknown, or the file cannot be written.
         EnvironmentProblem: There is no space.
     """
+    form, file = parse_target(target)
+    encoding = encoding_of(file)
+    put(file, to_json(report) if form == "json" else to_text(report, explain, verbose, encoding))
+
+
+def encoding_of(file: str) -> str:
+    """What text to a file is written in: UTF-8, but for stdout, which is `-`, its own."""
+    return (sys.stdout.encoding or "utf-8") if file == "-" else "utf-8"
+
+
+def put(file: str, text: str) -> None:
+    """Writes text to a file, which appears whole or not at all, to a device, or to stdout, which is `-`.
+
+    Raises:
+        UsageError: The file cannot be written.
+        EnvironmentProblem: There is no space.
+    """
     from onnxrank.model import check_output, replace_files
 
-    form, file = parse_target(target)
-    encoding = (sys.stdout.encoding or "utf-8") if file == "-" else "utf-8"
-    text = to_json(report) if form == "json" else to_text(report, explain, verbose, encoding)
+    encoding = encoding_of(file)
 
     def write(out: BinaryIO) -> None:
         out.write(text.encode(encoding))
@@ -338,14 +367,24 @@ def write_report(report: Report, target: str, explain: bool = False, verbose: bo
 
 def to_json(report: Report) -> str:
     """The JSON form, which `optimize.schema.json` describes, ending in a newline."""
-    return json.dumps(_finite(report.to_dict()), indent=2, allow_nan=False) + "\n"
+    return dumps(report.to_dict())
+
+
+def dumps(value: Any) -> str:
+    """Readable JSON that ends in a newline; null stands for NaN and infinity."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def to_text(report: Report, explain: bool = False, verbose: bool = False, encoding: str = "utf-8") -> str:
     """The report as plain text that the encoding takes."""
+    return plain(lambda console: print_report(report, console, explain, verbose), encoding)
+
+
+def plain(show: Callable[[Console], None], encoding: str = "utf-8") -> str:
+    """What something prints, as plain text that the encoding takes."""
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
     console = Console(file=file, width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
-    print_report(report, console, explain, verbose)
+    show(console)
     file.seek(0)
     return "".join(f"{line.rstrip()}\n" for line in file)
 

@@ -127,7 +127,7 @@ def run(made: Any, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[s
     Raises:
         ModelError: The run failed; the message is onnxruntime's own.
     """
-    types = {"tensor(double)": np.float64, "tensor(float)": np.float32}
+    types = {"tensor(double)": np.float64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
     wanted = {i.name: types.get(i.type) for i in made.get_inputs()}
     names = list(outputs) if outputs is not None else [o.name for o in made.get_outputs()]
     try:

@@ -1,0 +1,573 @@
+"""Holds one model against another under a contract: `verify`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxrank import model as files
+from onnxrank import runtime
+from onnxrank.errors import EnvironmentProblem, ModelError
+from onnxrank.feeds import Ranges
+from onnxrank.verify import judge, structure
+from onnxrank.verify.inputs import ORDINARY, POISONED
+from onnxrank.verify.isolate import Crashed
+from onnxrank.verify.judge import Sample
+from onnxrank.verify.options import LEVELS, Options
+from onnxrank.verify.pairing import Terms, bind, terms
+from onnxrank.verify.points import Point, generate
+from onnxrank.verify.relations import relate
+from onnxrank.verify.report import Case, Report, Severity
+from onnxrank.verify.side import MODEL, Outputs, Side, run_both
+from onnxrank.verify.words import count, sentence, worst
+
+Progress = Callable[[str], None]
+_TRUTH = "float64"
+_ROUNDED = "rounded"
+_STEP = 2.0**-7
+"""A step of 8-bit quantisation, of a range of both signs."""
+
+
+def verify(
+    original: str | os.PathLike[str] | ModelProto,
+    optimized: str | os.PathLike[str] | ModelProto,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compares two models that should give the same scores.
+
+    Args:
+        original: The model that is right by definition: a path, or a model in memory.
+        optimized: The model under test.
+        options: Choices; the defaults if None.
+        progress: Called with what is being done.
+
+    Returns:
+        What was found. `passed` is the verdict.
+
+    Raises:
+        UsageError: Options, roles or recorded data cannot be used.
+        ModelError: The original does not run, or a file is no model.
+        EnvironmentProblem: A runtime or a provider is missing.
+    """
+    from onnxrank.verify import isolate
+
+    isolate.warm(2)
+    chosen = options or Options()
+    first, second = files.load(original), files.load(optimized)
+    with Engine(first, second, chosen, progress) as engine:
+        return engine.run()
+
+
+class Engine:
+    """One run of `verify`.
+
+    Args:
+        original: The original.
+        optimized: The model under test.
+        options: Choices.
+        progress: Called with what is being done.
+        known: Ranges of the original's inputs and the symbols of their shapes, where the original was studied before.
+    """
+
+    def __init__(
+        self,
+        original: files.LoadedModel,
+        optimized: files.LoadedModel,
+        options: Options,
+        progress: Progress | None = None,
+        known: tuple[Ranges, Sequence[str]] | None = None,
+    ) -> None:
+        self.options = options
+        self.known = known
+        self._progress = progress
+        self.say = progress or (lambda stage: None)
+        guarded = list(options.providers) == ["cpu"]
+        self.original = Side("original", original, options.timeout, options.memory, guarded)
+        self.optimized = Side("optimized", optimized, options.timeout, options.memory, guarded)
+        self.sides = (self.original, self.optimized)
+        paths = [None if s.loaded.path is None else os.fspath(s.loaded.path) for s in self.sides]
+        self.report = Report(
+            metadata.version("onnxrank"), paths[0], original.sha256, paths[1], optimized.sha256, options.level
+        )
+        self.names = [o.name for o in original.proto.graph.output]
+        self.samples: list[Sample] = []
+        self.shared: list[str] = []
+        self.held: dict[tuple[str, str, str], judge.Measure] = {}
+        self.ranges: Ranges = {}
+        self.symbols: list[str] = []
+        self.truth = False
+        self.precision = "own"
+        self.points: list[Point] = []
+        self.coarse: np.dtype[Any] | None = None
+        self.step = 0.0
+        self._good = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for s in self.sides:
+            s.close(self._good)
+
+    def count(self, done: int, total: int | None) -> None:
+        """Tells how many recorded candidates were compared, of how many if that is known."""
+        advance = getattr(self._progress, "advance", None)
+        if advance is not None:
+            advance(done, total)
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        """Does everything."""
+        start = time.monotonic()
+        self.say("reading the contract")
+        found = self._terms()
+        self.roles = found.roles
+        self.binding = bind(self.original.proto, self.optimized.proto, found.roles)
+        self._environment()
+        fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
+        self.say("checking the structure")
+        loads = self._check() and fed
+        if loads:
+            self._compare(found)
+        self._explain()
+        self.report.settle("structure", True)
+        self.report.seconds = round(time.monotonic() - start, 3)
+        self._good = True
+        return self.report
+
+    def _compare(self, found: Terms) -> None:
+        self.say("finding the ranges of the inputs")
+        try:
+            self.ranges, self.symbols = self._study(found)
+            self.points = list(generate(self.binding, self.ranges, self.symbols, self.options))
+        except ModelError as e:
+            if self.options.data is None:
+                raise
+            self._only_recorded(str(e))
+        self._find_precision()
+        self.truth = self._open_truth()
+        if not self.compare(self.points):
+            return
+        self.say("permuting, dropping and changing candidates")
+        relate(self)
+        if self.options.data is not None:
+            from onnxrank.verify.replay import replay
+
+            replay(self)
+
+    def _explain(self) -> None:
+        """What more is to be said of a failure."""
+        failed = bool(self.report.failed_cases) or any(f.kind in ("crash", "timeout") for f in self.report.errors)
+        for c in worst(self.report.failed_cases):
+            self.report.find(c.verdict, "difference", sentence(c), place=c.place, model="optimized")
+        if not failed:
+            return
+        if self.options.bisect:
+            from onnxrank.verify.bisect import bisect
+
+            self.say("looking for the culprit")
+            self.report.culprit = bisect(self)
+            culprit = self.report.culprit
+            first = next((k for k, f in enumerate(self.report.findings) if f.kind == "difference"), None)
+            if first is not None and (culprit.rule or culprit.tensor):
+                self.report.findings[first] = replace(
+                    self.report.findings[first], rule=culprit.rule, node=culprit.node or culprit.tensor
+                )
+        if self.options.save_failing is not None:
+            from onnxrank.verify.minimise import save_failing
+
+            self.say("cutting the models down")
+            self.report.saved = save_failing(self, self.options.save_failing)
+
+    # --- before anything runs ----------------------------------------------------------------------------------------
+
+    def _terms(self) -> Terms:
+        o = self.options
+        original, optimized = self.original.proto, self.optimized.proto
+        found = terms(original, optimized, o.request, o.spec, o.roles)
+        for note in found.notes:
+            self.report.find("structure", "contract", f"{note[0].upper()}{note[1:]}.", "warning")
+        told = not (o.request or o.spec or o.roles) and found.source.startswith("told")
+        if told and all(r.level == "candidate" for r in found.roles.inputs.values()):
+            self.report.find(
+                "structure",
+                "contract",
+                "Nothing says that an input is the same for all candidates of a request, so all of them were varied. "
+                "Name such inputs with --request or --roles.",
+                "note",
+            )
+        self.report.contract = {"source": found.source, **found.roles.to_dict()}
+        return found
+
+    def _environment(self) -> None:
+        # The original's process is asked, so that a runtime that cannot be loaded is not met here.
+        about = self.original.call("available")
+        cuda = "cuda" in self.options.providers
+        self.report.environment = {
+            "onnxrank": self.report.version,
+            "onnxruntime": about["version"],
+            "providers": list(self.options.providers),
+            "available": about["providers"],
+            "tf32": ("on" if self.options.tf32 else "off") if cuda else "not used",
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        }
+
+    def _check(self) -> bool:
+        """ONNX's own checker on both; whether the second model is one."""
+        before = self._calmly(self.original, "check", key=MODEL)
+        after = self._calmly(self.optimized, "check", key=MODEL)
+        if before is None or after is None:
+            return False
+        if "error" in after:
+            severity: Severity = "warning" if "error" in before else "error"
+            self.report.find(
+                "structure",
+                "checker",
+                f"Not valid ONNX: {after['error']}",
+                severity,
+                model="optimized",
+            )
+            return severity != "error"
+        if "inference" in after and not before:
+            self.report.find(
+                "structure",
+                "checker",
+                f"Its declared types or shapes contradict each other: {after['inference']}",
+                model="optimized",
+            )
+        return True
+
+    def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
+        """Has a model do something; a crash becomes a finding, and None is returned."""
+        try:
+            return side.call(do, **arguments)
+        except Crashed as e:
+            self._crash("structure", side, f"in {do}", e)
+            return None
+
+    def _crash(self, verdict: str, side: Side, doing: str, e: Crashed) -> None:
+        self.report.find(verdict, e.kind, f"The {side.name} model made its process fail {doing}: {e}.", model=side.name)
+
+    def _study(self, found: Terms) -> tuple[Ranges, list[str]]:
+        """Ranges of the original's inputs, and the symbols of their shapes."""
+        if self.known is not None:
+            return self.known[0], list(self.known[1])
+        loaded = self.original.loaded
+        try:
+            made = self.original.call(
+                "study", key=MODEL, roles=found.roles.to_dict(), sha256=loaded.sha256, size=loaded.size
+            )
+        except Crashed as e:
+            raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
+        if made["note"]:
+            raise ModelError(f"The models cannot be compared: {made['note']}.")
+        return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def _open(self, provider: str, level: str) -> bool:
+        """Makes a session of each model; whether the second model loads."""
+        how = {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
+        where = f"({provider}, optimisations {level})"
+        try:
+            self.original.open(f"{provider}/{level}", **how)
+        except Crashed as e:
+            self._crash("rounding", self.original, f"while it was loaded {where}", e)
+            return False
+        except ModelError as e:
+            raise ModelError(f"The original does not load {where}: {e}.") from e
+        try:
+            self.optimized.open(f"{provider}/{level}", **how)
+        except Crashed as e:
+            self._crash("structure", self.optimized, f"while it was loaded {where}", e)
+            return False
+        except ModelError as e:
+            self.report.find("structure", "runtime", f"onnxruntime does not load it {where}: {e}", model="optimized")
+            return False
+        return True
+
+    def _find_precision(self) -> None:
+        """Models with 16-bit floats that the runtime has no kernels for here are compared in float32."""
+        if not any(runtime.has_half(s.proto) for s in self.sides):
+            return
+        for side in self.sides:
+            try:
+                side.open("try", provider=self.options.providers[0], level="disabled", precision="own")
+            except Crashed:
+                return
+            except ModelError:
+                self.precision = "float"
+                self.report.find(
+                    "rounding",
+                    "precision",
+                    "onnxruntime has no 16-bit kernels here for these models: they were compared in float32.",
+                    "note",
+                )
+                return
+
+    def _open_truth(self) -> bool:
+        """Makes float64 sessions of both models; whether there are such."""
+        for side in self.sides:
+            try:
+                side.open(_TRUTH, precision="double")
+            except (ModelError, EnvironmentProblem) as e:
+                self._no_truth(side, e)
+                return False
+        return True
+
+    def _no_truth(self, side: Side, e: Exception) -> None:
+        self.truth = False
+        self.report.find(
+            "algebra",
+            "no truth",
+            f"No float64 run of the {side.name} model was possible ({e}), so the original's own scores were the "
+            "measure.",
+            "warning",
+        )
+
+    # --- comparing ---------------------------------------------------------------------------------------------------
+
+    def compare(self, points: Sequence[Point]) -> bool:
+        """Runs both models everywhere and judges what they give; whether the second model loads everywhere."""
+        theirs = {o.name for o in self.optimized.proto.graph.output}
+        self.shared = [n for n in self.names if n in theirs]
+        if not self.shared:
+            return False
+        truths = self._run_truth(points)
+        for provider in self.options.providers:
+            for level in LEVELS:
+                self.say(f"comparing on {provider}, optimisations {level}")
+                if not self._open(provider, level):
+                    return False
+                self._run_level(points, provider, level, truths)
+                for side in self.sides:
+                    side.spare(f"{provider}/{level}")
+        self._judge()
+        return True
+
+    def _run_truth(self, points: Sequence[Point]) -> list[tuple[Outputs, Outputs] | None]:
+        if not self.truth:
+            return [None] * len(points)
+        self.say("comparing in float64")
+        first, second = run_both(self.sides, _TRUTH, [[p.feed for p in points], [p.bound for p in points]], self.shared)
+        for side, answers in zip(self.sides, (first, second), strict=True):
+            why = next(
+                (a for p, a in zip(points, answers, strict=True) if isinstance(a, ModelError) and p.candidates > 1),
+                None,
+            )
+            if why is not None:
+                self._no_truth(side, why)
+                return [None] * len(points)
+        return list(zip(first, second, strict=True))
+
+    def _run_level(
+        self, points: Sequence[Point], provider: str, level: str, truths: Sequence[tuple[Outputs, Outputs] | None]
+    ) -> None:
+        feeds = [[p.feed for p in points], [p.bound for p in points]]
+        first, second = run_both(self.sides, f"{provider}/{level}", feeds, self.shared)
+        where = f"({provider}, optimisations {level})"
+        for p, a, b, t in zip(points, first, second, truths, strict=True):
+            if isinstance(a, ModelError):
+                self._original_fails(p, a, b, where)
+                continue
+            if isinstance(b, Crashed):
+                doing = f"with {p.candidates} candidates and {p.inputs} inputs {where}"
+                self._crash("rounding", self.optimized, doing, b)
+                continue
+            if isinstance(b, ModelError):
+                self.report.find(
+                    "rounding",
+                    "run",
+                    f"It does not run where the original does (N = {p.candidates}, {p.inputs} inputs) {where}: {b}",
+                    model="optimized",
+                )
+                continue
+            pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
+            for k in self.shared:
+                if p.candidates == 0 and not self._as_declared(k, a[k]) and a[k].shape != b[k].shape:
+                    self._malformed(k, a[k])
+                    continue
+                truth = pair[0][k] if pair is not None else None  # type: ignore[index]
+                raised = pair[1][k] if pair is not None else None  # type: ignore[index]
+                self.samples.append(
+                    Sample(provider, level, p.inputs, p.candidates, p.seed, k, a[k], b[k], truth, raised, p.request)
+                )
+
+    def _original_fails(self, p: Point, why: ModelError, other: Outputs, where: str) -> None:
+        if p.candidates > 1 and p.inputs == ORDINARY:
+            if isinstance(why, Crashed):
+                self._crash("rounding", self.original, f"with {p.candidates} candidates {where}", why)
+                return
+            if self.options.data is not None:
+                self._only_recorded(str(why))
+                return
+            raise ModelError(
+                f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its "
+                "own, give their range in a roles file."
+            )
+        dies = isinstance(why, Crashed)
+        runs = "" if isinstance(other, ModelError) else " (the optimized model does)"
+        how = f"makes onnxruntime fail ({why})" if dies else "does not run"
+        self.report.find(
+            "rounding",
+            "original",
+            f"The original {how} with {count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared "
+            "there.",
+            "warning" if dies else "note",
+            model="original",
+        )
+
+    def _only_recorded(self, why: str) -> None:
+        self.report.find(
+            "rounding",
+            "original",
+            f"The original does not run on some generated inputs, so recorded requests speak for those: {why}",
+            "warning",
+            model="original",
+        )
+
+    def _as_declared(self, name: str, data: NDArray[Any]) -> bool:
+        """Whether an output of the original has the shape that the original declares."""
+        info = next(o for o in self.original.proto.graph.output if o.name == name)
+        dims = info.type.tensor_type.shape.dim
+        return len(dims) == data.ndim and all(
+            not d.HasField("dim_value") or d.dim_value == n for d, n in zip(dims, data.shape, strict=True)
+        )
+
+    def _malformed(self, name: str, data: NDArray[Any]) -> None:
+        self.report.find(
+            "rounding",
+            "original",
+            f"With no candidates the original gives {name!r} the shape {list(data.shape)}, which it does not declare, "
+            "so nothing was compared there.",
+            "note",
+            model="original",
+        )
+
+    def _judge(self) -> None:
+        report, samples = self.report, self.samples
+        coarse = (
+            np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
+        )
+        self.coarse = coarse
+        steps = any(structure.quantises(s.proto) for s in self.sides)
+        if steps:
+            report.find(
+                "rounding",
+                "precision",
+                "Values are quantised on the way. One at the border of two steps may fall on either side, so 1/128 of "
+                "the output's scale is allowed.",
+                "note",
+            )
+        self.step = _STEP if steps else 0.0
+        self.held = judge.measures(samples, coarse, self.step)
+        if self.truth:
+            if coarse is None:
+                self.file("algebra", judge.algebra(samples))
+            else:
+                self._rounded_algebra()
+        self.file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
+        report.statistics = judge.statistics(samples, self.held)
+        plain = [s for s in samples if s.inputs not in POISONED]
+        cases, report.ranking = judge.ranked(plain, self.held, self.options.top_k)
+        self.file("ranking", cases)
+        for s in report.statistics:
+            if s.own_levels > s.allowed and s.level == LEVELS[0]:
+                report.find(
+                    "rounding",
+                    "runtime",
+                    f"The original differs from itself by {s.own_levels:.3g} in {s.output!r} across onnxruntime's "
+                    f"optimisation levels ({s.provider}): that much is the runtime's own.",
+                    "note",
+                    model="original",
+                )
+
+    def _rounded_algebra(self) -> None:
+        """Compares models whose weights are rounded to different types: both in float64, with weights rounded alike."""
+        points = [p for p in self.points if p.candidates > 0 and p.inputs not in POISONED]
+        try:
+            for side in self.sides:
+                side.open(_ROUNDED, precision="rounded", to=structure.half_type(*(s.proto for s in self.sides)))
+        except (ModelError, EnvironmentProblem) as e:
+            self._no_truth(side, e)
+            return
+        answers = run_both(self.sides, _ROUNDED, [[p.feed for p in points], [p.bound for p in points]], self.shared)
+        cases = judge.algebra(
+            [
+                Sample("cpu", _TRUTH, p.inputs, p.candidates, p.seed, k, a[k], b[k], a[k], b[k])
+                for p, a, b in zip(points, *answers, strict=True)
+                if not isinstance(a, ModelError) and not isinstance(b, ModelError)
+                for k in self.shared
+            ]
+        )
+        failed = [c for c in cases if not c.passed]
+        if not failed:
+            self.file("algebra", cases)
+            return
+        far = max(failed, key=lambda c: c.error)
+        self.report.find(
+            "algebra",
+            "precision",
+            "The models differ by more than the rounding of their weights to 16 bits: with weights rounded alike, "
+            f"{far.output!r} is off by {far.error:.3g} in float64. Constants that were folded before they were "
+            "rounded, or that 16 bits cannot hold, explain that; so does an error.",
+            "warning",
+            place=far.place,
+        )
+
+    def file(self, verdict: str, cases: Sequence[Case]) -> None:
+        """Takes comparisons into the report."""
+        self.report.cases += cases
+        if cases:
+            self.report.settle(verdict, all(c.passed for c in cases))
+
+    def _unstable(self) -> Callable[[Sample, tuple[int, ...]], bool]:
+        """Whether the original itself is now a number and now none, across levels or against float64."""
+        groups: dict[tuple[Any, ...], list[NDArray[Any]]] = {}
+
+        def key(s: Sample) -> tuple[Any, ...]:
+            return s.provider, s.inputs, s.candidates, s.seed, s.output, s.request
+
+        for s in self.samples:
+            groups.setdefault(key(s), []).extend([s.original, *([s.truth] if s.truth is not None else [])])
+
+        def unstable(s: Sample, at: tuple[int, ...]) -> bool:
+            seen = {_class(x[at]) for x in groups[key(s)] if x.shape == s.original.shape}
+            return len(seen) > 1 and _class(s.optimized[at]) in seen
+
+        return unstable
+
+
+def failing_points(engine: Engine, model: ModelProto) -> bool:
+    """Whether another model than the one under test fails where that did.
+
+    Args:
+        engine: A failed run.
+        model: The other model, with the interface of the one under test.
+    """
+    loaded = engine.original.loaded
+    second = files.LoadedModel(model, None, loaded.folder, "", model.ByteSize(), loaded.external)
+    counts = {2, *(c.candidates for c in engine.report.failed_cases[:1])}
+    chosen = replace(
+        engine.options, bisect=False, save_failing=None, data=None, roles=engine.roles, candidates=sorted(counts)
+    )
+    known = (engine.ranges, engine.symbols) if engine.symbols else None
+    with Engine(loaded, second, replace(chosen, request=(), spec=None), known=known) as other:
+        return not other.run().passed
+
+
+def _class(value: Any) -> str:
+    x = float(value)
+    return "nan" if np.isnan(x) else "finite" if np.isfinite(x) else str(x)

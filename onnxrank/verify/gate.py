@@ -1,0 +1,46 @@
+"""The check that `optimize` makes of its own results: the engine of `verify`, with what is known already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx import ModelProto
+
+from onnxrank.feeds import Ranges
+from onnxrank.model import LoadedModel
+from onnxrank.report import Comparison
+from onnxrank.roles import Roles
+from onnxrank.verify.engine import Engine
+from onnxrank.verify.options import Options
+from onnxrank.verify.report import Report
+
+CANDIDATES = (1, 2, 17)
+
+
+def gate(original: LoadedModel, made: ModelProto, roles: Roles, ranges: Ranges, symbols: Sequence[str]) -> Report:
+    """Holds a rewritten model against the original.
+
+    Args:
+        original: The original.
+        made: The rewritten model; its external data lie where the original's do.
+        roles: Roles of the original's inputs.
+        ranges: Values of their entries.
+        symbols: Symbols of their shapes.
+
+    Raises:
+        ModelError: The original does not run.
+        EnvironmentProblem: There is no runtime.
+    """
+    second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
+    options = Options(roles=roles, level="quick", candidates=CANDIDATES)
+    with Engine(original, second, options, known=(ranges, symbols)) as engine:
+        return engine.run()
+
+
+def comparisons(report: Report) -> list[Comparison]:
+    """The numeric comparisons in the form of `optimize`'s report."""
+    return [
+        Comparison(c.candidates, c.seed, c.output, c.error, c.allowed, c.passed)
+        for c in report.cases
+        if c.verdict in ("algebra", "rounding")
+    ]

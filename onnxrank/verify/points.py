@@ -1,0 +1,69 @@
+"""Requests to compare two models on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnxrank.feeds import Feed, Ranges
+from onnxrank.verify import inputs
+from onnxrank.verify.inputs import ORDINARY, POISONED
+from onnxrank.verify.options import Options
+from onnxrank.verify.pairing import Binding
+
+MOST_ODD = 17
+"""Candidates for inputs that are not of the ordinary kind."""
+_PATTERNS = 5
+"""Of padding."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Inputs of both models for one request.
+
+    Attributes:
+        inputs: Their kind.
+        candidates: Number of candidates.
+        seed: Their seed.
+        feed: Inputs of the original.
+        bound: Inputs of the other model.
+        request: Identity, for recorded requests.
+        labels: Recorded labels, one per candidate.
+    """
+
+    inputs: str
+    candidates: int
+    seed: int
+    feed: Feed
+    bound: Feed
+    request: str | None = None
+    labels: NDArray[Any] | None = None
+
+
+def generate(binding: Binding, ranges: Ranges, symbols: Sequence[str], options: Options) -> Iterator[Point]:
+    """The generated requests: ordinary ones at every number of candidates, the other kinds at one.
+
+    Args:
+        binding: How the second model's inputs come from the original's.
+        ranges: Values of the original's inputs.
+        symbols: Symbols of their shapes.
+        options: Numbers of candidates, seeds and kinds.
+    """
+    several = [n for n in options.counts if n > 1]
+    odd = max([n for n in several if n <= MOST_ODD] or several[:1] or [0])
+    for kind, maker in inputs.kinds(binding.declared, ranges, options.kinds).items():
+        counts = options.counts if kind == ORDINARY else (odd,) if odd else ()
+        users = max(options.users, _PATTERNS if kind == "padding" else 1)
+        if kind in ("zeros", "denormal", *POISONED):
+            users = 1
+        for n in counts:
+            for seed in range(users if n else 1):
+                setting = inputs.point(symbols, max(n, 1), seed)
+                feed = maker(replace(setting, seed=seed) if kind == "padding" else setting)
+                if n == 0:
+                    yield Point(kind, 0, seed, *binding.without_candidates(feed))
+                else:
+                    yield Point(kind, n, seed, feed, binding(feed))

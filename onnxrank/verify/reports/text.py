@@ -1,0 +1,96 @@
+"""The report of `verify` for a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onnxrank.render import plain, printable
+from onnxrank.verify.report import Report
+from onnxrank.verify.reports import common
+
+_STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
+_MOST_FINDINGS = 12
+
+
+def to_text(report: Report, verbose: bool = False, encoding: str = "utf-8") -> str:
+    """The report as plain text that the encoding takes."""
+    return plain(lambda console: show(report, console, verbose), encoding)
+
+
+def show(report: Report, console: Console, verbose: bool = False) -> None:
+    """Prints a report: what was compared, a table of verdicts, distances, findings, and the verdict.
+
+    Args:
+        report: The report.
+        console: Where to; only ASCII is used where its encoding is not a Unicode one.
+        verbose: Whether to print every comparison and finding.
+    """
+
+    def say(text: str, style: str = "", indent: int = 0) -> None:
+        console.print(Text(" " * indent + printable(text, console.encoding), style), soft_wrap=True)
+
+    say(f"{report.original or 'model in memory'} against {report.optimized or 'model in memory'}", "bold")
+    say(common.environment(report))
+    say(f"contract: {report.contract.get('source', 'none')}")
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, justify in (
+        ("verdict", "left"),
+        ("", "left"),
+        ("cases", "right"),
+        ("worst", "right"),
+        ("allowed", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("where", overflow="fold")
+    for line in common.lines(report):
+        w = line.worst
+        table.add_row(
+            line.verdict,
+            Text(line.outcome, _STYLES[line.outcome]),
+            str(line.cases) if not line.failed else f"{line.failed} of {line.cases} failed",
+            f"{w.error:.2g}" if w else "",
+            f"{w.allowed:.2g}" if w else "",
+            Text(
+                printable(f"{w.output}, N={w.candidates}, {w.inputs}, {w.provider} {w.level}", console.encoding)
+                if w
+                else line.says
+            ),
+        )
+    console.print(table)
+    console.print()
+    for s in report.statistics:
+        if verbose or s.level == "all":
+            say(common.distances(s), indent=2)
+    for r in report.ranking:
+        extra = ""
+        if r.auc_before is not None and r.auc_after is not None:
+            extra += f"; AUC {r.auc_before:.6f} to {r.auc_after:.6f}"
+        if r.logloss_before is not None and r.logloss_after is not None:
+            extra += f"; log loss {r.logloss_before:.6f} to {r.logloss_after:.6f}"
+        if verbose or extra or r.move or r.overlap < 1:
+            say(
+                f"order of {r.output}: least top-{r.top_k} overlap {r.overlap:.3g}, least Kendall tau {r.tau:.6g}, "
+                f"largest move {r.move}, {r.requests} lists{extra}",
+                indent=2,
+            )
+    if report.requests:
+        say(f"{report.requests} recorded requests", indent=2)
+    order = {"error": 0, "warning": 1, "note": 2}
+    findings = sorted(report.findings, key=lambda f: order[f.severity])
+    for f in findings if verbose else findings[:_MOST_FINDINGS]:
+        say(f"{f.severity}: {f.verdict}: {f.message}", "red" if f.severity == "error" else "", indent=2)
+    left = len(findings) - _MOST_FINDINGS
+    if left > 0 and not verbose:
+        say(f"{left} more; -v names them.", indent=2)
+    for c in report.cases if verbose else ():
+        say(f"{'ok  ' if c.passed else 'FAIL'} {c.name}: {c.error:.3g} of {c.allowed:.3g}", indent=4)
+    if report.culprit is not None:
+        say(f"bisect: {report.culprit.message}", "bold", indent=2)
+    if report.saved is not None:
+        say(f"The failing case is in {report.saved}; repro.py there shows it.", indent=2)
+    console.print()
+    say(f"{common.headline(report)} ({report.seconds:.1f} s)", "bold green" if report.passed else "bold red")

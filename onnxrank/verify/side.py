@@ -1,0 +1,203 @@
+"""One of the two models, in its process; the process is started again where the model killed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxrank.errors import ModelError
+from onnxrank.model import LoadedModel
+from onnxrank.verify import isolate
+from onnxrank.verify.isolate import Crashed
+
+MODEL = "model"
+_BATCH = 64 << 20
+_MOST_DEATHS = 3
+_LARGE = 256 << 20
+
+
+class Side:
+    """A model and the process that runs it.
+
+    Args:
+        name: `original` or `optimized`.
+        loaded: The model.
+        timeout: Seconds for one step.
+        memory: Bytes of address space; None for a default by the model's size.
+        guarded: Whether the address space is limited at all, which GPU libraries do not stand.
+    """
+
+    def __init__(
+        self, name: str, loaded: LoadedModel, timeout: float, memory: int | None = None, guarded: bool = True
+    ) -> None:
+        self.name = name
+        self.loaded = loaded
+        self.timeout = timeout
+        self._memory = (memory or (8 << 30) + 4 * _size(loaded)) if guarded else None
+        self._worker: isolate.Worker | None = None
+        self._opened: dict[str, dict[str, Any]] = {}
+        self._there: set[str] = set()
+
+    @property
+    def proto(self) -> ModelProto:
+        """The model."""
+        return self.loaded.proto
+
+    @property
+    def large(self) -> bool:
+        """Whether it is too large to be kept in memory several times."""
+        return _size(self.loaded) > _LARGE
+
+    def twin(self) -> Side:
+        """The same model with the same sessions for another process."""
+        other = Side(self.name, self.loaded, self.timeout, self._memory, self._memory is not None)
+        other._opened = dict(self._opened)
+        return other
+
+    def start(self) -> isolate.Worker:
+        """The process, with the model in it."""
+        if self._worker is None or not self._worker.alive:
+            self._worker = isolate.take()
+            self._there = set()
+            folder = None if self.loaded.folder is None else str(self.loaded.folder)
+            data = self.loaded.proto.SerializeToString(deterministic=True)
+            self._worker.call("limit", self.timeout, memory=self._memory)
+            self._worker.call("model", self.timeout, key=MODEL, data=data, folder=folder)
+        return self._worker
+
+    def close(self, good: bool = True) -> None:
+        """Gives the process back, or ends it."""
+        if self._worker is not None:
+            if good:
+                isolate.give(self._worker)
+            else:
+                self._worker.kill()
+            self._worker = None
+
+    def call(self, do: str, **arguments: Any) -> Any:
+        """Has the process do something.
+
+        Raises:
+            Crashed: The process died of it.
+            ModelError: It cannot be done.
+        """
+        return self.start().call(do, self.timeout, **arguments)
+
+    def ask(self, do: str, **arguments: Any) -> None:
+        """Has the process do something; `result` waits for it."""
+        self.start().ask(do, **arguments)
+
+    def result(self) -> Any:
+        """What came of what was asked."""
+        assert self._worker is not None
+        return self._worker.result(self.timeout)
+
+    def open(self, session: str, **how: Any) -> str:
+        """Makes a session; `how` is as for `worker.Host.open`.
+
+        Returns:
+            What it runs on: `onnxruntime`, `parts` or `reference`.
+        """
+        self._opened[session] = {"key": MODEL, **how}
+        made = self.call("open", session=session, **self._opened[session])
+        self._there.add(session)
+        return str(made["how"])
+
+    def ensure(self, session: str) -> None:
+        """Makes a session again that died with its process."""
+        self.start()
+        if session not in self._there:
+            self.open(session, **self._opened[session])
+
+    def spare(self, session: str) -> None:
+        """Closes the session of a model too large to be kept several times; it is made again where it is needed."""
+        if session in self._there and self.large:
+            self.call("close", session=session)
+            self._there.discard(session)
+
+    def run(
+        self, session: str, feeds: Sequence[Mapping[str, NDArray[Any]]], outputs: Sequence[str]
+    ) -> list[dict[str, NDArray[Any]] | ModelError]:
+        """Runs a session on several feeds.
+
+        Returns:
+            Per feed the outputs, or why there are none.
+        """
+        self.ensure(session)
+        return answers(self.call("run", session=session, feeds=list(feeds), outputs=list(outputs)))
+
+
+def answers(raw: Sequence[Mapping[str, Any]]) -> list[dict[str, NDArray[Any]] | ModelError]:
+    """Outputs, or errors, as the process gave them."""
+    return [ModelError(a["error"]) if "error" in a else a["outputs"] for a in raw]
+
+
+Outputs = dict[str, NDArray[Any]] | ModelError
+
+
+def run_both(
+    sides: Sequence[Side],
+    session: str,
+    feeds: Sequence[Sequence[Mapping[str, NDArray[Any]]]],
+    outputs: Sequence[str],
+) -> list[list[Outputs]]:
+    """Runs a session of each model on its feeds, all models at once.
+
+    Returns:
+        Per model its answers; `Crashed` for the feeds that its process does not survive.
+    """
+    got: list[list[Outputs]] = [[] for _ in sides]
+    count = len(feeds[0])
+    at = 0
+    while at < count:
+        end, size = at, 0
+        while end < count and (end == at or size < _BATCH):
+            size += sum(v.nbytes for given in feeds for v in given[end].values())
+            end += 1
+        ready = []
+        for side, given in zip(sides, feeds, strict=True):
+            try:
+                side.ensure(session)
+                side.ask("run", session=session, feeds=list(given[at:end]), outputs=list(outputs))
+                ready.append(True)
+            except ModelError:
+                ready.append(False)
+        for k, (side, given) in enumerate(zip(sides, feeds, strict=True)):
+            try:
+                if not ready[k]:
+                    raise Crashed("its process did not start again", "crash")
+                got[k] += answers(side.result())
+            except ModelError:
+                got[k] += _one_by_one(side, session, given[at:end], outputs)
+        at = end
+    return got
+
+
+def _one_by_one(
+    side: Side, session: str, feeds: Sequence[Mapping[str, NDArray[Any]]], outputs: Sequence[str]
+) -> list[Outputs]:
+    """Runs feeds alone, to find those that the process does not survive; gives up after a few of them."""
+    out: list[Outputs] = []
+    deaths = 0
+    last: ModelError = ModelError("")
+    for feed in feeds:
+        if deaths >= _MOST_DEATHS:
+            out.append(last)
+            continue
+        try:
+            out += side.run(session, [feed], outputs)
+        except ModelError as e:
+            deaths, last = deaths + 1, e
+            out.append(e)
+    return out
+
+
+def _size(loaded: LoadedModel) -> int:
+    """Bytes of a model with its external data."""
+    size = loaded.size
+    if loaded.folder is not None:
+        size += sum((loaded.folder / e).stat().st_size for e in loaded.external)
+    return size

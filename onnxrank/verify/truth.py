@@ -1,0 +1,204 @@
+"""A model run in float64: by onnxruntime, and where it lacks a kernel by ONNX's reference evaluator for that part."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnxrank import runtime
+from onnxrank.emit import captured, subgraphs
+from onnxrank.errors import ModelError
+from onnxrank.model import tensors
+from onnxrank.study import element_types
+
+_LACKS = re.compile(r"(?:Could not find an implementation for|Failed to find kernel for) (\w+)\(")
+_REFUSES = re.compile(r"[Tt]ype 'tensor\(double\)' of input parameter .*? of operator \((\w+)\)")
+_FAILS = re.compile(r"while running (\w+) node\..*(?:not support|[Nn]ot[ _]?[Ii]mplemented|NOT_IMPLEMENTED)")
+_MOST_BYTES = 1 << 30
+
+
+class Truth:
+    """A model in float64.
+
+    Attributes:
+        how: `onnxruntime`, `parts` (some operators by the reference evaluator) or `reference` (all of them).
+
+    Args:
+        model: The model, functions inlined.
+        folder: Where its external data lies; it is loaded.
+
+    Raises:
+        ModelError: It is too large, or cannot be raised.
+    """
+
+    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
+        if 2 * _floats(model) > _MOST_BYTES:
+            raise ModelError("the weights are too large to be raised to float64 in memory")
+        self._model = runtime.retype(model, TensorProto.DOUBLE, folder)
+        self._folder = folder
+        self._parts: list[_Part] = []
+        self._lacking: set[str] = set()
+        self.how = "onnxruntime"
+        self._divide()
+
+    def _divide(self) -> None:
+        """Puts the model into as few parts as can be; every failure to load one names an operator to leave out."""
+        for _ in range(32):
+            try:
+                self._parts = _parts(self._model, self._lacking, self._folder)
+                self.how = "parts" if self._lacking else "onnxruntime"
+                return
+            except ModelError as e:
+                found = _LACKS.search(str(e)) or _REFUSES.search(str(e))
+                if found is None or found[1] in self._lacking:
+                    break
+                self._lacking.add(found[1])
+        self._all_by_reference()
+
+    def _all_by_reference(self) -> None:
+        self.how = "reference"
+        self._parts = [_Part(self._model, None)]
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Runs on feeds of any float type.
+
+        Raises:
+            ModelError: Neither runtime runs it.
+        """
+        wide = {k: v.astype(np.float64) if runtime.is_float(v) else v for k, v in feeds.items()}
+        while self.how != "reference":
+            try:
+                return self._through(wide, outputs)
+            except ModelError as e:
+                # Some kernels say only when they run that they have no float64.
+                found = _FAILS.search(str(e))
+                if found is None or found[1] in self._lacking:
+                    raise
+                self._lacking.add(found[1])
+                self._divide()
+        return self._through(wide, outputs)
+
+    def _through(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        known = dict(feeds)
+        for part in self._parts:
+            known |= part.run(known)
+        missing = [o for o in outputs if o not in known]
+        if missing:
+            raise ModelError(f"the model has no output {missing[0]!r}")
+        return {o: known[o] for o in outputs}
+
+
+class _Part:
+    """Some nodes of a model, as a model of their own; without a session the reference evaluator runs it."""
+
+    def __init__(self, model: ModelProto, session: Any | None) -> None:
+        self.model = model
+        self.session = session
+        self.inputs = [i.name for i in model.graph.input]
+        self.outputs = [o.name for o in model.graph.output]
+        self._evaluator: Any = None
+
+    def run(self, known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name."""
+        feeds = {k: known[k] for k in self.inputs if k in known}
+        if self.session is not None:
+            return runtime.run(self.session, feeds, self.outputs)
+        try:
+            if self._evaluator is None:
+                from onnx.reference import ReferenceEvaluator
+
+                self._evaluator = ReferenceEvaluator(self.model)
+            with np.errstate(all="ignore"):
+                made = self._evaluator.run(self.outputs, feeds)
+            return dict(zip(self.outputs, made, strict=True))
+        except Exception as e:
+            raise ModelError(f"the model cannot be run in float64: {runtime.first_line(e)}") from e
+
+
+def rounded(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = None) -> ModelProto:
+    """A copy of a model with every float weight rounded to a narrower type, but kept in its own.
+
+    What the type cannot hold becomes the largest number that it can, as converters do.
+
+    Args:
+        model: The model.
+        to: ONNX element type.
+        folder: Where its external data lies.
+    """
+    out = ModelProto()
+    out.CopyFrom(model)
+    kind = helper.tensor_dtype_to_np_dtype(to)
+    most = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
+    for t in tensors(out):
+        if t.data_type in runtime.FLOATS:
+            data = numpy_helper.to_array(t, "" if folder is None else os.fspath(folder))
+            wide = np.where(np.isfinite(data), np.clip(data.astype(np.float64), -most, most), data.astype(np.float64))
+            t.CopyFrom(numpy_helper.from_array(wide.astype(kind).astype(data.dtype), t.name))
+    return out
+
+
+def _floats(model: ModelProto) -> int:
+    """Bytes of float initializers as float32."""
+    return sum(
+        4 * int(np.prod(t.dims, dtype=np.float64)) for t in model.graph.initializer if t.data_type in runtime.FLOATS
+    )
+
+
+def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] | None) -> list[_Part]:
+    """Divides a model at the operators that onnxruntime lacks.
+
+    Raises:
+        ModelError: onnxruntime does not take a part; the message is its own.
+    """
+    if not lacking:
+        return [_Part(model, runtime.session(model, folder))]
+    stage: dict[str, int] = {}
+    groups: dict[int, list[NodeProto]] = {}
+    for node in model.graph.node:
+        # Even stages are onnxruntime's, odd ones the reference evaluator's.
+        odd = any(n.op_type in lacking for n in _with_inner(node))
+        at = max((stage.get(i, 0) for i in _reads(node)), default=0)
+        at += int((at % 2 == 1) != odd)
+        for o in node.output:
+            stage[o] = at
+        groups.setdefault(at, []).append(node)
+    out = []
+    wanted = {o.name for o in model.graph.output}
+    declared, types = {i.name: i for i in model.graph.input}, element_types(model)
+    for at in sorted(groups):
+        nodes = groups[at]
+        read = {i for n in nodes for i in _reads(n)}
+        made = {o for n in nodes for o in n.output if o}
+        later = {i for k, g in groups.items() if k != at for n in g for i in _reads(n)}
+        initial = [t for t in model.graph.initializer if t.name in read]
+        given = sorted(read - made - {t.name for t in initial} - {""})
+        part = ModelProto()
+        part.CopyFrom(model)
+        for field in ("node", "initializer", "input", "output", "value_info", "sparse_initializer"):
+            part.graph.ClearField(field)
+        part.graph.node.extend(nodes)
+        part.graph.initializer.extend(initial)
+        for name in given:
+            if name in declared:
+                part.graph.input.append(declared[name])
+            else:
+                part.graph.input.append(helper.make_tensor_value_info(name, types.get(name, TensorProto.DOUBLE), None))
+        kept = sorted(made & (later | wanted))
+        part.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in kept)
+        out.append(_Part(part, None if at % 2 else runtime.session(part, folder)))
+    return out
+
+
+def _with_inner(node: NodeProto) -> list[NodeProto]:
+    return [node, *(m for g in subgraphs(node) for n in g.node for m in _with_inner(n))]
+
+
+def _reads(node: NodeProto) -> set[str]:
+    return {*node.input, *(c for g in subgraphs(node) for c in captured(g))} - {""}

@@ -1,0 +1,97 @@
+"""Messages between a process and the one that runs a model for it: JSON, with arrays as raw bytes behind it.
+
+Nothing that comes from a process that has run an untrusted model is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, BinaryIO
+
+import numpy as np
+from onnx import TensorProto, helper
+
+_LENGTH = struct.Struct("<Q")
+_MARK = "\0"
+"""Key of what stands for an array, bytes or a tuple; no message has it otherwise."""
+
+
+def send(stream: BinaryIO, message: Any) -> None:
+    """Writes one message.
+
+    Args:
+        stream: Where to.
+        message: What JSON takes, and NumPy arrays (of numbers, bools or strings) and bytes anywhere within.
+    """
+    buffers: list[bytes | memoryview] = []
+    head = json.dumps(_pack(message, buffers)).encode()
+    stream.write(_LENGTH.pack(len(head)) + head + _LENGTH.pack(len(buffers)))
+    for b in buffers:
+        stream.write(_LENGTH.pack(len(b)))
+        stream.write(b)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> Any:
+    """Reads one message.
+
+    Raises:
+        EOFError: The other end is gone.
+        ValueError: What came is no message.
+    """
+    head = json.loads(_exactly(stream, _size(stream)))
+    return _unpack(head, [_exactly(stream, _size(stream)) for _ in range(_size(stream))])
+
+
+def _size(stream: BinaryIO) -> int:
+    (n,) = _LENGTH.unpack(_exactly(stream, _LENGTH.size))
+    return int(n)
+
+
+def _exactly(stream: BinaryIO, n: int) -> bytearray:
+    # An array of its own, so that the arrays made on it can be written to.
+    data = bytearray(n)
+    view, at = memoryview(data), 0
+    while at < n:
+        got = stream.readinto(view[at:])  # type: ignore[attr-defined]
+        if not got:
+            raise EOFError
+        at += got
+    return data
+
+
+def _pack(value: Any, buffers: list[bytes | memoryview]) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind in "OUS":
+            flat = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in value.reshape(-1)]
+            return {_MARK: "strings", "shape": list(value.shape), "data": flat}
+        kind = int(helper.np_dtype_to_tensor_dtype(value.dtype))
+        buffers.append(np.ascontiguousarray(value).tobytes())
+        return {_MARK: "array", "shape": list(value.shape), "type": kind, "at": len(buffers) - 1}
+    if isinstance(value, (bytes, bytearray)):
+        buffers.append(bytes(value))
+        return {_MARK: "bytes", "at": len(buffers) - 1}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {k: _pack(v, buffers) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_pack(v, buffers) for v in value]
+    return value
+
+
+def _unpack(value: Any, buffers: list[bytearray]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, buffers) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_MARK)
+    if kind is None:
+        return {k: _unpack(v, buffers) for k, v in value.items()}
+    if kind == "bytes":
+        return bytes(buffers[value["at"]])
+    if kind == "strings":
+        return np.array(value["data"], object).reshape(value["shape"])
+    dtype = helper.tensor_dtype_to_np_dtype(value["type"]) if value["type"] != TensorProto.UNDEFINED else np.uint8
+    return np.frombuffer(buffers[value["at"]], dtype).reshape(value["shape"])

@@ -1,0 +1,219 @@
+"""Processes that run models, and what models do to them."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BOOL, FLOAT, INT64, Graph
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto, helper
+
+from onnxrank import runtime
+from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
+from onnxrank.model import load
+from onnxrank.verify import isolate, verify, wire, worker
+from onnxrank.verify.isolate import Crashed
+from onnxrank.verify.side import Side, run_both
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text() | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(min_size=1).filter(lambda k: k != "\0"), inner),
+    max_leaves=12,
+)
+
+
+@given(VALUES)
+def test_messages(value: object) -> None:
+    stream = io.BytesIO()
+    wire.send(stream, value)
+    stream.seek(0)
+    assert wire.receive(stream) == value
+    with pytest.raises(EOFError):
+        wire.receive(stream)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "uint8", "bool"])
+def test_arrays(dtype: str) -> None:
+    data = np.arange(6).reshape(2, 1, 3).astype(dtype)
+    stream = io.BytesIO()
+    wire.send(stream, {"a": [data, np.zeros((0, 4), dtype), np.array(["x", "ü"], object)]})
+    stream.seek(0)
+    a, b, c = wire.receive(stream)["a"]
+    assert a.dtype == data.dtype and (a == data).all() and b.shape == (0, 4) and c.tolist() == ["x", "ü"]
+    a[...] = 0  # may be written to
+
+
+def looping(steps: int) -> ModelProto:
+    """Doubles a number for a long time."""
+    g = Graph(17)
+    x = g.input("item", ["N", 2])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Sin", ["v"], ["w"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", INT64, []),
+            helper.make_tensor_value_info("go", BOOL, []),
+            helper.make_tensor_value_info("v", FLOAT, ["N", 2]),
+        ],
+        [helper.make_tensor_value_info("on", BOOL, []), helper.make_tensor_value_info("w", FLOAT, ["N", 2])],
+    )
+    y = g.op("Loop", g.const(steps, np.int64), g.const(True, bool), x, body=body)
+    g.output(y, ["N", 2])
+    return g.model()
+
+
+def plain(last: str = "Sin") -> ModelProto:
+    g = Graph(17)
+    g.output(g.op(last, g.input("item", ["N", 2])), ["N", 2])
+    return g.model()
+
+
+def hungry() -> ModelProto:
+    """Makes a tensor of 8 TiB on the way."""
+    g = Graph(17)
+    x = g.input("item", ["N", 2])
+    large = g.op("ConstantOfShape", g.ints(1 << 20, 1 << 21))
+    g.output(g.op("Add", x, g.op("ReduceMax", large, keepdims=0)), ["N", 2])
+    return g.model()
+
+
+def crashing() -> ModelProto:
+    """Kills onnxruntime where there is no candidate (a GRU over a batch of none)."""
+    g = Graph(17)
+    x = g.op("Unsqueeze", g.input("item", ["N", 2]), g.ints(0))
+    weights = [g.const(np.ones((1, 6, 2), np.float32)) for _ in range(2)]
+    y = g.ops("GRU", 2, x, *weights, hidden_size=2)[1]
+    g.output(g.op("Squeeze", y, g.ints(0)), ["N", 2])
+    return g.model()
+
+
+def side(model: ModelProto, timeout: float = 60, memory: int | None = None) -> Side:
+    made = Side("optimized", load(model), timeout, memory)
+    made.open("s", provider="cpu", level="disabled")
+    return made
+
+
+def rows(n: int) -> dict[str, np.ndarray]:
+    return {"item": np.ones((n, 2), np.float32)}
+
+
+def test_runs_and_is_used_again() -> None:
+    made = side(plain())
+    (out,) = made.run("s", [rows(3)], ["sin_1"])
+    assert isinstance(out, dict) and np.allclose(out["sin_1"], np.sin(1))
+    process = made.start()
+    made.close()
+    assert process.alive
+    with pytest.raises(OnnxrankError):
+        process.call("run", session="s", feeds=[rows(1)], outputs=["sin_1"])  # it has forgotten the model
+    process.kill()
+
+
+def test_error_is_an_answer() -> None:
+    made = side(plain())
+    (out,) = made.run("s", [{"item": np.ones((3, 5), np.float32)}], ["sin_1"])
+    assert isinstance(out, ModelError)
+    with pytest.raises(ModelError):
+        made.call("nothing of this name")
+    made.close()
+
+
+def test_timeout() -> None:
+    made = side(looping(1 << 40), timeout=2)
+    with pytest.raises(Crashed, match="no answer within 2 s") as e:
+        made.run("s", [rows(2)], ["loop_3"])
+    assert e.value.kind == "timeout"
+    made.close(good=False)
+
+
+def test_memory_limit() -> None:
+    made = side(hungry(), memory=2 << 30)
+    (out,) = made.run("s", [rows(2)], [load(hungry()).proto.graph.output[0].name])
+    assert isinstance(out, ModelError)
+    made.close()
+
+
+def test_crash_is_found_among_others() -> None:
+    """The feed that kills the process has an error, and the others their results."""
+    model = crashing()
+    made = side(model)
+    (answers,) = run_both([made], "s", [[rows(2), rows(0), rows(3)]], [model.graph.output[0].name])
+    assert [isinstance(a, Crashed) for a in answers] == [False, True, False]
+    made.close(good=False)
+
+
+def test_crash_is_a_finding() -> None:
+    """Only the second model dies of having no candidate."""
+    g = Graph(17)
+    g.op("Mul", g.input("item", ["N", 2]), g.const(np.zeros(2, np.float32)))
+    name = crashing().graph.output[0].name
+    g.nodes[-1].output[0] = name
+    g.output(name, ["N", 2])
+    found = verify(g.model(), crashing())
+    assert not found.passed
+    assert any(f.kind == "crash" and f.model == "optimized" and "0 candidates" in f.message for f in found.errors)
+
+
+def test_original_that_crashes_is_named() -> None:
+    """No candidate kills both: nothing can be said there, and the rest is compared."""
+    found = verify(crashing(), crashing())
+    assert found.passed
+    assert any("makes onnxruntime fail" in f.message for f in found.findings)
+
+
+def test_process_that_cannot_answer() -> None:
+    process = isolate.Worker()
+    process.ask("nothing")
+    os.kill(process._process.pid, 9)
+    with pytest.raises((Crashed, ModelError)):
+        process.result(10)
+        process.call("reset", 10)
+    assert not process.reusable()
+    process.kill()
+
+
+class Broken:
+    """onnxruntime with a CUDA provider that is listed but makes no session."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_silent_fallback_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is not on the provider asked for says so with the exit code of the environment."""
+    real = runtime.onnxruntime()
+    monkeypatch.setattr(runtime, "onnxruntime", lambda: Broken(real))
+    host = worker.Host()
+    host.model("m", plain().SerializeToString(), None)
+    with pytest.warns(UserWarning), pytest.raises(EnvironmentProblem, match="silently fell back"):
+        host.open("s", "m", provider="cuda")
+    host.open("s", "m", provider="cpu")
+
+
+def test_modules_of_the_current_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('taken')")
+    (tmp_path / "onnxrank").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = isolate.Worker()
+    assert made.call("available", 60)["providers"]
+    made.kill()
+
+
+def test_codes_come_through() -> None:
+    process = isolate.Worker()
+    process.call("model", key="m", data=plain().SerializeToString(), folder=None)
+    with pytest.raises(EnvironmentProblem, match="CUDAExecutionProvider"):
+        process.call("open", session="s", key="m", provider="cuda")
+    process.kill()

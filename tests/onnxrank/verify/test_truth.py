@@ -1,0 +1,87 @@
+"""Models in float64, whole and in parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import Graph, run
+from mutants import FOLDER
+from onnx import ModelProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from onnxrank import runtime
+from onnxrank.errors import ModelError
+from onnxrank.verify.truth import Truth
+
+RNG = np.random.default_rng(0)
+
+
+def weights(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def mixed() -> ModelProto:
+    """Products before and behind two operators that onnxruntime has no float64 kernel for, one behind the other."""
+    g = Graph(17)
+    x = g.op("MatMul", g.input("item", ["N", 4]), g.const(weights(4, 6)))
+    steps = g.op("Unsqueeze", x, g.ints(0))
+    y = g.ops("GRU", 2, steps, g.const(weights(1, 9, 6)), g.const(weights(1, 9, 3)), hidden_size=3)[1]
+    flat = g.op("Squeeze", y, g.ints(0))
+    image = g.op("Unsqueeze", flat, g.ints(1))
+    conv = g.op("Conv", image, g.const(weights(2, 1, 2)))
+    total = g.op("Add", g.op("Flatten", conv), g.op("ReduceSum", x, g.ints(1), keepdims=1))
+    g.output(g.op("MatMul", total, g.const(weights(4, 1))), ["N", 1])
+    g.output(flat, ["N", 3])
+    return g.model()
+
+
+def test_parts() -> None:
+    """Only what has no kernel is left to the reference evaluator; the result is that of all by it."""
+    model = mixed()
+    truth = Truth(model)
+    feed = {"item": weights(5, 4)}
+    names = [o.name for o in model.graph.output]
+    out = truth.run(feed, names)
+    assert truth.how == "parts"
+    assert all(v.dtype == np.float64 for v in out.values())
+    whole = ReferenceEvaluator(runtime.retype(model, onnx.TensorProto.DOUBLE))
+    for name, want in zip(names, whole.run(names, {"item": feed["item"].astype(np.float64)}), strict=True):
+        np.testing.assert_allclose(out[name], want, rtol=1e-12, atol=1e-13)
+    for name, single in run(model, feed).items():
+        np.testing.assert_allclose(out[name], single, rtol=1e-4, atol=1e-5)
+    assert truth.run({"item": weights(2, 4)}, names)[names[0]].shape == (2, 1)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.torchscript.onnx")), ids=lambda p: p.name)
+def test_every_model_loads(path: object) -> None:
+    """No committed ranker is left to the reference evaluator as a whole."""
+    assert Truth(onnx.load(str(path))).how in ("onnxruntime", "parts")
+
+
+def test_failing_run_is_no_missing_kernel() -> None:
+    g = Graph(17)
+    table = g.op("Gather", g.const(weights(4, 2)), g.input("item", ["N"], onnx.TensorProto.INT64))
+    g.output(table, ["N", 2])
+    truth = Truth(g.model())
+    with pytest.raises(ModelError):
+        truth.run({"item": np.array([9])}, [table])
+    assert truth.how == "onnxruntime"
+    assert truth.run({"item": np.array([1])}, [table])[table].shape == (1, 2)
+
+
+def test_too_large() -> None:
+    model = mixed()
+    model.graph.initializer[0].dims[:] = [1 << 15, 1 << 15]
+    with pytest.raises(ModelError, match="too large"):
+        Truth(model)
+
+
+def test_unknown_operator() -> None:
+    g = Graph(17)
+    x = g.input("item", ["N", 2])
+    g.nodes.append(helper.make_node("Nothing", [x], ["y"], domain="nowhere"))
+    graph = helper.make_graph(g.nodes, "g", g.inputs, [helper.make_tensor_value_info("y", 1, ["N", 2])])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("nowhere", 1)]
+    with pytest.raises(ModelError):
+        Truth(helper.make_model(graph, opset_imports=imports, ir_version=10)).run({"item": weights(1, 2)}, ["y"])

@@ -1,0 +1,726 @@
+"""Wrong optimised models of every kind that has been met, and the right ones that they were made of.
+
+A mutant is an edit of the right optimised model of one ranker in `models/onnx`, or a pair built by hand where no ranker
+has the construct. None of them keeps the stored contract, so that scores, not hashes, must give them away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import yaml
+from helpers import INT64, Graph, rewritten
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnxrank.contract import CONTRACT
+from onnxrank.roles import Roles
+
+FOLDER = Path(__file__).resolve().parents[2] / "models" / "onnx"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models and the contract between them.
+
+    Attributes:
+        original: The original.
+        optimized: The model under test.
+        roles: Roles of the original's inputs.
+    """
+
+    original: ModelProto
+    optimized: ModelProto
+    roles: Roles | None
+
+
+class Edit:
+    """Edits a model in place."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.graph = model.graph
+        self._count = 0
+
+    def nodes(self, *ops: str, reads: str | None = None) -> list[NodeProto]:
+        """Nodes by operator, and by a part of an operand's name."""
+        return [n for n in self.graph.node if n.op_type in ops and (reads is None or any(reads in i for i in n.input))]
+
+    def array(self, name: str) -> NDArray[Any]:
+        return numpy_helper.to_array(next(t for t in self.graph.initializer if t.name == name))
+
+    def known(self, name: str) -> bool:
+        return any(t.name == name for t in self.graph.initializer)
+
+    def const(self, data: Any, dtype: Any = np.float32) -> str:
+        self._count += 1
+        name = f"edited_{self._count}"
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(data, dtype), name))
+        return name
+
+    def weight(self, node: NodeProto, change: Callable[[NDArray[Any]], NDArray[Any]], operand: int = 1) -> None:
+        """Changes a weight of one node."""
+        old = self.array(node.input[operand])
+        new = np.ascontiguousarray(change(old.copy()))
+        assert new.shape == old.shape and not np.array_equal(new, old), "the mutant is none"
+        node.input[operand] = self.const(new, old.dtype)
+
+    def products(self, rows: int = 4) -> list[NodeProto]:
+        """Matrix products with a constant of some rows."""
+        return [
+            n
+            for n in self.nodes("Gemm", "MatMul")
+            if self.known(n.input[1]) and self.array(n.input[1]).ndim == 2 and min(self.array(n.input[1]).shape) >= rows
+        ]
+
+    def candidate_input(self) -> str:
+        return next(i.name for i in self.graph.input if i.type.tensor_type.shape.dim[0].dim_param)
+
+    def after(self, tensor: str, op: str, *others: str, **attributes: Any) -> NodeProto:
+        """Puts an operator behind a tensor, for all that read it."""
+        inner = f"{tensor}/before"
+        self._count += 1
+        if any(i.name == tensor for i in self.graph.input):
+            made = f"{tensor}/after_{self._count}"
+            node = helper.make_node(op, [tensor, *others], [made], name=made, **attributes)
+            for n in self.graph.node:
+                n.input[:] = [made if i == tensor else i for i in n.input]
+            self.graph.node.insert(0, node)
+            return self.graph.node[0]
+        at = next(k for k, n in enumerate(self.graph.node) if tensor in n.output)
+        producer = self.graph.node[at]
+        producer.output[:] = [inner if o == tensor else o for o in producer.output]
+        self.graph.node.insert(at + 1, helper.make_node(op, [inner, *others], [tensor], name=inner, **attributes))
+        return self.graph.node[at + 1]
+
+    def insert(self, before: NodeProto, op: str, inputs: list[str], **attributes: Any) -> str:
+        """Puts a new operator in front of a node; its output."""
+        self._count += 1
+        name = f"inserted_{self._count}"
+        at = next(k for k, n in enumerate(self.graph.node) if n is before or list(n.output) == list(before.output))
+        self.graph.node.insert(at, helper.make_node(op, inputs, [name], name=name, **attributes))
+        return name
+
+    @property
+    def score(self) -> str:
+        return self.graph.output[0].name
+
+    def producer(self, tensor: str) -> NodeProto:
+        return next(n for n in self.graph.node if tensor in n.output)
+
+
+Change = Callable[[Edit], None]
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def swapped_blocks(e: Edit) -> None:
+    e.weight(e.products()[0], lambda w: np.roll(w, len(w) // 2, axis=0))
+
+
+def slice_boundary(e: Edit) -> None:
+    e.weight(e.products()[-1], lambda w: np.roll(w, 1, axis=0))
+
+
+def swapped_columns(e: Edit) -> None:
+    e.weight(e.products()[0], lambda w: w[:, ::-1])
+
+
+def slightly_off(e: Edit) -> None:
+    e.weight(e.products()[0], lambda w: w * np.float32(1 + 5e-4))
+
+
+def one_weight_off(e: Edit) -> None:
+    def change(w: NDArray[Any]) -> NDArray[Any]:
+        at = np.unravel_index(np.abs(w).argmax(), w.shape)
+        w[at] *= np.float32(1 + 5e-4)
+        return w
+
+    e.weight(e.products()[0], change)
+
+
+def zeroed_row(e: Edit) -> None:
+    def change(w: NDArray[Any]) -> NDArray[Any]:
+        w[-1] = 0
+        return w
+
+    e.weight(e.products()[0], change)
+
+
+def _biased(e: Edit) -> NodeProto:
+    return next(n for n in e.nodes("Gemm") if len(n.input) > 2 and e.known(n.input[2]) and e.array(n.input[2]).any())
+
+
+def bias_missing(e: Edit) -> None:
+    node = _biased(e)
+    del node.input[2:]
+
+
+def bias_twice(e: Edit) -> None:
+    e.weight(_biased(e), lambda b: 2 * b, 2)
+
+
+def _embedding(e: Edit, nth: int = -1) -> NodeProto:
+    return [n for n in e.nodes("Gather") if e.known(n.input[0]) and e.array(n.input[0]).ndim == 2][nth]
+
+
+def rows_above_one(e: Edit) -> None:
+    """Ids 0 and 1, which are all that ids drawn in [0, 1) reach, are right."""
+    e.weight(_embedding(e), lambda t: np.concatenate([t[:2], np.roll(t[2:], 1, axis=0)]), 0)
+
+
+def last_row(e: Edit) -> None:
+    def change(t: NDArray[Any]) -> NDArray[Any]:
+        t[-1] += 1
+        return t
+
+    e.weight(_embedding(e), change, 0)
+
+
+def padding_row(e: Edit) -> None:
+    def change(t: NDArray[Any]) -> NDArray[Any]:
+        t[0] += 0.1
+        return t
+
+    e.weight(_embedding(e, 0), change, 0)
+
+
+def gru_gates(e: Edit) -> None:
+    e.weight(e.nodes("GRU")[0], lambda w: np.roll(w, w.shape[1] // 3, axis=1))
+
+
+def gru_candidate_bias(e: Edit) -> None:
+    node = e.nodes("GRU")[0]
+    for a in node.attribute:
+        if a.name == "linear_before_reset":
+            a.i = 1 - a.i
+
+
+# --- operators ---------------------------------------------------------------------------------------------------
+
+
+def _attribute(node: NodeProto, name: str, value: Any) -> None:
+    kept = [a for a in node.attribute if a.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
+def softmax_axis(e: Edit) -> None:
+    _attribute(e.nodes("Softmax")[-1], "axis", 0)
+
+
+def softmax_over_heads(e: Edit) -> None:
+    _attribute(e.nodes("Softmax")[-1], "axis", -2)
+
+
+def mask_sign(e: Edit) -> None:
+    node = e.nodes("Where")[0]
+    node.input[0] = e.insert(node, "Not", [node.input[0]])
+
+
+def mask_dropped(e: Edit) -> None:
+    node = next(n for n in e.nodes("Not"))
+    at = list(e.graph.node).index(node)
+    e.graph.node[at].op_type = "Identity"
+
+
+def mask_too_weak(e: Edit) -> None:
+    """The masked value is small but not small enough: padding gets a little weight."""
+    node = e.nodes("Where")[0]
+    for k in (1, 2):
+        maker = [n for n in e.graph.node if node.input[k] in n.output]
+        data = e.array(node.input[k]) if e.known(node.input[k]) else None
+        if data is None and maker and maker[0].op_type == "Constant":
+            data = numpy_helper.to_array(maker[0].attribute[0].t)
+        if data is not None and (data < -1e3).any():
+            node.input[k] = e.const(np.full(data.shape, -6.0, np.float32))
+            return
+    raise AssertionError("no mask")
+
+
+def layer_norm_denominator(e: Edit) -> None:
+    """The variance over n - 1."""
+    node = e.nodes("LayerNormalization")[-1]
+    width = e.array(node.input[1]).size
+    e.weight(node, lambda w: w * np.float32(((width - 1) / width) ** 0.5))
+
+
+def layer_norm_epsilon(e: Edit) -> None:
+    _attribute(e.nodes("LayerNormalization")[0], "epsilon", 1e-3)
+
+
+def batch_norm_epsilon(e: Edit) -> None:
+    _attribute(e.nodes("BatchNormalization")[0], "epsilon", 1e-3)
+
+
+def relu_dropped(e: Edit) -> None:
+    node = e.nodes("Relu")[0]
+    node.op_type = "Identity"
+
+
+def relu_leaks(e: Edit) -> None:
+    node = e.nodes("Relu")[-1]
+    node.op_type = "LeakyRelu"
+    _attribute(node, "alpha", 1e-3)
+
+
+def sum_to_mean(e: Edit) -> None:
+    e.nodes("ReduceSum")[-1].op_type = "ReduceMean"
+    node = e.nodes("ReduceMean")[-1]
+    if len(node.input) > 1 and e.model.opset_import[0].version < 18:
+        axes = e.array(node.input[1]) if e.known(node.input[1]) else _constant(e, node.input[1])
+        del node.input[1:]
+        _attribute(node, "axes", [int(a) for a in axes.reshape(-1)])
+
+
+def _constant(e: Edit, name: str) -> NDArray[Any]:
+    return numpy_helper.to_array(e.producer(name).attribute[0].t)
+
+
+def half_inside(e: Edit) -> None:
+    """A hidden layer in 16 bits: the same function in float64, but not the same rounding."""
+    tensor = e.nodes("Relu")[0].output[0]
+    node = e.after(tensor, "Cast", to=int(TensorProto.FLOAT16))
+    inner = f"{tensor}/half"
+    node.output[0] = inner
+    at = list(e.graph.node).index(node)
+    e.graph.node.insert(at + 1, helper.make_node("Cast", [inner], [tensor], name=inner, to=int(TensorProto.FLOAT)))
+
+
+def cancellation(e: Edit) -> None:
+    """Adds a large number and takes it away again."""
+    big = e.const(3e4)
+    e.after(e.score, "Sub", big)
+    before = e.producer(e.score).input[0]
+    e.after(before, "Add", big)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def first_candidate_for_all(e: Edit) -> None:
+    """A candidate-level input taken for a request-level one."""
+    name = e.candidate_input()
+    node = e.after(name, "Gather", e.const([0], np.int64), axis=0)
+    one = node.output[0]
+    wide = f"{one}/wide"
+    for n in e.graph.node[1:]:
+        n.input[:] = [wide if i == one else i for i in n.input]
+    e.graph.node.insert(1, helper.make_node("Shape", [name], [f"{one}/shape"]))
+    e.graph.node.insert(2, helper.make_node("Expand", [one, f"{one}/shape"], [wide]))
+
+
+def neighbour(e: Edit) -> None:
+    """Every candidate gets the score of the one behind it; right where there is only one."""
+    size = e.const([1], np.int64)
+    end = e.const([2**31], np.int64)
+    zero = e.const([0], np.int64)
+    score = e.score
+    producer = e.producer(score)
+    inner = f"{score}/before"
+    producer.output[:] = [inner if o == score else o for o in producer.output]
+    for name, ends in (("rest", (size, end)), ("first", (zero, size))):
+        e.graph.node.append(helper.make_node("Slice", [inner, *ends, zero], [f"{score}/{name}"]))
+    e.graph.node.append(helper.make_node("Concat", [f"{score}/rest", f"{score}/first"], [score], axis=0))
+
+
+def reversed_candidates(e: Edit) -> None:
+    score = e.score
+    ends = [e.const([v], np.int64) for v in (-1, -(2**31), 0, -1)]
+    e.after(score, "Slice", *ends)
+
+
+def list_norm(e: Edit) -> None:
+    """Scores centred over the candidates of the call."""
+    score = e.score
+    node = e.after(score, "Identity")
+    mean = e.insert(node, "ReduceMean", [node.input[0]], keepdims=1)
+    node.op_type = "Sub"
+    node.input.append(mean)
+
+
+def hidden_list_norm(e: Edit) -> None:
+    """A hidden layer shifted a little by the mean over the candidates."""
+    tensor = e.nodes("Relu")[-1].output[0]
+    node = e.after(tensor, "Identity")
+    mean = e.insert(node, "ReduceMean", [node.input[0]], keepdims=1)
+    small = e.insert(node, "Mul", [mean, e.const(1e-3)])
+    node.op_type = "Add"
+    node.input.append(small)
+
+
+def _rows_equal(e: Edit, count: int) -> str:
+    """1.0 if there are just so many candidates, else 0.0."""
+    shape = helper.make_node("Shape", [e.candidate_input()], ["probe/shape"])
+    size = helper.make_node("Gather", ["probe/shape", e.const(0, np.int64)], ["probe/size"])
+    same = helper.make_node("Equal", ["probe/size", e.const(count, np.int64)], ["probe/same"])
+    flag = helper.make_node("Cast", ["probe/same"], ["probe/flag"], to=int(TensorProto.FLOAT))
+    for k, node in enumerate((shape, size, same, flag)):
+        e.graph.node.insert(k, node)
+    return "probe/flag"
+
+
+def wrong_for_one(e: Edit) -> None:
+    flag = _rows_equal(e, 1)
+    e.after(e.score, "Add", flag)
+
+
+def row_for_none(e: Edit) -> None:
+    """No candidate, but a score."""
+    _rows_equal(e, 0)
+    e.after(e.score, "Identity")
+    node = e.producer(e.score)
+    count = e.insert(node, "Cast", ["probe/same"], to=int(TensorProto.INT64))
+    rank = len(e.graph.output[0].type.tensor_type.shape.dim)
+    pads = e.insert(node, "Unsqueeze", [count, e.const([0], np.int64)])
+    zeros = e.const([0] * (2 * rank - 1), np.int64)
+    whole = e.insert(node, "Concat", [e.const([0] * rank, np.int64), pads, e.const([0] * (rank - 1), np.int64)], axis=0)
+    del zeros
+    node.op_type = "Pad"
+    node.input.append(whole)
+
+
+def wrong_beyond_256(e: Edit) -> None:
+    """Only the candidates from the 257th are wrong."""
+    score = e.score
+    producer = e.producer(score)
+    inner = f"{score}/before"
+    producer.output[:] = [inner if o == score else o for o in producer.output]
+    zero, half, end = (e.const([v], np.int64) for v in (0, 256, 2**31))
+    e.graph.node.append(helper.make_node("Slice", [inner, zero, half, zero], ["part/a"]))
+    e.graph.node.append(helper.make_node("Slice", [inner, half, end, zero], ["part/b"]))
+    e.graph.node.append(helper.make_node("Add", ["part/b", e.const(1e-3)], ["part/c"]))
+    e.graph.node.append(helper.make_node("Concat", ["part/a", "part/c"], [score], axis=0))
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------
+
+
+def next_user(e: Edit) -> None:
+    """The user's id plus one, but for the last."""
+    name = e.graph.input[0].name
+    kind = e.graph.input[0].type.tensor_type.elem_type
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    node = e.after(name, "Add", e.const(1, dtype))
+    e.after(node.output[0], "Min", e.const(49, dtype))
+
+
+def swapped_users(e: Edit) -> None:
+    a, b = e.graph.input[0].name, e.graph.input[1].name
+    for n in e.graph.node:
+        n.input[:] = [b if i == a else a if i == b else i for i in n.input]
+
+
+def frozen_user(e: Edit) -> None:
+    """The user of the day the model was made, for everybody."""
+    name = e.graph.input[0].name
+    kind = e.graph.input[0].type.tensor_type.elem_type
+    e.after(name, "Mul", e.const(0, helper.tensor_dtype_to_np_dtype(kind)))
+
+
+def empty_history(e: Edit) -> None:
+    """Wrong only where a history is empty."""
+    name = next(i.name for i in e.graph.input if i.name.startswith("hist"))
+    node = e.after(e.score, "Identity")
+    total = e.insert(node, "ReduceMax", [name], keepdims=0)
+    none = e.insert(node, "Equal", [total, e.const(0, np.int64)])
+    flag = e.insert(node, "Cast", [none], to=int(TensorProto.FLOAT))
+    node.op_type = "Add"
+    node.input.append(flag)
+
+
+def full_history(e: Edit) -> None:
+    """The last position of a history is lost."""
+    name = next(i.name for i in e.graph.input if i.name.startswith("hist"))
+    length = e.graph.input[[i.name for i in e.graph.input].index(name)].type.tensor_type.shape.dim[1].dim_value
+    keep = np.ones((1, length), np.int64)
+    keep[0, -1] = 0
+    e.after(name, "Mul", e.const(keep, np.int64))
+
+
+# --- outputs -----------------------------------------------------------------------------------------------------
+
+
+def nan_masked(e: Edit) -> None:
+    score = e.score
+    node = e.after(score, "Identity")
+    bad = e.insert(node, "IsNaN", [node.input[0]])
+    node.op_type = "Where"
+    node.input[:] = [bad, e.const(0.5), node.input[0]]
+
+
+def swapped_outputs(e: Edit) -> None:
+    a, b = e.graph.output[0].name, e.graph.output[1].name
+    for n in e.graph.node:
+        n.output[:] = [b if o == a else a if o == b else o for o in n.output]
+
+
+def outputs_in_another_order(e: Edit) -> None:
+    kept = list(e.graph.output)
+    del e.graph.output[:]
+    e.graph.output.extend(kept[::-1])
+
+
+def dropped_output(e: Edit) -> None:
+    del e.graph.output[1]
+
+
+def renamed_output(e: Edit) -> None:
+    name = e.score
+    e.producer(name).output[0] = "scores"
+    e.graph.output[0].name = "scores"
+
+
+def double_output(e: Edit) -> None:
+    e.after(e.score, "Cast", to=int(TensorProto.DOUBLE))
+    e.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+def frozen_batch(e: Edit) -> None:
+    """The output promises the number of candidates of the day."""
+    e.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 8
+
+
+def negated(e: Edit) -> None:
+    e.after(e.score, "Neg")
+
+
+def raised_opset(e: Edit) -> None:
+    """An operator that the declared opset does not have."""
+    e.after(e.score, "Gelu")
+
+
+# --- pairs made by hand ------------------------------------------------------------------------------------------
+
+
+def _model(build: Callable[[Graph, str, str], str], user_rows: int | str, history: int = 0) -> ModelProto:
+    g = Graph(17)
+    user = g.input("user", [user_rows, *([history] if history else []), 4])
+    item = g.input("item", ["N", 4])
+    out = build(g, user, item)
+    g.nodes[-1].output[0] = "score"
+    assert out
+    g.output("score", ["N", 1])
+    return g.model()
+
+
+def _weights(*shape: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def tile_for_repeat() -> Pair:
+    """N candidates against a history of 3 in flat rows: repeat-interleave, against Tile."""
+
+    def build(order: str) -> Callable[[Graph, str, str], str]:
+        def make(g: Graph, user: str, item: str) -> str:
+            # [N, 4] as [3 N, 4], each candidate three times in a row; the history once per candidate.
+            wide = g.op("Unsqueeze", item, g.ints(1 if order == "repeat" else 0))
+            three = [1, 3, 1] if order == "repeat" else [3, 1, 1]
+            rows = g.op("Reshape", g.op("Tile", wide, g.ints(*three)), g.ints(-1, 4))
+            shape = g.op("Shape", item)
+            count = g.op("Concat", g.op("Slice", shape, g.ints(0), g.ints(1)), g.ints(1, 1), axis=0)
+            once = g.op("Slice", user, g.ints(0), g.ints(1), g.ints(0))
+            flat = g.op("Reshape", g.op("Tile", once, count), g.ints(-1, 4))
+            product = g.op("MatMul", g.op("Mul", rows, flat), g.const(_weights(4, 1)))
+            return g.on_axes("ReduceSum", g.op("Reshape", product, g.ints(-1, 3)), [1], keepdims=1)
+
+        return make
+
+    return Pair(_model(build("repeat"), "N", 3), _model(build("tile"), 1, 3), None)
+
+
+def row_wise_for_list_wise() -> Pair:
+    """The original centres over candidates; the other over the columns."""
+
+    def build(axis: int) -> Callable[[Graph, str, str], str]:
+        def make(g: Graph, user: str, item: str) -> str:
+            x = g.op("Mul", user, item)
+            centred = g.op("Sub", x, g.op("ReduceMean", x, axes=[axis], keepdims=1))
+            return g.op("MatMul", centred, g.const(_weights(4, 1)))
+
+        return make
+
+    return Pair(_model(build(0), "N"), _model(build(1), 1), None)
+
+
+def dropped_cast() -> Pair:
+    """The original rounds a number down to its bucket; the other uses it as it is."""
+
+    def build(bucket: bool) -> Callable[[Graph, str, str], str]:
+        def make(g: Graph, user: str, item: str) -> str:
+            x = item
+            if bucket:
+                x = g.op("Cast", g.op("Cast", item, to=INT64), to=int(TensorProto.FLOAT))
+            return g.op("MatMul", g.op("Add", x, user), g.const(_weights(4, 1)))
+
+        return make
+
+    return Pair(_model(build(True), "N"), _model(build(False), 1), None)
+
+
+def request_scaled() -> Pair:
+    """A division by the number of rows that became a division by the user's single row."""
+
+    def build(rows: str) -> Callable[[Graph, str, str], str]:
+        def make(g: Graph, user: str, item: str) -> str:
+            extent = g.op("Gather", g.op("Shape", {"user": user, "item": item}[rows]), g.const(0, np.int64))
+            count = g.op("Cast", extent, to=int(TensorProto.FLOAT))
+            return g.op("Div", g.op("MatMul", g.op("Add", user, item), g.const(_weights(4, 1))), count)
+
+        return make
+
+    return Pair(_model(build("user"), "N"), _model(build("user"), 1), None)
+
+
+def clipped_input() -> Pair:
+    """Right for all ordinary numbers."""
+
+    def build(clipped: bool) -> Callable[[Graph, str, str], str]:
+        def make(g: Graph, user: str, item: str) -> str:
+            x = g.op("Clip", item, g.const(-50), g.const(50)) if clipped else item
+            return g.op("MatMul", g.op("Add", user, x), g.const(_weights(4, 1)))
+
+        return make
+
+    return Pair(_model(build(False), "N"), _model(build(True), 1), None)
+
+
+def stateful_noise() -> Pair:
+    """The other model adds noise."""
+
+    def build(noise: bool) -> Callable[[Graph, str, str], str]:
+        def make(g: Graph, user: str, item: str) -> str:
+            y = g.op("MatMul", g.op("Add", user, item), g.const(_weights(4, 1)))
+            if not noise:
+                return g.op("Identity", y)
+            return g.op("Add", y, g.op("Mul", g.op("RandomNormalLike", y), g.const(1e-3)))
+
+        return make
+
+    return Pair(_model(build(False), "N"), _model(build(True), 1), None)
+
+
+# --- the suite ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong model.
+
+    Attributes:
+        ranker: Stem of a file in `models/onnx`, or `by hand`.
+        what: What is wrong with it.
+        change: The edit, or what builds the pair.
+        verdicts: Verdicts that must fail, among others.
+    """
+
+    ranker: str
+    what: str
+    change: Callable[..., Any]
+    verdicts: tuple[str, ...] = ("algebra", "rounding")
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranker.split('.')[0]}: {self.what}"
+
+    def pair(self) -> Pair:
+        """The original and the wrong model."""
+        if self.ranker == "by hand":
+            made: Pair = self.change()
+            return made
+        right = pair(self.ranker)
+        wrong = ModelProto()
+        wrong.CopyFrom(right.optimized)
+        self.change(Edit(wrong))
+        return Pair(right.original, wrong, right.roles)
+
+
+@cache
+def pair(ranker: str) -> Pair:
+    """A ranker with its right optimised model, which no longer says what it was made of."""
+    path = FOLDER / f"{ranker}.onnx"
+    spec = yaml.safe_load((FOLDER / f"{ranker.split('.')[0]}.roles.yaml").read_text())
+    result = rewritten(path, spec=spec)
+    assert result.changed
+    made = ModelProto()
+    made.CopyFrom(result.model)
+    kept = [p for p in made.metadata_props if p.key != CONTRACT]
+    del made.metadata_props[:]
+    made.metadata_props.extend(kept)
+    return Pair(onnx.load(path), made, Roles.from_dict(result.report.roles))
+
+
+_SCORES = ("algebra", "rounding")
+_FORM = ("structure",)
+
+MUTANTS = (
+    Mutant("deepfm.torchscript", "swapped weight blocks", swapped_blocks),
+    Mutant("deepfm.torchscript", "embedding rows permuted above id 1", rows_above_one),
+    Mutant("deepfm.torchscript", "weights off by 5e-4", slightly_off),
+    Mutant("deepfm.torchscript", "bias missing", bias_missing),
+    Mutant("deepfm.torchscript", "FM sum became a mean", sum_to_mean),
+    Mutant("deepfm_packed.torchscript", "wrong slice boundary", slice_boundary),
+    Mutant("deepfm_packed.torchscript", "NaN masked away", nan_masked),
+    Mutant("deepfm_packed.torchscript", "last embedding row", last_row),
+    Mutant("dlrm.torchscript", "wrong slice boundary", slice_boundary),
+    Mutant("dlrm.torchscript", "bias twice", bias_twice),
+    Mutant("dlrm.torchscript", "right for one candidate, shifted for more", neighbour, (*_SCORES, "metamorphic")),
+    Mutant("mmoe.torchscript", "an error for N = 0 only", row_for_none),
+    Mutant("dcnv2_parallel.torchscript", "one weight off by 5e-4", one_weight_off),
+    Mutant("dcnv2_parallel.torchscript", "an error for N = 1 only", wrong_for_one),
+    Mutant("dcnv2_parallel.torchscript", "off-by-one user index", next_user),
+    Mutant("dcnv2_parallel.torchscript", "candidate 257 and on wrong", wrong_beyond_256),
+    Mutant("din.torchscript", "softmax over the wrong axis", softmax_axis),
+    Mutant("din.torchscript", "mask sign", mask_sign),
+    Mutant("din.torchscript", "mask too weak", mask_too_weak),
+    Mutant("din.torchscript", "first candidate for all", first_candidate_for_all),
+    Mutant("din.torchscript", "BatchNorm epsilon", batch_norm_epsilon),
+    Mutant("din.torchscript", "padding row not zero", padding_row),
+    Mutant("mmoe.torchscript", "swapped outputs", swapped_outputs),
+    Mutant("mmoe.torchscript", "outputs in another order", outputs_in_another_order, _FORM),
+    Mutant("mmoe.torchscript", "dropped output", dropped_output, _FORM),
+    Mutant("mmoe.torchscript", "gate softmax over candidates", softmax_axis, (*_SCORES, "metamorphic")),
+    Mutant("mmoe.torchscript", "Relu dropped", relu_dropped),
+    Mutant("mmoe.torchscript", "last weight row lost", zeroed_row),
+    Mutant("two_tower.torchscript", "frozen user", frozen_user, (*_SCORES,)),
+    Mutant("two_tower.torchscript", "swapped users", swapped_users),
+    Mutant("two_tower.torchscript", "hidden layer in 16 bits", half_inside, ("rounding",)),
+    Mutant("two_tower.torchscript", "score negated", negated, (*_SCORES, "ranking")),
+    Mutant("history_transformer.torchscript", "LayerNorm with n - 1", layer_norm_denominator),
+    Mutant("history_transformer.torchscript", "LayerNorm epsilon", layer_norm_epsilon),
+    Mutant("history_transformer.torchscript", "mask sign", mask_sign),
+    Mutant("history_transformer.torchscript", "softmax over queries", softmax_over_heads),
+    Mutant("history_transformer.torchscript", "last history position lost", full_history),
+    Mutant("masked_pooling.torchscript", "mask dropped", mask_dropped),
+    Mutant("masked_pooling.torchscript", "wrong for an empty history", empty_history),
+    Mutant("masked_pooling.torchscript", "Relu leaks a little", relu_leaks),
+    Mutant("masked_pooling.torchscript", "output promises 8 rows", frozen_batch, _FORM),
+    Mutant("gru_history.torchscript", "GRU gates permuted", gru_gates),
+    Mutant("gru_history.torchscript", "GRU reset gate after the product", gru_candidate_bias),
+    Mutant("gru_history.torchscript", "first candidate for all", first_candidate_for_all),
+    Mutant("wide_deep.torchscript", "cross-candidate mean", list_norm, (*_SCORES, "metamorphic")),
+    Mutant("wide_deep.torchscript", "slight cross-candidate mean", hidden_list_norm, (*_SCORES, "metamorphic")),
+    Mutant("wide_deep.torchscript", "double output", double_output, _FORM),
+    Mutant("wide_deep.torchscript", "cancellation", cancellation, ("rounding",)),
+    Mutant("fwfm.torchscript", "candidates reversed", reversed_candidates, (*_SCORES, "ranking")),
+    Mutant("fwfm.torchscript", "renamed output", renamed_output, _FORM),
+    Mutant("pnn.torchscript", "swapped columns", swapped_columns),
+    Mutant("pnn.torchscript", "operator of a later opset", raised_opset, _FORM),
+    Mutant("ple.torchscript", "weights off by 5e-4", slightly_off),
+    Mutant("ple.torchscript", "swapped weight blocks", swapped_blocks),
+    Mutant("autoint.torchscript", "softmax over queries", softmax_over_heads),
+    Mutant("autoint.torchscript", "one weight off by 5e-4", one_weight_off),
+    Mutant("by hand", "Tile for repeat-interleave", tile_for_repeat),
+    Mutant("by hand", "row-wise for list-wise", row_wise_for_list_wise),
+    Mutant("by hand", "dropped Cast", dropped_cast),
+    Mutant("by hand", "divided by the user's rows", request_scaled),
+    Mutant("by hand", "numbers clipped at 50", clipped_input),
+    Mutant("by hand", "noise", stateful_noise),
+)

@@ -1,0 +1,52 @@
+"""What the README tells people to run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "models" / "onnx"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with its roles, under the names of the README."""
+    shutil.copy(MODELS / "mmoe.torchscript.onnx", tmp_path / "ranker.onnx")
+    shutil.copy(MODELS / "mmoe.roles.yaml", tmp_path / "roles.yaml")
+    return tmp_path
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def shell(command: str, folder: Path) -> None:
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env["GITHUB_STEP_SUMMARY"] = str(folder / "summary.md")
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_plain_shell(folder: Path) -> None:
+    (command,) = [b for b in blocks("sh") if "onnxrank verify" in b]
+    shell(command, folder)
+    assert {"ranker.fast.onnx", "verify.json", "verify.xml"} <= set(os.listdir(folder))
+
+
+def test_github_actions(folder: Path) -> None:
+    """The steps that are commands, one after the other, but for the installation."""
+    (text,) = [b for b in blocks("yaml") if "onnxrank verify" in b]
+    steps = yaml.safe_load(text)["jobs"]["verify"]["steps"]
+    commands = [s["run"] for s in steps if "run" in s and not s["run"].startswith("pip ")]
+    assert len(commands) == 3
+    for command in commands:
+        shell(command, folder)
+    assert "PASSED" in (folder / "summary.md").read_text() and (folder / "verify.sarif").exists()
