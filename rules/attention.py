@@ -13,6 +13,7 @@ is kept apart: with `m = max a` and `s = sum exp(a - m)`, `q ++ t = softmax(b ++
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
@@ -251,7 +252,11 @@ class _Softmax:
         last, row = len(physical) - 1, (*physical[:-1], ())
         top = emit.reduce("ReduceMax", scores, [last], True)
         # All keys of a row may be at minus infinity.
-        floor = top if self.plain_scores else emit.add("Max", [top, emit.constant(np.array(np.finfo(kind).min, kind))])
+        floor = (
+            top
+            if self.plain_scores
+            else emit.add("Max", [top, emit.constant(np.array(ml_dtypes.finfo(kind).min, kind))])
+        )
         weights = emit.add("Exp", [emit.add("Sub", [scores, floor])])
         total = emit.reduce("ReduceSum", weights, [last], True)
         if self.plain_scores:

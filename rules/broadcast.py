@@ -134,7 +134,14 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
 def _merges_differently(rw: Rewrite, values: Sequence[Value], dims: Dims) -> bool:
     """Whether a dimension like `N * 50` meets one that holds 50 entries only: then neither is 1, nor are they equal."""
     merged = {s for d in dims if len(d) > 1 for s in symbols([d])}
-    return bool(merged) and len({frozenset(merged & rw.present(v)) for v in values if v.rank}) > 1
+    if not merged:
+        return False
+    repeats = {
+        tuple(constant_along(v.codes, k - (len(dims) - v.rank)) for k, d in enumerate(dims) if len(d) > 1)
+        for v in values
+        if v.whole is None and v.rank == len(dims)
+    }
+    return len(repeats) > 1 or len({frozenset(merged & rw.present(v)) for v in values if v.rank}) > 1
 
 
 def _as_split(value: Value, dims: Dims) -> Value:

@@ -30,6 +30,7 @@ from onnxrank.values import (
     regroup,
     symbols,
     view,
+    with_extents,
 )
 
 from .broadcast import attribute
@@ -307,6 +308,25 @@ def _concat_symbolic(rw: Rewrite, node: NodeProto, values: list[Value], axis: in
     return rw.keep(node, [rw.tensor(v) for v in values], [dims], held | set(symbols([known[axis]])))
 
 
+def pad(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Pad with a constant, of axes that do not go over rows."""
+    x, pads = rw.value(node, 0), rw.array(node, 1)
+    given = node.input[2] if len(node.input) > 2 else ""
+    if pads is None or attribute(node, "mode", b"constant") != b"constant" or (len(node.input) > 3 and node.input[3]):
+        return None
+    before, after = pads.astype(int).reshape(2, -1).tolist()
+    if min(*before, *after) < 0 or any(symbols([d]) for d, a, b in zip(x.dims, before, after, strict=True) if a or b):
+        return None
+    filler = rw.zero(x.dtype)
+    if given:
+        value = rw.value(node, 2)
+        if value.whole is None or value.whole.level is not Level.CONSTANT or value.whole.size != 1:
+            return None
+        filler = int(value.codes.reshape(-1)[0])
+    codes = np.pad(x.codes, list(zip(before, after, strict=True)), constant_values=filler)
+    return [rw.tidy(with_extents(x.dims, codes.shape), x.dtype, codes)]
+
+
 def expand(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Expand: broadcasting that is only noted."""
     x = _data(rw, node)
@@ -391,6 +411,7 @@ RULE = Rule(
         "Gather": gather,
         "GatherND": gather_nd,
         "Concat": concat,
+        "Pad": pad,
         "Expand": expand,
         "Tile": tile,
         "Shape": shape,
