@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import cost, facts, feeds, needed, runtime
-from onnxrank.contract import CONTRACT
+from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule
@@ -268,6 +268,9 @@ class Transformation:
         graph.output.extend(base.graph.output)
         graph.input.extend(self.inputs)
         graph.node.extend(e.proto for e in self._kept)
+        for node, e in zip(graph.node, self._kept, strict=True):
+            if e.rule is not None and not _is_own(node, base.graph.node, e.origin):
+                _mark(node, e.rule)
         read = {i for e in self._kept for i in e.proto.input} | set(outputs)
         for e in self._kept:
             read |= {c for g in subgraphs(e.proto) for c in captured(g)}
@@ -322,6 +325,19 @@ class Transformation:
                 saved = sum(old[k] - new[k] for k in at)
                 out.append(RuleUse(rule, len(at), saved, tuple(label(nodes[k]) for k in at)))
         return out
+
+
+def _is_own(node: NodeProto, original: Sequence[NodeProto], origin: int) -> bool:
+    """Whether a node is the user's own message, which stays as it was even where it runs for one row now."""
+    return origin < len(original) and node == original[origin]
+
+
+def _mark(node: NodeProto, rule: str) -> None:
+    """Notes in a node's metadata which rule it comes from, so that profiles can tell."""
+    stale = [k for k, p in enumerate(node.metadata_props) if p.key == RULE]
+    for k in stale[::-1]:
+        del node.metadata_props[k]
+    node.metadata_props.add(key=RULE, value=rule)
 
 
 def _standing(rule: str) -> int:
