@@ -76,17 +76,22 @@ class Line:
 
     Attributes:
         once: Seconds per request, whatever N.
-        each: Seconds per candidate.
-        error: Largest difference between the line and a median, relative to the median.
+        each: Seconds per candidate, up to the knee.
+        knee: Number of candidates from which on one costs more or less, by the caches; None where the line is straight.
+        beyond: Seconds per candidate beyond the knee.
+        error: Largest difference from a median, relative to the median.
     """
 
     once: float
     each: float
+    knee: int | None
+    beyond: float
     error: float
 
     def at(self, candidates: float) -> float:
         """Seconds at a number of candidates."""
-        return self.once + self.each * candidates
+        below = candidates if self.knee is None else min(candidates, self.knee)
+        return self.once + self.each * below + self.beyond * (candidates - below)
 
 
 @dataclass(frozen=True)

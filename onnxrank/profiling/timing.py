@@ -24,6 +24,8 @@ Run = Callable[[int], float]
 
 RESOLUTION = 0.02
 """Two sessions of one model differ by up to so much, by where their memory lies; no smaller difference is reported."""
+STRAIGHT = 0.05
+"""Largest relative error of a straight line through the times for which it is not bent."""
 NARROW = 0.01
 """Half the width of an interval, relative to its middle, that is narrow enough to stop."""
 _TURN = 0.02  # seconds that a turn should take
@@ -130,28 +132,41 @@ def point(candidates: int, rounds: Rounds, copies: Sequence[float | None]) -> Po
 
 
 def fit(candidates: Sequence[int], seconds: Sequence[float]) -> Line | None:
-    """Fits `once + each * N` to times: least squares of relative errors, neither cost negative.
+    """Fits costs to times: least squares of relative errors, no cost negative.
 
-    A single candidate runs other kernels (a product with one row is a product with a vector), so it only counts where
-    there are fewer than three other numbers of candidates.
+    A candidate costs more once the rows of all of them no longer fit a cache, so where one line misses a time by more
+    than `STRAIGHT` the line may bend at one of the numbers measured. A single candidate runs other kernels (a product
+    with one row is a product with a vector), so it only counts where there are fewer than three other numbers.
 
     Returns:
-        The line; None with fewer than two numbers.
+        The costs; None with fewer than two numbers of candidates.
     """
     n, t = np.array(candidates, np.float64), np.array(seconds, np.float64)
     if len(n) < 2:
         return None
-    used = n > 1
-    if used.sum() < 3:
-        used = np.ones_like(used)
-    design = np.stack([1 / t[used], n[used] / t[used]], axis=1)
-    once, each = np.linalg.lstsq(design, np.ones(int(used.sum())), rcond=None)[0]
-    if each < 0 or once < 0:
-        only = design[:, 0] if each < 0 else design[:, 1]
-        alone = float(only.sum() / (only**2).sum())
-        once, each = (alone, 0.0) if each < 0 else (0.0, alone)
-    error = float(np.abs((once + each * n[used]) / t[used] - 1).max())
-    return Line(float(once), float(each), error)
+    if (n > 1).sum() >= 3:
+        n, t = n[n > 1], t[n > 1]
+    best = _bent(n, t, None)
+    if best.error > STRAIGHT and len(n) > 3:
+        best = min([best, *(_bent(n, t, int(k)) for k in n[1:-1])], key=lambda line: line.error)
+    return best
+
+
+def _bent(n: NDArray[np.float64], t: NDArray[np.float64], knee: int | None) -> Line:
+    """The best line that bends at `knee`."""
+    at = n.max() if knee is None else knee
+    basis = np.stack([np.ones_like(n), np.minimum(n, at), np.maximum(n - at, 0)], axis=1) / t[:, None]
+    count = 2 if knee is None else 3
+    found: list[tuple[float, NDArray[np.float64]]] = []
+    for mask in range(1, 1 << count):  # every set of costs that are not 0
+        used = [k for k in range(count) if mask >> k & 1]
+        costs = np.zeros(3)
+        costs[used] = np.linalg.lstsq(basis[:, used], np.ones(len(n)), rcond=None)[0]
+        if (costs >= 0).all():
+            found.append((float(((basis @ costs - 1) ** 2).sum()), costs))
+    _, (once, each, beyond) = min(found, key=lambda f: f[0])
+    error = float(np.abs(basis @ [once, each, beyond] - 1).max())
+    return Line(float(once), float(each), knee, float(each if knee is None else beyond), error)
 
 
 def break_even(points: Sequence[Point], lines: Sequence[Line | None]) -> BreakEven:
@@ -169,8 +184,9 @@ def break_even(points: Sequence[Point], lines: Sequence[Line | None]) -> BreakEv
         a, b = points[k].candidates, points[k + 1].candidates
         return BreakEven("measured", math.ceil(a - gaps[k] * (b - a) / (gaps[k + 1] - gaps[k])))
     first, second = lines
-    if first is not None and second is not None and first.each > second.each:
-        at = math.ceil((second.once - first.once) / (first.each - second.each))
-        if at > points[-1].candidates:
+    if first is not None and second is not None and first.beyond > second.beyond:
+        last = points[-1].candidates
+        at = last + math.ceil((second.at(last) - first.at(last)) / (first.beyond - second.beyond))
+        if at > last:
             return BreakEven("extrapolated", at)
     return BreakEven("never", None)
