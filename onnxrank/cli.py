@@ -165,10 +165,7 @@ def cli(ctx: click.Context) -> None:
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
 @click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
 @click.option("--require-change", is_flag=True, help="Exit with 5 and write no model if nothing applied.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option(
-    "-v", "--verbose", is_flag=True, help="Print every step and comparison, and tracebacks of internal errors."
-)
+@_output_options
 @click.pass_context
 def optimize(
     ctx: click.Context,

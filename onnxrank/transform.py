@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -30,6 +31,23 @@ from onnxrank.values import (
 )
 
 _NO_SITE = {None, "movement", "interface"}
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a rule saved at one place, per request at the expected number of candidates.
+
+    Attributes:
+        node: Index of the original node.
+        rule: The rule.
+        macs: Multiply-adds.
+        seconds: Predicted time on one core.
+    """
+
+    node: int
+    rule: str
+    macs: int
+    seconds: float
 
 
 class Transformation:
@@ -307,24 +325,41 @@ class Transformation:
                 out.setdefault(e.rule, set()).add(e.origin)
         return {rule: sorted(at) for rule, at in out.items()}
 
-    def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
-        """Sites per rule and what they saved: an original node's products against those that replace it."""
+    def savings(self, before: cost.Shapes, after: cost.Shapes) -> list[Saving]:
+        """What was saved at every site: an original node's costs against those of the nodes that replace it."""
         nodes = self.study.model.graph.node
-        old = [cost.node_macs(n, before) for n in nodes]
-        new = [0] * (len(nodes) + 1)
+        new = [[0, 0.0] for _ in range(len(nodes) + 1)]
         owner: dict[int, str] = {}
         for e in self._kept:
-            new[e.origin] += cost.node_macs(e.proto, after)
+            new[e.origin][0] += cost.node_macs(e.proto, after)
+            new[e.origin][1] += cost.node_seconds(e.proto, after)
             if e.rule not in _NO_SITE and e.rule is not None:
                 # A site is told for the rule that does most there.
                 owner[e.origin] = max(owner.get(e.origin, e.rule), e.rule, key=_standing)
+        return [
+            Saving(
+                k,
+                owner[k],
+                int(cost.node_macs(nodes[k], before) - new[k][0]),
+                cost.node_seconds(nodes[k], before) - new[k][1],
+            )
+            for k in sorted(owner)
+            if k < len(nodes)
+        ]
+
+    def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
+        """Sites per rule and what they saved."""
+        nodes, found = self.study.model.graph.node, self.savings(before, after)
         out = []
         for rule in dict.fromkeys([r.name for r in self.rw.rules]):
-            at = sorted(k for k, r in owner.items() if r == rule and k < len(nodes))
-            if at:
-                saved = sum(old[k] - new[k] for k in at)
-                out.append(RuleUse(rule, len(at), saved, tuple(label(nodes[k]) for k in at)))
+            own = [s for s in found if s.rule == rule]
+            if own:
+                out.append(RuleUse(rule, len(own), sum(s.macs for s in own), tuple(label(nodes[s.node]) for s in own)))
         return out
+
+    def emitted(self) -> list[Emitted]:
+        """The nodes of the result, in its order, with where they come from."""
+        return list(self._kept)
 
 
 def _is_own(node: NodeProto, original: Sequence[NodeProto], origin: int) -> bool:
