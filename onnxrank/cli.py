@@ -344,6 +344,94 @@ def profile(
     _show(lambda console: print_profile(found, console, verbose), quiet, report, FORMATS)
 
 
+@cli.command(short_help="See what is in a model and what could be saved.")
+@click.argument("model", metavar="MODEL")
+@_role_options
+@click.option(
+    "--interface",
+    type=click.Choice(["request", "same"]),
+    default="request",
+    show_default=True,
+    help="As for optimize.",
+)
+@click.option(
+    "--candidates",
+    callback=_span,
+    default="512",
+    show_default=True,
+    metavar="N|LOW..HIGH",
+    help="Expected number of candidates per request, or its range.",
+)
+@click.option("--select", callback=_names, multiple=True, metavar="RULES", help="As for optimize.")
+@click.option("--ignore", callback=_names, multiple=True, metavar="RULES", help="As for optimize.")
+@click.option("--rules", multiple=True, metavar="PATH", help="As for optimize.")
+@click.option("--node", metavar="NAME", help="Explain one tensor or node instead: its level, and what makes it so.")
+@_report_option("html, json or text")
+@_output_options
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    model: str,
+    request: tuple[str, ...],
+    roles: str | None,
+    infer_roles: str | None,
+    interface: str,
+    candidates: int | tuple[int, int],
+    select: list[str] | None,
+    ignore: list[str] | None,
+    rules: tuple[str, ...],
+    node: str | None,
+    report: tuple[str, ...],
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """See what is in a model and what could be saved, without changing it.
+
+    Runs what optimize would run with the same options, and writes no model. Without roles all inputs count as
+    candidate-level, and what declaring each of them request-level would save is told.
+    """
+    _start(ctx, quiet, verbose)
+    given = _given_roles(ctx, request, roles, infer_roles)
+
+    from onnxrank.inspection.engine import explain
+    from onnxrank.inspection.engine import inspect as run
+    from onnxrank.inspection.render import FORMATS, print_explanation, print_inspection
+    from onnxrank.render import as_text, check_target, to_json, write_document
+
+    for target in report:
+        check_target(target, [model], FORMATS)
+    with _progress(quiet, verbose) as progress:
+        found = run(
+            model,
+            **given,
+            interface=interface,
+            candidates=candidates,
+            select=select,
+            ignore=ignore or (),
+            extra_rules=rules,
+            lifts=node is None or bool(report),
+            progress=progress,
+        )
+    explained = None if node is None else explain(found, node)
+
+    def show(console: Console) -> None:
+        if explained is not None:
+            print_explanation(explained, console)
+        else:
+            print_inspection(found, console, verbose)
+
+    def write(form: str, encoding: str) -> str:
+        if form == "html":
+            from onnxrank.inspection.page import to_html
+
+            return to_html(found)
+        return to_json(found) if form == "json" else as_text(show, encoding)
+
+    for target in report:
+        write_document(write, target, FORMATS)
+    _show(show, quiet, report, FORMATS)
+
+
 @cli.command("rules", short_help="List the rules, or explain one.")
 @click.argument("name", metavar="[RULE]", required=False)
 def list_rules(name: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from onnx import ModelProto, TensorProto, inliner
 from onnxrank import cost, feeds, pipeline
 from onnxrank import model as files
 from onnxrank.contract import RULE, find_roles, stored_contract
-from onnxrank.errors import ModelError, OnnxrankError, UsageError
+from onnxrank.errors import OnnxrankError, UsageError
 from onnxrank.facts import Extent
 from onnxrank.inspection import levels as entries
 from onnxrank.inspection import lookups
@@ -35,7 +36,7 @@ from onnxrank.roles import InputRole, format_ranges
 from onnxrank.scopes import scope_of
 from onnxrank.study import Study, extents_of, label
 from onnxrank.transform import Saving
-from onnxrank.values import CANDIDATES, Level
+from onnxrank.values import CANDIDATES
 
 _PATIENCE = 10.0  # seconds for trying inputs as request-level
 _LEAST_GAIN = 0.005  # of all multiply-adds; less is not worth a word
@@ -102,6 +103,9 @@ def inspect(
         gains, note = _gains(result, result.study, rules)
         notes += [note] if note else []
     report = result.report
+    at = _pays_from(result, found.shapes)
+    if at is not None:
+        notes.append(f"by the cost model it would pay from about {at} candidates on: see --candidates")
     return Inspection(
         version=report.version,
         source=report.source,
@@ -368,6 +372,22 @@ def _gains(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tupl
     return out, note
 
 
+def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
+    """From how many candidates on a rewrite that was not taken would be faster; costs are lines in their number."""
+    form, study = result.form, result.study
+    if result.changed or form is None or form.model is None or form.probe is None or study is None:
+        return None
+    old, new = (
+        [cost.seconds(graph, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n})) for n in (1, 2)]
+        for graph, shapes in ((study.model.graph, before), (form.model.graph, form.shapes(1)))
+    )
+    slope = (old[1] - old[0]) - (new[1] - new[0])
+    if slope <= 0:
+        return None
+    at = 1 + math.ceil((new[0] - old[0]) / slope)
+    return at if at > pipeline.report_candidates(result.report.candidates) else None
+
+
 def _macs_if(
     study: Study, wanted: feeds.Input, rules: Sequence[Rule], interface: str, span: tuple[int, int]
 ) -> int | None:
@@ -447,24 +467,22 @@ def explain(found: Inspection, name: str) -> Explanation:
         raise UsageError(_no_such(name, [*tensors, *by_name]))
     made_by = {o: n for n in found.nodes for o in n.outputs}
     inputs = {i.name: i for i in found.inputs}
-    above, order = {name: ""}, [name]
-    for current in order:  # breadth first, so that the chain is a shortest one
+    order = [name]
+    seen = {name}
+    for current in order:
         node = made_by.get(current)
-        for i in node.inputs if node is not None else ():
-            if i in tensors and i not in above:
-                above[i] = current
-                order.append(i)
-    behind = [inputs[i] for i in order if i in inputs]
+        fresh = [i for i in (node.inputs if node is not None else ()) if i in tensors and i not in seen]
+        seen.update(fresh)
+        order += fresh
+    behind = [i for i in found.inputs if i.name in seen]
     top = tensors[name]
     # What is candidate-level comes from something candidate-level: only such steps are walked back along.
     deciding = ("candidate", "mixed") if top.level in ("candidate", "mixed") else (top.level,)
-    begin = _first_cause(name, deciding, tensors, made_by, inputs)
-    chain = tuple(
-        Step(t, tensors[t].level, tensors[t].dims, made_by[t].op if t in made_by else "",
-             made_by[t].name if t in made_by else "")
-        for t in begin
-    )  # fmt: skip
-    return Explanation(top, made_by.get(name), chain, tuple(behind), _reason(top, chain, behind, inputs))
+    chain = []
+    for t in _first_cause(name, deciding, tensors, made_by, inputs):
+        op, node_name = (made_by[t].op, made_by[t].name) if t in made_by else ("", "")
+        chain.append(Step(t, tensors[t].level, tensors[t].dims, op, node_name))
+    return Explanation(top, made_by.get(name), tuple(chain), tuple(behind), _reason(top, chain, behind, inputs))
 
 
 def _first_cause(
@@ -474,7 +492,7 @@ def _first_cause(
     made_by: Mapping[str, Node],
     inputs: Mapping[str, InputTensor],
 ) -> list[str]:
-    """The shortest path of tensors of these levels from where the level starts to a tensor."""
+    """The shortest path of tensors of these levels from where the level starts to a tensor; breadth first."""
     reached, order = {name: ""}, [name]
     end = name
     for current in order:
@@ -520,6 +538,3 @@ def _no_such(name: str, known: Sequence[str]) -> str:
     near = [k for k in known if name and name in k][:3] or difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
     return f"The model has no node or tensor {name!r}.{hint}"
-
-
-__all__ = ["Explanation", "Level", "ModelError", "Step", "dims_text", "explain", "inspect"]

@@ -72,14 +72,14 @@ def tables(study: Study, links: Links, shapes: cost.Shapes, levels: dict[str, st
             continue
         level = levels.get(ids, "candidate")
         count = prod(shape)
-        once = count // max(1, _rows(shapes, ids)) if level in ("constant", "request") else 0
+        needed = count // max(1, _rows(shapes, ids)) if level in ("constant", "request") else count
         size = prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
         before = found.get(table)
         if before is not None:
-            count, once = count + before.lookups, once + before.once
+            count, needed = count + before.lookups, needed + before.needed
             inputs = list(dict.fromkeys([*before.inputs, *inputs]))
             level = level if level == before.level else "mixed"
-        found[table] = Table(table, t.dims[0], t.dims[1], size, count, once, level, tuple(inputs))
+        found[table] = Table(table, t.dims[0], t.dims[1], size, count, needed, level, tuple(inputs))
     return sorted(found.values(), key=lambda t: -t.bytes)
 
 

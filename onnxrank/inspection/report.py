@@ -197,7 +197,7 @@ class Table:
         width: Entries per row.
         bytes: Its size.
         lookups: Rows looked up per request now.
-        once: Of these, those that need be looked up but once.
+        needed: Rows that need be looked up, if what is the same for all candidates is looked up once.
         level: Level of the ids.
         inputs: Inputs that the ids come from.
     """
@@ -207,7 +207,7 @@ class Table:
     width: int
     bytes: int
     lookups: int
-    once: int
+    needed: int
     level: str
     inputs: tuple[str, ...]
 

@@ -148,7 +148,7 @@ def _operators(profile: Profile, candidates: int) -> str:
     groups = []
     for op in longest:
         several = [
-            charts.Bar(op if k == 0 else "", [(_STYLES[k], t, f"{op}: {duration(t)}")], duration(t))
+            charts.Bar(op if k == 0 else "", [(_STYLES[k], t, f"{op}: {duration(t)}")], duration(t) if t else "")
             for k, t in enumerate(spent[op])
         ]
         groups.append(("", several))
