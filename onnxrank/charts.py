@@ -57,9 +57,10 @@ def curves(series: Sequence[Series], x_title: str, label: Callable[[float], str]
         out.append(f'<path class="curve {s.style}" style="fill:none" d="M{path}"/>')
         for x, y, under, over in s.points:
             told = escape(f"{s.name}, {x_title} {x:g}: {label(y)} ({label(under)} to {label(over)})")
+            at = f"{x_at(x):.1f}"
             out.append(
-                f'<g class="{s.style}"><title>{told}</title><path d="M{x_at(x):.1f} {y_at(under):.1f}V{y_at(over):.1f}" '
-                f'stroke-width="2"/><circle class="plain" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="4"/></g>'
+                f'<g class="{s.style}"><title>{told}</title><path d="M{at} {y_at(under):.1f}V{y_at(over):.1f}" '
+                f'stroke-width="2"/><circle class="plain" cx="{at}" cy="{y_at(y):.1f}" r="4"/></g>'
             )
     return "".join(out) + "</svg>"
 

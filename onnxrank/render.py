@@ -320,9 +320,7 @@ def parse_target(target: str, formats: Sequence[str] = FORMATS) -> tuple[str, st
     return form, file
 
 
-def check_target(
-    target: str, taken: Sequence[str | os.PathLike[str]] = (), formats: Sequence[str] = FORMATS
-) -> None:
+def check_target(target: str, taken: Sequence[str | os.PathLike[str]] = (), formats: Sequence[str] = FORMATS) -> None:
     """Finds out before any work whether a report can be written.
 
     Args:

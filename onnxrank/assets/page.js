@@ -33,20 +33,20 @@ class Graph {
     this.shared = shared;
     this.view = { x: 0, y: 0, scale: 1 };
     this.closed = new Set();
-    this.scopes = new Set();
+    this.scopes = new Map(); // and how many nodes they hold
     this.marked = null;
     this.waiting = false;
     for (const node of data.nodes) {
       const path = node.scope ? node.scope.split("/") : [];
       node.path = path.map((_, k) => path.slice(0, k + 1).join("/"));
-      for (const scope of node.path) this.scopes.add(scope);
+      for (const scope of node.path) this.scopes.set(scope, (this.scopes.get(scope) || 0) + 1);
     }
     if (data.nodes.length > MANY) this.closed = new Set(this.outermost());
     this.listen();
   }
 
   outermost() {
-    return [...this.scopes].filter((scope) => !scope.includes("/"));
+    return [...this.scopes.keys()].filter((scope) => !scope.includes("/") && this.scopes.get(scope) > 1);
   }
 
   // What is shown: nodes, and closed layers in place of all that is in them.
@@ -109,6 +109,10 @@ class Graph {
       for (const k of around) sum += items[k].x;
       return around.length ? sum / around.length : null;
     };
+    const lines = (row) => Math.ceil(row.length / ABREAST), abreast = (row) => Math.ceil(row.length / lines(row));
+    const stack = (row) => {
+      row.forEach((k, at) => (items[k].x = ((at % abreast(row)) - (abreast(row) - 1) / 2) * step));
+    };
     for (let sweep = 0; sweep < 6; sweep++) {
       const order = sweep % 2 ? [...rows].reverse() : rows;
       for (const row of order) {
@@ -117,6 +121,10 @@ class Graph {
           items[k].wish = middle === null ? items[k].x : middle;
         }
         row.sort((a, b) => items[a].wish - items[b].wish || a - b);
+        if (row.length > ABREAST) {
+          stack(row);
+          continue;
+        }
         let drift = 0;
         row.forEach((k, at) => {
           const least = at ? items[row[at - 1]].x + step : -Infinity;
@@ -128,13 +136,8 @@ class Graph {
     }
     let y = 0;
     for (const row of rows) {
-      const lines = Math.ceil(row.length / ABREAST);
-      const abreast = Math.ceil(row.length / lines);
-      row.forEach((k, at) => {
-        if (lines > 1) items[k].x = ((at % abreast) - (abreast - 1) / 2) * step;
-        items[k].y = y + Math.floor(at / abreast) * (HEIGHT + 8);
-      });
-      y += lines * (HEIGHT + 8) - 8 + DOWN;
+      row.forEach((k, at) => (items[k].y = y + Math.floor(at / abreast(row)) * (HEIGHT + 8)));
+      y += lines(row) * (HEIGHT + 8) - 8 + DOWN;
     }
     this.box = items.reduce(
       (b, i) => [Math.min(b[0], i.x), Math.min(b[1], i.y), Math.max(b[2], i.x + WIDTH), Math.max(b[3], i.y + HEIGHT)],

@@ -292,7 +292,9 @@ class _Findings:
             nodes = tuple(dict.fromkeys(names))
             above = {i for name in nodes if name in byname for i in self._inputs_above(byname[name])}
             best = sorted((i for i in gains if i in above and gains[i] >= _LEAST_GAIN), key=lambda i: -gains[i])
-            lift = f"declare {best[0]} request-level, if it is: {_signed(gains[best[0]])} of multiply-adds" if best else ""
+            lift = (
+                f"declare {best[0]} request-level, if it is: {_signed(gains[best[0]])} of multiply-adds" if best else ""
+            )
             out.append(Refused(rule, reason, nodes, sum(macs.get(n, 0) for n in nodes), lift))
         return tuple(sorted(out, key=lambda r: (-r.macs, -len(r.nodes))))
 
@@ -524,11 +526,13 @@ def _reason(
     start = chain[0]
     if start.tensor not in inputs:
         return (
-            f"{start.op} {start.node} makes it so, although nothing that it reads is candidate-level: the operator is not "
-            "known to treat rows independently."
+            f"{start.op} {start.node} makes it so, although nothing that it reads is candidate-level: the operator is "
+            "not known to treat rows independently."
         )
     if top.level == "mixed":
-        return f"It holds entries that come from {start.tensor}, which is {inputs[start.tensor].role}-level, and others."
+        return (
+            f"It holds entries that come from {start.tensor}, which is {inputs[start.tensor].role}-level, and others."
+        )
     return f"It depends on {start.tensor}, which is {inputs[start.tensor].role}-level."
 
 

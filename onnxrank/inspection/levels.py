@@ -44,17 +44,16 @@ def summed_up(levels: Levels) -> tuple[str, float, tuple[Block, ...]]:
         return "constant", 1.0, ()
     low, high = int(read.min()), int(read.max())
     once = float((levels < Level.CANDIDATE).mean())
-    if high < Level.CANDIDATE or low == high:
-        level = NAMES[Level(high)]
-    else:
-        level = "mixed"
+    level = NAMES[Level(high)] if high < Level.CANDIDATE or low == high else "mixed"
     if levels.strides == (0,) * levels.ndim or (levels == levels.flat[0]).all():
         return level, once, ()
     found = split_axis(levels.astype(np.int64))
     if found is None:
         return level, once, ()
     axis, parts = found
-    blocks = (Block(axis, format_ranges(at.tolist()), NAMES[Level(int(levels.take(at[0], axis).flat[0]))]) for at in parts)
+    blocks = (
+        Block(axis, format_ranges(at.tolist()), NAMES[Level(int(levels.take(at[0], axis).flat[0]))]) for at in parts
+    )
     return level, once, tuple(blocks)
 
 

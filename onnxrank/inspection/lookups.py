@@ -64,7 +64,7 @@ def tables(study: Study, links: Links, shapes: cost.Shapes, levels: dict[str, st
     tensors = {t.name: t for t in study.model.graph.initializer}
     names = [i.name for i in study.declared]
     found: dict[str, Table] = {}
-    for node, table, ids in _lookups(study.model.graph.node, set(tensors)):
+    for table, ids in _lookups(study.model.graph.node, set(tensors)):
         t = tensors[table]
         shape = shapes.shape(ids)
         inputs = links.inputs_of(ids, names)
@@ -89,10 +89,11 @@ def _rows(shapes: cost.Shapes, name: str) -> int:
     return prod(shapes.symbol(s) for _, syms in found for s in syms if is_candidate_symbol(s))
 
 
-def _lookups(nodes: Iterable[NodeProto], tables: set[str]) -> Iterable[tuple[NodeProto, str, str]]:
+def _lookups(nodes: Iterable[NodeProto], tables: set[str]) -> Iterable[tuple[str, str]]:
+    """Tables and the ids that are looked up in them."""
     for node in nodes:
         if node.op_type in ("Gather", "GatherND") and node.input[0] in tables and node.input[1] not in tables:
-            yield node, node.input[0], node.input[1]
+            yield node.input[0], node.input[1]
 
 
 def sequences(study: Study, links: Links) -> list[SequenceInput]:
@@ -116,10 +117,7 @@ def _steps(i: Input) -> int | None:
     """Steps of an input that may be a sequence: an id or a vector per step; None for other inputs."""
     axis = i.role.candidate_axis
     rest = [d for k, d in enumerate(i.dims) if k != (0 if axis is None else axis)]
-    if i.dtype not in _FLOATS:
-        steps = rest[0] if len(rest) == 1 else None
-    else:
-        steps = rest[0] if len(rest) == 2 else None
+    steps = rest[0] if len(rest) == (2 if i.dtype in _FLOATS else 1) else None
     if not steps or i.role.record is not None:
         return None
     return 0 if symbols([steps]) else int(steps[0])

@@ -58,7 +58,8 @@ _GRAPH = """<div class="tools">
 <ul id="hits"></ul>
 <div class="graphs">
 <div class="graph"><h3>before</h3><canvas tabindex="0" aria-label="graph before"></canvas></div>
-<div class="graph" id="second"HIDDEN><h3>after optimize</h3><canvas tabindex="0" aria-label="graph after"></canvas></div>
+<div class="graph" id="second"HIDDEN><h3>after optimize</h3>
+<canvas tabindex="0" aria-label="graph after"></canvas></div>
 </div>
 <p class="faint">Drag to move, wheel to zoom, hover for shape, level, blocks and cost, click to mark a node and its
 neighbours on both sides, double-click a layer to open it and a node to close its layer.</p>
@@ -139,7 +140,9 @@ def _layers(found: Inspection) -> str:
         share = percent(layer.macs / found.macs_before) if found.macs_before else ""
         once = percent(layer.once / layer.macs) if layer.macs else ""
         saved = percent(layer.saved / found.macs_before) if found.macs_before else ""
-        rows.append([name, layer.nodes, human(layer.parameters), human(layer.bytes, "B"), human(layer.macs), share, once, saved])
+        rows.append(
+            [name, layer.nodes, human(layer.parameters), human(layer.bytes, "B"), human(layer.macs), share, once, saved]
+        )
     heads = ["layer", "nodes", "parameters", "bytes written", "MACs", "of all", "same for all", "saved, of all"]
     return f"<details open><summary>{len(rows)} layers</summary>{pages.table(heads, rows)}</details>"
 
@@ -161,7 +164,10 @@ def _refusals(found: Inspection) -> list[str]:
     rows = [[r.rule, r.reason, len(r.nodes), human(r.macs), r.lift] for r in found.refusals]
     if not rows:
         return []
-    return ["<h2>Left alone</h2>", pages.table(["rule", "reason", "nodes", "MACs", "what would lift it"], rows, (0, 1, 4))]
+    return [
+        "<h2>Left alone</h2>",
+        pages.table(["rule", "reason", "nodes", "MACs", "what would lift it"], rows, (0, 1, 4)),
+    ]
 
 
 def _lookups(found: Inspection) -> list[str]:
@@ -174,9 +180,7 @@ def _lookups(found: Inspection) -> list[str]:
     if rows:
         heads = ["table", "rows", "width", "size", "lookups", "needed", "ids"]
         out += ["<h2>Embedding tables</h2>", pages.table(heads, rows)]
-    rows = [
-        [s.input, s.length or "any", s.level, ", ".join(s.tables), ", ".join(s.readers)] for s in found.sequences
-    ]
+    rows = [[s.input, s.length or "any", s.level, ", ".join(s.tables), ", ".join(s.readers)] for s in found.sequences]
     if rows:
         heads = ["input", "steps", "level", "looked up in", "taken in by"]
         out += ["<h2>Sequences</h2>", pages.table(heads, rows, (0, 2, 3, 4))]

@@ -273,6 +273,8 @@ class _Printer(Printer):
             self.say("optimize would change nothing.", "bold yellow")
             return
         saved = f"{percent(1 - f.macs_after / f.macs_before)} of MACs" if f.macs_before else "no MACs"
-        at = min(f.predictions, key=lambda p: abs(math.log(p.candidates / math.sqrt(f.candidates[0] * f.candidates[1]))))
+        at = min(
+            f.predictions, key=lambda p: abs(math.log(p.candidates / math.sqrt(f.candidates[0] * f.candidates[1])))
+        )
         faster = f"{three(at.ratio)}{self.times}"
         self.say(f"optimize would save {saved}: predicted {faster} at N = {at.candidates}.", "bold green")

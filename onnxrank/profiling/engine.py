@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,12 +106,21 @@ def profile(
         peak, note = None, None
         if memory:
             say(f"measuring memory of {s.name}")
-            peak, note = peak_memory(s.loaded.path or s.loaded.proto, drawn.of(s)(max(candidates)), max(candidates), target)
+            peak, note = peak_memory(
+                s.loaded.path or s.loaded.proto, drawn.of(s)(max(candidates)), max(candidates), target
+            )
             notes += [note] if note and note not in notes else []
         line = timing.fit([p.candidates for p in points], [p.times[k].median for p in points])
         models.append(
             ModelProfile(
-                s.name, s.loaded.sha256, s.loaded.size, s.contract is not None, tuple(s.providers), line, tuple(found), peak
+                s.name,
+                s.loaded.sha256,
+                s.loaded.size,
+                s.contract is not None,
+                tuple(s.providers),
+                line,
+                tuple(found),
+                peak,
             )
         )
     if trace is not None:
@@ -226,9 +234,7 @@ class _Drawn:
     def _requests(self, n: int) -> list[feeds.Feed]:
         if n not in self._held:
             point = {s: _OTHER_EXTENT for s in self._study.symbols}
-            self._held[n] = [
-                self._study.maker(Setting({**point, CANDIDATES: n}, 7 * n + k)) for k in range(_REQUESTS)
-            ]
+            self._held[n] = [self._study.maker(Setting({**point, CANDIDATES: n}, 7 * n + k)) for k in range(_REQUESTS)]
         return self._held[n]
 
     def _suited(self, subject: _Subject, full: feeds.Feed) -> feeds.Feed:

@@ -203,9 +203,7 @@ def _kernel(event: Event, levels: _Levels, nodes: Sequence[Node], seconds: float
     args = event["args"]
     name = node.name if node else _name(event)
     rule = node.rule if node else "other"
-    return Kernel(
-        name, args.get("op_name", ""), args.get("provider", ""), levels(event, nodes), rule, seconds
-    )
+    return Kernel(name, args.get("op_name", ""), args.get("provider", ""), levels(event, nodes), rule, seconds)
 
 
 def _summed(candidates: int, runs: Sequence[_Run], levels: _Levels, nodes: Sequence[Node]) -> Kernels:
@@ -219,9 +217,7 @@ def _summed(candidates: int, runs: Sequence[_Run], levels: _Levels, nodes: Seque
             key = (name, count[name])
             kernel, before = spent.get(key) or (_kernel(e, levels, nodes, 0.0), 0.0)
             spent[key] = (kernel, before + e["dur"] * 1e-6)
-    every = [
-        Kernel(k.name, k.op, k.provider, k.level, k.rule, total / len(runs)) for k, total in spent.values()
-    ]
+    every = [Kernel(k.name, k.op, k.provider, k.level, k.rule, total / len(runs)) for k, total in spent.values()]
     every.sort(key=lambda k: -k.seconds)
     copies = [k for k in every if k.op in _COPIES]
     device = [sum(e["dur"] for e in r.device) * 1e-6 for r in runs if r.device]
@@ -249,9 +245,7 @@ def _shares(kernels: Sequence[Kernel], what: str) -> tuple[Share, ...]:
     return tuple(sorted(shares, key=lambda s: (-s.seconds, s.name)))
 
 
-def _traced(
-    candidates: int, runs: Sequence[_Run], levels: _Levels, nodes: Sequence[Node], begin: float
-) -> list[Event]:
+def _traced(candidates: int, runs: Sequence[_Run], levels: _Levels, nodes: Sequence[Node], begin: float) -> list[Event]:
     """Events of a Chrome trace, from `begin` on, one row for the host and one for the device."""
     out: list[Event] = []
     at = begin
@@ -261,7 +255,7 @@ def _traced(
         out.append({"name": f"run, N = {candidates}", "cat": "run", **head, "args": {"candidates": candidates}})
         for e in run.kernels:
             k = _kernel(e, levels, nodes, e["dur"] * 1e-6)
-            shapes = [list(s.values())[0] for s in e["args"].get("output_type_shape") or [] if s]
+            shapes = [next(iter(s.values())) for s in e["args"].get("output_type_shape") or [] if s]
             args = {"node": k.name, "rule": k.rule, "provider": k.provider, "shapes": shapes}
             args["entries"] = sum(prod(s) for s in shapes)
             when = {"ph": "X", "tid": 0, "ts": e["ts"] + shift, "dur": e["dur"]}

@@ -53,7 +53,8 @@ def peak_memory(
         feeds = Path(place, "request.npz")
         held = {k: v.astype(str) if v.dtype == object else v for k, v in requests[0].items()}
         # Input names may be anything, and an .npz file's may not.
-        np.savez(feeds, **{f"a{k}": _plain(v) for k, v in enumerate(held.values())})
+        arrays: dict[str, Any] = {f"a{k}": _plain(v) for k, v in enumerate(held.values())}
+        np.savez(feeds, **arrays)
         asked = {
             "model": os.fspath(path),
             "request": os.fspath(feeds),

@@ -165,5 +165,6 @@ def _rules(profile: Profile, candidates: int) -> list[str]:
         rows = [[said.get(s.name, s.name), s.kernels, duration(s.seconds), percent(s.seconds / (found.seconds or 1))]
                 for s in shown]  # fmt: skip
         if rows:
-            out.append(f"<div><p>{pages.escape(name)}</p>{pages.table(['rule', 'kernels', 'time', 'share'], rows)}</div>")
+            listed = pages.table(["rule", "kernels", "time", "share"], rows)
+            out.append(f"<div><p>{pages.escape(name)}</p>{listed}</div>")
     return out

@@ -222,8 +222,8 @@ def to_csv(profile: Profile) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        "candidates model runs median low high p90 p99 candidates_per_second copies kernels once repeated per_candidate "
-        "speedup speedup_low speedup_high significant".split()
+        "candidates model runs median low high p90 p99 candidates_per_second copies kernels once repeated "
+        "per_candidate speedup speedup_low speedup_high significant".split()
     )
     for p in profile.points:
         for k, (model, t) in enumerate(zip(profile.models, p.times, strict=True)):

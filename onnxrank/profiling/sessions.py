@@ -92,8 +92,8 @@ def open_session(
         raise ModelError(f"onnxruntime does not load the model: {runtime.first_line(e)}") from e
     if name not in made.get_providers():
         raise EnvironmentProblem(
-            f"onnxruntime gave up {name} and would run on {', '.join(made.get_providers())}: its libraries, or a device, "
-            "are missing here."
+            f"onnxruntime gave up {name} and would run on {', '.join(made.get_providers())}: its libraries, or a "
+            "device, are missing here."
         )
     return made
 

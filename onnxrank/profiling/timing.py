@@ -31,8 +31,9 @@ NARROW = 0.01
 _TURN = 0.02  # seconds that a turn should take
 _MOST_IN_TURN = 50
 _FEWEST_ROUNDS = 12
-_ROUNDS_BETWEEN_LOOKS = 4
+_LOOK_AGAIN = 1.25  # times as many rounds
 _RESAMPLES = 1000
+_MOST_ROUNDS = 1000  # in a bootstrap
 _SIDES = (2.5, 97.5)
 
 
@@ -63,7 +64,7 @@ def interleave(runs: Sequence[Run], seconds: float, clock: Callable[[], float] =
     count = min(max(1, round(_TURN / each)), _MOST_IN_TURN)
     again = each < _TURN  # a longer run warms its own caches
     rounds: list[list[list[float]]] = []
-    settled = False
+    settled, look = False, _FEWEST_ROUNDS
     while not settled:
         turn: list[list[float]] = [[] for _ in runs]
         order = range(len(runs)) if len(rounds) % 2 == 0 else range(len(runs))[::-1]
@@ -75,7 +76,8 @@ def interleave(runs: Sequence[Run], seconds: float, clock: Callable[[], float] =
         spent = clock() - begin
         if spent >= seconds and len(rounds) >= 3:
             break
-        if len(rounds) >= _FEWEST_ROUNDS and len(rounds) % _ROUNDS_BETWEEN_LOOKS == 0:
+        if len(rounds) >= look:
+            look = math.ceil(look * _LOOK_AGAIN)
             settled = _narrow(np.array(rounds).transpose(1, 0, 2))
     return Rounds(np.array(rounds).transpose(1, 0, 2), settled)
 
@@ -95,6 +97,7 @@ def _resampled(count: int) -> NDArray[np.int64]:
 
 def interval(turns: NDArray[np.float64]) -> tuple[float, float]:
     """95 % interval of the median of turns."""
+    turns = turns[:: max(1, len(turns) // _MOST_ROUNDS)]
     middles = np.median(turns[_resampled(len(turns))], axis=1)
     low, high = np.percentile(middles, _SIDES)
     return float(low), float(high)
