@@ -189,8 +189,8 @@ class Graph {
   }
 
   toggle(item) {
-    const scope = item.scope || (item.node.path.length ? item.node.path[item.node.path.length - 1] : null);
-    if (scope === null) return;
+    const scope = item.scope || item.node.path.filter((s) => this.scopes.get(s) > 1).pop();
+    if (!scope) return;
     if (!this.closed.delete(scope)) this.closed.add(scope);
     const before = { ...this.view };
     this.arrange();
