@@ -22,8 +22,6 @@ from onnxrank.errors import CheckFailed, EnvironmentProblem, NothingApplied, Onn
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxrank.rewrite import Rule
-
 INTERNAL = 70
 INTERRUPTED = 130
 TERMINATED = 143
@@ -444,29 +442,16 @@ def list_rules(name: str | None) -> None:
         for rule in known.values():
             click.echo(f"{rule.name:<{width}}  {rule.title}")
     elif name in known:
-        _explain(known[name])
+        from onnxrank.render import printable
+        from onnxrank.rulebook import explain
+
+        click.echo(printable(explain(known[name]), sys.stdout.encoding or "utf-8", keep="\n"))
     else:
         import difflib
 
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"There is no rule {name!r}.{hint} The rules are {', '.join(known)}.")
-
-
-def _explain(rule: Rule) -> None:
-    import textwrap
-
-    click.echo(f"{rule.name}: {rule.title}\n")
-    exactness = {"exact": "results are bit-identical", "reassociates": "the order of additions changes"}
-    for label, text in (
-        ("identity", rule.identity),
-        ("source", rule.source),
-        ("applies", rule.legal),
-        ("refuses", rule.refuses),
-        ("exactness", f"{rule.exactness} ({exactness.get(rule.exactness, 'see source')})"),
-        ("operators", ", ".join(sorted(rule.operators)) or "none of its own"),
-    ):
-        click.echo(textwrap.fill(text, 80, initial_indent=f"{label:<11}", subsequent_indent=" " * 11))
 
 
 def _read_npz(path: str) -> dict[str, Any]:

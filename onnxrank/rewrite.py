@@ -78,6 +78,8 @@ class Rule:
         exactness: `exact` if results are bit-identical, `reassociates` if the order of additions changes.
         operators: Transfer function per operator type (default domain unless written `domain::Op`). A transfer returns
             None to leave the node to the next rule.
+        cost: What it saves, and what it adds.
+        example: Some nodes before and after, a line each.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Rule:
     refuses: str
     exactness: str
     operators: Mapping[str, Transfer]
+    cost: str = ""
+    example: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
