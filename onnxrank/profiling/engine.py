@@ -89,12 +89,20 @@ def profile(
     study = Study(base.working, roles, base.loaded)
     drawn = _Drawn(study, subjects, base)
     for s in subjects:
-        s.check_inputs(drawn.of(s)(1))
-    points = _time(subjects, drawn, sorted(set(candidates)), target, seconds, say)
+        s.check_inputs(drawn.of(s)(2), base)
+    sessions = []
+    for s in subjects:
+        say(f"loading {s.name}")
+        sessions.append(open_session(s.loaded.path or s.loaded.proto, target))
+    points = []
+    for n in sorted(set(candidates)):
+        say(f"timing N = {n}")
+        points.append(_time(n, [Runner(k, drawn.of(s)(n), target) for s, k in _pairs(subjects, sessions)], seconds))
     difference = None
     if other is not None:
         say("comparing scores")
-        difference = _difference(subjects, drawn, max(candidates), target)
+        n = max(candidates)
+        difference = _difference([Runner(k, drawn.of(s)(n), target) for s, k in _pairs(subjects, sessions)])
         if not difference <= _SAME:
             notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
     models, traced = [], []
@@ -117,7 +125,7 @@ def profile(
                 s.loaded.sha256,
                 s.loaded.size,
                 s.contract is not None,
-                tuple(s.providers),
+                tuple(sessions[k].get_providers()),
                 line,
                 tuple(found),
                 peak,
@@ -164,7 +172,6 @@ class _Subject:
         working: The same with functions inlined.
         described: Its inputs.
         contract: What it says of itself, if it was optimised.
-        providers: Execution providers of its session, once there is one.
     """
 
     name: str
@@ -172,7 +179,6 @@ class _Subject:
     working: ModelProto
     described: list[InputInfo]
     contract: dict[str, Any] | None
-    providers: list[str]
 
     @classmethod
     def load(cls, source: Source, k: int) -> _Subject:
@@ -180,20 +186,40 @@ class _Subject:
         proto = loaded.proto
         working = inliner.inline_local_functions(proto) if proto.functions else proto
         name = os.fspath(loaded.path) if loaded.path is not None else ("model in memory", "other model in memory")[k]
-        return cls(name, loaded, working, feeds.describe(working), stored_contract(proto), [])
+        return cls(name, loaded, working, feeds.describe(working), stored_contract(proto))
 
-    def check_inputs(self, requests: Requests) -> None:
+    def check_inputs(self, requests: Requests, base: _Subject) -> None:
         """Finds out whether requests hold what the model takes.
+
+        Args:
+            requests: Requests that were made for it.
+            base: The model whose inputs they follow.
 
         Raises:
             UsageError: They do not.
         """
-        missing = [i.name for i in self.described if i.name not in requests[0]]
+        missing = [i for i in self.described if i.name not in requests[0]]
+        known = {i.name for i in base.described}
+        for i in missing:
+            if i.name in known:
+                raise UsageError(
+                    f"{self.name} takes {i.name} as {shape_text(i)}, which does not fit what {base.name} takes. "
+                    f"If it is the same for all candidates of a request, say so: --request {i.name}."
+                )
         if missing:
             raise UsageError(
-                f"{self.name} has inputs that the other model has not, and that are not parts of its inputs: "
-                f"{', '.join(missing)}. Only models that score the same requests can be compared."
+                f"{self.name} has inputs that {base.name} has not, and that are not parts of its inputs: "
+                f"{', '.join(i.name for i in missing)}. Only models that score the same requests can be compared."
             )
+
+
+def shape_text(info: InputInfo) -> str:
+    """The declared shape of an input, in a message."""
+    return f"[{', '.join('?' if d is None else str(d) for d in info.dims or ())}]"
+
+
+def _pairs(subjects: Sequence[_Subject], sessions: Sequence[Any]) -> list[tuple[_Subject, Any]]:
+    return list(zip(subjects, sessions, strict=True))
 
 
 def _roles(
@@ -214,10 +240,7 @@ def _roles(
                 stored = Roles.from_dict(s.contract.get("roles", {})).inputs
                 if stored.keys() == {i.name for i in base.described}:
                     return Roles(stored), notes
-    single_row = len(subjects) == 1 or any(s is not base for s in subjects)
-    return find_roles(
-        base.described, base.contract, request=request, spec=spec, infer_from=infer_from, lenient=single_row
-    )
+    return find_roles(base.described, base.contract, request=request, spec=spec, infer_from=infer_from, lenient=True)
 
 
 class _Drawn:
@@ -261,38 +284,18 @@ def _fits(data: NDArray[Any], declared: InputInfo) -> bool:
     )
 
 
-def _time(
-    subjects: Sequence[_Subject],
-    drawn: _Drawn,
-    candidates: Sequence[int],
-    target: Target,
-    seconds: float,
-    say: Callable[[str], None],
-) -> list[Point]:
-    sessions = []
-    for s in subjects:
-        say(f"loading {s.name}")
-        sessions.append(open_session(s.loaded.path or s.loaded.proto, target))
-        s.providers = sessions[-1].get_providers()
-    out = []
-    for n in candidates:
-        say(f"timing N = {n}")
-        runners = [Runner(session, drawn.of(s)(n), target) for s, session in zip(subjects, sessions, strict=True)]
-        rounds = timing.interleave(runners, seconds)
-        out.append(timing.point(n, rounds, [r.copies for r in runners]))
-    return out
+def _time(candidates: int, runners: Sequence[Runner], seconds: float) -> Point:
+    rounds = timing.interleave(runners, seconds)
+    return timing.point(candidates, rounds, [r.copies for r in runners])
 
 
-def _difference(subjects: Sequence[_Subject], drawn: _Drawn, candidates: int, target: Target) -> float:
+def _difference(runners: Sequence[Runner]) -> float:
     """Largest difference of two models' scores, over the largest score."""
-    scores = []
-    for s in subjects:
-        session = open_session(s.loaded.path or s.loaded.proto, target)
-        scores.append(Runner(session, drawn.of(s)(candidates), target).scores(0))
-    if len(scores[0]) != len(scores[1]):
+    first, second = (r.scores(0) for r in runners)
+    if len(first) != len(second):
         return float("inf")
     worst = 0.0
-    for a, b in zip(*scores, strict=True):
+    for a, b in zip(first, second, strict=True):
         gap = check.difference(np.asarray(a), np.asarray(b))
         if gap and runtime.is_float(a):
             finite = np.abs(a.astype(np.float64)[np.isfinite(a.astype(np.float64))])

@@ -28,7 +28,8 @@ STRAIGHT = 0.05
 """Largest relative error of a straight line through the times for which it is not bent."""
 NARROW = 0.01
 """Half the width of an interval, relative to its middle, that is narrow enough to stop."""
-_TURN = 0.02  # seconds that a turn should take
+_TURN = 0.05  # seconds that a turn should take
+_LONG = 0.25  # seconds of a run that gains nothing from warm caches
 _MOST_IN_TURN = 50
 _FEWEST_ROUNDS = 12
 _LOOK_AGAIN = 1.25  # times as many rounds
@@ -61,8 +62,8 @@ def interleave(runs: Sequence[Run], seconds: float, clock: Callable[[], float] =
     begin = clock()
     warm = [run(k) for k in range(3) for run in runs][len(runs) :]
     each = max(min(warm), 1e-7)
-    count = min(max(1, round(_TURN / each)), _MOST_IN_TURN)
-    again = each < _TURN  # a longer run warms its own caches
+    again = each < _LONG
+    count = min(max(1 + again, round(_TURN / each)), _MOST_IN_TURN)
     rounds: list[list[list[float]]] = []
     settled, look = False, _FEWEST_ROUNDS
     while not settled:

@@ -476,7 +476,7 @@ def test_reports_in_a_pipe_and_an_ascii_locale(folder: Path, command: str) -> No
     assert (done.returncode, done.stderr) == (0, b"")
     text = done.stdout.decode("ascii")
     assert "\x1b" not in text and max(map(len, text.splitlines())) <= 80
-    assert ("once per request" if command == "profile" else "block ideal") in text
+    assert ("per candidate" if command == "profile" else "block ideal") in text
 
 
 def test_broken_pipe() -> None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from onnxrank.rules import RULES
 
 from onnxrank import cli
 from onnxrank.rewrite import Rule
 from onnxrank.rulebook import PAGES, explain, page_of
-from onnxrank.rules import RULES
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

@@ -201,6 +201,11 @@ def test_other_scores_are_told() -> None:
     assert "not give the same scores" in shown.notes[-1]
 
 
+def test_one_row_that_nobody_declared() -> None:
+    with pytest.raises(UsageError, match=r"takes user as \[1, 4\].*--request user"):
+        profile(tower(), tower(rows=1), **QUICK)
+
+
 def test_other_inputs_are_refused() -> None:
     other = tower()
     other.graph.input[0].name = other.graph.node[0].input[0] = "someone"

@@ -68,7 +68,7 @@ def test_stops_when_narrow() -> None:
     machine = Machine()
     steady = interleave([machine.model(n, noisy(1e-2, 0.001, k)) for k, n in enumerate("ab")], 1000, machine.clock)
     spent = machine.now
-    wild = interleave([machine.model(n, noisy(1e-2, 0.05, k)) for k, n in enumerate("ab")], 1000, machine.clock)
+    wild = interleave([machine.model(n, noisy(1e-2, 0.2, k)) for k, n in enumerate("ab")], 1000, machine.clock)
     assert steady.settled and wild.settled and machine.now - spent > 4 * spent
 
 
