@@ -96,11 +96,11 @@ def inspect(
     )
     assert result.study is not None
     found = _Findings(result, result.study)
-    gains: dict[str, float] = {}
+    tried: dict[str, _Tried] = {}
     if lifts and found.rw is not None:
         say("trying inputs as request-level")
         rules = pipeline.choose_rules(select, ignore, extra_rules)
-        gains, note = _gains(result, result.study, rules)
+        tried, note = _try_all(result, result.study, rules)
         notes += [note] if note else []
     report = result.report
     at = _pays_from(result, found.shapes)
@@ -114,13 +114,13 @@ def inspect(
         interface=interface,
         candidates=report.candidates,
         roles=report.roles,
-        inputs=found.inputs(gains),
+        inputs=found.inputs(tried),
         before=report.before,
         after=report.after,
         ideal=found.ideal(),
         layers=found.layers(),
         opportunities=found.opportunities(),
-        refusals=found.refusals(gains),
+        refusals=found.refusals(tried),
         tables=tuple(lookups.tables(result.study, found.links, found.shapes, found.tensor_levels)),
         sequences=tuple(lookups.sequences(result.study, found.links)),
         predictions=tuple(report.predictions),
@@ -232,7 +232,7 @@ class _Findings:
             )
         return out
 
-    def inputs(self, gains: Mapping[str, float]) -> tuple[InputTensor, ...]:
+    def inputs(self, tried: Mapping[str, _Tried]) -> tuple[InputTensor, ...]:
         return tuple(
             InputTensor(
                 i.name,
@@ -240,7 +240,7 @@ class _Findings:
                 dims_text(extents_of(i.dims)),
                 i.role.level,
                 format_ranges(i.role.request) if i.role.request else "",
-                gains.get(i.name),
+                tried[i.name].gain if i.name in tried else None,
             )
             for i in self.study.declared
         )
@@ -280,27 +280,26 @@ class _Findings:
             for s in found
         )
 
-    def refusals(self, gains: Mapping[str, float]) -> tuple[Refused, ...]:
+    def refusals(self, tried: Mapping[str, _Tried]) -> tuple[Refused, ...]:
         """Refusals grouped by rule and reason, dearest first, and what would lift them."""
         groups: dict[tuple[str, str], list[str]] = {}
         for r in self.result.report.refusals:
             groups.setdefault((r.rule, r.reason), []).append(r.node)
         macs = {n.name: n.macs for n in self.nodes}
-        byname = {n.name: n for n in self.nodes}
         out = []
         for (rule, reason), names in groups.items():
             nodes = tuple(dict.fromkeys(names))
-            above = {i for name in nodes if name in byname for i in self._inputs_above(byname[name])}
-            best = sorted((i for i in gains if i in above and gains[i] >= _LEAST_GAIN), key=lambda i: -gains[i])
-            lift = (
-                f"declare {best[0]} request-level, if it is: {_signed(gains[best[0]])} of multiply-adds" if best else ""
-            )
+            lifting = [
+                (t.gain, name)
+                for name, t in tried.items()
+                if t.gain >= _LEAST_GAIN and any((rule, node) not in t.refused for node in nodes)
+            ]
+            lift = ""
+            if lifting:
+                gain, best = max(lifting, key=lambda g: g[0])
+                lift = f"declare {best} request-level, if it is: {_signed(gain)} of multiply-adds"
             out.append(Refused(rule, reason, nodes, sum(macs.get(n, 0) for n in nodes), lift))
         return tuple(sorted(out, key=lambda r: (-r.macs, -len(r.nodes))))
-
-    def _inputs_above(self, node: Node) -> list[str]:
-        names = [i.name for i in self.study.declared]
-        return [found for o in node.outputs[:1] for found in self.links.inputs_of(o, names)]
 
     def result_nodes(self) -> tuple[Node, ...]:
         """The nodes of what `optimize` makes, in the layers of those they come from."""
@@ -347,17 +346,30 @@ def _signed(share: float) -> str:
     return f"+{100 * share:.0f} %" if share >= 0.095 else f"+{100 * share:.1f} %"
 
 
-def _gains(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tuple[dict[str, float], str | None]:
-    """What declaring each further input request-level would save beyond what is saved now, by trying it out.
+@dataclass(frozen=True)
+class _Tried:
+    """What came of an input declared request-level.
+
+    Attributes:
+        gain: Share of all multiply-adds that is saved beyond what is saved now.
+        refused: Rules and nodes that are still refused.
+    """
+
+    gain: float
+    refused: frozenset[tuple[str, str]]
+
+
+def _try_all(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tuple[dict[str, _Tried], str | None]:
+    """Tries out what declaring each further input request-level would save.
 
     Returns:
-        Shares of all multiply-adds, and what was not tried.
+        What came of it per input, and a note of what was not tried.
     """
     report = result.report
     if not report.macs_before:
         return {}, None
     left: list[str] = []
-    out: dict[str, float] = {}
+    out: dict[str, _Tried] = {}
     end = time.monotonic() + _PATIENCE
     open_ones = [i for i in study.declared if i.role.level != "request"]
     for i in open_ones:
@@ -367,9 +379,12 @@ def _gains(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tupl
         if time.monotonic() > end:
             left.append(i.name)
             continue
-        macs = _macs_if(study, i, rules, report.interface, report.candidates)
-        if macs is not None:
-            out[i.name] = (report.macs_after - macs) / report.macs_before
+        form = _form_if(study, i, rules, report.interface, report.candidates)
+        if form is not None and form.model is not None:
+            shapes = form.shapes(pipeline.report_candidates(report.candidates))
+            macs = sum(cost.node_macs(n, shapes) for n in form.model.graph.node)
+            still = frozenset((r.rule, r.node) for r in form.rewrite.rw.refusals)
+            out[i.name] = _Tried((report.macs_after - macs) / report.macs_before, still)
     note = f"{len(left)} inputs were not tried as request-level, to save time: {', '.join(left[:5])}" if left else None
     return out, note
 
@@ -390,10 +405,10 @@ def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
     return at if at > pipeline.report_candidates(result.report.candidates) else None
 
 
-def _macs_if(
+def _form_if(
     study: Study, wanted: feeds.Input, rules: Sequence[Rule], interface: str, span: tuple[int, int]
-) -> int | None:
-    """Multiply-adds that `optimize` would leave if an input were request-level; None where it cannot be told."""
+) -> pipeline.Form | None:
+    """The rewrite if an input were request-level; None where there is none."""
     role = InputRole(wanted.name, "request", wanted.role.candidate_axis, record=wanted.role.record,
                      ranges=wanted.role.ranges)  # fmt: skip
     other = copy.copy(study)
@@ -402,12 +417,9 @@ def _macs_if(
         return None
     try:
         form = pipeline.Form(other, rules, interface, False, span)
-        if form.model is None or form.probe is None:
-            return None
-        shapes = form.shapes(pipeline.report_candidates(span))
-        return sum(cost.node_macs(n, shapes) for n in form.model.graph.node)
     except OnnxrankError:
         return None
+    return form if form.model is not None and form.probe is not None else None
 
 
 # --- one tensor ----------------------------------------------------------------------------------------------------

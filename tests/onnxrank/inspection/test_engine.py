@@ -164,6 +164,21 @@ def test_what_declaring_an_input_would_save() -> None:
     assert gains["ctx"] == pytest.approx(2 * gains["item"], rel=1e-6) and gains["ctx"] > 0.4
 
 
+def test_what_would_lift_a_refusal() -> None:
+    """Products of `u` with `ctx` and `item` at once: the inner axis holds several levels, until `ctx` has one."""
+    shown = inspect(MODELS / "autoint.torchscript.onnx", spec=load_spec(roles("autoint")), candidates=N)
+    assert shown.refusals and not any(r.lift for r in shown.refusals)  # all candidate-level inputs are one
+    model = graph(
+        "(float[N,8] u, float[N,8] ctx, float[N,8] item) => (float[N,64] y) "
+        "{ s = CumSum(u, zero) p = CumSum(ctx, zero) c = Concat<axis=1>(s, p, item) y = MatMul(c, W) }",
+        W=w(24, 64),
+        zero=np.array(0, np.int64),
+    )
+    for r in inspect(model, request=["u"], candidates=N).refusals:
+        # Whatever else is declared, the operator still mixes rows.
+        assert "rows independently" not in r.reason or not r.lift
+
+
 def test_nothing_declared() -> None:
     shown = inspect(two_context_inputs())
     assert not shown.result and shown.macs_after == shown.macs_before
