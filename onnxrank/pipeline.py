@@ -53,6 +53,11 @@ class Result:
     study: Study | None = None
     form: Form | None = None
 
+    def __post_init__(self) -> None:
+        probes = [self.study and self.study.probe, self.form and self.form.probe]
+        for probe in filter(None, probes):
+            probe.release()
+
     @property
     def changed(self) -> bool:
         """Whether anything applied."""

@@ -165,18 +165,28 @@ def test_what_declaring_an_input_would_save() -> None:
 
 
 def test_what_would_lift_a_refusal() -> None:
-    """Products of `u` with `ctx` and `item` at once: the inner axis holds several levels, until `ctx` has one."""
-    shown = inspect(MODELS / "autoint.torchscript.onnx", spec=load_spec(roles("autoint")), candidates=N)
-    assert shown.refusals and not any(r.lift for r in shown.refusals)  # all candidate-level inputs are one
+    """Products of `u` and `ctx` with `item`: their inner axis holds several levels, until `ctx` is request-level too."""
+    text = (
+        "(float[N,8] u, float[N,16] ctx, float[N,24] item) => (float[N,1] y) {"
+        "c = Concat<axis=1>(u, ctx) a = Reshape(c, row) b = Reshape(item, column) s = MatMul(a, b)"
+        "z = Reshape(s, flat) d = Concat<axis=1>(c, item, z) h = MatMul(d, W) r = Relu(h) y = MatMul(r, V) }"
+    )
+    shapes = {"row": [-1, 1, 24], "column": [-1, 24, 1], "flat": [-1, 1]}
+    model = graph(text, W=w(49, 512), V=w(512, 1), **{k: np.array(v) for k, v in shapes.items()})
+    (refused,) = inspect(model, request=["u"]).refusals
+    assert (refused.rule, refused.nodes) == ("dot", ("s",)) and refused.lift.startswith("declare ctx request-level")
+    assert not any(r.rule == "dot" for r in inspect(model, request=["u", "ctx"]).refusals)
+
+
+def test_nothing_lifts_an_operator_that_mixes_rows() -> None:
     model = graph(
         "(float[N,8] u, float[N,8] ctx, float[N,8] item) => (float[N,64] y) "
-        "{ s = CumSum(u, zero) p = CumSum(ctx, zero) c = Concat<axis=1>(s, p, item) y = MatMul(c, W) }",
+        "{ s = CumSum(u, zero) c = Concat<axis=1>(s, ctx, item) y = MatMul(c, W) }",
         W=w(24, 64),
         zero=np.array(0, np.int64),
     )
-    for r in inspect(model, request=["u"], candidates=N).refusals:
-        # Whatever else is declared, the operator still mixes rows.
-        assert "rows independently" not in r.reason or not r.lift
+    refusals = inspect(model, request=["u"]).refusals
+    assert any(r.nodes == ("s",) for r in refusals) and not any(r.lift for r in refusals if r.nodes == ("s",))
 
 
 def test_nothing_declared() -> None:
