@@ -54,9 +54,10 @@ class Result:
     form: Form | None = None
 
     def __post_init__(self) -> None:
-        probes = [self.study and self.study.probe, self.form and self.form.probe]
-        for probe in filter(None, probes):
-            probe.release()
+        if self.study is not None:
+            self.study.probe.release()
+        if self.form is not None and self.form.probe is not None:
+            self.form.probe.release()
 
     @property
     def changed(self) -> bool:

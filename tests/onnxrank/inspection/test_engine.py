@@ -165,7 +165,7 @@ def test_what_declaring_an_input_would_save() -> None:
 
 
 def test_what_would_lift_a_refusal() -> None:
-    """Products of `u` and `ctx` with `item`: their inner axis holds several levels, until `ctx` is request-level too."""
+    """Products of `u` and `ctx` with `item`: their inner axis holds two levels, until `ctx` is request-level too."""
     text = (
         "(float[N,8] u, float[N,16] ctx, float[N,24] item) => (float[N,1] y) {"
         "c = Concat<axis=1>(u, ctx) a = Reshape(c, row) b = Reshape(item, column) s = MatMul(a, b)"
