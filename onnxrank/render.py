@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 from rich import box
 from rich.console import Console
@@ -92,6 +92,14 @@ class Printer:
     def change(self, before: str, after: str) -> str:
         """What changed into what."""
         return before if before == after else f"{before} {self.arrow} {after}"
+
+    def table(self, columns: Sequence[str], left: Sequence[int] = (0,)) -> Table:
+        """A table whose columns are flush right but for those in `left`, which may wrap."""
+        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+        for k, name in enumerate(columns):
+            side: Literal["left", "right"] = "left" if k in left else "right"
+            made.add_column(self.text(name), justify=side, no_wrap=k not in left, overflow="fold")
+        return made
 
     def bar(self, share: float, width: int) -> str:
         """A bar of at most so many characters, in steps of an eighth of one."""

@@ -120,12 +120,12 @@ def measure(path: Path, seconds: float) -> dict[str, Misses]:
         result = onnxrank.optimize(path, spec=spec, check=False)
         result.save(fast)
         sides = [path, fast] if result.changed else [path]
-        sessions = [session(p) for p in sides]
 
         def clock(n: int) -> list[float]:
+            # A new session each time: what one has run before decides how its memory lies, and that a few per cent.
             return [
-                statistics.median(plain(s, [draw(n, q)[k] for q in range(4)], seconds / 2))
-                for k, s in enumerate(sessions)
+                statistics.median(plain(session(p), [draw(n, q)[k] for q in range(4)], seconds / 2))
+                for k, p in enumerate(sides)
             ]
 
         def events(n: int) -> list[float]:

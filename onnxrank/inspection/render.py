@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich import box
-from rich.table import Table
-
 from onnxrank.render import Printer, count, human, percent, three
 
 if TYPE_CHECKING:
@@ -121,14 +118,6 @@ class _Printer(Printer):
         for note in self.found.notes:
             self.item(note, "note: ")
         self.verdict()
-
-    def table(self, columns: Sequence[str], left: Sequence[int] = (0,)) -> Table:
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-        for k, name in enumerate(columns):
-            made.add_column(
-                self.text(name), justify="left" if k in left else "right", no_wrap=k not in left, overflow="fold"
-            )
-        return made
 
     def cut(self, rows: Sequence[object], most: int = _MOST_ROWS) -> int:
         """How many of some rows to show."""

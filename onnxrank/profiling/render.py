@@ -8,9 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
 from onnxrank.render import Printer, count, human, percent, three
 
 if TYPE_CHECKING:
@@ -94,13 +91,6 @@ class _Printer(Printer):
         self.item(
             f"onnxrank {p.version}, onnxruntime {p.onnxruntime} on {p.provider} ({p.device}), {', '.join(how)}", "", 0
         )
-
-    def table(self, columns: Sequence[str], left: Sequence[int] = (0,)) -> Table:
-        """A table whose columns are flush right but for those in `left`."""
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-        for k, name in enumerate(columns):
-            made.add_column(self.text(name), justify="left" if k in left else "right", no_wrap=True)
-        return made
 
     def times_table(self) -> None:
         several = len(self.profile.models) > 1

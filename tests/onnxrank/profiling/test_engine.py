@@ -274,6 +274,22 @@ def test_io_binding_gives_the_same_scores(name: str) -> None:
         assert runners[1](k) > 0 and runners[1].copies is None
 
 
+def test_fixed_places_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done for CUDA, on memory of the CPU: every request is copied to the same place, and its scores back."""
+    ort = runtime.onnxruntime()
+    for name in ("ortvalue_from_numpy", "ortvalue_from_shape_and_type"):
+        real = getattr(ort.OrtValue, name)
+        monkeypatch.setattr(ort.OrtValue, name, staticmethod(lambda *a, real=real: real(*a[:-2])))
+    rng = np.random.default_rng(0)
+    requests = [{"user": rng.random((7, 4), np.float32), "item": rng.random((7, 3), np.float32)} for _ in range(3)]
+    session = open_session(tower(), Target())
+    plain, placed = Runner(session, requests, Target()), Runner(session, requests, Target("cuda", 1, True, True))
+    for k in (0, 1, 2, 1):
+        np.testing.assert_array_equal(plain.scores(k)[0], placed.scores(k)[0])
+    took = placed(2)
+    assert placed.copies is not None and placed.copies > 0 and took > 0
+
+
 def test_a_request_that_does_not_run() -> None:
     target = Target()
     run = Runner(
