@@ -43,6 +43,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "mlp_batchnorm_layernorm": ("normalised_mlp", "NormalisedMLP"),
     "gru_history": ("gru_history", "GRUHistory"),
     "masked_pooling": ("masked_pooling", "MaskedPooling"),
+    "sasrec_target": ("sasrec_target", "SASRecTarget"),
 }
 
 NAMES: tuple[str, ...] = tuple(_FAMILIES)

@@ -159,11 +159,14 @@ class SelfAttention(nn.Module):
         return x.reshape(-1, x.shape[1], self.heads, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attends from `x` to `keys`; `mask` is added to the scores [N, heads, L, keys]."""
+        """Attends from `x` to `keys`.
+
+        `mask` is added to the scores [N, heads, L, keys]; one of booleans says which of them are hidden.
+        """
         q, k, v = self.split(self.query(x)), self.split(self.key(keys)), self.split(self.value(keys))
         scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(self.head_dim)
         if mask is not None:
-            scores = scores + mask
+            scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         context = torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2)
         return self.out(context.reshape(-1, x.shape[1], self.heads * self.head_dim))
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxrank.inspection.engine import inspect
     from onnxrank.pipeline import Result, optimize
+    from onnxrank.profiling.engine import profile
     from onnxrank.rewrite import Rewrite, Rule
     from onnxrank.roles import Roles
 
-__all__ = ["Result", "Rewrite", "Roles", "Rule", "optimize"]
+__all__ = ["Result", "Rewrite", "Roles", "Rule", "inspect", "optimize", "profile"]
 
-_HOME = {"Result": "pipeline", "optimize": "pipeline", "Rewrite": "rewrite", "Rule": "rewrite", "Roles": "roles"}
+_HOME = {
+    "Result": "pipeline",
+    "Rewrite": "rewrite",
+    "Roles": "roles",
+    "Rule": "rewrite",
+    "inspect": "inspection.engine",
+    "optimize": "pipeline",
+    "profile": "profiling.engine",
+}
 
 
 def __getattr__(name: str) -> Any:

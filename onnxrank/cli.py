@@ -22,9 +22,6 @@ from onnxrank.errors import CheckFailed, EnvironmentProblem, NothingApplied, Onn
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxrank.report import Report
-    from onnxrank.rewrite import Rule
-
 INTERNAL = 70
 INTERRUPTED = 130
 TERMINATED = 143
@@ -50,6 +47,74 @@ def _names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     return [name for part in value for item in part.split(",") if (name := item.strip())] if value else None
 
 
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    """Reads `1,32,512`."""
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value) or 0 in map(int, value.split(",")):
+        raise click.BadParameter(f"{value!r} is not a comma list of numbers of at least 1.", ctx, param)
+    return sorted({int(n) for n in value.split(",")})
+
+
+_ROLE_OPTIONS = (
+    click.option(
+        "--request",
+        multiple=True,
+        metavar="PATTERN",
+        help="Inputs that are the same for all candidates of a request: a name, a glob such as 'user_*', or columns "
+        "such as 'X[0:13,20]' (half-open ranges). Repeatable.",
+    ),
+    click.option("--roles", metavar="FILE", help="The same, with value ranges and axes, as YAML or JSON."),
+    click.option(
+        "--infer-roles",
+        metavar="DATA.npz",
+        help="Recorded requests: an array per input, and request_id. Instead of roles.",
+    ),
+)
+_OUTPUT_OPTIONS = (
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Print more, every step, and tracebacks of internal errors."),
+)
+
+
+def _role_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what is request-level."""
+    for option in reversed(_ROLE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How much to print."""
+    for option in reversed(_OUTPUT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _report_option(formats: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Where reports go, for a command that knows these formats."""
+    return click.option(
+        "--report",
+        multiple=True,
+        metavar="[FORMAT:]FILE",
+        help=f"Write the report as {formats}; the file's ending tells which if FORMAT is left out; - is stdout. "
+        "Repeatable.",
+    )
+
+
+def _given_roles(
+    ctx: click.Context, request: tuple[str, ...], roles: str | None, infer_roles: str | None
+) -> dict[str, Any]:
+    """What the role options say, as arguments of the library's functions."""
+    from onnxrank.roles import load_spec
+
+    if infer_roles is not None and (request or roles is not None):
+        raise click.UsageError("--infer-roles finds the roles itself, so --request and --roles exclude it.", ctx)
+    return {
+        "request": request,
+        "spec": None if roles is None else load_spec(roles),
+        "infer_from": None if infer_roles is None else _read_npz(infer_roles),
+    }
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="onnxrank", message="%(prog)s %(version)s")
 @click.pass_context
@@ -66,17 +131,7 @@ def cli(ctx: click.Context) -> None:
 @cli.command(short_help="Compute once per request what does not depend on the candidate.")
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", required=False)
-@click.option(
-    "--request",
-    multiple=True,
-    metavar="PATTERN",
-    help="Inputs that are the same for all candidates of a request: a name, a glob such as 'user_*', or columns "
-    "such as 'X[0:13,20]' (half-open ranges). Repeatable.",
-)
-@click.option("--roles", metavar="FILE", help="The same, with value ranges and axes, as YAML or JSON.")
-@click.option(
-    "--infer-roles", metavar="DATA.npz", help="Recorded requests: an array per input, and request_id. Instead of roles."
-)
+@_role_options
 @click.option(
     "--interface",
     type=click.Choice(["request", "same"]),
@@ -104,21 +159,12 @@ def cli(ctx: click.Context) -> None:
     "--ignore", callback=_names, multiple=True, metavar="RULES", help="Leave these out: a comma list, or repeated."
 )
 @click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable.")
-@click.option(
-    "--report",
-    multiple=True,
-    metavar="[FORMAT:]FILE",
-    help="Write the report as json or text; the file's ending tells which if FORMAT is left out; - is stdout. "
-    "Repeatable.",
-)
+@_report_option("json or text")
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
 @click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
 @click.option("--require-change", is_flag=True, help="Exit with 5 and write no model if nothing applied.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option(
-    "-v", "--verbose", is_flag=True, help="Print every step and comparison, and tracebacks of internal errors."
-)
+@_output_options
 @click.pass_context
 def optimize(
     ctx: click.Context,
@@ -146,32 +192,24 @@ def optimize(
     Reads the ranking model IN, rewrites it, compares the result with the original and writes it to OUT, which may be IN
     itself. If nothing applies, OUT gets IN's own bytes. If anything fails, no file is written.
     """
-    ctx.find_root().obj = {"verbose": verbose}
-    if quiet and verbose:
-        raise click.UsageError("-q and -v exclude each other.", ctx)
+    _start(ctx, quiet, verbose)
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).", ctx)
-    if infer_roles is not None and (request or roles is not None):
-        raise click.UsageError("--infer-roles finds the roles itself, so --request and --roles exclude it.", ctx)
 
     from onnxrank import optimize as run
     from onnxrank.model import check_output
-    from onnxrank.render import check_target, parse_target, write_report
-    from onnxrank.roles import load_spec
+    from onnxrank.render import FORMATS, check_target, print_report, write_report
 
     for target in report:
         check_target(target, [source, *([out] if out is not None else [])])
     if out is not None and not dry_run:
         check_output(out)
-    spec = None if roles is None else load_spec(roles)
-    recorded = None if infer_roles is None else _read_npz(infer_roles)
+    given = _given_roles(ctx, request, roles, infer_roles)
     with _progress(quiet, verbose) as progress:
         try:
             result = run(
                 source,
-                request=request,
-                spec=spec,
-                infer_from=recorded,
+                **given,
                 interface=interface,
                 guard=not no_guard,
                 candidates=candidates,
@@ -191,10 +229,7 @@ def optimize(
             result.save(out)
     for target in report:
         write_report(result.report, target, explain, verbose)
-    if not quiet:
-        # Stdout is one document: a report that goes there displaces the table.
-        taken = any(parse_target(target)[1] == "-" for target in report)
-        _print(result.report, sys.stderr if taken else sys.stdout, explain, verbose)
+    _show(lambda console: print_report(result.report, console, explain, verbose), quiet, report, FORMATS)
     if refused:
         raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")
 
@@ -394,7 +429,7 @@ def verify(
     if not quiet:
         taken = any(reports.target_of(target)[1] == "-" for target in report)
         stream = sys.stderr if taken else sys.stdout
-        _show(stream, lambda console: reports.show(found, console, verbose))
+        _print(lambda console: reports.show(found, console, verbose), stream)
     if not found.passed:
         raise CheckFailed(failure(found))
 
@@ -411,6 +446,203 @@ def _check_folder(path: str) -> None:
         raise UsageError(f"{path} cannot be written: {parent} is missing or not writable.")
 
 
+@cli.command(short_help="Time models over the number of candidates, and see where the time goes.")
+@click.argument("model", metavar="MODEL")
+@click.argument("other", metavar="[OTHER]", required=False)
+@_role_options
+@click.option(
+    "--candidates",
+    callback=_numbers,
+    default="1,32,128,512,2048",
+    show_default=True,
+    metavar="N,N...",
+    help="Numbers of candidates per request.",
+)
+@click.option(
+    "--ep",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Execution provider; the command fails where it is not there.",
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads inside an operator.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Most seconds of timing per number of candidates; it ends when the interval is narrow.",
+)
+@click.option(
+    "--io-binding/--no-io-binding",
+    default=None,
+    help="Bind inputs and outputs to memory of the provider. [default: with --ep cuda]",
+)
+@click.option("--cuda-graph", is_flag=True, help="With --ep cuda: capture runs in a CUDA graph and replay them.")
+@click.option("--no-memory", is_flag=True, help="Do not measure peak memory in a process of its own.")
+@_report_option("html, json, csv or text")
+@click.option("--trace", metavar="FILE", help="Write a trace for chrome://tracing or ui.perfetto.dev, as JSON.")
+@_output_options
+@click.pass_context
+def profile(
+    ctx: click.Context,
+    model: str,
+    other: str | None,
+    request: tuple[str, ...],
+    roles: str | None,
+    infer_roles: str | None,
+    candidates: list[int],
+    ep: str,
+    threads: int,
+    seconds: float,
+    io_binding: bool | None,
+    cuda_graph: bool,
+    no_memory: bool,
+    report: tuple[str, ...],
+    trace: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Time models over the number of candidates, and see where the time goes.
+
+    MODEL and OTHER, usually what optimize made of it, score the same candidates in turns. Roles are those of OTHER's
+    contract if none are given.
+    """
+    _start(ctx, quiet, verbose)
+    given = _given_roles(ctx, request, roles, infer_roles)
+
+    import json
+
+    from onnxrank.profiling.engine import profile as run
+    from onnxrank.profiling.render import FORMATS, print_profile, to_csv
+    from onnxrank.render import as_text, check_target, to_json, write_document
+
+    taken = [m for m in (model, other) if m is not None]
+    for target in report:
+        check_target(target, taken, FORMATS)
+    if trace is not None:
+        check_target(f"json:{trace}", taken)
+    traced: dict[str, Any] | None = None if trace is None else {}
+    with _progress(quiet, verbose) as progress:
+        found = run(
+            model,
+            other,
+            **given,
+            candidates=candidates,
+            provider=ep,
+            threads=threads,
+            seconds=seconds,
+            io_binding=io_binding,
+            cuda_graph=cuda_graph,
+            memory=not no_memory,
+            trace=traced,
+            progress=progress,
+        )
+
+    def write(form: str, encoding: str) -> str:
+        if form == "html":
+            from onnxrank.profiling.page import to_html
+
+            return to_html(found)
+        if form == "text":
+            return as_text(lambda console: print_profile(found, console, verbose), encoding)
+        return to_json(found) if form == "json" else to_csv(found)
+
+    for target in report:
+        write_document(write, target, FORMATS)
+    if trace is not None:
+        write_document(lambda form, encoding: json.dumps(traced) + "\n", f"json:{trace}")
+    _show(lambda console: print_profile(found, console, verbose), quiet, report, FORMATS)
+
+
+@cli.command(short_help="See what is in a model and what could be saved.")
+@click.argument("model", metavar="MODEL")
+@_role_options
+@click.option(
+    "--interface",
+    type=click.Choice(["request", "same"]),
+    default="request",
+    show_default=True,
+    help="As for optimize.",
+)
+@click.option(
+    "--candidates",
+    callback=_span,
+    default="512",
+    show_default=True,
+    metavar="N|LOW..HIGH",
+    help="Expected number of candidates per request, or its range.",
+)
+@click.option("--select", callback=_names, multiple=True, metavar="RULES", help="As for optimize.")
+@click.option("--ignore", callback=_names, multiple=True, metavar="RULES", help="As for optimize.")
+@click.option("--rules", multiple=True, metavar="PATH", help="As for optimize.")
+@click.option("--node", metavar="NAME", help="Explain one tensor or node instead: its level, and what makes it so.")
+@_report_option("html, json or text")
+@_output_options
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    model: str,
+    request: tuple[str, ...],
+    roles: str | None,
+    infer_roles: str | None,
+    interface: str,
+    candidates: int | tuple[int, int],
+    select: list[str] | None,
+    ignore: list[str] | None,
+    rules: tuple[str, ...],
+    node: str | None,
+    report: tuple[str, ...],
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """See what is in a model and what could be saved, without changing it.
+
+    Runs what optimize would run with the same options, and writes no model. Without roles all inputs count as
+    candidate-level, and what declaring each of them request-level would save is told.
+    """
+    _start(ctx, quiet, verbose)
+    given = _given_roles(ctx, request, roles, infer_roles)
+
+    from onnxrank.inspection.engine import explain
+    from onnxrank.inspection.engine import inspect as run
+    from onnxrank.inspection.render import FORMATS, print_explanation, print_inspection
+    from onnxrank.render import as_text, check_target, to_json, write_document
+
+    for target in report:
+        check_target(target, [model], FORMATS)
+    with _progress(quiet, verbose) as progress:
+        found = run(
+            model,
+            **given,
+            interface=interface,
+            candidates=candidates,
+            select=select,
+            ignore=ignore or (),
+            extra_rules=rules,
+            lifts=node is None or bool(report),
+            progress=progress,
+        )
+    explained = None if node is None else explain(found, node)
+
+    def show(console: Console) -> None:
+        if explained is not None:
+            print_explanation(explained, console)
+        else:
+            print_inspection(found, console, verbose)
+
+    def write(form: str, encoding: str) -> str:
+        if form == "html":
+            from onnxrank.inspection.page import to_html
+
+            return to_html(found)
+        return to_json(found) if form == "json" else as_text(show, encoding)
+
+    for target in report:
+        write_document(write, target, FORMATS)
+    _show(show, quiet, report, FORMATS)
+
+
 @cli.command("rules", short_help="List the rules, or explain one.")
 @click.argument("name", metavar="[RULE]", required=False)
 def list_rules(name: str | None) -> None:
@@ -423,31 +655,16 @@ def list_rules(name: str | None) -> None:
         for rule in known.values():
             click.echo(f"{rule.name:<{width}}  {rule.title}")
     elif name in known:
-        _explain(known[name])
+        from onnxrank.render import printable
+        from onnxrank.rulebook import explain
+
+        click.echo(printable(explain(known[name]), sys.stdout.encoding or "utf-8", keep="\n"))
     else:
         import difflib
 
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"There is no rule {name!r}.{hint} The rules are {', '.join(known)}.")
-
-
-def _explain(rule: Rule) -> None:
-    import textwrap
-
-    click.echo(f"{rule.name}: {rule.title}\n")
-    exactness = {"exact": "results are bit-identical", "reassociates": "the order of additions changes"}
-    for label, text in (
-        ("identity", rule.identity),
-        ("source", rule.source),
-        ("applies", rule.legal),
-        ("refuses", rule.refuses),
-        ("exactness", f"{rule.exactness} ({exactness.get(rule.exactness, 'see source')})"),
-        ("operators", ", ".join(sorted(rule.operators)) or "none of its own"),
-    ):
-        click.echo(
-            textwrap.fill(text, 80, initial_indent=f"{label:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
-        )
 
 
 def _read_npz(path: str) -> dict[str, Any]:
@@ -458,13 +675,23 @@ def _read_npz(path: str) -> dict[str, Any]:
     return read_archive(Path(path))
 
 
-def _print(report: Report, stream: TextIO, explain: bool, verbose: bool) -> None:
-    from onnxrank.render import print_report
+def _start(ctx: click.Context, quiet: bool, verbose: bool) -> None:
+    """What every command does first."""
+    ctx.find_root().obj = {"verbose": verbose}
+    if quiet and verbose:
+        raise click.UsageError("-q and -v exclude each other.", ctx)
 
-    _show(stream, lambda console: print_report(report, console, explain, verbose))
+
+def _show(show: Callable[[Console], None], quiet: bool, targets: Sequence[str], formats: Sequence[str]) -> None:
+    """Prints a report, unless it should be quiet: to stderr if another one goes to stdout, which is one document."""
+    from onnxrank.render import parse_target
+
+    if not quiet:
+        taken = any(parse_target(target, formats)[1] == "-" for target in targets)
+        _print(show, sys.stderr if taken else sys.stdout)
 
 
-def _show(stream: TextIO, show: Callable[[Console], None]) -> None:
+def _print(show: Callable[[Console], None], stream: TextIO) -> None:
     from rich.console import Console
 
     console = Console(file=stream)

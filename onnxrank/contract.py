@@ -8,12 +8,16 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
+from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange
+from onnxrank.errors import UsageError
+from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange, infer, resolve
 
 CONTRACT = "onnxrank.contract"
 """Key of the contract in a model's metadata."""
+RULE = "onnxrank.rule"
+"""Key, in a node's metadata, of the rule that made or changed the node; nodes of the user's own have none."""
 
 
 def stored_contract(model: ModelProto) -> dict[str, Any] | None:
@@ -32,6 +36,45 @@ def is_done(contract: Mapping[str, Any], interface: str, span: tuple[int, int]) 
     """Whether this version has optimised the model already, for the same use."""
     mine = {"version": metadata.version("onnxrank"), "interface": interface, "candidates": list(span)}
     return all(contract.get(key) == value for key, value in mine.items())
+
+
+def find_roles(
+    described: Sequence[InputInfo],
+    contract: Mapping[str, Any] | None = None,
+    *,
+    request: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    infer_from: Mapping[str, NDArray[Any]] | None = None,
+    lenient: bool = False,
+) -> tuple[Roles, list[str]]:
+    """The roles of a model's inputs, from what is given or from its contract.
+
+    Args:
+        described: The inputs.
+        contract: The contract in the model's metadata, if any; it takes the place of `request` and `spec`.
+        request: Patterns on input names.
+        spec: A roles file's content.
+        infer_from: Recorded requests.
+        lenient: Whether a model of which nothing is said counts as candidate-level throughout.
+
+    Returns:
+        The roles, and what the user should know of them.
+
+    Raises:
+        UsageError: The roles are wrong, or nothing is said and `lenient` is false.
+        ModelError: The model cannot have candidate rows.
+    """
+    if infer_from is not None:
+        return infer(described, infer_from)
+    if contract is not None:
+        return roles_again(described, contract), ["the model was optimised before; its roles are those of its contract"]
+    try:
+        return resolve(described, request=request, spec=spec), []
+    except UsageError:
+        if not lenient or request or spec is not None:
+            raise
+    roles = {i.name: InputRole(i.name, "candidate", 0 if i.dims else None) for i in described}
+    return Roles(roles), ["no input is declared request-level, so all count as candidate-level: see --request"]
 
 
 def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> Roles:

@@ -144,8 +144,12 @@ def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
     return macs * _SECONDS_PER_MAC + written * _SECONDS_PER_BYTE + launches * _SECONDS_PER_LAUNCH
 
 
+def node_seconds(node: NodeProto, shapes: Shapes) -> float:
+    """Predicted time of one node on one core."""
+    macs = node_macs(node, shapes) + _recurrent_macs(node, shapes)
+    return estimate(macs, node_bytes(node, shapes), node.op_type not in _FREE)
+
+
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
-    macs = sum(node_macs(n, shapes) + _recurrent_macs(n, shapes) for n in graph.node)
-    written = sum(node_bytes(n, shapes) for n in graph.node)
-    return estimate(macs, written, sum(n.op_type not in _FREE for n in graph.node))
+    return sum(node_seconds(n, shapes) for n in graph.node)

@@ -180,6 +180,10 @@ class Probe:
         """The session, where it computes the model's outputs just as the model does; it has further outputs."""
         return None if self._half or self.note else self._session
 
+    def release(self) -> None:
+        """Lets go of the session, which holds the weights once more; nothing can be measured any longer."""
+        self._session = None
+
     def measure(self, feeds: Callable[[Setting], runtime.Feeds]) -> Facts:
         """Runs the model at several numbers of candidates and fits its shapes.
 

@@ -37,11 +37,21 @@ class Result:
         model: The new model, or the original where nothing applied. External data are referenced, not loaded.
         report: What was done.
         loaded: The input.
+        study: What is known of the original; None where its contract said all there was to do.
+        form: How it was rewritten, or would have been; None where that was not tried.
     """
 
     model: ModelProto
     report: Report
     loaded: files.LoadedModel
+    study: Study | None = None
+    form: Form | None = None
+
+    def __post_init__(self) -> None:
+        if self.study is not None:
+            self.study.probe.release()
+        if self.form is not None and self.form.probe is not None:
+            self.form.probe.release()
 
     @property
     def changed(self) -> bool:
@@ -144,7 +154,7 @@ def optimize(
     stray = study.unproven_shapes()
     if stray is not None:
         report.refusals = [stray]
-        return Result(original, report, loaded)
+        return Result(original, report, loaded, study)
     say("rewriting")
     forms = [Form(study, rules, interface, guard, span)]
     for rule in rules:
@@ -162,7 +172,7 @@ def optimize(
     report.refusals = rewrite.rw.refusals
     notes += rewrite.notes
     if made is None or not rewrite.sites():
-        return Result(original, report, loaded)
+        return Result(original, report, loaded, study, chosen)
     contract = {
         "version": report.version,
         "source_sha256": loaded.sha256,
@@ -174,7 +184,7 @@ def optimize(
     after = chosen.shapes(report_candidates(span))
     if cost.seconds(study.model.graph, before) < _LEAST_GAIN * cost.seconds(made.graph, after):
         notes.append(f"the rewritten model would not be faster at N = {report_candidates(span)}, so it was not taken")
-        return Result(original, report, loaded)
+        return Result(original, report, loaded, study, chosen)
     report.changed = True
     report.after = cost.by_level(made.graph, after)
     report.rules = rewrite.rule_uses(before, after)
@@ -189,7 +199,7 @@ def optimize(
     if check:
         say("checking")
         verify(study, made, roles, report)
-    return Result(made, report, loaded)
+    return Result(made, report, loaded, study, chosen)
 
 
 def _report(

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 from rich import box
 from rich.console import Console
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from onnxrank.rewrite import Refusal
 
 FORMATS = ("json", "text")
-_ENDINGS = {".json": "json", ".txt": "text", ".text": "text", ".md": "text"}
+_ENDINGS = {
+    ".json": "json",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".csv": "csv",
+    ".html": "html",
+    ".htm": "html",
+}
 _MOST_REASONS = 8
 _WIDTH = 100  # of text files
 
@@ -45,25 +53,20 @@ def print_report(report: Report, console: Console, explain: bool = False, verbos
     _Printer(report, console).everything(explain, verbose)
 
 
-class _Printer:
-    def __init__(self, report: Report, console: Console) -> None:
-        self.report = report
-        self.console = console
-        ascii_only = console.options.ascii_only
-        self.times, self.arrow = ("x", "->") if ascii_only else ("×", "→")
+class Printer:
+    """Prints paragraphs and titles to a console in what its encoding has.
 
-    def everything(self, explain: bool, verbose: bool) -> None:
-        self.head()
-        self.costs()
-        self.rules(verbose)
-        self.refusals(explain)
-        self.predictions()
-        self.checks(verbose)
-        for note in self.report.notes:
-            self.item(note, "note: ")
-        self.verdict()
+    Args:
+        console: Where to; only ASCII is used where its encoding is not a Unicode one.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.ascii_only = console.options.ascii_only
+        self.times, self.arrow = ("x", "->") if self.ascii_only else ("×", "→")
 
     def say(self, text: str, style: str = "") -> None:
+        """Prints a paragraph."""
         self.console.print(self.text(text, style))
 
     def item(self, text: str, lead: str = "", indent: int = 2) -> None:
@@ -78,14 +81,50 @@ class _Printer:
         self.console.print(self.text(" " * indent + text), soft_wrap=True)
 
     def text(self, text: str, style: str = "") -> Text:
+        """Text that the console's encoding takes."""
         return Text(printable(text, self.console.encoding), style)
 
     def title(self, text: str) -> None:
+        """Prints a title behind an empty line."""
         self.console.print()
         self.say(text, "bold")
 
     def change(self, before: str, after: str) -> str:
+        """What changed into what."""
         return before if before == after else f"{before} {self.arrow} {after}"
+
+    def table(self, columns: Sequence[str], left: Sequence[int] = (0,)) -> Table:
+        """A table whose columns are flush right but for those in `left`, which may wrap."""
+        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+        for k, name in enumerate(columns):
+            side: Literal["left", "right"] = "left" if k in left else "right"
+            made.add_column(self.text(name), justify=side, no_wrap=k not in left, overflow="fold")
+        return made
+
+    def bar(self, share: float, width: int) -> str:
+        """A bar of at most so many characters, in steps of an eighth of one."""
+        share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+        if self.ascii_only:
+            return "#" * round(share * width)
+        whole, rest = divmod(round(share * width * 8), 8)
+        return "█" * whole + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
+
+
+class _Printer(Printer):
+    def __init__(self, report: Report, console: Console) -> None:
+        super().__init__(console)
+        self.report = report
+
+    def everything(self, explain: bool, verbose: bool) -> None:
+        self.head()
+        self.costs()
+        self.rules(verbose)
+        self.refusals(explain)
+        self.predictions()
+        self.checks(verbose)
+        for note in self.report.notes:
+            self.item(note, "note: ")
+        self.verdict()
 
     def head(self) -> None:
         r = self.report
@@ -128,7 +167,7 @@ class _Printer:
             saved = f", {human(rule.macs_saved)} MACs saved{share}" if rule.macs_saved else ""
             known = [n for n in rule.break_even if n is not None]
             pays = f", pays from N = {', '.join(map(str, sorted(set(known))))}" if known else ""
-            self.item(f"{_count(rule.sites, 'site')}{saved}{pays}", f"{rule.name:<{width}}  ")
+            self.item(f"{count(rule.sites, 'site')}{saved}{pays}", f"{rule.name:<{width}}  ")
             for node in rule.nodes if verbose else ():
                 self.line(node, 6)
 
@@ -146,14 +185,14 @@ class _Printer:
                 self.line(f"{refusal.op} {refusal.node}", 6)
         if not explain:
             left = sum(len(found) for _, found in ordered[_MOST_REASONS:])
-            more = f"{_count(left, 'more place')} left out; " if left else ""
+            more = f"{count(left, 'more place')} left out; " if left else ""
             self.item(f"{more}--explain names every node.")
 
     def predictions(self) -> None:
         found = self.report.predictions
         if found:
             self.title("Predicted time of the original over that of the result, by candidates")
-            self.item(", ".join(f"{_three(p.ratio)}{self.times} at {p.candidates}" for p in found))
+            self.item(", ".join(f"{three(p.ratio)}{self.times} at {p.candidates}" for p in found))
 
     def checks(self, verbose: bool) -> None:
         found = self.report.checks
@@ -163,7 +202,7 @@ class _Printer:
         worst = max(found, key=_share_of_tolerance)
         counts = ", ".join(str(n) for n in sorted({c.candidates for c in found}))
         self.item(
-            f"{_count(len(found), 'comparison')} at N = {counts}: at most {worst.error:.2g} off, "
+            f"{count(len(found), 'comparison')} at N = {counts}: at most {worst.error:.2g} off, "
             f"{worst.tolerance:.2g} is allowed"
         )
         for c in found if verbose else ():
@@ -209,10 +248,11 @@ def human(value: float, unit: str = "") -> str:
         value /= 1000
     if not prefix:
         return f"{value:.0f}{unit}"
-    return f"{_three(value)}{prefix}{unit}"
+    return f"{three(value)}{prefix}{unit}"
 
 
-def _three(value: float) -> str:
+def three(value: float) -> str:
+    """A number with about three digits: 1.23, 12.3, 123."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
@@ -245,7 +285,8 @@ def _unit(value: int, column: int) -> str:
     return str(value) if column == 0 else human(value, "B" if column == 3 else "")
 
 
-def _count(n: int, what: str) -> str:
+def count(n: int, what: str) -> str:
+    """A number of things: 1 site, 2 sites."""
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
@@ -274,7 +315,7 @@ def parse_target(
         UsageError: The format or the ending is unknown, or there is no file.
     """
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9_+.]+):(.*)", target, re.DOTALL)  # C:\x is a path
-    kinds = " or ".join(formats)
+    kinds = " or ".join([", ".join(formats[:-1]), formats[-1]])
     if match:
         form, file = match[1].lower(), match[2]
         if form not in formats:
@@ -282,7 +323,7 @@ def parse_target(
     else:
         file = target
         form = endings.get(os.path.splitext(file)[1].lower(), "")
-        if file and not form:
+        if file and form not in formats:
             raise UsageError(
                 f"--report {target}: the format cannot be told from the file's ending. Put {kinds} in front, such as "
                 f"json:{target}."
@@ -332,9 +373,27 @@ def write_report(report: Report, target: str, explain: bool = False, verbose: bo
         UsageError: The format is unknown, or the file cannot be written.
         EnvironmentProblem: There is no space.
     """
-    form, file = parse_target(target)
-    encoding = encoding_of(file)
-    put(file, to_json(report) if form == "json" else to_text(report, explain, verbose, encoding))
+
+    def make(form: str, encoding: str) -> str:
+        return to_json(report) if form == "json" else to_text(report, explain, verbose, encoding)
+
+    write_document(make, target)
+
+
+def write_document(make: Callable[[str, str], str], target: str, formats: Sequence[str] = FORMATS) -> None:
+    """Writes a document to `[FORMAT:]FILE`; the file appears whole or not at all.
+
+    Args:
+        make: Makes the text for a format and an encoding.
+        target: Format and file; `-` is stdout, which needs the format: `json:-`.
+        formats: Those that are known here.
+
+    Raises:
+        UsageError: The format is unknown, or the file cannot be written.
+        EnvironmentProblem: There is no space.
+    """
+    form, file = parse_target(target, formats)
+    put(file, make(form, encoding_of(file)))
 
 
 def encoding_of(file: str) -> str:
@@ -365,25 +424,32 @@ def put(file: str, text: str) -> None:
         replace_files({check_output(file): write})
 
 
-def to_json(report: Report) -> str:
-    """The JSON form, which `optimize.schema.json` describes, ending in a newline."""
+class Reported(Protocol):
+    """Any report."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its JSON form."""
+
+
+def to_json(report: Reported) -> str:
+    """The JSON form, which the schemas describe, ending in a newline."""
     return dumps(report.to_dict())
 
 
 def dumps(value: Any) -> str:
     """Readable JSON that ends in a newline; null stands for NaN and infinity."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def to_text(report: Report, explain: bool = False, verbose: bool = False, encoding: str = "utf-8") -> str:
     """The report as plain text that the encoding takes."""
-    return plain(lambda console: print_report(report, console, explain, verbose), encoding)
+    return as_text(lambda console: print_report(report, console, explain, verbose), encoding)
 
 
-def plain(show: Callable[[Console], None], encoding: str = "utf-8") -> str:
-    """What something prints, as plain text that the encoding takes."""
+def as_text(show: Callable[[Console], None], encoding: str = "utf-8", width: int = _WIDTH) -> str:
+    """What a function prints to a console, as plain text that the encoding takes."""
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
-    console = Console(file=file, width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    console = Console(file=file, width=width, color_system=None, force_terminal=False, legacy_windows=False)
     show(console)
     file.seek(0)
     return "".join(f"{line.rstrip()}\n" for line in file)
@@ -394,10 +460,10 @@ def _is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+def finite(value: Any) -> Any:
+    """A value for JSON. JSON has no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -91,6 +91,8 @@ class Rule:
         forms: Other transfer functions, each of which is the rule as a whole in another form. Which form is cheapest
             changes with the number of candidates: each is tried, and so is leaving the rule out. None for a rule that
             pays, or does not, site by site.
+        cost: What it saves, and what it adds.
+        example: Some nodes before and after, a line each.
     """
 
     name: str
@@ -102,6 +104,8 @@ class Rule:
     exactness: str
     operators: Mapping[str, Transfer]
     forms: tuple[Mapping[str, Transfer], ...] | None = None
+    cost: str = ""
+    example: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import cost, facts, feeds, needed, runtime
-from onnxrank.contract import CONTRACT
+from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule
@@ -30,6 +31,23 @@ from onnxrank.values import (
 )
 
 _NO_SITE = {None, "movement", "interface"}
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a rule saved at one place, per request at the expected number of candidates.
+
+    Attributes:
+        node: Index of the original node.
+        rule: The rule.
+        macs: Multiply-adds.
+        seconds: Predicted time on one core.
+    """
+
+    node: int
+    rule: str
+    macs: int
+    seconds: float
 
 
 class Transformation:
@@ -268,6 +286,9 @@ class Transformation:
         graph.output.extend(base.graph.output)
         graph.input.extend(self.inputs)
         graph.node.extend(e.proto for e in self._kept)
+        for node, e in zip(graph.node, self._kept, strict=True):
+            if e.rule is not None and not _is_own(node, base.graph.node, e.origin):
+                _mark(node, e.rule)
         read = {i for e in self._kept for i in e.proto.input} | set(outputs)
         for e in self._kept:
             read |= {c for g in subgraphs(e.proto) for c in captured(g)}
@@ -304,25 +325,55 @@ class Transformation:
                 out.setdefault(e.rule, set()).add(e.origin)
         return {rule: sorted(at) for rule, at in out.items()}
 
-    def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
-        """Sites per rule and what they saved: an original node's products against those that replace it."""
+    def savings(self, before: cost.Shapes, after: cost.Shapes) -> list[Saving]:
+        """What was saved at every site: an original node's costs against those of the nodes that replace it."""
         nodes = self.study.model.graph.node
-        old = [cost.node_macs(n, before) for n in nodes]
-        new = [0] * (len(nodes) + 1)
+        new = [[0, 0.0] for _ in range(len(nodes) + 1)]
         owner: dict[int, str] = {}
         for e in self._kept:
-            new[e.origin] += cost.node_macs(e.proto, after)
+            new[e.origin][0] += cost.node_macs(e.proto, after)
+            new[e.origin][1] += cost.node_seconds(e.proto, after)
             if e.rule not in _NO_SITE and e.rule is not None:
                 # A site is told for the rule that does most there.
                 owner[e.origin] = max(owner.get(e.origin, e.rule), e.rule, key=_standing)
+        return [
+            Saving(
+                k,
+                owner[k],
+                int(cost.node_macs(nodes[k], before) - new[k][0]),
+                cost.node_seconds(nodes[k], before) - new[k][1],
+            )
+            for k in sorted(owner)
+            if k < len(nodes)
+        ]
+
+    def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
+        """Sites per rule and what they saved."""
+        nodes, found = self.study.model.graph.node, self.savings(before, after)
         out = []
         for rule in dict.fromkeys([r.name for r in self.rw.rules]):
-            at = sorted(k for k, r in owner.items() if r == rule and k < len(nodes))
-            if at:
-                saved = sum(old[k] - new[k] for k in at)
-                pays = tuple(self.rw.break_even.get(k) for k in at)
-                out.append(RuleUse(rule, len(at), saved, tuple(label(nodes[k]) for k in at), pays))
+            own = [s for s in found if s.rule == rule]
+            if own:
+                at, pays = tuple(label(nodes[s.node]) for s in own), tuple(self.rw.break_even.get(s.node) for s in own)
+                out.append(RuleUse(rule, len(own), sum(s.macs for s in own), at, pays))
         return out
+
+    def emitted(self) -> list[Emitted]:
+        """The nodes of the result, in its order, with where they come from."""
+        return list(self._kept)
+
+
+def _is_own(node: NodeProto, original: Sequence[NodeProto], origin: int) -> bool:
+    """Whether a node is the user's own message, which stays as it was even where it runs for one row now."""
+    return origin < len(original) and node == original[origin]
+
+
+def _mark(node: NodeProto, rule: str) -> None:
+    """Notes in a node's metadata which rule it comes from, so that profiles can tell."""
+    stale = [k for k, p in enumerate(node.metadata_props) if p.key == RULE]
+    for k in stale[::-1]:
+        del node.metadata_props[k]
+    node.metadata_props.add(key=RULE, value=rule)
 
 
 def _standing(rule: str) -> int:

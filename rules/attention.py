@@ -252,11 +252,8 @@ class _Softmax:
         last, row = len(physical) - 1, (*physical[:-1], ())
         top = emit.reduce("ReduceMax", scores, [last], True)
         # All keys of a row may be at minus infinity.
-        floor = (
-            top
-            if self.plain_scores
-            else emit.add("Max", [top, emit.constant(np.array(ml_dtypes.finfo(kind).min, kind))])
-        )
+        least = np.array(float(ml_dtypes.finfo(kind).min), kind)  # type: ignore[no-untyped-call]
+        floor = top if self.plain_scores else emit.add("Max", [top, emit.constant(least)])
         weights = emit.add("Exp", [emit.add("Sub", [scores, floor])])
         total = emit.reduce("ReduceSum", weights, [last], True)
         if self.plain_scores:
@@ -335,4 +332,12 @@ RULE = Rule(
     exactness="reassociates",
     operators={"Softmax": softmax, "MatMul": matmul, "Mul": scaled, "Div": scaled},
     forms=(),
+    cost="Products of request-level queries with request-level keys and values are made once, and pairs of the two "
+    "levels have the candidates as rows of one matrix. Heads become products of their own, and each softmax has one "
+    "more key.",
+    example=(
+        "s = MatMul(q, k')                        # [N, 40, 40]\np = Softmax(s)\no = MatMul(p, v)",
+        "l, o_u = of softmax(q_u k_u') v_u        # once: log-sum-exp, pooled values\n"
+        "t, p_x = Softmax(0, q_u k_x' - l)        # [N, 28, 1 + 12]\no = t * o_u + p_x v_x",
+    ),
 )

@@ -134,14 +134,18 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
 def _merges_differently(rw: Rewrite, values: Sequence[Value], dims: Dims) -> bool:
     """Whether a dimension like `N * 50` meets one that holds 50 entries only: then neither is 1, nor are they equal."""
     merged = {s for d in dims if len(d) > 1 for s in symbols([d])}
-    if not merged:
-        return False
-    repeats = {
-        tuple(constant_along(v.codes, k - (len(dims) - v.rank)) for k, d in enumerate(dims) if len(d) > 1)
-        for v in values
-        if v.whole is None and v.rank == len(dims)
+    return bool(merged) and len({frozenset(merged & rw.present(v)) for v in values if v.rank}) > 1
+
+
+def _repeats_differ(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> bool:
+    """The same for entries of one level, which may also repeat along the constant part of a merged dimension."""
+    merged = [k for k, d in enumerate(dims) if len(d) > 1]
+    held = {s for k in merged for s in symbols([dims[k]])}
+    parts = [p for p in parts if p.size > 1 or rw.sources.symbols(p)]
+    kinds = {
+        (frozenset(held & rw.sources.symbols(p)), tuple(constant_along(p, k) for k in merged)) for p in parts if merged
     }
-    return len(repeats) > 1 or len({frozenset(merged & rw.present(v)) for v in values if v.rank}) > 1
+    return len(kinds) > 1
 
 
 def _as_split(value: Value, dims: Dims) -> Value:
@@ -230,6 +234,11 @@ def _group(
         whole: Whether these may be all entries.
     """
     dims, shape = group.dims, parts[0].shape
+    if _repeats_differ(rw, parts, dims):
+        split = split_merged(dims)
+        apart = [p.reshape(extents(split)) for p in parts]
+        made = _group(rw, node, Group(group.level, ..., split), apart, [len(split)] * len(ranks), present, dtype, False)
+        return made.reshape(shape)
     order = _memory_order(rw, parts, dims)
     if order is not None:
         turned = Group(group.level, ..., tuple(dims[k] for k in order))

@@ -200,4 +200,11 @@ RULE = Rule(
     refuses="Finite masks in rows all of whose keys may be masked, and masks the caller gives.",
     exactness="reassociates",
     operators={"Softmax": softmax},
+    cost="The encoder runs over the history once instead of N times; each candidate is one query per layer. Nothing "
+    "is added.",
+    example=(
+        "x = Concat(history, item)                # [N, 129, 64]\ny = Encoder(x, causal mask)",
+        "h = Encoder(history, causal mask)        # once, with its keys and values\n"
+        "y = Encoder(item; keys and values of h)  # one row per candidate",
+    ),
 )

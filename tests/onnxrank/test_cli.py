@@ -419,7 +419,9 @@ def test_help_names_every_option() -> None:
         *("explain", "dry-run", "no-check", "require-change", "quiet", "verbose"),
     ):
         assert f"--{name}" in text
-    assert max(map(len, text.splitlines())) <= 80
+    for command in ("optimize", "profile", "inspect", "rules"):
+        text = CliRunner().invoke(cli.cli, [command, "--help"]).output
+        assert max(map(len, text.splitlines())) <= 80
     assert "Exit codes" in CliRunner().invoke(cli.cli, []).output
 
 
@@ -428,7 +430,7 @@ def test_help_is_fast() -> None:
         "import sys; from onnxrank.cli import main; code = main(sys.argv[1:]); "
         "slow = {'numpy', 'onnx', 'rich', 'onnxruntime', 'yaml'} & set(sys.modules); sys.exit(code or bool(slow))"
     )
-    for args in (["--help"], ["optimize", "--help"], ["--version"]):
+    for args in (["--help"], *([c, "--help"] for c in ("optimize", "profile", "inspect")), ["--version"]):
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
         assert done.returncode == 0, (args, done)
         assert done.stderr == ""
@@ -464,6 +466,17 @@ def test_ascii_locale() -> None:
     done = process("optimize", "modèle.onnx", "out.onnx", env=plain)
     assert done.returncode == 3
     assert done.stderr.startswith(b"onnxrank: error: mod") and done.stderr.endswith(b"does not exist.\n")
+
+
+@pytest.mark.parametrize("command", ["profile", "inspect"])
+def test_reports_in_a_pipe_and_an_ascii_locale(folder: Path, command: str) -> None:
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    quick = ["--candidates", "2,3", "--seconds", "0.001", "--no-memory"] if command == "profile" else []
+    done = process(command, "in.onnx", "--request", "user", *quick, env=plain)
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode("ascii")
+    assert "\x1b" not in text and max(map(len, text.splitlines())) <= 80
+    assert ("per candidate" if command == "profile" else "block ideal") in text
 
 
 def test_broken_pipe() -> None:

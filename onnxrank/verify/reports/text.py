@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxrank.render import plain, printable
+from onnxrank.render import as_text, printable
 from onnxrank.verify.report import Report
 from onnxrank.verify.reports import common
 
@@ -17,7 +17,7 @@ _MOST_FINDINGS = 12
 
 def to_text(report: Report, verbose: bool = False, encoding: str = "utf-8") -> str:
     """The report as plain text that the encoding takes."""
-    return plain(lambda console: show(report, console, verbose), encoding)
+    return as_text(lambda console: show(report, console, verbose), encoding)
 
 
 def show(report: Report, console: Console, verbose: bool = False) -> None:

@@ -1,0 +1,1 @@
+"""Times models over the number of candidates and tells where the time goes."""

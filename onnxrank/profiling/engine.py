@@ -1,0 +1,357 @@
+"""`profile`: from one or two models to times, costs and kernels, with requests that mean the same to both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, inliner
+
+from onnxrank import feeds, runtime
+from onnxrank import model as files
+from onnxrank.contract import find_roles, stored_contract
+from onnxrank.errors import ModelError, OnnxrankError, UsageError
+from onnxrank.facts import Setting
+from onnxrank.profiling import kernels as kernel_times
+from onnxrank.profiling import timing
+from onnxrank.profiling.memory import peak_memory
+from onnxrank.profiling.report import Kernels, ModelProfile, Point, Profile
+from onnxrank.profiling.sessions import Requests, Runner, Target, environment, open_session
+from onnxrank.roles import InputInfo, InputRole, Roles
+from onnxrank.study import Study
+from onnxrank.transform import Transformation
+from onnxrank.values import CANDIDATES, Level
+from onnxrank.verify.compare import gap as gap_between
+
+DEFAULT_CANDIDATES = (1, 32, 128, 512, 2048)
+_REQUESTS = 4  # different ones per number of candidates, in turn
+_OTHER_EXTENT = 32  # of symbolic extents that do not count candidates
+_SAME = 1e-3  # scores of two models that differ by more, relative to the largest, are not the same scores
+
+Source = str | os.PathLike[str] | ModelProto
+
+
+def profile(
+    model: Source,
+    other: Source | None = None,
+    *,
+    request: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    infer_from: Mapping[str, NDArray[Any]] | None = None,
+    candidates: Sequence[int] = DEFAULT_CANDIDATES,
+    provider: str = "cpu",
+    threads: int = 1,
+    seconds: float = 5.0,
+    io_binding: bool | None = None,
+    cuda_graph: bool = False,
+    memory: bool = True,
+    trace: dict[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Profile:
+    """Times one or two models over the number of candidates, and tells where the time goes.
+
+    Both models score the same candidates: requests are made for the model that is not optimised, under its roles, and
+    brought into the other one's signature (one row of what is request-level, divided matrices).
+
+    Args:
+        model: A path, or a model in memory.
+        other: A second one, to be held against the first; usually what `optimize` made of it.
+        request: Patterns on names of inputs that are request-level, as for `optimize`.
+        spec: A roles file's content.
+        infer_from: Recorded requests to infer the roles from.
+        candidates: Numbers of candidates.
+        provider: `cpu` or `cuda`.
+        threads: Threads inside an operator.
+        seconds: Most seconds of timing per number of candidates.
+        io_binding: Whether inputs and outputs are bound to the provider's memory; None: on CUDA.
+        cuda_graph: Whether runs are captured in a CUDA graph and replayed; binds inputs and outputs.
+        memory: Whether to run each model in a process of its own for its peak memory.
+        trace: Where to put a Chrome trace, if one is wanted.
+        progress: Called with the name of each stage.
+
+    Raises:
+        UsageError: Roles or options are wrong, or the models' inputs cannot be brought together.
+        ModelError: A model is invalid or not supported.
+        EnvironmentProblem: onnxruntime or the provider is missing, or memory ran out.
+    """
+    say = progress or (lambda stage: None)
+    target = _target(provider, threads, io_binding, cuda_graph, candidates, seconds)
+    target.check()
+    say("reading")
+    subjects = [_Subject.load(m, k) for k, m in enumerate([model] if other is None else [model, other])]
+    base = next((s for s in subjects if s.contract is None), subjects[0])
+    roles, notes = _roles(base, subjects, request, spec, infer_from)
+    say("measuring shapes")
+    study = Study(base.working, roles, base.loaded)
+    drawn = _Drawn(study, subjects, base)
+    for s in subjects:
+        s.check_inputs(drawn.of(s)(2), base)
+    sessions = []
+    for s in subjects:
+        say(f"loading {s.name}")
+        sessions.append(open_session(s.loaded.path or s.loaded.proto, target))
+    points = []
+    for n in sorted(set(candidates)):
+        say(f"timing N = {n}")
+        points.append(_time(n, [Runner(k, drawn.of(s)(n), target) for s, k in _pairs(subjects, sessions)], seconds))
+    difference = None
+    if other is not None:
+        say("comparing scores")
+        n = max(candidates)
+        difference = _difference([Runner(k, drawn.of(s)(n), target) for s, k in _pairs(subjects, sessions)])
+        if not difference <= _SAME:
+            notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
+    models, traced = [], []
+    for k, s in enumerate(subjects):
+        say(f"profiling kernels of {s.name}")
+        found, events, note = _kernels(s, study, roles, drawn, [p.candidates for p in points], target)
+        notes += [f"{s.name}: {note}"] if note else []
+        traced.append((s.name, events))
+        peak, note = None, None
+        if memory:
+            say(f"measuring memory of {s.name}")
+            peak, note = peak_memory(
+                s.loaded.path or s.loaded.proto, drawn.of(s)(max(candidates)), max(candidates), target
+            )
+            notes += [note] if note and note not in notes else []
+        line = timing.fit([p.candidates for p in points], [p.times[k].median for p in points])
+        models.append(
+            ModelProfile(
+                s.name,
+                s.loaded.sha256,
+                s.loaded.size,
+                s.contract is not None,
+                tuple(sessions[k].get_providers()),
+                line,
+                tuple(found),
+                peak,
+            )
+        )
+    if trace is not None:
+        trace.update(kernel_times.trace(traced))
+    return Profile(
+        version=metadata.version("onnxrank"),
+        **environment(target),
+        seconds=seconds,
+        roles=roles.to_dict(),
+        models=tuple(models),
+        points=tuple(points),
+        break_even=timing.break_even(points, [m.line for m in models]) if other is not None else None,
+        difference=difference,
+        notes=tuple(notes),
+    )
+
+
+def _target(
+    provider: str, threads: int, io_binding: bool | None, cuda_graph: bool, candidates: Sequence[int], seconds: float
+) -> Target:
+    if provider not in ("cpu", "cuda"):
+        raise UsageError(f"provider {provider!r} is not known; use 'cpu' or 'cuda'")
+    if cuda_graph and provider != "cuda":
+        raise UsageError("CUDA graphs need the provider 'cuda'")
+    if cuda_graph and io_binding is False:
+        raise UsageError("a CUDA graph replays on fixed memory, so it needs I/O binding")
+    if not candidates or min(candidates) < 1:
+        raise UsageError(f"candidates {list(candidates)!r} must be numbers of at least 1")
+    if threads < 1 or not seconds > 0:
+        raise UsageError("threads must be at least 1, and seconds more than 0")
+    return Target(provider, threads, provider == "cuda" if io_binding is None else io_binding, cuda_graph)
+
+
+@dataclass
+class _Subject:
+    """One of the models.
+
+    Attributes:
+        name: Its file's path, or a name for a model in memory.
+        loaded: The model as given.
+        working: The same with functions inlined.
+        described: Its inputs.
+        contract: What it says of itself, if it was optimised.
+    """
+
+    name: str
+    loaded: files.LoadedModel
+    working: ModelProto
+    described: list[InputInfo]
+    contract: dict[str, Any] | None
+
+    @classmethod
+    def load(cls, source: Source, k: int) -> _Subject:
+        loaded = files.load(source)
+        proto = loaded.proto
+        working = inliner.inline_local_functions(proto) if proto.functions else proto
+        name = os.fspath(loaded.path) if loaded.path is not None else ("model in memory", "other model in memory")[k]
+        return cls(name, loaded, working, feeds.describe(working), stored_contract(proto))
+
+    def check_inputs(self, requests: Requests, base: _Subject) -> None:
+        """Finds out whether requests hold what the model takes.
+
+        Args:
+            requests: Requests that were made for it.
+            base: The model whose inputs they follow.
+
+        Raises:
+            UsageError: They do not.
+        """
+        missing = [i for i in self.described if i.name not in requests[0]]
+        known = {i.name for i in base.described}
+        for i in missing:
+            if i.name in known:
+                raise UsageError(
+                    f"{self.name} takes {i.name} as {shape_text(i)}, which does not fit what {base.name} takes. "
+                    f"If it is the same for all candidates of a request, say so: --request {i.name}."
+                )
+        if missing:
+            raise UsageError(
+                f"{self.name} has inputs that {base.name} has not, and that are not parts of its inputs: "
+                f"{', '.join(i.name for i in missing)}. Only models that score the same requests can be compared."
+            )
+
+
+def shape_text(info: InputInfo) -> str:
+    """The declared shape of an input, in a message."""
+    return f"[{', '.join('?' if d is None else str(d) for d in info.dims or ())}]"
+
+
+def _pairs(subjects: Sequence[_Subject], sessions: Sequence[Any]) -> list[tuple[_Subject, Any]]:
+    return list(zip(subjects, sessions, strict=True))
+
+
+def _roles(
+    base: _Subject,
+    subjects: Sequence[_Subject],
+    request: Sequence[str],
+    spec: Mapping[str, Any] | None,
+    infer_from: Mapping[str, NDArray[Any]] | None,
+) -> tuple[Roles, list[str]]:
+    """Roles of the base's inputs: as given, or those that the other model was optimised under."""
+    given = bool(request) or spec is not None or infer_from is not None
+    if not given and base.contract is None:
+        for s in subjects:
+            if s.contract is not None:
+                notes = []
+                if s.contract.get("source_sha256") != base.loaded.sha256:
+                    notes.append(f"{s.name} was made from another file than {base.name}, by its contract")
+                stored = Roles.from_dict(s.contract.get("roles", {})).inputs
+                if stored.keys() == {i.name for i in base.described}:
+                    return Roles(stored), notes
+    return find_roles(base.described, base.contract, request=request, spec=spec, infer_from=infer_from, lenient=True)
+
+
+class _Drawn:
+    """Requests of every number of candidates, in every model's signature."""
+
+    def __init__(self, study: Study, subjects: Sequence[_Subject], base: _Subject) -> None:
+        self._study, self._base = study, base
+        self._held: dict[int, list[feeds.Feed]] = {}
+
+    def of(self, subject: _Subject) -> Callable[[int], Requests]:
+        """Makes requests with a number of candidates for a model."""
+        return lambda n: [self._suited(subject, feed) for feed in self._requests(n)]
+
+    def _requests(self, n: int) -> list[feeds.Feed]:
+        if n not in self._held:
+            point = {s: _OTHER_EXTENT for s in self._study.symbols}
+            self._held[n] = [self._study.maker(Setting({**point, CANDIDATES: n}, 7 * n + k)) for k in range(_REQUESTS)]
+        return self._held[n]
+
+    def _suited(self, subject: _Subject, full: feeds.Feed) -> feeds.Feed:
+        """Of every input the form that fits what the model declares: all rows, or one row of what is request-level."""
+        if subject is self._base:
+            return full
+        divided = feeds.divided(self._study.declared, full)
+        prefers = divided if subject.contract and subject.contract.get("interface") == "request" else full
+        out: feeds.Feed = {}
+        for i in subject.described:
+            for form in (prefers, full, divided):
+                if i.name in form and _fits(form[i.name], i):
+                    out[i.name] = form[i.name]
+                    break
+        return out
+
+
+def _fits(data: NDArray[Any], declared: InputInfo) -> bool:
+    """Whether an array has the fixed extents of an input."""
+    if declared.dims is None:
+        return True
+    return data.ndim == len(declared.dims) and all(
+        not isinstance(d, int) or d == n for d, n in zip(declared.dims, data.shape, strict=True)
+    )
+
+
+def _time(candidates: int, runners: Sequence[Runner], seconds: float) -> Point:
+    rounds = timing.interleave(runners, seconds)
+    return timing.point(candidates, rounds, [r.copies for r in runners])
+
+
+def _difference(runners: Sequence[Runner]) -> float:
+    """Largest difference of two models' scores, over the largest score."""
+    first, second = (r.scores(0) for r in runners)
+    if len(first) != len(second):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(first, second, strict=True):
+        gap = gap_between(np.asarray(a), np.asarray(b)).largest
+        if gap and runtime.is_float(a):
+            finite = np.abs(a.astype(np.float64)[np.isfinite(a.astype(np.float64))])
+            gap /= max(float(finite.max()) if finite.size else 0.0, 1e-30)
+        worst = max(worst, gap)
+    return worst
+
+
+def _kernels(
+    subject: _Subject, study: Study, roles: Roles, drawn: _Drawn, candidates: Sequence[int], target: Target
+) -> tuple[list[Kernels], list[kernel_times.Event], str | None]:
+    """Kernels of a model, with the levels that the analysis proves."""
+    once: dict[str, bool] = {}
+    note = None
+    try:
+        known = study
+        if subject.loaded is not study.loaded:
+            known = Study(subject.working, _roles_of(subject, study, roles), subject.loaded)
+        once = request_level(known)
+    except OnnxrankError as e:
+        note = f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
+    moved = subject.contract is not None and "broadcast" in subject.contract.get("rules", {})
+    nodes = kernel_times.nodes_of(subject.working, once, moved)
+    found, events = kernel_times.profile_kernels(
+        subject.working, subject.loaded.folder, nodes, drawn.of(subject), candidates, target
+    )
+    return found, events, note
+
+
+def _roles_of(subject: _Subject, study: Study, roles: Roles) -> Roles:
+    """Roles of the inputs of the model that requests were not made for."""
+    if subject.contract is not None:
+        return find_roles(subject.described, subject.contract)[0]
+    full = study.maker(Setting({**dict.fromkeys(study.symbols, _OTHER_EXTENT), CANDIDATES: 3}, 0))
+    out: dict[str, InputRole] = {}
+    for i in subject.described:
+        if i.name in roles.inputs and _fits(full[i.name], i):
+            out[i.name] = roles.inputs[i.name]
+        else:
+            once = i.name.endswith(".request") or i.name in roles.inputs
+            out[i.name] = InputRole(i.name, "request" if once else "candidate", None if once else 0)
+    return Roles(out)
+
+
+def request_level(study: Study) -> dict[str, bool]:
+    """Per tensor of a model whether it is the same for all candidates.
+
+    Raises:
+        ModelError: The model cannot be followed.
+    """
+    from onnxrank.pipeline import choose_rules
+
+    made = Transformation(study, choose_rules(None, (), ()), "request", False, 512)
+    try:
+        made.run()
+    except Exception as e:
+        raise ModelError(f"the model cannot be followed: {runtime.first_line(e)}") from e
+    return {name: made.rw.level(value) <= Level.REQUEST for name, value in made.rw.values.items()}

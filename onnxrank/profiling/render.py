@@ -1,0 +1,228 @@
+"""A profile as people and programs read it: tables for the terminal, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from onnxrank.render import Printer, count, human, percent, three
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from onnxrank.profiling.report import Kernels, ModelProfile, Profile, Share, Speedup
+
+FORMATS = ("html", "json", "csv", "text")
+LEVELS = {
+    "request": "once per request",
+    "repeated": "per candidate, though the same for all",
+    "candidate": "per candidate",
+}
+_EXPECTED = 512  # the number of candidates whose kernels are shown, or the one next to it
+_BAR = 12
+_MOST_ROWS = 7
+
+
+def duration(seconds: float) -> str:
+    """Seconds with three digits and the unit that suits: 1.23 ms."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 0.9995 or unit == "us":
+            break
+    return f"{three(seconds * factor)} {unit}"
+
+
+def shown_candidates(profile: Profile) -> int:
+    """The number of candidates, of those measured, that stands for all: the one next to 512."""
+    return min((p.candidates for p in profile.points), key=lambda n: abs(math.log(n / _EXPECTED)))
+
+
+def spread(median: float, low: float, high: float) -> str:
+    """Half the width of an interval, relative to the median."""
+    half = (high - low) / 2 / median if median else 0.0
+    return f"±{100 * half:.1f} %"
+
+
+def verdict(speedup: Speedup, times: str) -> str:
+    """A speed-up in words."""
+    interval = f"{speedup.low:.3f} to {speedup.high:.3f}"
+    if not speedup.significant:
+        return f"no significant difference ({interval})"
+    return f"{three(speedup.ratio)}{times} ({interval})"
+
+
+def print_profile(profile: Profile, console: Console, verbose: bool = False) -> None:
+    """Prints a profile: times, speed-ups, costs, and where the time goes.
+
+    Args:
+        profile: The profile.
+        console: Where to.
+        verbose: Whether to tell where the time goes at every number of candidates, and the longest kernels.
+    """
+    _Printer(profile, console).everything(verbose)
+
+
+class _Printer(Printer):
+    def __init__(self, profile: Profile, console: Console) -> None:
+        super().__init__(console)
+        self.profile = profile
+        self.plus_minus = "+-" if self.ascii_only else "±"
+
+    def everything(self, verbose: bool) -> None:
+        self.head()
+        self.times_table()
+        self.speedups()
+        self.costs()
+        shown = [p.candidates for p in self.profile.points] if verbose else [shown_candidates(self.profile)]
+        for n in shown:
+            self.where(n, verbose)
+        self.memory()
+        for note in self.profile.notes:
+            self.item(note, "note: ")
+
+    def head(self) -> None:
+        p = self.profile
+        for k, m in enumerate(p.models, 1):
+            self.line(f"{k}: {m.source}" if len(p.models) > 1 else m.source, 0)
+        how = [count(p.threads, "thread")]
+        how += ["I/O binding"] * p.io_binding + ["CUDA graph"] * p.cuda_graph
+        self.item(
+            f"onnxrank {p.version}, onnxruntime {p.onnxruntime} on {p.provider} ({p.device}), {', '.join(how)}", "", 0
+        )
+
+    def times_table(self) -> None:
+        several = len(self.profile.models) > 1
+        self.title("Time per request")
+        names = ["N", *["model"] * several, "median", "95 %", "p90", "p99", "candidates/s", ""]
+        table = self.table(names, (len(names) - 1,))
+
+        for p in self.profile.points:
+            slowest = max(t.median for t in p.times)
+            for k, t in enumerate(p.times, 1):
+                error = spread(t.median, t.low, t.high).replace("±", self.plus_minus)
+                cells = [str(p.candidates) if k == 1 else "", *[str(k)] * several, duration(t.median), error]
+                cells += [duration(t.p90), duration(t.p99), human(t.candidates_per_second)]
+                bar = self.bar(t.median / slowest, _BAR) if several else ""
+                table.add_row(*map(self.text, cells), self.text(bar, "cyan" if k == 1 else "green"))
+        self.console.print(table)
+        copied = [t.copies for t in self.profile.points[-1].times if t.copies is not None]
+        if copied:
+            shown = ", ".join(duration(c) for c in copied)
+            self.item(f"of it for copies between host and device at the largest N: {shown}")
+        loose = [str(p.candidates) for p in self.profile.points if not p.settled]
+        if loose:
+            self.item(f"the time was used up before the interval was narrow at N = {', '.join(loose)}: see --seconds")
+
+    def speedups(self) -> None:
+        p = self.profile
+        if len(p.models) < 2:
+            return
+        self.title("Speed-up: time of 1 over time of 2, and its 95 % interval")
+        width = max(len(str(point.candidates)) for point in p.points)
+        for point in p.points:
+            assert point.speedup is not None
+            self.item(verdict(point.speedup, self.times), f"N = {point.candidates:>{width}}  ")
+        assert p.break_even is not None
+        at = p.break_even.candidates
+        self.item(
+            {
+                "always": "2 is faster at every number measured.",
+                "measured": f"2 is faster from {at} candidates on.",
+                "extrapolated": f"2 would be faster from about {at} candidates on, beyond those measured.",
+                "never": "2 is not faster at any number of candidates.",
+            }[p.break_even.kind]
+        )
+
+    def costs(self) -> None:
+        lines = [(k, m.line) for k, m in enumerate(self.profile.models, 1) if m.line is not None]
+        if not lines:
+            return
+        self.title("Fitted cost of a request")
+        for k, line in lines:
+            bent = ""
+            if line.knee is not None:
+                bent = f" up to {line.knee} candidates, {duration(line.beyond)} beyond"
+            self.item(
+                f"{duration(line.once)} once + {duration(line.each)} per candidate{bent} (misses a median by "
+                f"{percent(line.error)} at most)",
+                f"{k}: " if len(lines) > 1 else "",
+            )
+
+    def where(self, candidates: int, verbose: bool) -> None:
+        found = [next(k for k in m.kernels if k.candidates == candidates) for m in self.profile.models]
+        self.title(f"Where the time goes at N = {candidates}, by onnxruntime's profiler")
+        for m, kernels in zip(self.profile.models, found, strict=True):
+            if len(found) > 1:
+                self.line(m.source, 0)
+            self.shares(kernels, m, verbose)
+
+    def shares(self, kernels: Kernels, model: ModelProfile, verbose: bool) -> None:
+        table = self.table(["", "kernels", "time", "share", ""], (0, 4))
+
+        def rows(shares: Sequence[Share], names: dict[str, str] | None = None) -> None:
+            shown = shares if verbose else shares[:_MOST_ROWS]
+            for s in shown:
+                part = s.seconds / kernels.seconds if kernels.seconds else 0.0
+                cells = [(names or {}).get(s.name, s.name), str(s.kernels), duration(s.seconds), percent(part)]
+                table.add_row(*map(self.text, cells), self.text(self.bar(part, _BAR), "cyan"))
+            rest = shares[len(shown) :]
+            if rest:
+                spent = sum(s.seconds for s in rest)
+                many, part = sum(s.kernels for s in rest), spent / kernels.seconds
+                cells = [f"{len(rest)} others", str(many), duration(spent), percent(part)]
+                table.add_row(*map(self.text, cells), self.text(self.bar(part, _BAR), "cyan"))
+            table.add_section()
+
+        rows(kernels.levels, LEVELS)
+        rows(kernels.operators)
+        if model.optimised:
+            names = {"none": "the user's own nodes", "other": "onnxruntime's own nodes"}
+            rows(kernels.rules, {s.name: names.get(s.name, f"rule {s.name}") for s in kernels.rules})
+        if len(kernels.providers) > 1 or self.profile.provider != "cpu":
+            rows(kernels.providers)
+        self.console.print(table)
+        between = kernels.session - kernels.seconds
+        extra = [f"kernels {duration(kernels.seconds)}, between them {duration(max(between, 0.0))}"]
+        if kernels.copies.kernels:
+            extra.append(f"{count(kernels.copies.kernels, 'copy kernel')} {duration(kernels.copies.seconds)}")
+        if kernels.device is not None:
+            extra.append(f"on the device {duration(kernels.device)}")
+        self.item(", ".join(extra))
+        for k in kernels.longest if verbose else ():
+            self.line(f"{duration(k.seconds):>9}  {k.op} {k.name} ({k.level}, {k.rule})", 4)
+
+    def memory(self) -> None:
+        found = [(k, m.memory) for k, m in enumerate(self.profile.models, 1) if m.memory is not None]
+        if not found:
+            return
+        self.title("Resident memory of a process that runs the model")
+        for k, m in found:
+            lead = f"{k}: " if len(self.profile.models) > 1 else ""
+            self.item(
+                f"{human(m.peak - m.start, 'B')} above an empty process at the peak, of which "
+                f"{human(m.loaded - m.start, 'B')} for the loaded model (N = {m.candidates})",
+                lead,
+            )
+
+
+def to_csv(profile: Profile) -> str:
+    """One row per number of candidates and model; times in seconds."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        "candidates model runs median low high p90 p99 candidates_per_second copies kernels once repeated "
+        "per_candidate speedup speedup_low speedup_high significant".split()
+    )
+    for p in profile.points:
+        for k, (model, t) in enumerate(zip(profile.models, p.times, strict=True)):
+            kernels = next(x for x in model.kernels if x.candidates == p.candidates)
+            levels = {s.name: s.seconds for s in kernels.levels}
+            row = [p.candidates, model.source, t.runs, t.median, t.low, t.high, t.p90, t.p99]
+            row += [t.candidates_per_second, "" if t.copies is None else t.copies, kernels.seconds]
+            row += [levels.get(level, 0.0) for level in ("request", "repeated", "candidate")]
+            s = p.speedup if k == 1 else None
+            row += [s.ratio, s.low, s.high, int(s.significant)] if s else [""] * 4
+            writer.writerow(row)
+    return out.getvalue()

@@ -1,0 +1,239 @@
+"""Sessions as a server would hold them: on an execution provider, with or without bound memory and CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from onnxrank import runtime
+from onnxrank.errors import EnvironmentProblem, ModelError
+
+Requests = Sequence[runtime.Feeds]
+"""Several requests with the same number of candidates."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how models run.
+
+    Attributes:
+        provider: `cpu` or `cuda`.
+        threads: Threads inside an operator.
+        io_binding: Whether inputs and outputs are bound to memory of the provider.
+        cuda_graph: Whether runs are captured in a CUDA graph and replayed.
+    """
+
+    provider: str = "cpu"
+    threads: int = 1
+    io_binding: bool = False
+    cuda_graph: bool = False
+
+    def check(self) -> None:
+        """Finds out whether onnxruntime has the provider here.
+
+        Raises:
+            EnvironmentProblem: It has not.
+        """
+        have = runtime.onnxruntime().get_available_providers()
+        if PROVIDERS[self.provider] not in have:
+            raise EnvironmentProblem(
+                f"onnxruntime has no {PROVIDERS[self.provider]} here (it has {', '.join(have)}). Install "
+                f"'onnxrank[{self.provider}]' in an environment without another onnxruntime."
+            )
+
+
+def open_session(
+    source: Path | ModelProto, target: Target, folder: str | os.PathLike[str] | None = None, trace: str | None = None
+) -> Any:
+    """Makes a session with onnxruntime's default graph optimisations.
+
+    Args:
+        source: The model's file, or the model.
+        target: Where it runs.
+        folder: Where external data of a model in memory lies.
+        trace: Prefix of the file for onnxruntime's profiler; None leaves it off.
+
+    Raises:
+        ModelError: onnxruntime does not take the model.
+        EnvironmentProblem: The provider is not there, or cannot run the model as asked.
+    """
+    target.check()
+    ort = runtime.onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = target.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    # Threads of a session that waits for its turn must not take time from the other one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if folder is not None and isinstance(source, ModelProto):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    if trace is not None:
+        options.enable_profiling, options.profile_file_prefix = True, trace
+    name = PROVIDERS[target.provider]
+    how = {"enable_cuda_graph": "1"} if target.cuda_graph and trace is None else {}
+    providers = [(name, how)] if target.provider == "cpu" else [(name, how), PROVIDERS["cpu"]]
+    given = source.SerializeToString() if isinstance(source, ModelProto) else os.fspath(source)
+    try:
+        made = ort.InferenceSession(given, options, providers=providers)
+    except MemoryError as e:
+        raise EnvironmentProblem("There is not enough memory to load the model.") from e
+    except Exception as e:
+        if target.provider == "cuda" and ("CUDA" in str(e) or "graph capture" in str(e)):
+            raise EnvironmentProblem(f"The model cannot run on CUDA as asked: {runtime.first_line(e)}") from e
+        raise ModelError(f"onnxruntime does not load the model: {runtime.first_line(e)}") from e
+    if name not in made.get_providers():
+        raise EnvironmentProblem(
+            f"onnxruntime gave up {name} and would run on {', '.join(made.get_providers())}: its libraries, or a "
+            "device, are missing here."
+        )
+    return made
+
+
+class Runner:
+    """Runs requests with one number of candidates on a session, and times them.
+
+    Without binding, a run is `session.run`. With it, on CPU every request's inputs are bound once; on CUDA inputs and
+    outputs have fixed places on the device, and a run copies the request there, computes, and copies the scores back,
+    as a server does.
+
+    Args:
+        session: The session.
+        requests: Inputs; those that the session does not know are left out.
+        target: Where it runs.
+    """
+
+    def __init__(self, session: Any, requests: Requests, target: Target) -> None:
+        self._session = session
+        wanted = [i.name for i in session.get_inputs()]
+        self._feeds: list[dict[str, Any]] = [{k: np.ascontiguousarray(r[k]) for k in wanted} for r in requests]
+        self._names = [o.name for o in session.get_outputs()]
+        self._device = target.provider
+        self._options = runtime.onnxruntime().RunOptions()
+        self._copies: list[float] = []
+        self._bindings: list[Any] = []
+        self._places: dict[str, Any] = {}
+        if target.cuda_graph:
+            # Graphs are captured per shape, under a number.
+            rows = max((v.shape[0] for v in self._feeds[0].values() if v.ndim), default=0)
+            self._options.add_run_config_entry("gpu_graph_id", str(1 + rows))
+        if target.io_binding:
+            self._bind()
+
+    @property
+    def copies(self) -> float | None:
+        """Median seconds per run for copies between host and device; None where none are told apart."""
+        return float(np.median(self._copies)) if self._copies else None
+
+    def __call__(self, request: int) -> float:
+        """Runs one of the requests, and returns its seconds.
+
+        Raises:
+            ModelError: onnxruntime cannot run the model on it.
+        """
+        try:
+            return self._run(request % len(self._feeds))
+        except Exception as e:
+            raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
+
+    def scores(self, request: int) -> list[Any]:
+        """Outputs for one of the requests, through the same door as the timed runs."""
+        k = request % len(self._feeds)
+        if not self._bindings:
+            return list(self._session.run(self._names, self._feeds[k], self._options))
+        self(request)
+        return list(self._bindings[k if self._device == "cpu" else 0].copy_outputs_to_cpu())
+
+    def _run(self, k: int) -> float:
+        if not self._bindings:
+            begin = time.perf_counter()
+            self._session.run(self._names, self._feeds[k], self._options)
+            return time.perf_counter() - begin
+        if self._device == "cpu":
+            begin = time.perf_counter()
+            self._session.run_with_iobinding(self._bindings[k], self._options)
+            return time.perf_counter() - begin
+        (binding,), feed = self._bindings, self._feeds[k]
+        begin = time.perf_counter()
+        for name, place in self._places.items():
+            place.update_inplace(feed[name])
+        there = time.perf_counter()
+        self._session.run_with_iobinding(binding, self._options)
+        binding.synchronize_outputs()
+        done = time.perf_counter()
+        binding.copy_outputs_to_cpu()
+        end = time.perf_counter()
+        self._copies.append(there - begin + end - done)
+        return end - begin
+
+    def _bind(self) -> None:
+        value = runtime.onnxruntime().OrtValue
+        for feed in self._feeds if self._device == "cpu" else self._feeds[:1]:
+            binding = self._session.io_binding()
+            for name, data in feed.items():
+                held = value.ortvalue_from_numpy(data, self._device, 0)
+                binding.bind_ortvalue_input(name, held)
+                self._places[name] = held
+            for name, shape, dtype in self._output_shapes():
+                if shape is None:
+                    binding.bind_output(name, self._device, 0)
+                else:
+                    binding.bind_ortvalue_output(
+                        name, value.ortvalue_from_shape_and_type(shape, dtype, self._device, 0)
+                    )
+            self._bindings.append(binding)
+
+    def _output_shapes(self) -> list[tuple[str, list[int] | None, Any]]:
+        """Shapes of the outputs; None where they change with the request, or hold no numbers."""
+        seen = [self._session.run(self._names, f) for f in self._feeds[:2]] if self._device == "cpu" else []
+        if not seen:
+            plain = runtime.onnxruntime().RunOptions()
+            plain.add_run_config_entry("gpu_graph_id", "-1")  # not captured
+            seen = [self._session.run(self._names, f, plain) for f in self._feeds[:2]]
+        out: list[tuple[str, list[int] | None, Any]] = []
+        for k, name in enumerate(self._names):
+            first = seen[0][k]
+            fixed = isinstance(first, np.ndarray) and first.dtype != object and 0 not in first.shape
+            fixed = fixed and all(s[k].shape == first.shape for s in seen)
+            out.append((name, list(first.shape) if fixed else None, first.dtype if fixed else None))
+        return out
+
+
+def processor(provider: str) -> str:
+    """The processor in words, as far as the system tells."""
+    import platform
+    import subprocess
+
+    if provider == "cuda":
+        try:
+            asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+            told = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+            return told.stdout.splitlines()[0].strip()
+        except (OSError, subprocess.SubprocessError, IndexError):
+            return "CUDA device"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            found = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        found = ""
+    return found or platform.processor() or platform.machine()
+
+
+def environment(target: Target) -> Mapping[str, Any]:
+    """What a report says of where it was made."""
+    return {
+        "onnxruntime": runtime.onnxruntime().__version__,
+        "provider": target.provider,
+        "device": processor(target.provider),
+        "threads": target.threads,
+        "io_binding": target.io_binding,
+        "cuda_graph": target.cuda_graph,
+    }

@@ -1,0 +1,228 @@
+"""HTML pages in a real browser: offline, without a word on the console, in both colour schemes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import onnxrank
+from onnxrank import pages
+from onnxrank.inspection import page as inspection_page
+from onnxrank.inspection.report import Block, Inspection, Node, Tensor
+from onnxrank.profiling import page as profile_page
+from onnxrank.profiling.report import Profile
+from onnxrank.roles import load_spec
+
+MODELS = Path(__file__).resolve().parents[2] / "models" / "onnx"
+SCHEMES = ("light", "dark")
+LARGE = 5000
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium as the system has it."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+class Shown:
+    """A page, and everything that it said or asked for."""
+
+    def __init__(self, browser: Any, file: Path, scheme: str) -> None:
+        self.context = browser.new_context(color_scheme=scheme, offline=True, viewport={"width": 1280, "height": 1000})
+        self.page = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def close(self) -> None:
+        """Ends it; nothing may have been fetched but the page, and nothing said."""
+        self.context.close()
+        assert not self.said
+        assert [url for url in self.asked if not url.startswith("data:")] == self.asked[:1]
+
+    def value(self, expression: str) -> Any:
+        return self.page.evaluate(expression)
+
+    def ready(self) -> float:
+        """Waits for the graph, and returns the milliseconds it took."""
+        self.page.wait_for_function("document.documentElement.dataset.ready")
+        return float(self.value("document.documentElement.dataset.ready"))
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    folder = tmp_path_factory.mktemp("profiled")
+    source = MODELS / "hadamard_pairs.torchscript.onnx"
+    onnxrank.optimize(source, spec=load_spec(MODELS / "hadamard_pairs.roles.yaml"), check=False).save(folder / "f.onnx")
+    return onnxrank.profile(source, folder / "f.onnx", candidates=[2, 24, 512], seconds=1e-3, memory=False)
+
+
+def inspected(name: str) -> Inspection:
+    return onnxrank.inspect(MODELS / name, spec=load_spec(MODELS / f"{name.split('.')[0]}.roles.yaml"), lifts=False)
+
+
+def largest() -> str:
+    """The model of most nodes."""
+    import onnx
+
+    return max((p.name for p in MODELS.glob("*.onnx")), key=lambda n: len(onnx.load(MODELS / n).graph.node))
+
+
+def large() -> Inspection:
+    """A made-up model of many nodes in nested layers, ten wide."""
+    small = inspected("two_tower.dynamo.onnx")
+    nodes, tensors = [], []
+    for k in range(LARGE):
+        inputs = (f"t{k - 10}",) if k >= 10 else (small.inputs[k % len(small.inputs)].name,)
+        inputs += (f"t{k - 7}",) if k % 13 == 0 and k >= 10 else ()
+        level = ("request", "mixed", "candidate")[k % 3]
+        name = f"/block{k // 500}/layer{k // 100}/{HOSTILE if k == 4321 else ''}Op{k}"
+        scope = f"block{k // 500}/layer{k // 100}"
+        nodes.append(Node(name, "MatMul", scope, inputs, (f"t{k}",), level, True, k, k // 2, 4 * k, 7, 0, ""))
+        blocks = (Block(1, "0:8", "request"), Block(1, "8:32", "candidate")) if level == "mixed" else ()
+        tensors.append(Tensor(f"t{k}", ("N", "32"), level, 0.25, blocks))
+    return replace(small, nodes=tuple(nodes), tensors=tuple(tensors), result=tuple(nodes))
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "page.html"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_nothing_to_fetch(profiled: Profile) -> None:
+    for text in (profile_page.to_html(profiled), inspection_page.to_html(inspected("dlrm.dynamo.onnx"))):
+        assert not re.search(r"(src|href)=\"(?!data:)", text) and "@import" not in text and "url(" not in text
+        assert "default-src 'none'" in text
+        assert [u for u in re.findall(r"https?://[^\"' <]+", text) if u != "http://www.w3.org/2000/svg"] == []
+
+
+def test_escapes() -> None:
+    text = pages.document(HOSTILE, [pages.table(["a"], [[HOSTILE]])], {"name": HOSTILE})
+    assert "<img" not in text and "\x1b" not in text and text.count("</script>") == 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_profile(browser: Any, tmp_path: Path, profiled: Profile, scheme: str) -> None:
+    shown = Shown(browser, write(tmp_path, profile_page.to_html(profiled)), scheme)
+    page = shown.page
+    assert page.locator("svg").count() >= 3 and "Speed-up" in page.inner_text("body")
+    visible = page.locator("[data-candidates]:visible")
+    assert visible.count() == 1 and visible.get_attribute("data-candidates") == "512"
+    page.select_option("#candidates", "2")
+    assert visible.get_attribute("data-candidates") == "2"
+    (dark,) = shown.value("[getComputedStyle(document.body).backgroundColor]")
+    assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) is (scheme == "dark")
+    # Two curves of as many points as there are numbers of candidates, inside the picture.
+    assert page.locator("svg").first.locator("circle").count() == 2 * 3
+    for box in (c.bounding_box() for c in page.locator("svg circle").all()):
+        frame = page.locator("svg").first.bounding_box()
+        assert frame["x"] <= box["x"] and box["y"] + box["height"] <= frame["y"] + frame["height"]
+    assert page.screenshot(path=tmp_path / "profile.png")
+    shown.close()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_inspect(browser: Any, tmp_path: Path, scheme: str) -> None:
+    shown = Shown(browser, write(tmp_path, inspection_page.to_html(inspected("dlrm.torchscript.onnx"))), scheme)
+    page = shown.page
+    shown.ready()
+    items = "onnxrank.graphs[0].items.length"
+    nodes = shown.value("onnxrank.graphs[0].data.nodes.length")
+    assert page.locator("canvas:visible").count() == 2
+    # Something is painted, in the colours of the levels.
+    assert shown.value(_PAINTED) > 500
+    page.click("#collapse")
+    closed = shown.value(items)
+    page.click("#expand")
+    opened = shown.value(items)
+    assert closed < opened < nodes
+    page.check("#constants")
+    assert shown.value(items) == nodes
+    page.uncheck("#constants")
+    page.click("#collapse")
+    assert shown.value(items) == closed
+    page.fill("#search", "top.0")
+    hits = page.locator("#hits button")
+    assert hits.count() >= 1
+    hits.first.click()
+    assert shown.value(items) > closed and shown.value("onnxrank.graphs[0].marked !== null")
+    box = page.locator("canvas").first.bounding_box()
+    # The node that was found is in the middle now.
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tip = page.inner_text("#tip")
+    assert "top.0" in tip and "multiply-adds" in tip and "candidate" in tip and "rule fc" in tip
+    scale = shown.value("onnxrank.graphs[0].view.scale")
+    page.mouse.wheel(0, -300)
+    page.wait_for_function(f"onnxrank.graphs[0].view.scale > {scale}")
+    x = shown.value("onnxrank.graphs[0].view.x")
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 50, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    assert shown.value("onnxrank.graphs[0].view.x") == pytest.approx(x + 50, abs=1)
+    # Closes the layer that the node is in.
+    before = shown.value(items)
+    page.mouse.dblclick(box["x"] + box["width"] / 2 + 50, box["y"] + box["height"] / 2)
+    assert shown.value(items) < before
+    page.fill("#search", "no such thing")
+    assert not hits.count()
+    page.uncheck("#after")
+    assert page.locator("canvas:visible").count() == 1
+    page.click("#fit")
+    assert page.screenshot(path=tmp_path / "inspect.png")
+    shown.close()
+
+
+_PAINTED = """(() => {
+  const canvas = document.querySelector("canvas"), c = canvas.getContext("2d");
+  const data = c.getImageData(0, 0, canvas.width, canvas.height).data;
+  let painted = 0;
+  for (let k = 3; k < data.length; k += 4) painted += data[k] > 0;
+  return painted;
+})()"""
+
+
+def test_nothing_to_show_after(browser: Any, tmp_path: Path) -> None:
+    unchanged = replace(inspected("dlrm.dynamo.onnx"), result=())
+    shown = Shown(browser, write(tmp_path, inspection_page.to_html(unchanged)), "light")
+    shown.ready()
+    assert shown.page.locator("canvas:visible").count() == 1 and not shown.page.locator("#after").is_visible()
+    shown.close()
+
+
+def test_largest_model(browser: Any, tmp_path: Path) -> None:
+    shown = Shown(browser, write(tmp_path, inspection_page.to_html(inspected(largest()))), "light")
+    assert shown.ready() < 5000
+    shown.close()
+
+
+def test_thousands_of_nodes(browser: Any, tmp_path: Path) -> None:
+    shown = Shown(browser, write(tmp_path, inspection_page.to_html(large())), "dark")
+    assert shown.ready() < 5000
+    assert shown.value("onnxrank.graphs[0].items.length") < 30
+    began = shown.value("performance.now()")
+    shown.page.click("#expand")
+    assert shown.value("onnxrank.graphs[0].items.length") > LARGE
+    assert shown.value("performance.now()") - began < 5000
+    shown.page.fill("#search", "Op4321")
+    shown.page.locator("#hits button").first.click()
+    assert shown.value("onnxrank.graphs[0].marked") is not None
+    shown.close()
