@@ -287,7 +287,7 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     held = rw.present(a) | rw.present(b)
     whole = dims
     if node is None:
-        a, b, dims = _fewer(a, b, dims)
+        a, b, dims = _fewer(a, b, dims, held)
     full = [v.rank > 2 and not batches_agree(rw, v, held) for v in (a, b)]
     if a_rows and not b_rows and all(d == () for d in keep_symbols(b.dims, rw.present(b))[:-2]):
         # One matrix for all rows.
@@ -312,10 +312,10 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     return Value(whole, a.dtype, None, codes)
 
 
-def _fewer(a: Value, b: Value, dims: Dims) -> tuple[Value, Value, Dims]:
+def _fewer(a: Value, b: Value, dims: Dims, held: set[str]) -> tuple[Value, Value, Dims]:
     """The operands and the shape of a product without dimensions of a stack that hold one matrix."""
     lead = len(dims) - 2
-    keep = [k for k in range(lead) if dims[k] != ()] + [lead, lead + 1]
+    keep = [k for k, d in enumerate(keep_symbols(dims, held)) if k >= lead or d != ()]
 
     def few(v: Value) -> Value:
         mine = [k - (len(dims) - v.rank) for k in keep if k >= len(dims) - v.rank]
