@@ -81,7 +81,7 @@ def elementwise(rw: Rewrite, op: str, values: Sequence[Value], output: str) -> V
         output: The original tensor that the result is, or belongs to.
     """
     node = helper.make_node(op, [f"operand{k}" for k in range(len(values))], [output], name=output)
-    return _elementwise(rw, node, values, list(range(len(values))), values[0].dtype)
+    return _elementwise(rw, node, values, list(range(len(values))), values[op == "Where"].dtype)
 
 
 def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present: list[int], dtype: int) -> Value:

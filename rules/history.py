@@ -11,25 +11,30 @@ over all of them, the candidate too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
+from onnxrank import runtime
 from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.values import Abstract, Level, extents
+from onnxrank.values import HOLE, Abstract, Level, Value, extents
 
 from . import attention
-from .broadcast import attribute
+from .broadcast import attribute, elementwise
 
 _LARGEST = 1 << 22
 _GAPS = {int(TensorProto.FLOAT16): 1e4}
 """How far below a visible key a masked one must be; other types have more room."""
 _GAP = 1e6
-_RESHAPES = {"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Cast", "Dropout"}
+_RESHAPES = {"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Dropout"}
 _SCORES = {"MatMul", "Einsum"}
-_ON_SCORES = {*_RESHAPES, "Transpose", "Add", "Sub", "Where", "Mul", "Div"}
+_ON_SCORES = {*_RESHAPES, "Transpose", "Cast", "Add", "Sub", "Where", "Mul", "Div"}
+_PRECISION = {int(TensorProto.FLOAT16): 2.0**-10, int(TensorProto.BFLOAT16): 2.0**-7, int(TensorProto.DOUBLE): 2.0**-52}
+_MARGIN = 1e4
+"""How many steps of the type, at the size of what is added to scores, a masked key must be below a visible one."""
 
 Interval = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Least and greatest value of every entry; truth is 0 or 1."""
@@ -51,8 +56,10 @@ def softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     low, high = (np.broadcast_to(part, extents(x.dims)) for part in found)
     seen = low.max(-1, keepdims=True)
-    gap = _GAPS.get(x.dtype, _GAP)
+    # Where much is added to all keys of a row, scores and smaller gaps are rounded away.
+    step = _PRECISION.get(x.dtype, 2.0**-23) * _MARGIN
     with np.errstate(invalid="ignore"):
+        gap = np.maximum(_GAPS.get(x.dtype, _GAP), np.abs(seen) * step)
         hidden = (high == -np.inf) | (seen - high >= gap)
     hidden &= kinds & mixed[..., None]
     if not hidden.any():
@@ -89,6 +96,10 @@ class Masks:
             return None
         mine = [self.scores(i, steps - 1) if i else None for i in made.input]
         if sum(m is not None for m in mine) != 1 or (made.op_type in ("Sub", "Div") and mine[0] is None):
+            return None
+        if made.op_type == "Where" and mine[0] is not None:
+            return None
+        if made.op_type == "Cast" and attribute(made, "to") not in runtime.FLOATS:
             return None
         if made.op_type in ("Mul", "Div"):
             number = self._constant(made.input[1 if mine[0] is not None else 0])
@@ -144,6 +155,15 @@ class Masks:
         op = node.op_type
         shape = extents(self.rw.values[node.output[0]].dims)
         (low, high) = x[0]
+        if op in _VARIADIC:
+            sides = [_reduced(_VARIADIC[op], [part[k] for part in x]) for k in (0, 1)]
+            return sides[0], sides[1]
+        if op == "Cast":
+            return _cast(low, high, attribute(node, "to"))
+        if op in _COMPARED:
+            return _compared(op, x[0], x[1])
+        if op == "Slice":
+            return self._slice(node, low, high)
         if op in _RESHAPES:
             if low.ndim == 0:
                 return low, high
@@ -170,25 +190,85 @@ class Masks:
                 sure > 0, np.where(when > 0, b, np.maximum(b, d)), d
             )
         (other, most) = x[1]
-        if op == "And":
-            return np.minimum(low, other), np.minimum(high, most)
-        if op == "Or":
-            return np.maximum(low, other), np.maximum(high, most)
-        if op == "Add":
-            return low + other, high + most
         if op == "Sub":
             return low - most, high - other
-        if op == "Min":
-            return np.minimum(low, other), np.minimum(high, most)
-        if op == "Max":
-            return np.maximum(low, other), np.maximum(high, most)
-        ends = [a * b for a in (low, high) for b in (other, most)]
-        return np.minimum.reduce(np.broadcast_arrays(*ends)), np.maximum.reduce(np.broadcast_arrays(*ends))
+        if op == "Div":
+            if (other <= 0).any():
+                return None
+            other, most = 1 / most, 1 / other
+        ends = np.broadcast_arrays(*(a * b for a in (low, high) for b in (other, most)))
+        return np.minimum.reduce(ends), np.maximum.reduce(ends)
+
+    def _slice(self, node: NodeProto, low: NDArray[np.float64], high: NDArray[np.float64]) -> Interval | None:
+        """A slice by constants."""
+        own = extents(self.rw.values[node.input[0]].dims)
+        given = [self._constant(i) if i else None for i in node.input[1:]]
+        if len(node.input) < 3 or any(g is None for g, i in zip(given, node.input[1:], strict=True) if i):
+            return None
+        starts, ends = ([int(v) for v in g.reshape(-1)] for g in given[:2] if g is not None)
+        axes = range(len(starts)) if len(given) < 3 or given[2] is None else given[2].reshape(-1).astype(int).tolist()
+        steps = [1] * len(starts) if len(given) < 4 or given[3] is None else given[3].reshape(-1).astype(int).tolist()
+        if any(own[a] == 1 for a in axes) or min(steps) < 1:
+            return None  # an axis of rows
+        index = [slice(None)] * len(own)
+        for a, start, end, step in zip(axes, starts, ends, steps, strict=True):
+            index[a] = slice(start, end, step)
+        both = [np.broadcast_to(part, own)[tuple(index)] for part in (low, high)]
+        return both[0], both[1]
 
 
-_FOLLOWED = _RESHAPES | {
-    *("Transpose", "Expand", "Concat", "Not", "Neg", "Where", "And", "Or", "Add", "Sub", "Min", "Max", "Mul")
+_VARIADIC: dict[str, Callable[..., NDArray[np.float64]]] = {
+    **{"And": np.minimum, "Min": np.minimum, "Or": np.maximum, "Max": np.maximum, "Add": np.add, "Sum": np.add}
 }
+_COMPARED = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
+_FOLLOWED = {*_RESHAPES, *_VARIADIC, *_COMPARED}
+_FOLLOWED |= {"Transpose", "Expand", "Concat", "Cast", "Slice", "Not", "Neg", "Where", "Sub", "Mul", "Div"}
+
+
+def _reduced(step: Callable[..., NDArray[np.float64]], parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    out = parts[0]
+    for part in parts[1:]:
+        out = step(out, part)
+    return out
+
+
+def _cast(low: NDArray[np.float64], high: NDArray[np.float64], to: int) -> Interval:
+    """An interval in another type: truth of numbers, whole numbers, or as it is."""
+    if to == TensorProto.BOOL:
+        away = (low > 0) | (high < 0)
+        return away.astype(np.float64), ((low != 0) | (high != 0)).astype(np.float64)
+    return (low, high) if to in runtime.FLOATS else (np.trunc(low), np.trunc(high))
+
+
+def _compared(op: str, a: Interval, b: Interval) -> Interval:
+    """Whether a comparison is sure to hold, and whether it may."""
+    if op.startswith("Greater"):
+        a, b, op = b, a, op.replace("Greater", "Less")
+    (low, high), (other, most) = a, b
+    if op == "Equal":
+        sure, may = (low == high) & (other == most) & (low == other), (low <= most) & (other <= high)
+    elif op == "Less":
+        sure, may = high < other, low < most
+    else:
+        sure, may = high <= other, low <= most
+    return sure.astype(np.float64), may.astype(np.float64)
+
+
+def nan_to_zero(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """`Where(IsNaN(w), 0, w)`, as exporters guard rows without keys: a weight that is 0 for sure stays that."""
+    test, number = rw.producers.get(node.input[0]), rw.array(node, 1)
+    if test is None or test.op_type != "IsNaN" or test.input[0] != node.input[2]:
+        return None
+    w = rw.value(node, 2)
+    if number is None or number.any() or number.size != 1 or w.whole is not None:
+        return None
+    zero = rw.zero(w.dtype)
+    known = w.codes == zero
+    if not known.any() or rw.value(node, 0).dims != w.dims:
+        return None
+    values = [Value(v.dims, v.dtype, None, np.where(known, HOLE, v.codes)) for v in (rw.value(node, 0), w)]
+    made = elementwise(rw, "Where", [values[0], rw.value(node, 1), values[1]], node.output[0])
+    return [rw.tidy(w.dims, w.dtype, np.where(known, zero, made.codes))]
 
 
 RULE = Rule(
@@ -199,7 +279,7 @@ RULE = Rule(
     legal="The mask is minus infinity for the candidate's key, or a million below a key that the row sees for sure.",
     refuses="Finite masks in rows all of whose keys may be masked, and masks the caller gives.",
     exactness="reassociates",
-    operators={"Softmax": softmax},
+    operators={"Softmax": softmax, "Where": nan_to_zero},
     cost="The encoder runs over the history once instead of N times; each candidate is one query per layer. Nothing "
     "is added.",
     example=(

@@ -6,7 +6,21 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import Given, Graph, candidate, operators, optimised, patterns, request, rows, rules, whole_numbers
+from helpers import (
+    Given,
+    Graph,
+    candidate,
+    feeds,
+    operators,
+    optimised,
+    patterns,
+    request,
+    rows,
+    rules,
+    run,
+    whole_numbers,
+)
+from onnxrank.rules.fold import Fold
 
 import onnxrank
 from onnxrank import pipeline
@@ -287,6 +301,172 @@ def test_difference_beside_the_product() -> None:
     result, apart = optimised(g, given, candidates=N), optimised(g, given, candidates=N, ignore=["fold"])
     assert apart.report.after["candidate"].macs == N * (L + 1) * D * WIDTH
     assert result.report.after["candidate"].macs <= apart.report.after["candidate"].macs
+
+
+# --- rows with entries of their own --------------------------------------------------------------------------------
+
+
+class CIN:
+    """A compressed interaction network on `[u; c]`: maps of products of maps with fields, column by column.
+
+    Args:
+        form: How the products are written: `einsum`, `mul` of unsqueezed tensors, or `matmul`, with the columns in
+            front of the products.
+        users: Request-level fields.
+        items: Candidate-level fields.
+        dim: Columns.
+    """
+
+    def __init__(self, form: str, users: int = USER, items: int = ITEM, dim: int = D) -> None:
+        self.given = [request("u", users, dim), candidate("c", items, dim)]
+        self.form, self.count, self.dim, self.g = form, users + items, dim, Graph()
+        self.x0 = self.g.op("Concat", *(i.declare(self.g) for i in self.given), axis=1)
+
+    def products(self, x: str, maps: int) -> str:
+        """`[N, maps * fields, dim]`."""
+        g = self.g
+        if self.form == "einsum":
+            y = g.op("Einsum", x, self.x0, equation="bhd,bmd->bhmd")
+        else:
+            y = g.op("Mul", g.on_axes("Unsqueeze", x, [2]), g.on_axes("Unsqueeze", self.x0, [1]))
+        return g.op("Reshape", y, g.ints(-1, maps * self.count, self.dim))
+
+    def layer(self, x: str, maps: int, width: int, seed: int = 0, kernel: int = 1) -> str:
+        """The next maps, `[N, width, dim]`."""
+        g, y, count = self.g, self.products(x, maps), maps * self.count
+        w, b = whole_numbers(width, count, kernel, seed=seed), whole_numbers(width, seed=seed + 1)
+        if self.form == "matmul":
+            y = g.op("MatMul", g.op("Transpose", y, perm=[0, 2, 1]), g.const(w[..., 0].T))
+            return g.op("Transpose", g.op("Relu", g.op("Add", y, g.const(b))), perm=[0, 2, 1])
+        pads = [(kernel - 1) // 2] * 2
+        return g.op("Relu", g.op("Conv", y, g.const(w), g.const(b), kernel_shape=[kernel], pads=pads))
+
+    def head(self, *maps: str) -> Graph:
+        """All maps, summed over the columns."""
+        x = self.g.op("Concat", *maps, axis=1) if len(maps) > 1 else maps[0]
+        self.g.output(x, None)
+        return self.g
+
+
+COUNTS = (1, 2, 7)
+"""Not 0: onnxruntime's Einsum ends the process."""
+
+
+@pytest.mark.parametrize("form", ["einsum", "mul", "matmul"])
+def test_interaction_layer(form: str) -> None:
+    """One layer: a product per column, of the candidate's entries with weights made once per request."""
+    width = 16
+    cin = CIN(form)
+    g = cin.head(cin.layer(cin.x0, cin.count, width))
+    result = optimised(g, cin.given, counts=COUNTS if form == "einsum" else (0, *COUNTS), candidates=N)
+    assert rules(result)["fold"] == 1
+    (none,) = run(result.model, feeds(cin.given, 0)[1]).values()
+    assert none.shape == (0, width, D)
+    unit, pairs = D * width, cin.count**2
+    # Exporters' Einsum counts as a product itself.
+    assert result.report.macs_before == N * (pairs * unit + (pairs * D if form == "einsum" else 0))
+    assert macs(result) == ((USER**2 + 2 * USER * ITEM) * unit, N * (ITEM + ITEM**2) * unit)
+    few = optimised(g, cin.given, counts=COUNTS, candidates=1)
+    assert "fold" not in rules(few)
+    assert few.report.after["candidate"].macs == (2 * USER * ITEM + ITEM**2) * unit
+
+
+@pytest.mark.parametrize("form", ["einsum", "mul", "matmul"])
+def test_two_interaction_layers(form: str) -> None:
+    """The second layer multiplies candidate-level maps with request-level fields."""
+    first, second = 6, 5
+    cin = CIN(form)
+    x1 = cin.layer(cin.x0, cin.count, first)
+    g = cin.head(x1, cin.layer(x1, first, second, seed=3))
+    result = optimised(g, cin.given, counts=COUNTS, candidates=4096)
+    assert rules(result)["fold"] == 2
+    once = (USER**2 + 2 * USER * ITEM) * D * first + USER * D * first * second
+    each = (ITEM + ITEM**2) * D * first + (1 + ITEM) * first * D * second
+    assert macs(result) == (once, 4096 * each)
+
+
+@pytest.mark.parametrize("form", ["einsum", "mul"])
+def test_split_half(form: str) -> None:
+    """Half of a layer's maps go on to the next one, the other half to the head."""
+    cin = CIN(form)
+    layers, x, maps = [], cin.x0, cin.count
+    for k, width in enumerate((8, 8, 4)):
+        y = cin.layer(x, maps, width, seed=2 * k)
+        if k == 2:
+            layers.append(y)
+        else:
+            x, direct = cin.g.ops("Split", 2, y, cin.g.ints(width // 2, width // 2), axis=1)
+            layers.append(direct)
+            maps = width // 2
+    joined = cin.g.op("Concat", *layers, axis=1)
+    total = cin.g.on_axes("ReduceSum", joined, [2], keepdims=0)
+    cin.g.output(cin.g.op("MatMul", total, cin.g.const(whole_numbers(12, 1))), ["N", 1])
+    result = optimised(cin.g, cin.given, counts=COUNTS, candidates=4096)
+    assert rules(result)["fold"] == 3
+
+
+@pytest.mark.parametrize(
+    "equation", ["bdh,bmd->bhmd", "bhd,bmd->bmhd", "bdh,bdm->bhdm", "dhb,bdm->bmhd", "hdb,bm->bhmd"]
+)
+def test_axes_of_products(equation: str) -> None:
+    """Products that Einsum turns on the way, and an operand without an axis of the other."""
+    sizes = {"h": ITEM, "m": USER, "d": D}
+    g = Graph()
+    given = [candidate("c", ITEM, D), request("u", USER, D) if "d" in equation[4:7] else request("u", USER)]
+    names = [i.declare(g) for i in given]
+    left, out = equation.split("->")
+    axes = ["bhd", "bmd" if len(given[1].shape) == 2 else "bm"]
+    x = [
+        g.op("Transpose", n, perm=[a.index(k) for k in t]) for n, a, t in zip(names, axes, left.split(","), strict=True)
+    ]
+    y = g.op("Reshape", g.op("Einsum", *x, equation=equation), g.ints(-1, ITEM * USER * D))
+    assert out[0] == "b" and set(out[1:]) == set(sizes)
+    g.output(layer(g, y, ITEM * USER * D, 8), ["N", 8])
+    result = optimised(g, given, counts=COUNTS, candidates=N)
+    assert rules(result)["fold"] == 1
+    assert macs(result) == (ITEM * USER * D * 8, N * ITEM * D * 8)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_interaction(seed: int) -> None:
+    """Random numbers of fields, columns and maps, one column and one field among them: exact to the bit."""
+    rng = np.random.default_rng(seed)
+    users, items, dim, width = (int(k) for k in rng.integers((1, 1, 1, 1), (6, 4, 4, 6)))
+    cin = CIN(str(rng.choice(["einsum", "mul", "matmul"])), users, items, dim)
+    x1 = cin.layer(cin.x0, cin.count, width, seed)
+    g = cin.head(x1, cin.layer(x1, width, 2, seed + 1)) if seed % 2 else cin.head(x1)
+    for n in (2, 100000):
+        optimised(g, cin.given, counts=COUNTS, candidates=n)
+
+
+@pytest.mark.parametrize("reader", ["Relu", "output", "Softmax", "kernel"])
+def test_interaction_not_before_a_linear_map(reader: str) -> None:
+    """Products that something else reads are made."""
+    cin = CIN("einsum")
+    if reader == "kernel":  # it joins columns
+        g = cin.head(cin.layer(cin.x0, cin.count, 4, kernel=3))
+    else:
+        y = cin.products(cin.x0, cin.count)
+        g = cin.head(y if reader == "output" else cin.g.op(reader, y))
+    result = optimised(g, cin.given, counts=COUNTS, tolerance=1e-6 if reader == "Softmax" else 0, candidates=N)
+    assert "fold" not in rules(result)
+
+
+def fold_of(place: list[list[int]], plain: list[list[int]] | None = None) -> Fold:
+    one = np.zeros((1, 1, 1), np.int64)
+    return Fold(one, one[0], np.arange(len(place)), np.array(place), np.array(plain or [], np.int64))
+
+
+def test_order() -> None:
+    """Entries by rows, where each belongs to one row and all rows have as many."""
+    apart = [[0, -1], [-1, 1], [2, -1], [-1, 3]]
+    np.testing.assert_array_equal(fold_of(apart).order, [[0, 2], [1, 3]])
+    np.testing.assert_array_equal(fold_of([[-1, 0], [1, -1]]).order, [[1], [0]])
+    assert fold_of([[0], [1]]).order is None  # one row
+    assert fold_of([[0, 1], [2, -1], [-1, 3]]).order is None  # an entry of both rows
+    assert fold_of([[0, -1], [1, -1], [-1, 2]]).order is None  # rows of different lengths
+    assert fold_of([[0, -1], [-1, 1], [-1, -1]]).order is None  # an entry of no row
+    assert fold_of(apart, [[0, 1]]).order is None
 
 
 # --- the check -----------------------------------------------------------------------------------------------------
