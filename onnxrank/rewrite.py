@@ -625,22 +625,30 @@ class Rewrite:
             rows: Whether the last axis has to stay whole.
 
         Returns:
-            Index of each part; one index of everything where tensors are small or do not follow rows and columns.
+            Index of each part; one index of everything where tensors are small, do not follow rows and columns, or are
+            not parts, such as embeddings, which a layer joins sooner or later.
         """
         shape = arrays[0].shape
         keys = np.zeros(shape, np.int64)
         for a in arrays:
             candidate = self.sources.levels(a) == Level.CANDIDATE
+            found = [s for s in self.sources.of(a) if s.level is Level.CANDIDATE]
+            if len(found) > 1 and not all(s.part or (s.narrow is not None and s.name is None) for s in found):
+                return [...]
             keys = keys * 1_000_003 + np.where(candidate, source_numbers(a) + 1, 0)
         if (keys == keys.flat[0]).all():
             return [...]
         if rows:
             keys = (keys * np.random.default_rng(0).integers(1, 1 << 30, shape[-1])).sum(-1)
         width = shape[-1] if rows else 1
-        found = rectangles(keys, _MOST_BOXES)
-        if found is None or len(found) == 1 or any(prod(map(len, box)) * width < LARGE for box in found):
+        boxes = rectangles(keys, _MOST_BOXES)
+        if boxes is None or len(boxes) == 1 or any(prod(map(len, box)) * width < LARGE for box in boxes):
             return [...]
-        return [(*np.ix_(*box), slice(None)) if rows else np.ix_(*box) for box in found]
+        return [(*np.ix_(*box), slice(None)) if rows else np.ix_(*box) for box in boxes]
+
+    def is_part(self, arrays: Iterable[Codes]) -> bool:
+        """Whether entries come from tensors that were made apart."""
+        return any(s.part for a in arrays for s in self.sources.of(a))
 
     def memory_order(self, arrays: Sequence[Codes]) -> Orders:
         """Orders of positions in which what lies side by side in a tensor comes together.
@@ -779,7 +787,7 @@ class Rewrite:
             name = made or self.emit.add("Add", [self.layout.realise(codes, physical)[0], name])
             have = joined
         assert name is not None
-        codes = codes_of(self.sources.add(have, dtype, name))
+        codes = codes_of(self.sources.add(have, dtype, name, part=self.is_part(terms)))
         return np.broadcast_to(codes, extents(dims)).reshape(shape)
 
     def _product_with(self, product: Source, name: str, have: Dims, physical: Dims) -> str | None:

@@ -213,6 +213,7 @@ class Source:
         write: Writes the tensor when it is first asked for.
         product: Writes a matrix product, the named tensor of the given physical shape added to it.
         block: Whether it is a block of dot products, of which a part may be taken by weights of 0.
+        part: Whether it is one of a few large tensors that were made apart, and are better not copied side by side.
         linear: Gives, for a tensor not written yet, each entry as a sum of products: request-level and candidate-level
             factors, `[extents..., terms]` each.
         affine: The same for a matrix product not written yet, for whom it pays to know.
@@ -231,6 +232,7 @@ class Source:
     write: Callable[[], str] | None = None
     product: Callable[[str | None, Dims], str] | None = None
     block: bool = False
+    part: bool = False
     linear: Callable[[], tuple[Codes, Codes]] | None = None
     affine: Callable[[], tuple[Codes, Codes]] | None = None
     narrow: Callable[[NDArray[np.int64]], Source] | None = None

@@ -239,7 +239,9 @@ class _Softmax:
         name, physical = rw.layout.realise(small.transpose(order), tuple(own[k] for k in order))
         made = rw.emit.add("Softmax", [name], {"axis": len(physical) - 1})
         rw.emit.rule = None
-        return codes_of(rw.sources.add(physical, self.dtype, made)).transpose(np.argsort(order)).reshape(shape)
+        return (
+            codes_of(rw.sources.add(physical, self.dtype, made, part=True)).transpose(np.argsort(order)).reshape(shape)
+        )
 
     def merged(self, once: Codes, each: Codes, dims: Dims) -> tuple[Codes, Codes]:
         """Softmax over request-level scores `[rows..., A]` and candidate-level scores `[rows..., B]` together."""
@@ -318,7 +320,9 @@ class _Softmax:
         def linear() -> tuple[Codes, Codes]:
             return shared[..., None], np.broadcast_to(factor, shared.shape)[..., None]
 
-        source = rw.sources.add(keep_symbols(dims, held), self.dtype, write=rw.later(write, None), linear=linear)
+        source = rw.sources.add(
+            keep_symbols(dims, held), self.dtype, write=rw.later(write, None), linear=linear, part=True
+        )
         return codes_of(source)
 
 

@@ -249,7 +249,8 @@ def _group(
         if all(constant_along(p, axis) or p.shape[axis] == 1 for p in parts):
             parts = [p.take([0], axis) for p in parts]
     keep = extended(dims, {s for part in parts for s in rw.sources.symbols(part)})
-    if group.level is not Level.CONSTANT and len(keep) < len(dims):
+    # Several tensors would each have to be reshaped.
+    if len(keep) < len(dims) and group.level is not Level.CONSTANT and all(len(rw.sources.of(p)) == 1 for p in parts):
         whole = False
         ranks = [sum(k >= len(dims) - r for k in keep) for r in ranks]
         dims, parts = tuple(dims[k] for k in keep), [p.reshape([p.shape[k] for k in keep]) for p in parts]
@@ -284,10 +285,11 @@ def _group(
 
     writer = rw.later(write, "broadcast" if lowered or fewer else None)
     linear = _open_product(rw, node, parts, extents(small)) if group.level is Level.CANDIDATE else None
+    part = rw.is_part(parts)
     if linear is None:
-        source = rw.sources.add(keep_symbols(small, held), dtype, writer())
+        source = rw.sources.add(keep_symbols(small, held), dtype, writer(), part=part)
     else:
-        source = rw.sources.add(keep_symbols(small, held), dtype, write=writer, linear=linear)
+        source = rw.sources.add(keep_symbols(small, held), dtype, write=writer, linear=linear, part=part)
     codes = codes_of(source)
     made = np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape_now)
     return made.reshape(shape)
@@ -485,7 +487,8 @@ def _row_by_row(rw: Rewrite, node: NodeProto, rest: Sequence[str], codes: Codes,
     for a in rw.emit.nodes[-1].proto.attribute:
         if a.name == "axis":
             a.i = len(dims) - 1
-    return codes_of(rw.sources.add(physical, rw.dtype(node.output[0], TensorProto.FLOAT), made[0]))
+    dtype = rw.dtype(node.output[0], TensorProto.FLOAT)
+    return codes_of(rw.sources.add(physical, dtype, made[0], part=rw.is_part([codes])))
 
 
 def _match(index: Any, out: Codes) -> Any:

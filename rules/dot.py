@@ -307,7 +307,7 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
         return rw.settle(kept)
     name = rw.emit.add("MatMul", names, hint=hint)
     own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
-    source = rw.sources.add(own, a.dtype, name, block=True)
+    source = rw.sources.add(own, a.dtype, name, block=True, part=True)
     codes = np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole))
     return Value(whole, a.dtype, None, codes)
 
@@ -373,6 +373,7 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
             (*own_a[:-1], own_b[-1]),
             a.dtype,
             block=True,
+            part=True,
             product=rw.later(write, rule),
             scaled=None if factor else lambda name, times: pending((name, times)),
         )

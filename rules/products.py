@@ -203,7 +203,8 @@ def _on_their_own(rw: Rewrite, codes: Codes, levels: NDArray[np.int64], width: i
     if len(found) < 2 or len(found) > _MOST_PRODUCTS:
         return out
     for number, count in zip(found.tolist(), counts.tolist(), strict=True):
-        if count >= max(LARGE, 4 * width) and count == rw.sources[number].size:
+        source = rw.sources[number]
+        if source.part and count >= max(LARGE, 4 * width) and count == source.size:
             out[numbers == number] = number + 1
     return out
 
