@@ -374,7 +374,10 @@ class Rewrite:
             and name not in self.outputs
             and all(
                 n.op_type == "Shape"
-                or (n.op_type in ("MatMul", "Gemm", "Conv") and any(self.array(n, k) is not None for k in (0, 1)))
+                or (
+                    n.op_type in ("MatMul", "Gemm", "Conv", "Einsum")
+                    and any(self.array(n, k) is not None for k in (0, 1))
+                )
                 or (n.op_type in _MOVES | through and self.read_by_linear_maps(n.output[0], through))
                 for n in found
             )

@@ -112,8 +112,10 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     out = np.full(extents(dims), HOLE)
     # A tensor that is there as one would have to be cut up: then the other operand is rather brought to its rows.
     entire = any(v.whole is not None and v.whole.level is Level.CANDIDATE for v in values)
-    # But for products that a linear map reads: those with a request-level entry fold into it.
-    entire = entire and not (node.op_type == "Mul" and rw.uses("fold") and rw.read_by_linear_maps(node.output[0]))
+    if node.op_type == "Mul" and rw.uses("fold") and entire:
+        # But for products that a linear map reads: those with a request-level entry fold into it.
+        single = all(v.whole is None or v.whole.size == 1 for v in values)
+        entire = not rw.read_by_linear_maps(node.output[0], frozenset({"Add"}) if single else frozenset())
     if not entire and node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
     keys = rw.joint_levels(wide) if entire else _kinds(rw, wide)

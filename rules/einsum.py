@@ -14,6 +14,7 @@ from onnxrank.values import (
     HOLE,
     Abstract,
     Level,
+    Sum,
     Value,
     canonical,
     codes_of,
@@ -42,7 +43,8 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         weight, x = rw.array(node, 1 - k), rw.operand(node, k)
         if weight is None or x is None or not worthwhile(rw, x, None):
             continue
-        made = _einsum_linear(rw, rw.settle(x), terms[k], terms[1 - k], out, weight)
+        x = x if isinstance(x, Sum) else rw.settle(x)
+        made = _einsum_linear(rw, x, terms[k], terms[1 - k], out, weight)
         if made is not None:
             return [made]
     for k in (0, 1):
@@ -112,7 +114,7 @@ def _as_products(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[
     return elementwise(rw, "Mul", wide, node.output[0])
 
 
-def _einsum_linear(rw: Rewrite, x: Value, mine: str, its: str, out: str, weight: NDArray[Any]) -> Abstract | None:
+def _einsum_linear(rw: Rewrite, x: Value | Sum, mine: str, its: str, out: str, weight: NDArray[Any]) -> Abstract | None:
     """Einsum with a constant whose letters are all contracted or all its own: a linear map of the contracted axes."""
     inner = [c for c in mine if c in its and c not in out]
     outer = [c for c in its if c not in mine]
@@ -124,12 +126,16 @@ def _einsum_linear(rw: Rewrite, x: Value, mine: str, its: str, out: str, weight:
     sizes = dict(zip(its, weight.shape, strict=True))
     joined = canonical([prod(sizes[c] for c in inner)])
     dims = (*(x.dims[mine.index(c)] for c in rows), joined)
-    codes = x.codes.transpose([mine.index(c) for c in (*rows, *inner)]).reshape(extents(dims))
+    turned = [mine.index(c) for c in (*rows, *inner)]
+    terms = [view(dims, t.dtype, t.codes.transpose(turned).reshape(extents(dims))) for t in rw.terms(x)]
     matrix = weight.transpose([its.index(c) for c in (*inner, *outer)]).reshape(extents(dims)[-1], -1)
-    made = rw.settle(linear_last(rw, view(dims, x.dtype, codes), Weights(np.ascontiguousarray(matrix)), "fc"))
+    operand = terms[0] if len(terms) == 1 else Sum(dims, x.dtype, terms)
+    made = linear_last(rw, operand, Weights(np.ascontiguousarray(matrix)), "fc")
     split = (*dims[:-1], *(canonical([sizes[c]]) for c in outer))
     order = [(*rows, *outer).index(c) for c in out]
-    return view(tuple(split[k] for k in order), x.dtype, made.codes.reshape(extents(split)).transpose(order))
+    result = tuple(split[k] for k in order)
+    parts = [view(result, t.dtype, t.codes.reshape(extents(split)).transpose(order)) for t in rw.terms(made)]
+    return rw.add(parts, result, x.dtype)
 
 
 def _einsum_by_rows(
