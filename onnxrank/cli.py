@@ -69,24 +69,45 @@ _ROLE_OPTIONS = (
         help="Recorded requests: an array per input, and request_id. Instead of roles.",
     ),
 )
+_REWRITE_OPTIONS = (
+    click.option(
+        "--interface",
+        type=click.Choice(["request", "same"]),
+        default="request",
+        show_default=True,
+        help="request: request-level inputs take one row. same: the signature does not change.",
+    ),
+    click.option(
+        "--candidates",
+        callback=_span,
+        default="512",
+        show_default=True,
+        metavar="N|LOW..HIGH",
+        help="Expected number of candidates per request, or its range.",
+    ),
+    click.option(
+        "--select", callback=_names, multiple=True, metavar="RULES", help="Use only these: a comma list, or repeated."
+    ),
+    click.option(
+        "--ignore", callback=_names, multiple=True, metavar="RULES", help="Leave these out: a comma list, or repeated."
+    ),
+    click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable."),
+)
 _OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print more, every step, and tracebacks of internal errors."),
 )
 
 
-def _role_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what is request-level."""
-    for option in reversed(_ROLE_OPTIONS):
-        command = option(command)
-    return command
+def _options(*groups: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds options that several commands have, in order."""
 
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
 
-def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How much to print."""
-    for option in reversed(_OUTPUT_OPTIONS):
-        command = option(command)
-    return command
+    return add
 
 
 def _report_option(formats: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -131,40 +152,18 @@ def cli(ctx: click.Context) -> None:
 @cli.command(short_help="Compute once per request what does not depend on the candidate.")
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", required=False)
-@_role_options
-@click.option(
-    "--interface",
-    type=click.Choice(["request", "same"]),
-    default="request",
-    show_default=True,
-    help="request: request-level inputs take one row. same: the signature does not change.",
-)
+@_options(_ROLE_OPTIONS, _REWRITE_OPTIONS)
 @click.option(
     "--no-guard",
     is_flag=True,
     help="With --interface same: do not turn scores into NaN where request-level rows differ.",
 )
-@click.option(
-    "--candidates",
-    callback=_span,
-    default="512",
-    show_default=True,
-    metavar="N|LOW..HIGH",
-    help="Expected number of candidates per request, or its range.",
-)
-@click.option(
-    "--select", callback=_names, multiple=True, metavar="RULES", help="Use only these: a comma list, or repeated."
-)
-@click.option(
-    "--ignore", callback=_names, multiple=True, metavar="RULES", help="Leave these out: a comma list, or repeated."
-)
-@click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable.")
 @_report_option("json or text")
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
 @click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
 @click.option("--require-change", is_flag=True, help="Exit with 5 and write no model if nothing applied.")
-@_output_options
+@_options(_OUTPUT_OPTIONS)
 @click.pass_context
 def optimize(
     ctx: click.Context,
@@ -349,10 +348,7 @@ def _limits(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) 
 @click.option(
     "--jobs", type=click.IntRange(1, 1024), metavar="N", help="Processes for recorded requests.  [default: cores]"
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option(
-    "-v", "--verbose", is_flag=True, help="Print every step and comparison, and tracebacks of internal errors."
-)
+@_options(_OUTPUT_OPTIONS)
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -387,9 +383,7 @@ def verify(
     own types on every provider and optimisation level, and the order of candidates. Each model runs in a process of its
     own.
     """
-    ctx.find_root().obj = {"verbose": verbose}
-    if quiet and verbose:
-        raise click.UsageError("-q and -v exclude each other.", ctx)
+    _start(ctx, quiet, verbose)
     if labels is not None and data is None:
         raise click.UsageError("--labels needs recorded requests: --data FILE|DIR.", ctx)
 
@@ -449,7 +443,7 @@ def _check_folder(path: str) -> None:
 @cli.command(short_help="Time models over the number of candidates, and see where the time goes.")
 @click.argument("model", metavar="MODEL")
 @click.argument("other", metavar="[OTHER]", required=False)
-@_role_options
+@_options(_ROLE_OPTIONS)
 @click.option(
     "--candidates",
     callback=_numbers,
@@ -482,7 +476,7 @@ def _check_folder(path: str) -> None:
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory in a process of its own.")
 @_report_option("html, json, csv or text")
 @click.option("--trace", metavar="FILE", help="Write a trace for chrome://tracing or ui.perfetto.dev, as JSON.")
-@_output_options
+@_options(_OUTPUT_OPTIONS)
 @click.pass_context
 def profile(
     ctx: click.Context,
@@ -557,28 +551,10 @@ def profile(
 
 @cli.command(short_help="See what is in a model and what could be saved.")
 @click.argument("model", metavar="MODEL")
-@_role_options
-@click.option(
-    "--interface",
-    type=click.Choice(["request", "same"]),
-    default="request",
-    show_default=True,
-    help="As for optimize.",
-)
-@click.option(
-    "--candidates",
-    callback=_span,
-    default="512",
-    show_default=True,
-    metavar="N|LOW..HIGH",
-    help="Expected number of candidates per request, or its range.",
-)
-@click.option("--select", callback=_names, multiple=True, metavar="RULES", help="As for optimize.")
-@click.option("--ignore", callback=_names, multiple=True, metavar="RULES", help="As for optimize.")
-@click.option("--rules", multiple=True, metavar="PATH", help="As for optimize.")
+@_options(_ROLE_OPTIONS, _REWRITE_OPTIONS)
 @click.option("--node", metavar="NAME", help="Explain one tensor or node instead: its level, and what makes it so.")
 @_report_option("html, json or text")
-@_output_options
+@_options(_OUTPUT_OPTIONS)
 @click.pass_context
 def inspect(
     ctx: click.Context,

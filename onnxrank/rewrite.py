@@ -51,20 +51,12 @@ from onnxrank.values import (
     with_extents,
 )
 
-_EXACT = {
-    "Constant",
-    "Identity",
-    "Transpose",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Gather",
-    "Slice",
-    "Expand",
-}
-_MOVES = {"Concat", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Identity", "Expand"}
-_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+"""Operators that give entries another shape."""
+MOVES = RESHAPES | {"Transpose", "Slice", "Identity"}
+"""Operators that give some entries of one tensor other places."""
+_EXACT = MOVES | {"Constant", "Gather", "Expand"}
+_MOVES = MOVES | {"Concat", "Expand"}
 
 _MOST_BOXES = 16
 _LARGEST = 1 << 20
@@ -524,7 +516,7 @@ class Rewrite:
         present = set(present)
         lowered = not opaque and any(is_candidate_symbol(s) and s not in present for d in dims for s in symbols(d))
         names = [(self.claim(o) or self.emit.fresh(o)) if o else "" for o in node.output]
-        if node.op_type in _RESHAPES and inputs:
+        if node.op_type in RESHAPES and inputs:
             operand = self.values.get(node.input[0])
             if isinstance(operand, Value) and operand.whole is not None and operand.whole.name == inputs[0]:
                 self.layout.note_reshape(names[0], inputs[0], operand.whole.dims)
@@ -707,6 +699,14 @@ class Rewrite:
     def terms(self, value: Abstract) -> list[Value]:
         """The terms of a pending sum; anything else is its own only term."""
         return value.terms if isinstance(value, Sum) else [self.settle(value)]
+
+    def moved(self, value: Abstract, dims: Dims, move: Callable[[Codes], Codes]) -> Abstract:
+        """A value of another shape, with the entries of every term in other places."""
+        return self.add([view(dims, t.dtype, move(t.codes)) for t in self.terms(value)], dims, value.dtype)
+
+    def unless_sum(self, value: Abstract) -> Value | Sum:
+        """A pending sum as it is; anything else made."""
+        return value if isinstance(value, Sum) else self.settle(value)
 
     def settle(self, value: Abstract) -> Value:
         """Makes a pending sum or normalisation."""

@@ -76,46 +76,6 @@ def session(
         raise ModelError(f"onnxruntime does not load the model: {first_line(e)}") from e
 
 
-class Float64:
-    """A model run in float64: by onnxruntime, or where it lacks a kernel by onnx's reference evaluator.
-
-    Args:
-        model: The model; no external data.
-        folder: Where the model lies.
-    """
-
-    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
-        self._model = retype(model, TensorProto.DOUBLE, folder)
-        try:
-            self._session: Any = session(self._model, folder)
-        except ModelError:
-            self._session = None
-        self._reference: Any = None
-
-    def run(self, feeds: Feeds, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Runs on feeds of any float type.
-
-        Raises:
-            ModelError: Neither runs it.
-        """
-        wide = {k: v.astype(np.float64) if is_float(v) else v for k, v in feeds.items()}
-        if self._session is not None:
-            try:
-                return run(self._session, wide, outputs)
-            except ModelError:
-                self._session = None
-        try:
-            if self._reference is None:
-                from onnx.reference import ReferenceEvaluator
-
-                self._reference = ReferenceEvaluator(self._model)
-            names = set(self._reference.input_names)
-            made = self._reference.run(list(outputs), {k: v for k, v in wide.items() if k in names})
-            return dict(zip(outputs, made, strict=True))
-        except Exception as e:
-            raise ModelError(f"the model cannot be run in float64: {first_line(e)}") from e
-
-
 def is_float(data: NDArray[Any]) -> bool:
     """Whether an array holds floats, 16-bit ones included."""
     return data.dtype.kind == "f" or data.dtype.name == "bfloat16"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -43,21 +43,19 @@ from onnxrank.values import (
 from . import dot
 from .broadcast import attribute, elementwise, mark_unread
 
-_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Flatten"}
+_MOVES = MOVES | {"Split", "Gather"}
 _STEPS = {"Mul", "Div", "Add", "Sub", "Where", "Cast", "Dropout", "Max", "Clip"}
 _PLAIN = {"MatMul", "Einsum", "Mul", "Div", "Cast"}
 _MOST_BOXES = 32
+_MASKED = 3
+"""Beside the levels: a score that gets weight 0."""
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """The products before and behind a softmax."""
     if not (reaches_softmax(rw, node.output[0]) or _is_softmax(rw, node.input[0])):
         return None
-    a, b = rw.operand(node, 0), rw.operand(node, 1)
-    if a is None or b is None:
-        return None
-    a, b = (v if isinstance(v, Sum) else rw.settle(v) for v in (a, b))
-    return dot.multiply(rw, a, b, node.output[0], "attention", node)
+    return dot.matmul(rw, node, "attention")
 
 
 def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
@@ -103,7 +101,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     # The tensor, not its data: what the model computes is rounded in these.
     factor = rw.value(node, places[0])
-    terms = x.terms if isinstance(x, Sum) else [x]
+    terms = rw.terms(x)
     moving = [s for t in terms for s in rw.sources.of(t.codes) if s.level is Level.CANDIDATE]
     if not any(s.scaled is not None and s.name is None for s in moving):
         return None
@@ -198,9 +196,6 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
     return [rw.tidy(x.dims, rw.dtype(node.output[0], x.dtype), np.moveaxis(out, -1, axis))]
 
 
-_MASKED = 3
-
-
 class _Softmax:
     """Writes the softmax of one node.
 
@@ -230,10 +225,9 @@ class _Softmax:
         own = with_extents(dims, small.shape)
         shape, keep = small.shape, extended(own, rw.sources.symbols(small))
         small, own = small.reshape([shape[k] for k in keep]), tuple(own[k] for k in keep)
-        dims = tuple(dims[k] for k in keep)
         order = rw.layout.native_order(small, own)
-        if order is None or order[-1] != len(dims) - 1:
-            order = list(range(len(dims)))
+        if order is None or order[-1] != len(own) - 1:
+            order = list(range(len(own)))
         lowered = rw.sources.levels(small).max() <= Level.REQUEST
         rw.emit.rule = self.rule if lowered else None
         name, physical = rw.layout.realise(small.transpose(order), tuple(own[k] for k in order))
@@ -299,7 +293,7 @@ class _Softmax:
             values = [view(with_extents(own, c.shape), self.dtype, c) for c in (a, b)]
             return elementwise(rw, op, values, rw.emit.fresh(f"{name}/{op.lower()}")).codes
 
-        one = rw.constant(np.array(1, rw.constant_type(self.dtype))).codes.reshape((1,) * part.ndim)
+        one = np.full((1,) * part.ndim, rw.one(self.dtype))
         more = step("Sub", sums, one, row)
         held = step("Mul", more, made[..., -1:], row)
         norm = step("Add", held, one, row)

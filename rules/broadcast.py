@@ -365,7 +365,7 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         rw.settle(o) if o is not None and len(rw.readers(i)) > 1 else o
         for i, o in zip(node.input, operands, strict=True)
     ]
-    a, b = (o if isinstance(o, Sum) else rw.settle(o) for o in operands if o is not None)
+    a, b = (rw.unless_sum(o) for o in operands if o is not None)
     if a.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return None
     dims = broadcast_dims([a.dims, b.dims])

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     CANDIDATES,
     Abstract,
@@ -37,7 +37,6 @@ from onnxrank.values import (
 from .broadcast import elementwise
 
 _THROUGH = frozenset({"Add"})
-_MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Transpose", "Identity")
 
 
 def last_layer(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -50,7 +49,7 @@ def _is_last(rw: Rewrite, name: str) -> bool:
     for n in rw.readers(name):
         if n.op_type == "Mul" and all(rw.array(n, k) is None for k in (0, 1)):
             return False
-        if n.op_type in ("Add", "MatMul", "Gemm", *_MOVES) and not _is_last(rw, n.output[0]):
+        if n.op_type in {"Add", "MatMul", "Gemm", "Concat"} | MOVES and not _is_last(rw, n.output[0]):
             return False
     return True
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -44,7 +44,7 @@ from . import fold
 from .broadcast import BINARY, UNARY, batches_agree, elementwise, mark_unread
 from .products import with_addend
 
-_MOVES = set("Reshape Flatten Squeeze Unsqueeze Transpose Gather GatherND Slice Split Concat Identity".split())
+_MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
@@ -77,7 +77,7 @@ class Operand:
 def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -> Operand | None:
     """An operand by levels; None where the matrices of a stack differ in them."""
     shape = extents(x.dims)
-    terms = [np.broadcast_to(t.codes, shape) for t in (x.terms if isinstance(x, Sum) else [x])]
+    terms = [np.broadcast_to(t.codes, shape) for t in rw.terms(x)]
     if unread:
         terms = [mark_unread(t, unread) for t in terms]
     kinds = rw.joint_levels(terms)
@@ -87,10 +87,10 @@ def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -
     return Operand(x.dims, x.dtype, terms, flat[0]) if (flat == flat[:1]).all() else None
 
 
-def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot") -> list[Abstract] | None:
     """MatMul of two operands that are not constant."""
-    a, b = (v if isinstance(v, Sum) else rw.settle(v) for k in (0, 1) if (v := rw.operand(node, k)) is not None)
-    return multiply(rw, a, b, node.output[0], "dot", node)
+    a, b = (rw.unless_sum(rw.values[i]) for i in node.input)
+    return multiply(rw, a, b, node.output[0], rule, node)
 
 
 def multiply(
@@ -216,8 +216,7 @@ class _Blocks:
         """The codes of one block's product over some inner positions, `[stack..., rows, columns]`."""
         rw = self.rw
         levels = self.left.level(i, inner), self.right.level(inner, j)
-        own = (*self.dims[:-2], canonical([len(i)]), canonical([len(j)]))
-        own = (*own[:-2], *with_extents((self.dims[-2], self.dims[-1]), (len(i), len(j))))
+        own = with_extents(self.dims, (*extents(self.dims[:-2]), len(i), len(j)))
         out = np.full(extents(own), HOLE)
         low = max(levels) <= Level.REQUEST
         stack = extents(own[:-2])
@@ -225,7 +224,7 @@ class _Blocks:
         # One row per candidate: heads side by side cost less than a product for each.
         each_head = each_head and max(len(i) if levels[0] == Level.CANDIDATE else 1,
                                       len(j) if levels[1] == Level.CANDIDATE else 1) > 1  # fmt: skip
-        places = [tuple(np.array([p]) for p in at) for at in np.ndindex(*stack)] if each_head else [()]
+        places: list[tuple[int, ...]] = list(np.ndindex(*stack)) if each_head else [()]
         for at in places:
             a, b = self._part(self.left, at, i, inner), self._part(self.right, at, inner, j)
             cut = with_extents(own, ((1,) * len(stack) if each_head else stack) + extents(own[-2:]))
@@ -233,12 +232,10 @@ class _Blocks:
             made = self._put_off(a, b, cut) or _product(rw, None, a, b, cut, self.output)
             rw.emit.rule = None
             wide = np.broadcast_to(made.codes, extents(cut))
-            out[tuple(int(p[0]) for p in at) if at else ...] = wide.reshape(wide.shape[-2:]) if at else wide
+            out[at or ...] = wide.reshape(wide.shape[-2:]) if at else wide
         return out
 
-    def _part(
-        self, x: Operand, head: tuple[NDArray[np.int64], ...], i: NDArray[np.int64], j: NDArray[np.int64]
-    ) -> Value:
+    def _part(self, x: Operand, head: tuple[int, ...], i: NDArray[np.int64], j: NDArray[np.int64]) -> Value:
         """Some rows and columns of an operand, of one matrix of the stack if `head` says which."""
         rw = self.rw
         terms: list[Value] = []
@@ -247,7 +244,7 @@ class _Blocks:
             lead = t.shape[:-2]
             if head:
                 mine = head[len(head) - len(lead) :]
-                t = t[tuple(int(p[0]) if n > 1 else 0 for p, n in zip(mine, lead, strict=True))]
+                t = t[tuple(p if n > 1 else 0 for p, n in zip(mine, lead, strict=True))]
                 t = t.reshape((1,) * len(lead) + t.shape)
             part = t[..., i[:, None], j]
             shape = part.shape

@@ -43,8 +43,7 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         weight, x = rw.array(node, 1 - k), rw.operand(node, k)
         if weight is None or x is None or not worthwhile(rw, x, None):
             continue
-        x = x if isinstance(x, Sum) else rw.settle(x)
-        made = _einsum_linear(rw, x, terms[k], terms[1 - k], out, weight)
+        made = _einsum_linear(rw, rw.unless_sum(x), terms[k], terms[1 - k], out, weight)
         if made is not None:
             return [made]
     for k in (0, 1):
@@ -96,7 +95,7 @@ def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[
     made = found[0]
     order = [[*stack, *rows, *columns].index(c) for c in out]
     dims = tuple(made.dims[k] for k in order)
-    return rw.add([view(dims, t.dtype, t.codes.transpose(order)) for t in rw.terms(made)], dims, made.dtype)
+    return rw.moved(made, dims, lambda codes: codes.transpose(order))
 
 
 def _as_products(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[str], out: str) -> Abstract | None:
@@ -134,8 +133,7 @@ def _einsum_linear(rw: Rewrite, x: Value | Sum, mine: str, its: str, out: str, w
     split = (*dims[:-1], *(canonical([sizes[c]]) for c in outer))
     order = [(*rows, *outer).index(c) for c in out]
     result = tuple(split[k] for k in order)
-    parts = [view(result, t.dtype, t.codes.reshape(extents(split)).transpose(order)) for t in rw.terms(made)]
-    return rw.add(parts, result, x.dtype)
+    return rw.moved(made, result, lambda codes: codes.reshape(extents(split)).transpose(order))
 
 
 def _einsum_by_rows(

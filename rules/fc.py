@@ -19,14 +19,12 @@ from onnxrank.values import (
     Abstract,
     Dims,
     Level,
-    Sum,
     Value,
     canonical,
     extended,
     extents,
     is_candidate_symbol,
     symbols,
-    view,
 )
 
 from .broadcast import attribute
@@ -53,17 +51,13 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def _left_stack(rw: Rewrite, y: Abstract, left: NDArray[Any]) -> list[Abstract] | None:
     """A stack of matrices on the left of one vector or matrix per row: one matrix of all their rows."""
-    lead = left.ndim - 2
     if y.rank < left.ndim or any(d != () for d in y.dims[y.rank - left.ndim : -2]):
         return None
     stacked = left.reshape(-1, left.shape[-1])
     made = linear_left(rw, y, Weights(np.ascontiguousarray(stacked.T)), None)
     front = made.dims[: y.rank - left.ndim]
     dims = (*front, *(canonical([n]) for n in left.shape[:-1]), made.dims[-1])
-    if lead and isinstance(made, Sum):
-        return [rw.add([view(dims, t.dtype, t.codes.reshape(extents(dims))) for t in made.terms], dims, made.dtype)]
-    settled = rw.settle(made)
-    return [view(dims, made.dtype, settled.codes.reshape(extents(dims)))]
+    return [rw.moved(made, dims, lambda codes: codes.reshape(extents(dims)))]
 
 
 def _takes_bias(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:

@@ -12,6 +12,7 @@ over all of them, the candidate too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from math import prod
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from onnxrank import runtime
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import RESHAPES, Rewrite, Rule
 from onnxrank.values import HOLE, Abstract, Level, Value, extents
 
 from . import attention
@@ -29,7 +30,7 @@ _LARGEST = 1 << 22
 _GAPS = {int(TensorProto.FLOAT16): 1e4}
 """How far below a visible key a masked one must be; other types have more room."""
 _GAP = 1e6
-_RESHAPES = {"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Dropout"}
+_RESHAPES = RESHAPES | {"Identity", "Dropout"}
 _SCORES = {"MatMul", "Einsum"}
 _ON_SCORES = {*_RESHAPES, "Transpose", "Cast", "Add", "Sub", "Where", "Mul", "Div"}
 _PRECISION = {int(TensorProto.FLOAT16): 2.0**-10, int(TensorProto.BFLOAT16): 2.0**-7, int(TensorProto.DOUBLE): 2.0**-52}
@@ -156,7 +157,7 @@ class Masks:
         shape = extents(self.rw.values[node.output[0]].dims)
         (low, high) = x[0]
         if op in _VARIADIC:
-            sides = [_reduced(_VARIADIC[op], [part[k] for part in x]) for k in (0, 1)]
+            sides = [reduce(_VARIADIC[op], [part[k] for part in x]) for k in (0, 1)]
             return sides[0], sides[1]
         if op == "Cast":
             return _cast(low, high, attribute(node, "to"))
@@ -223,13 +224,6 @@ _VARIADIC: dict[str, Callable[..., NDArray[np.float64]]] = {
 _COMPARED = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 _FOLLOWED = {*_RESHAPES, *_VARIADIC, *_COMPARED}
 _FOLLOWED |= {"Transpose", "Expand", "Concat", "Cast", "Slice", "Not", "Neg", "Where", "Sub", "Mul", "Div"}
-
-
-def _reduced(step: Callable[..., NDArray[np.float64]], parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    out = parts[0]
-    for part in parts[1:]:
-        out = step(out, part)
-    return out
 
 
 def _cast(low: NDArray[np.float64], high: NDArray[np.float64], to: int) -> Interval:

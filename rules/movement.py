@@ -42,7 +42,7 @@ _PICKS = {"Split", "Slice", "Gather"}
 def _data(rw: Rewrite, node: NodeProto) -> Value | Sum:
     found = rw.operand(node, 0)
     assert found is not None
-    return found if isinstance(found, Sum) else rw.settle(found)
+    return rw.unless_sum(found)
 
 
 def move(rw: Rewrite, node: NodeProto, x: Value | Sum, outputs: Sequence[tuple[Dims, Move]]) -> list[Abstract]:
@@ -256,7 +256,7 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Concat: blocks along an axis of constant extent."""
     operands = [rw.operand(node, k) for k in range(len(node.input))]
     if any(isinstance(o, Sum) for o in operands) and rw.read_by_linear_maps(node.output[0]):
-        return _concat_sums(rw, node, [o if isinstance(o, Sum) else rw.settle(o) for o in operands if o is not None])
+        return _concat_sums(rw, node, [rw.unless_sum(o) for o in operands if o is not None])
     values = [rw.value(node, k) for k in range(len(node.input))]
     rank = values[0].rank
     axis = attribute(node, "axis") % rank
@@ -285,7 +285,7 @@ def _concat_sums(rw: Rewrite, node: NodeProto, operands: list[Value | Sum]) -> l
     if any(o.dims[:axis] + o.dims[axis + 1 :] != other[:axis] + other[axis + 1 :] for o in operands):
         raise Unrepresentable("operands of differently factored shapes")
     dims = (*other[:axis], canonical([sum(extents(o.dims)[axis] for o in operands)]), *other[axis + 1 :])
-    terms = [o.terms if isinstance(o, Sum) else [o] for o in operands]
+    terms = [rw.terms(o) for o in operands]
     zero = rw.zero(dtype)
     joined = []
     for k in range(max(len(t) for t in terms)):
@@ -339,7 +339,7 @@ def expand(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return np.broadcast_to(c.reshape((1,) * (rank - c.ndim) + c.shape), extents(dims))
 
     if isinstance(x, Sum):
-        return [rw.add([view(dims, t.dtype, wide(t.codes)) for t in x.terms], dims, x.dtype)]
+        return [rw.moved(x, dims, wide)]
     if x.whole is not None and extents(dims) == extents(old) and rank == x.rank:
         return [Value(dims, x.dtype, x.whole)]
     return [rw.tidy(dims, x.dtype, wide(x.codes))]

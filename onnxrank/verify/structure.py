@@ -83,15 +83,7 @@ def _outputs(original: ModelProto, optimized: ModelProto, strict: bool, report: 
         other = its.get(o.name)
         if other is None:
             continue
-        if _type(o) != _type(other):
-            floats = {_type(o), _type(other)} <= runtime.FLOATS
-            report.find(
-                "structure",
-                "interface",
-                f"Output {o.name!r} has the type {_typename(other)} where the original has {_typename(o)}.",
-                "warning" if floats and not precise else "error",
-                model="optimized",
-            )
+        _compare_types(report, f"Output {o.name!r}", _type(o), _type(other), precise)
         a, b = _dims(o), _dims(other)
         if a is not None and a != b:
             clash = b is not None and (
@@ -135,15 +127,7 @@ def _inputs(original: ModelProto, optimized: ModelProto, binding: Binding, stric
             continue
         source = binding.sources[info.name][0]
         was = types.get(source, types.get(source.rpartition(".")[0], info.elem_type))
-        if was != info.elem_type:
-            floats = {was, info.elem_type} <= runtime.FLOATS
-            report.find(
-                "structure",
-                "interface",
-                f"Input {info.name!r} has the type {_name(info.elem_type)} where the original has {_name(was)}.",
-                "warning" if floats and not precise else "error",
-                model="optimized",
-            )
+        _compare_types(report, f"Input {info.name!r}", was, info.elem_type, precise)
     return not binding.strange and not binding.misfits
 
 
@@ -279,8 +263,17 @@ def _type(v: ValueInfoProto) -> int:
     return int(v.type.tensor_type.elem_type)
 
 
-def _typename(v: ValueInfoProto) -> str:
-    return _name(_type(v))
+def _compare_types(report: Report, what: str, was: int, now: int, precise: bool) -> None:
+    """Notes a type that changed; from one float type to another it may, where precision does anyway."""
+    if was == now:
+        return
+    report.find(
+        "structure",
+        "interface",
+        f"{what} has the type {_name(now)} where the original has {_name(was)}.",
+        "warning" if {was, now} <= runtime.FLOATS and not precise else "error",
+        model="optimized",
+    )
 
 
 def _name(kind: int) -> str:

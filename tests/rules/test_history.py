@@ -35,6 +35,7 @@ from onnxrank.rules.history import Masks
 import onnxrank
 from onnxrank import pipeline, runtime
 from onnxrank.values import extents
+from onnxrank.verify.truth import Truth
 
 L, D = 5, 4
 T = L + 1
@@ -189,7 +190,7 @@ def assert_agrees(
 ) -> None:
     """In float64, to a share of the output's scale, whatever is padded; NaN where the original has NaN."""
     names = [o.name for o in model.graph.output]
-    before, after = runtime.Float64(model), runtime.Float64(result.model)
+    before, after = Truth(model), Truth(result.model)
     for what, old, new in batches(given, length):
         want = before.run(old, names)
         got = after.run(new if result.changed and result.report.interface == "request" else old, names)
