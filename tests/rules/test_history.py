@@ -166,8 +166,9 @@ class Encoder:
         return g.model()
 
 
-def batches(given: Sequence[Given], length: int = L) -> Iterator[tuple[str, Feed, Feed]]:
+def batches(given: Sequence[Given]) -> Iterator[tuple[str, Feed, Feed]]:
     """Inputs for both models: any padding, none, at the front, at the end, and nothing else."""
+    (length,) = next(i.shape for i in given if i.name == "ids")
     paddings: dict[str, Any] = {"any": None, "none": np.ones(length), "all": np.zeros(length)}
     paddings |= {"front": np.arange(length) >= length // 2, "end": np.arange(length) < length // 2}
     for k, (what, ids) in enumerate(paddings.items()):
@@ -185,13 +186,11 @@ def difference(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.abs(a - b)[~np.isnan(a)].max(initial=0))
 
 
-def assert_agrees(
-    model: ModelProto, result: onnxrank.Result, given: Sequence[Given], length: int = L, share: float = EXACT
-) -> None:
+def assert_agrees(model: ModelProto, result: onnxrank.Result, given: Sequence[Given], share: float = EXACT) -> None:
     """In float64, to a share of the output's scale, whatever is padded; NaN where the original has NaN."""
     names = [o.name for o in model.graph.output]
     before, after = Truth(model), Truth(result.model)
-    for what, old, new in batches(given, length):
+    for what, old, new in batches(given):
         want = before.run(old, names)
         got = after.run(new if result.changed and result.report.interface == "request" else old, names)
         for name in names:
@@ -217,7 +216,7 @@ def made(
     model = encoder.model(mask, out, after)
     with forced():
         result = rewritten(model, request=patterns(encoder.given), **options)
-    assert_agrees(model, result, encoder.given, encoder.length)
+    assert_agrees(model, result, encoder.given)
     return result
 
 
@@ -819,4 +818,4 @@ def test_any_mask(made: tuple[Encoder, ModelProto]) -> None:
     with forced():
         result = rewritten(model, request=patterns(e.given))
     # Scores beside -1e9 have seven digits left.
-    assert_agrees(model, result, e.given, e.length, 1e-6)
+    assert_agrees(model, result, e.given, 1e-6)

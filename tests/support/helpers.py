@@ -367,5 +367,5 @@ def _by_symbol(data: NDArray[Any], dims: Dims, setting: Setting) -> tuple[list[s
 
 
 def _equal(a: NDArray[Any], b: NDArray[Any], allowed: float, what: Any) -> None:
-    same = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.abs(a - b) <= allowed)
-    assert same.all(), f"{what}: differs by {np.abs(a - b).max()} where {allowed} is allowed"
+    same = np.isclose(a, b, rtol=0, atol=allowed, equal_nan=True)
+    assert same.all(), f"{what}: differs by {np.abs(a - b)[~same].max()} where {allowed} is allowed"
