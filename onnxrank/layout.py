@@ -261,7 +261,7 @@ class Layout:
     def _from_one(self, source: Source, codes: Codes, dims: Dims) -> str:
         name, have, at = self._cut(source, offsets(codes))
         total = prod(extents(have))
-        if at.size == total:
+        if at.size == total and np.array_equal(np.sort(at, None), _range(total)):
             if np.array_equal(at.reshape(-1), _range(total)) and symbols(have) == symbols(dims):
                 if stream(have) == stream(dims):
                     return self.reshape(name, have, dims)

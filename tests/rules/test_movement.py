@@ -35,6 +35,8 @@ MOVES: dict[str, tuple[Move, int, int]] = {
     "rows merged and back": (lambda g, x: g.op("Reshape", g.op("Reshape", x, g.ints(-1, 4)), g.ints(-1, 5, 4)), 12, 8),
     "squeeze": (lambda g, x: g.on_axes("Squeeze", g.on_axes("Unsqueeze", x, [1, 3]), [3]), 12, 8),
     "tile": (lambda g, x: g.op("Tile", x, g.ints(1, 2, 1)), 12, 8),
+    "half of it twice": (
+        lambda g, x: g.op("Slice", g.op("Tile", x, g.ints(1, 2, 1)), g.ints(0), g.ints(2), g.ints(2)), 6, 4),
     "expand": (lambda g, x: g.op("Expand", g.on_axes("Unsqueeze", x, [2]), g.ints(1, 1, 3, 1)), 12, 8),
     "identity": (lambda g, x: g.op("Cast", g.op("Identity", x), to=1), 12, 8),
 }  # fmt: skip
@@ -64,6 +66,16 @@ def test_moves_to_outputs(move: str) -> None:
         g.op("Relu", y),
         ["N", *[None] * {"gather one": 1, "squeeze": 3, "expand": 3, "gather a matrix": 3}.get(move, 2)],
     )
+    optimised(g, GIVEN)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_as_many_entries_again(rank: int) -> None:
+    """Half of a tensor, twice: as many entries as it has, and no order of them."""
+    g, x = fields()
+    half = g.op("Slice", g.op("Tile", "c", g.ints(1, 2, 1)), g.ints(0), g.ints(2), g.ints(2))
+    g.output(g.op("Reshape", half, g.ints(*[-1, 8] if rank == 2 else [-1, 1, 8])), ["N", *[None] * (rank - 1)])
+    g.output(g.op("MatMul", g.op("Flatten", x), g.const(whole_numbers(20, 3))), ["N", 3])
     optimised(g, GIVEN)
 
 
