@@ -39,6 +39,8 @@ class Emitter:
     def __init__(self, taken: Iterable[str], opset: int) -> None:
         self.nodes: list[Emitted] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.op_of: dict[str, str] = {}
+        """Operator that makes each tensor written so far."""
         self.opset = opset
         self.origin = 0
         self.rule: str | None = None
@@ -85,7 +87,7 @@ class Emitter:
         proto = surgery.node(op, inputs, name, attrs)
         if output is not None:
             proto.name = self.fresh(f"{output}/{op.lower()}")
-        self.nodes.append(Emitted(proto, self.origin, self.rule or "movement"))
+        self._append(proto, self.rule or "movement")
         return name
 
     def copy(self, node: NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -98,7 +100,11 @@ class Emitter:
         if list(outputs) != list(node.output):
             proto.name = self.fresh(outputs[0])
         moved = self.rule if self.rule else None if proto == node else "movement"
-        self.nodes.append(Emitted(proto, self.origin, moved))
+        self._append(proto, moved)
+
+    def _append(self, proto: NodeProto, rule: str | None) -> None:
+        self.op_of.update(dict.fromkeys(proto.output, proto.op_type))
+        self.nodes.append(Emitted(proto, self.origin, rule))
 
     def constant(self, data: NDArray[Any], hint: str | None = None) -> str:
         """A new initializer with this data; equal data share one."""

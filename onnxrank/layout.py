@@ -37,6 +37,7 @@ from onnxrank.values import (
 )
 
 _MOST_CUTS = 16
+_ARITHMETIC = {"MatMul", "Add", "Mul", "Div", "Softmax"}
 
 
 class Layout:
@@ -87,6 +88,17 @@ class Layout:
         if key not in self._done:
             self._done[key] = self._make(codes, physical)
         return self._done[key], physical
+
+    def stack(self, codes: Codes, dims: Dims, hint: str | None = None) -> str:
+        """Makes `[rows, columns]` or a stack of those, the left operand of a MatMul, with all rows.
+
+        Where it may be a Transpose, a Reshape follows: onnxruntime takes that into the MatMul, then divides by no rows.
+        """
+        name, _ = self.realise(codes, dims, full=True)
+        if len(dims) == 2 or self.emit.op_of.get(name) in _ARITHMETIC:
+            return name
+        shape = np.array([*extents(dims)[:-2], -1, extents(dims)[-1]], np.int64)
+        return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
 
     def _make(self, codes: Codes, dims: Dims) -> str:
         """Makes the tensor with all the symbols in `dims` present."""

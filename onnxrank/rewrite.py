@@ -22,6 +22,7 @@ from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
 from onnxrank.values import (
     CANDIDATES,
+    HOLE,
     Abstract,
     Affine,
     Codes,
@@ -723,9 +724,9 @@ class Rewrite:
         zero = self.zero(value.dtype)
         # Terms that lack a factor of a merged dimension only broadcast where it stands alone.
         split = split_merged(value.dims)
-        out = np.full(extents(split), zero)
         arrays = [t.codes.reshape(extents(split)) for t in value.terms]
         keys = self.joint_levels(arrays)
+        out = np.where(keys == Level.UNREAD, HOLE, zero)
         if any(s.is_open for a in arrays for s in self.sources.of(a)):
             # Entries with a product that was put off are not mixed with those that have none.
             held = sum(((a != zero).astype(np.int64) << k for k, a in enumerate(arrays)), np.zeros_like(keys))
@@ -778,6 +779,11 @@ class Rewrite:
                 p[0] is not None,
             )
         )
+        low = sum(self.sources.levels(codes).max() <= Level.REQUEST for _, codes, _ in parts)
+        rider = next((k for k, (product, *_) in enumerate(parts) if product is not None and k > low > 0), None)
+        if rider is not None:
+            # What is the same for all rows rides in a product; added to other entries, it would take a pass over them.
+            parts.insert(low, parts.pop(rider))
         name: str | None = None
         have: Dims = ()
         for product, codes, physical in parts:

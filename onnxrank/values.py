@@ -221,6 +221,7 @@ class Source:
         again: Gives the product followed by another matrix: the tensor with that, and its number of columns.
         pull: The same for a sum of products that was put off.
         scaled: Gives, for a product not written yet, the product times (True) or divided by (False) a scalar constant.
+        folded: Whether weights are made of it per request.
     """
 
     number: int
@@ -239,6 +240,7 @@ class Source:
     again: Callable[[str, int], Source] | None = None
     pull: Callable[[str, int], list[Source]] | None = None
     scaled: Callable[[str, bool], Source] | None = None
+    folded: bool = False
 
     @property
     def is_open(self) -> bool:

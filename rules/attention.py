@@ -97,11 +97,13 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     x = rw.operand(node, 1 - places[0])
     number = rw.array(node, places[0])
-    if not isinstance(x, Value | Sum) or number is None or number.ndim > x.rank or rw.needed.get(node.output[0]):
+    if not isinstance(x, Value | Sum) or number is None or number.ndim > x.rank:
         return None
     # The tensor, not its data: what the model computes is rounded in these.
     factor = rw.value(node, places[0])
-    terms = rw.terms(x)
+    terms, unread = rw.terms(x), rw.needed.get(node.output[0])
+    if unread:
+        terms = [view(t.dims, t.dtype, mark_unread(t.codes, unread)) for t in terms]
     moving = [s for t in terms for s in rw.sources.of(t.codes) if s.level is Level.CANDIDATE]
     if not any(s.scaled is not None and s.name is None for s in moving):
         return None

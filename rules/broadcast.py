@@ -348,7 +348,10 @@ def _neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | No
 def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """An addition of parts that vary along different axes stays a pending sum."""
     operands = [rw.operand(node, k) for k in range(len(node.input))]
-    if any(o is None for o in operands) or len(operands) != 2 or rw.needed.get(node.output[0]):
+    unread = rw.needed.get(node.output[0])
+    if any(o is None for o in operands) or len(operands) != 2:
+        return None
+    if unread and not any(isinstance(o, Sum) for o in operands):
         return None
     if rw.read_by_linear_maps(node.output[0], frozenset({"Add"})):
         operands = [fold.apart(rw, o) if isinstance(o, Value) else o for o in operands]
@@ -377,6 +380,8 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if node.op_type == "Sub":
         b = elementwise(rw, "Neg", [rw.settle(b)], rw.emit.fresh(f"{node.output[0]}/negative"))
     terms = [*rw.terms(a), *rw.terms(b)]
+    if unread:
+        terms = [view(dims, t.dtype, mark_unread(np.broadcast_to(t.codes, extents(dims)), unread)) for t in terms]
     same = None if len(terms) != 2 else _neutral(node, [rw.settle(a), rw.settle(b)], dims)
     return [same] if same is not None else [rw.add(terms, dims, a.dtype)]
 

@@ -10,6 +10,7 @@ is selected of the result, a triangle say, folds into the weights of the layer t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -290,23 +291,48 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
         # One matrix for all rows.
         b = Value(b.dims[-2:], b.dtype, None, b.codes.reshape(b.codes.shape[-2:]))
         full[1] = False
-    names, shapes = [], []
-    for v, wide in zip((a, b), full, strict=True):
-        if v.whole is not None:
-            names.append(rw.tensor(v, full=wide))
-            shapes.append(v.dims if wide else v.whole.dims)
-        else:
-            name, physical = rw.layout.realise(v.codes, v.dims, wide)
-            names.append(name)
-            shapes.append(physical)
+
+    def factors() -> list[str]:
+        return [rw.tensor(v, full=wide) for v, wide in zip((a, b), full, strict=True)]
+
     if node is not None:
-        (kept,) = rw.keep(node, names, [dims], held)
+        (kept,) = rw.keep(node, factors(), [dims], held)
         return rw.settle(kept)
-    name = rw.emit.add("MatMul", names, hint=hint)
+    shapes = [v.dims if wide else keep_symbols(v.dims, rw.present(v)) for v, wide in zip((a, b), full, strict=True)]
     own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
-    source = rw.sources.add(own, a.dtype, name, block=True, part=True)
-    codes = np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole))
-    return Value(whole, a.dtype, None, codes)
+    source = _later(rw, own, a.dtype, factors, hint, scales=rw.level(b) <= Level.REQUEST)
+    return Value(whole, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole)))
+
+
+def _later(
+    rw: Rewrite, dims: Dims, dtype: int, factors: Callable[[], list[str]], hint: str, scales: bool = True
+) -> Source:
+    """A product that is written when somebody reads it.
+
+    Args:
+        rw: The rewrite.
+        dims: Its shape.
+        dtype: Element type.
+        factors: Writes both operands.
+        hint: What to call it.
+        scales: Whether a number that the product is multiplied with goes into the right operand.
+    """
+    rule = rw.emit.rule
+
+    def source(factor: tuple[str, bool] | None) -> Source:
+        def write(addend: str | None, have: Dims) -> str:
+            left, right = factors()
+            if factor is not None:
+                right = rw.emit.add("Mul" if factor[1] else "Div", [right, factor[0]], hint=hint)
+            if addend is not None and len(dims) == 2:
+                return rw.emit.add("Gemm", [left, right, addend], hint=hint)
+            return with_addend(rw, rw.emit.add("MatMul", [left, right], hint=hint), addend)
+
+        scaled = None if factor or not scales else lambda name, times: source((name, times))
+        product = rw.later(write, rule)
+        return rw.sources.add(dims, dtype, block=True, part=True, product=product, scaled=scaled)
+
+    return source(None)
 
 
 def _fewer(a: Value, b: Value, dims: Dims, held: set[str]) -> tuple[Value, Value, Dims]:
@@ -346,38 +372,14 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     shape_b = (*(b_codes.shape[k] for k in many), *b_codes.shape[-2:])
     own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, shape_a[-2]]), canonical([shape_a[-1]]))
     own_b = tuple(canonical([n]) for n in shape_b)
-    rule, stack_shape = rw.emit.rule, shape_a[:-2]
 
-    def factors() -> tuple[str, str]:
-        left, _ = rw.layout.realise(stacked[0].reshape(shape_a), own_a, full=True)
-        if stack_shape:
-            # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul, then divides by no rows.
-            shape = np.array([*stack_shape, -1, shape_a[-1]], np.int64)
-            left = rw.emit.add("Reshape", [left, rw.emit.constant(shape)], hint=hint)
-        return left, rw.layout.realise(b_codes.reshape(shape_b), own_b)[0]
+    def factors() -> list[str]:
+        left = rw.layout.stack(stacked[0].reshape(shape_a), own_a, hint)
+        return [left, rw.layout.realise(b_codes.reshape(shape_b), own_b)[0]]
 
-    def pending(factor: tuple[str, bool] | None) -> Source:
-        def write(addend: str | None, have: Dims) -> str:
-            left, right = factors()
-            if factor is not None:
-                # The request-level operand is scaled, once.
-                right = rw.emit.add("Mul" if factor[1] else "Div", [right, factor[0]], hint=hint)
-            if addend is not None and not stack_shape:
-                return rw.emit.add("Gemm", [left, right, addend], hint=hint)
-            return with_addend(rw, rw.emit.add("MatMul", [left, right], hint=hint), addend)
-
-        return rw.sources.add(
-            (*own_a[:-1], own_b[-1]),
-            a.dtype,
-            block=True,
-            part=True,
-            product=rw.later(write, rule),
-            scaled=None if factor else lambda name, times: pending((name, times)),
-        )
-
-    codes = codes_of(pending(None)).reshape(
-        *(np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])), *(a_codes.shape[-2], b_codes.shape[-1])
-    )
+    source = _later(rw, (*own_a[:-1], own_b[-1]), a.dtype, factors, hint)
+    stack_shape = np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])
+    codes = codes_of(source).reshape(*stack_shape, a_codes.shape[-2], b_codes.shape[-1])
     return rw.tidy(dims, a.dtype, np.broadcast_to(codes, extents(dims)))
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
-from onnxrank.rewrite import Rewrite, Rule, Weights
+from onnxrank.rewrite import LARGE, Rewrite, Rule, Weights
 from onnxrank.values import (
     CANDIDATES,
     Codes,
@@ -41,6 +41,7 @@ from onnxrank.values import (
 )
 
 _LARGEST = 1 << 24
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -213,21 +214,41 @@ def product(
         The result's physical shape, `[N, rows * width]` (`[rows, N, width]` where rows have entries of their own), and
         its writer.
     """
-    width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
+    width, rows = weight.data.shape[1], fold.place.shape[1]
     if fold.order is not None:
         return _row_by_row(rw, fold, weight, members, fold.order)
     dims: Dims = ((CANDIDATES,), canonical([rows * width]))
 
     def writer(addend: str | None, have: Dims) -> str:
-        codes = matrix(rw, fold, weight, members)
-        made, _ = rw.layout.realise(codes, (canonical([count]), canonical([rows * width])))
-        basis, _ = rw.layout.realise(fold.basis.reshape(1, count), ((CANDIDATES,), canonical([count])))
-        if addend is None:
-            return rw.emit.add("MatMul", [basis, made])
-        flat: Dims = (tuple(symbols(have)), canonical([prod(extents(have))]))
-        return rw.emit.add("Gemm", [basis, made, rw.layout.reshape(addend, have, flat)])
+        name = (
+            None
+            if addend is None
+            else rw.layout.reshape(addend, have, (tuple(symbols(have)), canonical([prod(extents(have))])))
+        )
+        for part in _by_tensor(fold, rows * width):
+            count = canonical([len(part.basis)])
+            made, _ = rw.layout.realise(matrix(rw, part, weight, members), (count, canonical([rows * width])))
+            basis, _ = rw.layout.realise(part.basis[None], ((CANDIDATES,), count))
+            name = rw.emit.add("MatMul" if name is None else "Gemm", [basis, made, *([] if name is None else [name])])
+        assert name is not None
+        return name
 
     return dims, writer
+
+
+def _by_tensor(fold: Fold, width: int) -> list[Fold]:
+    """A fold for each of a few large tensors that hold the basis: adding up products costs less than joining those."""
+    numbers = source_numbers(fold.basis)
+    found, counts = np.unique(numbers, return_counts=True)
+    alone = len(fold.coefficients) == fold.place.shape[1] == 1 and not len(fold.plain)
+    if not alone or not 1 < len(found) <= _FEW or counts.min() < LARGE or (len(found) - 1) * width > len(numbers):
+        return [fold]
+    out = []
+    for number in found:
+        at = np.flatnonzero(numbers == number)
+        own = fold.coefficients[:, fold.place[at, 0]]
+        out.append(replace(fold, coefficients=own, basis=fold.basis[at], place=np.arange(len(at))[:, None]))
+    return out
 
 
 def _row_by_row(
@@ -243,9 +264,7 @@ def _row_by_row(
         own = codes[order, np.arange(rows)[:, None]]
         made, _ = rw.layout.realise(own, (*stack, canonical([entries]), canonical([width])))
         by_row = (*stack, (CANDIDATES,), canonical([entries]))
-        basis, _ = rw.layout.realise(fold.basis[order].reshape(rows, 1, entries), by_row)
-        # A Reshape in between: onnxruntime fuses a Transpose of the stack into the MatMul, then divides by no rows.
-        basis = rw.emit.add("Reshape", [basis, rw.emit.constant(np.array([rows, -1, entries], np.int64))])
+        basis = rw.layout.stack(fold.basis[order].reshape(rows, 1, entries), by_row)
         name = rw.emit.add("MatMul", [basis, made])
         return name if addend is None else rw.emit.add("Add", [name, addend])
 
@@ -258,6 +277,8 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
     dtype = rw.sources.of(fold.basis)[0].dtype
     shape: Dims = (canonical([groups]), canonical([items]), canonical([terms]))
+    for source in rw.sources.of(fold.coefficients):
+        source.folded = True
     factors, physical = rw.layout.realise(fold.coefficients, shape)
     assert not symbols(physical)
     folded = members[: len(members) - len(fold.plain)]
@@ -379,23 +400,44 @@ def _merged(rw: Rewrite, a: Value, b: Value) -> Value:
 def _pull_both(rw: Rewrite, parts: Sequence[Codes], dtype: int) -> Callable[[str, int], list[Source]] | None:
     """How to multiply the sum of two terms: each on its own."""
     zero = rw.zero(dtype)
-    owners: list[tuple[Source, NDArray[np.int64]]] = []
+    owners: list[tuple[Source, Codes, NDArray[np.int64]]] = []
     for p in parts:
         at = np.flatnonzero(p != zero)
         found = rw.sources.of(p[at])
         if len(found) != 1 or found[0].pull is None or found[0].size != len(at):
             return None
-        owners.append((found[0], at[np.argsort(p[at])]))
+        order = at[np.argsort(p[at])]
+        owners.append((found[0], p[order], order))
 
     def pull(name: str, width: int) -> list[Source]:
         out: list[Source] = []
-        for source, order in owners:
+        for source, codes, order in owners:
             assert source.pull is not None
             rows = rw.emit.add("Gather", [name, rw.emit.constant(order)], {"axis": 0})
-            out += source.pull(rows, width)
+            known = _known(rw, codes)
+            if known is None:
+                out += source.pull(rows, width)
+                continue
+            weight = Weights(np.empty((len(order), width), rw.constant_type(dtype)), rows)
+            made, writer = product(rw, known, weight, np.arange(len(order)))
+            out.append(rw.sources.add(made, dtype, product=rw.later(writer, "fold")))
         return out
 
     return pull
+
+
+def _known(rw: Rewrite, codes: Codes) -> Fold | None:
+    """The fold of entries whose request-level factors stand ready, because weights are made of them already."""
+    left, right = expand(rw, codes)
+    if (
+        not all(s.folded for s in rw.sources.of(left))
+        or (right != right[:1]).any()
+        or len(set(right[0])) < len(right[0])
+    ):
+        return None
+    order = np.argsort(right[0])
+    count = np.arange(len(order))
+    return Fold(left[:, order].T[None], np.arange(len(codes))[None], right[0, order], count[:, None], count[:0])
 
 
 def pulled(rw: Rewrite, x: Sum, axis: int, weight: Weights) -> list[Value] | None:

@@ -257,12 +257,27 @@ def test_choice_by_candidates(head: str) -> None:
         assert_same_scores(model, result, made.given, counts=(0, 1, 2, 5, 64, 300), tolerance=2e-5)
 
 
+def test_wide_layers() -> None:
+    """Wide candidate-level halves are not joined, and the head takes the maps that the last layer needs anyway."""
+    made = Cross(80, 40, scale=0.05)
+    made.head(made.layers("gemm", 3), 120, "linear")
+    model = made.g.model()
+    with forced("affine"):
+        result = rewritten(model, request=patterns(made.given), candidates=8192)
+    assert_same_scores(model, result, made.given, tolerance=2e-5)
+    nodes, shapes = result.model.graph.node, {t.name: list(t.dims) for t in result.model.graph.initializer}
+    assert not any(n.op_type == "Concat" for n in nodes)
+    # W (u * h) for the head's weights h: of the last layer, not of those before it.
+    assert sum(n.op_type == "MatMul" and shapes.get(n.input[0]) == [80, 80] for n in nodes) == 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head", ["linear", "deep"])
-def test_float64_agrees(head: str, form: str) -> None:
+@pytest.mark.parametrize(("users", "items"), [(20, 8), (70, 35)])
+def test_float64_agrees(users: int, items: int, head: str, form: str) -> None:
     """With any numbers, the algebra agrees to 1e-10 in float64 and float32 is no worse than the original."""
-    made = Cross(20, 8, scale=0.2, shuffled=True)
-    made.head(made.layers("matmul", 3), 28, head)
+    made = Cross(users, items, scale=0.2 * (28 / (users + items)) ** 0.5, shuffled=True)
+    made.head(made.layers("matmul", 3), users + items, head)
     with forced(form), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
         result = onnxrank.optimize(made.g.model(), request=patterns(made.given), candidates=4096, check=True)
     assert result.changed and result.report.checks

@@ -89,6 +89,19 @@ def test_gemm_chain() -> None:
     assert second.input[2] == first.output[0]
 
 
+def test_residual_chain() -> None:
+    """A bias and the request-level product ride in the product; a residual of every row is added to every row."""
+    given = [request("u", USER), candidate("c", ITEM), candidate("r", 4)]
+    g = Graph()
+    u, c, r = (i.declare(g) for i in given)
+    y = biased(g, g.op("Concat", u, c, axis=1), whole_numbers(USER + ITEM, 4))
+    g.output(g.op("Relu", g.op("Add", r, y)), ["N", 4])
+    result = optimised(g, given)
+    assert operators(result.model) == ["Gemm", "Gemm", "Add", "Relu"]
+    first, second, added, _ = result.model.graph.node
+    assert second.input[2] == first.output[0] and sorted(added.input) == sorted(["r", second.output[0]])
+
+
 def test_interleaved_blocks() -> None:
     """Many segments of alternating level: one product per level, no segment moved at run time but to be joined."""
     given = [*(request(f"u{k}", 2) for k in range(4)), *(candidate(f"c{k}", 3) for k in range(4))]
