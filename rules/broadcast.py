@@ -50,6 +50,11 @@ IMAGES = """Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePo
     SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
 _LARGEST_SCALED = 1 << 18
 _COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
+_NORMALISE = {
+    *("Softmax", "LogSoftmax", "Hardmax", "LpNormalization"),
+    *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
+}
+"""Operators that keep the shape, and whose axis is an attribute, the last one if there is none."""
 _BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 
 
@@ -454,7 +459,7 @@ def rowwise(
         part = cut_repeats(part, set(range(part.ndim)) - set(core))
         own = with_extents(group.dims, part.shape)
         kept = extended(own, rw.sources.symbols(part))
-        if core == [x.rank - 1] and len(kept) < x.rank and dims_out == [x.dims]:
+        if node.op_type in _NORMALISE and core == [x.rank - 1] and len(kept) < x.rank:
             rw.emit.rule = "broadcast" if group.level is Level.REQUEST else None
             codes_made = _row_by_row(
                 rw, node, rest, part.reshape([part.shape[k] for k in kept]), tuple(own[k] for k in kept)
