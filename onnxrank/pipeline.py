@@ -39,6 +39,7 @@ class Result:
         loaded: The input.
         study: What is known of the original; None where its contract said all there was to do.
         form: How it was rewritten, or would have been; None where that was not tried.
+        full: The form with all rules, whatever it costs: it knows most about levels.
     """
 
     model: ModelProto
@@ -46,12 +47,12 @@ class Result:
     loaded: files.LoadedModel
     study: Study | None = None
     form: Form | None = None
+    full: Form | None = None
 
     def __post_init__(self) -> None:
-        if self.study is not None:
-            self.study.probe.release()
-        if self.form is not None and self.form.probe is not None:
-            self.form.probe.release()
+        for owner in (self.study, self.form, self.full):
+            if owner is not None and owner.probe is not None:
+                owner.probe.release()
 
     @property
     def changed(self) -> bool:
@@ -169,10 +170,14 @@ def optimize(
     # Of forms that are all out the last is the plainest.
     chosen = min(reversed(forms), key=lambda f: f.seconds(span, original_seconds))
     made, rewrite = chosen.model, chosen.rewrite
-    report.refusals = rewrite.rw.refusals
+    report.refusals = list(rewrite.rw.refusals)
+    for rule in sorted(forms[0].rewrite.applied - rewrite.applied):
+        # What it would refuse is worth knowing, too.
+        report.refusals += [r for r in forms[0].rewrite.rw.refusals if r.rule == rule]
+        notes.append(f"{rule} would not pay at N = {report_candidates(span)}, so it was left out")
     notes += rewrite.notes
     if made is None or not rewrite.sites():
-        return Result(original, report, loaded, study, chosen)
+        return Result(original, report, loaded, study, chosen, forms[0])
     contract = {
         "version": report.version,
         "source_sha256": loaded.sha256,
@@ -184,7 +189,7 @@ def optimize(
     after = chosen.shapes(report_candidates(span))
     if cost.seconds(study.model.graph, before) < _LEAST_GAIN * cost.seconds(made.graph, after):
         notes.append(f"the rewritten model would not be faster at N = {report_candidates(span)}, so it was not taken")
-        return Result(original, report, loaded, study, chosen)
+        return Result(original, report, loaded, study, chosen, forms[0])
     report.changed = True
     report.after = cost.by_level(made.graph, after)
     report.rules = rewrite.rule_uses(before, after)
@@ -199,7 +204,7 @@ def optimize(
     if check:
         say("checking")
         verify(study, made, roles, report)
-    return Result(made, report, loaded, study, chosen)
+    return Result(made, report, loaded, study, chosen, forms[0])
 
 
 def _report(

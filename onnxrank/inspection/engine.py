@@ -155,7 +155,9 @@ class _Findings:
     def __init__(self, result: pipeline.Result, study: Study) -> None:
         self.result, self.study = result, study
         self.graph = study.model.graph
-        self.rw: Rewrite | None = result.form.rewrite.rw if result.form is not None else None
+        # Whatever it costs, and whether or not it was taken: levels are a matter of what is proved.
+        known = result.full if result.full is not None and result.full.model is not None else result.form
+        self.rw: Rewrite | None = known.rewrite.rw if known is not None else None
         n = pipeline.report_candidates(result.report.candidates)
         self.shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), n)
         few = [cost.shapes_of(study.model, study.facts, study.input_extents(), k) for k in (1, 2)]

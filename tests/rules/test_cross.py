@@ -250,6 +250,7 @@ def test_choice_by_candidates(head: str) -> None:
     many = rewritten(model, request=patterns(made.given), candidates=8192)
     assert few.changed and many.changed
     assert "cross" not in rules(few) and rules(few) == {"fc": 1}
+    assert "cross would not pay at N = 8, so it was left out" in few.report.notes
     assert len(set(rules(many)) & {"cross", "fold"}) > 0
     assert many.report.after["request"].macs > few.report.after["request"].macs
     assert many.report.after["candidate"].macs / 8192 < few.report.after["candidate"].macs / 8 / 2

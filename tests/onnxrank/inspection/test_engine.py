@@ -81,9 +81,8 @@ def test_the_predicted_saving_is_what_optimize_achieves(name: str) -> None:
         assert sum(o.macs for o in shown.opportunities) >= sum(n.saved for n in shown.nodes)
 
 
-# The analysis cannot follow CIN's convolution as far as a run shows it could be, nor what a mask hides. Of din, a run
-# takes the entries of padding, which are always zero, for unknown.
-@pytest.mark.parametrize("name", [f for f in FILES if not f.startswith(("xdeepfm", "sasrec"))])
+# Of din, a run takes the entries of padding, which are always zero, for unknown.
+@every_model
 def test_block_ideal(name: str) -> None:
     draw = requests(name)
     trace = yardstick.Trace(MODELS / name)
