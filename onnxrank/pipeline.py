@@ -171,10 +171,10 @@ def optimize(
     chosen = min(reversed(forms), key=lambda f: f.seconds(span, original_seconds))
     made, rewrite = chosen.model, chosen.rewrite
     report.refusals = list(rewrite.rw.refusals)
-    for rule in sorted(forms[0].rewrite.applied - rewrite.applied):
+    for name in sorted(forms[0].rewrite.applied - rewrite.applied):
         # What it would refuse is worth knowing, too.
-        report.refusals += [r for r in forms[0].rewrite.rw.refusals if r.rule == rule]
-        notes.append(f"{rule} would not pay at N = {report_candidates(span)}, so it was left out")
+        report.refusals += [r for r in forms[0].rewrite.rw.refusals if r.rule == name]
+        notes.append(f"{name} would not pay at N = {report_candidates(span)}, so it was left out")
     notes += rewrite.notes
     if made is None or not rewrite.sites():
         return Result(original, report, loaded, study, chosen, forms[0])

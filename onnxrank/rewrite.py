@@ -298,8 +298,12 @@ class Rewrite:
         return self.settle(found)
 
     def array(self, node: NodeProto, k: int) -> NDArray[Any] | None:
-        """Data of the k-th input if it is a constant without symbolic extents."""
-        found = self.values.get(node.input[k]) if k < len(node.input) else None
+        """Data of the k-th input if it is a constant without symbolic extents; its node may come later."""
+        name = node.input[k] if k < len(node.input) else ""
+        found = self.values.get(name)
+        if found is None and name in self.facts.folded:
+            dims, data = self.facts.folded[name]
+            return None if symbols(dims) else data.reshape(extents(dims))
         if isinstance(found, Value) and found.whole is not None and found.whole.level is Level.CONSTANT:
             if not symbols(found.dims):
                 return found.whole.data.reshape(extents(found.dims))

@@ -378,7 +378,7 @@ def _mark(node: NodeProto, rule: str) -> None:
 
 def _standing(rule: str) -> int:
     """Rules by how much they do beyond others; those of third parties come first."""
-    order = ("broadcast", "select", "pool", "fc", "norm", "gru", "dot", "attention", "history", "fold", "cross")
+    order = ("broadcast", "select", "pool", "fm", "fc", "norm", "gru", "dot", "attention", "history", "fold", "cross")
     return order.index(rule) if rule in order else len(order)
 
 

@@ -2,7 +2,7 @@
 
 from onnxrank.rewrite import Rule
 
-from . import attention, broadcast, cross, dot, fc, fold, gru, history, movement, norm, reduce, select
+from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, movement, norm, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
@@ -13,6 +13,7 @@ RULES: tuple[Rule, ...] = (
     attention.RULE,
     dot.RULE,
     fold.RULE,
+    fm.RULE,
     reduce.RULE,
     gru.RULE,
     select.RULE,

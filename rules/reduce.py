@@ -42,8 +42,8 @@ def axes_of(rw: Rewrite, node: NodeProto, rank: int) -> list[int] | None:
     return sorted(a % rank for a in axes)
 
 
-def reduce(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """A reduction, by levels where it is additive or an extremum."""
+def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] | None:
+    """A reduction, by levels where it is additive or an extremum; `rule` is its name in the report."""
     x = rw.operand(node, 0)
     if x is None:
         return None
@@ -56,7 +56,7 @@ def reduce(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return tuple(() if k in axes else d for k, d in enumerate(dims) if keep or k not in axes)
 
     if any(is_candidate_symbol(s) for a in axes for s in symbols([x.dims[a]])):
-        rw.refuse("pool", f"{node.op_type} goes over the candidates")
+        rw.refuse(rule, f"{node.op_type} goes over the candidates")
         return None
     op = node.op_type
     if op == "ReduceSumSquare" and not (isinstance(x, Value) and x.whole is not None):
@@ -82,11 +82,11 @@ def reduce(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
     unread = rw.needed.get(node.output[0]) if axes == [x.rank - 1] and keep else None
     if op in _EXTREMA:
-        parts = [unmerged(p) for p in _partials(rw, merged(rw.settle(x)), at, op, unread)]
+        parts = [unmerged(p) for p in _partials(rw, merged(rw.settle(x)), at, op, rule, unread)]
         return [parts[0] if len(parts) == 1 else elementwise(rw, _EXTREMA[op], parts, node.output[0])]
 
     def one(v: Value) -> Abstract:
-        parts = _partials(rw, merged(v), at, _ADDITIVE[op], unread, count if op == "ReduceMean" else 1)
+        parts = _partials(rw, merged(v), at, _ADDITIVE[op], rule, unread, count if op == "ReduceMean" else 1)
         return rw.add([unmerged(p) for p in parts], result(v.dims), v.dtype)
 
     if isinstance(x, Sum) and len(axes) == 1:
@@ -106,7 +106,7 @@ def _whole(
     return rowwise(rw, node, axes, lambda d: [result(d)])
 
 
-def _partials(rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: int = 1) -> list[Value]:
+def _partials(rw: Rewrite, x: Value, axis: int, op: str, rule: str, unread: Any, divisor: int = 1) -> list[Value]:
     def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
         made: Dims = (*physical[:axis], (), *physical[axis + 1 :])
 
@@ -129,7 +129,7 @@ def _partials(rw: Rewrite, x: Value, axis: int, op: str, unread: Any, divisor: i
         return made, writer
 
     return partials(
-        rw, x, axis, 1, write, "pool", unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum"
+        rw, x, axis, 1, write, rule, unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum"
     )
 
 
