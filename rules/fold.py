@@ -220,16 +220,14 @@ def product(
     dims: Dims = ((CANDIDATES,), canonical([rows * width]))
 
     def writer(addend: str | None, have: Dims) -> str:
-        name = (
-            None
-            if addend is None
-            else rw.layout.reshape(addend, have, (tuple(symbols(have)), canonical([prod(extents(have))])))
-        )
+        name = addend
+        if addend is not None:
+            name = rw.layout.reshape(addend, have, (tuple(symbols(have)), canonical([prod(extents(have))])))
         for part in _by_tensor(fold, rows * width):
             count = canonical([len(part.basis)])
             made, _ = rw.layout.realise(matrix(rw, part, weight, members), (count, canonical([rows * width])))
             basis, _ = rw.layout.realise(part.basis[None], ((CANDIDATES,), count))
-            name = rw.emit.add("MatMul" if name is None else "Gemm", [basis, made, *([] if name is None else [name])])
+            name = rw.emit.add("Gemm", [basis, made, name]) if name else rw.emit.add("MatMul", [basis, made])
         assert name is not None
         return name
 

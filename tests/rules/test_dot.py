@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import (
+    BOOL,
+    INT64,
     Given,
     Graph,
     candidate,
@@ -20,6 +22,7 @@ from helpers import (
     run,
     whole_numbers,
 )
+from onnx import helper
 
 import onnxrank
 
@@ -54,6 +57,17 @@ def by_pairs(g: Graph, z: str, count: int) -> tuple[str, int]:
     return g.op("Transpose", picked, perm=[1, 0]), len(i)
 
 
+def by_mask(g: Graph, z: str, count: int) -> tuple[str, int]:
+    """The lower triangle, where a mask of the product's own shape is true."""
+    square = g.op("Slice", g.op("Shape", z), g.ints(1), g.ints(3))
+    ones = g.op("ConstantOfShape", square, value=helper.make_tensor("value", INT64, [1], [1]))
+    mask = g.op("Cast", g.op("Trilu", ones, g.const(-1, np.int64), upper=0), to=BOOL)
+    at = g.op("Transpose", g.op("NonZero", mask), perm=[1, 0])
+    return g.op("Transpose", g.op("GatherND", g.op("Transpose", z, perm=[1, 2, 0]), at), perm=[1, 0]), count * (
+        count - 1
+    ) // 2
+
+
 def everything(g: Graph, z: str, count: int) -> tuple[str, int]:
     return g.op("Flatten", z), count**2
 
@@ -73,7 +87,7 @@ def made_by(result: onnxrank.Result, given: list[Given], kind: str) -> list[int]
 
 
 @pytest.mark.parametrize("shuffled", [None, 1])
-@pytest.mark.parametrize("pick", [flat, by_pairs, everything])
+@pytest.mark.parametrize("pick", [flat, by_pairs, by_mask, everything])
 def test_interaction(pick: object, shuffled: int | None) -> None:
     """Every block is multiplied once and at its own level; the triangle goes into the weights."""
     users, items, d, width = 6, 3, 4, 5
