@@ -16,6 +16,7 @@ from onnxrank import cost, facts, feeds
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
+from onnxrank.fused import Unsupported
 from onnxrank.report import Prediction, Report
 from onnxrank.rewrite import Rule
 from onnxrank.roles import Roles, infer, resolve
@@ -157,27 +158,34 @@ def optimize(
         report.refusals = [stray]
         return Result(original, report, loaded, study)
     say("rewriting")
-    forms = [Form(study, rules, interface, guard, span)]
-    for rule in rules:
-        # Which form is best changes with the number of candidates: the cheapest is taken.
-        if rule.forms is not None and forms[0].uses(rule.name):
-            others = [replace(rule, operators=o) for o in rule.forms] + [None]
-            forms += [Form(study, _replaced(rules, rule, o), interface, guard, span) for o in others]
+    forms = _forms(study, rules, interface, guard, span)
+    fused = forms[0].rewrite.rw.fused
+    if fused:
+        try:
+            forms = _forms(study.written_out(fused), rules, interface, guard, span) + forms
+        except (Unsupported, ModelError) as e:
+            notes.append(f"fused attention is left as it is, though its operands hold several levels: {e}")
+
+    whole, shapes = study.model.graph, before
 
     def original_seconds(n: int) -> float:
-        return cost.seconds(study.model.graph, replace(before, symbols={**before.symbols, CANDIDATES: n}))
+        return cost.seconds(whole, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n}))
 
     # Of forms that are all out the last is the plainest.
     chosen = min(reversed(forms), key=lambda f: f.seconds(span, original_seconds))
     made, rewrite = chosen.model, chosen.rewrite
+    full = next(f for f in forms if f.study is chosen.study)
+    if chosen.study is not study:
+        study = chosen.study
+        before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     report.refusals = list(rewrite.rw.refusals)
-    for name in sorted(forms[0].rewrite.applied - rewrite.applied):
+    for name in sorted(full.rewrite.applied - rewrite.applied):
         # What it would refuse is worth knowing, too.
-        report.refusals += [r for r in forms[0].rewrite.rw.refusals if r.rule == name]
+        report.refusals += [r for r in full.rewrite.rw.refusals if r.rule == name]
         notes.append(f"{name} would not pay at N = {report_candidates(span)}, so it was left out")
     notes += rewrite.notes
     if made is None or not rewrite.sites():
-        return Result(original, report, loaded, study, chosen, forms[0])
+        return Result(original, report, loaded, study, chosen, full)
     contract = {
         "version": report.version,
         "source_sha256": loaded.sha256,
@@ -189,7 +197,7 @@ def optimize(
     after = chosen.shapes(report_candidates(span))
     if cost.seconds(study.model.graph, before) < _LEAST_GAIN * cost.seconds(made.graph, after):
         notes.append(f"the rewritten model would not be faster at N = {report_candidates(span)}, so it was not taken")
-        return Result(original, report, loaded, study, chosen, forms[0])
+        return Result(original, report, loaded, study, chosen, full)
     report.changed = True
     report.after = cost.by_level(made.graph, after)
     report.rules = rewrite.rule_uses(before, after)
@@ -204,7 +212,18 @@ def optimize(
     if check:
         say("checking")
         verify(study, made, roles, report)
-    return Result(made, report, loaded, study, chosen, forms[0])
+    return Result(made, report, loaded, study, chosen, full)
+
+
+def _forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span: tuple[int, int]) -> list[Form]:
+    """The ways to rewrite a model, with all rules first."""
+    forms = [Form(study, rules, interface, guard, span)]
+    for rule in rules:
+        # Which form is best changes with the number of candidates: the cheapest is taken.
+        if rule.forms is not None and forms[0].uses(rule.name):
+            others = [replace(rule, operators=o) for o in rule.forms] + [None]
+            forms += [Form(study, _replaced(rules, rule, o), interface, guard, span) for o in others]
+    return forms
 
 
 def _report(
@@ -221,11 +240,13 @@ class Form:
     """One way to rewrite a model, with its measured shapes.
 
     Attributes:
+        study: What is known of the original.
         rewrite: The transformation.
         model: Its result; None where the model as a whole cannot be rewritten.
     """
 
     def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, span: tuple[int, int]) -> None:
+        self.study = study
         self.rewrite = Transformation(study, rules, interface, guard, report_candidates(span))
         self.model: ModelProto | None = None
         self.probe: facts.Probe | None = None

@@ -172,6 +172,7 @@ class Rewrite:
         outputs: Names of the graph's outputs.
         values: What is known of every original tensor.
         refusals: Sites left alone.
+        fused: First outputs of fused operators whose steps could be divided by level, if they were written out.
         break_even: Per original node, by its place, the number of candidates from which on what is made for it once
             per request pays.
     """
@@ -190,6 +191,7 @@ class Rewrite:
     def __post_init__(self) -> None:
         self._settled: dict[int, tuple[Sum, Value]] = {}
         self.made_later: dict[str, Value] = {}
+        self.fused: list[str] = []
         self.applied: set[str] = set()
         self.break_even: dict[int, int] = {}
         self.producers: dict[str, NodeProto] = {}

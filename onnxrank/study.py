@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
@@ -10,6 +12,7 @@ from onnxrank import model as files
 from onnxrank.emit import rename_captured
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
+from onnxrank.fused import written_out
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (
@@ -27,7 +30,7 @@ class Study:
     """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types."""
 
     def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel) -> None:
-        self.loaded = loaded
+        self.loaded, self.roles = loaded, roles
         self.model = model
         self.declared = feeds.inputs(model, roles)
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
@@ -87,6 +90,19 @@ class Study:
                 reason = "a shape is computed from the number of candidates in a way that cannot be followed"
                 return Refusal("movement", label(n), n.op_type, reason)
         return None
+
+    def written_out(self, fused: Collection[str]) -> Study:
+        """The same of a model in which some fused operators, known by their first outputs, are their steps.
+
+        Raises:
+            Unsupported: One of them cannot be written out.
+            ModelError: The model does not run that way.
+        """
+        stored = {t.name: tuple((n, ()) for n in t.dims) for t in self.model.graph.initializer}
+        types = {t.name: t.data_type for t in self.model.graph.initializer}
+        types |= {i.name: i.dtype for i in self.declared}
+        shapes = {**stored, **self.input_extents(), **self.facts.extents}
+        return Study(written_out(self.model, shapes, types | self.dtypes, fused), self.roles, self.loaded)
 
     def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:
         """Extents of the inputs."""

@@ -198,6 +198,20 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
     return [rw.tidy(x.dims, rw.dtype(node.output[0], x.dtype), np.moveaxis(out, -1, axis))]
 
 
+def fused(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A fused operator whose operands hold several levels is noted: written out as its steps it could be divided."""
+    count = 1 if node.op_type == "Attention" and node.domain == "com.microsoft" else 3
+    found: set[int] = set()
+    for k in range(min(count, len(node.input))):
+        x = rw.operand(node, k)
+        if x is not None:
+            terms = [np.broadcast_to(t.codes, extents(x.dims)) for t in rw.terms(x)]
+            found.update(np.unique(rw.joint_levels(terms)).tolist())
+    if Level.CANDIDATE in found and min(found - {Level.UNREAD}) <= Level.REQUEST:
+        rw.fused.append(node.output[0])
+    return None
+
+
 class _Softmax:
     """Writes the softmax of one node.
 
@@ -328,9 +342,17 @@ RULE = Rule(
     identity="softmax(a ++ b) = t softmax(a) ++ q where q ++ t = softmax((b - log sum exp a) ++ 0)",
     source="rank-aware decomposition (arXiv 2605.27450); online softmax (Milakov, Gimelshein 2018)",
     legal="The softmax is over one axis, and the same keys are request-level for all queries of a kind.",
-    refuses="Scores whose levels follow no rows and columns; fused attention with operands of several levels.",
+    refuses="Scores whose levels follow no rows and columns; fused operators with a cache or a cap on scores.",
     exactness="reassociates",
-    operators={"Softmax": softmax, "MatMul": matmul, "Mul": scaled, "Div": scaled},
+    operators={
+        "Softmax": softmax,
+        "MatMul": matmul,
+        "Mul": scaled,
+        "Div": scaled,
+        "Attention": fused,
+        "com.microsoft::Attention": fused,
+        "com.microsoft::MultiHeadAttention": fused,
+    },
     forms=(),
     cost="Products of request-level queries with request-level keys and values are made once, and pairs of the two "
     "levels have the candidates as rows of one matrix. Heads become products of their own, and each softmax has one "

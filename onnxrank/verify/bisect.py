@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import ModelProto, NodeProto, inliner
 
+from onnxrank import fused
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
 from onnxrank.rewrite import Rewrite, Rule
@@ -121,10 +122,18 @@ class _Trial:
             model = loaded.proto
             flat = inliner.inline_local_functions(model) if model.functions else model
             self._study = Study(flat, self.engine.roles, loaded)
+            gone = _fused(flat) - _fused(self.engine.optimized.loaded.proto)
+            if gone:
+                self._study = self._study.written_out(gone)
         low, high = self.stored.get("candidates", [512, 512])
         interface = self.stored.get("interface", "request")
         made = Transformation(self._study, rules, interface, False, round((low * high) ** 0.5))
         return made.run()
+
+
+def _fused(model: ModelProto) -> set[str]:
+    """First outputs of fused operators."""
+    return {n.output[0] for n in model.graph.node if n.op_type in fused.OPERATORS}
 
 
 def _limited(rule: Rule, only: set[str] | None, taken: Callable[[str, NodeProto], None] | None) -> Rule:

@@ -75,7 +75,9 @@ class Graph:
 
     def model(self) -> ModelProto:
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.initializers)
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
+        versions = {"": self.opset} | {n.domain: 1 for n in self.nodes if n.domain}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+        made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         seen = {o.name: o.type for o in onnx.shape_inference.infer_shapes(made, data_prop=True).graph.output}
         for o in made.graph.output:
             if not o.type.tensor_type.HasField("shape"):

@@ -1,0 +1,226 @@
+"""Fused attention operators written out as the steps they stand for.
+
+A fused operator is kept as long as its operands are the same for all candidates, or none of them is: a runtime has a
+kernel for it. Where they hold entries of several levels, only the steps can be divided.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from onnxrank.emit import Emitter
+from onnxrank.facts import Extent
+
+Extents = tuple[Extent, ...]
+OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
+"""Fused attention, of ONNX and of ONNX Runtime."""
+_MICROSOFT = "com.microsoft"
+_MASKED = -10000.0
+"""What ONNX Runtime's own operators add to masked scores unless told otherwise."""
+
+
+class Unsupported(Exception):
+    """Why a fused operator is not written out."""
+
+
+def written_out(
+    model: ModelProto, extents: Mapping[str, Extents], dtypes: Mapping[str, int], outputs: Collection[str]
+) -> ModelProto:
+    """A copy of a model with some fused attention operators as their steps.
+
+    Args:
+        model: The model.
+        extents: Its shapes.
+        dtypes: Element type per tensor, where known.
+        outputs: First outputs of the operators.
+
+    Raises:
+        Unsupported: One of them does something that is not known here.
+    """
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:]
+    taken = {*(t.name for t in model.graph.initializer), *(i.name for i in model.graph.input)}
+    taken |= {o for n in model.graph.node for o in n.output}
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    emit = Emitter(taken, opset)
+    for node in model.graph.node:
+        if node.output and node.output[0] in outputs:
+            steps = _Steps(emit, node, extents, dtypes)
+            steps.write()
+            out.graph.node.extend(e.proto for e in emit.nodes)
+            emit.nodes.clear()
+        else:
+            out.graph.node.append(node)
+    out.graph.initializer.extend(emit.initializers.values())
+    return out
+
+
+class _Steps:
+    """Writes the steps of one fused operator.
+
+    Args:
+        emit: Receives them.
+        node: The operator.
+        extents: Shapes.
+        dtypes: Element type per tensor, where known.
+    """
+
+    def __init__(
+        self, emit: Emitter, node: NodeProto, extents: Mapping[str, Extents], dtypes: Mapping[str, int]
+    ) -> None:
+        self.emit, self.node, self.extents, self.dtypes = emit, node, extents, dtypes
+        self.given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        kind = dtypes.get(node.output[0], dtypes.get(node.input[0], TensorProto.FLOAT))
+        self.dtype = helper.tensor_dtype_to_np_dtype(kind)
+        emit.hint = node.name or node.output[0]
+
+    def write(self) -> None:
+        """Writes all steps; the last makes the operator's own output."""
+        if len([o for o in self.node.output if o]) > 1:
+            raise Unsupported("it has more outputs than one")
+        if self.node.domain != _MICROSOFT:
+            self._onnx()
+        elif self.node.op_type == "Attention":
+            self._packed()
+        else:
+            self._multi_head()
+
+    def _onnx(self) -> None:
+        """The operator of ONNX, since opset 23."""
+        self._only(4, ("is_causal", "kv_num_heads", "q_num_heads", "scale"))
+        rank = len(self._extents(self.node.input[0]))
+        query, key, value = self.node.input[:3]
+        heads = [0, 0]
+        if rank == 3:
+            heads = [self.given.get("q_num_heads", 0), self.given.get("kv_num_heads", 0)]
+        else:
+            heads = [self._constant(self._extents(x)[1]) for x in (query, key)]
+        if heads[0] != heads[1] or not heads[0]:
+            raise Unsupported("its keys have other heads than its queries")
+        mask = self._name(3)
+        if mask and self.dtypes.get(mask) == TensorProto.BOOL:
+            zero, least = self._number(0), self._number(-np.inf)
+            mask = self.emit.add("Where", [mask, zero, least])
+        size = self._constant(self._extents(query)[-1]) // (heads[0] if rank == 3 else 1)
+        # As the standard has it: both sides are multiplied by the root, rounded to a float.
+        root = float(np.sqrt(np.float32(self.given.get("scale", size**-0.5))))
+        query, key = (self.emit.add("Mul", [x, self._number(root)]) for x in (query, key))
+        masks = [mask]
+        if self.given.get("is_causal", 0):
+            masks.append(self._causal(self.node.input[0], self.node.input[1], rank - 2))
+        self._attend([query, key, value], heads[0] if rank == 3 else 0, 1, masks)
+
+    def _multi_head(self) -> None:
+        """ONNX Runtime's operator with projected queries, keys and values `[N, positions, heads * size]`."""
+        self._only(6, ("num_heads", "mask_filter_value", "scale", "unidirectional"))
+        operands = list(self.node.input[:3])
+        if len(operands) < 3 or not all(operands) or any(len(self._extents(x)) != 3 for x in operands):
+            raise Unsupported("its queries, keys and values are packed")
+        widths = [self._constant(self._extents(x)[-1]) for x in operands]
+        if self._name(3):
+            biases = self._cut(self._name(3), widths, 0)
+            operands = [self.emit.add("Add", [x, b]) for x, b in zip(operands, biases, strict=True)]
+        self._microsoft(operands, widths, self.node.input[0], self.node.input[1], self._name(4), self._name(5))
+
+    def _packed(self) -> None:
+        """ONNX Runtime's operator that projects its input, `[N, positions, width]`, itself."""
+        self._only(6, ("num_heads", "mask_filter_value", "scale", "unidirectional", "qkv_hidden_sizes"))
+        if self._name(4):
+            raise Unsupported("it goes on from earlier keys and values")
+        x, weights = self.node.input[:2]
+        joined = self._constant(self._extents(weights)[-1])
+        widths = list(self.given.get("qkv_hidden_sizes", [joined // 3] * 3))
+        if sum(widths) != joined:
+            raise Unsupported("its weights are not those of queries, keys and values")
+        made = self.emit.add("MatMul", [x, weights])
+        if self._name(2):
+            made = self.emit.add("Add", [made, self._name(2)])
+        self._microsoft(self._cut(made, widths, 2), widths, x, x, self._name(3), self._name(5))
+
+    def _microsoft(
+        self, operands: Sequence[str], widths: Sequence[int], rows: str, columns: str, padding: str, bias: str
+    ) -> None:
+        """What both of ONNX Runtime's operators do with queries, keys and values."""
+        heads = self.given["num_heads"]
+        masks = [bias]
+        if padding:
+            if len(self._extents(padding)) != 2 or self._extents(padding)[-1] != self._extents(columns)[1]:
+                raise Unsupported("its mask is not one of keys")
+            kept = self.emit.add("Cast", [padding], {"to": int(helper.np_dtype_to_tensor_dtype(self.dtype))})
+            hidden = self.emit.add("Sub", [self._number(1), kept])
+            added = self.emit.add("Mul", [hidden, self._number(self.given.get("mask_filter_value", _MASKED))])
+            masks.append(self.emit.add("Unsqueeze", [added, self._ints(1, 2)]))
+        if self.given.get("unidirectional", 0):
+            masks.append(self._causal(rows, columns, 1))
+        scale = self.given.get("scale", 0.0) or (widths[0] // heads) ** -0.5
+        self._attend(operands, heads, scale, masks)
+
+    def _attend(self, operands: Sequence[str], heads: int, scale: float, masks: Sequence[str]) -> None:
+        """Scores, softmax and weighted sum; `heads` where they lie side by side on the last axis."""
+        emit = self.emit
+        query, key, value = operands
+        if heads:
+            query, key, value = (
+                emit.add("Transpose", [emit.add("Reshape", [x, self._ints(0, 0, heads, -1)])], {"perm": [0, 2, 1, 3]})
+                for x in operands
+            )
+        turned = emit.add("Transpose", [key], {"perm": [0, 1, 3, 2]})
+        scores = emit.add("MatMul", [query, turned])
+        if scale != 1:
+            scores = emit.add("Mul", [scores, self._number(scale)])
+        for mask in filter(None, masks):
+            scores = emit.add("Add", [scores, mask])
+        weights = emit.add("Softmax", [scores], {"axis": -1})
+        out = self.node.output[0]
+        if not heads:
+            emit.add("MatMul", [weights, value], output=out)
+            return
+        joined = emit.add("Transpose", [emit.add("MatMul", [weights, value])], {"perm": [0, 2, 1, 3]})
+        emit.add("Reshape", [joined, self._ints(0, 0, -1)], output=out)
+
+    def _causal(self, rows: str, columns: str, axis: int) -> str:
+        """A mask to add, by which no query sees a later key."""
+        count, others = (self._constant(self._extents(x)[axis]) for x in (rows, columns))
+        if count != others:
+            raise Unsupported("it is causal, with other keys than its own positions")
+        return self.emit.constant(np.where(np.tri(count, dtype=bool), 0, -np.inf).astype(self.dtype))
+
+    def _cut(self, name: str, widths: Sequence[int], axis: int) -> list[str]:
+        """A tensor cut into parts along an axis."""
+        cuts = itertools.pairwise(np.cumsum([0, *widths]).tolist())
+        return [self.emit.add("Slice", [name, *(self._ints(n) for n in (*cut, axis))]) for cut in cuts]
+
+    def _only(self, inputs: int, attributes: Collection[str]) -> None:
+        """Refuses further inputs and attributes."""
+        more = [a for a, v in self.given.items() if a not in attributes and v]
+        if any(self.node.input[inputs:]) or more:
+            raise Unsupported(f"it uses {more[0] if more else 'earlier keys or lengths'}")
+
+    def _name(self, k: int) -> str:
+        return self.node.input[k] if k < len(self.node.input) else ""
+
+    def _extents(self, name: str) -> Extents:
+        found = self.extents.get(name)
+        if found is None:
+            raise Unsupported(f"the shape of {name} is not known")
+        return found
+
+    @staticmethod
+    def _constant(extent: Extent) -> int:
+        if extent[1]:
+            raise Unsupported("its positions, heads or sizes are not constant")
+        return extent[0]
+
+    def _number(self, value: float) -> str:
+        return self.emit.constant(np.array(value, self.dtype))
+
+    def _ints(self, *values: Any) -> str:
+        data: NDArray[np.int64] = np.array(values, np.int64)
+        return self.emit.constant(data)

@@ -1,0 +1,240 @@
+"""Fused attention operators are divided by their steps where their operands hold several levels, and kept elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import (
+    Given,
+    Graph,
+    assert_same_scores,
+    candidate,
+    feeds,
+    patterns,
+    request,
+    rewritten,
+    rules,
+    run,
+    session,
+)
+from onnx import ModelProto
+
+import onnxrank
+from onnxrank import pipeline
+from onnxrank.feeds import describe
+from onnxrank.fused import OPERATORS, Unsupported
+from onnxrank.model import load
+from onnxrank.roles import resolve
+from onnxrank.study import Study
+
+MS = "com.microsoft"
+USERS, ITEMS, D = 5, 2, 8
+COUNT = USERS + ITEMS
+KINDS = ["onnx", "onnx by heads", "multi-head", "multi-head with bias", "packed"]
+
+
+def weight(g: Graph, *shape: int) -> str:
+    return g.const(np.random.default_rng(len(g.initializers)).normal(0, 0.4, shape))
+
+
+class Fused:
+    """Fields `[N, 7, 8]`, five of them request-level, through a fused operator and a layer.
+
+    Args:
+        kind: The operator, and how it is used.
+        levels: Which fields there are: `mixed`, `candidate`, or a `query` of the candidate on keys of the request.
+        heads: Number of heads.
+        mask: A tensor to add or select by, if the operator takes one.
+        attrs: Further attributes.
+    """
+
+    def __init__(
+        self, kind: str, levels: str = "mixed", heads: int = 2, mask: np.ndarray | None = None, **attrs: object
+    ) -> None:
+        self.g = g = Graph(23 if kind.startswith("onnx") else 17)
+        self.given: list[Given] = [request("u", USERS, D), candidate("c", ITEMS, D)]
+        u, c = (i.declare(g) for i in self.given)
+        x = g.op("Concat", u, c, axis=1) if levels == "mixed" else c
+        queries, keys = (c, u) if levels == "query" else (x, x)
+        added = [] if mask is None else [g.const(mask, bool if mask.dtype == bool else np.float32)]
+        if kind.startswith("packed"):
+            more = ["", "", *added] if added else []
+            y = g.op("Attention", x, weight(g, D, 3 * D), weight(g, 3 * D), *more, domain=MS, num_heads=heads, **attrs)
+        else:
+            q, k, v = (g.op("MatMul", t, weight(g, D, D)) for t in (queries, keys, keys))
+            if kind == "onnx":
+                y = g.op("Attention", q, k, v, *added, q_num_heads=heads, kv_num_heads=heads, **attrs)
+            elif kind == "onnx by heads":
+                split = (g.op("Reshape", t, g.ints(0, 0, heads, D // heads)) for t in (q, k, v))
+                y = g.op("Attention", *(g.op("Transpose", t, perm=[0, 2, 1, 3]) for t in split), *added, **attrs)
+                y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.ints(0, 0, D))
+            else:
+                bias = weight(g, 3 * D) if "bias" in kind else ""
+                more = [bias, "", *added] if bias or added else []
+                y = g.op("MultiHeadAttention", q, k, v, *more, domain=MS, num_heads=heads, **attrs)
+        y = g.op("Tanh", g.on_axes("ReduceSum", y, [1], keepdims=0))
+        if levels != "mixed":
+            y = g.op("Add", y, g.on_axes("ReduceSum", u, [1], keepdims=0))
+        g.output(g.op("MatMul", y, weight(g, D, 3)), ["N", 3])
+
+    def model(self) -> ModelProto:
+        model = self.g.model()
+        try:
+            session(model)
+        except Exception:
+            pytest.skip("onnxruntime has no such operator here")
+        return model
+
+
+@contextmanager
+def forced() -> Iterator[None]:
+    """Takes the form with the attention rule and most nodes to start from, whatever it costs."""
+
+    def seconds(self: pipeline.Form, *_: object) -> float:
+        return -float(self.uses("attention")) * len(self.study.model.graph.node)
+
+    with mock.patch.object(pipeline.Form, "seconds", seconds):
+        yield
+
+
+def divided(made: Fused, **options: object) -> onnxrank.Result:
+    """Optimised with the steps written out, and held against the original."""
+    model = made.model()
+    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+        result = rewritten(model, request=patterns(made.given), **options)
+    assert_same_scores(model, result, made.given, counts=(1, 2, 5), tolerance=2e-5)
+    return result
+
+
+def study_of(made: Fused) -> Study:
+    model = made.model()
+    return Study(model, resolve(describe(model), request=patterns(made.given)), load(model))
+
+
+def outputs(model: ModelProto) -> list[str]:
+    return [n.output[0] for n in model.graph.node if n.op_type in OPERATORS]
+
+
+MASKS = {
+    "none": None,
+    "added": np.where(np.random.default_rng(7).random((COUNT, COUNT)) < 0.4, -3, 0).astype(np.float32),
+    "hidden": np.where(np.eye(COUNT, k=1) + np.eye(COUNT, k=3) > 0, -np.inf, 0).astype(np.float32),
+    "true or false": ~(np.eye(COUNT, k=1) + np.eye(COUNT, k=3) > 0),
+}
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_of_fields(kind: str, mask: str, heads: int) -> None:
+    """Self-attention over fields of both levels is divided, whatever the operator and the mask."""
+    data = MASKS[mask]
+    if data is not None and not kind.startswith("onnx"):
+        if data.dtype == bool:
+            pytest.skip("this operator's mask is added")
+        data = data[None, None]
+    result = divided(Fused(kind, heads=heads, mask=data))
+    assert "attention" in rules(result) and not outputs(result.model)
+    assert result.report.macs_after < result.report.macs_before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal(kind: str) -> None:
+    """The operator's own causal mask: the history does not see the candidate."""
+    attrs = {"is_causal": 1} if kind.startswith("onnx") else {"unidirectional": 1}
+    result = divided(Fused(kind, **attrs))
+    assert not outputs(result.model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale(kind: str) -> None:
+    """A scale of the model's own."""
+    divided(Fused(kind, scale=0.3))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "onnx by heads", "multi-head", "multi-head with bias"])
+def test_queries_of_the_candidate(kind: str) -> None:
+    """Keys and values of the request: projected once."""
+    result = divided(Fused(kind, "query"))
+    assert not outputs(result.model) and "attention" in rules(result)
+
+
+@pytest.mark.parametrize("kind", ["multi-head", "packed"])
+def test_padding(kind: str) -> None:
+    """A mask of keys, `[N, keys]`, 1 for those that count."""
+    g = Graph(17)
+    given = [request("u", USERS, D), candidate("c", ITEMS, D), request("ids", COUNT, ids=2)]
+    u, c, ids = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1)
+    kept = g.op("Cast", g.op("Less", ids, g.const(1, np.int64)), to=6)
+    if kind == "packed":
+        y = g.op("Attention", x, weight(g, D, 3 * D), weight(g, 3 * D), kept, domain=MS, num_heads=2)
+    else:
+        q, k, v = (g.op("MatMul", x, weight(g, D, D)) for _ in range(3))
+        y = g.op("MultiHeadAttention", q, k, v, "", kept, domain=MS, num_heads=2)
+    g.output(g.op("MatMul", g.on_axes("ReduceSum", y, [1], keepdims=0), weight(g, D, 3)), ["N", 3])
+    made = Fused.__new__(Fused)
+    made.g, made.given = g, given
+    assert not outputs(divided(made).model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_out(kind: str) -> None:
+    """The steps give what the operator gives, on any inputs, and nothing else of the model changes."""
+    made = Fused(kind, mask=None if kind == "packed" else MASKS["added"][None, None], scale=0.4)
+    study = study_of(made)
+    out = study.written_out(outputs(study.model)).model
+    assert not outputs(out)
+    own = {n.SerializeToString() for n in out.graph.node}
+    assert all(n.SerializeToString() in own for n in study.model.graph.node if n.op_type not in OPERATORS)
+    for n in (1, 4):
+        old, _ = feeds(made.given, n, seed=n)
+        for name, want in run(study.model, old).items():
+            np.testing.assert_allclose(run(out, old)[name], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_elsewhere(kind: str) -> None:
+    """Where all operands are the candidate's there is nothing to divide."""
+    made = Fused(kind, "candidate")
+    result = rewritten(made.model(), request=patterns(made.given))
+    assert len(outputs(result.model)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_out(kind: str) -> None:
+    """Without the rule the operator stays."""
+    made = Fused(kind)
+    result = rewritten(made.model(), request=patterns(made.given), ignore=["attention"])
+    assert len(outputs(result.model)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "attrs", "said"),
+    [
+        ("onnx", {"softcap": 2.0}, "softcap"),
+        ("onnx", {"softmax_precision": 1}, "softmax_precision"),
+    ],
+)
+def test_not_written_out(kind: str, attrs: dict[str, object], said: str) -> None:
+    """What is not known is refused, and the note says why."""
+    made = Fused(kind, **attrs)
+    study = study_of(made)
+    with pytest.raises(Unsupported, match=said):
+        study.written_out(outputs(study.model))
+    result = rewritten(made.model(), request=patterns(made.given))
+    assert len(outputs(result.model)) == 1
+    assert any(said in note and "fused attention" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "onnx by heads"])
+def test_float64_agrees(kind: str) -> None:
+    """The whole check passes: algebra in float64, rounding, ranking."""
+    made = Fused(kind, mask=MASKS["added"])
+    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+        result = onnxrank.optimize(made.model(), request=patterns(made.given), check=True)
+    assert result.changed and all(c.passed for c in result.report.checks)
