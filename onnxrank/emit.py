@@ -47,6 +47,7 @@ class Emitter:
         self.hint = ""
         self._taken = set(taken)
         self._same: dict[tuple[Any, ...], str] = {}
+        self._parts: dict[tuple[str, str, int, int], list[str]] = {}
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet, close to `hint`."""
@@ -84,11 +85,20 @@ class Emitter:
             return self._same[key]
         name = output or self.fresh(f"{hint or self.hint}/{op.lower()}")
         self._same.setdefault(key, name)
-        proto = surgery.node(op, inputs, name, attrs)
+        proto = surgery.node(op, inputs, [name], attrs)
         if output is not None:
             proto.name = self.fresh(f"{output}/{op.lower()}")
         self._append(proto, self.rule or "movement")
         return name
+
+    def split(self, name: str, axis: int, count: int) -> list[str]:
+        """Cuts a tensor into equal parts along an axis."""
+        key = ("split", name, axis, count)
+        if key not in self._parts:
+            self._parts[key] = [self.fresh(f"{self.hint}/split") for _ in range(count)]
+            attrs = {"axis": axis} | ({"num_outputs": count} if self.opset >= 18 else {})
+            self._append(surgery.node("Split", [name], self._parts[key], attrs), self.rule or "movement")
+        return self._parts[key]
 
     def copy(self, node: NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Adds a copy of a node with other inputs and outputs."""

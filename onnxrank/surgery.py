@@ -21,15 +21,15 @@ def _graphsurgeon() -> tuple[Any, Any]:
     return gs, OnnxExporter
 
 
-def node(op: str, inputs: Sequence[str], output: str, attrs: dict[str, Any]) -> NodeProto:
-    """Builds a node of the default domain with one output, named after it."""
+def node(op: str, inputs: Sequence[str], outputs: Sequence[str], attrs: dict[str, Any]) -> NodeProto:
+    """Builds a node of the default domain, named after its first output."""
     gs, exporter = _graphsurgeon()
     made = gs.Node(
         op=op,
-        name=output,
+        name=outputs[0],
         attrs=attrs,
         inputs=[gs.Variable(i) if i else gs.Variable.empty() for i in inputs],
-        outputs=[gs.Variable(output)],
+        outputs=[gs.Variable(o) for o in outputs],
     )
     proto: NodeProto = exporter.export_node(made)
     return proto

@@ -122,6 +122,22 @@ def test_candidates_are_rows_of_one_matrix() -> None:
     assert len(products) == 3  # the symmetric block is not made twice
 
 
+@pytest.mark.parametrize(("heads", "size", "cut"), [(4, 8, True), (16, 2, True), (2, 48, False), (20, 2, False)])
+def test_heads_of_the_candidate(heads: int, size: int, cut: bool) -> None:
+    """Narrow heads are cut apart and joined again, which is faster than a Transpose; there may be no rows."""
+    given = [request("k", heads, size, 3), request("u", 5), candidate("c", 3)]
+    g = Graph()
+    k, u, c = (i.declare(g) for i in given)
+    q = g.op("MatMul", g.op("Concat", u, c, axis=1), g.const(whole_numbers(8, heads * size)))
+    q = g.op("Transpose", g.op("Reshape", q, g.ints(-1, 1, heads, size)), perm=[0, 2, 1, 3])
+    y = g.op("MatMul", g.op("Relu", g.op("MatMul", q, k)), g.op("Transpose", k, perm=[0, 1, 3, 2]))
+    y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.ints(-1, heads * size))
+    g.output(g.op("MatMul", y, g.const(whole_numbers(heads * size, 2, seed=1))), ["N", 2])
+    result = optimised(g, given, counts=(0, 1, 2, 5))
+    assert (50 in made_by(result, given, "Split")) == cut
+    assert (50 in made_by(result, given, "Transpose")) != cut
+
+
 @pytest.mark.parametrize("items", [1, 4, 5, 6])
 def test_rows_per_candidate(items: int) -> None:
     """Few rows per candidate are brought side by side for one product; more are products of their own."""
