@@ -568,9 +568,8 @@ class Rewrite:
     def joint_levels(self, arrays: Sequence[Codes]) -> NDArray[np.int64]:
         """How often each entry of an elementwise result must be computed; unread if an operand's entry is."""
         levels = [self.sources.levels(a) for a in arrays]
-        joint: NDArray[np.int64] = np.maximum.reduce(levels).astype(np.int64)
-        joint[np.minimum.reduce(levels) == Level.UNREAD] = Level.UNREAD
-        return joint
+        unread = np.minimum.reduce(levels) == Level.UNREAD
+        return np.where(unread, Level.UNREAD, np.maximum.reduce(levels)).astype(np.int64)
 
     def groups(self, levels: NDArray[np.int64], dims: Dims, flat: bool = True) -> list[Group]:
         """Divides entries by how often they have to be computed.
@@ -732,7 +731,8 @@ class Rewrite:
         split = split_merged(value.dims)
         arrays = [t.codes.reshape(extents(split)) for t in value.terms]
         keys = self.joint_levels(arrays)
-        out = np.where(keys == Level.UNREAD, HOLE, zero)
+        out = np.full(extents(split), zero)
+        out[keys == Level.UNREAD] = HOLE
         if any(s.is_open for a in arrays for s in self.sources.of(a)):
             # Entries with a product that was put off are not mixed with those that have none.
             held = sum(((a != zero).astype(np.int64) << k for k, a in enumerate(arrays)), np.zeros_like(keys))

@@ -11,6 +11,7 @@ from helpers import (
     BOOL,
     FLOAT,
     INT64,
+    Given,
     Graph,
     candidate,
     feeds,
@@ -407,3 +408,14 @@ def test_rows_of_one_request_taken_by_the_model() -> None:
     looked_up = g.op("Gather", g.const(whole_numbers(3, 2)), first, axis=0)
     g.output(g.op("Add", g.op("Relu", g.on_axes("ReduceSum", looked_up, [1], keepdims=0)), c), ["N", 2])
     onnx.checker.check_model(rewritten(g.model(), request=["i"]).model)
+
+
+def test_scalars() -> None:
+    """A tensor without dimensions, picked out of others, in elementwise steps."""
+    given = [Given("o", (), "once"), request("u", 3), candidate("c", 3)]
+    g = Graph()
+    o, u, c = (i.declare(g) for i in given)
+    picked = g.op("Gather", g.op("Expand", o, g.ints(4)), g.const(2, np.int64), axis=0)
+    y = g.op("Where", g.op("Greater", picked, g.const(0)), g.op("Add", picked, g.op("Neg", u)), c)
+    g.output(y, ["N", 3])
+    optimised(g, given)
