@@ -425,8 +425,7 @@ class Layout:
         ready = self.before_reshape(name, have, want)
         if ready is not None:
             return ready
-        while name in self._reshaped:
-            name, have = self._reshaped[name]
+        name, have = self.unreshaped(name, have)
         target: list[int] = []
         unknown = 0
         for k, d in enumerate(want):
@@ -451,6 +450,12 @@ class Layout:
     def note_reshape(self, name: str, source: str, dims: Dims) -> None:
         """Notes that a tensor is another one, of this physical shape, in a new shape."""
         self._reshaped[name] = (source, dims)
+
+    def unreshaped(self, name: str, dims: Dims) -> tuple[str, Dims]:
+        """The tensor that this one was reshaped from, and its shape, or the tensor itself."""
+        while name in self._reshaped:
+            name, dims = self._reshaped[name]
+        return name, dims
 
     def before_reshape(self, name: str, have: Dims, want: Dims) -> str | None:
         """The tensor of the wanted shape that this one was reshaped from, or the tensor itself."""

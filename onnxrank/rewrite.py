@@ -802,7 +802,9 @@ class Rewrite:
             name = made or self.emit.add("Add", [self.layout.realise(codes, physical)[0], name])
             have = joined
         assert name is not None
-        codes = codes_of(self.sources.add(have, dtype, name, part=self.is_part(terms)))
+        # In the shape it is made in: what follows may be fused with it.
+        name, own = self.layout.unreshaped(name, have)
+        codes = codes_of(self.sources.add(own, dtype, name, part=self.is_part(terms))).reshape(extents(have))
         return np.broadcast_to(codes, extents(dims)).reshape(shape)
 
     def _product_with(self, product: Source, name: str, have: Dims, physical: Dims) -> str | None:

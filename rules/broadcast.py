@@ -21,6 +21,7 @@ from onnxrank.values import (
     Dim,
     Dims,
     Level,
+    Source,
     Sum,
     Value,
     broadcast_dims,
@@ -34,6 +35,7 @@ from onnxrank.values import (
     keep_symbols,
     split_axis,
     split_merged,
+    stream,
     symbols,
     view,
     with_extents,
@@ -252,6 +254,19 @@ def _group(
         parts = [p.transpose(order) for p in parts]
         made = _group(rw, node, turned, parts, [len(dims)] * len(ranks), present, dtype, False)
         return made.transpose(np.argsort(order))
+    source = _as_it_lies(rw, parts, dims)
+    if source is not None:
+        made = _group(
+            rw,
+            node,
+            Group(group.level, ..., source.dims),
+            [codes_of(source)],
+            [len(source.dims)],
+            present,
+            dtype,
+            False,
+        )
+        return made.reshape(shape)
     for axis in range(len(dims)):
         if all(constant_along(p, axis) or p.shape[axis] == 1 for p in parts):
             parts = [p.take([0], axis) for p in parts]
@@ -300,6 +315,17 @@ def _group(
     codes = codes_of(source)
     made = np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape_now)
     return made.reshape(shape)
+
+
+def _as_it_lies(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> Source | None:
+    """The tensor of which a single operand is a reshape: the step rather follows it, and may be fused with it."""
+    found = rw.sources.of(parts[0])
+    if len(parts) != 1 or len(found) != 1 or found[0].size != parts[0].size or found[0].level is not Level.CANDIDATE:
+        return None
+    physical = keep_symbols(dims, found[0].symbols)
+    if physical == found[0].dims or stream(physical) != stream(found[0].dims):
+        return None
+    return found[0] if np.array_equal(parts[0].reshape(-1), codes_of(found[0]).reshape(-1)) else None
 
 
 def _memory_order(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> list[int] | None:

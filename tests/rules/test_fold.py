@@ -295,6 +295,14 @@ def test_target_attention(kind: str) -> None:
     optimised(g, given, candidates=1)
 
 
+def test_activation_behind_the_fold() -> None:
+    """It follows the product itself, not a reshape of it: runtimes fuse the two."""
+    g, given = target("*h")
+    result = optimised(g, given, candidates=N)
+    maker = {o: n.op_type for n in result.model.graph.node for o in n.output}
+    assert [maker[n.input[0]] for n in result.model.graph.node if n.op_type == "Relu"] == ["Gemm"]
+
+
 def test_difference_beside_the_product() -> None:
     """`q - h` is divided as it is without the product: `q` is one row per candidate, not one per position."""
     g, given = target("qh-*")
