@@ -30,7 +30,11 @@ class Unsupported(Exception):
 
 
 def written_out(
-    model: ModelProto, extents: Mapping[str, Extents], dtypes: Mapping[str, int], outputs: Collection[str]
+    model: ModelProto,
+    extents: Mapping[str, Extents],
+    dtypes: Mapping[str, int],
+    constants: Mapping[str, NDArray[Any]],
+    outputs: Collection[str],
 ) -> ModelProto:
     """A copy of a model with some fused attention operators as their steps.
 
@@ -38,6 +42,7 @@ def written_out(
         model: The model.
         extents: Its shapes.
         dtypes: Element type per tensor, where known.
+        constants: Data of tensors that are constant.
         outputs: First outputs of the operators.
 
     Raises:
@@ -52,7 +57,7 @@ def written_out(
     emit = Emitter(taken, opset)
     for node in model.graph.node:
         if node.output and node.output[0] in outputs:
-            steps = _Steps(emit, node, extents, dtypes)
+            steps = _Steps(emit, node, extents, dtypes, constants)
             steps.write()
             out.graph.node.extend(e.proto for e in emit.nodes)
             emit.nodes.clear()
@@ -70,12 +75,18 @@ class _Steps:
         node: The operator.
         extents: Shapes.
         dtypes: Element type per tensor, where known.
+        constants: Data of tensors that are constant.
     """
 
     def __init__(
-        self, emit: Emitter, node: NodeProto, extents: Mapping[str, Extents], dtypes: Mapping[str, int]
+        self,
+        emit: Emitter,
+        node: NodeProto,
+        extents: Mapping[str, Extents],
+        dtypes: Mapping[str, int],
+        constants: Mapping[str, NDArray[Any]],
     ) -> None:
-        self.emit, self.node, self.extents, self.dtypes = emit, node, extents, dtypes
+        self.emit, self.node, self.extents, self.dtypes, self.constants = emit, node, extents, dtypes, constants
         self.given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         kind = dtypes.get(node.output[0], dtypes.get(node.input[0], TensorProto.FLOAT))
         self.dtype = helper.tensor_dtype_to_np_dtype(kind)
@@ -105,6 +116,7 @@ class _Steps:
         if heads[0] != heads[1] or not heads[0]:
             raise Unsupported("its keys have other heads than its queries")
         mask = self._name(3)
+        self._sees(mask, causal=bool(self.given.get("is_causal", 0)))
         if mask and self.dtypes.get(mask) == TensorProto.BOOL:
             zero, least = self._number(0), self._number(-np.inf)
             mask = self.emit.add("Where", [mask, zero, least])
@@ -149,6 +161,7 @@ class _Steps:
     ) -> None:
         """What both of ONNX Runtime's operators do with queries, keys and values."""
         heads = self.given["num_heads"]
+        self._sees(bias, causal=bool(self.given.get("unidirectional", 0)))
         masks = [bias]
         if padding:
             if len(self._extents(padding)) != 2 or self._extents(padding)[-1] != self._extents(columns)[1]:
@@ -184,6 +197,19 @@ class _Steps:
             return
         joined = emit.add("Transpose", [emit.add("MatMul", [weights, value])], {"perm": [0, 2, 1, 3]})
         emit.add("Reshape", [joined, self._ints(0, 0, -1)], output=out)
+
+    def _sees(self, mask: str, causal: bool) -> None:
+        """Refuses a mask that may hide all keys of a row: operators differ in what they make of that."""
+        if not mask:
+            return
+        data = self.constants.get(mask)
+        if data is None:
+            raise Unsupported("its mask is computed, and may hide all keys of a row")
+        seen = data if data.dtype == bool else np.isfinite(data)
+        if causal:
+            seen = seen & (np.tri(*seen.shape[-2:]) > 0)
+        if not seen.any(-1).all():
+            raise Unsupported("its mask hides all keys of a row")
 
     def _causal(self, rows: str, columns: str, axis: int) -> str:
         """A mask to add, by which no query sees a later key."""

@@ -231,6 +231,36 @@ def test_not_written_out(kind: str, attrs: dict[str, object], said: str) -> None
     assert any(said in note and "fused attention" in note for note in result.report.notes)
 
 
+BLIND = np.arange(COUNT)[:, None] != np.full(COUNT, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["added", "true or false"])
+def test_rows_that_see_nothing(kind: str, how: str) -> None:
+    """Operators differ in what they make of a row whose keys are all hidden: such masks are refused."""
+    if how == "true or false" and not kind.startswith("onnx"):
+        pytest.skip("this operator's mask is added")
+    data = BLIND if how == "true or false" else np.where(BLIND, 0, -np.inf).astype(np.float32)
+    made = Fused(kind, mask=data if kind.startswith("onnx") else data[None, None])
+    study = study_of(made)
+    with pytest.raises(Unsupported, match="hides all keys"):
+        study.written_out(outputs(study.model))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "onnx by heads"])
+def test_computed_mask(kind: str) -> None:
+    """A mask that depends on an input may hide all keys of a row."""
+    made = Fused(kind, mask=MASKS["added"])
+    (node,) = (n for n in made.g.nodes if n.op_type == "Attention")
+    mask = made.g.op("Mul", node.input[3], made.g.op("ReduceMax", "u", keepdims=0))
+    made.g.nodes.insert(made.g.nodes.index(node), made.g.nodes.pop())
+    made.g.nodes.insert(made.g.nodes.index(node) - 1, made.g.nodes.pop())
+    node.input[3] = mask
+    study = study_of(made)
+    with pytest.raises(Unsupported, match="computed"):
+        study.written_out(outputs(study.model))
+
+
 @pytest.mark.parametrize("kind", ["onnx", "onnx by heads"])
 def test_float64_agrees(kind: str) -> None:
     """The whole check passes: algebra in float64, rounding, ranking."""
