@@ -342,7 +342,7 @@ RULE = Rule(
     identity="softmax(a ++ b) = t softmax(a) ++ q where q ++ t = softmax((b - log sum exp a) ++ 0)",
     source="rank-aware decomposition (arXiv 2605.27450); online softmax (Milakov, Gimelshein 2018)",
     legal="The softmax is over one axis, and the same keys are request-level for all queries of a kind.",
-    refuses="Scores whose levels follow no rows and columns; fused operators with a cache, a cap on scores or a computed mask.",
+    refuses="Scores whose levels follow no rows and columns; fused operators with a cache, a cap or a computed mask.",
     exactness="reassociates",
     operators={
         "Softmax": softmax,
