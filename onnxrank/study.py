@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
@@ -102,8 +102,10 @@ class Study:
         types = {t.name: t.data_type for t in self.model.graph.initializer}
         types |= {i.name: i.dtype for i in self.declared}
         shapes = {**stored, **self.input_extents(), **self.facts.extents}
-        read = {i for n in self.model.graph.node if n.output and n.output[0] in fused for i in n.input}
-        constants = {t.name: numpy_helper.to_array(t) for t in self.model.graph.initializer if t.name in read}
+        # Masks are among the inputs behind queries, keys and values.
+        read = {i for n in self.model.graph.node if n.output and n.output[0] in fused for i in n.input[3:]}
+        initializers = (t for t in self.model.graph.initializer if t.name in read)
+        constants = {t.name: facts.constant_data(t, self.loaded.folder) for t in initializers}
         constants |= {name: data for name, (dims, data) in self.facts.folded.items() if not symbols(dims)}
         model = written_out(self.model, shapes, types | self.dtypes, constants, fused)
         return Study(model, self.roles, self.loaded)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import onnx
 import pytest
 from helpers import (
     Given,
@@ -268,3 +270,14 @@ def test_float64_agrees(kind: str) -> None:
     with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
         result = onnxrank.optimize(made.model(), request=patterns(made.given), check=True)
     assert result.changed and all(c.passed for c in result.report.checks)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "packed"])
+def test_data_in_another_file(kind: str, tmp_path: Path) -> None:
+    """A mask and weights that lie beside the model are found there."""
+    made = Fused(kind, mask=MASKS["hidden"] if kind.startswith("onnx") else MASKS["hidden"][None, None])
+    path = tmp_path / "model.onnx"
+    onnx.save(made.model(), path, save_as_external_data=True, location="model.data", size_threshold=128)
+    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+        result = onnxrank.optimize(path, request=patterns(made.given), check=True)
+    assert result.changed and not outputs(result.model)
