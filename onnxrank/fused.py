@@ -108,26 +108,26 @@ class _Steps:
         self._only(4, ("is_causal", "kv_num_heads", "q_num_heads", "scale"))
         rank = len(self._extents(self.node.input[0]))
         query, key, value = self.node.input[:3]
-        heads = [0, 0]
         if rank == 3:
-            heads = [self.given.get("q_num_heads", 0), self.given.get("kv_num_heads", 0)]
+            heads, others = (self.given.get(f"{x}_num_heads", 0) for x in ("q", "kv"))
         else:
-            heads = [self._constant(self._extents(x)[1]) for x in (query, key)]
-        if heads[0] != heads[1] or not heads[0]:
+            heads, others = (self._constant(self._extents(x)[1]) for x in (query, key))
+        if heads != others or not heads:
             raise Unsupported("its keys have other heads than its queries")
-        mask = self._name(3)
-        self._sees(mask, causal=bool(self.given.get("is_causal", 0)))
+        beside = heads if rank == 3 else 0
+        mask, causal = self._name(3), bool(self.given.get("is_causal", 0))
+        self._sees(mask, causal)
         if mask and self.dtypes.get(mask) == TensorProto.BOOL:
             zero, least = self._number(0), self._number(-np.inf)
             mask = self.emit.add("Where", [mask, zero, least])
-        size = self._constant(self._extents(query)[-1]) // (heads[0] if rank == 3 else 1)
+        size = self._constant(self._extents(query)[-1]) // max(beside, 1)
         # As the standard has it: both sides are multiplied by the root, rounded to a float.
         root = float(np.sqrt(np.float32(self.given.get("scale", size**-0.5))))
         query, key = (self.emit.add("Mul", [x, self._number(root)]) for x in (query, key))
         masks = [mask]
-        if self.given.get("is_causal", 0):
+        if causal:
             masks.append(self._causal(self.node.input[0], self.node.input[1], rank - 2))
-        self._attend([query, key, value], heads[0] if rank == 3 else 0, 1, masks)
+        self._attend([query, key, value], beside, 1, masks)
 
     def _multi_head(self) -> None:
         """ONNX Runtime's operator with projected queries, keys and values `[N, positions, heads * size]`."""
@@ -160,8 +160,8 @@ class _Steps:
         self, operands: Sequence[str], widths: Sequence[int], rows: str, columns: str, padding: str, bias: str
     ) -> None:
         """What both of ONNX Runtime's operators do with queries, keys and values."""
-        heads = self.given["num_heads"]
-        self._sees(bias, causal=bool(self.given.get("unidirectional", 0)))
+        heads, causal = self.given["num_heads"], bool(self.given.get("unidirectional", 0))
+        self._sees(bias, causal)
         masks = [bias]
         if padding:
             if len(self._extents(padding)) != 2 or self._extents(padding)[-1] != self._extents(columns)[1]:
@@ -170,7 +170,7 @@ class _Steps:
             hidden = self.emit.add("Sub", [self._number(1), kept])
             added = self.emit.add("Mul", [hidden, self._number(self.given.get("mask_filter_value", _MASKED))])
             masks.append(self.emit.add("Unsqueeze", [added, self._ints(1, 2)]))
-        if self.given.get("unidirectional", 0):
+        if causal:
             masks.append(self._causal(rows, columns, 1))
         scale = self.given.get("scale", 0.0) or (widths[0] // heads) ** -0.5
         self._attend(operands, heads, scale, masks)

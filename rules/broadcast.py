@@ -542,6 +542,14 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     return default
 
 
+def is_square(rw: Rewrite, node: NodeProto) -> bool:
+    """Whether a node squares its first input."""
+    if node.op_type == "Pow":
+        exponent = rw.array(node, 1)
+        return exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2.0
+    return node.op_type == "Mul" and node.input[0] == node.input[1]
+
+
 def _softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     rank = rw.value(node, 0).rank
     if rw.emit.opset >= 13:

@@ -12,6 +12,7 @@ from onnx import NodeProto
 from onnxrank.rewrite import RESHAPES, Rewrite, Rule
 from onnxrank.values import Abstract
 
+from .broadcast import is_square
 from .reduce import reduce
 
 
@@ -22,14 +23,6 @@ def sum_over_fields(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     squares = [o for n in rw.readers(node.input[0]) if is_square(rw, n) for o in n.output]
     of_fields = _is_squared(rw, node.output[0]) and any(_sums(rw, o) for o in squares)
     return reduce(rw, node, "fm") if of_squares or of_fields else None
-
-
-def is_square(rw: Rewrite, node: NodeProto) -> bool:
-    """Whether a node squares its first input."""
-    if node.op_type == "Pow":
-        exponent = rw.array(node, 1)
-        return exponent is not None and bool((exponent == 2).all())
-    return node.op_type == "Mul" and node.input[0] == node.input[1]
 
 
 def _sums(rw: Rewrite, name: str) -> list[NodeProto]:

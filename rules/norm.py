@@ -36,7 +36,7 @@ from onnxrank.values import (
     with_extents,
 )
 
-from .broadcast import attribute, pointwise, rowwise
+from .broadcast import attribute, is_square, pointwise, rowwise
 from .products import pieces
 
 
@@ -202,10 +202,7 @@ def _written_out(rw: Rewrite, node: NodeProto) -> tuple[Value, float] | None:
         power = rw.producers.get(square) if square else None
         if eps is None or eps.size != 1 or power is None or power.input[0] != sub.output[0]:
             continue
-        exponent = rw.array(power, 1) if power.op_type == "Pow" else None
-        if (exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2.0) or (
-            power.op_type == "Mul" and power.input[1] == sub.output[0]
-        ):
+        if is_square(rw, power):
             return rw.value(sub, 0), float(eps.reshape(-1)[0])
     return None
 
