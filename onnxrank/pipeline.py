@@ -50,11 +50,6 @@ class Result:
     form: Form | None = None
     full: Form | None = None
 
-    def __post_init__(self) -> None:
-        for owner in (self.study, self.form, self.full):
-            if owner is not None and owner.probe is not None:
-                owner.probe.release()
-
     @property
     def changed(self) -> bool:
         """Whether anything applied."""
@@ -153,7 +148,7 @@ def optimize(
         notes.append(study.facts.note)
     before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     report.before = report.after = cost.by_level(study.model.graph, before)
-    stray = study.unproven_shapes()
+    stray = study.contradicted()
     if stray is not None:
         report.refusals = [stray]
         return Result(original, report, loaded, study)
@@ -249,15 +244,16 @@ class Form:
         self.study = study
         self.rewrite = Transformation(study, rules, interface, guard, report_candidates(span))
         self.model: ModelProto | None = None
-        self.probe: facts.Probe | None = None
+        self.facts: facts.Facts | None = None
         try:
             self.model = self.rewrite.run()
         except Unrepresentable as e:
             self.rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
             return
         if self.rewrite.sites():
-            self.probe = facts.Probe(self.model, study.symbols, study.loaded.folder)
-            self.facts = self.probe.measure(lambda setting: self.rewrite.translate(study.maker(setting)))
+            self.facts = facts.derive(
+                self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts
+            )
 
     def uses(self, rule: str) -> bool:
         """Whether a rule applied."""
@@ -265,7 +261,7 @@ class Form:
 
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
-        assert self.model is not None
+        assert self.model is not None and self.facts is not None
         return cost.shapes_of(self.model, self.facts, self.rewrite.input_extents(), candidates)
 
     def seconds(self, span: tuple[int, int], original: Callable[[int], float]) -> float:
@@ -275,7 +271,7 @@ class Form:
             span: Least and most candidates expected.
             original: Predicted time of the original; a form that is slower at a quarter of the least is out.
         """
-        if self.model is None or self.probe is None:
+        if self.model is None or self.facts is None:
             return float("inf")
         few = max(1, span[0] // 4)
         if cost.seconds(self.model.graph, self.shapes(few)) > original(few):

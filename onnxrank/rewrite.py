@@ -197,7 +197,7 @@ class Rewrite:
         self.producers: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = {}
         self.sources = Sources()
-        self.layout = Layout(self.sources, self.emit)
+        self.layout = Layout(self.sources, self.emit, self.facts.expressions)
         self._claimed: set[str] = set()
         self._numbers: dict[tuple[int, int], int] = {}
         self._node = NodeProto()
@@ -223,6 +223,9 @@ class Rewrite:
                 continue
             made: list[Abstract] | None = None
             key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+            if any(i in self.facts.unknown for i in node.input):
+                self.refuse("movement", self._no_rank(node))
+                key = ""  # nothing is known to hold of a tensor of an unknown number of dimensions
             for rule, transfer in by_op.get(key, []):
                 self.emit.rule = None
                 try:
@@ -242,14 +245,19 @@ class Rewrite:
                     self.values[name] = value
 
     def _confirm(self, node: NodeProto, made: list[Abstract]) -> None:
-        """Holds the derived shapes against the measured ones."""
+        """Holds the shapes that a rule gives against the proved ones."""
         for name, value in zip(node.output, made, strict=False):
-            seen = self.facts.extents.get(name) if name else None
+            seen = self.facts.sizes.get(name) if name else None
             if seen is None:
                 continue
-            derived = tuple((prod(f for f in d if isinstance(f, int)), sorted(symbols([d]))) for d in value.dims)
-            if derived != tuple((c, sorted(s)) for c, s in seen):
-                raise Unrepresentable(f"shape {derived} was derived where {seen} was measured")
+            derived = tuple(self.facts.size_of(d) for d in value.dims)
+            if derived != seen:
+                raise Unrepresentable(f"a rule gives the shape {list(derived)} where {list(seen)} is proved")
+
+    def _no_rank(self, node: NodeProto) -> str:
+        """Why a node is left alone that reads a tensor of an unknown number of dimensions."""
+        name = next(i for i in node.input if i in self.facts.unknown)
+        return f"it reads {name!r}, whose number of dimensions is not proved ({self.facts.unknown[name]})"
 
     def refuse(self, rule: str, reason: str) -> None:
         """Notes why a rule leaves the current node alone."""
@@ -271,7 +279,7 @@ class Rewrite:
         dims: list[Dims] = []
         for o in node.output:
             known = self.facts.dims(o) if o else ()
-            if known is None or o in self.facts.unsteady:
+            if known is None:
                 known = ((f"{CANDIDATES}~?{o}",),)
             dims.append(known)
         if not self.keep_moves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import onnx
 from onnx import ModelProto, NodeProto, helper
@@ -22,74 +22,88 @@ from onnxrank.values import (
     symbols,
 )
 
-_DATA_SHAPED = {"NonZero", "Unique", "Compress", "Loop", "If", "Scan", "NonMaxSuppression"}
-_SHAPE_OPERANDS = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 0, "Slice": 1, "TopK": 1}
+_LONG = 61
+"""Extent of symbols in the run that confirms long ones; a prime, as the shorter ones are."""
 
 
 class Study:
-    """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types."""
+    """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types.
+
+    Attributes:
+        contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
+    """
 
     def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel) -> None:
         self.loaded, self.roles = loaded, roles
-        self.model = model
         self.declared = feeds.inputs(model, roles)
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
         if CANDIDATES not in self.symbols:
             raise UsageError("no input has a candidate axis: name the inputs that differ between candidates")
-        self.maker = feeds.Maker(self.declared, None)
-        self.probe = facts.Probe(model, self.symbols, loaded.folder)
-        self.facts = self._first_look()
+        self.model = model
+        self.facts = facts.derive(model, self.input_extents(), loaded.folder)
         resolved = resolve_ifs(self.model, self.facts)
-        if resolved is not None:
+        while resolved is not None:
             self.model = resolved
-            self.probe = facts.Probe(resolved, self.symbols, loaded.folder)
-            self.facts = self.probe.measure(self.maker)
+            self.facts = facts.derive(resolved, self.input_extents(), loaded.folder)
+            resolved = resolve_ifs(self.model, self.facts)
+        self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
-        if self._data_shaped():
-            self.facts = self.probe.measure(self.maker)
+        self.contradiction = self._confirm()
 
-    def _first_look(self) -> Facts:
-        """Shapes, from inputs that most models accept: ids of 1, or else of 0."""
-        try:
-            return self.probe.measure(self.maker)
-        except ModelError:
-            self.maker = feeds.Maker(self.declared, None, fill=0)
-        try:
-            return self.probe.measure(self.maker)
-        except ModelError as e:
-            shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
-            raise ModelError(
-                f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {e}. "
-                "If it is a static batch export, export it again with a dynamic one (torch: dynamic_axes or "
-                "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "
-                "roles file."
-            ) from e
+    def _confirm(self) -> facts.Contradiction | None:
+        """Runs the model and holds every derived shape against the measured one.
+
+        Raises:
+            ModelError: The model does not run.
+        """
+        probe = facts.Probe(self.model, self.loaded.folder)
+        points = facts.settings(self.symbols, (2, 3))
+        if len(self.symbols) > 1:
+            long = {s: _LONG + 6 * k for k, s in enumerate(self.symbols)} | {CANDIDATES: 1}
+            points.append(facts.Setting(long, seed=2))
+        problem: ModelError | None = None
+        # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
+        for maker in (self.maker, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0)):
+            try:
+                return self._contradiction(probe, maker, points)
+            except ModelError as e:
+                problem = problem or e
+        shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
+        raise ModelError(
+            f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {problem}. "
+            "If it is a static batch export, export it again with a dynamic one (torch: dynamic_axes or "
+            "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "
+            "roles file."
+        )
+
+    def _contradiction(
+        self, probe: facts.Probe, maker: feeds.Maker, points: Sequence[facts.Setting]
+    ) -> facts.Contradiction | None:
+        for k, point in enumerate(points):
+            try:
+                measured = probe.measure(maker(point))
+            except ModelError:
+                if k < 2:
+                    raise
+                continue  # not every model takes long histories
+            found = next(facts.contradictions(self.facts, measured, point), None)
+            if found is not None:
+                return found
+        return None
 
     def _ranges(self) -> feeds.Ranges:
         from onnxrank.rules import movement
 
         return feeds.find_ranges(self.model, self.declared, self.facts, self.loaded.folder, self.dtypes, movement.RULE)
 
-    def _data_shaped(self) -> bool:
-        """Whether a shape may depend on the data of the inputs, which the first run fed with zeros."""
-        fixed = set(self.facts.folded) | self.facts.varying | {t.name for t in self.model.graph.initializer}
-        for n in self.model.graph.node:
-            if n.op_type in _DATA_SHAPED:
-                return True
-            first = _SHAPE_OPERANDS.get(n.op_type)
-            if first is not None and any(i and i not in fixed for i in n.input[first:]):
-                return True
-        return False
-
-    def unproven_shapes(self) -> Refusal | None:
-        """A shape that is computed from the number of candidates in a way that a few runs cannot tell."""
-        for n in self.model.graph.node:
-            first = _SHAPE_OPERANDS.get(n.op_type)
-            if first is not None and self.facts.unproven.intersection(n.input[first:]):
-                reason = "a shape is computed from the number of candidates in a way that cannot be followed"
-                return Refusal("movement", label(n), n.op_type, reason)
-        return None
+    def contradicted(self) -> Refusal | None:
+        """Why nothing may be rewritten, where a run contradicted what was derived."""
+        if self.contradiction is None:
+            return None
+        node = next((n for n in self.model.graph.node if self.contradiction.name in n.output), NodeProto())
+        reason = f"an error of onnxrank: {self.contradiction}; please report it"
+        return Refusal("movement", label(node), node.op_type, reason)
 
     def written_out(self, fused: Collection[str]) -> Study:
         """The same of a model in which some fused operators, known by their first outputs, are their steps.
