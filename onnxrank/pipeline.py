@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto, inliner
 
-from onnxrank import cost, facts, feeds
+from onnxrank import cost, facts, feeds, workers
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
@@ -23,7 +23,7 @@ from onnxrank.roles import Roles, infer, resolve
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES, Unrepresentable
-from onnxrank.verify import failure, gate, isolate
+from onnxrank.verify import failure, gate
 
 _LEAST_GAIN = 0.9
 """A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
@@ -118,7 +118,7 @@ def optimize(
     if span[0] < 1 or span[1] < span[0]:
         raise UsageError(f"candidates {candidates!r} is not a number of at least 1 or a range of such")
     if check:
-        isolate.warm()
+        workers.warm()
     say("reading")
     loaded = files.load(model)
     original = loaded.proto

@@ -66,12 +66,18 @@ class Truth:
         self.how = "reference"
         self._parts = [_Part(self._model, None)]
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Runs on feeds of any float type.
+
+        Args:
+            feeds: Inputs by name.
+            outputs: Names of outputs; None for all.
 
         Raises:
             ModelError: Neither runtime runs it.
         """
+        if outputs is None:
+            outputs = [o.name for o in self._model.graph.output]
         wide = {k: v.astype(np.float64) if runtime.is_float(v) else v for k, v in feeds.items()}
         while self.how != "reference":
             try:

@@ -26,6 +26,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxrank
 from onnxrank import cli, model
+from onnxrank.cli import output
 from onnxrank.errors import CheckFailed, EnvironmentProblem, ModelError, UsageError
 from onnxrank.report import Report, RuleUse
 from onnxrank.rewrite import Refusal
@@ -390,7 +391,7 @@ def test_progress_on_a_terminal_after_a_while(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(cli, "_PATIENCE", 0.1)
+    monkeypatch.setattr(output, "_PATIENCE", 0.1)
     engine.before = lambda: time.sleep(seconds)
     assert cli.main(["optimize", "in.onnx", "out.onnx", *(["-q"] if quiet else [])]) == 0
     assert ("rewriting" in terminal.getvalue()) is shown
@@ -496,7 +497,7 @@ def test_for_real(folder: Path) -> None:
     done = process(*args)
     assert done.returncode == 0, done.stderr
     form = json.loads(done.stdout)
-    jsonschema.validate(form, json.loads((Path(cli.__file__).parent / "optimize.schema.json").read_text()))
+    jsonschema.validate(form, json.loads((Path(model.__file__).parent / "optimize.schema.json").read_text()))
     assert form["changed"] and form["output"] == "out.onnx"
     assert [rule["name"] for rule in form["rules"] if rule["macs_saved"]] == ["fc"]
     assert b"1 \xc3\x97 fc" in done.stderr
