@@ -8,15 +8,14 @@ extent it started from.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import gcd, inf
 
-Atom = "str | Call"
-Monomial = "tuple[Atom, ...]"
-Size = "int | Expr"
-"""An extent, or an entry of a tensor that is computed from extents."""
+Term = tuple[tuple["str | Call", ...], int]
+"""A monomial, as a sorted tuple of atoms, and its coefficient."""
 
 
 class Unproved(Exception):
@@ -78,7 +77,7 @@ class Expr:
         terms: Monomials, each a sorted tuple of atoms, with their coefficients; sorted, none of them 0.
     """
 
-    terms: tuple[tuple[tuple[str | Call, ...], int], ...]
+    terms: tuple[Term, ...]
 
     @cached_property
     def _hash(self) -> int:
@@ -139,13 +138,13 @@ def symbols_of(size: int | Expr) -> frozenset[str]:
     return size.symbols if isinstance(size, Expr) else frozenset()
 
 
-def _terms(size: int | Expr) -> tuple[tuple[tuple[str | Call, ...], int], ...]:
+def _terms(size: int | Expr) -> tuple[Term, ...]:
     if isinstance(size, Expr):
         return size.terms
     return (((), int(size)),) if size else ()
 
 
-def _total(terms: Iterable[tuple[tuple[str | Call, ...], int]]) -> int | Expr:
+def _total(terms: Iterable[Term]) -> int | Expr:
     """The canonical form of a sum."""
     found: dict[tuple[str | Call, ...], int] = {}
     for atoms, c in terms:
@@ -291,7 +290,7 @@ def divide(a: int | Expr, b: int | Expr) -> int | Expr | None:
             return None
         return _total((m, c // b) for m, c in _terms(a))
     lead, factor = b.terms[0]
-    quotient: list[tuple[tuple[str | Call, ...], int]] = []
+    quotient: list[Term] = []
     rest = a
     for _ in range(64):
         if not isinstance(rest, Expr):
@@ -304,9 +303,7 @@ def divide(a: int | Expr, b: int | Expr) -> int | Expr | None:
     return None
 
 
-def _monomial_quotient(
-    a: tuple[tuple[str | Call, ...], int], b: tuple[tuple[str | Call, ...], int]
-) -> tuple[tuple[str | Call, ...], int] | None:
+def _monomial_quotient(a: Term, b: Term) -> Term | None:
     """The quotient of two monomials; None where one does not divide the other."""
     left = list(a[0])
     for atom in b[0]:
@@ -318,7 +315,10 @@ def _monomial_quotient(
 
 def product(sizes: Iterable[int | Expr]) -> int | Expr:
     """The product of extents."""
-    return reduce(lambda a, b: a * b, sizes, 1)
+    out: int | Expr = 1
+    for n in sizes:
+        out = out * n
+    return out
 
 
 def factors(size: int | Expr) -> tuple[int, tuple[str | Expr, ...]]:
@@ -332,8 +332,7 @@ def factors(size: int | Expr) -> tuple[int, tuple[str | Expr, ...]]:
     common = reduce(gcd, (c for _, c in size.terms))
     shared = list(size.terms[0][0])
     for atoms, _ in size.terms[1:]:
-        left = list(atoms)
-        shared = [a for a in shared if a in left and (left.remove(a) or True)]
+        shared = list((Counter(shared) & Counter(atoms)).elements())
     out: list[str | Expr] = [a if isinstance(a, str) else Expr((((a,), 1),)) for a in shared]
     rest = []
     for atoms, c in size.terms:

@@ -1,14 +1,14 @@
 """Facts about a model's tensors: proved shapes, constants, and a run that confirms them.
 
-Shapes are derived (`shapes`) and held here in the form that the rewriter works with: per extent a constant times symbols.
-An extent that is no such product gets a symbol of its own whose expression is known. Running the model only confirms:
-a run that contradicts what was derived is an error of onnxrank, and nothing is rewritten then.
+Shapes are derived (`shapes`) and held here in the form that the rewriter works with: per extent a constant times
+symbols. An extent that is no such product gets a symbol of its own whose expression is known. Running the model only
+confirms: a run that contradicts what was derived is an error of onnxrank, and nothing is rewritten then.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -23,6 +23,7 @@ from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
 from onnxrank.extents import Expr
 from onnxrank.values import CANDIDATES, Dim, Dims, canonical, is_candidate_symbol
+from onnxrank.workers import RemoteSession
 
 Extent = tuple[int, tuple[str, ...]]
 """A constant times symbols."""
@@ -91,7 +92,7 @@ class Facts:
         """An extent as a constant times symbols."""
         c, found = ex.factors(size)
         named = [f if isinstance(f, str) else self.symbol_of(f) for f in found]
-        return c, tuple(sorted(named, key=lambda s: not s == CANDIDATES))
+        return c, tuple(sorted(named, key=lambda s: s != CANDIDATES))
 
     def symbol_of(self, size: Expr) -> str:
         """The symbol that stands for an expression."""
@@ -153,7 +154,7 @@ def derive(
             loads[t.name] = (tuple(t.dims), size, _loader(t, folder))
     made = shapes.derive(model, given, loads)
     if made.missing:
-        made = shapes.derive(model, given, loads, _evaluated(model, made.missing, loads, folder))
+        made = shapes.derive(model, given, loads, _evaluated(model, made.missing, folder))
     for name, sizes in made.shapes.items():
         if name not in loads and name not in inputs:
             facts.note_shape(name, sizes)
@@ -173,16 +174,14 @@ def _loader(t: TensorProto, folder: str | os.PathLike[str] | None) -> shapes.Loa
 
 
 def _evaluated(
-    model: ModelProto,
-    nodes: Sequence[NodeProto],
-    loads: Mapping[str, tuple[tuple[int, ...], int, shapes.Load]],
-    folder: str | os.PathLike[str] | None,
+    model: ModelProto, nodes: Sequence[NodeProto], folder: str | os.PathLike[str] | None
 ) -> dict[str, NDArray[Any]]:
-    """Entries that the runtime computes from constants, operator by operator where one of them does not run."""
+    """Entries that the runtime computes from constants; none if it cannot."""
     wanted = [o for n in nodes for o in n.output if o]
     part = _behind(model, wanted)
     try:
-        return runtime.run(runtime.session(part, folder), {})
+        with RemoteSession(part, folder) as session:
+            return session.run({})
     except ModelError:
         return {}
 
@@ -249,7 +248,7 @@ class Contradiction:
 
 
 class Probe:
-    """A model loaded with the shape of every tensor that an output depends on exposed.
+    """A model, in a process of its own, with the shape of every tensor that an output depends on exposed.
 
     Args:
         model: The model, functions inlined.
@@ -270,9 +269,13 @@ class Probe:
         for name in self._names:
             exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
             exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
-        if runtime.has_half(model):
-            exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
-        self._session = runtime.session(exposed, folder)
+        self._session = RemoteSession(exposed, folder, precision="float" if runtime.has_half(model) else "own")
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._session.close()
 
     def measure(self, feeds: runtime.Feeds) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors for some inputs.
@@ -282,7 +285,7 @@ class Probe:
         """
         if not self._names:
             return {}
-        found = runtime.run(self._session, feeds, [n + _MARK for n in self._names])
+        found = self._session.run(feeds, [n + _MARK for n in self._names])
         return {n: tuple(found[n + _MARK].tolist()) for n in self._names}
 
 
@@ -302,6 +305,3 @@ def contradictions(facts: Facts, measured: Mapping[str, tuple[int, ...]], settin
 def constant_data(t: TensorProto, folder: str | os.PathLike[str] | None) -> NDArray[Any]:
     """Loads an initializer, from its external file if it has one."""
     return numpy_helper.to_array(t, os.fspath(folder) if folder is not None else "")
-
-
-Feeder = Callable[[Setting], runtime.Feeds]

@@ -535,7 +535,6 @@ class Layout:
             out = self.emit.add("Div", [out, self.emit.constant(np.array([divisor], np.int64))], hint=hint)
         return out
 
-
     def _computed(self, size: int | Expr) -> str:
         """A one-element int64 tensor with the value of an expression."""
         if not isinstance(size, Expr):

@@ -1,7 +1,7 @@
 """The registry of operators: what each one does to shapes, and to tensors that are computed from shapes.
 
-An entry is found by domain and operator (`find`). Where an operator has no entry, onnx's own inference for that operator
-is asked; what neither knows is opaque, and whoever depends on it is left alone.
+An entry is found by domain and operator (`find`). Where an operator has no entry, onnx's own inference for that
+operator is asked; what neither knows is opaque, and whoever depends on it is left alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Known:
 
     Attributes:
         shape: Its shape.
-        data: Its entries, with a single one along symbolic axes, which it is constant along; of type `object` where some
-            of them are expressions.
+        data: Its entries, with a single one along symbolic axes, which it is constant along; of type `object` where
+            some of them are expressions.
         dtype: Type of the entries.
     """
 
@@ -44,7 +44,7 @@ class Known:
     @property
     def concrete(self) -> bool:
         """Whether no entry depends on an extent."""
-        return self.data.dtype != object or self.dtype == object
+        return self.data.dtype.kind != "O" or self.dtype.kind == "O"
 
     @property
     def fixed(self) -> bool:
@@ -73,10 +73,10 @@ def known(shape: Sequence[int | Expr], data: NDArray[Any], dtype: np.dtype[Any])
         alone = np.empty((), object)
         alone[()] = data
         data = alone
-    if data.dtype == object and dtype != object and not any(isinstance(x, Expr) for x in data.reshape(-1)):
-        data = data.astype(dtype)
-    elif data.dtype != object:
+    if data.dtype.kind != "O":
         data = data.astype(dtype, copy=False)
+    elif dtype.kind != "O" and not any(isinstance(x, Expr) for x in data.reshape(-1)):
+        data = data.astype(dtype)
     return Known(tuple(shape), data, dtype)
 
 
@@ -190,11 +190,6 @@ def _same(u: Use) -> list[Partial | None]:
     return [u.shape(0)]
 
 
-def _wide(u: Use, shape: Shape) -> list[NDArray[Any]]:
-    """The operands' entries, ready for numpy's broadcasting."""
-    return [u.value(k).data for k in range(len(u.node.input)) if u.has(k)]
-
-
 def _whole(partial: Partial) -> Shape:
     """A shape all of whose extents are known.
 
@@ -210,7 +205,7 @@ def _whole(partial: Partial) -> Shape:
 
 
 def _objects(data: NDArray[Any]) -> NDArray[Any]:
-    return data if data.dtype == object else data.astype(object)
+    return data if data.dtype.kind == "O" else data.astype(object)
 
 
 def _entrywise(do: Callable[..., Any], fixed: Callable[..., Any] | None = None, to: Any = None) -> Valuer:
@@ -356,12 +351,8 @@ def _reshape(u: Use) -> list[Partial | None]:
     unknown = [k for k, n in enumerate(target) if not isinstance(n, Expr) and n == -1]
     for k, n in enumerate(target):
         if isinstance(n, Expr):
-            zero = ex.is_zero(n)
             if ex.bounds(n)[0] < 0:
                 target[k] = None
-            elif zero is None and not whole and k < len(have) and have[k] != n and len(unknown):
-                # An extent of 0 copies the one before; where it is not the same, N = 0 differs from all others.
-                pass
         elif n == 0 and not whole:
             target[k] = have[k] if k < len(have) else None
     if len(unknown) == 1:
@@ -666,8 +657,11 @@ def _constant_of_shape_entries(u: Use) -> list[Known | None]:
 def _range(u: Use) -> list[Partial | None]:
     start, limit, step = (u.values[k] for k in range(3))
     if start is None or limit is None or step is None or not step.concrete or step.dtype.kind not in "iu":
-        if start is not None and limit is not None and step is not None and all(
-            v.concrete for v in (start, limit, step)
+        if (
+            start is not None
+            and limit is not None
+            and step is not None
+            and all(v.concrete for v in (start, limit, step))
         ):
             return [[len(np.arange(start.data.item(), limit.data.item(), step.data.item()))]]
         return [[None]]

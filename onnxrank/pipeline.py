@@ -251,9 +251,7 @@ class Form:
             self.rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
             return
         if self.rewrite.sites():
-            self.facts = facts.derive(
-                self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts
-            )
+            self.facts = facts.derive(self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts)
 
     def uses(self, rule: str) -> bool:
         """Whether a rule applied."""

@@ -1,17 +1,17 @@
 """Proved shapes: every extent of a graph as an expression over the symbols of its inputs, without running it.
 
-The walk goes over the nodes once. The registry (`operators`) says what an operator does to shapes, and to tensors that are
-computed from shapes; for operators without an entry onnx's own inference of that operator is asked. An extent that neither
-proves gets a symbol of its own, which equals nothing but itself: whoever depends on it is left alone.
+The walk goes over the nodes once. The registry (`operators`) says what an operator does to shapes, and to tensors that
+are computed from shapes; for operators without an entry onnx's own inference of that operator is asked. An extent that
+neither proves gets a symbol of its own, which equals nothing but itself: whoever depends on it is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 from onnxrank import extents as ex
 from onnxrank.emit import captured, subgraphs
 from onnxrank.extents import Expr, Unproved
-from onnxrank.operators import Known, Shape, Use, constant, domain_of, find, known
+from onnxrank.operators import Known, Operator, Shape, Use, constant, domain_of, find
 
 _LARGEST = 1 << 24
 """Bytes of the largest tensor of constants that is computed here."""
@@ -79,7 +79,8 @@ def derive(
         inputs: Shapes of its inputs, overridable initializers among them.
         loads: Per constant initializer its shape, its size in bytes, and what loads its entries.
         given: Entries of tensors that depend on constants alone and were computed elsewhere.
-        rows: Prefix for the names of extents that are not proved, and so may depend on the number of candidates.
+        rows: The symbol that counts candidates. The name of an extent that is not proved and may depend on them starts
+            with it.
     """
     return _Walk(model, inputs, loads, given or {}, rows).run()
 
@@ -105,6 +106,7 @@ class _Walk:
         self.types: dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
         self.types |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
         self._inferred: dict[str, TypeProto] | None = None
+        self._left: set[str] = set()
 
     def run(self) -> Derivation:
         """Goes over all nodes."""
@@ -133,16 +135,13 @@ class _Walk:
         if names and all(o in self.given for o in names):
             values = [constant(self.given[o]) if o else None for o in node.output]
         elif self._from_constants(node):
-            reason = None
             if entry is not None and entry.value is not None and not entry.random:
-                try:
+                with contextlib.suppress(Unproved, ArithmeticError, IndexError, TypeError, ValueError):
                     values = entry.value(use)
-                except Unproved as e:
-                    reason = e
-                except (ArithmeticError, IndexError, TypeError, ValueError) as e:
-                    reason = Unproved(str(e))
-            if (entry is None or entry.value is None or reason is not None) and self._is_constant(node, entry):
-                self.out.missing.append(node)
+            if not values and self._is_constant(node, entry):
+                self._leave(node)
+        elif self._is_constant(node, entry):
+            self._leave(node)
         shapes, reason_why = self._shapes(use, entry)
         for k, name in enumerate(node.output):
             if not name:
@@ -162,9 +161,15 @@ class _Walk:
         """An extent, or a symbol of its own for one that is not proved."""
         if size is not None and ex.bounds(size)[1] >= 0:
             return size
-        made = f"{self.rows}~?{name}.{axis}"
+        read = [self.out.shapes.get(i) for i in node.input if i]
+        rows = subgraphs(node) or any(s is None or any(self._rows(n) for n in s) for s in read)
+        made = f"{self.rows if rows else ''}~?{name}.{axis}"
         self.out.opaque[made] = (name, f"{node.op_type} gives an extent that is not proved")
         return ex.symbol(made)
+
+    def _rows(self, size: int | Expr) -> bool:
+        """Whether an extent may depend on the number of candidates."""
+        return any(s.startswith(self.rows) for s in ex.symbols_of(size))
 
     def _from_constants(self, node: NodeProto) -> bool:
         """Whether a node reads extents and small constants alone."""
@@ -176,21 +181,25 @@ class _Walk:
     def _small(self, name: str) -> bool:
         return name in self.loads and self.loads[name][1] <= _LARGEST
 
-    def _is_constant(self, node: NodeProto, entry: Any) -> bool:
+    def _leave(self, node: NodeProto) -> None:
+        """Leaves a node of constants to the runtime."""
+        self.out.missing.append(node)
+        self._left.update(o for o in node.output if o)
+
+    def _is_constant(self, node: NodeProto, entry: Operator | None) -> bool:
         """Whether a node's result is the same at all extents, so that running it once tells it."""
         if entry is not None and entry.random:
             return False
         inner = {c for g in subgraphs(node) for c in captured(g)}
-        for i in {*node.input, *inner}:
-            if i and i not in self.loads:
-                found = self.out.values.get(i)
-                if found is None or not found.fixed:
-                    return False
-        return node.op_type not in ("Shape", "Size")
+        for i in {*node.input, *inner} - {""}:
+            found = self.out.values.get(i)
+            if i not in self._left and not self._small(i) and (found is None or not found.fixed):
+                return False
+        return True
 
     # --- shapes ----------------------------------------------------------------------------------------------------
 
-    def _shapes(self, use: Use, entry: Any) -> tuple[list[Any], str | None]:
+    def _shapes(self, use: Use, entry: Operator | None) -> tuple[list[Any], str | None]:
         """Shapes of a node's outputs, and why one is missing."""
         node = use.node
         if entry is not None and entry.shape is not None:
@@ -203,7 +212,7 @@ class _Walk:
         return self._ask_onnx(use), f"{node.op_type} is not an operator whose shapes onnxrank knows"
 
     def _ask_onnx(self, use: Use) -> list[Any]:
-        """onnx's inference of one operator, with a name for every different expression."""
+        """Onnx's inference of one operator, with a name for every different expression."""
         node = use.node
         domain = domain_of(node)
         if subgraphs(node):
@@ -264,7 +273,7 @@ class _Walk:
         return None if found is None or not found.HasField("tensor_type") else _partial(found, {})
 
     def _whole_inference(self) -> dict[str, TypeProto]:
-        """onnx's inference over the whole graph, of what the file says of inputs and initializers only."""
+        """Onnx's inference over the whole graph, of what the file says of inputs and initializers only."""
         if self._inferred is None:
             bare = ModelProto()
             bare.CopyFrom(self.model)
@@ -314,6 +323,3 @@ def _partial(found: TypeProto, names: Mapping[str, Expr]) -> list[Any] | None:
 def fixed_values(found: Derivation) -> Iterable[tuple[str, Known]]:
     """Tensors whose entries are constants, whatever the extents."""
     return ((name, v) for name, v in found.values.items() if v.concrete)
-
-
-__all__ = ["Derivation", "Known", "Load", "derive", "fixed_values", "known"]

@@ -57,18 +57,19 @@ class Study:
         Raises:
             ModelError: The model does not run.
         """
-        probe = facts.Probe(self.model, self.loaded.folder)
         points = facts.settings(self.symbols, (2, 3))
         if len(self.symbols) > 1:
             long = {s: _LONG + 6 * k for k, s in enumerate(self.symbols)} | {CANDIDATES: 1}
             points.append(facts.Setting(long, seed=2))
         problem: ModelError | None = None
         # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
-        for maker in (self.maker, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0)):
-            try:
-                return self._contradiction(probe, maker, points)
-            except ModelError as e:
-                problem = problem or e
+        makers = (self.maker, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
+        with facts.Probe(self.model, self.loaded.folder) as probe:
+            for maker in makers:
+                try:
+                    return self._contradiction(probe, maker, points)
+                except ModelError as e:
+                    problem = problem or e
         shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
         raise ModelError(
             f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {problem}. "
