@@ -61,6 +61,8 @@ _EXACT = MOVES | {"Constant", "Gather", "Expand"}
 _MOVES = MOVES | {"Concat", "Expand"}
 _LINEAR = {"MatMul", "Gemm", "Conv", "Einsum"}
 
+_DEEPEST = 32
+"""Steps put off on top of each other before they are made: each is made by the one behind it, on Python's stack."""
 _MOST_BOXES = 16
 _LARGEST = 1 << 20
 LARGE = 32
@@ -200,6 +202,7 @@ class Rewrite:
         self.sources = Sources()
         self.layout = Layout(self.sources, self.emit)
         self._claimed: set[str] = set()
+        self._depths: dict[str, int] = {}
         self._numbers: dict[tuple[int, int], int] = {}
         self._node = NodeProto()
 
@@ -218,6 +221,7 @@ class Rewrite:
             if outputs and all(o in self.facts.folded for o in outputs):
                 for o in outputs:
                     self.values[o] = self._folded(node, o)
+                self._bound_depth(node)
                 continue
             expected = [self.is_constant(o) for o in node.output]
             made: list[Abstract] | None = None
@@ -241,6 +245,30 @@ class Rewrite:
                     self.values[name] = value
             if expected != [self.is_constant(o) for o in node.output]:
                 self.graph.forget()
+            self._bound_depth(node)
+
+    def _bound_depth(self, node: NodeProto) -> None:
+        """Makes a node's results that were put off, if too many steps before them were, too."""
+        depth = 1 + max((self._depths.get(i, 0) for i in node.input), default=0)
+        for name in node.output:
+            value = self.values.get(name)
+            if value is None or not (isinstance(value, Sum) or self._put_off(value)):
+                continue
+            if depth <= _DEEPEST:
+                self._depths[name] = depth
+                continue
+            made = self.values[name] = self.settle(value) if isinstance(value, Sum) else value
+            for source in self._put_off(made):
+                self.layout.name_of(source)
+
+    def _put_off(self, value: Abstract) -> list[Source]:
+        """The tensors in a value that are written when somebody asks for them."""
+        if isinstance(value, Sum):
+            return [s for t in value.terms for s in self._put_off(t)]
+        if isinstance(value, Affine):
+            return [s for v in (value.base, value.scale) for s in self._put_off(v)]
+        found = [value.whole] if value.whole is not None else self.sources.of(value.codes)
+        return [s for s in found if s.name is None and (s.write is not None or s.product is not None)]
 
     def _confirm(self, node: NodeProto, made: list[Abstract]) -> None:
         """Holds the derived shapes against the measured ones."""
