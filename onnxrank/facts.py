@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from onnxrank import model as files
 from onnxrank import runtime
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
@@ -147,7 +148,7 @@ class Probe:
         if bad:
             self.note = f"operators onnxruntime does not have ({', '.join(ops)}) and all behind them were not run"
         graph = model.graph
-        overridable = {i.name for i in graph.input} if model.ir_version >= 4 else set()
+        overridable = files.overridable(model)
         self._derived = shape_derived(good, {t.name for t in graph.initializer} - overridable)
         exposed = ModelProto()
         exposed.CopyFrom(model)
@@ -169,6 +170,7 @@ class Probe:
             if t.data_type in (TensorProto.INT64, TensorProto.INT32)
             and t.data_location != TensorProto.EXTERNAL
             and t.ByteSize() < 1 << 20
+            and t.name not in overridable
         }
         self._half = runtime.has_half(model)
         if self._half:
@@ -367,4 +369,4 @@ def _same(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 def constant_data(t: TensorProto, folder: str | os.PathLike[str] | None) -> NDArray[Any]:
     """Loads an initializer, from its external file if it has one."""
-    return numpy_helper.to_array(t, os.fspath(folder) if folder is not None else "")
+    return files.tensor_data(t, folder)

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
 from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
+from onnxrank.model import overridable, sparse_data
 from onnxrank.uses import Uses
 from onnxrank.values import (
     CANDIDATES,
@@ -493,7 +494,7 @@ class Rewrite:
         What is also listed as an input may be replaced by the caller, and is not a constant (IR version 4 and later;
         before it, all had to be listed).
         """
-        listed = {i.name for i in model.graph.input} if model.ir_version >= 4 else set()
+        listed = overridable(model)
         for t in model.graph.initializer:
 
             def load(t: TensorProto = t) -> NDArray[Any]:
@@ -501,6 +502,13 @@ class Rewrite:
 
             dims = tuple(canonical([n]) for n in t.dims)
             self.values[t.name] = self.new(dims, t.data_type, (), t.name, load=None if t.name in listed else load)
+        for s in model.graph.sparse_initializer:
+
+            def dense(s: SparseTensorProto = s) -> NDArray[Any]:
+                return sparse_data(s, folder)
+
+            name, dims = s.values.name, tuple(canonical([n]) for n in s.dims)
+            self.values[name] = self.new(dims, s.values.data_type, (), name, load=None if name in listed else dense)
 
     def constant(self, data: NDArray[Any], dims: Dims | None = None) -> Value:
         """A constant value."""
