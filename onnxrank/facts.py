@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from onnxrank import extents as ex
+from onnxrank import model as files
 from onnxrank import runtime, shapes
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
@@ -116,14 +117,6 @@ class Facts:
         self.extents[name] = tuple(self.extent(n) for n in sizes)
 
 
-def overridable(model: ModelProto) -> set[str]:
-    """Initializers that a caller may replace, because they are inputs too.
-
-    Before IR version 4 all initializers had to be listed as inputs, and none of them is meant to be replaced.
-    """
-    return {i.name for i in model.graph.input} if model.ir_version >= 4 else set()
-
-
 def derive(
     model: ModelProto,
     inputs: Mapping[str, Sequence[Extent]],
@@ -139,7 +132,7 @@ def derive(
         known: What was derived of another model whose symbols this one's inputs have.
     """
     facts = Facts(expressions=dict(known.expressions) if known is not None else {})
-    replaced = overridable(model)
+    replaced = files.overridable(model)
     given: dict[str, tuple[int | Expr, ...]] = {}
     for i in model.graph.input:
         found = inputs.get(i.name)
@@ -150,8 +143,13 @@ def derive(
         if t.name in replaced:
             given[t.name] = tuple(t.dims)
         else:
-            size = prod(t.dims) * max(1, np.dtype(helper.tensor_dtype_to_np_dtype(t.data_type)).itemsize)
-            loads[t.name] = (tuple(t.dims), size, _loader(t, folder))
+            loads[t.name] = (tuple(t.dims), _bytes(t, t.dims), _loader(t, folder))
+    for sparse in model.graph.sparse_initializer:
+        loads[sparse.values.name] = (
+            tuple(sparse.dims),
+            _bytes(sparse.values, sparse.dims),
+            _sparse_loader(sparse, folder),
+        )
     made = shapes.derive(model, given, loads)
     if made.missing:
         made = shapes.derive(model, given, loads, _evaluated(model, made.missing, folder))
@@ -167,6 +165,15 @@ def derive(
                 data = np.repeat(data, c, axis)
         facts.folded[name] = dims, data
     return facts
+
+
+def _bytes(t: TensorProto, dims: Sequence[int]) -> int:
+    """Size of a tensor's entries."""
+    return prod(dims) * max(1, np.dtype(helper.tensor_dtype_to_np_dtype(t.data_type)).itemsize)
+
+
+def _sparse_loader(t: SparseTensorProto, folder: str | os.PathLike[str] | None) -> shapes.Load:
+    return lambda: files.sparse_data(t, folder)
 
 
 def _loader(t: TensorProto, folder: str | os.PathLike[str] | None) -> shapes.Load:
@@ -198,6 +205,7 @@ def _behind(model: ModelProto, wanted: Sequence[str]) -> ModelProto:
     out.graph.name = model.graph.name
     out.graph.node.extend(kept[::-1])
     out.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
+    out.graph.sparse_initializer.extend(t for t in model.graph.sparse_initializer if t.values.name in needed)
     out.graph.output.extend(helper.make_empty_tensor_value_info(o) for o in wanted)
     return out
 
@@ -304,4 +312,4 @@ def contradictions(facts: Facts, measured: Mapping[str, tuple[int, ...]], settin
 
 def constant_data(t: TensorProto, folder: str | os.PathLike[str] | None) -> NDArray[Any]:
     """Loads an initializer, from its external file if it has one."""
-    return numpy_helper.to_array(t, os.fspath(folder) if folder is not None else "")
+    return files.tensor_data(t, folder)

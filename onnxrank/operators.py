@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper
+from onnx import NodeProto, helper, numpy_helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
+from onnxrank.model import sparse_data
 
 Shape = tuple[int | Expr, ...]
 Partial = Sequence[int | Expr | None]
@@ -643,8 +644,6 @@ def _constant_of_shape(u: Use) -> list[Partial | None]:
 
 
 def _constant_of_shape_entries(u: Use) -> list[Known | None]:
-    from onnx import numpy_helper
-
     given = u.attribute("value")
     data = np.zeros(1, np.float32) if given is None else numpy_helper.to_array(given)
     shape = tuple(u.value(0).sizes())
@@ -863,13 +862,11 @@ def _fixed_only(do: Callable[..., Any]) -> Valuer:
 
 
 def _constant_entries(u: Use) -> list[Known | None]:
-    from onnx import numpy_helper
-
     (attribute,) = u.node.attribute
     if attribute.name == "value":
         return [constant(numpy_helper.to_array(attribute.t))]
     if attribute.name == "sparse_value":
-        raise Unproved("a sparse constant")
+        return [constant(sparse_data(attribute.sparse_tensor))]
     found = helper.get_attribute_value(attribute)
     kinds = {"f": np.float32, "i": np.int64, "s": object}
     kind = kinds[attribute.name.removeprefix("value_")[0]]

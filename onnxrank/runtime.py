@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxrank.errors import EnvironmentProblem, ModelError, OutOfMemory
+from onnxrank.model import tensor_data
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -182,11 +183,10 @@ def retype(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = N
     """
     out = ModelProto()
     out.CopyFrom(model)
-    base = os.fspath(folder) if folder is not None else ""
 
     def tensor(t: TensorProto) -> None:
         if t.data_type in FLOATS and t.data_type != to:
-            data = numpy_helper.to_array(t, base)
+            data = tensor_data(t, folder)
             made = numpy_helper.from_array(data.astype(helper.tensor_dtype_to_np_dtype(to)), t.name)
             t.CopyFrom(made)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import onnx
-from onnx import ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
-from onnxrank.emit import rename_captured
+from onnxrank.emit import names_in, rename_captured, subgraphs
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
@@ -119,7 +119,7 @@ class Study:
         shapes = {**stored, **self.input_extents(), **self.facts.extents}
         # Masks are among the inputs behind queries, keys and values.
         read = {i for n in self.model.graph.node if n.output and n.output[0] in fused for i in n.input[3:]}
-        initializers = (t for t in self.model.graph.initializer if t.name in read)
+        initializers = (t for t in self.model.graph.initializer if t.name in read - files.overridable(self.model))
         constants = {t.name: facts.constant_data(t, self.loaded.folder) for t in initializers}
         constants |= {name: data for name, (dims, data) in self.facts.folded.items() if not symbols(dims)}
         model = written_out(self.model, shapes, types | self.dtypes, constants, fused)
@@ -153,39 +153,63 @@ def element_types(model: ModelProto) -> dict[str, int]:
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
     """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch."""
-    if not any(n.op_type == "If" and n.input[0] in found.folded for n in model.graph.node):
+    chosen: dict[int, GraphProto] = {}
+    for k, node in enumerate(model.graph.node):
+        if node.op_type == "If" and node.input[0] in found.folded:
+            name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
+            chosen[k] = next(a.g for a in node.attribute if a.name == name)
+    if not chosen:
         return None
     out = ModelProto()
     out.CopyFrom(model)
     del out.graph.node[:]
-    taken = {o for n in model.graph.node for o in n.output} | {t.name for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "If" or node.input[0] not in found.folded:
+    outer = GraphProto()
+    outer.CopyFrom(model.graph)
+    for k in sorted(chosen, reverse=True):
+        outer.node[k].ClearField("attribute")
+    taken = names_in(outer).union(*(names_in(g) for b in chosen.values() for n in b.node for g in subgraphs(n)))
+    for k, node in enumerate(model.graph.node):
+        if k in chosen:
+            _inline_branch(out.graph, node, chosen[k], taken)
+        else:
             out.graph.node.append(node)
-            continue
-        chosen = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
-        branch = next(a.g for a in node.attribute if a.name == chosen)
-        names = dict(zip((o.name for o in branch.output), node.output, strict=True))
-        local = {o for n in branch.node for o in n.output} | {t.name for t in branch.initializer}
-        for name in sorted(local - names.keys()):
-            if name in taken:
-                names[name] = f"{node.output[0]}/{name}"
-            taken.add(names.get(name, name))
-        for t in branch.initializer:
-            copy = out.graph.initializer.add()
-            copy.CopyFrom(t)
-            copy.name = names.get(t.name, t.name)
-        for inner in branch.node:
-            copied = out.graph.node.add()
-            copied.CopyFrom(inner)
-            copied.input[:] = [names.get(i, i) if i in local else i for i in inner.input]
-            copied.output[:] = [names.get(o, o) for o in inner.output]
-            rename_captured(copied, {n: names[n] for n in names if n in local})
-        made = {o for n in branch.node for o in n.output}
-        for inner_name, outer in zip((o.name for o in branch.output), node.output, strict=True):
-            if inner_name not in made:
-                out.graph.node.append(helper.make_node("Identity", [inner_name], [outer], name=outer))
     return out
+
+
+def _inline_branch(graph: GraphProto, node: NodeProto, branch: GraphProto, taken: set[str]) -> None:
+    """Adds the nodes and initializers of one branch of an `If` to a graph, under names that are not taken yet."""
+    made = {o for n in branch.node for o in n.output if o}
+    # Outputs that a node makes get their names at once; one may also be an initializer, given twice, or made outside.
+    names: dict[str, str] = {}
+    for inner, own in zip((o.name for o in branch.output), node.output, strict=True):
+        if own and inner in made and inner not in names:
+            names[inner] = own
+    stored = {t.name for t in branch.initializer} | {t.values.name for t in branch.sparse_initializer}
+    local = made | stored
+    for name in sorted(local - names.keys()):
+        fresh, count = name, 1
+        while fresh in taken:
+            fresh = f"{node.output[0]}/{name}" if count == 1 else f"{node.output[0]}/{name}.{count}"
+            count += 1
+        names[name] = fresh
+        taken.add(fresh)
+    for t in branch.initializer:
+        copy = graph.initializer.add()
+        copy.CopyFrom(t)
+        copy.name = names[t.name]
+    for s in branch.sparse_initializer:
+        sparse = graph.sparse_initializer.add()
+        sparse.CopyFrom(s)
+        sparse.values.name = names[s.values.name]
+    for inner_node in branch.node:
+        copied = graph.node.add()
+        copied.CopyFrom(inner_node)
+        copied.input[:] = [names.get(i, i) for i in inner_node.input]
+        copied.output[:] = [names.get(o, o) for o in inner_node.output]
+        rename_captured(copied, names)
+    for inner, own in zip((o.name for o in branch.output), node.output, strict=True):
+        if own and names.get(inner) != own:
+            graph.node.append(helper.make_node("Identity", [names.get(inner, inner)], [own], name=own))
 
 
 def label(node: NodeProto) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from modelkit import optimised, session
 from modelkit import graph as text_graph
+from modelkit import optimised, session
 from onnx import ModelProto
 
 COUNTS = (0, 1, 2, 7, 19, 20, 21, 65, 99, 101, 512, 1500)
