@@ -129,7 +129,8 @@ def derive(
         model: The model, functions inlined.
         inputs: Shapes of its inputs, as constants times symbols.
         folder: Where its external data lies.
-        known: What was derived of another model whose symbols this one's inputs have.
+        known: What was derived of the model that this one was made of. Its inputs may have symbols of that, and what
+            the runtime would have to compute is not asked for again.
     """
     facts = Facts(expressions=dict(known.expressions) if known is not None else {})
     replaced = files.overridable(model)
@@ -151,7 +152,7 @@ def derive(
             _sparse_loader(sparse, folder),
         )
     made = shapes.derive(model, given, loads)
-    if made.missing:
+    if made.missing and known is None:
         made = shapes.derive(model, given, loads, _evaluated(model, made.missing, folder))
     for name, sizes in made.shapes.items():
         if name not in loads and name not in inputs:

@@ -36,10 +36,7 @@ def right_everywhere(
                 dims = i.type.tensor_type.shape.dim
                 shape = [d.dim_value or (n if d.dim_param == "N" else length) for d in dims]
                 data = rng.integers(-2, 3, shape)
-                if i.type.tensor_type.elem_type == 1:
-                    data = data.astype(np.float32)
-                else:
-                    data = np.abs(data)
+                data = data.astype(np.float32) if i.type.tensor_type.elem_type == 1 else np.abs(data)
                 if i.name in request:
                     row = rng.integers(0, 3, [1, *shape[1:]]).astype(data.dtype)
                     data = np.repeat(row, n, 0)
