@@ -21,6 +21,7 @@ from onnxrank import runtime
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
 from onnxrank.values import CANDIDATES, Dim, Dims, canonical
+from onnxrank.workers import RemoteSession
 
 Extent = tuple[int, tuple[str, ...]]
 """A constant times symbols."""
@@ -173,16 +174,11 @@ class Probe:
         self._half = runtime.has_half(model)
         if self._half:
             exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
-        self._session = runtime.session(exposed, folder)
-
-    @property
-    def session(self) -> Any | None:
-        """The session, where it computes the model's outputs just as the model does; it has further outputs."""
-        return None if self._half or self.note else self._session
+        self._session = RemoteSession(exposed, folder)
 
     def release(self) -> None:
-        """Lets go of the session, which holds the weights once more; nothing can be measured any longer."""
-        self._session = None
+        """Gives the process of the session back, which holds the weights once more."""
+        self._session.close()
 
     def measure(self, feeds: Callable[[Setting], runtime.Feeds]) -> Facts:
         """Runs the model at several numbers of candidates and fits its shapes.
@@ -196,7 +192,7 @@ class Probe:
         facts = Facts(note=self.note, literals=self._literals)
         points = settings(self._symbols)
         wanted = [*(n + _MARK for n in self._names), *self._derived]
-        runs = [runtime.run(self._session, feeds(p), wanted) for p in points]
+        runs = [self._session.run(feeds(p), wanted) for p in points]
         for name in self._names:
             shapes = [tuple(r[name + _MARK].tolist()) for r in runs]
             if len({len(s) for s in shapes}) == 1:
@@ -230,7 +226,7 @@ class Probe:
         (point,) = settings(self._symbols, (1,))
         try:
             wanted = [*(n + _MARK for n in self._names), *self._derived]
-            return runtime.run(self._session, feeds(point), wanted) if wanted else {}
+            return self._session.run(feeds(point), wanted) if wanted else {}
         except ModelError:
             return {}
 

@@ -34,7 +34,7 @@ _GONE = object()
 _inside = False
 _MOST_IDLE = 4
 _GRACE = 10.0  # seconds that a process may take to end
-_LIBRARIES = 2 << 30
+LIBRARIES = 2 << 30
 """Bytes of address space that a process has before it loads anything."""
 _LARGE = 64 << 20
 """Bytes of a model from which on it goes through a file, so that it is not held by both ends of a pipe."""
@@ -301,7 +301,7 @@ def memory_limit(size: int) -> int:
     """Bytes of address space that a model of so many bytes gets where none are asked for: what the machine has left."""
     most = (8 << 30) + 4 * size
     left = available_memory()
-    return most if left is None else min(most, left + _LIBRARIES)
+    return most if left is None else min(most, left + LIBRARIES)
 
 
 def available_memory() -> int | None:
