@@ -177,7 +177,7 @@ class Probe:
         self._session = RemoteSession(exposed, folder)
 
     def release(self) -> None:
-        """Gives the process of the session back, which holds the weights once more."""
+        """Gives the process of the session back, which holds the weights once more, until it is measured again."""
         self._session.close()
 
     def measure(self, feeds: Callable[[Setting], runtime.Feeds]) -> Facts:

@@ -20,6 +20,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime, wire, workers
+from onnxrank.emit import live
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Host:
             EnvironmentProblem: The provider is not there, or the session fell back to another.
         """
         flat, folder = self._flattened(key)
+        flat = live(flat)
         if precision in ("double", "rounded"):
             from onnxrank.verify.truth import Truth, rounded
 

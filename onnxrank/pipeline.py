@@ -50,11 +50,6 @@ class Result:
     form: Form | None = None
     full: Form | None = None
 
-    def __post_init__(self) -> None:
-        for owner in (self.study, self.form, self.full):
-            if owner is not None and owner.probe is not None:
-                owner.probe.release()
-
     @property
     def changed(self) -> bool:
         """Whether anything applied."""
@@ -258,6 +253,7 @@ class Form:
         if self.rewrite.sites():
             self.probe = facts.Probe(self.model, study.symbols, study.loaded.folder)
             self.facts = self.probe.measure(lambda setting: self.rewrite.translate(study.maker(setting)))
+            self.probe.release()
 
     def uses(self, rule: str) -> bool:
         """Whether a rule applied."""

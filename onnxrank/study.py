@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 
 import onnx
@@ -9,7 +10,8 @@ from onnx import ModelProto, NodeProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
-from onnxrank.emit import rename_captured
+from onnxrank.culprit import culprit
+from onnxrank.emit import live, rename_captured
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
@@ -21,6 +23,7 @@ from onnxrank.values import (
     extents,
     symbols,
 )
+from onnxrank.workers import Crashed
 
 _DATA_SHAPED = {"NonZero", "Unique", "Compress", "Loop", "If", "Scan", "NonMaxSuppression"}
 _SHAPE_OPERANDS = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 0, "Slice": 1, "TopK": 1}
@@ -31,7 +34,7 @@ class Study:
 
     def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel) -> None:
         self.loaded, self.roles = loaded, roles
-        self.model = model
+        self.model = model = live(model)
         self.declared = feeds.inputs(model, roles)
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
         if CANDIDATES not in self.symbols:
@@ -48,6 +51,7 @@ class Study:
         self.maker = feeds.Maker(self.declared, self._ranges())
         if self._data_shaped():
             self.facts = self.probe.measure(self.maker)
+        self.probe.release()
 
     def _first_look(self) -> Facts:
         """Shapes, from inputs that most models accept: ids of 1, or else of 0."""
@@ -57,6 +61,8 @@ class Study:
             self.maker = feeds.Maker(self.declared, None, fill=0)
         try:
             return self.probe.measure(self.maker)
+        except Crashed as e:
+            raise ModelError(self._crash(e)) from e
         except ModelError as e:
             shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
             raise ModelError(
@@ -65,6 +71,15 @@ class Study:
                 "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "
                 "roles file."
             ) from e
+
+    def _crash(self, e: Crashed) -> str:
+        """What to say where the process that runs the model dies."""
+        name = "The model" if self.loaded.path is None else os.fspath(self.loaded.path)
+        if e.kind == "timeout":
+            return f"{name} does not end: its process gave {e}."
+        feed = self.maker(facts.settings(self.symbols)[0])
+        node = culprit(self.model, self.loaded.folder, feed)
+        return f"{name} makes onnxruntime fail{f' at node {node}' if node else ''}: its process {e}."
 
     def _ranges(self) -> feeds.Ranges:
         from onnxrank.rules import movement

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, inliner
 
 from onnxrank import workers
+from onnxrank.culprit import culprit
 from onnxrank.errors import CheckFailed, EnvironmentProblem, ModelError, OutOfMemory
 from onnxrank.model import LoadedModel
 from onnxrank.profiling import timing
@@ -205,7 +206,7 @@ class RemoteBench:
 
     def hold(self, model: Entrant, candidates: int, requests: Requests) -> None:
         """Hands over the requests of the next measurement, and runs each once."""
-        with self._watching([model], f"at N = {candidates}"):
+        with self._watching([model], f"at N = {candidates}", requests[0]):
             took = float(self._call("hold", session=model.key, requests=list(requests)))
             self._longest = max(self._longest, took)
 
@@ -265,8 +266,14 @@ class RemoteBench:
         return self._worker.call("bench", self._timeout + more, what=what, **arguments)
 
     @contextlib.contextmanager
-    def _watching(self, models: Sequence[Entrant], where: str) -> Iterator[None]:
-        """Says which model did it, where its process dies, has too little memory or answers nonsense."""
+    def _watching(self, models: Sequence[Entrant], where: str, feed: workers.Feeds | None = None) -> Iterator[None]:
+        """Says which model did it, where its process dies, has too little memory or answers nonsense.
+
+        Args:
+            models: What runs.
+            where: What is done, in words.
+            feed: What it runs on, where that may tell the node.
+        """
         names = " and ".join(m.name for m in models)
         try:
             yield
@@ -276,7 +283,12 @@ class RemoteBench:
             ) from e
         except Crashed as e:
             kind = CheckFailed if all(m.made for m in models) else ModelError
-            raise kind(f"{names} makes onnxruntime fail {where}: its process {_did(e)}.") from e
+            node = None
+            if e.kind == "crash" and feed is not None:
+                (model,) = models
+                node = culprit(model.working, model.loaded.folder, feed, optimise=True)
+            at = f" at node {node}" if node else ""
+            raise kind(f"{names} makes onnxruntime fail {where}{at}: its process {_did(e)}.") from e
         except ModelError as e:
             raise ModelError(f"{names}, {where}: {e}") from e
         except (TypeError, KeyError, ValueError, AttributeError):
