@@ -282,6 +282,10 @@ class RemoteBench:
                 f"There is not enough memory to run {names} {where}: {e}. Give fewer --candidates."
             ) from e
         except Crashed as e:
+            if "bad_alloc" in str(e) or "SIGKILL" in str(e):
+                raise EnvironmentProblem(
+                    f"There is not enough memory to run {names} {where}: its process {e}. Give fewer --candidates."
+                ) from e
             kind = CheckFailed if all(m.made for m in models) else ModelError
             node = None
             if e.kind == "crash" and feed is not None:
