@@ -31,6 +31,7 @@ _IDLE: list[Worker] = []
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 _LOCK = threading.Lock()
 _GONE = object()
+_OWNER = os.getpid()
 _inside = False
 _MOST_IDLE = 4
 _GRACE = 10.0  # seconds that a process may take to end
@@ -291,6 +292,8 @@ def warm(count: int = 2) -> None:
 @atexit.register
 def _end() -> None:
     """Ends all processes, those that are busy too: one that hangs would outlive this one."""
+    if os.getpid() != _OWNER:  # a copy of the process that they belong to
+        return
     with _LOCK:
         _IDLE.clear()
     for worker in list(_ALL):
