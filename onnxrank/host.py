@@ -13,14 +13,19 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime, wire, workers
+from onnxrank.emit import live
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
+
+if TYPE_CHECKING:
+    from onnxrank.profiling.bench import Bench
+    from onnxrank.verify.truth import Truth
 
 _TOO_MUCH = {"error": "it needs more memory than its process may use", "kind": OutOfMemory.__name__}
 
@@ -31,7 +36,9 @@ class Host:
     def __init__(self) -> None:
         self._models: dict[str, tuple[ModelProto, str | None]] = {}
         self._flat: dict[str, ModelProto] = {}
-        self._sessions: dict[str, Callable[..., dict[str, Any]]] = {}
+        self._sessions: dict[str, Any] = {}
+        self._truths: dict[str, Truth] = {}
+        self._bench: Bench | None = None
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -123,11 +130,12 @@ class Host:
             EnvironmentProblem: The provider is not there, or the session fell back to another.
         """
         flat, folder = self._flattened(key)
+        flat = live(flat)
         if precision in ("double", "rounded"):
             from onnxrank.verify.truth import Truth, rounded
 
             truth = Truth(flat if precision == "double" else rounded(flat, to, folder), folder)
-            self._sessions[session] = truth.run
+            self._truths[session] = truth
             return {"how": truth.how}
         model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
         settings = {"use_tf32": str(int(tf32))} if provider == "cuda" else {}
@@ -135,12 +143,13 @@ class Host:
             model, folder, provider=provider, settings=settings, optimise=level == "all", threads=threads
         )
         made.disable_fallback()  # from a provider that fails while it runs
-        self._sessions[session] = functools.partial(runtime.run, made)
+        self._sessions[session] = made
         return {"how": "onnxruntime"}
 
     def close(self, session: str) -> None:
         """Forgets a session."""
         self._sessions.pop(session, None)
+        self._truths.pop(session, None)
 
     def run(
         self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None
@@ -155,7 +164,8 @@ class Host:
         Returns:
             Per feed `{"outputs": {name: array}}` or `{"error": message, "kind": name of the error's class}`.
         """
-        run = self._sessions[session]
+        truth = self._truths.get(session)
+        run = truth.run if truth is not None else functools.partial(runtime.run, self._sessions[session])
         answers: list[dict[str, Any]] = []
         for feed in feeds:
             try:
@@ -169,6 +179,19 @@ class Host:
                 continue
             answers.append({"outputs": {k: np.asarray(v) for k, v in out.items()}})
         return answers
+
+    def bench(self, what: str, **arguments: Any) -> Any:
+        """Has the bench of this process do something.
+
+        Args:
+            what: Name of a method of `profiling.bench.Bench`.
+            **arguments: Its arguments.
+        """
+        from onnxrank.profiling.bench import DO, Bench
+
+        if self._bench is None:
+            self._bench = Bench(self._models)
+        return DO[what](self._bench, **arguments)
 
     def expose(self, key: str, of: str, names: Sequence[str]) -> None:
         """Makes a model of which further tensors are outputs: `key`, from the model `of`."""
@@ -213,7 +236,7 @@ _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
         Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.expose,
-        Host.inlined, Host.raised, Host.available,
+        Host.bench, Host.inlined, Host.raised, Host.available,
     )
 }  # fmt: skip
 """What may be asked for."""

@@ -893,14 +893,14 @@ def _constant_entries(u: Use) -> list[Known | None]:
 
 
 def _attention(u: Use) -> list[Partial | None]:
-    """onnxruntime's attention with its projections packed: `[batch, length, width] x [width, q + k + v]`."""
+    """Onnxruntime's attention with its projections packed: `[batch, length, width] x [width, q + k + v]`."""
     batch, length, _ = u.shape(0)
     sizes = u.attribute("qkv_hidden_sizes")
     return [[batch, length, int(sizes[2]) if sizes else ex.divide(u.shape(1)[-1], 3)], None]
 
 
 def _multi_head_attention(u: Use) -> list[Partial | None]:
-    """onnxruntime's attention behind projections; keys and values may be packed with the queries."""
+    """Onnxruntime's attention behind projections; keys and values may be packed with the queries."""
     query = u.shape(0)
     if len(query) != 3 or not u.has(2) or len(u.shape(2)) != 3:
         return [[*query[:2], None]]

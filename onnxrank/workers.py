@@ -31,10 +31,11 @@ _IDLE: list[Worker] = []
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 _LOCK = threading.Lock()
 _GONE = object()
+_OWNER = os.getpid()
 _inside = False
 _MOST_IDLE = 4
 _GRACE = 10.0  # seconds that a process may take to end
-_LIBRARIES = 2 << 30
+LIBRARIES = 2 << 30
 """Bytes of address space that a process has before it loads anything."""
 _LARGE = 64 << 20
 """Bytes of a model from which on it goes through a file, so that it is not held by both ends of a pipe."""
@@ -291,6 +292,8 @@ def warm(count: int = 2) -> None:
 @atexit.register
 def _end() -> None:
     """Ends all processes, those that are busy too: one that hangs would outlive this one."""
+    if os.getpid() != _OWNER:  # a copy of the process that they belong to
+        return
     with _LOCK:
         _IDLE.clear()
     for worker in list(_ALL):
@@ -301,7 +304,7 @@ def memory_limit(size: int) -> int:
     """Bytes of address space that a model of so many bytes gets where none are asked for: what the machine has left."""
     most = (8 << 30) + 4 * size
     left = available_memory()
-    return most if left is None else min(most, left + _LIBRARIES)
+    return most if left is None else min(most, left + LIBRARIES)
 
 
 def available_memory() -> int | None:
