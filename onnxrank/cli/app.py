@@ -102,7 +102,7 @@ def _run(args: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from onnxrank.render import printable
+    from onnxrank.writers import printable
 
     text = printable(f"onnxrank: error: {message}", sys.stderr.encoding or "utf-8", keep="\n")
     with contextlib.suppress(OSError):

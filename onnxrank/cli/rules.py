@@ -21,8 +21,8 @@ def list_rules(name: str | None) -> None:
         for rule in known.values():
             click.echo(f"{rule.name:<{width}}  {rule.title}")
     elif name in known:
-        from onnxrank.render import printable
         from onnxrank.rulebook import explain
+        from onnxrank.writers import printable
 
         click.echo(printable(explain(known[name]), sys.stdout.encoding or "utf-8", keep="\n"))
     else:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from onnxrank import charts, pages
 from onnxrank.profiling.render import LEVELS, duration, shown_candidates, spread, verdict
 from onnxrank.profiling.report import Kernels, ModelProfile, Profile
-from onnxrank.render import human, percent
+from onnxrank.writers import human, percent
 
 _STYLES = ("first", "second")
 _MOST_OPERATORS = 12

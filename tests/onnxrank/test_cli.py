@@ -235,11 +235,11 @@ def test_require_change(folder: Path, engine: Engine, capsys: pytest.CaptureFixt
 
 
 def test_reports(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    reports = ["--report", "r.json", "--report", "r.md", "--report", "text:r.out"]
+    reports = ["--report", "r.json", "--report", "r.txt", "--report", "text:r.out"]
     assert cli.main(["optimize", "in.onnx", "out.onnx", *reports, "-q"]) == 0
     assert json.loads((folder / "r.json").read_text())["output"] == "out.onnx"
-    assert (folder / "r.md").read_text() == (folder / "r.out").read_text()
-    assert files(folder) == ["in.onnx", "out.onnx", "r.json", "r.md", "r.out"]
+    assert (folder / "r.txt").read_text() == (folder / "r.out").read_text()
+    assert files(folder) == ["in.onnx", "out.onnx", "r.json", "r.out", "r.txt"]
 
 
 def test_report_to_stdout_displaces_the_table(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
