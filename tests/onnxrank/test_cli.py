@@ -399,6 +399,44 @@ def test_progress_on_a_terminal_after_a_while(
         assert terminal.getvalue() == ""
 
 
+@pytest.fixture
+def open_history(folder: Path) -> Path:
+    """A model whose history has any length, and roles that count its positions; recorded requests of length 20."""
+    tensors = [
+        numpy_helper.from_array(np.ones((100, 4), np.float32), "table"),
+        numpy_helper.from_array(np.ones((8, 1), np.float32), "weight"),
+        numpy_helper.from_array(np.array([1]), "axis"),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "hist"], ["h"]),
+        helper.make_node("ReduceSum", ["h", "axis"], ["u"], keepdims=0),
+        helper.make_node("Gather", ["table", "item"], ["i"]),
+        helper.make_node("Concat", ["u", "i"], ["c"], axis=1),
+        helper.make_node("MatMul", ["c", "weight"], ["y"]),
+    ]
+    ids = [helper.make_tensor_value_info(n, TensorProto.INT64, d) for n, d in (("hist", ["N", "L"]), ("item", ["N"]))]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 1])
+    made = helper.make_model(
+        helper.make_graph(nodes, "g", ids, [y], tensors), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    )
+    (folder / "hist.onnx").write_bytes(made.SerializeToString())
+    rng = np.random.default_rng(0)
+    request = np.repeat(np.arange(3), 4)
+    np.savez(folder / "d.npz", hist=rng.integers(0, 100, (3, 20))[request], item=np.arange(12), request_id=request)
+    (folder / "r.yaml").write_text('inputs:\n  hist: {level: request, ranges: {"0:50": [0, 100]}}\n')
+    return folder
+
+
+def test_roles_of_a_history_of_any_length(open_history: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("optimize", "inspect"):
+        args = [command, "hist.onnx", *(["--dry-run"] if command == "optimize" else []), "-q"]
+        assert cli.main([*args, "--infer-roles", "d.npz"]) == 0
+        assert cli.main([*args, "--roles", "r.yaml"]) == 2
+        assert "has no fixed extent, so it cannot have value ranges of positions" in capsys.readouterr().err
+        assert cli.main([*args, "--request", "hist[0:3]"]) == 2
+        assert "cannot have request-level positions (0:3)" in capsys.readouterr().err
+
+
 # --- help, rules -------------------------------------------------------------------------------------------------
 
 
