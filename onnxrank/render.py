@@ -62,6 +62,8 @@ class _Printer:
 
     def costs(self) -> None:
         r = self.report
+        if not r.before and not r.after:
+            return
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_footer=True)
         before, after = _total(r.before.values()), _total(r.after.values())
         table.add_column("level", "total")
@@ -89,8 +91,10 @@ class _Printer:
         self.to.title("Rules")
         width = max(len(r.name) for r in self.report.rules)
         for rule in self.report.rules:
-            share = f" ({percent(rule.macs_saved / self.report.macs_before)})" if self.report.macs_before else ""
-            saved = f", {human(rule.macs_saved)} MACs saved{share}" if rule.macs_saved else ""
+            macs = abs(rule.macs_saved)
+            share = f" ({percent(macs / self.report.macs_before)})" if self.report.macs_before else ""
+            what = "saved" if rule.macs_saved > 0 else "more, which makes room for other rules"
+            saved = f", {human(macs)} MACs {what}{share}" if macs else ""
             known = [n for n in rule.break_even if n is not None]
             pays = f", pays from N = {', '.join(map(str, sorted(set(known))))}" if known else ""
             self.to.item(f"{count(rule.sites, 'site')}{saved}{pays}", f"{rule.name:<{width}}  ")

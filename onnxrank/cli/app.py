@@ -34,7 +34,7 @@ def cli(ctx: click.Context) -> None:
     """Makes exported ONNX ranking models fast without changing what they compute.
 
     Exit codes: 0 done, 1 the check failed, 2 usage or roles, 3 the model is invalid or not supported, 4 the environment
-    lacks something, 5 nothing applied although a change was required, 70 internal error.
+    lacks something, 5 nothing applied although a change was required, 70 internal error, 130 interrupted.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -28,6 +28,6 @@ def list_rules(name: str | None) -> None:
     else:
         import difflib
 
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"There is no rule {name!r}.{hint} The rules are {', '.join(known)}.")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onnxrank.formats import PLAIN, Style
+from onnxrank.profiling.timing import fitted
 from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, percent, three
 
 if TYPE_CHECKING:
@@ -158,14 +159,17 @@ class _Printer:
             return
         self.to.title("Fitted cost of a request")
         for k, line in lines:
+            once = f"{duration(line.once)} once + " if line.once else "no cost once that can be told, "
             bent = ""
             if line.knee is not None:
                 bent = f" up to {line.knee} candidates, {duration(line.beyond)} beyond"
             self.to.item(
-                f"{duration(line.once)} once + {duration(line.each)} per candidate{bent} (misses a median by "
-                f"{percent(line.error)} at most)",
+                f"{once}{duration(line.each)} per candidate{bent} (misses a median by {percent(line.error)} at most)",
                 f"{k}: " if len(lines) > 1 else "",
             )
+        measured = [point.candidates for point in self.profile.points]
+        if fitted(measured) != measured:
+            self.to.item("N = 1 is left out of the fit: a product with one row runs another kernel")
 
     def where(self, candidates: int, verbose: bool) -> None:
         found = [next(k for k in m.kernels if k.candidates == candidates) for m in self.profile.models]

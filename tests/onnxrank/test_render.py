@@ -164,6 +164,17 @@ def test_nothing_applied() -> None:
     assert text.endswith("No model was written.\nNothing applied: the output would be the input's own bytes.\n")
 
 
+def test_a_rule_that_adds_products() -> None:
+    text = rendered(report(rules=[RuleUse("fc", 1, -81_234_567, ("/a",))]))
+    assert "81.2M MACs more, which makes room for other rules (10 %)" in " ".join(text.split())
+    assert "-81" not in text
+
+
+def test_no_table_of_nothing() -> None:
+    text = rendered(report(changed=False, rules=[], before={}, after={}, checks=[], predictions=[], refusals=[]))
+    assert "nodes" not in text and "total" not in text and text.endswith("own bytes.\n")
+
+
 def test_bare() -> None:
     bare = Report("0.1.0", None, "0" * 64, "same", (1, 1), {"inputs": []})
     assert "model in memory" in rendered(bare)
