@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# In a wheel the rules lie in this package. In a checkout they lie beside it, and it may be imported from there although
+# another copy is installed: Python looks in the current folder first.
+_BESIDE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "rules")) and os.path.isfile(
+    os.path.join(_BESIDE, "rules", "__init__.py")
+):
+    __path__.append(_BESIDE)
 
 if TYPE_CHECKING:
     from onnxrank.inspection.engine import inspect

@@ -50,3 +50,25 @@ def test_github_actions(folder: Path) -> None:
     for command in commands:
         shell(command, folder)
     assert "PASSED" in (folder / "summary.md").read_text() and (folder / "verify.sarif").exists()
+
+
+FROM_THE_CHECKOUT = """
+import os, sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import onnxrank
+folder, code = sys.argv[1:]
+assert os.path.dirname(onnxrank.__file__) == os.path.join(os.getcwd(), "onnxrank")
+os.chdir(folder)
+exec(code)
+"""
+
+
+def test_python_in_the_checkout(folder: Path) -> None:
+    """Without an editable installation: the current folder comes first, and the rules lie beside the package there."""
+    (code,) = [b for b in blocks("python") if "onnxrank.optimize(" in b]
+    code = code.replace("candidates=[32, 512]", "candidates=[2], seconds=0.01")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_THE_CHECKOUT, str(folder), code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout and (folder / "ranker.fast.onnx").exists()
