@@ -49,7 +49,7 @@ def bisect(engine: Engine) -> Culprit:
 
 def _by_rule(engine: Engine) -> Culprit | None:
     """The first rule and site; None where the model does not say which rules it was made with."""
-    from onnxrank.pipeline import choose_rules
+    from onnxrank.ruleset import choose_rules
 
     stored = stored_contract(engine.optimized.proto)
     names = list((stored or {}).get("rules", {}))
