@@ -258,6 +258,8 @@ class Graph {
     };
     items.forEach((item, k) => {
       if (item.x > right || item.x + WIDTH < left || item.y > bottom || item.y + HEIGHT < top) return;
+      c.fillStyle = colour.panel; // hides the edges behind it
+      c.fillRect(item.x, item.y, WIDTH, HEIGHT);
       c.fillStyle = colour[item.level] || colour.constant;
       c.globalAlpha = item.scope ? FILL_CLOSED : FILL;
       c.fillRect(item.x, item.y, WIDTH, HEIGHT);
@@ -283,12 +285,13 @@ class Graph {
         c.lineWidth = 1.2;
       }
       if (!lines) return;
+      const named = item.scope || item.node.op === "input"; // by its own name first
       const [first, second] = item.scope
         ? [`▸ ${item.scope}`, `${item.members.length} nodes`]
-        : [item.node.op, item.node.name];
+        : named ? [item.node.name, "input"] : [item.node.op, item.node.name];
       c.fillStyle = colour.ink;
       c.font = `600 ${size}px system-ui, sans-serif`;
-      write(first, item.x + 5, item.y + 7 + size, Boolean(item.scope));
+      write(first, item.x + 5, item.y + 7 + size, named);
       if (lines < 2) return;
       c.font = `${0.9 * size}px system-ui, sans-serif`;
       write(second, item.x + 5, item.y + 8 + 1.95 * size, true);
@@ -354,7 +357,7 @@ function start(data) {
 
   const paint = () => {
     const style = getComputedStyle(document.documentElement);
-    for (const name of [...LEVELS, "line", "ink", "faint", "found"]) {
+    for (const name of [...LEVELS, "panel", "line", "ink", "faint", "found"]) {
       shared.colours[name] = style.getPropertyValue(`--${name}`).trim();
     }
     every((graph) => graph.draw());

@@ -229,6 +229,7 @@ def test_labels_can_be_read_at_once(browser: Any, tmp_path: Path) -> None:
         if name.startswith("history"):
             texts = [text for text, *_ in labels]
             assert texts.index("▸ layers.0") + 1 == texts.index("35 nodes")
+            assert texts[texts.index("item_id") + 1] == "input"
         shown.close()
 
 
