@@ -34,7 +34,7 @@ def cli(ctx: click.Context) -> None:
     """Makes exported ONNX ranking models fast without changing what they compute.
 
     Exit codes: 0 done, 1 the check failed, 2 usage or roles, 3 the model is invalid or not supported, 4 the environment
-    lacks something, 5 nothing applied although a change was required, 70 internal error.
+    lacks something, 5 nothing applied although a change was required, 70 internal error, 130 interrupted.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -102,7 +102,7 @@ def _run(args: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from onnxrank.render import printable
+    from onnxrank.writers import printable
 
     text = printable(f"onnxrank: error: {message}", sys.stderr.encoding or "utf-8", keep="\n")
     with contextlib.suppress(OSError):

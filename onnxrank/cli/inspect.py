@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from onnxrank.cli.options import (
@@ -16,16 +14,14 @@ from onnxrank.cli.options import (
     with_options,
 )
 from onnxrank.cli.output import show_progress, show_report
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from onnxrank.formats import INSPECT, Style
 
 
 @click.command(short_help="See what is in a model and what could be saved.")
 @click.argument("model", metavar="MODEL")
 @with_options(ROLE_OPTIONS, REWRITE_OPTIONS)
 @click.option("--node", metavar="NAME", help="Explain one tensor or node instead: its level, and what makes it so.")
-@report_option("html, json or text")
+@report_option(INSPECT)
 @with_options(OUTPUT_OPTIONS)
 @click.pass_context
 def inspect(
@@ -54,11 +50,8 @@ def inspect(
 
     from onnxrank.inspection.engine import explain
     from onnxrank.inspection.engine import inspect as run
-    from onnxrank.inspection.render import FORMATS, print_explanation, print_inspection
-    from onnxrank.render import as_text, check_target, to_json, write_document
 
-    for target in report:
-        check_target(target, [model], FORMATS)
+    INSPECT.check(report, [model])
     with show_progress(quiet, verbose) as progress:
         found = run(
             model,
@@ -71,21 +64,6 @@ def inspect(
             lifts=node is None or bool(report),
             progress=progress,
         )
-    explained = None if node is None else explain(found, node)
-
-    def show(console: Console) -> None:
-        if explained is not None:
-            print_explanation(explained, console)
-        else:
-            print_inspection(found, console, verbose)
-
-    def write(form: str, encoding: str) -> str:
-        if form == "html":
-            from onnxrank.inspection.page import to_html
-
-            return to_html(found)
-        return to_json(found) if form == "json" else as_text(show, encoding)
-
-    for target in report:
-        write_document(write, target, FORMATS)
-    show_report(show, quiet, report, FORMATS)
+    if node is not None:
+        explain(found, node)  # An unknown name ends it before anything is written.
+    show_report(INSPECT, found, Style(verbose=verbose, node=node), quiet, report)

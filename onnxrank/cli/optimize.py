@@ -15,6 +15,7 @@ from onnxrank.cli.options import (
 )
 from onnxrank.cli.output import show_progress, show_report
 from onnxrank.errors import CheckFailed, NothingApplied
+from onnxrank.formats import OPTIMIZE, Style
 
 
 @click.command(short_help="Compute once per request what does not depend on the candidate.")
@@ -26,7 +27,7 @@ from onnxrank.errors import CheckFailed, NothingApplied
     is_flag=True,
     help="With --interface same: do not turn scores into NaN where request-level rows differ.",
 )
-@report_option("json or text")
+@report_option(OPTIMIZE)
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
 @click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
@@ -65,10 +66,9 @@ def optimize(
 
     from onnxrank import optimize as run
     from onnxrank.model import check_output
-    from onnxrank.render import FORMATS, check_target, print_report, write_report
 
-    for target in report:
-        check_target(target, [source, *([out] if out is not None else [])])
+    OPTIMIZE.check(report, [source, *([out] if out is not None else [])])
+    style = Style(explain=explain, verbose=verbose)
     if out is not None and not dry_run:
         check_output(out)
     given = given_roles(ctx, request, roles, infer_roles)
@@ -88,14 +88,11 @@ def optimize(
             )
         except CheckFailed as e:
             if e.report is not None:
-                for target in report:
-                    write_report(e.report, target, explain, verbose)
+                OPTIMIZE.write(e.report, report, style)
             raise
         refused = require_change and not result.changed
         if out is not None and not dry_run and not refused:
             result.save(out)
-    for target in report:
-        write_report(result.report, target, explain, verbose)
-    show_report(lambda console: print_report(result.report, console, explain, verbose), quiet, report, FORMATS)
+    show_report(OPTIMIZE, result.report, style, quiet, report)
     if refused:
         raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from onnxrank.formats import Kind, either
+
 
 def _span(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, int]:
     """Reads `512` or `64..2048`."""
@@ -39,7 +41,7 @@ def parse_counts(ctx: click.Context, param: click.Parameter, value: str | None) 
         return None
     parts = [p.strip() for p in value.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,6}", p) for p in parts):
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,1,2,17,512.", ctx, param)
+        raise click.BadParameter(f"{value!r} is no list of numbers up to 999999, such as 0,1,2,17,512.", ctx, param)
     return tuple(int(p) for p in parts)
 
 
@@ -122,14 +124,15 @@ def with_options(*groups: Sequence[Callable[..., Any]]) -> Callable[[Callable[..
     return add
 
 
-def report_option(formats: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Where reports go, for a command that knows these formats."""
+def report_option(kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Where reports go, for a command that makes this kind."""
+    alone = "".join(f" {f.name} alone prints to stdout." for f in kind.formats if f.alone)
     return click.option(
         "--report",
         multiple=True,
         metavar="[FORMAT:]FILE",
-        help=f"Write the report as {formats}; the file's ending tells which if FORMAT is left out; - is stdout. "
-        "Repeatable.",
+        help=f"Write the report as {either(kind.names)}; the file's ending tells which if FORMAT is left out; - is "
+        f"stdout.{alone} Repeatable.",
     )
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from onnxrank.formats import Kind, Style
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,16 +20,23 @@ _BAR = 30
 _PATIENCE = 1.0  # seconds before progress is shown
 
 
-def show_report(show: Callable[[Console], None], quiet: bool, targets: Sequence[str], formats: Sequence[str]) -> None:
-    """Prints a report, unless it should be quiet: to stderr if another one goes to stdout, which is one document."""
-    from onnxrank.render import parse_target
+def show_report(kind: Kind, report: object, style: Style, quiet: bool, targets: Sequence[str]) -> None:
+    """Writes a report to its targets and prints it: to stderr if stdout, which is one document, is taken by a target.
 
+    Args:
+        kind: The kind of report.
+        report: The report.
+        style: How much it says.
+        quiet: Whether not to print it.
+        targets: `[FORMAT:]FILE` each.
+    """
+    kind.write(report, targets, style)
     if not quiet:
-        taken = any(parse_target(target, formats)[1] == "-" for target in targets)
-        print_to(show, sys.stderr if taken else sys.stdout)
+        taken = any(kind.parse(target)[1] == "-" for target in targets)
+        _print(lambda console: kind.show(report, console, style), sys.stderr if taken else sys.stdout)
 
 
-def print_to(show: Callable[[Console], None], stream: TextIO) -> None:
+def _print(show: Callable[[Console], None], stream: TextIO) -> None:
     """Prints a report to a stream, with colours where it is a terminal."""
     from rich.console import Console
 

@@ -17,6 +17,7 @@ from onnxrank.cli.options import (
     with_options,
 )
 from onnxrank.cli.output import show_progress, show_report
+from onnxrank.formats import PROFILE, Style, check_file, put
 
 
 def _parse_extents(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
@@ -79,7 +80,7 @@ def _parse_extents(ctx: click.Context, param: click.Parameter, value: tuple[str,
     help="Seconds that one step of a model may take.",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory in a process of its own.")
-@report_option("html, json, csv or text")
+@report_option(PROFILE)
 @click.option("--trace", metavar="FILE", help="Write a trace for chrome://tracing or ui.perfetto.dev, as JSON.")
 @with_options(OUTPUT_OPTIONS)
 @click.pass_context
@@ -115,14 +116,11 @@ def profile(
     import json
 
     from onnxrank.profiling.engine import profile as run
-    from onnxrank.profiling.render import FORMATS, print_profile, to_csv
-    from onnxrank.render import as_text, check_target, to_json, write_document
 
     taken = [m for m in (model, other) if m is not None]
-    for target in report:
-        check_target(target, taken, FORMATS)
+    PROFILE.check(report, taken)
     if trace is not None:
-        check_target(f"json:{trace}", taken)
+        check_file(trace, taken, f"--trace {trace}")
     traced: dict[str, Any] | None = None if trace is None else {}
     with show_progress(quiet, verbose) as progress:
         found = run(
@@ -142,17 +140,6 @@ def profile(
             progress=progress,
         )
 
-    def write(form: str, encoding: str) -> str:
-        if form == "html":
-            from onnxrank.profiling.page import to_html
-
-            return to_html(found)
-        if form == "text":
-            return as_text(lambda console: print_profile(found, console, verbose), encoding)
-        return to_json(found) if form == "json" else to_csv(found)
-
-    for target in report:
-        write_document(write, target, FORMATS)
     if trace is not None:
-        write_document(lambda form, encoding: json.dumps(traced) + "\n", f"json:{trace}")
-    show_report(lambda console: print_profile(found, console, verbose), quiet, report, FORMATS)
+        put(trace, json.dumps(traced) + "\n")
+    show_report(PROFILE, found, Style(verbose=verbose), quiet, report)

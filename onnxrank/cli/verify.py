@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import click
 
-from onnxrank.cli.options import OUTPUT_OPTIONS, begin, parse_counts, parse_limits, parse_providers, with_options
-from onnxrank.cli.output import print_to, show_progress
+from onnxrank.cli.options import (
+    OUTPUT_OPTIONS,
+    begin,
+    parse_counts,
+    parse_limits,
+    parse_providers,
+    report_option,
+    with_options,
+)
+from onnxrank.cli.output import show_progress, show_report
 from onnxrank.errors import CheckFailed, UsageError
+from onnxrank.formats import VERIFY, Style
 
 
 @click.command(short_help="Tell whether two models give the same scores.")
@@ -69,12 +77,7 @@ from onnxrank.errors import CheckFailed, UsageError
     show_default=True,
     help="quick leaves out odd inputs and large N.",
 )
-@click.option(
-    "--report",
-    multiple=True,
-    metavar="[FORMAT:]FILE",
-    help="Write the report as text, json, junit, sarif or markdown; github alone prints annotations. Repeatable.",
-)
+@report_option(VERIFY)
 @click.option(
     "--save-failing", metavar="DIR", help="Write the smallest failing case there: inputs, both models, repro.py."
 )
@@ -134,11 +137,10 @@ def verify(
         raise click.UsageError("--labels needs recorded requests: --data FILE|DIR.", ctx)
 
     from onnxrank.roles import load_spec
-    from onnxrank.verify import Options, failure, reports
+    from onnxrank.verify import Options, failure
     from onnxrank.verify import verify as run
 
-    for target in report:
-        reports.check_target(target, [original, optimized])
+    VERIFY.check(report, [original, optimized])
     if save_failing is not None:
         _check_folder(save_failing)
     options = Options(
@@ -164,12 +166,7 @@ def verify(
     )
     with show_progress(quiet, verbose) as progress:
         found = run(original, optimized, options, progress)
-    for target in report:
-        reports.write(found, target, verbose)
-    if not quiet:
-        taken = any(reports.target_of(target)[1] == "-" for target in report)
-        stream = sys.stderr if taken else sys.stdout
-        print_to(lambda console: reports.show(found, console, verbose), stream)
+    show_report(VERIFY, found, Style(verbose=verbose), quiet, report)
     if not found.passed:
         raise CheckFailed(failure(found))
 

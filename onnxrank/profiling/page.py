@@ -7,7 +7,8 @@ from pathlib import PurePath
 from onnxrank import charts, pages
 from onnxrank.profiling.render import LEVELS, duration, shown_candidates, spread, verdict
 from onnxrank.profiling.report import Kernels, ModelProfile, Profile
-from onnxrank.render import human, percent
+from onnxrank.profiling.timing import fitted
+from onnxrank.writers import human, percent
 
 _STYLES = ("first", "second")
 _MOST_OPERATORS = 12
@@ -84,21 +85,26 @@ def _speedups(profile: Profile) -> list[str]:
         "never": "The second model is not faster at any number of candidates.",
     }[profile.break_even.kind]
     heads = ["N", "time of the first over time of the second, and its 95 % interval"]
-    return ["<h2>Speed-up</h2>", pages.table(heads, rows, (1,)), f"<p>{said}</p>"]
+    told = pages.table(heads, rows, (1,))
+    chart = f'<div class="row"><div>{speedup_chart(profile)}</div><div>{told}</div></div>'
+    return ["<h2>Speed-up</h2>", f'<p class="verdict">{said}</p>', chart]
+
+
+def speedup_chart(profile: Profile) -> str:
+    """Time of the first model over that of the second, with intervals, and a line where they are equal."""
+    points = [(p.candidates, p.speedup.ratio, p.speedup.low, p.speedup.high) for p in profile.points if p.speedup]
+    series = [charts.Series("speed-up", "second", points)]
+    return charts.curves(series, "candidates per request", lambda v: f"{v:.3g}×", 240, even=1.0)
 
 
 def _costs(profile: Profile, names: list[str]) -> list[str]:
-    rows = [
-        [
-            name,
-            duration(m.line.once),
-            duration(m.line.each),
-            "" if m.line.knee is None else f"{duration(m.line.beyond)} from N = {m.line.knee}",
-            percent(m.line.error),
-        ]
-        for name, m in zip(names, profile.models, strict=True)
-        if m.line is not None
-    ]
+    lines = [(name, m.line) for name, m in zip(names, profile.models, strict=True) if m.line is not None]
+    bent = any(line.knee is not None for _, line in lines)
+    rows = []
+    for name, line in lines:
+        beyond = "" if line.knee is None else f"{duration(line.beyond)} from N = {line.knee}"
+        once = duration(line.once) if line.once else "none that can be told"
+        rows.append([name, once, duration(line.each), *([beyond] * bent), percent(line.error)])
     memory = [
         [name, human(m.memory.peak - m.memory.start, "B"), human(m.memory.loaded - m.memory.start, "B")]
         for name, m in zip(names, profile.models, strict=True)
@@ -106,8 +112,11 @@ def _costs(profile: Profile, names: list[str]) -> list[str]:
     ]
     out = []
     if rows:
-        heads = ["model", "once per request", "per candidate", "per candidate beyond", "largest miss of a median"]
-        out += ["<h2>Fitted cost of a request</h2>", pages.table(heads, rows)]
+        heads = ["model", "once per request", "per candidate", *(["per candidate beyond"] * bent)]
+        out += ["<h2>Fitted cost of a request</h2>", pages.table([*heads, "largest miss of a median"], rows)]
+        measured = [p.candidates for p in profile.points]
+        if fitted(measured) != measured:
+            out.append("<p>N = 1 is left out of the fit: a product with one row runs another kernel.</p>")
     if memory:
         heads = ["model", "peak above an empty process", "of it the loaded model"]
         out += ["<h2>Memory</h2>", pages.table(heads, memory)]

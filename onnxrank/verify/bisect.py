@@ -28,11 +28,19 @@ if TYPE_CHECKING:
 _ALWAYS = ("movement", "broadcast")
 """Rules without which none of the others can be applied."""
 
+Fails = Callable[[ModelProto], bool]
+"""Whether a model in the place of the one under test fails where that did."""
 
-def bisect(engine: Engine) -> Culprit:
-    """Finds what makes the second model of a failed run wrong."""
+
+def bisect(engine: Engine, fails: Fails) -> Culprit:
+    """Finds what makes the second model of a failed run wrong.
+
+    Args:
+        engine: The failed run.
+        fails: Tells whether another model fails in the same way.
+    """
     try:
-        by_rule = _by_rule(engine)
+        by_rule = _by_rule(engine, fails)
     except OnnxrankError as e:
         by_rule = Culprit(None, None, None, f"the rules could not be applied again: {e}")
     if by_rule is not None and by_rule.rule is not None:
@@ -47,9 +55,9 @@ def bisect(engine: Engine) -> Culprit:
 # --- by rule -----------------------------------------------------------------------------------------------------
 
 
-def _by_rule(engine: Engine) -> Culprit | None:
+def _by_rule(engine: Engine, fails: Fails) -> Culprit | None:
     """The first rule and site; None where the model does not say which rules it was made with."""
-    from onnxrank.pipeline import choose_rules
+    from onnxrank.ruleset import choose_rules
 
     stored = stored_contract(engine.optimized.proto)
     names = list((stored or {}).get("rules", {}))
@@ -64,7 +72,7 @@ def _by_rule(engine: Engine) -> Culprit | None:
         raise UsageError(f"the rule {missing[0]!r} is not there; name its file with --rules")
     rules = choose_rules(names, (), engine.options.rules)
     order = [n for n in _ALWAYS if n in names] + [n for n in names if n not in _ALWAYS]
-    trial = _Trial(engine, stored, rules)
+    trial = _Trial(engine, fails, stored, rules)
     if trial.right(order):
         return Culprit(None, None, None, "the rules applied to the original again give a right model: edited since?")
     guilty = next(k for k in range(len(order)) if not trial.right(order[: k + 1]))
@@ -82,8 +90,8 @@ def _by_rule(engine: Engine) -> Culprit | None:
 class _Trial:
     """Applies some rules at some sites to the original, and tells whether the result is right."""
 
-    def __init__(self, engine: Engine, stored: dict[str, Any], rules: Sequence[Rule]) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, fails: Fails, stored: dict[str, Any], rules: Sequence[Rule]) -> None:
+        self.engine, self.fails = engine, fails
         self.stored = stored
         self.rules = rules
         self._known: dict[str, bool] = {}
@@ -103,13 +111,11 @@ class _Trial:
         return list(dict.fromkeys(seen))
 
     def _try(self, names: Sequence[str], only: dict[str, set[str]]) -> bool:
-        from onnxrank.verify.engine import failing_points
-
         try:
             made = self._make(names, only, None)
         except (CheckFailed, ModelError):
             return False
-        return made is None or not failing_points(self.engine, made)
+        return made is None or not self.fails(made)
 
     def _make(
         self, names: Sequence[str], only: dict[str, set[str]], taken: Callable[[str, NodeProto], None] | None
