@@ -355,9 +355,9 @@ def _bodies(lookups: _Lookups, rw: Rewrite, graph: GraphProto, ids: Mapping[str,
             continue
         if node.op_type == "Gather":
             table = rw.values.get(node.input[0])
-            for origin in origins(node.input[1]) if isinstance(table, Value) else ():
+            for origin in origins(node.input[1]):
                 found = rw.values[origin]
-                if isinstance(found, Value):
+                if isinstance(found, Value) and isinstance(table, Value):
                     axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
                     lookups.look_up(rw, table, found, axis)
         if node.op_type in _SAME_ENTRIES or node.op_type == "Gather":

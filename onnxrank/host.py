@@ -266,7 +266,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.setrecursionlimit(10_000)
-    workers.stay_here()
+    workers.stay_here(lambda: functools.partial(answer, Host()))
     messages: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_listen, args=(source, messages), daemon=True).start()
     with contextlib.suppress(ImportError):  # ahead of their use; whoever misses one says so
