@@ -124,6 +124,7 @@ class _Printer(Printer):
         self.checks(verbose)
         for note in self.report.notes:
             self.item(note, "note: ")
+        self.trust()
         self.verdict()
 
     def head(self) -> None:
@@ -205,12 +206,22 @@ class _Printer(Printer):
             f"{count(len(found), 'comparison')} at N = {counts}: at most {worst.error:.2g} off, "
             f"{worst.tolerance:.2g} is allowed"
         )
+        for line in self.report.looked:
+            self.item(line, "compared at ")
+        for line in self.report.unseen:
+            self.item(line, "not looked at: ")
         for c in found if verbose else ():
             self.line(
                 f"{'ok  ' if c.passed else 'FAIL'} N = {c.candidates}, seed {c.seed}, {c.output}: {c.error:.3g} "
                 f"of {c.tolerance:.3g}",
                 6,
             )
+
+    def trust(self) -> None:
+        told = trust(self.report.roles)
+        if self.report.changed and told:
+            self.console.print()
+            self.say(told, "bold yellow")
 
     def verdict(self) -> None:
         r = self.report
@@ -226,6 +237,29 @@ class _Printer(Printer):
         if r.macs_before:
             gone = f": {percent(1 - r.macs_after / r.macs_before)} of MACs are now once per request or gone"
         self.say(f"{uses}{gone}.{'' if r.checks else ' Not checked.'}", "bold green")
+
+
+def trust(contract: Mapping[str, Any], requests: int = 0) -> str:
+    """A sentence on what nobody has proved of roles; empty where no input is request-level.
+
+    Args:
+        contract: The roles, as `Roles.to_dict` gives them.
+        requests: Number of recorded requests that kept them.
+    """
+    claimed = [
+        str(i["name"])
+        for i in contract.get("inputs", ())
+        if i.get("level") != "candidate" and i.get("candidate_axis") is not None
+    ]
+    if not claimed:
+        return ""
+    names = ", ".join(claimed[:4]) + (f" and {len(claimed) - 4} more" if len(claimed) > 4 else "")
+    if requests:
+        return f"Roles: {names} kept to one value per request in {count(requests, 'recorded request')}."
+    return (
+        f"Roles are trusted, not tested: that {names} {'is' if len(claimed) == 1 else 'are'} the same for all "
+        "candidates of a request is taken from you; only recorded requests can show it (onnxrank verify --data)."
+    )
 
 
 def printable(text: str, encoding: str, keep: str = "") -> str:

@@ -7,7 +7,16 @@ import sys
 
 import click
 
-from onnxrank.cli.options import OUTPUT_OPTIONS, begin, parse_counts, parse_limits, parse_providers, with_options
+from onnxrank.cli.options import (
+    CHECKS,
+    LENGTH_OPTION,
+    OUTPUT_OPTIONS,
+    begin,
+    parse_counts,
+    parse_limits,
+    parse_providers,
+    with_options,
+)
 from onnxrank.cli.output import print_to, show_progress
 from onnxrank.errors import CheckFailed, UsageError
 
@@ -44,7 +53,8 @@ from onnxrank.errors import CheckFailed, UsageError
     "--candidates",
     callback=parse_counts,
     metavar="N,N,…",
-    help="Numbers of candidates.  [default: 0,1,2,17,512; quick: no 512]",
+    help="Numbers of candidates.  [default: 0,1,2,17,512, and what the models were made for; full: 4096; quick: no "
+    "512]",
 )
 @click.option(
     "--seeds", type=click.IntRange(1, 1000), metavar="N", help="Different users for each.  [default: 3; quick: 2]"
@@ -64,11 +74,19 @@ from onnxrank.errors import CheckFailed, UsageError
 )
 @click.option(
     "--level",
-    type=click.Choice(["quick", "full"]),
+    type=click.Choice(CHECKS),
     default="full",
     show_default=True,
-    help="quick leaves out odd inputs and large N.",
+    help="standard leaves out odd inputs and runs large N once; quick leaves out large N.",
 )
+@click.option(
+    "--budget",
+    type=click.FloatRange(0),
+    metavar="S",
+    help="Seconds for further numbers of candidates, lengths and rows of changed tables; the report lists what was not "
+    "reached.  [default: 120; standard: 20; quick: 5]",
+)
+@LENGTH_OPTION
 @click.option(
     "--report",
     multiple=True,
@@ -113,6 +131,8 @@ def verify(
     atol: dict[str | None, float],
     top_k: int,
     level: str,
+    budget: float | None,
+    lengths: dict[str, tuple[int, int]],
     report: tuple[str, ...],
     save_failing: str | None,
     bisect: bool,
@@ -154,6 +174,8 @@ def verify(
         atol=atol,
         top_k=top_k,
         level=level,
+        budget=budget,
+        lengths=lengths,
         bisect=bisect,
         save_failing=save_failing,
         rules=rules,

@@ -33,6 +33,9 @@ def to_markdown(report: Report) -> str:
     for f in report.findings:
         if f.severity != "note":
             out.append(f"- **{f.severity}**, {f.verdict}: {_text(f.message)}")
+    out += [f"- **not looked at**: {_text(line)}" for line in report.unseen]
+    if told := common.trust(report):
+        out.append(f"- {_text(told)}")
     if report.culprit is not None:
         out.append(f"- **bisect**: {_text(report.culprit.message)}")
     out += ["", "<details><summary>Distances and environment</summary>", ""]
@@ -42,6 +45,7 @@ def to_markdown(report: Report) -> str:
             f"- order of {_text(r.output)}: top-{r.top_k} overlap {r.overlap:.3g}, Kendall tau {r.tau:.6g}, largest "
             f"move {r.move}, {r.requests} lists"
         )
+    out += [f"- compared at {_text(line)}" for line in report.looked]
     if report.requests:
         out.append(f"- {report.requests} recorded requests")
     out += [f"- {_text(common.environment(report))}", "", "</details>", ""]
