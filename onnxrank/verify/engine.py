@@ -21,7 +21,8 @@ from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.feeds import Ranges
 from onnxrank.values import CANDIDATES
-from onnxrank.verify import judge, sizes, structure
+from onnxrank.verify import judge, sizes, structure, tables
+from onnxrank.verify.condition import Condition
 from onnxrank.verify.inputs import ORDINARY, POISONED
 from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Sample
@@ -113,11 +114,13 @@ class Engine:
         self.ranges: Ranges = {}
         self.symbols: list[str] = []
         self.spans: dict[str, Span] = {}
+        self.changed: list[tables.Changed] = []
         self.usual: dict[str, int] = {}
         self.span: Span | None = None
         self.truth = False
         self.precision = "own"
         self.points: list[Point] = []
+        self.condition = Condition(self)
         self.coarse: np.dtype[Any] | None = None
         self.step = 0.0
         self._good = False
@@ -148,6 +151,7 @@ class Engine:
         self.binding = bind(self.original.proto, self.optimized.proto, found.roles)
         self._environment()
         fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
+        self._tables()
         self.say("checking the structure")
         loads = self._check() and fed
         if loads:
@@ -282,6 +286,22 @@ class Engine:
                 model="optimized",
             )
         return True
+
+    def _tables(self) -> None:
+        """Compares embedding tables row by row."""
+        first, second = self.original.loaded, self.optimized.loaded
+        if structure.changes_precision(first.proto, second.proto):
+            return
+        self.changed, lost = tables.changed(first, second)
+        for c in self.changed:
+            self.report.find("structure", "tables", c.says, "warning", model="optimized")
+        if lost and not structure.made_of(first, second):
+            shown = ", ".join(map(repr, lost[:4])) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+            what = "embedding table" if len(lost) == 1 else "embedding tables"
+            self.report.unseen.append(
+                f"rows of the {what} {shown} that no generated id met: the optimized model has none of its type, shape "
+                "and content"
+            )
 
     def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
         """Has a model do something; a crash becomes a finding, and None is returned."""
@@ -539,10 +559,12 @@ class Engine:
         self.held = judge.measures(samples, self.coarse, self.step)
         if self.truth:
             if self.coarse is None:
-                self.file("algebra", judge.algebra(samples))
+                self.file("algebra", self.condition.excused(judge.algebra(samples), self.points))
             else:
                 self._rounded_algebra()
-        self.file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
+        cases = judge.rounding(samples, self.held, self.options.tolerance, self._unstable())
+        self.file("rounding", self.condition.excused(cases, self.points))
+        self.condition.tell()
         report.statistics = judge.statistics(samples, self.held)
         sized = {(p.inputs, p.candidates) for p in self.points if p.size is not None and p.candidates > _RANKED}
         plain = [s for s in samples if s.inputs not in POISONED and (s.inputs, s.candidates) not in sized]

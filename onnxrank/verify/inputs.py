@@ -164,6 +164,37 @@ class Full(Maker):
         return data
 
 
+class Rows(Maker):
+    """Makes inputs whose ids are given rows of a table, wherever an entry may be an id of it.
+
+    Args:
+        declared: The inputs.
+        ranges: Value ranges per entry.
+        rows: The rows; further seeds begin further on.
+        size: Number of rows of the table.
+    """
+
+    def __init__(self, declared: Sequence[Input], ranges: Ranges, rows: NDArray[np.int64], size: int) -> None:
+        super().__init__(declared, ranges)
+        self._rows, self._size = rows, size
+
+    def _values(self, i: Input, shape: list[int], factors: list[Any], rng: np.random.Generator) -> NDArray[Any]:
+        data = super()._values(i, shape, factors, rng)
+        if self.ranges is None or i.dtype == TensorProto.STRING or data.dtype.kind == "b":
+            return data
+        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
+        least, most, integral = self.ranges[i.name]
+        low, high = np.broadcast_to(least.reshape(given), shape), np.broadcast_to(most.reshape(given), shape)
+        whole = np.broadcast_to(integral.reshape(given), shape)
+        rows = np.resize(self._rows, shape)
+        # An id may be shifted on its way; one of which nothing is known may be any.
+        shifted = whole & (high - low == self._size)
+        free = whole & (low == FALLBACK_IDS[0]) & (high == FALLBACK_IDS[1]) & (not i.role.ranges)
+        fits = whole & (rows >= low) & (rows < high)
+        start = np.where(np.isfinite(low), low, 0)
+        return np.where(shifted, start + rows, np.where(free | fits, rows, data)).astype(data.dtype)
+
+
 def poisoned_row(candidates: int) -> int:
     """The candidate whose values are no numbers."""
     return candidates // 2
@@ -323,12 +354,8 @@ def outside(declared: Sequence[Input], ranges: Ranges, feed: Mapping[str, NDArra
             for f in (d or (1,))
         ]
         factors = [f for d in i.dims for f in (d or (1,))]
-        low, high, whole = (
-            np.broadcast_to(
-                a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]), shape
-            )
-            for a in ranges[i.name]
-        )
+        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
+        low, high, whole = (np.broadcast_to(a.reshape(given), shape) for a in ranges[i.name])
         known = whole & np.isfinite(high)
         if not i.role.ranges:
             known &= (low != FALLBACK_IDS[0]) | (high != FALLBACK_IDS[1])

@@ -13,13 +13,14 @@ from onnx import TensorProto
 
 from onnxrank.errors import ModelError
 from onnxrank.values import CANDIDATES, symbols
-from onnxrank.verify import compare, points, sizes
+from onnxrank.verify import compare, inputs, points, sizes, tables
 from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS
 from onnxrank.verify.points import Point
-from onnxrank.verify.side import Outputs, run_once
+from onnxrank.verify.side import MODEL, Outputs, run_once
 from onnxrank.verify.sizes import MANY, Size
+from onnxrank.verify.tables import Changed
 
 if TYPE_CHECKING:
     from onnxrank.verify.engine import Engine
@@ -34,6 +35,10 @@ _FEW = 64
 """Candidates up to which it is at levels other than `full`."""
 _MEMORY = re.compile(r"memory|bad_?alloc|allocate", re.IGNORECASE)
 _TRUTH = "float64"
+_Ran = tuple[Point, list[tuple[str, dict[str, Any], dict[str, Any]]]]
+"""A request, and per provider what both models gave."""
+_MOST_TABLES = 16
+_MOST_ROUNDS = 64
 _LATE = "the time was up"
 _SHARE = 3
 """One request may take a third of the time that is left."""
@@ -55,6 +60,7 @@ class Reach:
         self.engine = engine
         self._start = time.monotonic()
         self._seen: list[Point] = []
+        self._exposed: set[str] = set()
         self._unseen: dict[str, list[Size]] = {}
         self._refused: dict[str, list[Size]] = {}
 
@@ -71,7 +77,10 @@ class Reach:
         engine, options = self.engine, self.engine.options
         wanted = self._sizes()
         engine.report.budget = options.seconds
-        ran = [done for p in self._points(wanted) if (done := self._compare(p)) is not None]
+        ran = [done for changed in engine.changed[:_MOST_TABLES] for done in self._rows(changed)]
+        for changed in engine.changed[_MOST_TABLES:]:
+            engine.report.unseen.append(f"the changed rows of table {changed.name!r}: too many tables changed")
+        ran += [done for p in self._points(wanted) if (done := self._compare(p)) is not None]
         truths = [self._exact(point) for point, _ in ran]
         if options.candidates is None and options.level != "full":
             # The last, for some kernels end their process.
@@ -127,9 +136,68 @@ class Reach:
         if size not in found:
             found.append(size)
 
+    # --- changed rows ------------------------------------------------------------------------------------------------
+
+    def _rows(self, changed: Changed) -> list[_Ran]:
+        """Runs requests whose ids are the rows of a table that changed."""
+        engine, declared = self.engine, self.engine.binding.declared
+        missing = set(changed.rows.tolist())
+        about = f"ids of changed rows of {changed.name!r}"
+        size = Size(min(max(len(missing), 2), _FEW), about=about)
+        ran: list[_Ran] = []
+        for seed in range(_MOST_ROUNDS):
+            left = np.array([r for r in changed.rows.tolist() if r in missing], np.int64)
+            if not len(left) or self._left <= 0:
+                break
+            maker = inputs.Rows(declared, engine.ranges, left, changed.size)
+            feed = maker(inputs.point(engine.symbols, size.candidates, seed, engine.usual))
+            point = Point(about, size.candidates, seed, feed, engine.binding(feed), size=size)
+            met = self._met(changed, point)
+            if not met & missing:
+                break
+            done = self._compare(point)
+            if done is None:
+                break
+            ran.append(done)
+            missing -= met
+        if f"ids/{changed.name}" in self._exposed:
+            engine.original.call("close", session=f"ids/{changed.name}")
+        seen = len(changed.rows) - len(missing)
+        if seen:
+            engine.report.looked.append(f"{seen:,} changed rows of table {changed.name!r}")
+        if missing:
+            why = "the time was up" if self._left <= 0 else "no generated id reaches them"
+            if seen:
+                why = "too many"
+            engine.report.unseen.append(
+                f"{len(missing):,} changed rows of table {changed.name!r} ({tables.names(missing)}): {why}"
+            )
+        return ran
+
+    def _met(self, changed: Changed, point: Point) -> set[int]:
+        """Rows that the original looks up in a table."""
+        side = self.engine.original
+        given = [point.feed[i] for i in changed.ids if i in point.feed]
+        made = [i for i in changed.ids if i not in point.feed]
+        if made:
+            session = f"ids/{changed.name}"
+            try:
+                if session not in self._exposed:
+                    side.call("expose", key=session, of=MODEL, names=made)
+                    side.call("open", session=session, key=session, level=LEVELS[0], precision=self.engine.precision)
+                    self._exposed.add(session)
+                (answer,) = side.call("run", session=session, feeds=[point.feed], outputs=made)
+            except ModelError:
+                return set()
+            given += answer.get("outputs", {}).values()
+        found: set[int] = set()
+        for ids in given:
+            found |= {int(i) for i in np.unique(ids)}
+        return {i % changed.size for i in found}
+
     # --- running -----------------------------------------------------------------------------------------------------
 
-    def _compare(self, p: Point) -> tuple[Point, list[tuple[str, dict[str, Any], dict[str, Any]]]] | None:
+    def _compare(self, p: Point) -> _Ran | None:
         """Runs both models in their own types."""
         engine = self.engine
         assert p.size is not None
@@ -182,7 +250,7 @@ class Reach:
     def _optimized(self, p: Point, why: ModelError, provider: str, patience: float) -> None:
         engine = self.engine
         assert p.size is not None
-        where = f"(N = {p.candidates}{f', {p.size.says}' if p.size.lengths else ''}, {provider})"
+        where = f"(N = {p.candidates}{f', {p.size.kind}' if p.size.lengths or p.size.about else ''}, {provider})"
         if isinstance(why, Crashed) and why.kind == "timeout" and patience < engine.optimized.timeout:
             self._miss(p.size, "the optimized model takes longer than the time left")
         elif lacks_memory(why):

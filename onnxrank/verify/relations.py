@@ -78,7 +78,7 @@ def _relate(engine: Engine, feed: Feed, user: Feed, per_row: dict[str, int], see
             "warning",
             model="original",
         )
-    engine.file("metamorphic", cases)
+    engine.file("metamorphic", engine.condition.relaxed(cases, feed, provider, engine.truth))
 
 
 def _per_row(engine: Engine) -> dict[str, int]:

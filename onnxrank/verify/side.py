@@ -111,7 +111,7 @@ class Side:
 
     def request(self, session: str, **how: Any) -> None:
         """Asks for a session; `opened` waits for it."""
-        self._opened[session] = {"key": MODEL, **how}
+        self._opened[session] = {"key": MODEL} | how
         self.ask("open", session=session, **self._opened[session])
 
     def opened(self, session: str) -> str:

@@ -58,15 +58,19 @@ class Size:
         candidates: Number of candidates.
         lengths: Extents by symbol, where they are not the usual ones.
         full: Whether histories have no padding.
+        about: What its inputs are about, if not about extents.
     """
 
     candidates: int
     lengths: Mapping[str, int] = field(default_factory=dict)
     full: bool = True
+    about: str = ""
 
     @property
     def kind(self) -> str:
         """What its inputs are called."""
+        if self.about:
+            return self.about
         if not self.lengths:
             return MANY if self.candidates else NONE
         return f"{self.says}{'' if self.full else ', padded'}"
@@ -280,6 +284,8 @@ def listing(sizes: Iterable[Size]) -> list[str]:
     single: dict[tuple[str, int], list[int]] = {}
     joint: list[str] = []
     for size in sizes:
+        if size.about:
+            continue
         if not size.lengths:
             numbers.append(size.candidates)
         elif len(size.lengths) == 1:

@@ -16,8 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
-from onnxrank.verify import wire
-from onnxrank.verify.truth import Truth, rounded
+from onnxrank.verify import truth, wire
 
 CPU = "CPUExecutionProvider"
 _TOO_MUCH = {"error": "it needs more memory than its process may use", "code": ModelError.exit_code}
@@ -105,8 +104,8 @@ class Host:
             key: The model.
             provider: `cpu` or `cuda`.
             level: ORT's graph optimisations, `disabled` or `all`.
-            precision: `own`, `float` (16-bit types raised), `double` (all floats raised) or `rounded` (the same, but
-                weights rounded to `to` before).
+            precision: `own`, `float` (16-bit types raised), `double` (all floats raised), `exact` (the same, without
+                the runtime's inexact kernels) or `rounded` (weights rounded to `to` before).
             to: ONNX element type.
             tf32: Whether a GPU may round the operands of float32 products to 10 bits.
 
@@ -115,10 +114,11 @@ class Host:
             EnvironmentProblem: The provider is not there, or the session fell back to another.
         """
         flat, folder = self._flattened(key)
-        if precision in ("double", "rounded"):
-            truth = Truth(flat if precision == "double" else rounded(flat, to, folder), folder)
-            self._sessions[session] = truth
-            return {"how": truth.how}
+        if precision in ("double", "exact", "rounded"):
+            wide = truth.rounded(flat, to, folder) if precision == "rounded" else flat
+            made = truth.Truth(wide, folder, truth.INEXACT if precision == "exact" else ())
+            self._sessions[session] = made
+            return {"how": made.how}
         model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
         wanted = NAMES[provider]
         if provider != "cpu" and wanted not in runtime.onnxruntime().get_available_providers():
@@ -127,15 +127,28 @@ class Host:
                 "machine with a GPU, or leave --ep at cpu."
             )
         options = [(wanted, {"use_tf32": str(int(tf32))})] if provider == "cuda" else [wanted]
-        made = runtime.session(model, folder, providers=options, optimise=level == "all")
-        if made.get_providers()[0] != wanted:
+        ready = runtime.session(model, folder, providers=options, optimise=level == "all")
+        if ready.get_providers()[0] != wanted:
             raise EnvironmentProblem(
-                f"The session silently fell back from {wanted} to {made.get_providers()[0]}: the provider is installed "
-                "but does not work here (see its driver and libraries), so nothing can be said of it."
+                f"The session silently fell back from {wanted} to {ready.get_providers()[0]}: the provider is "
+                "installed but does not work here (see its driver and libraries), so nothing can be said of it."
             )
-        made.disable_fallback()  # from a provider that fails while it runs
-        self._sessions[session] = made
+        ready.disable_fallback()  # from a provider that fails while it runs
+        self._sessions[session] = ready
         return {"how": "onnxruntime"}
+
+    def nudge(self, key: str, of: str, seed: int, exact: bool) -> None:
+        """Makes a model of which every float weight is moved by one unit in the last place.
+
+        Args:
+            key: Its key.
+            of: The model.
+            seed: For up or down.
+            exact: Whether in the last place of a float64.
+        """
+        flat, folder = self._flattened(of)
+        self._models[key] = (truth.nudged(flat, seed, exact, folder), folder)
+        self._flat[key] = self._models[key][0]
 
     def close(self, session: str) -> None:
         """Forgets a session."""
@@ -151,7 +164,7 @@ class Host:
         answers: list[dict[str, Any]] = []
         for feed in feeds:
             try:
-                out = made.run(feed, outputs) if isinstance(made, Truth) else runtime.run(made, feed, outputs)
+                out = made.run(feed, outputs) if isinstance(made, truth.Truth) else runtime.run(made, feed, outputs)
             except ModelError as e:
                 answers.append({"error": str(e)})
                 continue
@@ -205,7 +218,7 @@ _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
         Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.expose,
-        Host.inlined, Host.raised, Host.available,
+        Host.nudge, Host.inlined, Host.raised, Host.available,
     )
 }  # fmt: skip
 """What may be asked for."""
