@@ -62,7 +62,9 @@ class Reach:
         self._seen: list[Point] = []
         self._exposed: set[str] = set()
         self._unseen: dict[str, list[Size]] = {}
-        self._refused: dict[str, list[Size]] = {}
+        self._refused: list[Size] = []
+        self._why = ""
+        self._unsteady: list[Size] = []
 
     @property
     def _left(self) -> float:
@@ -112,7 +114,8 @@ class Reach:
             return list(options.sizes)
         many = [] if options.candidates is not None else sizes.many_of(engine.span, options.level, options.counts)
         given = [s for s in engine.spans if sizes.name_of(s) in options.lengths]
-        return sizes.plan(engine.spans, given, (s.proto for s in engine.sides), many, options.level != "quick")
+        served = sizes.many_of(engine.span, "standard", (1, 2)) if many else []
+        return sizes.plan(engine.spans, given, [s.proto for s in engine.sides], many, served)
 
     def _points(self, wanted: Iterable[Size]) -> Iterator[Point]:
         """The requests that fit into memory; more than one of a size where bools may be a mask."""
@@ -235,7 +238,7 @@ class Reach:
             if isinstance(again, ModelError) or any(
                 compare.gap(first[k], again[k]).largest > 1e-3 * max(1.0, compare.scale(first[k])) for k in first
             ):
-                self._refused.setdefault("it gives other scores each time", []).append(p.size)
+                self._unsteady.append(p.size)
                 return False
         return True
 
@@ -245,7 +248,8 @@ class Reach:
         elif lacks_memory(why):
             self._miss(size, "the original needs too much memory")
         else:
-            self._refused.setdefault(str(why), []).append(size)
+            self._refused.append(size)
+            self._why = self._why or str(why)
 
     def _optimized(self, p: Point, why: ModelError, provider: str, patience: float) -> None:
         engine = self.engine
@@ -283,16 +287,12 @@ class Reach:
         report.looked += sizes.listing(p.size for p in self._seen if p.size is not None)
         for why, found in self._unseen.items():
             report.unseen += [f"{line}: {why}" for line in sizes.listing(found)]
-        for why, found in self._refused.items():
-            where = "; ".join(sizes.listing(found))
-            report.find(
-                "rounding",
-                "original",
-                f"The original does not run at {where} ({why}), so nothing was compared there."
-                if why != "it gives other scores each time"
-                else f"The original gives other scores each time at {where}, so nothing was compared there.",
-                "note",
-                model="original",
-            )
+        for found, what in (
+            (self._refused, f"does not run ({self._why})"),
+            (self._unsteady, "gives other scores each time"),
+        ):
+            if found:
+                text = f"The original {what} at {'; '.join(sizes.listing(found))}: nothing was compared there."
+                report.find("rounding", "original", text, "note", model="original")
         if any(p.inputs == MANY for p in self._seen) and engine.options.level != "full":
             report.looked.append(f"beyond N = {max(engine.options.counts)}: onnxruntime's optimisations on only")

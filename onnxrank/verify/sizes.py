@@ -39,6 +39,7 @@ _PREFIX = "S:"
 _SMALL = 64
 """Entries of a constant that may hold bounds."""
 _MOST_FAR = 24
+_MOST_ROWS = 12
 _MOST_CORNERS = 8
 
 _CARRY = set("Identity Cast Unsqueeze Squeeze Reshape Concat Neg Add Sub Flatten".split())
@@ -46,6 +47,8 @@ _CARRY = set("Identity Cast Unsqueeze Squeeze Reshape Concat Neg Add Sub Flatten
 _CUT = {"Slice": 1, "Pad": 1, "TopK": 1, "Clip": 1, "Split": 1, "Min": 0, "Max": 0, "Where": 0, "Range": 0, "Mod": 0,
         "Less": 0, "Greater": 0, "LessOrEqual": 0, "GreaterOrEqual": 0, "Equal": 0, "Trilu": 1}  # fmt: skip
 """Operators that cut, pad or choose, with the first operand that says where."""
+_ALONG = {"Slice", "Split", "TopK"}
+"""Those of them that work along an axis."""
 _TABLES = {"Gather", "GatherND", "GatherElements", "Slice"}
 """Operators that a constant's own extents bound, where they read one."""
 
@@ -122,41 +125,54 @@ def usual(symbols: Iterable[str], ranges: Mapping[str, Span]) -> dict[str, int]:
 # --- what a graph cuts by ----------------------------------------------------------------------------------------
 
 
-def landmarks(models: Iterable[ModelProto]) -> tuple[list[int], list[int]]:
-    """Whole numbers that graphs cut, pad or choose by, and the others among their small constants; sorted."""
-    near: set[int] = set()
-    far: set[int] = set()
+@dataclass
+class Landmarks:
+    """Whole numbers of graphs at which what they compute may change.
+
+    Attributes:
+        near: What they cut, pad or choose by, and extents of tables.
+        rows: Those among them that may be about the first axis, along which candidates mostly are.
+        far: All other small constants.
+    """
+
+    near: set[int] = field(default_factory=set)
+    rows: set[int] = field(default_factory=set)
+    far: set[int] = field(default_factory=set)
+
+
+def landmarks(models: Iterable[ModelProto]) -> Landmarks:
+    """Finds the numbers in some models."""
+    found = Landmarks()
     for model in models:
-        _look(model.graph, {}, near, far)
+        _look(model.graph, {}, found)
         for function in model.functions:
-            _follow(function.node, {}, {}, near, far)
-    return sorted(near), sorted(far - near)
+            _follow(function.node, {}, {}, found)
+    return found
 
 
-def _look(graph: GraphProto, outer: Mapping[str, frozenset[int]], near: set[int], far: set[int]) -> None:
+def _look(graph: GraphProto, outer: Mapping[str, frozenset[int]], found: Landmarks) -> None:
     known = dict(outer)
     shapes: dict[str, tuple[int, ...]] = {}
     for t in graph.initializer:
         shapes[t.name] = tuple(t.dims)
         if t.data_type == TensorProto.BOOL:
-            near.update(t.dims)
+            found.near.update(t.dims)
         known[t.name] = _numbers(t)
-        far |= known[t.name]
-    _follow(graph.node, known, shapes, near, far)
+        found.far |= known[t.name]
+    _follow(graph.node, known, shapes, found)
 
 
 def _follow(
     nodes: Iterable[NodeProto],
     known: dict[str, frozenset[int]],
     shapes: dict[str, tuple[int, ...]],
-    near: set[int],
-    far: set[int],
+    found: Landmarks,
 ) -> None:
     for node in nodes:
         if node.op_type == "Constant":
             numbers, dims = _constant(node)
             known[node.output[0]], shapes[node.output[0]] = numbers, dims
-            far |= numbers
+            found.far |= numbers
             continue
         read = [known.get(i, frozenset()) for i in node.input]
         if node.op_type in _CARRY:
@@ -164,12 +180,23 @@ def _follow(
             known[node.output[0]] = carried if len(carried) <= _SMALL else frozenset()
         first = _CUT.get(node.op_type)
         if first is not None:
-            near.update(*read[first:])
-            near.update(n for a in node.attribute if a.name not in ("axis", "axes") for n in (a.i, *a.ints))
+            here = set(itertools.chain(*read[first:]))
+            here.update(n for a in node.attribute if a.name not in ("axis", "axes") for n in (a.i, *a.ints))
+            found.near |= here
+            if node.op_type not in _ALONG or 0 in _axes(node, known):
+                found.rows |= here
         if node.op_type in _TABLES:
-            near.update(shapes.get(node.input[0], ()))
+            found.near.update(shapes.get(node.input[0], ()))
         for graph in subgraphs(node):
-            _look(graph, known, near, far)
+            _look(graph, known, found)
+
+
+def _axes(node: NodeProto, known: Mapping[str, frozenset[int]]) -> set[int]:
+    """Axes that a node works along, as far as they can be told."""
+    given = {n for a in node.attribute if a.name in ("axis", "axes") for n in (*a.ints, a.i)}
+    if node.op_type == "Slice" and len(node.input) > 3:
+        return set(known.get(node.input[3], frozenset({0})))
+    return given or {0}
 
 
 def _constant(node: NodeProto) -> tuple[frozenset[int], tuple[int, ...]]:
@@ -210,7 +237,7 @@ def plan(
     declared: Iterable[str],
     models: Iterable[ModelProto],
     many: Sequence[int],
-    corners: bool,
+    served: Sequence[int],
 ) -> list[Size]:
     """The sizes to run beside the ordinary ones, the most telling first, each once.
 
@@ -219,9 +246,11 @@ def plan(
         declared: Symbols whose range the user gave: nothing outside of it is run.
         models: Both models.
         many: Further numbers of candidates.
-        corners: Whether many candidates are combined with the longest lengths.
+        served: Those that are run with the longest lengths.
     """
-    near, far = landmarks(models) if ranges else ([], [])
+    found = landmarks(models)
+    near, far = sorted(found.near), sorted(found.far - found.near)
+    rows = [n + d for n in sorted(found.rows) if n > 2 for d in (1, 0) if n + d <= max(many, default=0)]
     given = set(declared)
     longest = {s: high for s, (_, high) in ranges.items()}
     shortest = {s: low for s, (low, _) in ranges.items()}
@@ -239,7 +268,7 @@ def plan(
         return (size for row in itertools.zip_longest(*columns) for size in row if size is not None)
 
     out = [Size(FEW, {s: n}) for s, n in longest.items()]
-    out += [Size(n) for n in many]
+    out += [Size(n) for n in (*many, *[n for n in rows if n not in many][:_MOST_ROWS])]
     out += [Size(FEW, {s: n}) for s in ranges for n in around(s, (ranges[s][0], 0, 1, 2))]
     out += one_by_one(about(near))
     if len(ranges) > 1:
@@ -250,8 +279,7 @@ def plan(
     out += [Size(n, longest) for n in (1, 17) if longest]
     out += one_by_one([n + 1 for n in near if n > 1], full=False)
     out += one_by_one(about([n for n in far if n > 2][:_MOST_FAR]))
-    if corners and longest:
-        out += [Size(n, longest) for n in many]
+    out += [Size(n, longest) for n in served if longest]
     seen: set[tuple[str, int]] = set()
     kept = []
     for size in out:

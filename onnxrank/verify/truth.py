@@ -24,7 +24,7 @@ _REFUSES = re.compile(r"[Tt]ype 'tensor\(double\)' of input parameter .*? of ope
 _FAILS = re.compile(r"while running (\w+) node\..*(?:not support|[Nn]ot[ _]?[Ii]mplemented|NOT_IMPLEMENTED)")
 _MOST_BYTES = 1 << 30
 INEXACT = ("Sigmoid", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh")
-"""Operators whose float64 kernels in onnxruntime are approximations: that of Sigmoid is off by 3e-10 of its value far out."""
+"""Operators whose float64 kernels in onnxruntime are approximations: Sigmoid is off by 3e-10 of its value far out."""
 
 
 class Truth:

@@ -16,7 +16,7 @@ V = RNG.standard_normal((16, 1)).astype(np.float32)
 
 
 def logarithmic(split: bool, power: float = 8.0, error: float = 0.0) -> ModelProto:
-    """A logarithmic network, `exp(log|x| W)`: factors to powers, whose sums cancel; the rounding of a sum is a factor."""
+    """A logarithmic network, `exp(log|x| W)`: the rounding of a sum becomes a factor."""
     g = Graph(17)
     u, i = g.input("user", [1 if split else "N", 4]), g.input("item", ["N", 4])
     weights = (power * W).astype(np.float32)
@@ -58,10 +58,8 @@ def odds(written_out: bool, error: float = 0.0) -> ModelProto:
     u, i = g.input("user", [1 if written_out else "N", 4]), g.input("item", ["N", 4])
     x = g.op("Neg", g.op("Abs", g.op("Mul", g.op("Mul", u, i), g.const(8.0))))
     back = g.op("Exp", g.op("Neg", x))
-    if written_out:
-        gate = g.op("Reciprocal", g.op("Add", back, g.const(1 + error)))
-    else:
-        gate = g.op("Sigmoid", x)
+    steps = ("Reciprocal", g.op("Add", back, g.const(1 + error))) if written_out else ("Sigmoid", x)
+    gate = g.op(*steps)
     g.output(g.op("MatMul", g.op("Mul", back, gate), g.const(W[:4, :1])), ["N", 1])
     g.nodes[-1].output[0] = g.outputs[0].name = "score"
     return g.model()
