@@ -28,7 +28,7 @@ from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS, Options
 from onnxrank.verify.pairing import Terms, bind, terms
-from onnxrank.verify.points import Point, generate, weight
+from onnxrank.verify.points import MOST_ODD, Point, generate, weight
 from onnxrank.verify.reach import MOST_BYTES, Reach, lacks_memory
 from onnxrank.verify.relations import relate
 from onnxrank.verify.report import Case, Report, Severity
@@ -40,7 +40,7 @@ Progress = Callable[[str], None]
 _TRUTH = "float64"
 _ROUNDED = "rounded"
 _RANKED = 1024
-"""Candidates up to which the order is looked at in requests beyond the ordinary ones."""
+"""Candidates up to which the order is looked at in requests beyond the ordinary ones, at the level `full`."""
 _STEP = 2.0**-7
 """A step of 8-bit quantisation, of a range of both signs."""
 
@@ -566,7 +566,8 @@ class Engine:
         self.file("rounding", self.condition.excused(cases, self.points))
         self.condition.tell()
         report.statistics = judge.statistics(samples, self.held)
-        sized = {(p.inputs, p.candidates) for p in self.points if p.size is not None and p.candidates > _RANKED}
+        most = _RANKED if self.options.level == "full" else MOST_ODD
+        sized = {(p.inputs, p.candidates) for p in self.points if p.size is not None and p.candidates > most}
         plain = [s for s in samples if s.inputs not in POISONED and (s.inputs, s.candidates) not in sized]
         cases, report.ranking = judge.ranked(plain, self.held, self.options.top_k)
         self.file("ranking", cases)
