@@ -37,7 +37,8 @@ from onnxrank.values import (
 )
 
 Feed = dict[str, NDArray[Any]]
-_FALLBACK_IDS = (0, 8)
+FALLBACK_IDS = (0, 8)
+"""Range of whole numbers that nothing is known of."""
 
 
 def graph_inputs(model: ModelProto) -> list[ValueInfoProto]:
@@ -402,7 +403,7 @@ def find_ranges(
     for i in declared:
         low, high, whole = lookups.bounds[i.name]
         unknown = whole & np.isinf(high)
-        low, high = np.where(unknown, _FALLBACK_IDS[0], low), np.where(unknown, _FALLBACK_IDS[1], high)
+        low, high = np.where(unknown, FALLBACK_IDS[0], low), np.where(unknown, FALLBACK_IDS[1], high)
         for r in i.role.ranges:
             index: list[Any] = [slice(None)] * low.ndim
             if r.positions is not None:

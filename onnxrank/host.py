@@ -119,8 +119,8 @@ class Host:
             key: The model.
             provider: `cpu` or `cuda`.
             level: ORT's graph optimisations, `disabled` or `all`.
-            precision: `own`, `float` (16-bit types raised), `double` (all floats raised) or `rounded` (the same, but
-                weights rounded to `to` before).
+            precision: `own`, `float` (16-bit types raised), `double` (all floats raised), `exact` (the same, without
+                the runtime's inexact kernels) or `rounded` (weights rounded to `to` before).
             to: ONNX element type.
             tf32: Whether a GPU may round the operands of float32 products to 10 bits.
             threads: Threads inside an operator.
@@ -131,12 +131,13 @@ class Host:
         """
         flat, folder = self._flattened(key)
         flat = live(flat)
-        if precision in ("double", "rounded"):
-            from onnxrank.verify.truth import Truth, rounded
+        if precision in ("double", "exact", "rounded"):
+            from onnxrank.verify import truth
 
-            truth = Truth(flat if precision == "double" else rounded(flat, to, folder), folder)
-            self._truths[session] = truth
-            return {"how": truth.how}
+            wide = truth.rounded(flat, to, folder) if precision == "rounded" else flat
+            exact = truth.Truth(wide, folder, truth.INEXACT if precision == "exact" else ())
+            self._truths[session] = exact
+            return {"how": exact.how}
         model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
         settings = {"use_tf32": str(int(tf32))} if provider == "cuda" else {}
         made = runtime.session(
@@ -145,6 +146,21 @@ class Host:
         made.disable_fallback()  # from a provider that fails while it runs
         self._sessions[session] = made
         return {"how": "onnxruntime"}
+
+    def nudge(self, key: str, of: str, seed: int, exact: bool) -> None:
+        """Makes a model of which every float weight is moved by one unit in the last place.
+
+        Args:
+            key: Its key.
+            of: The model.
+            seed: For up or down.
+            exact: Whether in the last place of a float64.
+        """
+        from onnxrank.verify import truth
+
+        flat, folder = self._flattened(of)
+        self._models[key] = (truth.nudged(flat, seed, exact, folder), folder)
+        self._flat[key] = self._models[key][0]
 
     def close(self, session: str) -> None:
         """Forgets a session."""
@@ -236,7 +252,7 @@ _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
         Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.expose,
-        Host.bench, Host.inlined, Host.raised, Host.available,
+        Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
     )
 }  # fmt: skip
 """What may be asked for."""

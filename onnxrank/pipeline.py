@@ -25,6 +25,7 @@ from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES, Unrepresentable
 from onnxrank.verify import failure, gate
+from onnxrank.verify.options import CHECKS
 
 _LEAST_GAIN = 0.9
 """A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
@@ -83,7 +84,8 @@ def optimize(
     select: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     extra_rules: Sequence[str | os.PathLike[str]] = (),
-    check: bool = True,
+    check: bool | str = True,
+    lengths: Mapping[str, tuple[int, int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Rewrites a ranking model so that what is the same for all candidates is computed once per request.
@@ -100,7 +102,10 @@ def optimize(
         select: Names of the rules to use; None for all.
         ignore: Names of rules to leave out.
         extra_rules: Python files with a `RULES` sequence of further rules.
-        check: Whether to hold the result against the original.
+        check: Whether to hold the result against the original, or how thoroughly: `quick`, `standard` (what True
+            stands for) or `full`.
+        lengths: Least and most of the inputs' symbolic lengths, by the name in their shape or `input.axis`, for the
+            check; 1..1024 for those not named.
         progress: Called with the name of each stage.
 
     Returns:
@@ -118,6 +123,8 @@ def optimize(
     span = (candidates, candidates) if isinstance(candidates, int) else candidates
     if span[0] < 1 or span[1] < span[0]:
         raise UsageError(f"candidates {candidates!r} is not a number of at least 1 or a range of such")
+    if check not in (True, False, *CHECKS):
+        raise UsageError(f"the check {check!r} is not known; use {', '.join(map(repr, CHECKS))}, True or False")
     if check:
         workers.warm()
     say("reading")
@@ -207,7 +214,7 @@ def optimize(
     )
     if check:
         say("checking")
-        verify(study, made, roles, report)
+        verify(study, made, roles, report, "standard" if check is True else check, lengths)
     return Result(made, report, loaded, study, chosen, full)
 
 
@@ -300,8 +307,23 @@ def _predictions(before: Callable[[int], float], after: Callable[[int], float]) 
     return [Prediction(n, round(old(n) / new(n), 3)) for n in _SCAN]
 
 
-def verify(study: Study, made: ModelProto, roles: Roles, report: Report) -> None:
+def verify(
+    study: Study,
+    made: ModelProto,
+    roles: Roles,
+    report: Report,
+    level: str = "standard",
+    lengths: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
     """Checks the rewritten model and fills the report's checks.
+
+    Args:
+        study: The original.
+        made: The rewritten model.
+        roles: Roles of the original's inputs.
+        report: The report.
+        level: How much is compared.
+        lengths: Least and most of the inputs' symbolic lengths, where they are declared.
 
     Raises:
         CheckFailed: It is not a valid model, onnxruntime does not load it, or a score differs.
@@ -309,7 +331,8 @@ def verify(study: Study, made: ModelProto, roles: Roles, report: Report) -> None
     if study.facts.note:
         raise ModelError(f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked")
     assert study.maker.ranges is not None
-    found = gate.gate(study.loaded, made, roles, study.maker.ranges, study.symbols)
+    found = gate.gate(study.loaded, made, roles, study.maker.ranges, study.symbols, level, lengths)
+    report.looked, report.unseen = found.looked, found.unseen
     report.checks = gate.comparisons(found)
     report.notes += [f.message for f in found.findings if f.severity != "error"]
     if not found.passed:

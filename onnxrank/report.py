@@ -97,6 +97,8 @@ class Report:
         rules: What applied.
         refusals: What did not, and why.
         checks: The numeric comparisons.
+        looked: At which numbers of candidates and lengths the check compared, a line each.
+        unseen: What the check did not look at, and why, a line each.
         predictions: The cost model's view over the number of candidates.
         notes: Anything else worth knowing, a sentence each.
     """
@@ -116,6 +118,8 @@ class Report:
     rules: list[RuleUse] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     checks: list[Comparison] = field(default_factory=list)
+    looked: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

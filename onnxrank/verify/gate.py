@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from onnx import ModelProto
 
@@ -13,11 +13,18 @@ from onnxrank.roles import Roles
 from onnxrank.verify.engine import Engine
 from onnxrank.verify.options import Options
 from onnxrank.verify.report import Report
+from onnxrank.verify.sizes import Span
 
-CANDIDATES = (1, 2, 17)
 
-
-def gate(original: LoadedModel, made: ModelProto, roles: Roles, ranges: Ranges, symbols: Sequence[str]) -> Report:
+def gate(
+    original: LoadedModel,
+    made: ModelProto,
+    roles: Roles,
+    ranges: Ranges,
+    symbols: Sequence[str],
+    level: str = "standard",
+    lengths: Mapping[str, Span] | None = None,
+) -> Report:
     """Holds a rewritten model against the original.
 
     Args:
@@ -26,13 +33,16 @@ def gate(original: LoadedModel, made: ModelProto, roles: Roles, ranges: Ranges, 
         roles: Roles of the original's inputs.
         ranges: Values of their entries.
         symbols: Symbols of their shapes.
+        level: How much is compared.
+        lengths: Least and most of the inputs' symbolic lengths, where they are declared.
 
     Raises:
         ModelError: The original does not run.
+        UsageError: A length is none of the inputs'.
         EnvironmentProblem: There is no runtime.
     """
     second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
-    options = Options(roles=roles, level="quick", candidates=CANDIDATES)
+    options = Options(roles=roles, level=level, lengths=lengths or {})
     with Engine(original, second, options, known=(ranges, symbols)) as engine:
         return engine.run()
 

@@ -145,7 +145,8 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
             "select": None,
             "ignore": (),
             "extra_rules": (),
-            "check": True,
+            "check": "standard",
+            "lengths": {},
         }
     ]
 
@@ -168,6 +169,7 @@ def test_options_reach_the_engine(folder: Path, engine: Engine) -> None:
             "ignore": ["a"],
             "extra_rules": ("a.py", "b.py"),
             "check": False,
+            "lengths": {},
         }
     ]
 
