@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     CANDIDATES,
@@ -47,9 +48,9 @@ def last_layer(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _is_last(rw: Rewrite, name: str) -> bool:
     """Whether no linear map that reads a tensor, behind additions and movement, scales another value."""
     for n in rw.readers(name):
-        if n.op_type == "Mul" and all(rw.array(n, k) is None for k in (0, 1)):
+        if operator(n) == "Mul" and all(rw.array(n, k) is None for k in (0, 1)):
             return False
-        if n.op_type in {"Add", "MatMul", "Gemm", "Concat"} | MOVES and not _is_last(rw, n.output[0]):
+        if operator(n) in {"Add", "MatMul", "Gemm", "Concat"} | MOVES and not _is_last(rw, n.output[0]):
             return False
     return True
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     HOLE,
@@ -42,14 +43,14 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import BINARY, UNARY, batches_agree, elementwise, mark_unread
+from .broadcast import BINARY, CONTRIB, UNARY, batches_agree, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
-_BLOCKWISE = {*UNARY, *BINARY}
+_BLOCKWISE = {*UNARY, *BINARY, *CONTRIB}
 _MOST_HEADS = 16
 
 
@@ -115,6 +116,11 @@ def multiply(
     if any(is_candidate_symbol(s) for s in symbols([a.dims[-1], b.dims[-2], b.dims[-1]])):
         return None
     dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
+    inner = symbols([a.dims[-1], b.dims[-2]])
+    if inner:
+        if a.dims[-1] != b.dims[-2]:
+            raise Unrepresentable("an inner axis that is factored differently")
+        a, b = rw.held(a, inner), rw.held(b, inner)
     unread = rw.needed.get(output, {})
     if node is not None and not unread and all(isinstance(v, Value) and v.whole is not None for v in (a, b)):
         return [_product(rw, node, rw.settle(a), rw.settle(b), dims)]
@@ -156,7 +162,9 @@ def _stays_apart(rw: Rewrite, name: str) -> bool:
         bool(readers)
         and name not in rw.outputs
         and all(
-            n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in blockwise and _stays_apart(rw, n.output[0]))
+            operator(n) in _LINEAR
+            or operator(n) == "Shape"
+            or (operator(n) in blockwise and _stays_apart(rw, n.output[0]))
             for n in readers
         )
     )
@@ -267,7 +275,11 @@ class _Blocks:
         factors, by = fold.expand(rw, a.codes)
         if by.shape[-1] != 1 or not (by == by[..., :1, :]).all():
             return None
-        pooled = _product(rw, None, view(a.dims, a.dtype, factors[..., 0]), b, dims, self.output)
+        inner = symbols([a.dims[-1]])
+        if not rw.sources.symbols(by).isdisjoint(inner):
+            return None
+        left = rw.held(view(a.dims, a.dtype, factors[..., 0]), inner)
+        pooled = _product(rw, None, left, b, dims, self.output)
         scale = view((*a.dims[:-1], ()), a.dtype, by[..., :1, 0])
         return elementwise(rw, "Mul", [scale, pooled], rw.emit.fresh(f"{self.output}/mul"))
 

@@ -55,9 +55,7 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if made is not None:
         return [made]
     sizes: dict[str, tuple[Any, ...]] = {}
-    held: list[set[str]] = []
     for term, v in zip(terms, values, strict=True):
-        held.append(rw.present(v))
         for c, d in zip(term, v.dims, strict=True):
             if sizes.setdefault(c, d) not in (d, ()):
                 return None
@@ -65,6 +63,9 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
                 sizes[c] = d
     if any(c not in out and any(map(is_candidate_symbol, symbols([d]))) for c, d in sizes.items()):
         return None
+    summed = symbols(d for c, d in sizes.items() if c not in out)
+    values = [rw.held(v, summed) for v in values]
+    held = [rw.present(v) for v in values]
     joined = held[0] | held[1]
     full = any(h != joined for h in held)
     dims = tuple(sizes[c] for c in out)
@@ -146,6 +147,9 @@ def _einsum_by_rows(
     inner = [a for a, c in enumerate(mine) if c not in out]
     if any(map(is_candidate_symbol, symbols([x.dims[a] for a in inner]))):
         return None
+    if any(symbols([x.dims[a]]) for a, c in enumerate(mine) if c in its):
+        return None
+    x = rw.held(x, symbols(x.dims[a] for a in inner))
     sizes = dict(zip(its, (canonical([n]) for n in weight.shape), strict=True)) | dict(zip(mine, x.dims, strict=True))
     levels = rw.sources.levels(x.codes).astype(np.int64)
     levels = np.broadcast_to(levels.max(tuple(inner), keepdims=True), levels.shape)

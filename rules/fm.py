@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import RESHAPES, Rewrite, Rule
 from onnxrank.values import Abstract
 
@@ -26,12 +27,12 @@ def sum_over_fields(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 
 def _sums(rw: Rewrite, name: str) -> list[NodeProto]:
-    return [n for n in rw.readers(name) if n.op_type == "ReduceSum"]
+    return [n for n in rw.readers(name) if operator(n) == "ReduceSum"]
 
 
 def _is_squared(rw: Rewrite, name: str) -> bool:
     """Whether a sum is squared, perhaps in another shape."""
-    return any(is_square(rw, n) or (n.op_type in RESHAPES and _is_squared(rw, n.output[0])) for n in rw.readers(name))
+    return any(is_square(rw, n) or (operator(n) in RESHAPES and _is_squared(rw, n.output[0])) for n in rw.readers(name))
 
 
 def _has_squared_sum(rw: Rewrite, name: str) -> bool:
