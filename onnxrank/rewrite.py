@@ -287,11 +287,11 @@ class Rewrite:
         made = self.settle(value)
         wanted = set(along) & set(symbols(made.dims))
         if made.whole is not None:
-            if wanted <= self.present(made) or not self.keep_moves:
-                return made
             present = wanted | self.present(made)
-            name = self.layout.expand(self.tensor(made), made.whole.dims, keep_symbols(made.dims, present))
-            return self.new(made.dims, made.dtype, present, name)
+            physical = keep_symbols(made.dims, present)
+            if made.whole.dims == physical or not self.keep_moves:
+                return made
+            return self.new(made.dims, made.dtype, present, self.rows_along(made, present))
         if not self.keep_moves or all(wanted <= set(s.symbols) for s in self.sources.of(made.codes)):
             return made
         out = made.codes.copy()
@@ -443,6 +443,10 @@ class Rewrite:
         if made.whole is not None:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
+
+    def rows_along(self, value: Value, present: Iterable[str]) -> str:
+        """A tensor with this value: all rows along some symbols, one row along others."""
+        return self.tensor(Value(keep_symbols(value.dims, present), value.dtype, value.whole, value._codes), full=True)
 
     def read_by_linear_maps(self, name: str, through: frozenset[str] = frozenset()) -> bool:
         """Whether all readers of an original tensor, behind data movement, are products with constant matrices.

@@ -695,7 +695,7 @@ def _gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     data = rw.held(data, symbols([data.dims[axis]]))
     held = rw.present(data) | rw.present(ids)
     full = len(held) != len(rw.present(data)) or len(held) != len(rw.present(ids))
-    return rw.keep(node, [rw.tensor(data, full=full), rw.tensor(ids, full=full)], [ids.dims], held)
+    return rw.keep(node, [rw.rows_along(v, held) if full else rw.tensor(v) for v in (data, ids)], [ids.dims], held)
 
 
 def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -706,7 +706,7 @@ def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
     a, b = (rw.held(v, symbols([a.dims[-1], b.dims[-2]])) for v in (a, b))
     held = rw.present(a) | rw.present(b)
-    names = [rw.tensor(v, full=v.rank > 2 and not batches_agree(rw, v, held)) for v in (a, b)]
+    names = [rw.tensor(v) if v.rank < 3 or batches_agree(rw, v, held) else rw.rows_along(v, held) for v in (a, b)]
     return rw.keep(node, names, [dims], held)
 
 

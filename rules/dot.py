@@ -305,12 +305,12 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
         full[1] = False
 
     def factors() -> list[str]:
-        return [rw.tensor(v, full=wide) for v, wide in zip((a, b), full, strict=True)]
+        return [rw.rows_along(v, held) if wide else rw.tensor(v) for v, wide in zip((a, b), full, strict=True)]
 
     if node is not None:
         (kept,) = rw.keep(node, factors(), [dims], held)
         return rw.settle(kept)
-    shapes = [v.dims if wide else keep_symbols(v.dims, rw.present(v)) for v, wide in zip((a, b), full, strict=True)]
+    shapes = [keep_symbols(v.dims, held if wide else rw.present(v)) for v, wide in zip((a, b), full, strict=True)]
     own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
     source = _later(rw, own, a.dtype, factors, hint, scales=rw.level(b) <= Level.REQUEST)
     return Value(whole, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole)))

@@ -69,7 +69,7 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     joined = held[0] | held[1]
     full = any(h != joined for h in held)
     dims = tuple(sizes[c] for c in out)
-    return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+    return rw.keep(node, [rw.rows_along(v, joined) if full else rw.tensor(v) for v in values], [dims], joined)
 
 
 def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[str], out: str) -> Abstract | None:

@@ -15,7 +15,7 @@ from onnxrank.values import CANDIDATES, Codes, Dims, Sources, codes_of
 
 
 def test_alternating_columns() -> None:
-    """Rows whose first entries lie side by side and whose second ones alternate between tensors: packed once at most."""
+    """Rows whose first entries lie side by side, and second ones alternate between tensors: packed once at most."""
     sources, emit = Sources(), Emitter(["a", "b", "c"], 17)
     layout, rows = Layout(sources, emit), 10
     own: Dims = ((CANDIDATES,), (rows,))

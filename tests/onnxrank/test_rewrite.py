@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import Graph, candidate, optimised, refusals, request, rewritten, whole_numbers
+from helpers import FLOAT, Graph, candidate, optimised, refusals, request, rewritten, whole_numbers
 from onnx import helper
 
 from onnxrank.operators import operator
@@ -118,3 +118,45 @@ def test_operators_of_other_domains_are_barriers() -> None:
         made = {o: n for n in result.model.graph.node for o in n.output}
         (custom,) = (n for n in result.model.graph.node if n.domain == "com.acme")
         assert made[custom.input[0]].op_type == "Expand"
+
+
+@pytest.mark.parametrize("level", ["request", "candidate"])
+@pytest.mark.parametrize("form", ["Expand", "Tile", "Mul"])
+def test_repeated_for_every_candidate(form: str, level: str) -> None:
+    """[N, 4] given another axis of candidates in front: it has one entry along that as long as nobody needs more."""
+    g = Graph()
+    u, c = (i.declare(g) for i in GIVEN)
+    x = tower(g, u) if level == "request" else g.op("Relu", c)
+    x = g.on_axes("Unsqueeze", x, [0])
+    count = g.op("Gather", g.op("Shape", c), g.ints(0), axis=0)
+    target = g.op("Concat", count, g.ints(1), g.ints(1), axis=0)
+    if form == "Mul":
+        ones = g.op("ConstantOfShape", target, value=helper.make_tensor("one", FLOAT, [1], [1.0]))
+        x = g.op("Mul", x, ones)
+    else:
+        x = g.op(form, x, target)
+    g.output(g.op("Neg", x), ["N", "N", 4])
+    g.output(x, ["N", "N", 4])
+    optimised(g, GIVEN, counts=COUNTS)
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Einsum", "GatherElements"])
+def test_rows_of_the_request_only(op: str) -> None:
+    """Operands of the request of which one varies along a length and one does not: nothing has rows of candidates."""
+    given = [request("h", "L", 4), request("u", 4, 4), candidate("c", 4)]
+    g = Graph()
+    h, u, c = (i.declare(g) for i in given)
+    if op == "Einsum":
+        y = g.op(op, h, u, equation="nlk,nkj->nlj")
+    elif op == "MatMul":
+        y = g.op(op, g.on_axes("Unsqueeze", h, [2]), g.on_axes("Unsqueeze", u, [1]))
+        y = g.on_axes("Squeeze", y, [2])
+    else:
+        size = g.op("Concat", g.ints(1), g.op("Slice", g.op("Shape", h), g.ints(1), g.ints(2)), g.ints(1), axis=0)
+        at = g.op("Greater", g.op("Gather", u, g.ints(0), axis=1), g.const(0))
+        at = g.op("Cast", at, to=7)
+        y = g.op(op, h, g.op("Expand", at, size), axis=2)
+    y = g.op("Concat", y, g.op("Exp", g.op("Relu", h)), axis=2)
+    g.output(g.op("Relu", y), ["N", "L", 8])
+    g.output(g.op("Relu", c), ["N", 4])
+    optimised(g, given, counts=COUNTS, tolerance=1e-6, lengths=LENGTHS)
