@@ -241,3 +241,14 @@ def test_batch_norm_of_candidates_as_channels() -> None:
     y = g.op("MeanVarianceNormalization", g.op("Reshape", x, g.ints(1, 3, -1)), axes=[0, 2])
     g.output(g.op("Identity", y), [1, 3, "N"])
     optimised(g, given, counts=(1, 2, 5), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padded(form: str) -> None:
+    """Zeros beside the entries of both levels count in mean and variance."""
+    how, opset = FORMS[form]
+    g = Graph(opset)
+    x = g.op("Concat", *(i.declare(g) for i in GIVEN), axis=1)
+    x = g.op("Pad", g.op("Slice", x, g.ints(0), g.ints(USER + ITEM - 16), g.ints(1)), g.ints(0, 7, 0, 9))
+    g.output(g.op("MatMul", how(g, x, True), g.const(WEIGHT)), ["N", OUT])
+    optimised(g, GIVEN, counts=(1, 2, 5), tolerance=1e-5)

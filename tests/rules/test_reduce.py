@@ -167,3 +167,16 @@ def test_over_a_length_that_does_not_matter(kind: str, level: str, keepdims: int
     optimised(
         g, given, counts=COUNTS, tolerance=1e-6 if kind in ("LogSumExp", "L2", "Mean", "Prod") else 0, lengths=lengths
     )
+
+
+@pytest.mark.parametrize("kind", ["Max", "Min", "Sum", "Mean"])
+@pytest.mark.parametrize("level", ["request", "both"])
+def test_padded(level: str, kind: str) -> None:
+    """A zero beside negative numbers is their maximum."""
+    g = Graph()
+    u, c = (i.declare(g) for i in GIVEN)
+    x = g.op("Concat", u, c, axis=1) if level == "both" else g.op("Identity", u)
+    x = g.op("Sub" if kind == "Max" else "Add", x, g.const(9))
+    y = g.on_axes(f"Reduce{kind}", g.op("Pad", x, g.ints(0, 0, 0, 0, 8 if level == "both" else 5, 0)), [1], keepdims=0)
+    g.output(g.op("Add", y, g.op("Gather", c, g.const(0, np.int64), axis=1)), ["N", 2])
+    optimised(g, GIVEN, counts=COUNTS)
