@@ -96,7 +96,13 @@ def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot") -> list[Abstract] | 
 
 
 def multiply(
-    rw: Rewrite, a: Value | Sum, b: Value | Sum, output: str, rule: str, node: NodeProto | None = None
+    rw: Rewrite,
+    a: Value | Sum,
+    b: Value | Sum,
+    output: str,
+    rule: str,
+    node: NodeProto | None = None,
+    unread: dict[int, NDArray[np.int64]] | None = None,
 ) -> list[Abstract] | None:
     """The product of two computed operands, by blocks of one level each.
 
@@ -107,6 +113,7 @@ def multiply(
         output: The original tensor that it is, or belongs to.
         rule: Name of the rule, for the report.
         node: The original node, if that is a MatMul.
+        unread: Positions read per axis of the product, if not all, where its axes are not those of `output`.
 
     Returns:
         The product; None where it is left to another rule.
@@ -121,7 +128,7 @@ def multiply(
         if a.dims[-1] != b.dims[-2]:
             raise Unrepresentable("an inner axis that is factored differently")
         a, b = rw.held(a, inner), rw.held(b, inner)
-    unread = rw.needed.get(output, {})
+    unread = rw.needed.get(output, {}) if unread is None else unread
     if node is not None and not unread and all(isinstance(v, Value) and v.whole is not None for v in (a, b)):
         return [_product(rw, node, rw.settle(a), rw.settle(b), dims)]
     if a.dims[-1] == () and not unread and extents(a.dims)[-1] == extents(b.dims)[-2] == 1:

@@ -90,11 +90,13 @@ def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[
         return rw.tidy(tuple(v.dims[k] for k in order), v.dtype, v.codes.transpose(order))
 
     a, b = turned(values[0], first, [*stack, *rows, *inner]), turned(values[1], second, [*stack, *inner, *columns])
-    found = dot.multiply(rw, a, b, node.output[0], "attention" if reaches_softmax(rw, node.output[0]) else "dot")
+    order = [[*stack, *rows, *columns].index(c) for c in out]
+    unread = {order[k]: at for k, at in rw.needed.get(node.output[0], {}).items()}
+    rule = "attention" if reaches_softmax(rw, node.output[0]) else "dot"
+    found = dot.multiply(rw, a, b, node.output[0], rule, unread=unread)
     if found is None:
         return None
     made = found[0]
-    order = [[*stack, *rows, *columns].index(c) for c in out]
     dims = tuple(made.dims[k] for k in order)
     return rw.moved(made, dims, lambda codes: codes.transpose(order))
 

@@ -448,3 +448,21 @@ def test_over_a_length_that_does_not_matter(form: str, side: int, level: str) ->
     g.output(y, ["N", 3, 4] if side else ["N", 4, 3])
     g.output(g.op("Relu", c), ["N", 3])
     optimised(g, given, counts=(1, 2, 5), lengths=({"L": 1}, {"L": 5}, {"L": 50}))
+
+
+@pytest.mark.parametrize("out", ["nij", "nji", "jni", "ijn"])
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_positions_read_of_an_einsum(read: int, out: str) -> None:
+    """The axes of the result are not those of the product that it is made by."""
+    given = [request("u", 3, 4), candidate("c", 2, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", g.op("Relu", u), c, axis=1)
+    y = g.op("Einsum", x, g.op("Concat", c, u, c, axis=1), equation=f"nik,njk->{out}")
+    axis = {"i": 0, "j": 1}.get(out[read])
+    if axis is None:
+        y = g.op("Neg", y)
+    else:
+        y = g.op("Gather", y, g.const([(4, 6)[axis]], np.int64), axis=read)
+    g.output(y, None)
+    optimised(g, given, counts=(1, 2, 5))
