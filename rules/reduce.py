@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule
@@ -23,7 +23,7 @@ from onnxrank.values import (
     view,
 )
 
-from .broadcast import attribute, elementwise, rowwise
+from .broadcast import attribute, elementwise, is_square, rowwise
 from .products import Piece, distribute, partials
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
@@ -63,6 +63,7 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
     if op == "ReduceSumSquare" and not (isinstance(x, Value) and x.whole is not None):
         x = elementwise(rw, "Mul", [rw.settle(x)] * 2, rw.emit.fresh(f"{node.output[0]}/square"))
     by_level = (op in _ADDITIVE or op in _EXTREMA) and axes and not _divides_integers(rw, node, x)
+    by_level = by_level and not _centres_other_than_float(rw, node, x)
     by_level = by_level and not any(symbols([x.dims[a]]) for a in axes)
     if not by_level or (isinstance(x, Value) and x.whole is not None):
         return _whole(rw, node, axes, result, keep)
@@ -99,6 +100,18 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
 def _divides_integers(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
     """Whether a mean is one of whole numbers: those of its parts are rounded, and do not add up to it."""
     return operator(node) == "ReduceMean" and rw.constant_type(x.dtype).kind in "iu"
+
+
+def _centres_other_than_float(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
+    """Whether a mean is that of a LayerNorm which is written out, of a type other than float32.
+
+    Without that mean as it is, onnxruntime takes what is left for an RMSNorm, and of other types it does not read the
+    epsilon: it takes 1e-5.
+    """
+    if x.dtype == TensorProto.FLOAT or operator(node) != "ReduceMean":
+        return False
+    centred = [n for n in rw.readers(node.output[0]) if list(n.input) == [node.input[0], node.output[0]]]
+    return any(is_square(rw, n) for c in centred if operator(c) == "Sub" for n in rw.readers(c.output[0]))
 
 
 def _whole(

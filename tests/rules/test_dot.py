@@ -460,9 +460,6 @@ def test_positions_read_of_an_einsum(read: int, out: str) -> None:
     x = g.op("Concat", g.op("Relu", u), c, axis=1)
     y = g.op("Einsum", x, g.op("Concat", c, u, c, axis=1), equation=f"nik,njk->{out}")
     axis = {"i": 0, "j": 1}.get(out[read])
-    if axis is None:
-        y = g.op("Neg", y)
-    else:
-        y = g.op("Gather", y, g.const([(4, 6)[axis]], np.int64), axis=read)
+    y = g.op("Neg", y) if axis is None else g.op("Gather", y, g.const([(4, 6)[axis]], np.int64), axis=read)
     g.output(y, None)
     optimised(g, given, counts=(1, 2, 5))
