@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from onnxrank import surgery
+from onnxrank.operators import operator
 
 
 @dataclass(eq=False)
@@ -113,7 +114,7 @@ class Emitter:
         self._append(proto, moved)
 
     def _append(self, proto: NodeProto, rule: str | None) -> None:
-        self.op_of.update(dict.fromkeys(proto.output, proto.op_type))
+        self.op_of.update(dict.fromkeys(proto.output, operator(proto)))
         self.nodes.append(Emitted(proto, self.origin, rule))
 
     def constant(self, data: NDArray[Any], hint: str | None = None) -> str:

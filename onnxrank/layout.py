@@ -199,8 +199,8 @@ class Layout:
         rows = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1)
         unique, inverse = np.unique(rows, axis=0, return_inverse=True)
         order = np.argsort(self.sources.levels(unique).max(-1), kind="stable")
-        numbers = source_numbers(unique[order, 0])
-        pieces = int((numbers[1:] != numbers[:-1]).sum())
+        numbers = source_numbers(unique[order])
+        pieces = int((numbers[1:] != numbers[:-1]).any(-1).sum())
         if cuts <= 2 * pieces + 4:
             return None
         place = np.empty_like(order)

@@ -16,13 +16,15 @@ from onnx import NodeProto, helper
 
 from onnxrank.emit import captured, subgraphs
 from onnxrank.facts import Facts
+from onnxrank.operators import operator
 
 Needs = dict[int, NDArray[np.int64]]
 
 _SAME_SHAPE = set(
     """Abs Ceil Celu Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log Mish Neg Not Reciprocal
     Relu Selu Sigmoid Sign Sin Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Cast Dropout Add Sub Mul Div Pow
-    Max Min Where PRelu And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual Clip""".split()
+    Max Min Where PRelu And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual Clip
+    com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu""".split()
 )
 _PER_ROW = {"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"}
 
@@ -33,6 +35,7 @@ def positions_needed(
     facts: Facts,
     shapes: Mapping[str, tuple[int, ...]],
     constants: Mapping[str, NDArray[Any]],
+    opset: int,
 ) -> dict[str, Needs]:
     """Positions read per tensor and axis.
 
@@ -42,18 +45,21 @@ def positions_needed(
         facts: Measured shapes.
         shapes: Shapes of initializers.
         constants: Small constants by name.
+        opset: Version of the default domain.
 
     Returns:
         For tensors that are not read in full: per axis the positions read, sorted.
     """
     known: dict[str, Needs | None] = dict.fromkeys(outputs)
     for node in reversed(nodes):
-        mine = known.get(node.output[0], {}) if node.output and node.output[0] in known else None
+        # Positions of one output are not those of another: who has several that are read is read in full.
+        read = [o for o in node.output if o in known]
+        mine = known[read[0]] if read == list(node.output[:1]) else None
         inner = {c for g in subgraphs(node) for c in captured(g)}
         for k, name in enumerate([*node.input, *inner]):
             if not name:
                 continue
-            need = _through(node, k, mine, facts, shapes, constants) if k < len(node.input) else None
+            need = _through(node, k, mine, facts, shapes, constants, opset) if k < len(node.input) else None
             if name in known:
                 known[name] = _union(known[name], need)
             else:
@@ -97,9 +103,10 @@ def _through(
     facts: Facts,
     shapes: Mapping[str, tuple[int, ...]],
     constants: Mapping[str, NDArray[Any]],
+    opset: int,
 ) -> Needs | None:
     """What the node reads of its k-th input when `mine` is read of its first output; None for everything."""
-    op, name = node.op_type, node.input[k]
+    op, name = operator(node), node.input[k]
     rank = _rank(name, facts, shapes)
     if rank is None:
         return None
@@ -112,7 +119,7 @@ def _through(
             return None
         ids = constants[node.input[1]].reshape(-1)
         at = np.unique(np.where(ids < 0, ids + n, ids)).astype(np.int64)
-        return {axis: at} if len(at) < n else None
+        return {axis: at} if 0 < len(at) < n else None
     if op == "Slice" and k == 0:
         return _sliced(node, rank, facts, constants)
     if not mine:
@@ -129,7 +136,7 @@ def _through(
                 out[axis - shift] = at
         return out or None
     if op in _PER_ROW and k == 0:
-        axis = _attribute(node, "axis", -1) % rank
+        axis = _attribute(node, "axis", 1 if opset < 13 and op in ("Softmax", "LogSoftmax") else -1) % rank
         return {a: at for a, at in mine.items() if a < axis} or None
     if op == "Transpose":
         perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(rank))[::-1])
@@ -185,6 +192,6 @@ def _sliced(node: NodeProto, rank: int, facts: Facts, constants: Mapping[str, ND
         if n is None or step < 0:
             continue
         at = np.arange(n)[slice(int(start), int(end), int(step))]
-        if len(at) < n:
+        if 0 < len(at) < n:
             out[int(axis) % rank] = at
     return out or None

@@ -1074,6 +1074,14 @@ def _ordered(do: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 REGISTRY = _registry()
 
 
+def operator(node: NodeProto) -> str:
+    """The key of a node's operator: its type alone for ONNX's own, `domain::Type` for any other domain.
+
+    What is compared to a name must be this, never the bare type: `com.acme::Softmax` is not ONNX's Softmax.
+    """
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
 def domain_of(node: NodeProto) -> str:
     """A node's domain; ONNX's own is empty."""
     return "" if node.domain == "ai.onnx" else str(node.domain)

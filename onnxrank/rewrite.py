@@ -21,6 +21,7 @@ from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
 from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
+from onnxrank.operators import operator
 from onnxrank.uses import Uses
 from onnxrank.values import (
     CANDIDATES,
@@ -212,6 +213,7 @@ class Rewrite:
     def interpret(self, nodes: Sequence[NodeProto]) -> None:
         """Runs the transfer rules over all nodes, in order."""
         self.graph = Uses(nodes)
+        self.values.update({name: self._empty(name) for name in self.values if self._is_empty(name)})
         by_op: dict[str, list[tuple[Rule, Transfer]]] = {}
         for rule in self.rules:
             for op, transfer in rule.operators.items():
@@ -224,29 +226,14 @@ class Rewrite:
                     self.values[o] = self._folded(node, o)
                 self._bound_depth(node)
                 continue
+            if outputs and all(self._is_empty(o) for o in outputs):
+                self.values.update({o: self._empty(o) for o in outputs})
+                continue
             expected = [self.is_constant(o) for o in node.output]
-            made: list[Abstract] | None = None
-            key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-            if any(i in self.facts.unknown for i in node.input):
-                self.refuse("movement", self._no_rank(node))
-                key = ""  # nothing is known to hold of a tensor of an unknown number of dimensions
-            for rule, transfer in by_op.get(key, []):
-                self.emit.rule = None
-                try:
-                    made = transfer(self, node)
-                    if made is not None:
-                        self._confirm(node, made)
-                        self.applied.add(rule.name)
-                        break
-                except Unrepresentable as e:
-                    self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
-                    made = None
-            self.emit.rule = None
-            if made is None:
-                made = self.barrier(node)
+            made = self._made(node, by_op.get(operator(node), []))
             for name, value in zip(node.output, made, strict=False):
                 if name:
-                    self.values[name] = value
+                    self.values[name] = self._empty(name) if self._is_empty(name) else value
             if expected != [self.is_constant(o) for o in node.output]:
                 self.graph.forget()
             self._bound_depth(node)
@@ -274,9 +261,100 @@ class Rewrite:
         found = [value.whole] if value.whole is not None else self.sources.of(value.codes)
         return [s for s in found if s.name is None and (s.write is not None or s.product is not None)]
 
-    def _confirm(self, node: NodeProto, made: list[Abstract]) -> None:
-        """Holds the shapes that a rule gives against the proved ones."""
+    def _made(self, node: NodeProto, rules: Sequence[tuple[Rule, Transfer]]) -> list[Abstract]:
+        """The outputs of a node by the first rule that can follow it, or as a barrier."""
+        if any(i in self.facts.unknown for i in node.input):
+            self.refuse("movement", self._no_rank(node))
+            return self.barrier(node)
+        repeated = self._repeated(node)
+        given = {i: self.values[i] for i in node.input if i} if repeated else {}
+        try:
+            for rule, transfer in rules:
+                self.emit.rule = None
+                try:
+                    self.values.update({i: self._entire(v, repeated) for i, v in given.items()})
+                    made = transfer(self, node)
+                    if made is not None:
+                        self._confirm(node, made, repeated)
+                        self.applied.add(rule.name)
+                        self.emit.rule = None
+                        return [self._entire(v, repeated) for v in made] if repeated else made
+                except Unrepresentable as e:
+                    self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
+        finally:
+            self.values.update(given)
+        self.emit.rule = None
+        return self.barrier(node)
+
+    def _repeated(self, node: NodeProto) -> set[str]:
+        """Symbols that a tensor which the node reads or makes has more than once, as `[N, N]` has.
+
+        Of such a tensor the domain cannot say that it varies along one of the axes only: it holds both, or neither.
+        """
+        shapes = [symbols(self.values[i].dims) for i in node.input if i]
+        shapes += [tuple(s for _, syms in self.facts.extents.get(o, ()) for s in syms) for o in node.output if o]
+        return {s for syms in shapes for s in syms if syms.count(s) > 1}
+
+    def _entire(self, value: Abstract, along: set[str]) -> Abstract:
+        """The value as one tensor that has been written, with all its rows along some symbols, if it has any."""
+        if not self.keep_moves or along.isdisjoint(symbols(value.dims)):
+            return value
+        held = self.held(value, along)
+        return self.new(held.dims, held.dtype, self.present(held), self.tensor(held))
+
+    def held(self, value: Abstract, along: Iterable[str]) -> Value:
+        """The value, in tensors that hold all of its rows along some symbols.
+
+        An operator that works along an axis of symbolic extent counts its entries: a tensor of one entry will not do,
+        even where all are equal.
+
+        Args:
+            value: The value.
+            along: The symbols; those that its shape has not do not matter.
+
+        Raises:
+            Unrepresentable: The extent of a symbol cannot be computed.
+        """
+        made = self.settle(value)
+        wanted = set(along) & set(symbols(made.dims))
+        if made.whole is not None:
+            present = wanted | self.present(made)
+            physical = keep_symbols(made.dims, present)
+            if made.whole.dims == physical or not self.keep_moves:
+                return made
+            return self.new(made.dims, made.dtype, present, self.rows_along(made, present))
+        if not self.keep_moves or all(wanted <= set(s.symbols) for s in self.sources.of(made.codes)):
+            return made
+        out = made.codes.copy()
+        for group in self.groups(self.sources.levels(out).astype(np.int64), made.dims):
+            part = group.take(made.codes)
+            physical = keep_symbols(group.dims, wanted | self.sources.symbols(part))
+            name, _ = self.layout.realise(part, physical, full=True)
+            source = self.sources.add(physical, made.dtype, name, part=self.is_part([part]))
+            group.put(out, codes_of(source))
+        return self.tidy(made.dims, made.dtype, out)
+
+    def _is_empty(self, name: str) -> bool:
+        """Whether an original tensor has an axis without entries, whatever the symbols are."""
+        value, seen = self.values.get(name), self.facts.extents.get(name, ())
+        return any(c == 0 for c, _ in seen) or (value is not None and 0 in extents(value.dims))
+
+    def _empty(self, name: str) -> Value:
+        """A tensor without entries: a constant."""
+        value, known = self.values.get(name), self.facts.dims(name)
+        dims = known if value is None or (known is not None and 0 in extents(known)) else value.dims
+        assert dims is not None
+        dtype = self.dtype(name, TensorProto.FLOAT if value is None else value.dtype)
+        data = np.zeros(extents(dims), self.constant_type(dtype))
+        return self.new(dims, dtype, (), load=lambda: data)
+
+    def _confirm(self, node: NodeProto, made: list[Abstract], repeated: set[str]) -> None:
+        """Holds the shapes that a rule gives against the proved ones, and against what the domain can tell apart."""
         for name, value in zip(node.output, made, strict=False):
+            syms = symbols(value.dims)
+            twice = {s for s in syms if syms.count(s) > 1}
+            if not twice <= repeated or (twice and not (isinstance(value, Value) and value.whole is not None)):
+                raise Unrepresentable(f"two axes of extent {min(twice)}")
             seen = self.facts.sizes.get(name) if name else None
             if seen is None:
                 continue
@@ -302,9 +380,9 @@ class Rewrite:
         inner = sorted({c for g in subgraphs(node) for c in captured(g) if c in self.values})
         operands += [self.values[c] for c in inner]
         rows = any(is_candidate_symbol(s) for v in operands for s in symbols(v.dims))
-        if rows and any(self.level(v) is Level.REQUEST for v in operands):
+        if rows and any(Level.REQUEST in self.levels(v) for v in operands):
             self.refuse(
-                "broadcast", f"{node.op_type} is not known to treat rows independently, so it runs on all of them"
+                "broadcast", f"{operator(node)} is not known to treat rows independently, so it runs on all of them"
             )
         dims: list[Dims] = []
         for o in node.output:
@@ -367,7 +445,7 @@ class Rewrite:
         if data is None or data.ndim != 2:
             return None
         name: str | None = node.input[k]
-        while name in self.producers and self.producers[name].op_type in _EXACT:
+        while name in self.producers and operator(self.producers[name]) in _EXACT:
             made = self.producers[name]
             name = made.input[0] if made.input else None
         computed = name in self.producers
@@ -378,13 +456,17 @@ class Rewrite:
 
     def level(self, value: Abstract) -> Level:
         """Highest level of any entry."""
+        return max(self.levels(value))
+
+    def levels(self, value: Abstract) -> set[Level]:
+        """The levels of its entries; those of its terms or parts where it has not been made."""
         if isinstance(value, Sum):
-            return max(self.level(t) for t in value.terms)
+            return set().union(*(self.levels(t) for t in value.terms))
         if isinstance(value, Affine):
-            return max(self.level(value.base), self.level(value.scale))
+            return self.levels(value.base) | self.levels(value.scale)
         if value.whole is not None:
-            return value.whole.level
-        return Level(int(self.sources.levels(value.codes).max()))
+            return {value.whole.level}
+        return {Level(int(n)) for n in np.unique(self.sources.levels(value.codes))}
 
     def is_open(self, value: Value) -> bool:
         """Whether the value is one tensor that was put off, as a sum of products."""
@@ -410,6 +492,10 @@ class Rewrite:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
 
+    def rows_along(self, value: Value, present: Iterable[str]) -> str:
+        """A tensor with this value: all rows along some symbols, one row along others."""
+        return self.tensor(Value(keep_symbols(value.dims, present), value.dtype, value.whole, value._codes), full=True)
+
     def read_by_linear_maps(self, name: str, through: frozenset[str] = frozenset()) -> bool:
         """Whether all readers of an original tensor, behind data movement, are products with constant matrices.
 
@@ -419,9 +505,9 @@ class Rewrite:
         """
 
         def judge(node: NodeProto, _: str) -> bool | None:
-            if node.op_type == "Shape" or (node.op_type in _LINEAR and not self.computed(node)):
+            if operator(node) == "Shape" or (operator(node) in _LINEAR and not self.computed(node)):
                 return True
-            return None if node.op_type in _MOVES | through else False
+            return None if operator(node) in _MOVES | through else False
 
         def join(tensor: str, answers: list[bool]) -> bool:
             return bool(answers) and tensor not in self.outputs and all(answers)
@@ -436,11 +522,11 @@ class Rewrite:
         name = self._node.output[0]
         while True:
             found = self.readers(name)
-            if len(found) != 1 or found[0].op_type not in ("Add", "Mul"):
+            if len(found) != 1 or operator(found[0]) not in ("Add", "Mul"):
                 return width
             (reader,) = found
             other = self.values.get(next((i for i in reader.input if i != name), ""))
-            if reader.op_type == "Mul":
+            if operator(reader) == "Mul":
                 break
             if not isinstance(other, Value) or self.level(other) is not Level.CONSTANT:
                 return width
@@ -468,12 +554,12 @@ class Rewrite:
         """Columns of all constant weights that a tensor is multiplied with, affine steps in between allowed."""
 
         def judge(node: NodeProto, tensor: str) -> int | None:
-            if node.op_type in ("MatMul", "Gemm") and node.input[0] == tensor:
+            if operator(node) in ("MatMul", "Gemm") and node.input[0] == tensor:
                 weight = self.array(node, 1)
                 if weight is None or weight.ndim != 2:
                     return 0
-                return int(max(weight.shape) if node.op_type == "Gemm" else weight.shape[1])
-            return None if node.op_type in ("Mul", "Add") and not self.computed(node) else 0
+                return int(max(weight.shape) if operator(node) == "Gemm" else weight.shape[1])
+            return None if operator(node) in ("Mul", "Add") and not self.computed(node) else 0
 
         return self.graph.behind(name, "columns", judge, lambda _, answers: sum(answers))
 
@@ -582,7 +668,7 @@ class Rewrite:
         present = set(present)
         lowered = not opaque and any(is_candidate_symbol(s) and s not in present for d in dims for s in symbols(d))
         names = [(self.claim(o) or self.emit.fresh(o)) if o else "" for o in node.output]
-        if node.op_type in RESHAPES and inputs:
+        if operator(node) in RESHAPES and inputs:
             operand = self.values.get(node.input[0])
             if isinstance(operand, Value) and operand.whole is not None and operand.whole.name == inputs[0]:
                 self.layout.note_reshape(names[0], inputs[0], operand.whole.dims)
@@ -604,7 +690,7 @@ class Rewrite:
             isinstance(v, Value) and v.whole is not None and v.whole.level is Level.CONSTANT and v.whole.name != ""
             for v in operands
         )
-        if not symbols(dims) and own and node.op_type not in ("Shape", "Size") and not subgraphs(node):
+        if not symbols(dims) and own and operator(node) not in ("Shape", "Size") and not subgraphs(node):
             origin = self.emit.origin
 
             def write() -> str:

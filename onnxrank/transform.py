@@ -74,7 +74,7 @@ class Transformation:
                           and t.name not in self._overridable}  # fmt: skip
             shapes = {t.name: tuple(t.dims) for t in graph.initializer}
             self.rw.needed = needed.positions_needed(
-                graph.node, [o.name for o in graph.output], study.facts, shapes, constants
+                graph.node, [o.name for o in graph.output], study.facts, shapes, constants, opset
             )
         self.inputs: list[onnx.ValueInfoProto] = []
         self.notes: list[str] = []

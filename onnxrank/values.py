@@ -157,6 +157,8 @@ def regroup(dims: Dims, target: Sequence[tuple[int, tuple[str, ...]]]) -> Dims:
                 left.remove(f)
                 got.append(f)
                 at += 1
+            elif not f or not need:
+                raise Unrepresentable("reshape of no entries")
             elif need % f == 0:
                 need //= f
                 got.append(f)

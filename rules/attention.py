@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     HOLE,
@@ -62,9 +63,9 @@ def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
     """Whether what reads a tensor, behind scaling, masks and data movement, is a softmax."""
 
     def judge(node: NodeProto, _: str) -> int | None:
-        if node.op_type == "Softmax":
+        if operator(node) == "Softmax":
             return 0
-        return None if node.op_type in _MOVES | _STEPS else steps
+        return None if operator(node) in _MOVES | _STEPS else steps
 
     # The answers are numbers of steps.
     return rw.graph.behind(name, ("softmax", steps), judge, lambda _, answers: 1 + min(answers, default=steps)) <= steps
@@ -73,9 +74,9 @@ def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
 def _is_softmax(rw: Rewrite, name: str) -> bool:
     """Whether a tensor is, behind data movement, the result of a softmax."""
     while (made := rw.producers.get(name)) is not None:
-        if made.op_type == "Softmax":
+        if operator(made) == "Softmax":
             return True
-        if made.op_type not in _MOVES | {"Dropout", "Cast"}:
+        if operator(made) not in _MOVES | {"Dropout", "Cast"}:
             return False
         name = made.input[0]
     return False
@@ -84,10 +85,10 @@ def _is_softmax(rw: Rewrite, name: str) -> bool:
 def _is_plain(rw: Rewrite, name: str) -> bool:
     """Whether scores are products, perhaps scaled: then none of them stands for a key that is masked."""
     made = rw.producers.get(name)
-    while made is not None and made.op_type in _MOVES | _PLAIN:
-        if made.op_type in ("MatMul", "Einsum"):
+    while made is not None and operator(made) in _MOVES | _PLAIN:
+        if operator(made) in ("MatMul", "Einsum"):
             return True
-        if made.op_type in ("Mul", "Div") and all(rw.array(made, k) is None for k in (0, 1)):
+        if operator(made) in ("Mul", "Div") and all(rw.array(made, k) is None for k in (0, 1)):
             return False
         made = rw.producers.get(made.input[0])
     return False
@@ -96,11 +97,11 @@ def _is_plain(rw: Rewrite, name: str) -> bool:
 def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Queries, keys or scores times a number: taken into a product that is not written yet."""
     places = [k for k in (1, 0) if (v := rw.array(node, k)) is not None and v.size == 1]
-    if not places or (node.op_type == "Div" and places[0] == 0) or len(rw.readers(node.input[1 - places[0]])) > 1:
+    if not places or (operator(node) == "Div" and places[0] == 0) or len(rw.readers(node.input[1 - places[0]])) > 1:
         return None
     x = rw.operand(node, 1 - places[0])
     number = rw.array(node, places[0])
-    if not isinstance(x, Value | Sum) or number is None or number.ndim > x.rank:
+    if not isinstance(x, Value | Sum) or number is None or number.ndim > x.rank or number.dtype.kind in "iu":
         return None
     # The tensor, not its data: what the model computes is rounded in these.
     factor = rw.value(node, places[0])
@@ -119,9 +120,9 @@ def _leads_to_product(rw: Rewrite, name: str) -> bool:
     """Whether, behind data movement, only products with computed operands read a tensor."""
 
     def judge(node: NodeProto, _: str) -> bool | None:
-        if node.op_type == "Shape" or (node.op_type == "MatMul" and rw.computed(node)):
+        if operator(node) == "Shape" or (operator(node) == "MatMul" and rw.computed(node)):
             return True
-        return None if node.op_type in _MOVES | {"Add"} else False
+        return None if operator(node) in _MOVES | {"Add"} else False
 
     return rw.graph.behind(name, "product", judge, lambda _, answers: bool(answers) and all(answers))
 
@@ -135,12 +136,12 @@ def _times(rw: Rewrite, node: NodeProto, x: Value, factor: Value, place: int) ->
     for s in rw.sources.of(x.codes):
         if s.scaled is not None and s.name is None:
             at = numbers == s.number
-            out[at] = codes_of(s.scaled(name, node.op_type == "Mul")).reshape(-1)[offsets(x.codes[at])]
+            out[at] = codes_of(s.scaled(name, operator(node) == "Mul")).reshape(-1)[offsets(x.codes[at])]
             done |= at
     if not done.all():
         left = view(x.dims, x.dtype, np.where(done, HOLE, x.codes))
         operands = [left, factor]
-        made = elementwise(rw, node.op_type, operands if place == 0 else operands[::-1], node.output[0])
+        made = elementwise(rw, operator(node), operands if place == 0 else operands[::-1], node.output[0])
         out = np.where(done, out, made.codes)
     return rw.tidy(x.dims, x.dtype, out)
 
@@ -203,7 +204,7 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
 
 def fused(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A fused operator whose operands hold several levels is noted: written out as its steps it could be divided."""
-    count = 1 if node.op_type == "Attention" and node.domain == "com.microsoft" else 3
+    count = 1 if operator(node) == "com.microsoft::Attention" else 3
     found: set[int] = set()
     for k in range(min(count, len(node.input))):
         x = rw.operand(node, k)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
@@ -48,10 +49,13 @@ UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh El
     Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast""".split()
 BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
     Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
+CONTRIB = ["com.microsoft::Gelu", "com.microsoft::FastGelu", "com.microsoft::QuickGelu"]
 IMAGES = """Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool DepthToSpace
     SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
 _LARGEST_SCALED = 1 << 18
 _COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
+_FIRST_DECIDES = {"PRelu"}
+"""Elementwise operators whose first operand has the result's shape: the others are broadcast to it."""
 _NORMALISE = {
     *("Softmax", "LogSoftmax", "Hardmax", "LpNormalization"),
     *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
@@ -62,11 +66,11 @@ _BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor I
 
 def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
     """Element type of an elementwise operator's result."""
-    if node.op_type in _BOOLEAN:
+    if operator(node) in _BOOLEAN:
         return int(TensorProto.BOOL)
-    if node.op_type == "Cast":
+    if operator(node) == "Cast":
         return int(next(a.i for a in node.attribute if a.name == "to"))
-    if node.op_type in ("Where", "CastLike", "DequantizeLinear"):
+    if operator(node) in ("Where", "CastLike", "DequantizeLinear"):
         return values[1].dtype
     return rw.dtype(node.output[0], values[0].dtype)
 
@@ -107,8 +111,10 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         scaled = _scaled(rw, node, values, dims, dtype)
         if scaled is not None:
             return scaled
-        names = dict(zip(present, (rw.tensor(v) for v in values), strict=True))
         held = {s for v in values for s in rw.present(v)}
+        if operator(node) in _FIRST_DECIDES:
+            values = [rw.held(values[0], held), *values[1:]]
+        names = dict(zip(present, (rw.tensor(v) for v in values), strict=True))
         (kept,) = rw.keep(node, [names.get(k, "") for k in range(len(node.input))], [dims], held, dtype=dtype)
         return rw.settle(kept)
     rank = len(dims)
@@ -119,11 +125,11 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     out = np.full(extents(dims), HOLE)
     # A tensor that is there as one would have to be cut up: then the other operand is rather brought to its rows.
     entire = any(v.whole is not None and v.whole.level is Level.CANDIDATE for v in values)
-    if node.op_type == "Mul" and rw.uses("fold") and entire:
+    if operator(node) == "Mul" and rw.uses("fold") and entire:
         # But for products that a linear map reads: those with a request-level entry fold into it.
         single = all(v.whole is None or v.whole.size == 1 for v in values)
         entire = not rw.read_by_linear_maps(node.output[0], frozenset({"Add"}) if single else frozenset())
-    if not entire and node.op_type in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
+    if not entire and operator(node) in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
     keys = rw.joint_levels(wide) if entire else _kinds(rw, wide)
     orders = rw.memory_order(wide)
@@ -167,7 +173,7 @@ def _as_split(value: Value, dims: Dims) -> Value:
 
 def _scaled(rw: Rewrite, node: NodeProto, values: Sequence[Value], dims: Dims, dtype: int) -> Value | None:
     """A product of a request-level and a candidate-level tensor, which is written when somebody needs it as it is."""
-    if node.op_type != "Mul" or len(values) != 2 or not rw.uses("fold") or prod(extents(dims)) > _LARGEST_SCALED:
+    if operator(node) != "Mul" or len(values) != 2 or not rw.uses("fold") or prod(extents(dims)) > _LARGEST_SCALED:
         return None
     low, high = sorted(values, key=rw.level)
     if (rw.level(low), rw.level(high)) != (Level.REQUEST, Level.CANDIDATE):
@@ -246,13 +252,13 @@ def _group(
     if _repeats_differ(rw, parts, dims):
         split = split_merged(dims)
         apart = [p.reshape(extents(split)) for p in parts]
-        made = _group(rw, node, Group(group.level, ..., split), apart, [len(split)] * len(ranks), present, dtype, False)
+        made = _group(rw, node, Group(group.level, ..., split), apart, _raised(ranks, split), present, dtype, False)
         return made.reshape(shape)
     order = _memory_order(rw, parts, dims)
     if order is not None:
         turned = Group(group.level, ..., tuple(dims[k] for k in order))
         parts = [p.transpose(order) for p in parts]
-        made = _group(rw, node, turned, parts, [len(dims)] * len(ranks), present, dtype, False)
+        made = _group(rw, node, turned, parts, _raised(ranks, dims), present, dtype, False)
         return made.transpose(np.argsort(order))
     source = _as_it_lies(rw, parts, dims)
     if source is not None:
@@ -261,7 +267,7 @@ def _group(
             node,
             Group(group.level, ..., source.dims),
             [codes_of(source)],
-            [len(source.dims)],
+            _raised(ranks, source.dims),
             present,
             dtype,
             False,
@@ -285,7 +291,7 @@ def _group(
             spread = inverse.reshape(parts[0].shape)
             parts = [unique.reshape((1,) * len(syms) + (-1,))]
             dims = (*syms, (1,))
-            ranks = [len(dims)]
+            ranks = _raised(ranks, dims)
     small = with_extents(dims, np.broadcast_shapes(*(p.shape for p in parts)))
     whole = whole and group.index is Ellipsis and spread is None and parts[0].shape == shape_now
     held = {s for part in parts for s in rw.sources.symbols(part)}
@@ -295,6 +301,10 @@ def _group(
     def write() -> str:
         names = [""] * len(node.input)
         for k, part, rank in zip(present, parts, ranks, strict=True):
+            if k == 0 and operator(node) in _FIRST_DECIDES:
+                physical = keep_symbols(small, held)
+                names[k], _ = rw.layout.realise(np.broadcast_to(part, extents(small)), physical, full=True)
+                continue
             part = cut_repeats(part)
             lead = part.ndim - rank
             if lead > 0 and all(n == 1 for n in part.shape[:lead]):
@@ -315,6 +325,11 @@ def _group(
     codes = codes_of(source)
     made = np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape_now)
     return made.reshape(shape)
+
+
+def _raised(ranks: Sequence[int], dims: Dims) -> list[int]:
+    """Ranks of operands that get the dimensions of a result; scalars stay that, for some operators take no others."""
+    return [len(dims) if rank else 0 for rank in ranks]
 
 
 def _as_it_lies(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> Source | None:
@@ -343,7 +358,7 @@ def _open_product(
     rw: Rewrite, node: NodeProto, parts: list[Codes], shape: tuple[int, ...]
 ) -> Callable[[], tuple[Codes, Codes]] | None:
     """The factors of a product of request-level with candidate-level entries."""
-    if node.op_type != "Mul" or len(parts) != 2 or not rw.uses("fold") or prod(shape) > _LARGEST_SCALED:
+    if operator(node) != "Mul" or len(parts) != 2 or not rw.uses("fold") or prod(shape) > _LARGEST_SCALED:
         return None
     low, high = (rw.sources.levels(p) for p in parts)
     if low.max() > Level.REQUEST or low.max() == Level.CONSTANT or high.min() < Level.CANDIDATE:
@@ -366,7 +381,7 @@ def _open_product(
 
 def _neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | None:
     """`x + 0` with a zero that only carries rows: exporters make accumulators of N zeros this way."""
-    if node.op_type not in ("Add", "Sum") or len(values) != 2:
+    if operator(node) not in ("Add", "Sum") or len(values) != 2:
         return None
     for zero, other in (values, values[::-1]):
         whole = zero.whole
@@ -391,7 +406,7 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
             other = operands[1 - k]
             assert other is not None
             terms = [*o.terms, *rw.terms(other)]
-            if node.op_type == "Sub" or broadcast_dims([t.dims for t in terms]) != o.dims:
+            if operator(node) == "Sub" or broadcast_dims([t.dims for t in terms]) != o.dims:
                 break
             return [fold.compact(rw, terms, o.dims, o.dtype)]
     # What others read too is made once, not once for each.
@@ -406,9 +421,9 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     alone = [len(rw.readers(i)) == 1 for i in node.input]
     waits = any(single and (isinstance(v, Sum) or _pending(rw, v)) for single, v in zip(alone, (a, b), strict=True))
     apart = waits or _varies_apart(rw, node, a, b, dims)
-    if not apart or (node.op_type == "Sub" and waits):
+    if not apart or (operator(node) == "Sub" and waits):
         return None
-    if node.op_type == "Sub":
+    if operator(node) == "Sub":
         b = elementwise(rw, "Neg", [rw.settle(b)], rw.emit.fresh(f"{node.output[0]}/negative"))
     terms = [*rw.terms(a), *rw.terms(b)]
     if unread:
@@ -459,14 +474,17 @@ def rowwise(
     """
     x = rw.value(node, 0)
     core = [c % x.rank for c in core]
-    if any(is_candidate_symbol(s) for c in core for s in symbols([x.dims[c]])):
+    along = symbols(x.dims[c] for c in core)
+    if any(map(is_candidate_symbol, along)):
         rw.refuse("broadcast", f"{node.op_type} works along the candidate axis")
         return None
+    x = rw.held(x, along)
     others = [rw.value(node, k) if node.input[k] else None for k in range(1, len(node.input))]
     if any(v is not None and any(map(is_candidate_symbol, symbols(v.dims))) for v in others):
         return None
     rest = [rw.tensor(v) if v is not None else "" for v in others]
-    unread = rw.needed.get(node.output[0])
+    # Positions read of one output are not those of another.
+    unread = rw.needed.get(node.output[0]) if len([o for o in node.output if o]) == 1 else None
     if unread and len(reshape(x.dims)[0]) != x.rank and max(unread) >= min(core, default=x.rank):
         # Axes that went move those behind them: positions of the result are not positions of the operand.
         unread = None
@@ -485,7 +503,7 @@ def rowwise(
         part = cut_repeats(part, set(range(part.ndim)) - set(core))
         own = with_extents(group.dims, part.shape)
         kept = extended(own, rw.sources.symbols(part))
-        if node.op_type in _NORMALISE and core == [x.rank - 1] and len(kept) < x.rank:
+        if operator(node) in _NORMALISE and core == [x.rank - 1] and len(kept) < x.rank:
             rw.emit.rule = "broadcast" if group.level is Level.REQUEST else None
             codes_made = _row_by_row(
                 rw, node, rest, part.reshape([part.shape[k] for k in kept]), tuple(own[k] for k in kept)
@@ -544,10 +562,10 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
 
 def is_square(rw: Rewrite, node: NodeProto) -> bool:
     """Whether a node squares its first input."""
-    if node.op_type == "Pow":
+    if operator(node) == "Pow":
         exponent = rw.array(node, 1)
         return exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2.0
-    return node.op_type == "Mul" and node.input[0] == node.input[1]
+    return operator(node) == "Mul" and node.input[0] == node.input[1]
 
 
 def _softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -620,6 +638,7 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if any(is_candidate_symbol(s) for s in symbols(table.dims)):
         if any(map(is_candidate_symbol, symbols([*ids.dims, table.dims[axis]]))):
             return None
+    table = rw.held(table, symbols([table.dims[axis]]))
     before, after = table.dims[:axis], table.dims[axis + 1 :]
     dims: Dims = (*before, *ids.dims, *after)
     held = rw.present(table)
@@ -661,6 +680,7 @@ def _gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     width = extents(ids.dims)[-1]
     if any(map(is_candidate_symbol, symbols([ids.dims[-1]]))):
         return None
+    table = rw.held(table, symbols(table.dims[:width]))
     dims = (*ids.dims[:-1], *table.dims[width:])
     return rw.keep(node, [rw.tensor(table), rw.tensor(ids)], [dims], rw.present(table) | rw.present(ids))
 
@@ -672,9 +692,10 @@ def _gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     if any(a != b for k, (a, b) in enumerate(zip(data.dims, ids.dims, strict=True)) if k != axis):
         return None
+    data = rw.held(data, symbols([data.dims[axis]]))
     held = rw.present(data) | rw.present(ids)
     full = len(held) != len(rw.present(data)) or len(held) != len(rw.present(ids))
-    return rw.keep(node, [rw.tensor(data, full=full), rw.tensor(ids, full=full)], [ids.dims], held)
+    return rw.keep(node, [rw.rows_along(v, held) if full else rw.tensor(v) for v in (data, ids)], [ids.dims], held)
 
 
 def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -683,8 +704,9 @@ def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if a.rank < 2 or b.rank < 2 or any(map(is_candidate_symbol, symbols([a.dims[-1], b.dims[-2], b.dims[-1]]))):
         return None
     dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
+    a, b = (rw.held(v, symbols([a.dims[-1], b.dims[-2]])) for v in (a, b))
     held = rw.present(a) | rw.present(b)
-    names = [rw.tensor(v, full=v.rank > 2 and not batches_agree(rw, v, held)) for v in (a, b)]
+    names = [rw.tensor(v) if v.rank < 3 or batches_agree(rw, v, held) else rw.rows_along(v, held) for v in (a, b)]
     return rw.keep(node, names, [dims], held)
 
 
@@ -727,6 +749,7 @@ def _attention(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     for v in values:
         if any(map(is_candidate_symbol, symbols(v.dims[1:]))):
             return None
+    values = [rw.held(v, symbols(v.dims[1:])) for v in values]
     present: set[str] = set().union(*(rw.present(v) for v in values))
     names = iter([rw.tensor(v) for v in values])
     return rw.keep(node, [next(names) if i else "" for i in node.input], [known], present)
@@ -741,7 +764,7 @@ RULE = Rule(
     refuses="Operators that are not known, or known to mix rows: they run on all rows, as before.",
     exactness="exact",
     operators={
-        **{op: pointwise for op in (*UNARY, *BINARY)},
+        **{op: pointwise for op in (*UNARY, *BINARY, *CONTRIB)},
         "Add": _sum,
         "Sub": _sum,
         "QuantizeLinear": _quantise,
@@ -769,8 +792,5 @@ RULE = Rule(
         "Attention": _attention,
         "com.microsoft::Attention": _attention,
         "com.microsoft::MultiHeadAttention": _attention,
-        "com.microsoft::Gelu": pointwise,
-        "com.microsoft::FastGelu": pointwise,
-        "com.microsoft::QuickGelu": pointwise,
     },
 )

@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     CANDIDATES,
@@ -48,9 +49,9 @@ def _is_last(rw: Rewrite, name: str) -> bool:
     """Whether no linear map that reads a tensor, behind additions and movement, scales another value."""
 
     def judge(node: NodeProto, _: str) -> bool | None:
-        if node.op_type == "Mul" and rw.computed(node):
+        if operator(node) == "Mul" and rw.computed(node):
             return False
-        return None if node.op_type in {"Add", "MatMul", "Gemm", "Concat"} | MOVES else True
+        return None if operator(node) in {"Add", "MatMul", "Gemm", "Concat"} | MOVES else True
 
     return rw.graph.behind(name, "last layer", judge, lambda _, answers: all(answers))
 

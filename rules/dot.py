@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     HOLE,
@@ -42,14 +43,14 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import BINARY, UNARY, batches_agree, elementwise, mark_unread
+from .broadcast import BINARY, CONTRIB, UNARY, batches_agree, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
-_BLOCKWISE = {*UNARY, *BINARY}
+_BLOCKWISE = {*UNARY, *BINARY, *CONTRIB}
 _MOST_HEADS = 16
 
 
@@ -95,7 +96,13 @@ def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot") -> list[Abstract] | 
 
 
 def multiply(
-    rw: Rewrite, a: Value | Sum, b: Value | Sum, output: str, rule: str, node: NodeProto | None = None
+    rw: Rewrite,
+    a: Value | Sum,
+    b: Value | Sum,
+    output: str,
+    rule: str,
+    node: NodeProto | None = None,
+    unread: dict[int, NDArray[np.int64]] | None = None,
 ) -> list[Abstract] | None:
     """The product of two computed operands, by blocks of one level each.
 
@@ -106,6 +113,7 @@ def multiply(
         output: The original tensor that it is, or belongs to.
         rule: Name of the rule, for the report.
         node: The original node, if that is a MatMul.
+        unread: Positions read per axis of the product, if not all, where its axes are not those of `output`.
 
     Returns:
         The product; None where it is left to another rule.
@@ -115,7 +123,12 @@ def multiply(
     if any(is_candidate_symbol(s) for s in symbols([a.dims[-1], b.dims[-2], b.dims[-1]])):
         return None
     dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
-    unread = rw.needed.get(output, {})
+    inner = symbols([a.dims[-1], b.dims[-2]])
+    if inner:
+        if a.dims[-1] != b.dims[-2]:
+            raise Unrepresentable("an inner axis that is factored differently")
+        a, b = rw.held(a, inner), rw.held(b, inner)
+    unread = rw.needed.get(output, {}) if unread is None else unread
     if node is not None and not unread and all(isinstance(v, Value) and v.whole is not None for v in (a, b)):
         return [_product(rw, node, rw.settle(a), rw.settle(b), dims)]
     if a.dims[-1] == () and not unread and extents(a.dims)[-1] == extents(b.dims)[-2] == 1:
@@ -153,9 +166,9 @@ def _stays_apart(rw: Rewrite, name: str) -> bool:
     blockwise = _MOVES | _BLOCKWISE | ({"Softmax"} if rw.uses("attention") else set())
 
     def judge(node: NodeProto, _: str) -> bool | None:
-        if node.op_type in _LINEAR or node.op_type == "Shape":
+        if operator(node) in _LINEAR or operator(node) == "Shape":
             return True
-        return None if node.op_type in blockwise else False
+        return None if operator(node) in blockwise else False
 
     def join(tensor: str, answers: list[bool]) -> bool:
         return bool(answers) and tensor not in rw.outputs and all(answers)
@@ -268,7 +281,11 @@ class _Blocks:
         factors, by = fold.expand(rw, a.codes)
         if by.shape[-1] != 1 or not (by == by[..., :1, :]).all():
             return None
-        pooled = _product(rw, None, view(a.dims, a.dtype, factors[..., 0]), b, dims, self.output)
+        inner = symbols([a.dims[-1]])
+        if not rw.sources.symbols(by).isdisjoint(inner):
+            return None
+        left = rw.held(view(a.dims, a.dtype, factors[..., 0]), inner)
+        pooled = _product(rw, None, left, b, dims, self.output)
         scale = view((*a.dims[:-1], ()), a.dtype, by[..., :1, 0])
         return elementwise(rw, "Mul", [scale, pooled], rw.emit.fresh(f"{self.output}/mul"))
 
@@ -294,12 +311,12 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
         full[1] = False
 
     def factors() -> list[str]:
-        return [rw.tensor(v, full=wide) for v, wide in zip((a, b), full, strict=True)]
+        return [rw.rows_along(v, held) if wide else rw.tensor(v) for v, wide in zip((a, b), full, strict=True)]
 
     if node is not None:
         (kept,) = rw.keep(node, factors(), [dims], held)
         return rw.settle(kept)
-    shapes = [v.dims if wide else keep_symbols(v.dims, rw.present(v)) for v, wide in zip((a, b), full, strict=True)]
+    shapes = [keep_symbols(v.dims, held if wide else rw.present(v)) for v, wide in zip((a, b), full, strict=True)]
     own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
     source = _later(rw, own, a.dtype, factors, hint, scales=rw.level(b) <= Level.REQUEST)
     return Value(whole, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole)))

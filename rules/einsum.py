@@ -55,9 +55,7 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if made is not None:
         return [made]
     sizes: dict[str, tuple[Any, ...]] = {}
-    held: list[set[str]] = []
     for term, v in zip(terms, values, strict=True):
-        held.append(rw.present(v))
         for c, d in zip(term, v.dims, strict=True):
             if sizes.setdefault(c, d) not in (d, ()):
                 return None
@@ -65,10 +63,13 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
                 sizes[c] = d
     if any(c not in out and any(map(is_candidate_symbol, symbols([d]))) for c, d in sizes.items()):
         return None
+    summed = symbols(d for c, d in sizes.items() if c not in out)
+    values = [rw.held(v, summed) for v in values]
+    held = [rw.present(v) for v in values]
     joined = held[0] | held[1]
     full = any(h != joined for h in held)
     dims = tuple(sizes[c] for c in out)
-    return rw.keep(node, [rw.tensor(v, full=full) for v in values], [dims], joined)
+    return rw.keep(node, [rw.rows_along(v, joined) if full else rw.tensor(v) for v in values], [dims], joined)
 
 
 def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[str], out: str) -> Abstract | None:
@@ -89,11 +90,13 @@ def _as_matrices(rw: Rewrite, node: NodeProto, values: list[Value], terms: list[
         return rw.tidy(tuple(v.dims[k] for k in order), v.dtype, v.codes.transpose(order))
 
     a, b = turned(values[0], first, [*stack, *rows, *inner]), turned(values[1], second, [*stack, *inner, *columns])
-    found = dot.multiply(rw, a, b, node.output[0], "attention" if reaches_softmax(rw, node.output[0]) else "dot")
+    order = [[*stack, *rows, *columns].index(c) for c in out]
+    unread = {order[k]: at for k, at in rw.needed.get(node.output[0], {}).items()}
+    rule = "attention" if reaches_softmax(rw, node.output[0]) else "dot"
+    found = dot.multiply(rw, a, b, node.output[0], rule, unread=unread)
     if found is None:
         return None
     made = found[0]
-    order = [[*stack, *rows, *columns].index(c) for c in out]
     dims = tuple(made.dims[k] for k in order)
     return rw.moved(made, dims, lambda codes: codes.transpose(order))
 
@@ -146,6 +149,9 @@ def _einsum_by_rows(
     inner = [a for a, c in enumerate(mine) if c not in out]
     if any(map(is_candidate_symbol, symbols([x.dims[a] for a in inner]))):
         return None
+    if any(symbols([x.dims[a]]) for a, c in enumerate(mine) if c in its):
+        return None
+    x = rw.held(x, symbols(x.dims[a] for a in inner))
     sizes = dict(zip(its, (canonical([n]) for n in weight.shape), strict=True)) | dict(zip(mine, x.dims, strict=True))
     levels = rw.sources.levels(x.codes).astype(np.int64)
     levels = np.broadcast_to(levels.max(tuple(inner), keepdims=True), levels.shape)

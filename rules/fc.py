@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule, Weights
 from onnxrank.values import (
     Abstract,
@@ -67,7 +68,7 @@ def _takes_bias(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
     if rw.level(x) > Level.REQUEST and len(extended(x.dims)) > 2:
         return False
     found = rw.readers(node.output[0])
-    return len(found) == 1 and found[0].op_type == "Add" and any(rw.array(found[0], k) is not None for k in (0, 1))
+    return len(found) == 1 and operator(found[0]) == "Add" and any(rw.array(found[0], k) is not None for k in (0, 1))
 
 
 def _plain(rw: Rewrite, node: NodeProto, x: Value, width: int) -> list[Abstract]:
@@ -88,10 +89,12 @@ def gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         b = rw.value(node, 1)
         if any(map(is_candidate_symbol, symbols(b.dims))):
             return None
-        width = b.dims[-2 if turned else -1]
-        v = rw.settle(x)
-        names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
-        held = {s for k, i in enumerate(node.input) if i for s in rw.present(rw.value(node, k))}
+        inner, width = b.dims[:: 1 if not turned else -1]
+        values = {k: rw.value(node, k) for k, i in enumerate(node.input) if i}
+        values |= {k: rw.held(values[k], symbols([inner])) for k in (0, 1)}
+        v = values[0]
+        names = [rw.tensor(values[k]) if k in values else "" for k in range(len(node.input))]
+        held = {s for own in values.values() for s in rw.present(own)}
         return rw.keep(node, names, [(v.dims[0], width)], held) if held == rw.present(v) else None
     if not worthwhile(rw, x, unread) and (bias is None or rw.level(bias) <= rw.level(x)):
         return _plain(rw, node, rw.settle(x), weight.data.shape[1])

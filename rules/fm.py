@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import RESHAPES, Rewrite, Rule
 from onnxrank.values import Abstract
 
@@ -26,14 +27,14 @@ def sum_over_fields(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 
 def _sums(rw: Rewrite, name: str) -> list[NodeProto]:
-    return [n for n in rw.readers(name) if n.op_type == "ReduceSum"]
+    return [n for n in rw.readers(name) if operator(n) == "ReduceSum"]
 
 
 def _is_squared(rw: Rewrite, name: str) -> bool:
     """Whether a sum is squared, perhaps in another shape."""
 
     def judge(node: NodeProto, _: str) -> bool | None:
-        return True if is_square(rw, node) else None if node.op_type in RESHAPES else False
+        return True if is_square(rw, node) else None if operator(node) in RESHAPES else False
 
     return rw.graph.behind(name, "squared", judge, lambda _, answers: any(answers))
 

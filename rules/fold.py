@@ -299,16 +299,22 @@ def _with_plain(
 ) -> Codes:
     """Adds the own weights of candidate-level factors to the rows made for them, `[basis, rows, width]`."""
     _, rows, width = codes.shape
-    entry = np.repeat(columns[:, None], rows, 1)
     touched = np.unique(fold.plain)
-    wanted = np.full((len(touched), rows), -1)
-    wanted[np.searchsorted(touched, fold.plain), np.arange(rows)] = entry
-    if (wanted < 0).any():
+    place = np.searchsorted(touched, fold.plain)
+    if (place == place[:, :1]).all():
+        place = place[:, :1]
+    chosen = np.zeros((len(touched), place.shape[1], len(columns)), bool)
+    chosen[place, np.arange(place.shape[1]), np.arange(len(columns))[:, None]] = True
+    if not chosen.any(-1).all():
         raise Unrepresentable("candidate-level factors of some rows only")
     dims: Dims = (canonical([len(touched)]), canonical([rows]), canonical([width]))
     base, _ = rw.layout.realise(codes[touched], dims)
-    same = (wanted == wanted[:, :1]).all()
-    own = weight.rows(rw.emit, wanted[:, :1] if same else wanted)
+    if chosen.sum(-1).max() == 1:
+        own = weight.rows(rw.emit, columns[chosen.argmax(-1)])
+    else:
+        # Columns that hold the same entry: their weights are added up, by a node of constants.
+        sums = rw.emit.constant(chosen.astype(weight.data.dtype))
+        own = rw.emit.add("MatMul", [sums, weight.rows(rw.emit, columns)])
     added = rw.emit.add("Add", [base, own])
     codes = codes.copy()
     codes[touched] = codes_of(rw.sources.add(dims, dtype, added)).reshape(len(touched), rows, width)

@@ -19,6 +19,7 @@ def recurrent(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if x.rank != 3 or any(is_candidate_symbol(s) for k, d in enumerate(x.dims) if k != batch for s in symbols([d])):
         return None
     inputs = {k: rw.value(node, k) for k, i in enumerate(node.input) if i}
+    inputs[0] = x = rw.held(x, symbols([x.dims[1 - batch]]))
     if any(rw.level(inputs[k]) is Level.CANDIDATE for k in (1, 2, 3) if k in inputs):
         return None
     rows, steps, width, both = x.dims[batch], x.dims[1 - batch], canonical([hidden]), canonical([directions])

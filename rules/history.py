@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from onnxrank import runtime
+from onnxrank.operators import operator
 from onnxrank.rewrite import RESHAPES, Rewrite, Rule
 from onnxrank.values import HOLE, Abstract, Level, Value, extents
 
@@ -91,22 +92,22 @@ class Masks:
         made = self.rw.producers.get(name)
         if made is None or not steps or self._constant(name) is not None:
             return None
-        if made.op_type in _SCORES:
+        if operator(made) in _SCORES:
             return np.zeros(()), np.zeros(())
-        if made.op_type not in _ON_SCORES:
+        if operator(made) not in _ON_SCORES:
             return None
         mine = [self.scores(i, steps - 1) if i else None for i in made.input]
-        if sum(m is not None for m in mine) != 1 or (made.op_type in ("Sub", "Div") and mine[0] is None):
+        if sum(m is not None for m in mine) != 1 or (operator(made) in ("Sub", "Div") and mine[0] is None):
             return None
-        if made.op_type == "Where" and mine[0] is not None:
+        if operator(made) == "Where" and mine[0] is not None:
             return None
-        if made.op_type == "Cast" and attribute(made, "to") not in runtime.FLOATS:
+        if operator(made) == "Cast" and attribute(made, "to") not in runtime.FLOATS:
             return None
-        if made.op_type in ("Mul", "Div"):
+        if operator(made) in ("Mul", "Div"):
             number = self._constant(made.input[1 if mine[0] is not None else 0])
             if number is None or number.size != 1 or number.reshape(-1)[0] <= 0:
                 return None
-            factor = number.reshape(-1)[0] if made.op_type == "Mul" else 1 / number.reshape(-1)[0]
+            factor = number.reshape(-1)[0] if operator(made) == "Mul" else 1 / number.reshape(-1)[0]
             low, high = next(m for m in mine if m is not None)
             return low * factor, high * factor
         with np.errstate(invalid="ignore"):
@@ -121,7 +122,7 @@ class Masks:
             top = stack[-1]
             made = self.rw.producers.get(top)
             needs = [i for i in made.input if i] if made is not None and self._constant(top) is None else []
-            missing = [i for i in needs if i not in self._known] if made and made.op_type in _FOLLOWED else []
+            missing = [i for i in needs if i not in self._known] if made and operator(made) in _FOLLOWED else []
             if missing and top not in self._known:
                 stack += missing
             else:
@@ -143,7 +144,7 @@ class Masks:
             return data, data
         dtype = self.rw.values[name].dtype if name in self.rw.values else 0
         unknown = (np.zeros(()), np.ones(())) if dtype == TensorProto.BOOL else (np.array(-np.inf), np.array(np.inf))
-        if made is None or made.op_type not in _FOLLOWED or prod(extents(self.rw.values[name].dims)) > _LARGEST:
+        if made is None or operator(made) not in _FOLLOWED or prod(extents(self.rw.values[name].dims)) > _LARGEST:
             return unknown
         with np.errstate(invalid="ignore"):
             found = self._step(made, [self._known[i] for i in made.input if i])
@@ -153,7 +154,7 @@ class Masks:
 
     def _step(self, node: NodeProto, x: list[Interval]) -> Interval | None:
         """One operator on intervals; None where nothing is known of the result."""
-        op = node.op_type
+        op = operator(node)
         shape = extents(self.rw.values[node.output[0]].dims)
         (low, high) = x[0]
         if op in _VARIADIC:
@@ -251,7 +252,7 @@ def _compared(op: str, a: Interval, b: Interval) -> Interval:
 def nan_to_zero(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """`Where(IsNaN(w), 0, w)`, as exporters guard rows without keys: a weight that is 0 for sure stays that."""
     test, number = rw.producers.get(node.input[0]), rw.array(node, 1)
-    if test is None or test.op_type != "IsNaN" or test.input[0] != node.input[2]:
+    if test is None or operator(test) != "IsNaN" or test.input[0] != node.input[2]:
         return None
     w = rw.value(node, 2)
     if number is None or number.any() or number.size != 1 or w.whole is not None:

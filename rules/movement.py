@@ -12,6 +12,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxrank.facts import Extent
+from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
     Abstract,
@@ -53,7 +54,7 @@ def move(rw: Rewrite, node: NodeProto, x: Value | Sum, outputs: Sequence[tuple[D
             return [rw.add(p, dims, x.dtype) for dims, p in parts]
         # A product that several results hold is better made with what is added to it.
         x = rw.settle(x)
-    linear = node.op_type in _PICKS and all(rw.read_by_linear_maps(o) for o in node.output if o)
+    linear = operator(node) in _PICKS and all(rw.read_by_linear_maps(o) for o in node.output if o)
     if x.whole is not None and rw.keep_moves and not rw.is_open(x) and not linear:
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [d for d, _ in outputs], rw.present(x))
@@ -71,7 +72,7 @@ def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Reshape and Flatten."""
     x = _data(rw, node)
     dims = regroup(x.dims, _target(rw, node))
-    fixed = node.op_type == "Flatten" or rw.array(node, 1) is not None
+    fixed = operator(node) == "Flatten" or rw.array(node, 1) is not None
     if isinstance(x, Value) and x.whole is not None and not fixed and rw.keep_moves and not rw.is_open(x):
         # The shape is computed at run time, perhaps from a tensor that has one row now.
         return [_reshaped(rw, node, x, dims)]
@@ -294,6 +295,7 @@ def _concat_symbolic(rw: Rewrite, node: NodeProto, values: list[Value], axis: in
     if known is None or any(map(is_candidate_symbol, symbols(v.dims[axis] for v in values))):
         return None
     dims = (*values[0].dims[:axis], known[axis], *values[0].dims[axis + 1 :])
+    values = [rw.held(v, symbols([v.dims[axis]])) for v in values]
     held = {s for v in values for s in rw.present(v)}
     if not all(v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) for v in values):
         raise Unrepresentable("joins levels along an extent that is not constant")
@@ -366,7 +368,7 @@ def shape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     assert x is not None
     if isinstance(x, Value) and x.whole is not None and x.whole.dims == x.dims:
         return None
-    if node.op_type == "Size":
+    if operator(node) == "Size":
         raise Unrepresentable("the number of entries of a tensor of several levels")
     start, end = attribute(node, "start", 0), attribute(node, "end", x.rank)
     wanted = x.dims[start:end]
@@ -377,7 +379,7 @@ def shape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def identity(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Identity, and Casts to the type that the tensor has."""
     x = rw.operand(node, 0)
-    if x is None or (node.op_type == "Cast" and attribute(node, "to") != x.dtype):
+    if x is None or (operator(node) == "Cast" and attribute(node, "to") != x.dtype):
         return None
     if isinstance(x, Value) and x.whole is not None and x.whole.level is not Level.CONSTANT and rw.keep_moves:
         return None

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
     HOLE,
@@ -49,6 +50,8 @@ def normalised(
     whole: Callable[[], Value],
 ) -> Affine | None:
     """LayerNorm over the last axis, if that has entries of exactly two levels."""
+    if symbols(x.dims[-1:]):
+        return None
     found = list(pieces(rw, x.codes, x.dims))
     if len(found) != 2 or any(p.group.index is not Ellipsis or p.level is Level.CONSTANT for p in found):
         return None
@@ -178,7 +181,7 @@ def _written_out(rw: Rewrite, node: NodeProto) -> tuple[Value, float] | None:
 
     def made_by(name: str, op: str) -> NodeProto | None:
         n = rw.producers.get(name)
-        return n if n is not None and n.op_type == op else None
+        return n if n is not None and operator(n) == op else None
 
     def mean_of(name: str) -> str | None:
         n = made_by(name, "ReduceMean")
@@ -232,7 +235,7 @@ def _stepped(rw: Rewrite, node: NodeProto, x: Affine, vector: NDArray[Any]) -> A
     def whole() -> Value:
         return _made_later(rw, node, lambda: pointwise(rw, node))
 
-    return Affine(x.dims, x.dtype, x.base, times if node.op_type == "Mul" else plus, x.scale, whole)
+    return Affine(x.dims, x.dtype, x.base, times if operator(node) == "Mul" else plus, x.scale, whole)
 
 
 def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

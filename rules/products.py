@@ -99,7 +99,7 @@ _FEW = 3
 _MOST_PRODUCTS = 8
 
 
-def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Piece]:
+def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False) -> Iterator[Piece]:
     """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
 
     Args:
@@ -108,6 +108,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
         dims: Logical shape.
         width: Columns of the weights that the pieces are for, which may undo entries nobody asked for by 0 and fold
             products; 0 for other contractions.
+        sums: Whether entries are added up, so that zeros may be left out.
 
     Raises:
         Unrepresentable: The levels follow no axis.
@@ -157,7 +158,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             sub = part[..., members]
             columns = np.arange(len(members))
             yield Piece(Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how)
-        nothing = (part == rw.zero(rw.sources.of(part)[0].dtype)).all(tuple(range(part.ndim - 1)))
+        nothing = (part == rw.zero(rw.sources.of(part)[0].dtype)).all(tuple(range(part.ndim - 1))) & sums
         if nothing.all():
             nothing[0] = False
         level_of = np.where(nothing, Level.UNREAD, level_of)
@@ -284,7 +285,7 @@ def partials(
     zero = rw.zero(x.dtype)
     terms: list[Codes] = []
     split = not rw.single_level(x)
-    for piece in pieces(rw, codes, dims, width if weighted else 0):
+    for piece in pieces(rw, codes, dims, width if weighted else 0, sums=not idempotent):
         if piece.slot == len(terms):
             terms.append(np.full(shape, HOLE if unread or idempotent else zero))
         small = piece.codes.shape[:-1]

@@ -7,8 +7,9 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
+from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
     Abstract,
@@ -22,7 +23,7 @@ from onnxrank.values import (
     view,
 )
 
-from .broadcast import attribute, elementwise, rowwise
+from .broadcast import attribute, elementwise, is_square, rowwise
 from .products import Piece, distribute, partials
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
@@ -58,10 +59,12 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
     if any(is_candidate_symbol(s) for a in axes for s in symbols([x.dims[a]])):
         rw.refuse(rule, f"{node.op_type} goes over the candidates")
         return None
-    op = node.op_type
+    op = operator(node)
     if op == "ReduceSumSquare" and not (isinstance(x, Value) and x.whole is not None):
         x = elementwise(rw, "Mul", [rw.settle(x)] * 2, rw.emit.fresh(f"{node.output[0]}/square"))
-    by_level = (op in _ADDITIVE or op in _EXTREMA) and axes and not any(symbols([x.dims[a]]) for a in axes)
+    by_level = (op in _ADDITIVE or op in _EXTREMA) and axes and not _divides_integers(rw, node, x)
+    by_level = by_level and not _centres_other_than_float(rw, node, x)
+    by_level = by_level and not any(symbols([x.dims[a]]) for a in axes)
     if not by_level or (isinstance(x, Value) and x.whole is not None):
         return _whole(rw, node, axes, result, keep)
     # The reduced axes become one, at the place of the first.
@@ -94,13 +97,30 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
     return [one(rw.settle(x))]
 
 
+def _divides_integers(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
+    """Whether a mean is one of whole numbers: those of its parts are rounded, and do not add up to it."""
+    return operator(node) == "ReduceMean" and rw.constant_type(x.dtype).kind in "iu"
+
+
+def _centres_other_than_float(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
+    """Whether a mean is that of a LayerNorm which is written out, of a type other than float32.
+
+    Without that mean as it is, onnxruntime takes what is left for an RMSNorm, and of other types it does not read the
+    epsilon: it takes 1e-5.
+    """
+    if x.dtype == TensorProto.FLOAT or operator(node) != "ReduceMean":
+        return False
+    centred = [n for n in rw.readers(node.output[0]) if list(n.input) == [node.input[0], node.output[0]]]
+    return any(is_square(rw, n) for c in centred if operator(c) == "Sub" for n in rw.readers(c.output[0]))
+
+
 def _whole(
     rw: Rewrite, node: NodeProto, axes: Sequence[int], result: Callable[[Dims], Dims], keep: bool
 ) -> list[Abstract] | None:
     trailing = list(axes) == list(range(rw.value(node, 0).rank - len(axes), rw.value(node, 0).rank))
     if not keep and not trailing and rw.value(node, 0).whole is None:
         # Without the reduced axes the others move, and index maps of groups would have to follow.
-        v = rw.value(node, 0)
+        v = rw.held(rw.value(node, 0), symbols(rw.value(node, 0).dims[a] for a in axes))
         names = [rw.tensor(v), *(rw.tensor(rw.value(node, k)) for k in range(1, len(node.input)))]
         return rw.keep(node, names, [result(v.dims)], rw.present(v))
     return rowwise(rw, node, axes, lambda d: [result(d)])

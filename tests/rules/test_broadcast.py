@@ -419,3 +419,81 @@ def test_scalars() -> None:
     y = g.op("Where", g.op("Greater", picked, g.const(0)), g.op("Add", picked, g.op("Neg", u)), c)
     g.output(y, ["N", 3])
     optimised(g, given)
+
+
+@pytest.mark.parametrize("level", ["request", "candidate"])
+@pytest.mark.parametrize(
+    "op", ["Softmax", "LogSoftmax", "CumSum", "LpNormalization", "TopK", "ArgMax", "Gather", "Trilu"]
+)
+def test_along_a_length_that_does_not_matter(op: str, level: str) -> None:
+    """Operators along a history of what is the same at all of its positions see that many."""
+    given = [request("h", "L", 4), request("u", 4), candidate("c", 4)]
+    g = Graph()
+    h, u, c = (i.declare(g) for i in given)
+    size = g.op("Gather", g.op("Shape", h), g.ints(1), axis=0)
+    x = g.on_axes("Unsqueeze", g.op("Relu", u) if level == "request" else c, [1])
+    x = g.op("Expand", x, g.op("Concat", g.ints(1), size, g.ints(1), axis=0))
+    if op == "CumSum":
+        y = g.op(op, x, g.const(1, np.int64))
+    elif op == "TopK":
+        y = g.ops(op, 2, x, g.ints(1), axis=1)[0]
+    elif op == "Gather":
+        y = g.op(op, x, g.op("Sub", size, g.ints(1)), axis=1)
+    elif op == "Trilu":
+        y = g.op(op, x)
+    else:
+        y = g.op(op, x, axis=1)
+    y = g.op("Cast", y, to=1) if op == "ArgMax" else y
+    g.output(g.op("Add", g.on_axes("ReduceSum", y, [1], keepdims=0), c), ["N", 4])
+    optimised(g, given, counts=(1, 2, 5), tolerance=1e-6, lengths=({"L": 1}, {"L": 5}, {"L": 50}))
+
+
+@pytest.mark.parametrize("perm", [[0, 1, 2], [0, 2, 1], [1, 0, 2]])
+@pytest.mark.parametrize("op", ["QuantizeLinear", "Clip"])
+def test_scalars_stay_scalars(op: str, perm: list[int]) -> None:
+    """Scales and bounds have no dimensions, however the operand's are turned and split."""
+    given = [request("u", 2, 4), candidate("c", 3, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Transpose", g.op("Concat", g.op("Relu", u), c, axis=1), perm=perm)
+    if op == "Clip":
+        y = g.op(op, x, g.const(-1.0), g.const(2.0))
+    else:
+        scale, zero = g.const(0.5), g.const(3, np.uint8)
+        y = g.op("DequantizeLinear", g.op(op, x, scale, zero), scale, zero)
+    y = g.op("Reshape", g.op("Transpose", y, perm=list(np.argsort(perm))), g.ints(-1, 20))
+    g.output(g.op("MatMul", y, g.const(whole_numbers(20, 3))), ["N", 3])
+    optimised(g, given, counts=(1, 2, 5))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("slope", ["request", "candidate", "mixed", "narrow", "constant"])
+@pytest.mark.parametrize("level", ["request", "candidate", "mixed"])
+def test_slopes(level: str, slope: str, dtype: type) -> None:
+    """PRelu broadcasts its slopes to what it works on, and never that to its slopes."""
+    given = [request("u", 3, 4), candidate("c", 3, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    kind = 1 if dtype is np.float32 else 11
+    u, c = g.op("Cast", g.op("Neg", u), to=kind), g.op("Cast", c, to=kind)
+    parts = {"request": [u, u], "candidate": [c, c], "mixed": [u, c]}
+    x = g.op("Concat", *parts[level], axis=1)
+    if slope == "constant":
+        s = g.const(whole_numbers(6, 1), dtype)
+    elif slope == "narrow":
+        s = g.on_axes("ReduceSum", c, [1], keepdims=1)
+    else:
+        s = g.op("Concat", *parts[slope], axis=1)
+    g.output(g.op("Cast", g.op("PRelu", x, s), to=1), ["N", 6, 4])
+    g.output(g.op("MatMul", g.op("Cast", x, to=1), g.const(whole_numbers(4, 2))), ["N", 6, 2])
+    optimised(g, given, counts=(1, 2, 5))
+
+
+def test_custom_domain() -> None:
+    """`com.acme::Relu` is no elementwise operator: it gets all rows."""
+    given = [request("u", 4), candidate("c", 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    x = g.ops("Relu", 1, g.op("Tanh", u), domain="com.acme")[0]
+    g.output(g.op("Add", x, c), ["N", 4])
+    assert "com.acme::Relu is not known" in refusals(rewritten(g.model(), request=["u"]))

@@ -293,3 +293,18 @@ def test_left_out() -> None:
     with forced("affine"):
         result = optimised(made.g, made.given, ignore=["cross"], candidates=8192)
     assert rules(result) == {"fc": 1}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("users, items", [(16, 4), (24, 24)])
+@pytest.mark.parametrize("parts", [[1, 1, 2], [2, 2], [None, None, 2, 2], [2, None, 2, None], [0, 0, 2]])
+def test_joined_twice(parts: list[int | None], users: int, items: int, form: str) -> None:
+    """A layer's result, or the candidate itself, that is joined twice counts twice in the layer behind."""
+    made = Cross(users, items)
+    layers = [made.x0]
+    for _ in range(2):
+        layers.append(made.g.op("Add", made.g.op("Mul", made.x0, made.matmul(layers[-1])), layers[-1]))
+    x = made.g.op("Concat", *("c" if p is None else layers[p] for p in parts), axis=1)
+    made.head(x, sum(items if p is None else users + items for p in parts), "deep")
+    with forced(form):
+        optimised(made.g, made.given, counts=(1, 5), tolerance=1e-6)

@@ -408,3 +408,58 @@ def test_rows_nobody_reads(axis: int) -> None:
     # 3 of the request's fields and 2 of the candidate's with 5 and 3.
     assert result.report.after["request"].macs == 15 * 4 + 15 * 3
     assert result.report.after["candidate"].macs == N * (25 * 4 + 25 * 3)
+
+
+@pytest.mark.parametrize("length", ["L", 6])
+@pytest.mark.parametrize("form", ["MatMul", "Einsum"])
+def test_masked_scores(form: str, length: str | int) -> None:
+    """Target attention without a softmax: scores times a mask of the request, times the history."""
+    given = [request("h", length, 4), request("m", length), candidate("c", 4)]
+    g = Graph()
+    h, m, c = (i.declare(g) for i in given)
+    pairs = g.op("Mul", h, g.on_axes("Unsqueeze", c, [1]))
+    scores = g.op("Relu", g.op("MatMul", pairs, g.const(whole_numbers(4, 1))))
+    scores = g.op("Mul", g.on_axes("Squeeze", scores, [2]), m)
+    if form == "MatMul":
+        pooled = g.on_axes("Squeeze", g.op("MatMul", g.on_axes("Unsqueeze", scores, [1]), h), [1])
+    else:
+        pooled = g.op("Einsum", scores, h, equation="nl,nld->nd")
+    g.output(g.op("MatMul", g.op("Concat", pooled, c, axis=1), g.const(whole_numbers(8, 3))), ["N", 3])
+    optimised(g, given, counts=(1, 2, 5), lengths=({"L": 1}, {"L": 5}, {"L": 50}))
+
+
+@pytest.mark.parametrize("level", ["request", "candidate"])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("form", ["MatMul", "Einsum"])
+def test_over_a_length_that_does_not_matter(form: str, side: int, level: str) -> None:
+    """A product over the positions of a history with what is the same at all of them."""
+    given = [request("h", "L", 4), request("u", 3), candidate("c", 3)]
+    g = Graph()
+    h, u, c = (i.declare(g) for i in given)
+    size = g.op("Gather", g.op("Shape", h), g.ints(1), axis=0)
+    same = g.on_axes("Unsqueeze", g.op("Relu", u) if level == "request" else c, [1])
+    same = g.op("Expand", same, g.op("Concat", g.ints(1), size, g.ints(1), axis=0))
+    k = g.op("Relu", h)
+    if form == "MatMul":
+        a, b = (same, k) if side else (k, same)
+        y = g.op("MatMul", g.op("Transpose", a, perm=[0, 2, 1]), b)
+    else:
+        y = g.op("Einsum", *((same, k) if side else (k, same)), equation="nla,nlb->nab")
+    g.output(y, ["N", 3, 4] if side else ["N", 4, 3])
+    g.output(g.op("Relu", c), ["N", 3])
+    optimised(g, given, counts=(1, 2, 5), lengths=({"L": 1}, {"L": 5}, {"L": 50}))
+
+
+@pytest.mark.parametrize("out", ["nij", "nji", "jni", "ijn"])
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_positions_read_of_an_einsum(read: int, out: str) -> None:
+    """The axes of the result are not those of the product that it is made by."""
+    given = [request("u", 3, 4), candidate("c", 2, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", g.op("Relu", u), c, axis=1)
+    y = g.op("Einsum", x, g.op("Concat", c, u, c, axis=1), equation=f"nik,njk->{out}")
+    axis = {"i": 0, "j": 1}.get(out[read])
+    y = g.op("Neg", y) if axis is None else g.op("Gather", y, g.const([(4, 6)[axis]], np.int64), axis=read)
+    g.output(y, None)
+    optimised(g, given, counts=(1, 2, 5))

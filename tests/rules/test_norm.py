@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
-from helpers import Graph, candidate, optimised, request, rewritten, rows, rules, run, whole_numbers
+from helpers import Graph, candidate, feeds, optimised, request, rewritten, rows, rules, run, whole_numbers
 from numpy.typing import NDArray
 
 N = 512
@@ -241,3 +242,35 @@ def test_batch_norm_of_candidates_as_channels() -> None:
     y = g.op("MeanVarianceNormalization", g.op("Reshape", x, g.ints(1, 3, -1)), axes=[0, 2])
     g.output(g.op("Identity", y), [1, 3, "N"])
     optimised(g, given, counts=(1, 2, 5), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padded(form: str) -> None:
+    """Zeros beside the entries of both levels count in mean and variance."""
+    how, opset = FORMS[form]
+    g = Graph(opset)
+    x = g.op("Concat", *(i.declare(g) for i in GIVEN), axis=1)
+    x = g.op("Pad", g.op("Slice", x, g.ints(0), g.ints(USER + ITEM - 16), g.ints(1)), g.ints(0, 7, 0, 9))
+    g.output(g.op("MatMul", how(g, x, True), g.const(WEIGHT)), ["N", OUT])
+    optimised(g, GIVEN, counts=(1, 2, 5), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_epsilon_is_kept(dtype: type) -> None:
+    """What is written out stays such that onnxruntime, which fuses it, keeps its epsilon."""
+    given, rng = [request("u", 4), candidate("c", 6)], np.random.default_rng(1)
+    g = Graph(15)
+    x = g.op("Cast", g.op("Concat", *(i.declare(g) for i in given), axis=1), to=1 if dtype is np.float32 else 11)
+    x = g.op("Mul", x, g.const(0.05, dtype))
+    centred = g.op("Sub", x, g.on_axes("ReduceMean", x, [-1], keepdims=1))
+    variance = g.on_axes("ReduceMean", g.op("Pow", centred, g.const(2, dtype)), [-1], keepdims=1)
+    y = g.op("Div", centred, g.op("Sqrt", g.op("Add", variance, g.const(0.1, dtype))))
+    y = g.op("Add", g.op("Mul", y, g.const(rng.normal(size=10), dtype)), g.const(rng.normal(size=10), dtype))
+    g.output(g.op("Cast", g.op("MatMul", y, g.const(rng.normal(size=(10, 3)), dtype)), to=1), ["N", 3])
+    model = g.model()
+    result = rewritten(model, request=["u"])
+    old, new = feeds(given, 5)
+    want, got = run(model, old), onnxruntime.InferenceSession(result.model.SerializeToString())
+    names = [o.name for o in result.model.graph.output]
+    for name, score in zip(names, got.run(names, new if result.changed else old), strict=True):
+        np.testing.assert_allclose(score, want[name], rtol=0, atol=1e-5)

@@ -131,3 +131,52 @@ def test_of_a_pending_sum() -> None:
         y = g.op("MatMul", x, g.const(np.arange(10).reshape(5, 2) % 3 - 1))
         g.output(g.on_axes(f"Reduce{kind}", y, [axis], keepdims=0), None)
         optimised(g, given, counts=COUNTS)
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "Div"])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_means_of_whole_numbers(dtype: type, op: str) -> None:
+    """Whole numbers are divided once, behind the sum of all parts: (1 + 2) / 2 is not 1 / 2 + 2 / 2."""
+    g, x = fields()
+    x = g.op("Cast", x, to=6 if dtype is np.int32 else 7)
+    if op == "Div":
+        y = g.on_axes("ReduceSum", x, [1], keepdims=0)
+        y = g.op("Div", g.op("Mul", y, y), g.const(7, dtype))
+    else:
+        y = g.on_axes(op, x, [1], keepdims=0)
+    g.output(g.op("Cast", y, to=1), ["N", 2])
+    g.output(g.op("Softmax", g.op("Relu", "u")), ["N", 3, 2])
+    optimised(g, GIVEN, counts=(1, 2, 5, 33), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("level", ["request", "candidate", "both"])
+@pytest.mark.parametrize("kind", ["Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "LogSumExp", "SumSquare"])
+def test_over_a_length_that_does_not_matter(kind: str, level: str, keepdims: int) -> None:
+    """What is the same at all positions of a history is still counted once for each."""
+    given = [request("h", "L", 2), request("u", 2), candidate("c", 2)]
+    g = Graph()
+    h, u, c = (i.declare(g) for i in given)
+    x = {"request": [g.op("Relu", u)], "candidate": [c], "both": [g.op("Relu", u), c]}[level]
+    wide = g.on_axes("Unsqueeze", g.op("Concat", *x, axis=1), [1])
+    size = g.op("Gather", g.op("Shape", h), g.ints(1), axis=0)
+    wide = g.op("Expand", wide, g.op("Concat", g.ints(1), size, g.ints(1), axis=0))
+    g.output(g.on_axes(f"Reduce{kind}", wide, [1], keepdims=keepdims), None)
+    g.output(g.op("Relu", g.op("Add", h, g.on_axes("Unsqueeze", c, [1]))), ["N", "L", 2])
+    lengths = ({"L": 1}, {"L": 5}, {"L": 51})
+    optimised(
+        g, given, counts=COUNTS, tolerance=1e-6 if kind in ("LogSumExp", "L2", "Mean", "Prod") else 0, lengths=lengths
+    )
+
+
+@pytest.mark.parametrize("kind", ["Max", "Min", "Sum", "Mean"])
+@pytest.mark.parametrize("level", ["request", "both"])
+def test_padded(level: str, kind: str) -> None:
+    """A zero beside negative numbers is their maximum."""
+    g = Graph()
+    u, c = (i.declare(g) for i in GIVEN)
+    x = g.op("Concat", u, c, axis=1) if level == "both" else g.op("Identity", u)
+    x = g.op("Sub" if kind == "Max" else "Add", x, g.const(9))
+    y = g.on_axes(f"Reduce{kind}", g.op("Pad", x, g.ints(0, 0, 0, 0, 8 if level == "both" else 5, 0)), [1], keepdims=0)
+    g.output(g.op("Add", y, g.op("Gather", c, g.const(0, np.int64), axis=1)), ["N", 2])
+    optimised(g, GIVEN, counts=COUNTS)
