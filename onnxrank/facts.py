@@ -7,6 +7,7 @@ fitted as `a * N + b`. An extent that no such line goes through depends on the d
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -35,7 +37,9 @@ _NOT_DETERMINISTIC = {
     "Multinomial",
     "Bernoulli",
 }
-_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SplitToSequence", "Optional"}
+_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceMap", "SplitToSequence",
+              "Optional", "ZipMap"}  # fmt: skip
+"""Operators that make sequences, maps or optionals."""
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
 _LARGEST_FOLD = 1 << 24
 
@@ -128,6 +132,18 @@ def available(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
     return good, bad
 
 
+def _not_tensors(model: ModelProto) -> set[str]:
+    """Sequences, maps and optionals, which have no shape."""
+    nodes = list(model.graph.node)
+    out = {o for n in nodes if n.op_type in _SEQUENCES for o in n.output}
+    kinds = {n.op_type for n in nodes} | {n.op_type for node in nodes for g in subgraphs(node) for n in g.node}
+    if kinds & _SEQUENCES:
+        with contextlib.suppress(Exception):  # what cannot be inferred is known by its operator only
+            model = onnx.shape_inference.infer_shapes(model)
+    described = [*model.graph.output, *model.graph.value_info]
+    return out | {v.name for v in described if v.type.WhichOneof("value") not in (None, "tensor_type")}
+
+
 class Probe:
     """A model loaded with the shape of every tensor exposed.
 
@@ -158,10 +174,14 @@ class Probe:
             exposed.graph.node.extend(good)
         else:
             exposed.graph.output.extend(o for o in graph.output if o.name not in self._derived)
-        self._names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
+        others = _not_tensors(model)
+        self._names = [o for n in good for o in n.output if o and o not in others]
+        used, self._mark = {o for n in good for o in n.output}, _MARK
+        while any(name + self._mark in used for name in self._names):
+            self._mark += ":"
         for name in self._names:
-            exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
-            exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
+            exposed.graph.node.append(helper.make_node("Shape", [name], [name + self._mark]))
+            exposed.graph.output.append(helper.make_tensor_value_info(name + self._mark, TensorProto.INT64, None))
         for name in sorted(self._derived):
             exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
         self._literals = {
@@ -197,18 +217,18 @@ class Probe:
         """
         facts = Facts(note=self.note, literals=self._literals)
         points = settings(self._symbols)
-        wanted = [*(n + _MARK for n in self._names), *self._derived]
+        wanted = [*(n + self._mark for n in self._names), *self._derived]
         runs = [runtime.run(self._session, feeds(p), wanted) for p in points]
         for name in self._names:
-            shapes = [tuple(r[name + _MARK].tolist()) for r in runs]
+            shapes = [tuple(r[name + self._mark].tolist()) for r in runs]
             if len({len(s) for s in shapes}) == 1:
                 facts.extents[name] = tuple(
                     fit([s[k] for s in shapes], points, f"{name}.{k}") for k in range(len(shapes[0]))
                 )
         alone = self._at_one(feeds)
         for name in self._names:
-            if name + _MARK in alone and name in facts.extents:
-                if len(alone[name + _MARK]) != len(facts.extents[name]):
+            if name + self._mark in alone and name in facts.extents:
+                if len(alone[name + self._mark]) != len(facts.extents[name]):
                     facts.unsteady.add(name)
         seen = {name: [np.asarray(r[name]) for r in runs] for name in self._derived}
         for node in self._model.graph.node:
@@ -231,7 +251,7 @@ class Probe:
         """Shapes and shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
         (point,) = settings(self._symbols, (1,))
         try:
-            wanted = [*(n + _MARK for n in self._names), *self._derived]
+            wanted = [*(n + self._mark for n in self._names), *self._derived]
             return runtime.run(self._session, feeds(point), wanted) if wanted else {}
         except ModelError:
             return {}

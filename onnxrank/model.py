@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, inliner, numpy_helper
 
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 
@@ -215,6 +215,47 @@ def _check_versions(proto: ModelProto, what: str) -> None:
         raise ModelError(f"{what} has opset {max(opsets)}; {update.format(newest)}")
 
 
+# --- normal form -------------------------------------------------------------------------------------------------
+
+
+def flattened(model: ModelProto) -> ModelProto:
+    """The model with its functions inlined and sparse constants made dense; the model itself where it has neither.
+
+    Raises:
+        ModelError: A function cannot be inlined.
+    """
+    out = model
+    if model.functions:
+        try:
+            out = inliner.inline_local_functions(_one_opset(model))
+        except Exception as e:
+            raise ModelError(f"The model's functions cannot be inlined: {e}.") from e
+    sparse = [k for k, n in enumerate(out.graph.node) if any(a.HasField("sparse_tensor") for a in n.attribute)]
+    if sparse and out is model:
+        out = ModelProto()
+        out.CopyFrom(model)
+    for k in sparse:
+        node = out.graph.node[k]
+        if node.op_type == "Constant":
+            value = numpy_helper.from_array(sparse_data(node.attribute[0].sparse_tensor))
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", value))
+    return out
+
+
+def _one_opset(model: ModelProto) -> ModelProto:
+    """The model with its functions written for its own opsets, as onnxruntime takes them; the inliner leaves others."""
+    own = {o.domain: o.version for o in model.opset_import}
+    if all(o.version == own.get(o.domain, o.version) for f in model.functions for o in f.opset_import):
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+    for f in out.functions:
+        for o in f.opset_import:
+            o.version = own.get(o.domain, o.version)
+    return out
+
+
 # --- tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +311,7 @@ def tensor_data(t: TensorProto, folder: str | os.PathLike[str] | None = None) ->
 
 
 def _external_bytes(t: TensorProto, folder: Path) -> bytes:
-    """What a tensor's file holds of it; onnx's own reader refuses links, which runtimes follow, and reads to the end."""
+    """What a tensor's file holds of it; onnx's own reader refuses links, which runtimes follow."""
     offset, count = _span(t), _bytes_of(t)
     path = _external_path(_entries(t).get("location", ""), t.name, folder)
     try:
