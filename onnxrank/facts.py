@@ -185,7 +185,7 @@ class Probe:
         for name in sorted(self._derived):
             exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
         self._literals = {
-            t.name: numpy_helper.to_array(t)
+            t.name: files.tensor_data(t)
             for t in graph.initializer
             if t.data_type in (TensorProto.INT64, TensorProto.INT32)
             and t.data_location != TensorProto.EXTERNAL

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import heapq
 import math
 import os
 import secrets
@@ -21,6 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, inliner, numpy_helper
 
+from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 
 MIN_OPSET = 11
@@ -219,10 +221,10 @@ def _check_versions(proto: ModelProto, what: str) -> None:
 
 
 def flattened(model: ModelProto) -> ModelProto:
-    """The model with its functions inlined and sparse constants made dense; the model itself where it has neither.
+    """The model with its functions inlined, sparse constants dense, and nodes in order; itself where it is that.
 
     Raises:
-        ModelError: A function cannot be inlined.
+        ModelError: A function cannot be inlined, a sparse constant does not fit, or nodes read each other's results.
     """
     out = model
     if model.functions:
@@ -240,6 +242,37 @@ def flattened(model: ModelProto) -> ModelProto:
             value = numpy_helper.from_array(sparse_data(node.attribute[0].sparse_tensor))
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("value", value))
+    return _in_order(out)
+
+
+def _in_order(model: ModelProto) -> ModelProto:
+    """The model with every node behind those that it reads, which runtimes do not insist on; itself where it is so."""
+    nodes = model.graph.node
+    maker = {o: k for k, n in enumerate(nodes) for o in n.output if o}
+    read = [{*n.input}.union(*map(captured, subgraphs(n))) for n in nodes]
+    before = [{maker[i] for i in names if i in maker} for names in read]
+    if all(max(first, default=-1) < k for k, first in enumerate(before)):
+        return model
+    after: dict[int, list[int]] = {}
+    for k, first in enumerate(before):
+        for j in first:
+            after.setdefault(j, []).append(k)
+    ready = [k for k, first in enumerate(before) if not first]
+    order: list[int] = []
+    while ready:
+        k = heapq.heappop(ready)
+        order.append(k)
+        for j in after.get(k, []):
+            before[j].discard(k)
+            if not before[j]:
+                heapq.heappush(ready, j)
+    if len(order) < len(nodes):
+        left = next(n for k, n in enumerate(nodes) if before[k])
+        raise ModelError(f"The node {left.name or left.output[0]!r} ({left.op_type}) reads what depends on itself.")
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:]
+    out.graph.node.extend(nodes[k] for k in order)
     return out
 
 
@@ -277,6 +310,8 @@ def sparse_data(t: SparseTensorProto, folder: str | os.PathLike[str] | None = No
         ModelError: Its values, indices and dimensions do not fit each other.
     """
     values, indices = tensor_data(t.values, folder).reshape(-1), tensor_data(t.indices, folder)
+    if any(d < 0 for d in t.dims) or math.prod(t.dims) * values.dtype.itemsize >= _LIMIT:
+        raise ModelError(f"The sparse tensor {t.values.name!r} of {list(t.dims)} entries cannot be made dense.")
     out = np.zeros(tuple(t.dims), values.dtype)
     try:
         if indices.ndim == 2:
