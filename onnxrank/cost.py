@@ -99,8 +99,8 @@ CPU = Target(
 )
 """One core of an x86 server, onnxruntime on one thread.
 
-Times per run come from `scripts/calibrate.py`, three quarters of what it measured on a busy machine. The one of `copy` is
-a tenth of that (3.6 ns): with the whole of it, some exports were predicted faster that are slower.
+Times per run come from `scripts/calibrate.py`, three quarters of what it measured on a busy machine. That of `copy` is
+a tenth of what it measured (3.6 ns): with the whole of it, some exports were predicted faster that are slower.
 """
 
 

@@ -347,7 +347,7 @@ def tensor_data(t: TensorProto, folder: str | os.PathLike[str] | None = None) ->
 
 def _external_bytes(t: TensorProto, folder: Path) -> bytes:
     """What a tensor's file holds of it; onnx's own reader refuses links, which runtimes follow."""
-    offset, count = _span(t), _bytes_of(t)
+    (offset, _), count = _span(t), _bytes_of(t)
     path = _external_path(_entries(t).get("location", ""), t.name, folder)
     try:
         with open(path, "rb") as file:
@@ -428,18 +428,20 @@ def _check_external(proto: ModelProto, folder: Path) -> tuple[str, ...]:
         location = _entries(tensor).get("location", "")
         if location not in sizes:
             sizes[location] = _external_size(location, tensor.name, folder)
-        end = _span(tensor) + _bytes_of(tensor)
+        offset, length = _span(tensor)
+        end = offset + (length or _bytes_of(tensor))
         if end > sizes[location]:
             raise ModelError(
                 f"The external data of tensor {tensor.name!r} ends at byte {end} of {location!r}, which has only "
                 f"{sizes[location]} bytes. The file is cut short, or belongs to another model."
             )
+        _check_length(tensor, length)
     return tuple(sorted(set(map(os.path.normpath, sizes))))
 
 
-def _span(tensor: TensorProto) -> int:
-    """Where a tensor begins in its file; its entries are held against its type and shape."""
-    entries, size = _entries(tensor), _bytes_of(tensor)
+def _span(tensor: TensorProto) -> tuple[int, int]:
+    """Where a tensor begins in its file, and how many bytes it is said to have there; 0 where that is not said."""
+    entries = _entries(tensor)
     try:
         offset, length = (int(entries.get(key) or 0) for key in ("offset", "length"))
     except ValueError:
@@ -448,12 +450,17 @@ def _span(tensor: TensorProto) -> int:
         raise ModelError(f"The external data of tensor {tensor.name!r} has an offset or length that is no number.")
     if any(d < 0 for d in tensor.dims):
         raise ModelError(f"Tensor {tensor.name!r} in external data has a negative dimension: {list(tensor.dims)}.")
+    return offset, length
+
+
+def _check_length(tensor: TensorProto, length: int) -> None:
+    """Holds what is said of a tensor's length against its type and shape."""
+    size = _bytes_of(tensor)
     if size and length and length != size:
         raise ModelError(
             f"The external data of tensor {tensor.name!r} is said to have {length} bytes, but its type and shape "
             f"{list(tensor.dims)} need {size}."
         )
-    return offset
 
 
 def _external_path(location: str, tensor: str, folder: Path) -> Path:
