@@ -2,22 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
-from onnx import GraphProto, ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.extents import evaluate
 from onnxrank.facts import Facts
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
 
-_SECONDS_PER_MAC = 1 / 25e9
-_SECONDS_PER_BYTE = 1 / 8e9
-_SECONDS_PER_LAUNCH = 1.5e-6
+ShapeOf = Callable[[str], "tuple[int, ...] | None"]
+
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "Conv", "Einsum", "Attention", "MultiHeadAttention"}
+_RECURRENT = {"GRU", "LSTM", "RNN"}
 _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+_FUNCTIONS = set(
+    """Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish FastGelu
+    BiasGelu""".split()
+)
+_ROWWISE = {"Softmax", "LogSoftmax", "LayerNormalization", "SkipLayerNormalization", "RMSNormalization"}
+_BOOLEAN = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"}
+_INDICES = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
+_WIDTHS = {
+    kind: helper.tensor_dtype_to_np_dtype(kind).itemsize
+    for kind in TensorProto.DataType.values()
+    if kind not in (TensorProto.UNDEFINED, TensorProto.STRING)
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds that operators of a kind take per launch, byte, run of bytes that lie together, and multiply-add."""
+
+    launch: float
+    byte: float
+    run: float = 0.0
+    mac: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What an operator is billed for.
+
+    Attributes:
+        kind: Which rate holds.
+        bytes: Bytes that it writes.
+        runs: Of data movement, the number of pieces that lie together; of stacks of products, the number of products.
+        macs: Multiply-adds.
+        launches: 0 for what costs nothing at all.
+    """
+
+    kind: str
+    bytes: int = 0
+    runs: int = 0
+    macs: int = 0
+    launches: int = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """What things cost where the model runs.
+
+    Attributes:
+        launch, byte, mac: Seconds per operator run, byte written and multiply-add, where nothing more is known.
+        rates: The same by kind of operator, where that is known; `scripts/calibrate.py` measures it.
+    """
+
+    launch: float
+    byte: float
+    mac: float
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+
+    def seconds(self, bill: Bill) -> float:
+        """Time of one run of an operator."""
+        if not bill.launches:
+            return 0.0
+        rate = self.rates.get(bill.kind) or Rate(self.launch, self.byte, 0.0, self.mac)
+        return rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
+
+
+CPU = Target(
+    launch=1.5e-6,
+    byte=1 / 8e9,
+    mac=1 / 25e9,
+    rates={
+        "regroup": Rate(1.5e-6, 1 / 8e9, run=5e-9),
+        "copy": Rate(1.5e-6, 1 / 8e9, run=0.3e-9),
+        "transpose": Rate(1.5e-6, 1 / 10e9, run=0.35e-9),
+        "exchange": Rate(1.5e-6, 1 / 8e9, run=8e-9),
+        "softmax": Rate(1.5e-6, 1 / 8e9, run=9e-9),
+        "stack": Rate(1.5e-6, 1 / 8e9, run=70e-9, mac=1 / 25e9),
+    },
+)
+"""One core of an x86 server, onnxruntime on one thread.
+
+Times per run come from `scripts/calibrate.py`, three quarters of what it measured on a busy machine. That of `copy` is
+a tenth of what it measured (3.6 ns): with the whole of it, some exports were predicted faster that are slower.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +111,11 @@ class Shapes:
     initializers: Mapping[str, tuple[int, ...]]
     inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]]
     symbols: Mapping[str, int]
+    types: Mapping[str, int] = field(default_factory=dict)
+
+    def width(self, name: str) -> int:
+        """Bytes of an entry of a tensor; 4 where its type is not known."""
+        return _WIDTHS.get(self.types.get(name, 0), 4)
 
     def symbol(self, name: str) -> int:
         """Value of a symbol, opaque ones included; 1 where the extent depends on data."""
@@ -59,17 +147,21 @@ def _attribute(node: NodeProto, name: str, default: int = 0) -> int:
 
 def node_macs(node: NodeProto, shapes: Shapes) -> int:
     """Multiply-adds of the matrix products of one node; 0 for other operators and unknown shapes."""
+    return _macs(node, shapes.shape)
+
+
+def _macs(node: NodeProto, shape: ShapeOf) -> int:
     op = node.op_type
-    if op not in _PRODUCTS:
+    if op not in _PRODUCTS | _RECURRENT:
         return 0
-    x = [shapes.shape(i) if i else None for i in node.input]
+    x = [shape(i) if i else None for i in node.input]
     if op in ("MatMul", "Gemm", "FusedMatMul", "MatMulInteger"):
-        out, a = shapes.shape(node.output[0]), x[0]
+        out, a = shape(node.output[0]), x[0]
         if out is None or a is None:
             return 0
         return prod(out) * (a[-2] if _attribute(node, "transA") and len(a) > 1 else a[-1])
     if op == "Conv":
-        out, w = shapes.shape(node.output[0]), x[1]
+        out, w = shape(node.output[0]), x[1]
         return 0 if out is None or w is None else prod(out) * prod(w[1:])
     if op == "Einsum":
         if len(node.input) < 2 or any(s is None for s in x):
@@ -80,25 +172,117 @@ def node_macs(node: NodeProto, shapes: Shapes) -> int:
             for c, n in zip(term, s or (), strict=False):
                 size[c] = max(size.get(c, 1), n)
         return prod(size.values())
-    if op in ("Attention", "MultiHeadAttention") and len(x) > 1 and x[0] and x[1]:
-        return 2 * prod(x[0]) * x[1][-2]
-    return 0
+    if op in _RECURRENT:
+        sequence, weights, again = (*x, None, None, None)[:3]
+        if sequence is None or weights is None or again is None:
+            return 0
+        return prod(sequence[:2]) * (prod(weights) + prod(again))
+    return _attention_macs(node, x)
+
+
+def _attention_macs(node: NodeProto, x: Sequence[tuple[int, ...] | None]) -> int:
+    """Of fused attention: both products of every head, and the projections where the operator makes them."""
+    queries, second = (*x, None, None)[:2]
+    if queries is None or second is None:
+        return 0
+    if node.domain == "com.microsoft" and node.op_type == "Attention":
+        # Of `[batch, length, width]`, by weights `[width, 3 * hidden]` of queries, keys and values.
+        *batch, length, _ = queries
+        return prod(queries) * second[-1] + 2 * prod(batch) * length * length * (second[-1] // 3)
+    values = x[2] if len(x) > 2 and x[2] is not None else second
+    # Of every query with every key, and of every weight with every value; `[..., heads, length, size]` or merged.
+    rows, keys = prod(queries[:-1]), second[-2]
+    return rows * keys * queries[-1] + rows * keys * values[-1]
 
 
 def node_bytes(node: NodeProto, shapes: Shapes) -> int:
-    """Bytes that a node writes, four per entry."""
+    """Bytes that a node writes."""
     if node.op_type in _FREE:
         return 0
-    return sum(4 * prod(s) for o in node.output if o and (s := shapes.shape(o)) is not None)
+    return sum(shapes.width(o) * prod(s) for o in node.output if o and (s := shapes.shape(o)) is not None)
+
+
+def billed(node: NodeProto, shapes: Shapes) -> Bill:
+    """What a node is billed for."""
+    op, shape = node.op_type, shapes.shape
+    if op in _FREE:
+        return Bill("free", launches=0)
+    out = shape(node.output[0]) if node.output else None
+    written = node_bytes(node, shapes)
+    if op in _PRODUCTS | _RECURRENT:
+        first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
+        stack = max((prod(s[:-2]) for s in (first, second) if s is not None), default=1)
+        both = op == "MatMul" and second is not None and prod(second[:-2]) > 1
+        return Bill("stack" if both else "product", written, stack if both else 0, _macs(node, shape))
+    if out is None or not node.input:
+        return Bill("other", written)
+    entries = prod(out)
+    first = shape(node.input[0]) or ()
+    if op in ("Gather", "Slice", "Concat", "Split", "Expand"):
+        if op == "Gather" and _attribute(node, "axis") % max(1, len(first)) == 0:
+            return Bill("elementwise", written)  # rows of a table: as fast as any other step that writes them
+        return Bill({"Gather": "regroup", "Expand": "expand"}.get(op, "copy"), written, _runs(node, first, out))
+    if op == "Transpose":
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(len(out)))[::-1])
+        still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
+        run = prod(out[len(out) - still :])
+        return Bill("transpose" if run == 1 else "exchange", written, entries // max(1, run))
+    if op in _FUNCTIONS:
+        return Bill("function", written)
+    if op in _ROWWISE:
+        return Bill("softmax", written, entries // max(1, out[-1] if out else 1))
+    return Bill("elementwise", written)
+
+
+def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
+    """In how many pieces data movement copies, at least."""
+    op, entries = node.op_type, prod(out)
+    rank = len(first) or 1
+    if op in ("Gather", "Concat", "Split"):
+        axis = _attribute(node, "axis") % rank
+        if op == "Gather":
+            return entries // max(1, prod(first[axis + 1 :]))
+        return prod(first[:axis]) * len(node.input if op == "Concat" else node.output)
+    shift = len(out) - len(first)
+    differs = [k for k in range(len(first)) if first[k] != out[k + shift]]
+    if not differs:
+        return 1
+    last = differs[-1] + shift
+    # A slice takes a part of the last axis that is cut; a repeated axis repeats what is behind it.
+    return max(1, entries // max(1, prod(out[last + (op == "Expand") :])))
 
 
 def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]],
               candidates: int) -> Shapes:  # fmt: skip
     """Shapes at a number of candidates; other symbols are taken as 32."""
-    initializers = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    graph = model.graph
+    initializers = {t.name: tuple(t.dims) for t in graph.initializer}
+    initializers |= {s.values.name: tuple(s.dims) for s in graph.sparse_initializer}
     others = {s for found in [*facts.extents.values(), *inputs.values()] for _, syms in found for s in syms}
     others |= {s for size in facts.expressions.values() for s in size.symbols}
-    return Shapes(facts, initializers, inputs, {**{s: 32 for s in others if "~" not in s}, CANDIDATES: candidates})
+    return Shapes(facts, initializers, inputs, {**{s: 32 for s in others if "~" not in s}, CANDIDATES: candidates},
+                  types_of(graph))  # fmt: skip
+
+
+def types_of(graph: GraphProto) -> dict[str, int]:
+    """Element types of tensors, as far as they follow from those of initializers and inputs, operator by operator."""
+    out = {t.name: t.data_type for t in [*graph.initializer, *(s.values for s in graph.sparse_initializer)]}
+    out |= {i.name: i.type.tensor_type.elem_type for i in [*graph.input, *graph.value_info, *graph.output]}
+    for node in graph.node:
+        op = node.op_type
+        if op in ("Cast", "Constant", "ConstantOfShape"):
+            given = next((a for a in node.attribute if a.name in ("to", "value")), None)
+            made = TensorProto.FLOAT if given is None else given.i or given.t.data_type
+        elif op in _INDICES:
+            made = TensorProto.INT64
+        elif op in _BOOLEAN:
+            made = TensorProto.BOOL
+        else:
+            operands = node.input[1:] if op in ("Where", "CastLike", "DequantizeLinear", "OneHot") else node.input
+            made = next((out[i] for i in operands if i in out), TensorProto.FLOAT)
+        for name in node.output:
+            out.setdefault(name, made)
+    return out
 
 
 def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
@@ -125,29 +309,20 @@ def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
     return {level: LevelCost(*t) for level, t in totals.items()}
 
 
-def _recurrent_macs(node: NodeProto, shapes: Shapes) -> int:
-    """Multiply-adds inside a recurrent layer, which runs them step by step."""
-    if node.op_type not in ("GRU", "LSTM", "RNN"):
-        return 0
-    x, w, r = (shapes.shape(i) for i in node.input[:3])
-    return 0 if x is None or w is None or r is None else prod(x[:2]) * (prod(w) + prod(r))
-
-
 def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
-    """Seconds on one core.
+    """Seconds on one core, where no more is known than this.
 
     Args:
         macs: Multiply-adds of matrix products.
         written: Bytes written.
         launches: Operators run.
     """
-    return macs * _SECONDS_PER_MAC + written * _SECONDS_PER_BYTE + launches * _SECONDS_PER_LAUNCH
+    return macs * CPU.mac + written * CPU.byte + launches * CPU.launch
 
 
 def node_seconds(node: NodeProto, shapes: Shapes) -> float:
     """Predicted time of one node on one core."""
-    macs = node_macs(node, shapes) + _recurrent_macs(node, shapes)
-    return estimate(macs, node_bytes(node, shapes), node.op_type not in _FREE)
+    return CPU.seconds(billed(node, shapes))
 
 
 def seconds(graph: GraphProto, shapes: Shapes) -> float:

@@ -7,6 +7,7 @@ confirms: a run that contradicts what was derived is an error of onnxrank, and n
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
@@ -31,7 +33,9 @@ Extent = tuple[int, tuple[str, ...]]
 
 _MARK = "::onnxrank/shape"
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
-_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SplitToSequence", "Optional"}
+_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceMap", "SplitToSequence",
+              "Optional", "ZipMap"}  # fmt: skip
+"""Operators that make sequences, maps or optionals."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,18 @@ class Contradiction:
         return f"{self.name!r} has the shape {list(self.measured)} where {list(self.derived)} was derived ({at})"
 
 
+def _not_tensors(model: ModelProto) -> set[str]:
+    """Sequences, maps and optionals, which have no shape."""
+    nodes = list(model.graph.node)
+    out = {o for n in nodes if n.op_type in _SEQUENCES for o in n.output}
+    kinds = {n.op_type for n in nodes} | {n.op_type for node in nodes for g in subgraphs(node) for n in g.node}
+    if kinds & _SEQUENCES:
+        with contextlib.suppress(Exception):  # what cannot be inferred is known by its operator only
+            model = onnx.shape_inference.infer_shapes(model)
+    described = [*model.graph.output, *model.graph.value_info]
+    return out | {v.name for v in described if v.type.WhichOneof("value") not in (None, "tensor_type")}
+
+
 class Probe:
     """A model, in a process of its own, with the shape of every tensor exposed.
 
@@ -273,7 +289,8 @@ class Probe:
         exposed.CopyFrom(model)
         del exposed.graph.output[:], exposed.graph.value_info[:], exposed.graph.node[:]
         exposed.graph.node.extend(good)
-        self._names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
+        others = _not_tensors(model)
+        self._names = [o for n in good for o in n.output if o and o not in others]
         for name in self._names:
             exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
             exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime, wire, workers
 from onnxrank.emit import live
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
+from onnxrank.model import flattened
 
 if TYPE_CHECKING:
     from onnxrank.profiling.bench import Bench
@@ -189,11 +191,12 @@ class Host:
             except ModelError as e:
                 answers.append(_refusal(e))
                 continue
-            other = next((k for k, v in out.items() if not isinstance(v, (np.ndarray, np.generic))), None)
+            arrays = {k: _as_array(v) for k, v in out.items()}
+            other = next((k for k, v in arrays.items() if v is None), None)
             if other is not None:
                 answers.append(_refusal(ModelError(f"output {other!r} is no tensor")))
                 continue
-            answers.append({"outputs": {k: np.asarray(v) for k, v in out.items()}})
+            answers.append({"outputs": arrays})
         return answers
 
     def bench(self, what: str, **arguments: Any) -> Any:
@@ -239,13 +242,23 @@ class Host:
         """The model with its functions inlined."""
         model, folder = self._models[key]
         if key not in self._flat:
-            from onnx import inliner
-
-            try:
-                self._flat[key] = inliner.inline_local_functions(model) if model.functions else model
-            except Exception as e:
-                raise ModelError(f"the model's functions cannot be inlined: {runtime.first_line(e)}") from e
+            self._flat[key] = flattened(model)
         return self._flat[key], folder
+
+
+def _as_array(value: Any) -> NDArray[Any] | None:
+    """An output as an array: maps as rows, sequences of tensors row by row side by side; None for other kinds."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.asarray(value)
+    if not isinstance(value, list):
+        return None
+    if value and all(isinstance(v, dict) for v in value):
+        return np.array([[v[k] for k in sorted(v)] for v in value])
+    if not value or not all(isinstance(v, np.ndarray) for v in value):
+        return None
+    if all(v.ndim and len(v) == len(value[0]) for v in value):
+        return np.concatenate([v.reshape(len(v), -1) for v in value], 1)
+    return np.concatenate([v.reshape(-1) for v in value])
 
 
 _DO: dict[str, Callable[..., Any]] = {

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import heapq
 import math
 import os
 import secrets
@@ -19,8 +20,9 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, inliner, numpy_helper
 
+from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 
 MIN_OPSET = 11
@@ -215,6 +217,78 @@ def _check_versions(proto: ModelProto, what: str) -> None:
         raise ModelError(f"{what} has opset {max(opsets)}; {update.format(newest)}")
 
 
+# --- normal form -------------------------------------------------------------------------------------------------
+
+
+def flattened(model: ModelProto) -> ModelProto:
+    """The model with its functions inlined, sparse constants dense, and nodes in order; itself where it is that.
+
+    Raises:
+        ModelError: A function cannot be inlined, a sparse constant does not fit, or nodes read each other's results.
+    """
+    out = model
+    if model.functions:
+        try:
+            out = inliner.inline_local_functions(_one_opset(model))
+        except Exception as e:
+            raise ModelError(f"The model's functions cannot be inlined: {e}.") from e
+    sparse = [k for k, n in enumerate(out.graph.node) if any(a.HasField("sparse_tensor") for a in n.attribute)]
+    if sparse and out is model:
+        out = ModelProto()
+        out.CopyFrom(model)
+    for k in sparse:
+        node = out.graph.node[k]
+        if node.op_type == "Constant":
+            value = numpy_helper.from_array(sparse_data(node.attribute[0].sparse_tensor))
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", value))
+    return _in_order(out)
+
+
+def _in_order(model: ModelProto) -> ModelProto:
+    """The model with every node behind those that it reads, which runtimes do not insist on; itself where it is so."""
+    nodes = model.graph.node
+    maker = {o: k for k, n in enumerate(nodes) for o in n.output if o}
+    read = [{*n.input}.union(*map(captured, subgraphs(n))) for n in nodes]
+    before = [{maker[i] for i in names if i in maker} for names in read]
+    if all(max(first, default=-1) < k for k, first in enumerate(before)):
+        return model
+    after: dict[int, list[int]] = {}
+    for k, first in enumerate(before):
+        for j in first:
+            after.setdefault(j, []).append(k)
+    ready = [k for k, first in enumerate(before) if not first]
+    order: list[int] = []
+    while ready:
+        k = heapq.heappop(ready)
+        order.append(k)
+        for j in after.get(k, []):
+            before[j].discard(k)
+            if not before[j]:
+                heapq.heappush(ready, j)
+    if len(order) < len(nodes):
+        left = next(n for k, n in enumerate(nodes) if before[k])
+        raise ModelError(f"The node {left.name or left.output[0]!r} ({left.op_type}) reads what depends on itself.")
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:]
+    out.graph.node.extend(nodes[k] for k in order)
+    return out
+
+
+def _one_opset(model: ModelProto) -> ModelProto:
+    """The model with its functions written for its own opsets, as onnxruntime takes them; the inliner leaves others."""
+    own = {o.domain: o.version for o in model.opset_import}
+    if all(o.version == own.get(o.domain, o.version) for f in model.functions for o in f.opset_import):
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+    for f in out.functions:
+        for o in f.opset_import:
+            o.version = own.get(o.domain, o.version)
+    return out
+
+
 # --- tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +310,8 @@ def sparse_data(t: SparseTensorProto, folder: str | os.PathLike[str] | None = No
         ModelError: Its values, indices and dimensions do not fit each other.
     """
     values, indices = tensor_data(t.values, folder).reshape(-1), tensor_data(t.indices, folder)
+    if any(d < 0 for d in t.dims) or math.prod(t.dims) * values.dtype.itemsize >= _LIMIT:
+        raise ModelError(f"The sparse tensor {t.values.name!r} of {list(t.dims)} entries cannot be made dense.")
     out = np.zeros(tuple(t.dims), values.dtype)
     try:
         if indices.ndim == 2:
@@ -270,8 +346,8 @@ def tensor_data(t: TensorProto, folder: str | os.PathLike[str] | None = None) ->
 
 
 def _external_bytes(t: TensorProto, folder: Path) -> bytes:
-    """What a tensor's file holds of it; onnx's reader refuses links, which runtimes follow, and reads to the end."""
-    offset, count = _span(t), _bytes_of(t)
+    """What a tensor's file holds of it; onnx's own reader refuses links, which runtimes follow."""
+    (offset, _), count = _span(t), _bytes_of(t)
     path = _external_path(_entries(t).get("location", ""), t.name, folder)
     try:
         with open(path, "rb") as file:
@@ -352,18 +428,20 @@ def _check_external(proto: ModelProto, folder: Path) -> tuple[str, ...]:
         location = _entries(tensor).get("location", "")
         if location not in sizes:
             sizes[location] = _external_size(location, tensor.name, folder)
-        end = _span(tensor) + _bytes_of(tensor)
+        offset, length = _span(tensor)
+        end = offset + (length or _bytes_of(tensor))
         if end > sizes[location]:
             raise ModelError(
                 f"The external data of tensor {tensor.name!r} ends at byte {end} of {location!r}, which has only "
                 f"{sizes[location]} bytes. The file is cut short, or belongs to another model."
             )
+        _check_length(tensor, length)
     return tuple(sorted(set(map(os.path.normpath, sizes))))
 
 
-def _span(tensor: TensorProto) -> int:
-    """Where a tensor begins in its file; its entries are held against its type and shape."""
-    entries, size = _entries(tensor), _bytes_of(tensor)
+def _span(tensor: TensorProto) -> tuple[int, int]:
+    """Where a tensor begins in its file, and how many bytes it is said to have there; 0 where that is not said."""
+    entries = _entries(tensor)
     try:
         offset, length = (int(entries.get(key) or 0) for key in ("offset", "length"))
     except ValueError:
@@ -372,12 +450,17 @@ def _span(tensor: TensorProto) -> int:
         raise ModelError(f"The external data of tensor {tensor.name!r} has an offset or length that is no number.")
     if any(d < 0 for d in tensor.dims):
         raise ModelError(f"Tensor {tensor.name!r} in external data has a negative dimension: {list(tensor.dims)}.")
+    return offset, length
+
+
+def _check_length(tensor: TensorProto, length: int) -> None:
+    """Holds what is said of a tensor's length against its type and shape."""
+    size = _bytes_of(tensor)
     if size and length and length != size:
         raise ModelError(
             f"The external data of tensor {tensor.name!r} is said to have {length} bytes, but its type and shape "
             f"{list(tensor.dims)} need {size}."
         )
-    return offset
 
 
 def _external_path(location: str, tensor: str, folder: Path) -> Path:

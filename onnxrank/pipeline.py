@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from numpy.typing import NDArray
-from onnx import ModelProto, inliner
+from onnx import ModelProto
 
 from onnxrank import cost, facts, feeds, workers
 from onnxrank import model as files
@@ -132,7 +132,7 @@ def optimize(
     original = loaded.proto
     if runtime_domain_only(original):
         raise ModelError("the model holds no operators of the default ONNX domain")
-    working = inliner.inline_local_functions(original) if original.functions else original
+    working = files.flattened(original)
     notes: list[str] = []
     described = feeds.describe(working)
     stored = stored_contract(original)

@@ -14,6 +14,7 @@ from onnxrank import cost, facts, feeds, needed, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter, captured, names_in, rename_captured, subgraphs
+from onnxrank.errors import UsageError
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.study import Study, extents_of, label
@@ -60,9 +61,9 @@ class Transformation:
         self.guard = guard and interface == "same"
         graph = study.model.graph
         self._overridable = files.overridable(study.model)
-        taken = names_in(graph)
+        self._own_names = names_in(graph)
         opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
-        self.emit = Emitter(taken, opset)
+        self.emit = Emitter(self._own_names, opset)
         outputs = frozenset(o.name for o in graph.output)
         self.rw = Rewrite(
             study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)), outputs=outputs
@@ -129,6 +130,11 @@ class Transformation:
             index = tuple(list(at) if k == axis else slice(None) for k in range(codes.ndim))
             if self.interface == "request":
                 name = f"{i.name}.{part}"
+                if name in self._own_names:
+                    raise UsageError(
+                        f"the input {i.name} is divided into {i.name}.request and {i.name}.candidate, but the model "
+                        f"has a {name!r} already: rename that, or use --interface same"
+                    )
                 self._declare(info, name, tuple(dims))
                 codes[index] = codes_of(sources.add(tuple(dims), i.dtype, name))
             elif part == "candidate":
@@ -189,15 +195,18 @@ class Transformation:
         emit, rw = self.emit, self.rw
         emit.origin = len(self.study.model.graph.node)
         names = [o.name for o in self.study.model.graph.output]
-        made = [rw.tensor(rw.values[name], full=True) for name in names]
-        valid = self._guards() if self.guard else None
         fed = {i.name for i in self.inputs}
+        # Callers have what they give already: as it is, with all its rows.
+        given = fed if self.interface == "same" else set()
+        given |= {t.name for t in self.study.model.graph.initializer}
+        made = [name if name in given else rw.tensor(rw.values[name], full=True) for name in names]
+        valid = self._guards() if self.guard else None
         if any(name in fed and tensor != name for name, tensor in zip(names, made, strict=True)):
             raise Unrepresentable("an output is an input, and cannot keep its name")
         final: dict[str, str] = {}
         for name, tensor in zip(names, made, strict=True):
             dtype = rw.values[name].dtype
-            if valid is not None and dtype in runtime.FLOATS:
+            if valid is not None and dtype in runtime.FLOATS and name not in given:
                 nan = emit.constant(np.array(np.nan, rw.constant_type(dtype)))
                 emit.rule = "interface"
                 tensor = emit.add("Where", [valid, tensor, nan], hint=name)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, inliner
+from onnx import ModelProto, TensorProto
 
 from onnxrank import cost, feeds, pipeline
 from onnxrank import model as files
@@ -79,7 +79,7 @@ def inspect(
     """
     say = progress or (lambda stage: None)
     loaded = files.load(model)
-    working = inliner.inline_local_functions(loaded.proto) if loaded.proto.functions else loaded.proto
+    working = files.flattened(loaded.proto)
     contract = stored_contract(loaded.proto)
     roles, notes = find_roles(
         feeds.describe(working), contract, request=request, spec=spec, infer_from=infer_from, lenient=True

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, inliner
+from onnx import ModelProto
 
 from onnxrank import feeds, runtime, workers
 from onnxrank import model as files
@@ -190,7 +190,7 @@ class _Subject:
     def load(cls, source: Source, k: int) -> _Subject:
         loaded = files.load(source)
         proto = loaded.proto
-        working = inliner.inline_local_functions(proto) if proto.functions else proto
+        working = files.flattened(proto)
         name = os.fspath(loaded.path) if loaded.path is not None else ("model in memory", "other model in memory")[k]
         return cls(name, loaded, working, feeds.describe(working), stored_contract(proto))
 

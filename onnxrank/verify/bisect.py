@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, inliner
+from onnx import ModelProto, NodeProto
 
 from onnxrank import fused
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
+from onnxrank.model import flattened
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.study import Study, label
 from onnxrank.verify import compare, judge
@@ -126,7 +127,7 @@ class _Trial:
         if self._study is None:
             loaded = self.engine.original.loaded
             model = loaded.proto
-            flat = inliner.inline_local_functions(model) if model.functions else model
+            flat = flattened(model)
             self._study = Study(flat, self.engine.roles, loaded)
             gone = _fused(flat) - _fused(self.engine.optimized.loaded.proto)
             if gone:

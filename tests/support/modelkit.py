@@ -49,7 +49,7 @@ def mlp(text: str = GEMM, width: int = 7, **how: Any) -> ModelProto:
 
 def optimised(model: ModelProto | str | Path, request: Sequence[str] = (), **how: Any) -> Result:
     """`optimize` where only products cost time: the models here are too small for a saving to outweigh a launch."""
-    with mock.patch.multiple(cost, _SECONDS_PER_BYTE=1e-16, _SECONDS_PER_LAUNCH=0.0):
+    with mock.patch.object(cost, "CPU", cost.Target(launch=0.0, byte=1e-16, mac=1 / 25e9)):
         return onnxrank.optimize(model, request=request, **how)
 
 

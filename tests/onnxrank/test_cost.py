@@ -1,0 +1,105 @@
+"""What operators are billed for, by hand; and that what is billed can be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import pytest
+from onnx import TensorProto, helper
+
+from onnxrank import cost
+from onnxrank.facts import Facts
+
+
+def shapes(known: Mapping[str, tuple[int, ...]], **types: int) -> cost.Shapes:
+    return cost.Shapes(Facts(), known, {}, {"N": 1}, types)
+
+
+def bill(op: str, known: Mapping[str, tuple[int, ...]], inputs: int, outputs: int = 1, **attributes: Any) -> cost.Bill:
+    node = helper.make_node(op, ["x", "w", "v"][:inputs], ["y", "z"][:outputs], **attributes)
+    return cost.billed(node, shapes(known))
+
+
+@pytest.mark.parametrize(
+    ("op", "known", "inputs", "attributes", "kind", "runs"),
+    [
+        ("Gather", {"x": (512, 64), "w": (32,), "y": (512, 32)}, 2, {"axis": 1}, "regroup", 512 * 32),
+        ("Gather", {"x": (512, 16, 8), "w": (4,), "y": (512, 4, 8)}, 2, {"axis": -2}, "regroup", 512 * 4),
+        ("Gather", {"x": (1000, 64), "w": (512,), "y": (512, 64)}, 2, {}, "elementwise", 0),
+        ("Concat", {"x": (512, 8), "w": (512, 4), "y": (512, 12)}, 2, {"axis": 1}, "copy", 512 * 2),
+        ("Concat", {"x": (512, 8), "w": (512, 8), "y": (1024, 8)}, 2, {"axis": 0}, "copy", 2),
+        ("Split", {"x": (512, 8), "y": (512, 4), "z": (512, 4)}, 1, {"axis": -1}, "copy", 512 * 2),
+        ("Slice", {"x": (512, 64), "y": (512, 16)}, 1, {}, "copy", 512),
+        ("Slice", {"x": (512, 20, 16), "y": (512, 5, 16)}, 1, {}, "copy", 512),
+        ("Expand", {"x": (1, 64), "y": (512, 64)}, 1, {}, "expand", 512),
+        ("Transpose", {"x": (512, 64), "y": (64, 512)}, 1, {}, "transpose", 512 * 64),
+        ("Transpose", {"x": (512, 4, 8), "y": (4, 512, 8)}, 1, {"perm": [1, 0, 2]}, "exchange", 512 * 4),
+        ("Softmax", {"x": (512, 10), "y": (512, 10)}, 1, {}, "softmax", 512),
+        ("Relu", {"x": (512, 10), "y": (512, 10)}, 1, {}, "elementwise", 0),
+    ],
+)
+def test_data_movement_is_billed_by_pieces_that_lie_together(
+    op: str, known: dict[str, tuple[int, ...]], inputs: int, attributes: dict[str, Any], kind: str, runs: int
+) -> None:
+    outputs = 2 if op == "Split" else 1
+    made = bill(op, known, inputs, outputs, **attributes)
+    assert (made.kind, made.runs, made.macs) == (kind, runs, 0)
+
+
+def test_products_are_billed_by_multiply_adds_and_stacks_by_products_too() -> None:
+    one = bill("MatMul", {"x": (512, 64), "w": (64, 32), "y": (512, 32)}, 2)
+    assert (one.kind, one.runs, one.macs) == ("product", 0, 512 * 64 * 32)
+    stack = bill("MatMul", {"x": (512, 4, 64), "w": (512, 64, 8), "y": (512, 4, 8)}, 2)
+    assert (stack.kind, stack.runs, stack.macs) == ("stack", 512, 512 * 4 * 64 * 8)
+    shared = bill("MatMul", {"x": (512, 4, 64), "w": (64, 8), "y": (512, 4, 8)}, 2)
+    assert (shared.kind, shared.macs) == ("product", 512 * 4 * 64 * 8)
+
+
+def test_shapes_alone_cost_nothing_and_unknown_shapes_are_no_error() -> None:
+    assert bill("Reshape", {"x": (512, 64), "y": (64, 512)}, 1).launches == 0
+    assert cost.CPU.seconds(bill("Reshape", {}, 1)) == 0
+    for op in ("Gather", "Transpose", "MatMul", "Softmax", "Concat", "Slice"):
+        assert cost.CPU.seconds(bill(op, {}, 2)) > 0
+
+
+def test_bytes_follow_the_element_type() -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    known = {"x": (10, 8), "y": (10, 8)}
+    for kind, width in ((TensorProto.FLOAT16, 2), (TensorProto.INT64, 8), (TensorProto.BOOL, 1), (0, 4)):
+        assert cost.node_bytes(node, shapes(known, y=kind)) == 80 * width
+    nodes = [
+        helper.make_node("Cast", ["a"], ["b"], to=TensorProto.DOUBLE),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("Greater", ["c", "c"], ["d"]),
+        helper.make_node("Where", ["d", "a", "a"], ["e"]),
+        helper.make_node("Shape", ["c"], ["f"]),
+    ]
+    given = helper.make_tensor_value_info("a", TensorProto.FLOAT16, ["N"])
+    types = cost.types_of(helper.make_graph(nodes, "g", [given], []))
+    assert [types[n] for n in "abcdef"] == [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.DOUBLE,
+                                            TensorProto.BOOL, TensorProto.FLOAT16, TensorProto.INT64]  # fmt: skip
+
+
+def test_multiply_adds_of_fused_and_recurrent_layers() -> None:
+    length, width, batch = 128, 64, 3
+    known = {"x": (batch, length, width), "w": (width, 3 * width), "y": (batch, length, width)}
+    fused = helper.make_node("Attention", ["x", "w"], ["y"], domain="com.microsoft", num_heads=4)
+    products = batch * (length * width * 3 * width + 2 * length * length * width)
+    assert cost.node_macs(fused, shapes(known)) == products
+    known = {"x": (batch, length, width), "w": (batch, 50, width), "v": (batch, 50, 32)}
+    heads = helper.make_node("MultiHeadAttention", ["x", "w", "v"], ["y"], domain="com.microsoft", num_heads=4)
+    assert cost.node_macs(heads, shapes(known)) == batch * length * 50 * (width + 32)
+    known = {"x": (length, batch, 32), "w": (1, 3 * width, 32), "v": (1, 3 * width, width)}
+    gru = helper.make_node("GRU", ["x", "w", "v"], ["y"], hidden_size=width)
+    assert cost.node_macs(gru, shapes(known)) == length * batch * 3 * width * (32 + width)
+
+
+def test_costs_can_be_those_of_another_target() -> None:
+    node = helper.make_node("Gather", ["x", "w"], ["y"], axis=1)
+    known = shapes({"x": (512, 64), "w": (32,), "y": (512, 32)})
+    other = cost.Target(1.0, 0.0, 0.0, {"regroup": cost.Rate(2.0, 0.0, run=1.0)})
+    with mock.patch.object(cost, "CPU", other):
+        assert cost.node_seconds(node, known) == 2.0 + 512 * 32
+        assert cost.estimate(launches=3) == 3.0
