@@ -179,7 +179,7 @@ def optimize(
         study = chosen.study
         before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
     report.refusals = list(rewrite.rw.refusals)
-    for name in sorted(full.rewrite.applied - rewrite.applied):
+    for name in sorted(full.rewrite.rw.applied - rewrite.rw.applied):
         # What it would refuse is worth knowing, too.
         report.refusals += [r for r in full.rewrite.rw.refusals if r.rule == name]
         notes.append(f"{name} would not pay at N = {report_candidates(span)}, so it was left out")
@@ -261,7 +261,7 @@ class Form:
 
     def uses(self, rule: str) -> bool:
         """Whether a rule applied."""
-        return rule in self.rewrite.applied
+        return rule in self.rewrite.rw.applied
 
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""

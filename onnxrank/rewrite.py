@@ -7,19 +7,22 @@ brought to the original layout with all rows and the node stays as it is.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
+from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
+from onnxrank.plan import LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.values import (
     CANDIDATES,
     HOLE,
@@ -65,6 +68,7 @@ LARGE = 32
 """Entries per row from which on a tensor is not copied to lie beside others."""
 
 Transfer = Callable[["Rewrite", NodeProto], "list[Abstract] | None"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,15 @@ class Rule:
     forms: tuple[Mapping[str, Transfer], ...] | None = None
     cost: str = ""
     example: tuple[str, str] = ("", "")
+
+    def alternatives(self, op: str) -> dict[str, Transfer]:
+        """The ways in which it may take a node, by the names that plans have for them.
+
+        Args:
+            op: The operator, as in `operators`.
+        """
+        forms = {f"form {k}": form for k, form in enumerate(self.forms or (), 1)}
+        return {name: form[op] for name, form in {TAKE: self.operators, **forms}.items() if op in form}
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,22 @@ class Refusal:
     reason: str
 
 
+class SiteFailed(Exception):
+    """What was decided at a site cannot be carried out: the site has to be left alone for the rest to stand.
+
+    Attributes:
+        index: The original node, by its place.
+        rule: The rule that has taken it; None where the failure is met at a node that none did.
+        reason: Why, in words for a remark.
+    """
+
+    def __init__(self, index: int, rule: str | None, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
+        self.rule = rule
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Group:
     """Entries of one level: where they are in the whole (`index`), and their shape."""
@@ -170,11 +199,12 @@ class Rewrite:
         keep_moves: Whether data movement of whole tensors keeps the user's nodes instead of following entries.
         needed: Per original tensor, per axis, the positions anybody reads; absent means all.
         outputs: Names of the graph's outputs.
+        choice: Which rules may take which nodes.
         values: What is known of every original tensor.
         refusals: Sites left alone.
         fused: First outputs of fused operators whose steps could be divided by level, if they were written out.
-        break_even: Per original node, by its place, the number of candidates from which on what is made for it once
-            per request pays.
+        taken: Per original node, by its place, the rule that took it and by which of its alternatives.
+        decided: What rules decided by cost.
     """
 
     facts: Facts
@@ -185,6 +215,7 @@ class Rewrite:
     keep_moves: bool = True
     needed: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
+    choice: Choice = Choice()
     values: dict[str, Abstract] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -192,28 +223,51 @@ class Rewrite:
         self._settled: dict[int, tuple[Sum, Value]] = {}
         self.made_later: dict[str, Value] = {}
         self.fused: list[str] = []
-        self.applied: set[str] = set()
-        self.break_even: dict[int, int] = {}
+        self.taken: dict[int, tuple[str, str]] = {}
+        self.decided: dict[Place, Site] = {}
+        self.nodes: Sequence[NodeProto] = ()
         self.producers: dict[str, NodeProto] = {}
+        self._index_of: dict[str, int] = {}
         self._consumers: dict[str, list[NodeProto]] = {}
         self.sources = Sources()
         self.layout = Layout(self.sources, self.emit)
-        self._claimed: set[str] = set()
+        self._claimed: dict[str, None] = {}
         self._numbers: dict[tuple[int, int], int] = {}
+        self._made_once: dict[object, Any] = {}
         self._node = NodeProto()
+        self._journal = self.sources.journal
+        self.emit.watched_by(self._journal)
+        self._journal.watch(self._settled, self.made_later, self.decided, self._claimed, self._numbers, self._made_once)
+
+    @property
+    def applied(self) -> set[str]:
+        """Names of the rules that took a node, whatever became of it."""
+        return {rule for rule, _ in self.taken.values()}
+
+    @property
+    def break_even(self) -> dict[int, int]:
+        """Per original node, by its place, from how many candidates on what is made for it once per request pays."""
+        out: dict[int, int] = {}
+        for place, site in self.decided.items():
+            pays = _break_even(site.alternatives) if site.taken else None
+            if pays is not None:
+                out[place.index] = max(pays, out.get(place.index, 0))
+        return out
 
     # --- interpretation --------------------------------------------------------------------------------------------
 
     def interpret(self, nodes: Sequence[NodeProto]) -> None:
         """Runs the transfer rules over all nodes, in order."""
-        for node in nodes:
+        self.nodes = nodes
+        for k, node in enumerate(nodes):
             self.producers.update({o: node for o in node.output if o})
+            self._index_of.update(dict.fromkeys(node.output, k))
             for i in node.input:
                 self._consumers.setdefault(i, []).append(node)
-        by_op: dict[str, list[tuple[Rule, Transfer]]] = {}
+        by_op: dict[str, list[tuple[Rule, dict[str, Transfer]]]] = {}
         for rule in self.rules:
-            for op, transfer in rule.operators.items():
-                by_op.setdefault(op, []).append((rule, transfer))
+            for op in dict.fromkeys(op for form in (rule.operators, *(rule.forms or ())) for op in form):
+                by_op.setdefault(op, []).append((rule, rule.alternatives(op)))
         for k, node in enumerate(nodes):
             self.emit.origin, self.emit.hint, self._node = k, next((o for o in node.output if o), node.name), node
             outputs = [o for o in node.output if o]
@@ -223,26 +277,46 @@ class Rewrite:
                 continue
             made: list[Abstract] | None = None
             key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-            for rule, transfer in by_op.get(key, []):
-                self.emit.rule = None
-                try:
-                    made = transfer(self, node)
-                    if made is not None:
-                        self._confirm(node, made)
-                        self.applied.add(rule.name)
-                        break
-                except Unrepresentable as e:
-                    self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
-                    made = None
-            self.emit.rule = None
+            for rule, forms in by_op.get(key, []):
+                form = self.choice.at(Place(rule.name, k))
+                if form in forms:
+                    made = self._tried(rule, forms[form], node)
+                if made is not None:
+                    self.taken[k] = (rule.name, form)
+                    break
             if made is None:
                 made = self.barrier(node)
             for name, value in zip(node.output, made, strict=False):
                 if name:
                     self.values[name] = value
 
+    def _tried(self, rule: Rule, transfer: Transfer, node: NodeProto) -> list[Abstract] | None:
+        """What a rule makes of a node; where it gives up or fails, nothing of what it did is left, and a remark is."""
+        self.emit.rule = None
+        mark, sources = self._journal.mark(), self.sources.count
+        made: list[Abstract] | None = None
+        try:
+            made = transfer(self, node)
+            if made is not None:
+                self._confirm(node, made)
+                return made
+        except Unrepresentable as e:
+            self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
+        except (SiteFailed, OnnxrankError, MemoryError):
+            raise
+        except Exception as e:
+            self.refuse(rule.name, _internal(rule.name, label(node), e))
+        finally:
+            self.emit.rule = None
+        self._journal.back(mark)
+        self.sources.forget(sources)
+        return None
+
     def _confirm(self, node: NodeProto, made: list[Abstract]) -> None:
         """Holds the derived shapes against the measured ones."""
+        for name in node.output[len(made) :]:
+            if name and (name in self.outputs or name in self._consumers):
+                raise Unrepresentable(f"nothing was made of {name}")
         for name, value in zip(node.output, made, strict=False):
             seen = self.facts.extents.get(name) if name else None
             if seen is None:
@@ -254,7 +328,7 @@ class Rewrite:
     def refuse(self, rule: str, reason: str) -> None:
         """Notes why a rule leaves the current node alone."""
         node = self._node
-        made = Refusal(rule, node.name or (node.output[0] if node.output else ""), node.op_type, reason)
+        made = Refusal(rule, label(node), node.op_type, reason)
         if made not in self.refusals[-4:]:
             self.refusals.append(made)
 
@@ -277,11 +351,11 @@ class Rewrite:
         if not self.keep_moves:
             # Entries are only followed, and end here: nothing needs to be written.
             return [self.new(d, self.dtype(o), symbols(d), o) for o, d in zip(node.output, dims, strict=True)]
-        names = [self.tensor(self.values[i], full=True) if i else "" for i in node.input]
+        names = [self.full(i) if i else "" for i in node.input]
         if inner:
             renamed = NodeProto()
             renamed.CopyFrom(node)
-            rename_captured(renamed, {c: self.tensor(self.values[c], full=True) for c in inner})
+            rename_captured(renamed, {c: self.full(c) for c in inner})
             node = renamed
         return self.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
 
@@ -360,6 +434,19 @@ class Rewrite:
             return self.layout.expand(self.layout.name_of(made.whole), made.whole.dims, made.dims)
         return self.layout.realise(made.codes, made.dims, full)[0]
 
+    def full(self, name: str) -> str:
+        """A tensor with the value of an original one, with all its rows.
+
+        Raises:
+            SiteFailed: It cannot be made, of what was made of the node behind it.
+        """
+        try:
+            return self.tensor(self.values[name], full=True)
+        except Unrepresentable as e:
+            at = self._index_of.get(name, -1)
+            rule = self.taken[at][0] if at in self.taken else None
+            raise SiteFailed(at, rule, f"the layout is not one that can be followed: {e}") from e
+
     def read_by_linear_maps(self, name: str, through: frozenset[str] = frozenset()) -> bool:
         """Whether all readers of an original tensor, behind data movement, are products with constant matrices.
 
@@ -406,8 +493,27 @@ class Rewrite:
         return int((self.sources.levels(other.codes) == Level.CANDIDATE).sum()) or width
 
     def uses(self, rule: str) -> bool:
-        """Whether a rule is selected."""
-        return any(r.name == rule for r in self.rules)
+        """Whether a rule is selected, and none that the plan leaves out."""
+        return self.choice.uses(rule) and any(r.name == rule for r in self.rules)
+
+    def decide(self, rule: str, alternatives: Sequence[Alternative]) -> str:
+        """Decides for one of several ways to write the current node, and notes that in the plan.
+
+        Args:
+            rule: The rule that asks.
+            alternatives: The ways, with their costs, `leave` for what is done without the rule.
+
+        Returns:
+            The name of that which costs least at the expected number of candidates, the first of equals; or of that
+            which a plan asks for.
+        """
+        at = self.emit.origin
+        step = sum(p.rule == rule and p.index == at for p in self.decided)
+        place = Place(rule, at, step)
+        chosen = self.choice.decide(place, alternatives, self.candidates)
+        node = self.nodes[at] if at < len(self.nodes) else self._node
+        self.decided[place] = Site(place, label(node), node.op_type, tuple(alternatives), chosen)
+        return chosen
 
     def readers(self, name: str) -> list[NodeProto]:
         """Original nodes that read an original tensor."""
@@ -436,7 +542,7 @@ class Rewrite:
         """The original name, if no new tensor has it yet."""
         if name in self._claimed:
             return None
-        self._claimed.add(name)
+        self._claimed[name] = None
         return name
 
     def new(self, dims: Dims, dtype: int, present: Iterable[str], name: str | None = None, **how: Any) -> Value:
@@ -488,10 +594,28 @@ class Rewrite:
             self.emit.origin, self.emit.rule, self.emit.hint = origin, rule, hint
             try:
                 return write(*args)
+            except (SiteFailed, Unrepresentable, OnnxrankError, MemoryError):
+                raise
+            except Exception as e:
+                owner = self.taken.get(origin, (rule, TAKE))[0]
+                name = self.nodes[origin] if origin < len(self.nodes) else self._node
+                raise SiteFailed(origin, owner, _internal(owner or "", label(name), e)) from e
             finally:
                 self.emit.origin, self.emit.rule, self.emit.hint = before
 
         return run
+
+    def once(self, make: Callable[[], T]) -> Callable[[], T]:
+        """A function that does its work when first called, and again where that was undone."""
+        key = object()
+
+        def ask() -> T:
+            if key not in self._made_once:
+                self._made_once[key] = make()
+            made: T = self._made_once[key]
+            return made
+
+        return ask
 
     def dtype(self, name: str, default: int = TensorProto.FLOAT) -> int:
         """Element type of an original tensor."""
@@ -557,7 +681,7 @@ class Rewrite:
                 for o in node.output:
                     made = self.values.get(o)
                     if isinstance(made, Value) and made.whole is not None:
-                        made.whole.name = o
+                        self._journal.put(made.whole, "name", o)
                 return name
 
         source = self.sources.add(keep_symbols(dims, ()), dtype, load=lambda: data, write=write)
@@ -829,6 +953,24 @@ class Rewrite:
             if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
                 return Value(dims, dtype, source)
         return view(dims, dtype, codes)
+
+
+def _internal(rule: str, node: str, e: Exception) -> str:
+    """A remark on a rule that failed where it should have given up."""
+    return f"internal error in rule {rule!r} at node {node!r} ({type(e).__name__}: {e}): please report it"
+
+
+def _break_even(alternatives: Sequence[Alternative]) -> int | None:
+    """From how many candidates on what is done once per request pays; None where that is no question."""
+    costs = {a.name: a for a in alternatives}
+    made, left = costs.get(TAKE), costs.get(LEAVE)
+    if made is None or left is None or None in (made.once, made.each, left.once, left.each):
+        return None
+    more, saved = (
+        made.seconds(0) - left.seconds(0),
+        left.seconds(1) - left.seconds(0) - (made.seconds(1) - made.seconds(0)),
+    )
+    return math.ceil(more / saved) if saved > 0 else None
 
 
 Orders = dict[int, NDArray[np.int64]]

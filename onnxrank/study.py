@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import onnx
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
@@ -13,6 +13,7 @@ from onnxrank.emit import rename_captured
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
+from onnxrank.plan import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (
@@ -171,8 +172,3 @@ def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
             if inner_name not in made:
                 out.graph.node.append(helper.make_node("Identity", [inner_name], [outer], name=outer))
     return out
-
-
-def label(node: NodeProto) -> str:
-    """What a node is called in reports: its name, or that of what it makes."""
-    return node.name or (node.output[0] if node.output else node.op_type)

@@ -15,7 +15,8 @@ from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.study import Study, extents_of, label
+from onnxrank.plan import label
+from onnxrank.study import Study, extents_of
 from onnxrank.values import (
     CANDIDATES,
     Dims,
@@ -189,7 +190,7 @@ class Transformation:
         emit, rw = self.emit, self.rw
         emit.origin = len(self.study.model.graph.node)
         names = [o.name for o in self.study.model.graph.output]
-        made = [rw.tensor(rw.values[name], full=True) for name in names]
+        made = [rw.full(name) for name in names]
         valid = self._guards() if self.guard else None
         fed = {i.name for i in self.inputs}
         if any(name in fed and tensor != name for name, tensor in zip(names, made, strict=True)):
@@ -311,11 +312,6 @@ class Transformation:
         graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
         return made
 
-    @property
-    def applied(self) -> set[str]:
-        """Names of the rules that took a node, whatever became of it."""
-        return self.rw.applied
-
     def sites(self) -> dict[str, list[int]]:
         """Per rule the original nodes at which it applied."""
         out: dict[str, set[int]] = {}
@@ -349,12 +345,12 @@ class Transformation:
 
     def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
         """Sites per rule and what they saved."""
-        nodes, found = self.study.model.graph.node, self.savings(before, after)
+        nodes, found, break_even = self.study.model.graph.node, self.savings(before, after), self.rw.break_even
         out = []
         for rule in dict.fromkeys([r.name for r in self.rw.rules]):
             own = [s for s in found if s.rule == rule]
             if own:
-                at, pays = tuple(label(nodes[s.node]) for s in own), tuple(self.rw.break_even.get(s.node) for s in own)
+                at, pays = tuple(label(nodes[s.node]) for s in own), tuple(break_even.get(s.node) for s in own)
                 out.append(RuleUse(rule, len(own), sum(s.macs for s in own), at, pays))
         return out
 

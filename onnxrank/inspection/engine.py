@@ -34,7 +34,8 @@ from onnxrank.inspection.report import (
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.roles import InputRole, format_ranges
 from onnxrank.scopes import scope_of
-from onnxrank.study import Study, extents_of, label
+from onnxrank.plan import label
+from onnxrank.study import Study, extents_of
 from onnxrank.transform import Saving
 from onnxrank.values import CANDIDATES
 

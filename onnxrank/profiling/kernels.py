@@ -23,7 +23,7 @@ from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
 from onnxrank.profiling.report import Kernel, Kernels, Share
 from onnxrank.profiling.sessions import PROVIDERS, Requests, Runner, Target, open_session
-from onnxrank.study import label
+from onnxrank.plan import label
 
 _NUMBER = re.compile(r"@(\d+)@")
 _COPIES = {"MemcpyFromHost", "MemcpyToHost"}

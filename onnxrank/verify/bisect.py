@@ -17,7 +17,8 @@ from onnxrank import fused
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
 from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.study import Study, label
+from onnxrank.plan import label
+from onnxrank.study import Study
 from onnxrank.verify import compare, judge
 from onnxrank.verify.report import Case, Culprit
 
