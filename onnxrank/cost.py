@@ -14,6 +14,8 @@ from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
 
 _OPAQUE = re.compile(r"^(?P<symbols>.*)~(?P<a>\d+)\+(?P<b>-?\d+)$")
+LENGTH = 32
+"""What symbols other than the number of candidates are taken as."""
 _SECONDS_PER_MAC = 1 / 25e9
 _SECONDS_PER_BYTE = 1 / 8e9
 _SECONDS_PER_LAUNCH = 1.5e-6
@@ -95,10 +97,10 @@ def node_bytes(node: NodeProto, shapes: Shapes) -> int:
 
 def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]],
               candidates: int) -> Shapes:  # fmt: skip
-    """Shapes at a number of candidates; other symbols are taken as 32."""
+    """Shapes at a number of candidates; other symbols are taken as `LENGTH`."""
     initializers = {t.name: tuple(t.dims) for t in model.graph.initializer}
     others = {s for found in [*facts.extents.values(), *inputs.values()] for _, syms in found for s in syms}
-    return Shapes(facts, initializers, inputs, {**{s: 32 for s in others if "~" not in s}, CANDIDATES: candidates})
+    return Shapes(facts, initializers, inputs, {**{s: LENGTH for s in others if "~" not in s}, CANDIDATES: candidates})
 
 
 def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:

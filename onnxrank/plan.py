@@ -133,14 +133,14 @@ class Plan:
     measured: tuple[Measured, ...] = ()
 
     @property
-    def written_out(self) -> tuple[str, ...]:
-        """First outputs of the fused operators that are written out."""
-        return tuple(s.node for s in self.sites if s.place.rule == WRITTEN_OUT and s.taken)
+    def written_out(self) -> tuple[Site, ...]:
+        """The fused operators that are written out."""
+        return tuple(s for s in self.sites if s.place.rule == WRITTEN_OUT and s.taken)
 
     def choice(self) -> Choice:
         """What a rewrite asks in order to do the same again."""
         return Choice(
-            left=frozenset(s.place for s in self.sites if not s.taken),
+            left=frozenset(s.place for s in self.sites if not s.taken and s.place.rule != WRITTEN_OUT),
             replayed={s.place: s.chosen for s in self.sites if s.place.rule != WRITTEN_OUT},
         )
 
@@ -187,6 +187,15 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"{where} cannot be read: {type(e).__name__}: {e}") from e
+
+    @classmethod
+    def of(cls, given: Plan | str | os.PathLike[str]) -> Plan:
+        """A plan that is given as such, or as its file.
+
+        Raises:
+            UsageError: The file cannot be read, or holds no plan.
+        """
+        return given if isinstance(given, Plan) else load(given)
 
     def stored(self) -> dict[str, Any]:
         """The form in a model's contract: what that does not say already, without what depends on a cost model."""
@@ -271,6 +280,10 @@ class Choice:
     def leaving(self, places: Iterable[Place] = (), rules: Iterable[str] = ()) -> Choice:
         """The same, with more left alone."""
         return replace(self, left=self.left | set(places), without=self.without | set(rules))
+
+    def at_only(self, rule: str, nodes: Iterable[int]) -> Choice:
+        """The same, with a rule applied at some nodes at most."""
+        return replace(self, only={**self.only, rule: frozenset(nodes)})
 
 
 def _as(kind: type[Any], value: Any) -> Any:

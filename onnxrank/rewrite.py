@@ -156,15 +156,15 @@ class SiteFailed(Exception):
 
     Attributes:
         index: The original node, by its place.
-        rule: The rule that has taken it; None where the failure is met at a node that none did.
         reason: Why, in words for a remark.
+        layout: Whether its value cannot be written: then one of the nodes before it may be at fault.
     """
 
-    def __init__(self, index: int, rule: str | None, reason: str) -> None:
+    def __init__(self, index: int, reason: str, layout: bool = False) -> None:
         super().__init__(reason)
         self.index = index
-        self.rule = rule
         self.reason = reason
+        self.layout = layout
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Rewrite:
     keep_moves: bool = True
     needed: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
-    choice: Choice = Choice()
+    choice: Choice = field(default_factory=Choice)
     values: dict[str, Abstract] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -443,9 +443,8 @@ class Rewrite:
         try:
             return self.tensor(self.values[name], full=True)
         except Unrepresentable as e:
-            at = self._index_of.get(name, -1)
-            rule = self.taken[at][0] if at in self.taken else None
-            raise SiteFailed(at, rule, f"the layout is not one that can be followed: {e}") from e
+            reason = f"the layout is not one that can be followed: {e}"
+            raise SiteFailed(self._index_of.get(name, -1), reason, layout=True) from e
 
     def read_by_linear_maps(self, name: str, through: frozenset[str] = frozenset()) -> bool:
         """Whether all readers of an original tensor, behind data movement, are products with constant matrices.
@@ -599,7 +598,7 @@ class Rewrite:
             except Exception as e:
                 owner = self.taken.get(origin, (rule, TAKE))[0]
                 name = self.nodes[origin] if origin < len(self.nodes) else self._node
-                raise SiteFailed(origin, owner, _internal(owner or "", label(name), e)) from e
+                raise SiteFailed(origin, _internal(owner or "", label(name), e)) from e
             finally:
                 self.emit.origin, self.emit.rule, self.emit.hint = before
 

@@ -13,9 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnxrank import cost, facts, feeds, needed, runtime
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
+from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
-from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.plan import label
+from onnxrank.rewrite import Rewrite, Rule, SiteFailed
 from onnxrank.study import Study, extents_of
 from onnxrank.values import (
     CANDIDATES,
@@ -54,7 +54,15 @@ class Saving:
 class Transformation:
     """One rewrite of a studied model."""
 
-    def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, candidates: float) -> None:
+    def __init__(
+        self,
+        study: Study,
+        rules: Sequence[Rule],
+        interface: str,
+        guard: bool,
+        candidates: float,
+        choice: Choice | None = None,
+    ) -> None:
         self.study = study
         self.interface = interface
         self.guard = guard and interface == "same"
@@ -67,9 +75,15 @@ class Transformation:
         self.emit = Emitter(taken, opset)
         outputs = frozenset(o.name for o in graph.output)
         self.rw = Rewrite(
-            study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)), outputs=outputs
+            study.facts,
+            rules,
+            self.emit,
+            study.dtypes,
+            candidates=max(1, round(candidates)),
+            outputs=outputs,
+            choice=choice or Choice(),
         )
-        if any(r.name == "select" for r in rules):
+        if self.rw.uses("select"):
             constants = {n: v[1] for n, v in study.facts.folded.items()}
             constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
                           if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20}  # fmt: skip
@@ -267,6 +281,7 @@ class Transformation:
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
+        self._refuse_undefined()
         made = ModelProto()
         for field, value in base.ListFields():
             if field.name != "graph":
@@ -311,6 +326,32 @@ class Transformation:
         untouched = {o for e in self._kept if e.rule is None for o in e.proto.output}
         graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
         return made
+
+    def _refuse_undefined(self) -> None:
+        """Refuses a graph in which a node reads what is not there, as one of a faulty rule may.
+
+        Raises:
+            SiteFailed: It is such a graph.
+        """
+        base = self.study.model.graph
+        there = {i.name for i in (*self.inputs, *base.input)} | {t.name for t in base.initializer}
+        there |= self.emit.initializers.keys() | {t.values.name for t in base.sparse_initializer}
+        for e in self._kept:
+            lost = next((i for i in e.proto.input if i and i not in there), None)
+            if lost is not None:
+                raise SiteFailed(e.origin, f"{e.proto.op_type} reads {lost!r}, which nothing makes")
+            there.update(e.proto.output)
+
+    def decisions(self) -> list[Site]:
+        """Which rule took which node, what rules decided by cost, and what was left alone; in the order of the graph.
+
+        Alternatives are only told of decisions by cost.
+        """
+        nodes = self.study.model.graph.node
+        found = [(Place(rule, k), form) for k, (rule, form) in self.rw.taken.items()]
+        found += [(p, LEAVE) for p in self.rw.choice.left if p.index < len(nodes)]
+        sites = {p: Site(p, label(nodes[p.index]), nodes[p.index].op_type, (), form) for p, form in found}
+        return sorted((sites | self.rw.decided).values(), key=lambda s: (s.place.index, s.place.rule, s.place.step))
 
     def sites(self) -> dict[str, list[int]]:
         """Per rule the original nodes at which it applied."""

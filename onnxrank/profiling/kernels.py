@@ -21,9 +21,9 @@ from onnx import ModelProto
 
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
+from onnxrank.plan import label
 from onnxrank.profiling.report import Kernel, Kernels, Share
 from onnxrank.profiling.sessions import PROVIDERS, Requests, Runner, Target, open_session
-from onnxrank.plan import label
 
 _NUMBER = re.compile(r"@(\d+)@")
 _COPIES = {"MemcpyFromHost", "MemcpyToHost"}

@@ -16,8 +16,8 @@ from onnx import ModelProto, NodeProto, inliner
 from onnxrank import fused
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
-from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.plan import label
+from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.study import Study
 from onnxrank.verify import compare, judge
 from onnxrank.verify.report import Case, Culprit

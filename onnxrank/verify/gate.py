@@ -17,7 +17,14 @@ from onnxrank.verify.report import Report
 CANDIDATES = (1, 2, 17)
 
 
-def gate(original: LoadedModel, made: ModelProto, roles: Roles, ranges: Ranges, symbols: Sequence[str]) -> Report:
+def gate(
+    original: LoadedModel,
+    made: ModelProto,
+    roles: Roles,
+    ranges: Ranges,
+    symbols: Sequence[str],
+    candidates: Sequence[int] = CANDIDATES,
+) -> Report:
     """Holds a rewritten model against the original.
 
     Args:
@@ -26,15 +33,21 @@ def gate(original: LoadedModel, made: ModelProto, roles: Roles, ranges: Ranges, 
         roles: Roles of the original's inputs.
         ranges: Values of their entries.
         symbols: Symbols of their shapes.
+        candidates: Numbers of candidates to compare at.
 
     Raises:
         ModelError: The original does not run.
         EnvironmentProblem: There is no runtime.
     """
     second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
-    options = Options(roles=roles, level="quick", candidates=CANDIDATES)
+    options = Options(roles=roles, level="quick", candidates=candidates)
     with Engine(original, second, options, known=(ranges, symbols)) as engine:
         return engine.run()
+
+
+def failing_candidates(report: Report) -> tuple[int, ...]:
+    """Numbers of candidates that are enough to see a failure again."""
+    return tuple(sorted({2, *(c.candidates for c in report.failed_cases[:1])}))
 
 
 def comparisons(report: Report) -> list[Comparison]:

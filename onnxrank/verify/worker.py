@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime
@@ -162,6 +164,36 @@ class Host:
             answers.append({"outputs": {k: np.asarray(v) for k, v in out.items()}})
         return answers
 
+    def race(self, sessions: Sequence[str], feeds: Sequence[Mapping[str, Any]], seconds: float) -> NDArray[np.float64]:
+        """Times sessions in turns, each on a feed of its own.
+
+        Args:
+            sessions: Their keys.
+            feeds: The feeds.
+            seconds: Most seconds to spend.
+
+        Returns:
+            Seconds per run, `[sessions, rounds, runs of a turn]`.
+        """
+        from onnxrank.profiling.timing import interleave
+
+        def timed(session: Any, feed: Mapping[str, Any]) -> Callable[[int], float]:
+            given = runtime.typed(session, feed)
+
+            def run(turn: int) -> float:
+                start = time.perf_counter()
+                session.run(None, given)
+                return time.perf_counter() - start
+
+            return run
+
+        try:
+            return interleave(
+                [timed(self._sessions[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds
+            ).seconds
+        except Exception as e:
+            raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
+
     def expose(self, key: str, of: str, names: Sequence[str]) -> None:
         """Makes a model of which further tensors are outputs: `key`, from the model `of`."""
         flat, folder = self._flattened(of)
@@ -204,8 +236,8 @@ class Host:
 _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
-        Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.expose,
-        Host.inlined, Host.raised, Host.available,
+        Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.race,
+        Host.expose, Host.inlined, Host.raised, Host.available,
     )
 }  # fmt: skip
 """What may be asked for."""
