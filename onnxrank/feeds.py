@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnxrank.emit import Emitter
 from onnxrank.facts import Facts, Setting
 from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.roles import InputInfo, InputRole, Roles
+from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
 from onnxrank.values import (
     CANDIDATES,
     Abstract,
@@ -86,10 +86,15 @@ class Input:
 
 
 def inputs(model: ModelProto, roles: Roles) -> list[Input]:
-    """The inputs with factored shapes."""
+    """The inputs with factored shapes.
+
+    Raises:
+        UsageError: A role has positions along an axis that has no fixed extent.
+    """
     out = []
     for info in describe(model):
         role = roles.inputs[info.name]
+        check_positions(info, role)
         dims = []
         for axis, d in enumerate(info.dims or ()):
             if axis == role.candidate_axis:

@@ -457,6 +457,24 @@ def resolve(
     return Roles(roles)
 
 
+def check_positions(info: InputInfo, role: InputRole) -> None:
+    """Refuse positions along an axis that has no fixed extent: which of them there are differs from call to call.
+
+    Raises:
+        UsageError: The role has such positions.
+    """
+    if role.axis is None or isinstance(_dim(info, role.axis), int):
+        return
+    where = f"Axis {role.axis} of input {_describe(info)} has no fixed extent, so it cannot have"
+    if role.request:
+        raise UsageError(
+            f"{where} request-level positions ({format_ranges(role.request)}). Export the model with a fixed extent "
+            "there, or name the whole input."
+        )
+    if any(r.positions is not None for r in role.ranges):
+        raise UsageError(f"{where} value ranges of positions. Give one for all of them, range: [low, high).")
+
+
 def _match_patterns(patterns: Sequence[str], names: Sequence[str], where: str) -> dict[str, _Claim]:
     """Return what a list of patterns says of each input; columns of one input add up."""
     claims: dict[str, _Claim] = {}
@@ -737,20 +755,25 @@ def infer(inputs: Sequence[InputInfo], data: Mapping[str, np.ndarray[Any, Any]])
             entry = {"level": "request"}
             how = _how_constant(bool(everywhere.all()), len(first))
             note = f"request-level ({how})"
+        elif array.ndim == 2 and constant.any() and not isinstance(_dims(info)[1], int):
+            note += f" (its axis 1 has no fixed extent, so that the constant columns {_columns(constant)} do not count)"
         elif array.ndim == 2 and constant.any():
-            entry = {"request": format_ranges(np.flatnonzero(constant).tolist())}
+            entry = {"request": _columns(constant)}
             how = _how_constant(False, len(first))
             note = f"columns {entry['request']} request-level ({how}), others candidate-level"
-            idle = np.flatnonzero(everywhere).tolist()
-            if idle:
-                note += f"; columns {format_ranges(idle)} {_how_constant(True, len(first))}"
+            if everywhere.any():
+                note += f"; columns {_columns(everywhere)} {_how_constant(True, len(first))}"
         if info.elem_type in _INTEGERS and array.size:
-            seen = _values_seen(array)
+            seen = _values_seen(array, by_column=array.ndim == 2 and isinstance(_dims(info)[1], int))
             entry |= {"range": seen[0][1]} if len(seen) == 1 else {"ranges": dict(seen)}
             note += f"; values in [{int(array.min())}, {int(array.max()) + 1})"
         entries[info.name] = entry
         notes.append(f"{info.name}: {note}")
 
+    for info in rowed:
+        rows = _dims(info)[0]
+        if isinstance(rows, int) and rows != 1:
+            raise ModelError(_static_batch(info, 0))
     levels = {entry.get("level", "mixed") for entry in entries.values()}
     if levels == {"request"}:
         raise UsageError(
@@ -817,9 +840,13 @@ def _constant(array: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> n
     return np.asarray(np.asarray(same).all(axis=0))
 
 
-def _values_seen(array: np.ndarray[Any, Any]) -> list[tuple[str, list[int]]]:
-    """Return the [low, high) of what an integer array holds, one item per group of columns with the same."""
-    columns = array if array.ndim == 2 else array.reshape(-1, 1)
+def _columns(flags: np.ndarray[Any, Any]) -> str:
+    return format_ranges(np.flatnonzero(flags).tolist())
+
+
+def _values_seen(array: np.ndarray[Any, Any], by_column: bool) -> list[tuple[str, list[int]]]:
+    """Return the [low, high) of what an integer array holds, if by column one item per group of columns alike."""
+    columns = array if by_column else array.reshape(-1, 1)
     found: dict[tuple[int, int], list[int]] = {}
     for position, (low, high) in enumerate(
         zip(columns.min(axis=0).tolist(), columns.max(axis=0).tolist(), strict=True)

@@ -9,8 +9,8 @@ from typing import Any
 from onnxrank import charts, pages
 from onnxrank.inspection.render import alike, gain_text, input_key, many, opportunity_key, shape_text, table_key
 from onnxrank.inspection.report import Inspection, Node, Tensor
-from onnxrank.render import human, percent, three
 from onnxrank.roles import parse_ranges
+from onnxrank.writers import human, percent, three
 
 _MOST_ROWS = 60
 _LEGEND = [

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from onnxrank.render import Printer, count, human, percent, three
+from onnxrank.formats import PLAIN, Style
+from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, percent, three
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +17,37 @@ if TYPE_CHECKING:
     from onnxrank.inspection.report import InputTensor, Inspection, Layer, Opportunity
     from onnxrank.inspection.report import Table as Embedding
 
-FORMATS = ("html", "json", "text")
 _BAR = 16
 _MOST_ROWS = 12
 _MOST_INPUTS = 24
 _LEAST_GAIN = 0.005
 _NAME = 34
+
+
+def show(found: Inspection, console: Console, style: Style = PLAIN) -> None:
+    """Prints an inspection, or what it says of one node, in a style."""
+    _write(found, Terminal(console), style)
+
+
+def to_text(found: Inspection, style: Style = PLAIN) -> str:
+    """The inspection as plain text that the style's encoding takes."""
+    return as_text(lambda console: show(found, console, style), style.encoding)
+
+
+def to_markdown(found: Inspection, style: Style = PLAIN) -> str:
+    """The inspection as GitHub-flavoured Markdown."""
+    to = Markdown()
+    _write(found, to, style)
+    return to.document
+
+
+def _write(found: Inspection, to: Writer, style: Style) -> None:
+    if style.node is None:
+        _Printer(found, to, style.verbose).everything()
+    else:
+        from onnxrank.inspection.engine import explain
+
+        _explain(explain(found, style.node), to)
 
 
 def print_inspection(found: Inspection, console: Console, verbose: bool = False) -> None:
@@ -32,12 +58,15 @@ def print_inspection(found: Inspection, console: Console, verbose: bool = False)
         console: Where to.
         verbose: Whether to list everything instead of what costs most.
     """
-    _Printer(found, console, verbose).everything()
+    _Printer(found, Terminal(console), verbose).everything()
 
 
 def print_explanation(explained: Explanation, console: Console) -> None:
     """Prints why a tensor has its level: the chain from the inputs that make it so."""
-    p = Printer(console)
+    _explain(explained, Terminal(console))
+
+
+def _explain(explained: Explanation, p: Writer) -> None:
     t = explained.tensor
     p.line(t.name, 0)
     node = explained.node
@@ -102,10 +131,9 @@ def gain_text(gain: float | None) -> str:
     return "" if gain is None or gain < _LEAST_GAIN else f"+{100 * gain:.1f} % saved"
 
 
-class _Printer(Printer):
-    def __init__(self, found: Inspection, console: Console, verbose: bool) -> None:
-        super().__init__(console)
-        self.found, self.verbose = found, verbose
+class _Printer:
+    def __init__(self, found: Inspection, to: Writer, verbose: bool) -> None:
+        self.found, self.to, self.verbose = found, to, verbose
 
     def everything(self) -> None:
         self.head()
@@ -116,7 +144,7 @@ class _Printer(Printer):
         self.refusals()
         self.lookups()
         for note in self.found.notes:
-            self.item(note, "note: ")
+            self.to.item(note, "note: ")
         self.verdict()
 
     def cut(self, rows: Sequence[object], most: int = _MOST_ROWS) -> int:
@@ -125,18 +153,18 @@ class _Printer(Printer):
 
     def rest(self, rows: Sequence[object], shown: int, what: str) -> None:
         if len(rows) > shown:
-            self.item(f"{count(len(rows) - shown, what)} more; -v lists all.")
+            self.to.item(f"{count(len(rows) - shown, what)} more; -v lists all.")
 
     def head(self) -> None:
         f = self.found
         low, high = f.candidates
         n = str(low) if low == high else f"{round(math.sqrt(low * high))} ({low}..{high})"
-        self.line(f.source or "model in memory", 0)
-        self.item(f"onnxrank {f.version}, {count(len(f.nodes), 'node')}, costs of one request at N = {n}", indent=0)
+        self.to.line(f.source or "model in memory", 0)
+        self.to.item(f"onnxrank {f.version}, {count(len(f.nodes), 'node')}, costs of one request at N = {n}", indent=0)
 
     def inputs(self) -> None:
-        self.title("Inputs")
-        table = self.table(["name", "type", "shape", "role", "if request-level"], (0, 1, 2, 3, 4))
+        self.to.title("Inputs")
+        table = self.to.table(["name", "type", "shape", "role", "if request-level"], (0, 1, 2, 3, 4))
         groups = alike(self.found.inputs, input_key)
         shown = self.cut(groups, _MOST_INPUTS)
         for several in groups[:shown]:
@@ -144,38 +172,38 @@ class _Printer(Printer):
             name = many([x.name for x in several])
             role = f"{i.role}, request-level [{i.request}]" if i.request else i.role
             each = " each" if len(several) > 1 and gain_text(i.gain) else ""
-            table.add_row(*map(self.text, (name, i.dtype, shape_text(i.dims), role, gain_text(i.gain) + each)))
-        self.console.print(table)
+            table.add_row(*map(self.to.text, (name, i.dtype, shape_text(i.dims), role, gain_text(i.gain) + each)))
+        self.to.show(table)
         self.rest(groups, shown, "group")
 
     def costs(self) -> None:
         f = self.found
-        self.title("Costs by level")
-        table = self.table(["level", "nodes", "parameters", "MACs", "bytes"])
+        self.to.title("Costs by level")
+        table = self.to.table(["level", "nodes", "parameters", "MACs", "bytes"])
         for level, c in f.before.items():
             table.add_row(
-                *map(self.text, (level, str(c.nodes), human(c.parameters), human(c.macs), human(c.bytes, "B")))
+                *map(self.to.text, (level, str(c.nodes), human(c.parameters), human(c.macs), human(c.bytes, "B")))
             )
-        self.console.print(table)
+        self.to.show(table)
         if not f.macs_before:
             return
-        self.title("Multiply-adds per request")
+        self.to.title("Multiply-adds per request")
         for name, macs, told in (
             ("now", f.macs_before, ""),
             ("block ideal", f.ideal.macs, "each shared product made once"),
             ("optimize", f.macs_after, "what it would leave"),
         ):
             share = macs / f.macs_before
-            bar = self.bar(share, _BAR)
-            self.line(f"{name:<12}{human(macs):>6} {percent(share):>7}  {bar:<{_BAR}}  {told}".rstrip(), 2)
+            bar = self.to.bar(share, _BAR)
+            self.to.line(f"{name:<12}{human(macs):>6} {percent(share):>7}  {bar:<{_BAR}}  {told}".rstrip(), 2)
 
     def layers(self) -> None:
         f = self.found
         inner = [layer for layer in f.layers if layer.scope]
         if not inner or not f.macs_before:
             return
-        self.title("Layers")
-        table = self.table(["layer", "nodes", "parameters", "MACs", "", "same for all", "saved"])
+        self.to.title("Layers")
+        table = self.to.table(["layer", "nodes", "parameters", "MACs", "", "same for all", "saved"])
         shown = set(self.dearest(inner))
         for layer in inner:
             if layer.scope not in shown:
@@ -186,8 +214,8 @@ class _Printer(Printer):
             cells = [name, str(layer.nodes), human(layer.parameters), human(layer.macs)]
             cells += [percent(layer.macs / f.macs_before)]
             cells += [percent(layer.once / layer.macs) if layer.macs else "", percent(layer.saved / f.macs_before)]
-            table.add_row(*map(self.text, cells))
-        self.console.print(table)
+            table.add_row(*map(self.to.text, cells))
+        self.to.show(table)
         self.rest(inner, len(shown), "layer")
 
     def dearest(self, layers: Sequence[Layer]) -> list[str]:
@@ -204,66 +232,66 @@ class _Printer(Printer):
         found = self.found.opportunities
         if not found:
             return
-        self.title("Best opportunities: what optimize takes, by predicted time")
+        self.to.title("Best opportunities: what optimize takes, by predicted time")
         groups = alike(found, opportunity_key)
         shown = self.cut(groups)
-        table = self.table(["rule", "MACs", "", "time", "node"], (0, 4))
+        table = self.to.table(["rule", "MACs", "", "time", "node"], (0, 4))
         for several in groups[:shown]:
             o = several[0]
             saved = f"{three(o.seconds * 1e6)} us" if o.seconds < 1e-3 else f"{three(o.seconds * 1e3)} ms"
             cells = [o.rule, human(o.macs) if o.macs >= 0 else f"-{human(-o.macs)}", percent(o.share), saved]
             each = f" each, {len(several)} places" if len(several) > 1 else ""
-            table.add_row(*map(self.text, [*cells, f"{o.op} {o.node}{each}"]))
-        self.console.print(table)
+            table.add_row(*map(self.to.text, [*cells, f"{o.op} {o.node}{each}"]))
+        self.to.show(table)
         self.rest(groups, shown, "group")
 
     def refusals(self) -> None:
         found = self.found.refusals
         if not found:
             return
-        self.title("Left alone")
+        self.to.title("Left alone")
         shown = self.cut(found, 8)
         for r in found[:shown]:
-            self.item(r.reason, f"{len(r.nodes)} {self.times} {r.rule}: ")
+            self.to.item(r.reason, f"{len(r.nodes)} {self.to.times} {r.rule}: ")
             if r.macs:
                 share = percent(r.macs / self.found.macs_before)
-                self.item(f"{human(r.macs)} multiply-adds, {share}", indent=6)
+                self.to.item(f"{human(r.macs)} multiply-adds, {share}", indent=6)
             if r.lift:
-                self.item(r.lift, f"{self.arrow} ", indent=6)
+                self.to.item(r.lift, f"{self.to.arrow} ", indent=6)
             for node in r.nodes if self.verbose else ():
-                self.line(node, 6)
+                self.to.line(node, 6)
         self.rest(found, shown, "reason")
 
     def lookups(self) -> None:
         f = self.found
         if f.tables:
-            self.title("Embedding tables")
-            table = self.table(["table", "rows", "width", "size", "lookups", "needed", "ids"], (0, 6))
+            self.to.title("Embedding tables")
+            table = self.to.table(["table", "rows", "width", "size", "lookups", "needed", "ids"], (0, 6))
             groups = alike(f.tables, table_key)
             shown = self.cut(groups)
             for several in groups[:shown]:
                 t = several[0]
                 cells = [many([x.name for x in several]), human(t.rows), str(t.width), human(t.bytes, "B")]
-                table.add_row(*map(self.text, [*cells, human(t.lookups), human(t.needed), t.level]))
-            self.console.print(table)
+                table.add_row(*map(self.to.text, [*cells, human(t.lookups), human(t.needed), t.level]))
+            self.to.show(table)
             self.rest(groups, shown, "group")
         if f.sequences:
-            self.title("Sequences")
+            self.to.title("Sequences")
             for s in f.sequences:
                 steps = f"{s.length} steps" if s.length else "steps of any number"
                 into = f", taken in by {', '.join(s.readers)}" if s.readers else ""
                 where = f", looked up in {', '.join(s.tables)}" if s.tables else ""
-                self.item(f"{steps}, {s.level}-level{where}{into}", f"{s.input}: ")
+                self.to.item(f"{steps}, {s.level}-level{where}{into}", f"{s.input}: ")
 
     def verdict(self) -> None:
         f = self.found
-        self.console.print()
+        self.to.blank()
         if not f.result:
-            self.say("optimize would change nothing.", "bold yellow")
+            self.to.say("optimize would change nothing.", "bold yellow")
             return
         saved = f"{percent(1 - f.macs_after / f.macs_before)} of MACs" if f.macs_before else "no MACs"
         at = min(
             f.predictions, key=lambda p: abs(math.log(p.candidates / math.sqrt(f.candidates[0] * f.candidates[1])))
         )
-        faster = f"{three(at.ratio)}{self.times}"
-        self.say(f"optimize would save {saved}: predicted {faster} at N = {at.candidates}.", "bold green")
+        faster = f"{three(at.ratio)}{self.to.times}"
+        self.to.say(f"optimize would save {saved}: predicted {faster} at N = {at.candidates}.", "bold green")

@@ -7,7 +7,8 @@ from pathlib import PurePath
 from onnxrank import charts, pages
 from onnxrank.profiling.render import LEVELS, duration, shown_candidates, spread, verdict
 from onnxrank.profiling.report import Kernels, ModelProfile, Profile
-from onnxrank.render import human, percent
+from onnxrank.profiling.timing import fitted
+from onnxrank.writers import human, percent
 
 _STYLES = ("first", "second")
 _MOST_OPERATORS = 12
@@ -88,17 +89,13 @@ def _speedups(profile: Profile) -> list[str]:
 
 
 def _costs(profile: Profile, names: list[str]) -> list[str]:
-    rows = [
-        [
-            name,
-            duration(m.line.once),
-            duration(m.line.each),
-            "" if m.line.knee is None else f"{duration(m.line.beyond)} from N = {m.line.knee}",
-            percent(m.line.error),
-        ]
-        for name, m in zip(names, profile.models, strict=True)
-        if m.line is not None
-    ]
+    lines = [(name, m.line) for name, m in zip(names, profile.models, strict=True) if m.line is not None]
+    bent = any(line.knee is not None for _, line in lines)
+    rows = []
+    for name, line in lines:
+        beyond = "" if line.knee is None else f"{duration(line.beyond)} from N = {line.knee}"
+        once = duration(line.once) if line.once else "none that can be told"
+        rows.append([name, once, duration(line.each), *([beyond] * bent), percent(line.error)])
     memory = [
         [name, human(m.memory.peak - m.memory.start, "B"), human(m.memory.loaded - m.memory.start, "B")]
         for name, m in zip(names, profile.models, strict=True)
@@ -106,8 +103,11 @@ def _costs(profile: Profile, names: list[str]) -> list[str]:
     ]
     out = []
     if rows:
-        heads = ["model", "once per request", "per candidate", "per candidate beyond", "largest miss of a median"]
-        out += ["<h2>Fitted cost of a request</h2>", pages.table(heads, rows)]
+        heads = ["model", "once per request", "per candidate", *(["per candidate beyond"] * bent)]
+        out += ["<h2>Fitted cost of a request</h2>", pages.table([*heads, "largest miss of a median"], rows)]
+        measured = [p.candidates for p in profile.points]
+        if fitted(measured) != measured:
+            out.append("<p>N = 1 is left out of the fit: a product with one row runs another kernel.</p>")
     if memory:
         heads = ["model", "peak above an empty process", "of it the loaded model"]
         out += ["<h2>Memory</h2>", pages.table(heads, memory)]

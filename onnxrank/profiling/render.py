@@ -8,14 +8,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxrank.render import Printer, count, human, percent, three
+from onnxrank.formats import PLAIN, Style
+from onnxrank.profiling.timing import fitted
+from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, percent, three
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxrank.profiling.report import Kernels, ModelProfile, Profile, Share, Speedup
 
-FORMATS = ("html", "json", "csv", "text")
 LEVELS = {
     "request": "once per request",
     "repeated": "per candidate, though the same for all",
@@ -53,6 +54,23 @@ def verdict(speedup: Speedup, times: str) -> str:
     return f"{three(speedup.ratio)}{times} ({interval})"
 
 
+def show(profile: Profile, console: Console, style: Style = PLAIN) -> None:
+    """Prints a profile in a style."""
+    print_profile(profile, console, style.verbose)
+
+
+def to_text(profile: Profile, style: Style = PLAIN) -> str:
+    """The profile as plain text that the style's encoding takes."""
+    return as_text(lambda console: show(profile, console, style), style.encoding)
+
+
+def to_markdown(profile: Profile, style: Style = PLAIN) -> str:
+    """The profile as GitHub-flavoured Markdown."""
+    to = Markdown()
+    _Printer(profile, to).everything(style.verbose)
+    return to.document
+
+
 def print_profile(profile: Profile, console: Console, verbose: bool = False) -> None:
     """Prints a profile: times, speed-ups, costs, and where the time goes.
 
@@ -61,14 +79,12 @@ def print_profile(profile: Profile, console: Console, verbose: bool = False) -> 
         console: Where to.
         verbose: Whether to tell where the time goes at every number of candidates, and the longest kernels.
     """
-    _Printer(profile, console).everything(verbose)
+    _Printer(profile, Terminal(console)).everything(verbose)
 
 
-class _Printer(Printer):
-    def __init__(self, profile: Profile, console: Console) -> None:
-        super().__init__(console)
-        self.profile = profile
-        self.plus_minus = "+-" if self.ascii_only else "±"
+class _Printer:
+    def __init__(self, profile: Profile, to: Writer) -> None:
+        self.profile, self.to = profile, to
 
     def everything(self, verbose: bool) -> None:
         self.head()
@@ -80,53 +96,55 @@ class _Printer(Printer):
             self.where(n, verbose)
         self.memory()
         for note in self.profile.notes:
-            self.item(note, "note: ")
+            self.to.item(note, "note: ")
 
     def head(self) -> None:
         p = self.profile
         for k, m in enumerate(p.models, 1):
-            self.line(f"{k}: {m.source}" if len(p.models) > 1 else m.source, 0)
+            self.to.line(f"{k}: {m.source}" if len(p.models) > 1 else m.source, 0)
         how = [count(p.threads, "thread")]
         how += ["I/O binding"] * p.io_binding + ["CUDA graph"] * p.cuda_graph
-        self.item(
+        self.to.item(
             f"onnxrank {p.version}, onnxruntime {p.onnxruntime} on {p.provider} ({p.device}), {', '.join(how)}", "", 0
         )
 
     def times_table(self) -> None:
         several = len(self.profile.models) > 1
-        self.title("Time per request")
+        self.to.title("Time per request")
         names = ["N", *["model"] * several, "median", "95 %", "p90", "p99", "candidates/s", ""]
-        table = self.table(names, (len(names) - 1,))
+        table = self.to.table(names, (len(names) - 1,))
 
         for p in self.profile.points:
             slowest = max(t.median for t in p.times)
             for k, t in enumerate(p.times, 1):
-                error = spread(t.median, t.low, t.high).replace("±", self.plus_minus)
+                error = spread(t.median, t.low, t.high).replace("±", self.to.plus_minus)
                 cells = [str(p.candidates) if k == 1 else "", *[str(k)] * several, duration(t.median), error]
                 cells += [duration(t.p90), duration(t.p99), human(t.candidates_per_second)]
-                bar = self.bar(t.median / slowest, _BAR) if several else ""
-                table.add_row(*map(self.text, cells), self.text(bar, "cyan" if k == 1 else "green"))
-        self.console.print(table)
+                bar = self.to.bar(t.median / slowest, _BAR) if several else ""
+                table.add_row(*map(self.to.text, cells), self.to.text(bar, "cyan" if k == 1 else "green"))
+        self.to.show(table)
         copied = [t.copies for t in self.profile.points[-1].times if t.copies is not None]
         if copied:
             shown = ", ".join(duration(c) for c in copied)
-            self.item(f"of it for copies between host and device at the largest N: {shown}")
+            self.to.item(f"of it for copies between host and device at the largest N: {shown}")
         loose = [str(p.candidates) for p in self.profile.points if not p.settled]
         if loose:
-            self.item(f"the time was used up before the interval was narrow at N = {', '.join(loose)}: see --seconds")
+            self.to.item(
+                f"the time was used up before the interval was narrow at N = {', '.join(loose)}: see --seconds"
+            )
 
     def speedups(self) -> None:
         p = self.profile
         if len(p.models) < 2:
             return
-        self.title("Speed-up: time of 1 over time of 2, and its 95 % interval")
+        self.to.title("Speed-up: time of 1 over time of 2, and its 95 % interval")
         width = max(len(str(point.candidates)) for point in p.points)
         for point in p.points:
             assert point.speedup is not None
-            self.item(verdict(point.speedup, self.times), f"N = {point.candidates:>{width}}  ")
+            self.to.item(verdict(point.speedup, self.to.times), f"N = {point.candidates:>{width}}  ")
         assert p.break_even is not None
         at = p.break_even.candidates
-        self.item(
+        self.to.item(
             {
                 "always": "2 is faster at every number measured.",
                 "measured": f"2 is faster from {at} candidates on.",
@@ -139,40 +157,43 @@ class _Printer(Printer):
         lines = [(k, m.line) for k, m in enumerate(self.profile.models, 1) if m.line is not None]
         if not lines:
             return
-        self.title("Fitted cost of a request")
+        self.to.title("Fitted cost of a request")
         for k, line in lines:
+            once = f"{duration(line.once)} once + " if line.once else "no cost once that can be told, "
             bent = ""
             if line.knee is not None:
                 bent = f" up to {line.knee} candidates, {duration(line.beyond)} beyond"
-            self.item(
-                f"{duration(line.once)} once + {duration(line.each)} per candidate{bent} (misses a median by "
-                f"{percent(line.error)} at most)",
+            self.to.item(
+                f"{once}{duration(line.each)} per candidate{bent} (misses a median by {percent(line.error)} at most)",
                 f"{k}: " if len(lines) > 1 else "",
             )
+        measured = [point.candidates for point in self.profile.points]
+        if fitted(measured) != measured:
+            self.to.item("N = 1 is left out of the fit: a product with one row runs another kernel")
 
     def where(self, candidates: int, verbose: bool) -> None:
         found = [next(k for k in m.kernels if k.candidates == candidates) for m in self.profile.models]
-        self.title(f"Where the time goes at N = {candidates}, by onnxruntime's profiler")
+        self.to.title(f"Where the time goes at N = {candidates}, by onnxruntime's profiler")
         for m, kernels in zip(self.profile.models, found, strict=True):
             if len(found) > 1:
-                self.line(m.source, 0)
+                self.to.line(m.source, 0)
             self.shares(kernels, m, verbose)
 
     def shares(self, kernels: Kernels, model: ModelProfile, verbose: bool) -> None:
-        table = self.table(["", "kernels", "time", "share", ""], (0, 4))
+        table = self.to.table(["", "kernels", "time", "share", ""], (0, 4))
 
         def rows(shares: Sequence[Share], names: dict[str, str] | None = None) -> None:
             shown = shares if verbose else shares[:_MOST_ROWS]
             for s in shown:
                 part = s.seconds / kernels.seconds if kernels.seconds else 0.0
                 cells = [(names or {}).get(s.name, s.name), str(s.kernels), duration(s.seconds), percent(part)]
-                table.add_row(*map(self.text, cells), self.text(self.bar(part, _BAR), "cyan"))
+                table.add_row(*map(self.to.text, cells), self.to.text(self.to.bar(part, _BAR), "cyan"))
             rest = shares[len(shown) :]
             if rest:
                 spent = sum(s.seconds for s in rest)
                 many, part = sum(s.kernels for s in rest), spent / kernels.seconds
                 cells = [f"{len(rest)} others", str(many), duration(spent), percent(part)]
-                table.add_row(*map(self.text, cells), self.text(self.bar(part, _BAR), "cyan"))
+                table.add_row(*map(self.to.text, cells), self.to.text(self.to.bar(part, _BAR), "cyan"))
             table.add_section()
 
         rows(kernels.levels, LEVELS)
@@ -182,25 +203,25 @@ class _Printer(Printer):
             rows(kernels.rules, {s.name: names.get(s.name, f"rule {s.name}") for s in kernels.rules})
         if len(kernels.providers) > 1 or self.profile.provider != "cpu":
             rows(kernels.providers)
-        self.console.print(table)
+        self.to.show(table)
         between = kernels.session - kernels.seconds
         extra = [f"kernels {duration(kernels.seconds)}, between them {duration(max(between, 0.0))}"]
         if kernels.copies.kernels:
             extra.append(f"{count(kernels.copies.kernels, 'copy kernel')} {duration(kernels.copies.seconds)}")
         if kernels.device is not None:
             extra.append(f"on the device {duration(kernels.device)}")
-        self.item(", ".join(extra))
+        self.to.item(", ".join(extra))
         for k in kernels.longest if verbose else ():
-            self.line(f"{duration(k.seconds):>9}  {k.op} {k.name} ({k.level}, {k.rule})", 4)
+            self.to.line(f"{duration(k.seconds):>9}  {k.op} {k.name} ({k.level}, {k.rule})", 4)
 
     def memory(self) -> None:
         found = [(k, m.memory) for k, m in enumerate(self.profile.models, 1) if m.memory is not None]
         if not found:
             return
-        self.title("Resident memory of a process that runs the model")
+        self.to.title("Resident memory of a process that runs the model")
         for k, m in found:
             lead = f"{k}: " if len(self.profile.models) > 1 else ""
-            self.item(
+            self.to.item(
                 f"{human(m.peak - m.start, 'B')} above an empty process at the peak, of which "
                 f"{human(m.loaded - m.start, 'B')} for the loaded model (N = {m.candidates})",
                 lead,

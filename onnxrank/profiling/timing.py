@@ -135,6 +135,12 @@ def point(candidates: int, rounds: Rounds, copies: Sequence[float | None]) -> Po
     return Point(candidates, tuple(times), speedup, rounds.settled)
 
 
+def fitted(candidates: Sequence[int]) -> list[int]:
+    """The numbers of candidates that a line is fitted to: all but 1, where there are three others."""
+    several = [n for n in candidates if n > 1]
+    return several if len(several) >= 3 else list(candidates)
+
+
 def fit(candidates: Sequence[int], seconds: Sequence[float]) -> Line | None:
     """Fits costs to times: least squares of relative errors, no cost negative.
 
@@ -148,8 +154,8 @@ def fit(candidates: Sequence[int], seconds: Sequence[float]) -> Line | None:
     n, t = np.array(candidates, np.float64), np.array(seconds, np.float64)
     if len(n) < 2:
         return None
-    if (n > 1).sum() >= 3:
-        n, t = n[n > 1], t[n > 1]
+    counted = np.isin(n, fitted(candidates))
+    n, t = n[counted], t[counted]
     best = _bent(n, t, None)
     if best.error > STRAIGHT and len(n) > 3:
         best = min([best, *(_bent(n, t, int(k)) for k in n[1:-1])], key=lambda line: line.error)

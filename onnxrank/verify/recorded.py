@@ -160,6 +160,10 @@ def read_archive(path: Path) -> dict[str, NDArray[Any]]:
         UsageError: It is none.
     """
     try:
+        with path.open("rb") as file:
+            magic = file.read(6)
+        if not magic.startswith((b"\x93NUMPY", b"PK")):
+            raise UsageError(f"{path} is no .npz file; numpy.savez(path, name=array, ...) writes one.")
         data = np.load(path, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise UsageError(f"{path} holds a single array; an .npz file with an array per input is needed.")
@@ -168,7 +172,7 @@ def read_archive(path: Path) -> dict[str, NDArray[Any]]:
     except OSError as e:
         raise UsageError(f"The recorded requests {path} cannot be read: {e.strerror or e}.") from e
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        text = " ".join(str(e).split())[:200]
+        text = "an array holds Python objects" if "allow_pickle" in str(e) else " ".join(str(e).split())[:200]
         raise UsageError(f"The recorded requests {path} are not an .npz file of plain arrays: {text}.") from e
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import math
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,11 @@ import pytest
 from rich.console import Console
 
 from onnxrank.errors import EnvironmentProblem, UsageError
-from onnxrank.render import (
-    check_target,
-    human,
-    parse_target,
-    percent,
-    print_report,
-    printable,
-    to_json,
-    to_text,
-    write_report,
-)
+from onnxrank.formats import INSPECT, OPTIMIZE, PROFILE, VERIFY, Kind, Style
+from onnxrank.render import print_report, to_markdown, to_text
 from onnxrank.report import Comparison, LevelCost, Prediction, Report, RuleUse
 from onnxrank.rewrite import Refusal
+from onnxrank.writers import human, percent, printable, to_json
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "onnxrank" / "optimize.schema.json").read_text())
 
@@ -170,6 +164,17 @@ def test_nothing_applied() -> None:
     assert text.endswith("No model was written.\nNothing applied: the output would be the input's own bytes.\n")
 
 
+def test_a_rule_that_adds_products() -> None:
+    text = rendered(report(rules=[RuleUse("fc", 1, -81_234_567, ("/a",))]))
+    assert "81.2M MACs more, which makes room for other rules (10 %)" in " ".join(text.split())
+    assert "-81" not in text
+
+
+def test_no_table_of_nothing() -> None:
+    text = rendered(report(changed=False, rules=[], before={}, after={}, checks=[], predictions=[], refusals=[]))
+    assert "nodes" not in text and "total" not in text and text.endswith("own bytes.\n")
+
+
 def test_bare() -> None:
     bare = Report("0.1.0", None, "0" * 64, "same", (1, 1), {"inputs": []})
     assert "model in memory" in rendered(bare)
@@ -285,7 +290,7 @@ def test_json_has_no_nan() -> None:
     [
         ("r.json", ("json", "r.json")),
         ("a/r.TXT", ("text", "a/r.TXT")),
-        ("r.md", ("text", "r.md")),
+        ("r.md", ("markdown", "r.md")),
         ("json:r.out", ("json", "r.out")),
         ("TEXT:r.json", ("text", "r.json")),
         ("json:-", ("json", "-")),
@@ -294,13 +299,13 @@ def test_json_has_no_nan() -> None:
     ],
 )
 def test_parse_target(target: str, parsed: tuple[str, str]) -> None:
-    assert parse_target(target) == parsed
+    assert OPTIMIZE.parse(target) == parsed
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("xml:r.xml", "format 'xml' is unknown; it must be json or text"),
+        ("xml:r.xml", "format 'xml' is unknown; it must be json, text or markdown"),
         ("r.xml", "cannot be told from the file's ending"),
         ("r", "cannot be told"),
         ("-", "cannot be told"),
@@ -310,7 +315,7 @@ def test_parse_target(target: str, parsed: tuple[str, str]) -> None:
 )
 def test_parse_target_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, words: str) -> None:
     monkeypatch.chdir(tmp_path)
-    for step in (parse_target, check_target, lambda t: write_report(report(), t)):
+    for step in (OPTIMIZE.parse, lambda t: OPTIMIZE.check([t]), lambda t: OPTIMIZE.write(report(), [t])):
         with pytest.raises(UsageError, match=words):
             step(target)
     assert not list(tmp_path.iterdir())
@@ -318,20 +323,20 @@ def test_parse_target_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
 
 def test_write_files(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("old")
-    write_report(report(), str(tmp_path / "r.json"))
-    write_report(report(), f"text:{tmp_path / 'r.out'}", explain=True)
+    OPTIMIZE.write(report(), [str(tmp_path / "r.json")])
+    OPTIMIZE.write(report(), [f"text:{tmp_path / 'r.out'}"], Style(explain=True))
     assert (tmp_path / "r.json").read_text() == to_json(report())
-    assert (tmp_path / "r.out").read_text(encoding="utf-8") == to_text(report(), explain=True)
+    assert (tmp_path / "r.out").read_text(encoding="utf-8") == to_text(report(), Style(explain=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.out"]
 
 
 def test_text_has_no_trailing_blanks() -> None:
-    assert all(line == line.rstrip() for line in to_text(report(), True, True).splitlines())
+    assert all(line == line.rstrip() for line in to_text(report(), Style(explain=True, verbose=True)).splitlines())
 
 
 @pytest.mark.parametrize("kind", ["json", "text"])
 def test_write_stdout(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    write_report(report(), f"{kind}:-")
+    OPTIMIZE.write(report(), [f"{kind}:-"])
     assert capsys.readouterr().out == (to_json(report()) if kind == "json" else to_text(report()))
 
 
@@ -340,15 +345,15 @@ def test_write_a_pipe(tmp_path: Path) -> None:
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
     reader.start()
-    check_target(f"json:{tmp_path / 'pipe'}")
-    write_report(report(), f"json:{tmp_path / 'pipe'}")
+    OPTIMIZE.check([f"json:{tmp_path / 'pipe'}"])
+    OPTIMIZE.write(report(), [f"json:{tmp_path / 'pipe'}"])
     reader.join(10)
     assert read == [to_json(report())]
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_write_nowhere(tmp_path: Path) -> None:
-    for step in (check_target, lambda t: write_report(report(), t)):
+    for step in (lambda t: OPTIMIZE.check([t]), lambda t: OPTIMIZE.write(report(), [t])):
         with pytest.raises(UsageError, match="does not exist"):
             step(f"json:{tmp_path / 'none' / 'r.json'}")
         with pytest.raises(UsageError, match="is a folder"):
@@ -362,7 +367,7 @@ def test_write_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentProblem, match="no space"):
-        write_report(report(), str(tmp_path / "r.json"))
+        OPTIMIZE.write(report(), [str(tmp_path / "r.json")])
     assert not list(tmp_path.iterdir())
 
 
@@ -371,5 +376,41 @@ def test_a_report_must_not_replace_the_model(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(model)
     for target in (f"json:{model}", f"text:{tmp_path / 'link'}"):
         with pytest.raises(UsageError, match="would replace the model"):
-            check_target(target, [model])
-    check_target(f"json:{tmp_path / 'other'}", [model])
+            OPTIMIZE.check([target], [model])
+    OPTIMIZE.check([f"json:{tmp_path / 'other'}"], [model])
+
+
+# --- every kind ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [OPTIMIZE, INSPECT, PROFILE, VERIFY])
+def test_every_format_has_its_function(kind: Kind) -> None:
+    for place in (kind.shower, *(f.make for f in kind.formats)):
+        module, name = place.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    endings = [e for f in kind.formats for e in f.endings]
+    assert len(endings) == len(set(endings)) and len(kind.names) == len(set(kind.names))
+
+
+@pytest.mark.parametrize("kind", [OPTIMIZE, INSPECT, PROFILE, VERIFY])
+def test_md_is_markdown(kind: Kind) -> None:
+    assert kind.parse("report.md") == ("markdown", "report.md")
+    assert kind.parse("report.txt") == ("text", "report.txt")
+
+
+def test_markdown() -> None:
+    text = to_markdown(report(), Style(explain=True))
+    assert "\n| level | nodes | parameters | MACs | bytes |\n| --- | --: | --: | --: | --: |\n" in text
+    assert "\n| total | 1234 → 2302 |" in text
+    assert "\n### Rules\n\n- fc 3 sites, 640M MACs saved (79 %)\n" in text
+    assert "\n- 3 × broadcast: Custom mixes rows\n  - `Custom /tower/layers.0/" in text
+    assert text.endswith("\n**3 × fc, 1 × norm: 79 % of MACs are now once per request or gone.**\n")
+
+
+def test_markdown_of_hostile_names() -> None:
+    evil = "a|b`c\n<img src=x>*_[x](y)\x1b"
+    text = to_markdown(report(notes=[evil], refusals=[Refusal("fc", evil, "Op", evil)]), Style(explain=True))
+    assert "\x1b" not in text
+    outside = re.sub("`[^`]*`", "", text.replace("\\`", ""))
+    assert outside.count("img src=x") == 2
+    assert "<img" not in outside.replace("\\<", "") and "[x]" not in outside

@@ -20,6 +20,7 @@ from onnxrank.roles import (
     InputRole,
     Roles,
     ValueRange,
+    check_positions,
     format_ranges,
     infer,
     load_spec,
@@ -575,3 +576,48 @@ def test_infer_unusable_model() -> None:
         infer([info("x", 4, 2)], {"x": np.zeros((4, 2))})
     with pytest.raises(ModelError, match="static batch"):
         infer([info("x", 4, "L")], {"x": np.array([[1, 2], [1, 3], [1, 4], [1, 5]])})
+
+
+# --- axes without a fixed extent ---------------------------------------------------------------------------
+
+OPEN = [info("hist", "N", "L", dtype=TensorProto.INT64), info("item", "N", dtype=TensorProto.INT64)]
+
+
+def open_recording(shared: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Three requests of four candidates; histories of 20, of which so many columns are the request's."""
+    rng = np.random.default_rng(0)
+    hist = np.repeat(rng.integers(0, 100, (3, 20)), 4, axis=0)
+    hist[:, shared:] = rng.integers(0, 100, (12, 20 - shared))
+    return {"hist": hist, "item": rng.integers(5, 50, 12), "request_id": np.repeat(np.arange(3), 4)}
+
+
+def test_infer_with_a_symbolic_length() -> None:
+    """The ranges of one recording's columns say nothing of a history that is longer."""
+    data = open_recording(20)
+    roles, notes = infer(OPEN, data)
+    low, high = int(data["hist"].min()), int(data["hist"].max()) + 1
+    assert roles.inputs["hist"] == InputRole("hist", "request", 0, ranges=(ValueRange(low, high),))
+    assert notes[0] == f"hist: request-level (constant within each of 3 requests); values in [{low}, {high})"
+
+
+def test_infer_columns_of_a_symbolic_axis_do_not_count() -> None:
+    data = open_recording(10) | {"user": np.repeat(np.arange(3), 4)}
+    roles, notes = infer([*OPEN, info("user", "N", dtype=TensorProto.INT64)], data)
+    assert levels(roles) == {"hist": "candidate", "item": "candidate", "user": "request"}
+    assert "axis 1 has no fixed extent, so that the constant columns 0:10 do not count" in notes[0]
+
+
+@pytest.mark.parametrize("hist", [info("hist", "N", "L"), info("hist", "N", None), info("hist", 1, "L")])
+def test_ranges_of_positions_on_an_open_axis(hist: InputInfo) -> None:
+    role = resolve(
+        [hist, OPEN[1]], spec={"inputs": {"hist": {"level": "request", "ranges": {"0:50": [0, 100]}}}}
+    ).inputs["hist"]
+    with pytest.raises(UsageError, match=r"Axis 1 of input 'hist'.*range: .low, high."):
+        check_positions(hist, role)
+    check_positions(info("hist", "N", 50), role)
+
+
+def test_request_positions_on_an_open_axis() -> None:
+    role = resolve(OPEN, request=["hist[0:3]"]).inputs["hist"]
+    with pytest.raises(UsageError, match=r"cannot have request-level positions \(0:3\)"):
+        check_positions(OPEN[0], role)

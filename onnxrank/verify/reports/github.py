@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from onnxrank.render import printable
 from onnxrank.verify.report import Report
 from onnxrank.verify.reports import common
+from onnxrank.writers import printable
 
 _LEVELS = {"error": "error", "warning": "warning", "note": "notice"}
 

@@ -9,8 +9,8 @@ import datetime
 import platform
 from xml.etree import ElementTree as ET
 
-from onnxrank.render import printable
 from onnxrank.verify.report import TITLES, VERDICTS, Finding, Report
+from onnxrank.writers import printable
 
 
 def to_xml(report: Report) -> str:

@@ -8,8 +8,8 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
-from onnxrank.render import dumps, printable
 from onnxrank.verify.report import TITLES, Finding, Report
+from onnxrank.writers import dumps, printable
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _HELP = "Each verdict answers one question; the report of onnxrank verify says which inputs show the difference."

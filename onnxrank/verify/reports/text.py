@@ -7,27 +7,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxrank.render import as_text, printable
+from onnxrank.formats import PLAIN, Style
 from onnxrank.verify.report import Report
 from onnxrank.verify.reports import common
+from onnxrank.writers import as_text, printable
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 _MOST_FINDINGS = 12
 
 
-def to_text(report: Report, verbose: bool = False, encoding: str = "utf-8") -> str:
-    """The report as plain text that the encoding takes."""
-    return as_text(lambda console: show(report, console, verbose), encoding)
+def to_text(report: Report, style: Style = PLAIN) -> str:
+    """The report as plain text that the style's encoding takes."""
+    return as_text(lambda console: show(report, console, style), style.encoding)
 
 
-def show(report: Report, console: Console, verbose: bool = False) -> None:
+def show(report: Report, console: Console, style: Style = PLAIN) -> None:
     """Prints a report: what was compared, a table of verdicts, distances, findings, and the verdict.
 
     Args:
         report: The report.
         console: Where to; only ASCII is used where its encoding is not a Unicode one.
-        verbose: Whether to print every comparison and finding.
+        style: Whether to print every comparison and finding.
     """
+    verbose = style.verbose
 
     def say(text: str, style: str = "", indent: int = 0) -> None:
         console.print(Text(" " * indent + printable(text, console.encoding), style), soft_wrap=True)

@@ -19,12 +19,13 @@ from onnx import helper
 
 from onnxrank import cli, optimize
 from onnxrank.errors import UsageError
+from onnxrank.formats import INSPECT
 from onnxrank.inspection.engine import dims_text, explain, inspect
-from onnxrank.inspection.render import FORMATS, print_explanation, print_inspection
+from onnxrank.inspection.render import print_explanation, print_inspection
 from onnxrank.inspection.report import Inspection
-from onnxrank.render import as_text, to_json
 from onnxrank.roles import load_spec
 from onnxrank.scopes import scope_of
+from onnxrank.writers import as_text, to_json
 
 ROOT = Path(__file__).resolve().parents[3]
 MODELS = ROOT / "models" / "onnx"
@@ -321,7 +322,7 @@ def test_explanation_on_a_terminal(encoding: str) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, spec = str(MODELS / "dlrm.torchscript.onnx"), str(roles("dlrm"))
-    targets = [f"--report={form}:{tmp_path / ('i.' + form)}" for form in FORMATS]
+    targets = [f"--report={form}:{tmp_path / ('i.' + form)}" for form in INSPECT.names]
     assert cli.main(["inspect", model, "--roles", spec, "--candidates", "64..4096", *targets]) == 0
     assert "optimize would save" in capsys.readouterr().out
     assert json.loads((tmp_path / "i.json").read_text())["candidates"] == [64, 4096]

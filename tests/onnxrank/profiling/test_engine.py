@@ -19,13 +19,14 @@ import onnxrank
 from onnxrank import cli, runtime
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
+from onnxrank.formats import PROFILE
 from onnxrank.pages import asset
 from onnxrank.profiling.engine import profile
-from onnxrank.profiling.render import FORMATS, print_profile, to_csv
+from onnxrank.profiling.render import print_profile, to_csv
 from onnxrank.profiling.report import Profile
 from onnxrank.profiling.sessions import Runner, Target, open_session
-from onnxrank.render import as_text, to_json
 from onnxrank.roles import load_spec
+from onnxrank.writers import as_text, to_json
 
 ROOT = Path(__file__).resolve().parents[3]
 MODELS = ROOT / "models" / "onnx"
@@ -303,7 +304,7 @@ def test_a_request_that_does_not_run() -> None:
 
 
 def test_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    targets = [f"--report={form}:{tmp_path / ('p.' + form)}" for form in FORMATS]
+    targets = [f"--report={form}:{tmp_path / ('p.' + form)}" for form in PROFILE.names]
     args = ["profile", *map(str, pair), "--candidates", "24,2", "--seconds", "0.001", "--no-memory", "--threads", "2"]
     assert cli.main([*args, *targets, "--io-binding", "--trace", str(tmp_path / "t.json")]) == 0
     out = capsys.readouterr().out
@@ -325,7 +326,7 @@ def test_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
         (["--candidates", "0"], "comma list"),
         (["--seconds", "0"], "0"),
         (["--ep", "tpu"], "tpu"),
-        (["--report", "xml:x"], "html, json, csv or text"),
+        (["--report", "xml:x"], "html, json, csv, text or markdown"),
         (["--cuda-graph"], "CUDA graphs need"),
         (["--infer-roles", "a.npz", "--request", "u*"], "exclude"),
     ],

@@ -12,6 +12,7 @@ from helpers import rewritten
 from mutants import FOLDER
 
 from onnxrank import cli
+from onnxrank.cli import output
 
 ORIGINAL = FOLDER / "mmoe.torchscript.onnx"
 
@@ -120,7 +121,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_of_recorded_requests() -> None:
     """A bar where the total is known, a count where it is not."""
     shown: list[str] = []
-    steps = cli._Steps(shown.append)
+    steps = output.Steps(shown.append)
     steps("recorded requests")
     steps.advance(50, 200)
     steps.advance(200, 200)

@@ -19,7 +19,8 @@ from mutants import FOLDER, pair
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import cli
-from onnxrank.verify import reports, verify
+from onnxrank.formats import VERIFY
+from onnxrank.verify import verify
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = ["--candidates", "0,1,3", "--seeds", "1", "--timeout", "20", "--memory", "4"]
@@ -78,8 +79,8 @@ def test_control_characters() -> None:
     )
     found = verify(names_of_every_kind(), wrong)
     assert not found.passed
-    for form in reports.FORMATS:
-        text = reports.render(found, form)
+    for form in VERIFY.names:
+        text = VERIFY.render(found, form)
         assert "\x1b" not in text and "\x07" not in text and "\r" not in text, form
         assert not any(line.startswith("::error::<") for line in text.splitlines())
 

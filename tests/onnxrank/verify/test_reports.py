@@ -16,9 +16,9 @@ import xmlschema
 from mutants import MUTANTS, pair
 
 import onnxrank
-from onnxrank import render
 from onnxrank.errors import UsageError
-from onnxrank.verify import Finding, Options, Report, reports, verify
+from onnxrank.formats import OPTIMIZE, VERIFY, Style
+from onnxrank.verify import Finding, Options, Report, verify
 from onnxrank.verify.report import Culprit
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -68,14 +68,14 @@ def test_states() -> None:
 def test_json(report: Any) -> None:
     schema = json.loads((Path(onnxrank.__file__).parent / "verify.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
-    text = reports.render(report(), "json")
+    text = VERIFY.render(report(), "json")
     jsonschema.validate(json.loads(text, parse_constant=lambda c: pytest.fail(c)), schema)
 
 
 def test_schema_is_complete() -> None:
     """Every field is described, and none that is not there."""
     schema = json.loads((Path(onnxrank.__file__).parent / "verify.schema.json").read_text())
-    made = json.loads(reports.render(failing(), "json"))
+    made = json.loads(VERIFY.render(failing(), "json"))
     assert set(made) == set(schema["properties"])
     for part, name in (
         ("cases", "case"),
@@ -89,14 +89,14 @@ def test_schema_is_complete() -> None:
 @every
 @pytest.mark.parametrize("schema", ["junit-ant.xsd", "junit-jenkins.xsd"])
 def test_junit(report: Any, schema: str) -> None:
-    text = reports.render(report(), "junit").encode("utf-8", "strict")
+    text = VERIFY.render(report(), "junit").encode("utf-8", "strict")
     xmlschema.XMLSchema(DATA / schema).validate(ET.ElementTree(ET.fromstring(text)))
 
 
 def test_junit_has_a_case_for_each() -> None:
     """Per provider, level, N, seed and output; the counts are right."""
     report = failing()
-    root = ET.fromstring(reports.render(report, "junit"))
+    root = ET.fromstring(VERIFY.render(report, "junit"))
     for suite in root:
         assert int(suite.get("tests", "")) == len(suite.findall("testcase"))
         assert int(suite.get("failures", "")) == len(suite.findall("testcase/failure"))
@@ -109,7 +109,7 @@ def test_junit_has_a_case_for_each() -> None:
 @every
 def test_sarif(report: Any) -> None:
     schema = json.loads((DATA / "sarif-2.1.0-used.schema.json").read_text())
-    found = json.loads(reports.render(report(), "sarif"))
+    found = json.loads(VERIFY.render(report(), "sarif"))
     jsonschema.Draft4Validator(schema, format_checker=jsonschema.FormatChecker()).validate(found)
     (run,) = found["runs"]
     rules = [r["id"] for r in run["tool"]["driver"]["rules"]]
@@ -121,7 +121,7 @@ def test_sarif(report: Any) -> None:
 
 @every
 def test_markdown(report: Any) -> None:
-    text = reports.render(report(), "markdown")
+    text = VERIFY.render(report(), "markdown")
     text.encode()
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(table) == 7
@@ -132,7 +132,7 @@ def test_markdown(report: Any) -> None:
 @every
 def test_github(report: Any) -> None:
     """One command per line; nothing in a name ends a property or starts a command."""
-    text = reports.render(report(), "github")
+    text = VERIFY.render(report(), "github")
     for line in text.splitlines():
         match = re.fullmatch(r"::(error|warning|notice) (?:file=([^,:]*),)?title=([^,:]*)::(.*)", line)
         assert match, line
@@ -144,7 +144,7 @@ def test_github(report: Any) -> None:
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_text(report: Any, verbose: bool, encoding: str) -> None:
-    text = reports.render(report(), "text", verbose, encoding)
+    text = VERIFY.render(report(), "text", Style(verbose=verbose, encoding=encoding))
     text.encode(encoding)
     last = text.splitlines()[-1]
     assert last.startswith("PASSED" if report().passed else "FAILED")
@@ -153,17 +153,17 @@ def test_text(report: Any, verbose: bool, encoding: str) -> None:
 
 
 def test_targets(tmp_path: Path) -> None:
-    assert reports.target_of("github") == ("github", "-")
-    assert reports.target_of("a/verify.xml") == ("junit", "a/verify.xml")
-    assert reports.target_of("x.sarif") == ("sarif", "x.sarif")
-    assert reports.target_of("x.md") == ("markdown", "x.md")
-    assert reports.target_of("junit:results") == ("junit", "results")
-    assert render.parse_target("x.md") == ("text", "x.md")
+    assert VERIFY.parse("github") == ("github", "-")
+    assert VERIFY.parse("a/verify.xml") == ("junit", "a/verify.xml")
+    assert VERIFY.parse("x.sarif") == ("sarif", "x.sarif")
+    assert VERIFY.parse("x.md") == ("markdown", "x.md")
+    assert VERIFY.parse("junit:results") == ("junit", "results")
+    assert OPTIMIZE.parse("x.md") == ("markdown", "x.md")
     for bad in ("x.unknown", "pdf:x", "junit:", ""):
         with pytest.raises(UsageError, match="--report"):
-            reports.target_of(bad)
+            VERIFY.parse(bad)
     with pytest.raises(UsageError, match="replace the model"):
-        reports.check_target(f"json:{tmp_path}/m.onnx", [tmp_path / "m.onnx"])
+        VERIFY.check([f"json:{tmp_path}/m.onnx"], [tmp_path / "m.onnx"])
 
 
 def test_finding_once() -> None:

@@ -1,0 +1,98 @@
+"""`onnxrank optimize`."""
+
+from __future__ import annotations
+
+import click
+
+from onnxrank.cli.options import (
+    OUTPUT_OPTIONS,
+    REWRITE_OPTIONS,
+    ROLE_OPTIONS,
+    begin,
+    given_roles,
+    report_option,
+    with_options,
+)
+from onnxrank.cli.output import show_progress, show_report
+from onnxrank.errors import CheckFailed, NothingApplied
+from onnxrank.formats import OPTIMIZE, Style
+
+
+@click.command(short_help="Compute once per request what does not depend on the candidate.")
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", required=False)
+@with_options(ROLE_OPTIONS, REWRITE_OPTIONS)
+@click.option(
+    "--no-guard",
+    is_flag=True,
+    help="With --interface same: do not turn scores into NaN where request-level rows differ.",
+)
+@report_option(OPTIMIZE)
+@click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
+@click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
+@click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
+@click.option("--require-change", is_flag=True, help="Exit with 5 and write no model if nothing applied.")
+@with_options(OUTPUT_OPTIONS)
+@click.pass_context
+def optimize(
+    ctx: click.Context,
+    source: str,
+    out: str | None,
+    request: tuple[str, ...],
+    roles: str | None,
+    infer_roles: str | None,
+    interface: str,
+    no_guard: bool,
+    candidates: int | tuple[int, int],
+    select: list[str] | None,
+    ignore: list[str] | None,
+    rules: tuple[str, ...],
+    report: tuple[str, ...],
+    explain: bool,
+    dry_run: bool,
+    no_check: bool,
+    require_change: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Compute once per request what does not depend on the candidate.
+
+    Reads the ranking model IN, rewrites it, compares the result with the original and writes it to OUT, which may be IN
+    itself. If nothing applies, OUT gets IN's own bytes. If anything fails, no file is written.
+    """
+    begin(ctx, quiet, verbose)
+    if out is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).", ctx)
+
+    from onnxrank import optimize as run
+    from onnxrank.model import check_output
+
+    OPTIMIZE.check(report, [source, *([out] if out is not None else [])])
+    style = Style(explain=explain, verbose=verbose)
+    if out is not None and not dry_run:
+        check_output(out)
+    given = given_roles(ctx, request, roles, infer_roles)
+    with show_progress(quiet, verbose) as progress:
+        try:
+            result = run(
+                source,
+                **given,
+                interface=interface,
+                guard=not no_guard,
+                candidates=candidates,
+                select=select,
+                ignore=ignore or (),
+                extra_rules=rules,
+                check=not no_check,
+                progress=progress,
+            )
+        except CheckFailed as e:
+            if e.report is not None:
+                OPTIMIZE.write(e.report, report, style)
+            raise
+        refused = require_change and not result.changed
+        if out is not None and not dry_run and not refused:
+            result.save(out)
+    show_report(OPTIMIZE, result.report, style, quiet, report)
+    if refused:
+        raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")

@@ -1,0 +1,166 @@
+"""Options that several commands have, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from onnxrank.formats import Kind, either
+
+
+def _span(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, int]:
+    """Reads `512` or `64..2048`."""
+    match = re.fullmatch(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is neither a number nor a range such as 64..2048.", ctx, param)
+    low = int(match[1])
+    high = low if match[2] is None else int(match[2])
+    if low < 1 or high < low:
+        raise click.BadParameter(f"{value!r} starts below 1, or goes down.", ctx, param)
+    return low if match[2] is None else (low, high)
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
+    """Reads comma lists; None if there is none."""
+    return [name for part in value for item in part.split(",") if (name := item.strip())] if value else None
+
+
+def parse_numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    """Reads `1,32,512`."""
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value) or 0 in map(int, value.split(",")):
+        raise click.BadParameter(f"{value!r} is not a comma list of numbers of at least 1.", ctx, param)
+    return sorted({int(n) for n in value.split(",")})
+
+
+def parse_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Reads `0,1,2,17,512`."""
+    if value is None:
+        return None
+    parts = [p.strip() for p in value.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,6}", p) for p in parts):
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,1,2,17,512.", ctx, param)
+    return tuple(int(p) for p in parts)
+
+
+def parse_providers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """Reads `cpu,cuda`."""
+    names = tuple(dict.fromkeys(p.strip().lower() for p in value.split(",")))
+    if not set(names) <= {"cpu", "cuda"}:
+        raise click.BadParameter(f"{value!r} is not cpu, cuda or both with a comma.", ctx, param)
+    return names
+
+
+def parse_limits(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str | None, float]:
+    """Reads `[OUTPUT:]VALUE`; an output's name may hold colons itself."""
+    found: dict[str | None, float] = {}
+    for text in value:
+        output, _, number = text.rpartition(":")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = -1.0
+        if not 0 <= limit < float("inf"):
+            raise click.BadParameter(f"{text!r} is not [OUTPUT:]VALUE with a value of 0 or more.", ctx, param)
+        found[output or None] = limit
+    return found
+
+
+ROLE_OPTIONS = (
+    click.option(
+        "--request",
+        multiple=True,
+        metavar="PATTERN",
+        help="Inputs that are the same for all candidates of a request: a name, a glob such as 'user_*', or columns "
+        "such as 'X[0:13,20]' (half-open ranges). Repeatable.",
+    ),
+    click.option("--roles", metavar="FILE", help="The same, with value ranges and axes, as YAML or JSON."),
+    click.option(
+        "--infer-roles",
+        metavar="DATA.npz",
+        help="Recorded requests: an array per input, and request_id. Instead of roles.",
+    ),
+)
+REWRITE_OPTIONS = (
+    click.option(
+        "--interface",
+        type=click.Choice(["request", "same"]),
+        default="request",
+        show_default=True,
+        help="request: request-level inputs take one row. same: the signature does not change.",
+    ),
+    click.option(
+        "--candidates",
+        callback=_span,
+        default="512",
+        show_default=True,
+        metavar="N|LOW..HIGH",
+        help="Expected number of candidates per request, or its range.",
+    ),
+    click.option(
+        "--select", callback=_names, multiple=True, metavar="RULES", help="Use only these: a comma list, or repeated."
+    ),
+    click.option(
+        "--ignore", callback=_names, multiple=True, metavar="RULES", help="Leave these out: a comma list, or repeated."
+    ),
+    click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable."),
+)
+OUTPUT_OPTIONS = (
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Print more, every step, and tracebacks of internal errors."),
+)
+
+
+def with_options(*groups: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds options that several commands have, in order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
+
+
+def report_option(kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Where reports go, for a command that makes this kind."""
+    alone = "".join(f" {f.name} alone prints to stdout." for f in kind.formats if f.alone)
+    return click.option(
+        "--report",
+        multiple=True,
+        metavar="[FORMAT:]FILE",
+        help=f"Write the report as {either(kind.names)}; the file's ending tells which if FORMAT is left out; - is "
+        f"stdout.{alone} Repeatable.",
+    )
+
+
+def given_roles(
+    ctx: click.Context, request: tuple[str, ...], roles: str | None, infer_roles: str | None
+) -> dict[str, Any]:
+    """What the role options say, as arguments of the library's functions."""
+    from onnxrank.roles import load_spec
+
+    if infer_roles is not None and (request or roles is not None):
+        raise click.UsageError("--infer-roles finds the roles itself, so --request and --roles exclude it.", ctx)
+    return {
+        "request": request,
+        "spec": None if roles is None else load_spec(roles),
+        "infer_from": None if infer_roles is None else _read_npz(infer_roles),
+    }
+
+
+def _read_npz(path: str) -> dict[str, Any]:
+    from pathlib import Path
+
+    from onnxrank.verify.recorded import read_archive
+
+    return read_archive(Path(path))
+
+
+def begin(ctx: click.Context, quiet: bool, verbose: bool) -> None:
+    """What every command does first."""
+    ctx.find_root().obj = {"verbose": verbose}
+    if quiet and verbose:
+        raise click.UsageError("-q and -v exclude each other.", ctx)
