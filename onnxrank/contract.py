@@ -48,7 +48,7 @@ def is_done(contract: Mapping[str, Any], options: Options, described: Sequence[I
         "version": metadata.version("onnxrank"),
         "interface": options.interface,
         "candidates": list(options.span),
-        "offered": sorted({r.name for r in options.rules}),
+        "offered": list(options.names),
     }
     if any(contract.get(key) != value for key, value in mine.items()):
         return False

@@ -50,7 +50,7 @@ class Result:
         study: What is known of the original; None where its contract said all there was to do.
         form: How it was rewritten, or would have been; None where that was not tried.
         full: The form with all rules, whatever it costs: it knows most about levels.
-        plan: Every decision behind the new model; None where nothing was changed.
+        plan: Every decision behind the new model.
     """
 
     model: ModelProto
@@ -59,7 +59,7 @@ class Result:
     study: Study | None = None
     form: Form | None = None
     full: Form | None = None
-    plan: Plan | None = None
+    plan: Plan = field(kw_only=True)
 
     def __post_init__(self) -> None:
         for owner in (self.study, self.form, self.full):
@@ -171,6 +171,7 @@ class Options:
         guard: Whether unequal rows give NaN.
         span: Expected number of candidates, least and most.
         rules: The rules, in order of preference.
+        offered: Their names, as the caller allows them; those of `rules` if None.
         check: Whether the result is held against the original.
         strict: Whether a failing check is an error.
         tune: Seconds for timing.
@@ -184,6 +185,7 @@ class Options:
     guard: bool = True
     span: tuple[int, int] = (512, 512)
     rules: tuple[Rule, ...] = ()
+    offered: tuple[str, ...] | None = None
     check: bool = True
     strict: bool = False
     tune: float = 0.0
@@ -199,6 +201,11 @@ class Options:
         """Tells what is being done."""
         if self.progress is not None:
             self.progress(stage)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rules that are allowed, sorted."""
+        return tuple(sorted({r.name for r in self.rules})) if self.offered is None else self.offered
 
     @property
     def usual(self) -> int:
@@ -270,7 +277,7 @@ def left_alone(loaded: files.LoadedModel, options: Options, roles: Roles) -> Res
     """The result for a model that was optimised before: nothing to do."""
     report = new_report(loaded, options, roles)
     report.notes = ["the model's contract says that it was optimised before, for the same use"]
-    return Result(loaded.proto, report, loaded)
+    return Result(loaded.proto, report, loaded, plan=Job(loaded, roles, options).plan())
 
 
 def new_report(loaded: files.LoadedModel, options: Options, roles: Roles) -> Report:
@@ -314,6 +321,7 @@ class Job:
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
         self._fused: list[Site] = []
+        self._kept = False
 
     def studied(self) -> bool:
         """Measures the original; whether it can be rewritten at all."""
@@ -517,9 +525,9 @@ class Job:
     # --- reporting ---------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """Every decision behind the result."""
-        form = self.form
-        assert form is not None
+        """Every decision behind the result, as far as it has got."""
+        form = self.form if self.form is not None and self.form.changed and not self._kept else None
+        rules = () if form is None else (r.name for r in self.options.rules if form.choice.uses(r.name))
         return Plan(
             source_sha256=self.loaded.sha256,
             made_by=self.report.version,
@@ -527,8 +535,10 @@ class Job:
             guard=self.options.guard,
             candidates=self.options.span,
             roles=self.roles.to_dict(),
-            rules=tuple(dict.fromkeys(r.name for r in self.options.rules if form.choice.uses(r.name))),
-            sites=(*self._fused, *form.sites()),
+            offered=self.options.names,
+            rules=tuple(dict.fromkeys(rules)),
+            sites=() if form is None else (*self._fused, *form.sites()),
+            changed=form is not None,
             measured=self.measured,
         )
 
@@ -545,7 +555,7 @@ class Job:
             "candidates": list(self.options.span),
             "roles": self.roles.to_dict(),
             "rules": {r.name: r.sites for r in self._uses()},
-            "offered": sorted({r.name for r in self.options.rules}),
+            "offered": list(self.options.names),
             "plan": self.plan().stored(),
         }
         made.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
@@ -570,12 +580,13 @@ class Job:
         self.report.predictions = _predictions(
             _seconds(form.study.model, before), _seconds(form.model, shapes), self.measured
         )
-        return Result(made, self.report, self.loaded, self.study, form, self.full, self.plan())
+        return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
     def unchanged(self) -> Result:
         """The original, and the report of why it is that."""
-        self.report.changed = False
-        return Result(self.loaded.proto, self.report, self.loaded, self.study, self.form or self.full, self.full)
+        self.report.changed, self._kept = False, True
+        form = self.form or self.full
+        return Result(self.loaded.proto, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
 
 def _fit(sites: Iterable[Site], study: Study) -> None:
@@ -659,7 +670,13 @@ def replayed_options(
         raise UsageError(f"the plan uses the rule {missing[0]!r}, which is not there; name its file with --rules")
     rules = choose_rules(found.rules, (), extra_rules)
     return replace(
-        given, interface=found.interface, guard=found.guard, span=_span(found.candidates), rules=rules, strict=True
+        given,
+        interface=found.interface,
+        guard=found.guard,
+        span=_span(found.candidates),
+        rules=rules,
+        offered=found.offered,
+        strict=True,
     )
 
 
@@ -687,9 +704,10 @@ def replay(
     if any(told) and not same_roles(roles_of(loaded, *told)[0], roles):
         raise UsageError("the plan was made for other roles than those given: leave them out, or the plan")
     job = Job(loaded, roles, options)
-    if job.studied():
-        job.follow(found)
-        job.check()
+    if not job.studied() or not found.changed:
+        return job.unchanged()
+    job.follow(found)
+    job.check()
     return job.result()
 
 

@@ -117,8 +117,10 @@ class Plan:
         guard: Whether unequal rows give NaN, with `same`.
         candidates: Expected number of candidates, least and most.
         roles: The roles of the inputs.
-        rules: Names of the rules that could be applied, in order of preference.
+        offered: Names of the rules that the caller allowed.
+        rules: Names of those that could be applied, in order of preference.
         sites: Where they could be, in the order of the graph.
+        changed: Whether anything was applied; if not, the result is the original.
         measured: What timing the result gave, if it was timed.
     """
 
@@ -128,8 +130,10 @@ class Plan:
     guard: bool
     candidates: tuple[int, int]
     roles: Mapping[str, Any]
+    offered: tuple[str, ...]
     rules: tuple[str, ...]
     sites: tuple[Site, ...]
+    changed: bool = True
     measured: tuple[Measured, ...] = ()
 
     @property
@@ -154,10 +158,16 @@ class Plan:
             "guard": self.guard,
             "candidates": list(self.candidates),
             "roles": self.roles,
+            "offered": list(self.offered),
             "rules": list(self.rules),
+            "changed": self.changed,
             "measured": [vars(m) for m in self.measured],
             "sites": [_site_to_dict(s) for s in self.sites],
         }
+
+    def to_json(self) -> str:
+        """The JSON form as text."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, d: Any, where: str = "the plan") -> Plan:
@@ -178,7 +188,9 @@ class Plan:
                 guard=_as(bool, d["guard"]),
                 candidates=(_as(int, low), _as(int, high)),
                 roles=_as(dict, d["roles"]),
+                offered=tuple(_as(str, r) for r in _as(list, d["offered"])),
                 rules=tuple(_as(str, r) for r in _as(list, d["rules"])),
+                changed=_as(bool, d["changed"]),
                 measured=tuple(
                     Measured(_as(int, m["candidates"]), *(float(m[k]) for k in ("ratio", "low", "high")))
                     for m in _as(list, d.get("measured", []))
@@ -201,7 +213,7 @@ class Plan:
         """The form in a model's contract: what that does not say already, without what depends on a cost model."""
         sites = [replace(s, alternatives=()) for s in self.sites]
         full = replace(self, sites=tuple(sites)).to_dict()
-        return {k: full[k] for k in ("plan_version", "guard", "rules", "measured", "sites")}
+        return {k: full[k] for k in ("plan_version", "guard", "rules", "changed", "measured", "sites")}
 
     @classmethod
     def from_contract(cls, contract: Mapping[str, Any]) -> Plan:
@@ -212,7 +224,7 @@ class Plan:
         """
         if not isinstance(contract.get("plan"), dict):
             raise UsageError("the model's contract has no plan; it was written by an earlier version")
-        shared = {k: contract.get(k) for k in ("source_sha256", "interface", "candidates", "roles")}
+        shared = {k: contract.get(k) for k in ("source_sha256", "interface", "candidates", "roles", "offered")}
         return cls.from_dict({**contract["plan"], **shared, "made_by": contract.get("version")}, "the contract's plan")
 
 
