@@ -219,7 +219,7 @@ def test_what_is_put_off_and_fails(tmp_path: Path) -> None:
 
 def test_a_node_that_reads_nothing(tmp_path: Path) -> None:
     """A tensor that no node makes is met before the runtime is asked."""
-    model, result = optimised(REFUSED.replace('[name]', '["nobody makes this"]'), tmp_path)
+    model, result = optimised(REFUSED.replace("[name]", '["nobody makes this"]'), tmp_path)
     agree(model, result)
     (found,) = [r for r in result.report.refusals if r.rule == "refused"]
     assert found.node == "second" and "nothing makes" in found.reason
