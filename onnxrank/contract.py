@@ -110,7 +110,10 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
         ModelError: The contract's roles cannot be read, or do not fit the inputs.
     """
     before = Roles.from_dict(contract.get("roles", {})).inputs
-    divided = contract.get("interface") == "request"
+    interface = contract.get("interface")
+    if interface not in ("request", "same"):
+        raise ModelError(f"The stored interface {interface!r} is not known. Optimise the original model again.")
+    divided = interface == "request"
     out: dict[str, InputRole] = {}
     for info in described:
         stem, _, part = info.name.rpartition(".")

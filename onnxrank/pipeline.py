@@ -35,6 +35,8 @@ __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rule
 _LEAST_GAIN = 0.9
 """A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
+_MOST_ROUNDS = 2
+"""How many rules are left out for the sake of time before the model as a whole is left alone."""
 _MOST_RETREATS = 8
 """Sites that are left out, one after the other, before the model as a whole is left alone."""
 
@@ -322,6 +324,7 @@ class Job:
         self.measured: tuple[Measured, ...] = ()
         self._fused: list[Site] = []
         self._kept = False
+        self._without: frozenset[str] = frozenset()
 
     def studied(self) -> bool:
         """Measures the original; whether it can be rewritten at all."""
@@ -485,7 +488,7 @@ class Job:
         self.options.say("timing")
         race = self._race()
         try:
-            self.measured = self._timed(race, self.form, 0.5)
+            self.measured, self._without = self._timed(race, self.form, 0.5), self.form.choice.without
             if tune.faster(self.measured):
                 return
             self._slower(race, self.form)
@@ -493,23 +496,34 @@ class Job:
             self._give_up("tune", f"it could not be timed: {e}")
 
     def _slower(self, race: tune.Race, form: Form) -> None:
-        """Leaves out the rule without which the result is fastest; the model, where that is no help."""
-        reason = f"measured {tune.told(self.measured)}"
-        tried: list[tuple[float, str, Form, tuple[Measured, ...]]] = []
+        """Leaves out the rules without which the result is faster; the model, where that is no help."""
+        reason, best = f"measured {tune.told(self.measured)}", self.measured
+        for _ in range(_MOST_ROUNDS):
+            tried = self._without_each(race, form)
+            for _, other, times in tried:
+                self.form, self.measured = other, times
+                if tune.faster(times) and (not self.options.check or self._gated().passed):
+                    left = ", ".join(sorted(other.choice.without - self._without))
+                    note = f"left out, because it was not faster: {left} ({reason}; {tune.told(times)} without)"
+                    self.report.retreats += [Retreat(r, None, "tune", reason) for r in left.split(", ")]
+                    self.notes.append(note)
+                    self._take(other)
+                    return
+            if not tried or tried[0][2][0].ratio <= best[0].ratio:
+                break
+            _, form, best = tried[0]
+        self.measured = ()
+        self._give_up("tune", reason)
+
+    def _without_each(self, race: tune.Race, form: Form) -> list[tuple[str, Form, tuple[Measured, ...]]]:
+        """Times a form without each of its rules; the fastest first."""
         rules = [r for r in _suspects(form) if form.choice.uses(r)]
+        tried = []
         for rule in rules:
             other = form.leaving(form.choice.leaving(rules=[rule]))
             if other.changed:
-                times = self._timed(race, other, 0.5 / len(rules))
-                tried += [(times[0].ratio, rule, other, times)] if tune.faster(times) else []
-        for _, rule, other, times in sorted(tried, key=lambda t: -t[0]):
-            self.form, self.measured = other, times
-            if not self.options.check or self._gated().passed:
-                self.report.retreats.append(Retreat(rule, None, "tune", reason))
-                self.notes.append(f"rule {rule!r} was left out: {reason}; {tune.told(times)} without it")
-                self._take(other)
-                return
-        self._give_up("tune", reason)
+                tried.append((rule, other, self._timed(race, other, 0.5 / len(rules))))
+        return sorted(tried, key=lambda t: -t[2][0].ratio)
 
     def _race(self) -> tune.Race:
         study = self.study

@@ -49,6 +49,7 @@ class Race:
         folder = None if self.original.folder is None else str(self.original.folder)
         worker = isolate.take()
         try:
+            worker.call("limit", _TIMEOUT, memory=None)
             for key, model in (("original", self.original.proto), ("made", made)):
                 worker.call("model", _TIMEOUT, key=key, data=model.SerializeToString(deterministic=True), folder=folder)
                 worker.call("open", _TIMEOUT, session=key, key=key, level="all")
