@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +26,25 @@ _HOME = {
     "optimize": "pipeline",
     "profile": "profiling.engine",
 }
+
+
+class _RulesBeside:
+    """Finds the rules of a checkout, where they lie beside this package; in a wheel they lie in it.
+
+    The checkout's package may be imported although another one is installed: Python looks in the current folder first.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """What the import system asks where nobody else knew a module."""
+        beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "rules")
+        first = os.path.join(beside, "__init__.py")
+        if name != "onnxrank.rules" or not os.path.isfile(first):
+            return None
+        return spec_from_file_location(name, first, submodule_search_locations=[beside])
+
+
+sys.meta_path.append(_RulesBeside)
 
 
 def __getattr__(name: str) -> Any:

@@ -20,19 +20,30 @@ class Series:
     points: Sequence[tuple[float, float, float, float]]
 
 
-def curves(series: Sequence[Series], x_title: str, label: Callable[[float], str], height: int = 340) -> str:
-    """Curves over two logarithmic axes, with bars for the intervals.
+def curves(
+    series: Sequence[Series],
+    x_title: str,
+    label: Callable[[float], str],
+    height: int = 340,
+    even: float | None = None,
+) -> str:
+    """Curves over a logarithmic x axis, with bars for the intervals.
 
     Args:
         series: The curves.
         x_title: What the x axis counts.
         label: Text for a value of y.
         height: Height in pixels.
+        even: A value of y to draw a line at; the y axis is then linear and starts at 0, else it is logarithmic.
     """
     xs = sorted({p[0] for s in series for p in s.points})
     ys = [v for s in series for p in s.points for v in p[1:]]
     left, right, top, bottom = 70, 16, 12, 42
-    low, high = math.log10(min(ys)) - 0.08, math.log10(max(ys)) + 0.08
+    scale = math.log10 if even is None else float
+    if even is None:
+        low, high = math.log10(min(ys)) - 0.08, math.log10(max(ys)) + 0.08
+    else:
+        low, high = 0.0, 1.08 * max(*ys, even)
     first, last = math.log10(xs[0]), math.log10(xs[-1])
 
     def x_at(v: float) -> float:
@@ -40,15 +51,17 @@ def curves(series: Sequence[Series], x_title: str, label: Callable[[float], str]
         return left + 12 + part * (_WIDTH - left - right - 24)
 
     def y_at(v: float) -> float:
-        return top + (high - math.log10(v)) / (high - low) * (height - top - bottom)
+        return top + (high - scale(v)) / (high - low) * (height - top - bottom)
 
     out = [_open(_WIDTH, height, f"{x_title}: {', '.join(s.name for s in series)}")]
     base = height - bottom
-    for v in _ticks(low, high):
+    for v in _ticks(low, high) if even is None else _round_steps(high):
         y = y_at(v)
         out.append(f'<path class="axis" d="M{left} {y:.1f}H{_WIDTH - right}"/>')
         out.append(f'<text class="faint" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(label(v))}</text>')
     out.append(f'<path class="axis" d="M{left} {top}V{base}H{_WIDTH - right}"/>')
+    if even is not None:
+        out.append(f'<path class="even" d="M{left} {y_at(even):.1f}H{_WIDTH - right}"/>')
     for v in xs:
         out.append(f'<text class="faint" x="{x_at(v):.1f}" y="{base + 17}" text-anchor="middle">{v:g}</text>')
     out.append(f'<text class="faint" x="{_WIDTH / 2}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>')
@@ -70,6 +83,14 @@ def _ticks(low: float, high: float) -> list[float]:
     steps = (1, 2, 5) if high - low < 2.5 else (1,)
     decades = range(math.floor(low), math.ceil(high) + 1)
     return [m * 10.0**d for d in decades for m in steps if low <= math.log10(m * 10.0**d) <= high]
+
+
+def _round_steps(high: float) -> list[float]:
+    """From 0 in at most seven round steps."""
+    least = high / 7
+    decade = 10.0 ** math.floor(math.log10(least))
+    step = next(m * decade for m in (1, 2, 5, 10) if m * decade >= least)
+    return [k * step for k in range(math.floor(high / step) + 1)]
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange, infer, resolve
-
-if TYPE_CHECKING:
-    from onnxrank.pipeline import Options
 
 CONTRACT = "onnxrank.contract"
 """Key of the contract in a model's metadata."""
@@ -35,20 +32,29 @@ def stored_contract(model: ModelProto) -> dict[str, Any] | None:
     return None
 
 
-def is_done(contract: Mapping[str, Any], options: Options, described: Sequence[InputInfo], roles: Roles) -> bool:
+def is_done(
+    contract: Mapping[str, Any],
+    described: Sequence[InputInfo],
+    roles: Roles,
+    interface: str,
+    span: tuple[int, int],
+    rules: Sequence[str],
+) -> bool:
     """Whether this version has optimised the model already, for the same use.
 
     Args:
         contract: The model's contract.
-        options: What is asked for now.
         described: The model's inputs.
         roles: Their roles now: those given, or those of the contract.
+        interface: `request` or `same`.
+        span: Expected number of candidates, least and most.
+        rules: Names of the rules that are allowed, sorted.
     """
     mine = {
         "version": metadata.version("onnxrank"),
-        "interface": options.interface,
-        "candidates": list(options.span),
-        "offered": list(options.names),
+        "interface": interface,
+        "candidates": list(span),
+        "offered": list(rules),
     }
     if any(contract.get(key) != value for key, value in mine.items()):
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -52,11 +53,24 @@ def document(title: str, body: Iterable[str], data: Any = None) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Indented:
+    """Text of a cell, indented by some steps."""
+
+    text: str
+    depth: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[int] = (0,)) -> str:
     """A table; columns in `left` are flush left and may wrap."""
 
     def cell(kind: str, k: int, text: object) -> str:
         where = ' class="left"' if k in left else ""
+        if isinstance(text, Indented) and text.depth:
+            where += f' style="padding-left: {1.2 * text.depth:.1f}em"'
         return f"<{kind}{where}>{escape(text)}</{kind}>"
 
     head = "".join(cell("th", k, h) for k, h in enumerate(heads))

@@ -24,6 +24,7 @@ from onnxrank.report import Prediction, Report, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
+from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES
@@ -151,7 +152,8 @@ def optimize(
     options = replace(options, rules=choose_rules(select, ignore, extra_rules))
     given, notes = roles_of(loaded, roles, request, spec, infer_from)
     contract = stored_contract(loaded.proto)
-    if contract is not None and roles is None and is_done(contract, options, described(loaded), given):
+    use = (given, options.interface, options.span, options.names)
+    if contract is not None and roles is None and is_done(contract, described(loaded), *use):
         return left_alone(loaded, options, given)
     job = Job(loaded, given, options, notes)
     if not job.studied():
@@ -728,43 +730,3 @@ def replay(
 def runtime_domain_only(model: ModelProto) -> bool:
     """Whether no node is of the default domain."""
     return bool(model.graph.node) and all(n.domain not in ("", "ai.onnx") for n in model.graph.node)
-
-
-def choose_rules(
-    select: Sequence[str] | None, ignore: Sequence[str], extra: Sequence[str | os.PathLike[str]]
-) -> tuple[Rule, ...]:
-    """The rules to use: onnxrank's own, those of installed packages (entry points `onnxrank.rules`), those of files.
-
-    Raises:
-        UsageError: A name is not that of a rule, or a file cannot be used.
-    """
-    from onnxrank.rules import RULES
-
-    found: list[Rule] = []
-    for path in extra:
-        found += _rules_in(path)
-    for point in metadata.entry_points(group="onnxrank.rules"):
-        found += list(point.load())
-    found += RULES
-    names = {r.name for r in found}
-    for name in [*(select or ()), *ignore]:
-        if name not in names:
-            raise UsageError(f"there is no rule {name!r}; the rules are {', '.join(sorted(names))}")
-    # Without the movement rule nothing can be followed, so it is not up for selection.
-    wanted = names if select is None else {*select, "movement", "broadcast"}
-    return tuple(r for r in found if r.name in wanted and (r.name not in ignore or r.name == "movement"))
-
-
-def _rules_in(path: str | os.PathLike[str]) -> list[Rule]:
-    import runpy
-
-    try:
-        space = runpy.run_path(os.fspath(path))
-    except OSError as e:
-        raise UsageError(f"the rules file {os.fspath(path)} cannot be read: {e.strerror}") from e
-    except (Exception, SystemExit) as e:
-        raise UsageError(f"the rules file {os.fspath(path)} fails: {type(e).__name__}: {e}") from e
-    found = space.get("RULES")
-    if not isinstance(found, Sequence) or not all(isinstance(r, Rule) for r in found):
-        raise UsageError(f"the rules file {os.fspath(path)} must define RULES, a sequence of onnxrank.Rule")
-    return list(found)

@@ -11,8 +11,8 @@ from onnx import ModelProto
 
 from onnxrank.model import LoadedModel
 from onnxrank.plan import Measured
-from onnxrank.profiling.timing import RESOLUTION, ratio
 from onnxrank.runtime import Feeds
+from onnxrank.turns import RESOLUTION, ratio
 from onnxrank.verify import isolate
 
 _TIMEOUT = 120.0

@@ -173,7 +173,7 @@ class Markdown(Writer):
         if table.show_footer:
             lines.append([str(c.footer) for c in table.columns])
         shown = [lines[0], *lines[2:]]
-        escaped = [[escape(cell).strip() for cell in row] for row in shown]
+        escaped = [[_indented(cell) for cell in row] for row in shown]
         escaped.insert(1, lines[1])
         self._block("\n".join(f"| {' | '.join(row)} |" for row in escaped))
 
@@ -242,6 +242,12 @@ def percent(share: float) -> str:
 def count(n: int, what: str) -> str:
     """A number of things: 1 site, 2 sites."""
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _indented(cell: str) -> str:
+    """A cell of a table, in which leading blanks would be lost."""
+    inner = cell.strip()
+    return "&emsp;" * ((len(cell) - len(cell.lstrip())) // 2 if inner else 0) + escape(inner)
 
 
 def escape(text: str) -> str:

@@ -57,6 +57,7 @@ def of_inspect(folder: Path, out: Path) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto(file.as_uri())
         page.wait_for_function("document.documentElement.dataset.ready")
+        page.click("#fit")
         page.locator(".graphs").screenshot(path=out)
         browser.close()
 

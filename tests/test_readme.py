@@ -1,4 +1,4 @@
-"""What the README tells people to run."""
+"""What the README and the documents tell people to run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "verify.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def shell(command: str, folder: Path) -> None:
@@ -50,3 +51,61 @@ def test_github_actions(folder: Path) -> None:
     for command in commands:
         shell(command, folder)
     assert "PASSED" in (folder / "summary.md").read_text() and (folder / "verify.sarif").exists()
+
+
+FROM_THE_CHECKOUT = """
+import os, sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import onnxrank
+folder, code = sys.argv[1:]
+assert os.path.dirname(onnxrank.__file__) == os.path.join(os.getcwd(), "onnxrank")
+os.chdir(folder)
+exec(code)
+"""
+
+
+def test_python_in_the_checkout(folder: Path) -> None:
+    """Without an editable installation: the current folder comes first, and the rules lie beside the package there."""
+    (code,) = [b for b in blocks("python") if "onnxrank.optimize(" in b]
+    code = code.replace("candidates=[32, 512]", "candidates=[2], seconds=0.01")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_THE_CHECKOUT, str(folder), code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout and (folder / "ranker.fast.onnx").exists()
+
+
+def test_serving(folder: Path) -> None:
+    """The result takes what the README says, and answers with a row per candidate."""
+    shell("onnxrank optimize ranker.onnx ranker.fast.onnx --roles roles.yaml -q", folder)
+    (code,) = [b for b in blocks("python") if "onnxruntime.InferenceSession" in b]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint([s.shape for s in scores])"], cwd=folder, capture_output=True, text=True
+    )
+    inputs, scores = done.stdout.splitlines()
+    assert f"# {inputs}" in code and scores == "[(512, 1), (512, 1)]"
+
+
+def test_quick_start_is_two_lines_and_its_output() -> None:
+    """`.ci/run` takes the second line from here; the output shown is what the first one prints."""
+    text = (ROOT / "README.md").read_text()
+    first, second = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[:2]
+    assert first.count("\n") == second.count("\n") == 1 and "pytest" in second
+    assert text.index(first) < text.index(second) < text.index("```\nlevel")
+    command = first.split("&&")[1].strip()
+    done = subprocess.run(
+        ["bash", "-c", command.replace(" mmoe.onnx", " --dry-run")],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+    )
+    shown = re.search(r"^```\n(level.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert shown and done.returncode == 0
+
+    def exact(printed: str) -> list[str]:
+        """Lines without what differs between machines: distances and predicted times, and where it went."""
+        lines = [line.strip() for line in printed.splitlines()]
+        return [re.sub(r"at most .* off", "", x) for x in lines if x and "×" not in x and "ritten" not in x]
+
+    assert exact(shown[1]) == exact(done.stdout)[2:]

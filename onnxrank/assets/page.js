@@ -14,6 +14,9 @@ if (chooser) {
 // --- inspect: pictures of graphs --------------------------------------------------------------------------------
 
 const WIDTH = 150, HEIGHT = 40, ACROSS = 22, DOWN = 28;
+const LEGIBLE = 10.5; // pixels of a label on the screen, at least
+const READABLE = 0.5; // smallest scale that a page opens with
+const FILL = 0.4, FILL_CLOSED = 0.55; // opacity of nodes, and of closed layers
 const MANY = 80; // above so many nodes layers start closed
 const ABREAST = 8; // of one rank; more of them stand in several rows
 const LEVELS = ["constant", "request", "mixed", "candidate"];
@@ -144,11 +147,13 @@ class Graph {
       items.length ? [Infinity, Infinity, -Infinity, -Infinity] : [0, 0, 1, 1]);
   }
 
-  fit() {
+  // Shows the whole graph, or, where it would be smaller than `least`, its beginning.
+  fit(least = 0.02) {
     const { clientWidth: w, clientHeight: h } = this.canvas, [l, t, r, b] = this.box;
     const whole = Math.min(w / (r - l + 40), h / (b - t + 40));
-    const scale = Math.min(1, Math.max(whole, 0.02));
-    this.view = { scale, x: w / 2 - ((l + r) / 2) * scale, y: whole < 0.02 ? 20 : h / 2 - ((t + b) / 2) * scale };
+    const scale = Math.min(1, Math.max(whole, least));
+    const tall = (b - t + 40) * scale > h;
+    this.view = { scale, x: w / 2 - ((l + r) / 2) * scale, y: tall ? 20 - t * scale : h / 2 - ((t + b) / 2) * scale };
     this.draw();
   }
 
@@ -243,11 +248,20 @@ class Graph {
       c.stroke();
     }
     c.globalAlpha = 1;
-    const words = view.scale > 0.35;
+    // Labels keep a size that can be read as long as a box has room for a line of it.
+    const size = Math.max(12, LEGIBLE / view.scale), lines = HEIGHT - 6 > 2.15 * size ? 2 : HEIGHT - 8 > size ? 1 : 0;
+    const write = (text, x, y, end) => {
+      const room = WIDTH - 10, wide = c.measureText(text).width;
+      const most = wide <= room ? text.length : Math.floor((text.length * room) / wide) - 1;
+      if (most === text.length) c.fillText(text, x, y);
+      else if (most > 1) c.fillText(end ? "…" + text.slice(-most) : text.slice(0, most) + "…", x, y);
+    };
     items.forEach((item, k) => {
       if (item.x > right || item.x + WIDTH < left || item.y > bottom || item.y + HEIGHT < top) return;
+      c.fillStyle = colour.panel; // hides the edges behind it
+      c.fillRect(item.x, item.y, WIDTH, HEIGHT);
       c.fillStyle = colour[item.level] || colour.constant;
-      c.globalAlpha = item.scope ? 0.35 : 0.22;
+      c.globalAlpha = item.scope ? FILL_CLOSED : FILL;
       c.fillRect(item.x, item.y, WIDTH, HEIGHT);
       c.globalAlpha = 1;
       const blocks = item.node && item.node.blocks;
@@ -270,14 +284,17 @@ class Graph {
         c.strokeRect(item.x - 2, item.y - 2, WIDTH + 4, HEIGHT + 4);
         c.lineWidth = 1.2;
       }
-      if (!words) return;
-      const name = item.scope || item.node.name, short = name.length > 24 ? "…" + name.slice(-23) : name;
+      if (!lines) return;
+      const named = item.scope || item.node.op === "input"; // by its own name first
+      const [first, second] = item.scope
+        ? [`▸ ${item.scope}`, `${item.members.length} nodes`]
+        : named ? [item.node.name, "input"] : [item.node.op, item.node.name];
       c.fillStyle = colour.ink;
-      c.font = "600 12px system-ui, sans-serif";
-      c.fillText(item.scope ? `▸ ${item.members.length} nodes` : item.node.op, item.x + 7, item.y + 20, WIDTH - 14);
-      c.fillStyle = colour.faint;
-      c.font = "10.5px system-ui, sans-serif";
-      c.fillText(short, item.x + 7, item.y + 33, WIDTH - 14);
+      c.font = `600 ${size}px system-ui, sans-serif`;
+      write(first, item.x + 5, item.y + 7 + size, named);
+      if (lines < 2) return;
+      c.font = `${0.9 * size}px system-ui, sans-serif`;
+      write(second, item.x + 5, item.y + 8 + 1.95 * size, true);
     });
   }
 
@@ -340,7 +357,7 @@ function start(data) {
 
   const paint = () => {
     const style = getComputedStyle(document.documentElement);
-    for (const name of [...LEVELS, "line", "ink", "faint", "found"]) {
+    for (const name of [...LEVELS, "panel", "line", "ink", "faint", "found"]) {
       shared.colours[name] = style.getPropertyValue(`--${name}`).trim();
     }
     every((graph) => graph.draw());
@@ -399,7 +416,7 @@ function start(data) {
   window.addEventListener("resize", () => every((graph) => graph.draw()));
   graphs.forEach((graph) => graph.arrange());
   paint();
-  every((graph) => graph.fit());
+  every((graph) => graph.fit(READABLE));
   shared.changed();
   window.onnxrank = { graphs };
   requestAnimationFrame(() => requestAnimationFrame(() => {

@@ -41,7 +41,7 @@ def parse_counts(ctx: click.Context, param: click.Parameter, value: str | None) 
         return None
     parts = [p.strip() for p in value.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,6}", p) for p in parts):
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,1,2,17,512.", ctx, param)
+        raise click.BadParameter(f"{value!r} is no list of numbers up to 999999, such as 0,1,2,17,512.", ctx, param)
     return tuple(int(p) for p in parts)
 
 

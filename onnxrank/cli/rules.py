@@ -13,7 +13,7 @@ from onnxrank.errors import UsageError
 @click.argument("name", metavar="[RULE]", required=False)
 def list_rules(name: str | None) -> None:
     """List the rules, or explain RULE."""
-    from onnxrank.pipeline import choose_rules
+    from onnxrank.ruleset import choose_rules
 
     known = {rule.name: rule for rule in choose_rules(None, (), ())}
     if name is None:

@@ -34,6 +34,7 @@ from onnxrank.inspection.report import (
 from onnxrank.plan import label
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.roles import InputRole, format_ranges
+from onnxrank.ruleset import choose_rules
 from onnxrank.scopes import scope_of
 from onnxrank.study import Study, extents_of
 from onnxrank.transform import Saving
@@ -100,7 +101,7 @@ def inspect(
     tried: dict[str, _Tried] = {}
     if lifts and found.rw is not None:
         say("trying inputs as request-level")
-        rules = pipeline.choose_rules(select, ignore, extra_rules)
+        rules = choose_rules(select, ignore, extra_rules)
         tried, note = _try_all(result, result.study, rules)
         notes += [note] if note else []
     report = result.report

@@ -7,12 +7,27 @@ from pathlib import PurePath
 from typing import Any
 
 from onnxrank import charts, pages
-from onnxrank.inspection.render import alike, gain_text, input_key, many, opportunity_key, shape_text, table_key
-from onnxrank.inspection.report import Inspection, Node, Tensor
+from onnxrank.inspection.render import (
+    BELOW_IDEAL,
+    alike,
+    gain_text,
+    input_key,
+    many,
+    opportunity_key,
+    shape_text,
+    table_key,
+    verdict,
+)
+from onnxrank.inspection.report import Inspection, Layer, Node, Tensor
 from onnxrank.roles import parse_ranges
 from onnxrank.writers import human, percent, three
 
 _MOST_ROWS = 60
+_LEAST_SHARE = 0.005  # of all multiply-adds, for a layer to be listed at once
+_IDEAL = (
+    "Block ideal: every product of values that are the same for all candidates is made once, and everything else as "
+    "the model makes it."
+)
 _LEGEND = [
     ("request", "the same for all candidates"),
     ("candidate", "per candidate"),
@@ -28,10 +43,12 @@ def to_html(found: Inspection) -> str:
     n = str(low) if low == high else f"{low}..{high}"
     body = [
         f"<h1>{pages.escape(name)}</h1>",
+        f'<p class="verdict">{pages.escape(verdict(found, "×"))}</p>',
         f'<p class="faint">onnxrank {found.version}, {len(found.nodes)} nodes, costs of one request at N = {n}</p>',
         *(f"<p>Note: {pages.escape(note)}</p>" for note in found.notes),
         "<h2>Multiply-adds per request</h2>",
         cost_chart(found),
+        f'<p class="faint">{_IDEAL}{" " + BELOW_IDEAL if found.macs_after < found.ideal.macs else ""}</p>',
         "<h2>Graph</h2>",
         pages.legend(_LEGEND),
         _GRAPH.replace("HIDDEN", "" if found.result else " hidden"),
@@ -133,10 +150,17 @@ def _inputs(found: Inspection) -> str:
 
 
 def _layers(found: Inspection) -> str:
-    rows = []
-    for layer in found.layers:
+    """The layers that cost something; all of them on demand."""
+    dear = [x for x in found.layers if not x.scope or x.macs >= _LEAST_SHARE * max(found.macs_before, 1)]
+    every = f"<details><summary>all {len(found.layers)} layers</summary>{_layer_table(found, found.layers)}</details>"
+    return _layer_table(found, dear) + (every if len(dear) < len(found.layers) else "")
+
+
+def _layer_table(found: Inspection, layers: Iterable[Layer]) -> str:
+    rows: list[list[object]] = []
+    for layer in layers:
         depth = layer.scope.count("/") + bool(layer.scope)
-        name = "\u2003" * depth + (layer.scope.rsplit("/", 1)[-1] or "all")
+        name = pages.Indented(layer.scope.rsplit("/", 1)[-1] or "all", depth)
         share = percent(layer.macs / found.macs_before) if found.macs_before else ""
         once = percent(layer.once / layer.macs) if layer.macs else ""
         saved = percent(layer.saved / found.macs_before) if found.macs_before else ""
@@ -144,7 +168,7 @@ def _layers(found: Inspection) -> str:
             [name, layer.nodes, human(layer.parameters), human(layer.bytes, "B"), human(layer.macs), share, once, saved]
         )
     heads = ["layer", "nodes", "parameters", "bytes written", "MACs", "of all", "same for all", "saved, of all"]
-    return f"<details open><summary>{len(rows)} layers</summary>{pages.table(heads, rows)}</details>"
+    return pages.table(heads, rows)
 
 
 def _opportunities(found: Inspection) -> list[str]:

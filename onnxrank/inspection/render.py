@@ -22,6 +22,10 @@ _MOST_ROWS = 12
 _MOST_INPUTS = 24
 _LEAST_GAIN = 0.005
 _NAME = 34
+BELOW_IDEAL = (
+    "optimize is below the block ideal, which keeps the order of products: it also changes that order, as fold, cross "
+    "and attention do, and leaves out what nobody reads."
+)
 
 
 def show(found: Inspection, console: Console, style: Style = PLAIN) -> None:
@@ -96,6 +100,16 @@ def _explain(explained: Explanation, p: Writer) -> None:
 def shape_text(dims: Sequence[str]) -> str:
     """A shape: `[N, 50, 64]`."""
     return f"[{', '.join(dims)}]"
+
+
+def verdict(found: Inspection, times: str) -> str:
+    """What `optimize` would gain, in a sentence."""
+    if not found.result:
+        return "optimize would change nothing."
+    saved = f"{percent(1 - found.macs_after / found.macs_before)} of MACs" if found.macs_before else "no MACs"
+    expected = math.sqrt(found.candidates[0] * found.candidates[1])
+    at = min(found.predictions, key=lambda p: abs(math.log(p.candidates / expected)))
+    return f"optimize would save {saved}: predicted {three(at.ratio)}{times} at N = {at.candidates}."
 
 
 _Item = TypeVar("_Item")
@@ -196,6 +210,8 @@ class _Printer:
             share = macs / f.macs_before
             bar = self.to.bar(share, _BAR)
             self.to.line(f"{name:<12}{human(macs):>6} {percent(share):>7}  {bar:<{_BAR}}  {told}".rstrip(), 2)
+        if f.macs_after < f.ideal.macs:
+            self.to.item(BELOW_IDEAL)
 
     def layers(self) -> None:
         f = self.found
@@ -284,14 +300,5 @@ class _Printer:
                 self.to.item(f"{steps}, {s.level}-level{where}{into}", f"{s.input}: ")
 
     def verdict(self) -> None:
-        f = self.found
         self.to.blank()
-        if not f.result:
-            self.to.say("optimize would change nothing.", "bold yellow")
-            return
-        saved = f"{percent(1 - f.macs_after / f.macs_before)} of MACs" if f.macs_before else "no MACs"
-        at = min(
-            f.predictions, key=lambda p: abs(math.log(p.candidates / math.sqrt(f.candidates[0] * f.candidates[1])))
-        )
-        faster = f"{three(at.ratio)}{self.to.times}"
-        self.to.say(f"optimize would save {saved}: predicted {faster} at N = {at.candidates}.", "bold green")
+        self.to.say(verdict(self.found, self.to.times), "bold green" if self.found.result else "bold yellow")

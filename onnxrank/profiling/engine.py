@@ -347,7 +347,7 @@ def request_level(study: Study) -> dict[str, bool]:
     Raises:
         ModelError: The model cannot be followed.
     """
-    from onnxrank.pipeline import choose_rules
+    from onnxrank.ruleset import choose_rules
 
     made = Transformation(study, choose_rules(None, (), ()), "request", False, 512)
     try:

@@ -85,7 +85,16 @@ def _speedups(profile: Profile) -> list[str]:
         "never": "The second model is not faster at any number of candidates.",
     }[profile.break_even.kind]
     heads = ["N", "time of the first over time of the second, and its 95 % interval"]
-    return ["<h2>Speed-up</h2>", pages.table(heads, rows, (1,)), f"<p>{said}</p>"]
+    told = pages.table(heads, rows, (1,))
+    chart = f'<div class="row"><div>{speedup_chart(profile)}</div><div>{told}</div></div>'
+    return ["<h2>Speed-up</h2>", f'<p class="verdict">{said}</p>', chart]
+
+
+def speedup_chart(profile: Profile) -> str:
+    """Time of the first model over that of the second, with intervals, and a line where they are equal."""
+    points = [(p.candidates, p.speedup.ratio, p.speedup.low, p.speedup.high) for p in profile.points if p.speedup]
+    series = [charts.Series("speed-up", "second", points)]
+    return charts.curves(series, "candidates per request", lambda v: f"{v:.3g}×", 240, even=1.0)
 
 
 def _costs(profile: Profile, names: list[str]) -> list[str]:

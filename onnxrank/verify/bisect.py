@@ -6,7 +6,7 @@ wrong is found by halving, and then the first of its sites.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,19 @@ if TYPE_CHECKING:
 
 _MOST_SECONDS = 600.0
 
+Fails = Callable[[ModelProto], bool]
+"""Whether a model in the place of the one under test fails where that did."""
 
-def bisect(engine: Engine) -> Culprit:
-    """Finds what makes the second model of a failed run wrong."""
+
+def bisect(engine: Engine, fails: Fails) -> Culprit:
+    """Finds what makes the second model of a failed run wrong.
+
+    Args:
+        engine: The failed run.
+        fails: Tells whether another model fails in the same way.
+    """
     try:
-        by_rule = _by_rule(engine)
+        by_rule = _by_rule(engine, fails)
     except OnnxrankError as e:
         by_rule = Culprit(None, None, None, f"the rules could not be applied again: {e}")
     if by_rule is not None and by_rule.rule is not None:
@@ -49,9 +57,9 @@ def bisect(engine: Engine) -> Culprit:
 # --- by rule -----------------------------------------------------------------------------------------------------
 
 
-def _by_rule(engine: Engine) -> Culprit | None:
+def _by_rule(engine: Engine, fails: Fails) -> Culprit | None:
     """The first rule and site; None where the model does not say which rules it was made with."""
-    from onnxrank.pipeline import choose_rules
+    from onnxrank.ruleset import choose_rules
 
     stored = stored_contract(engine.optimized.proto)
     found = (stored or {}).get("rules")
@@ -65,7 +73,7 @@ def _by_rule(engine: Engine) -> Culprit | None:
     missing = [n for n in names if n not in known]
     if missing:
         raise UsageError(f"the rule {missing[0]!r} is not there; name its file with --rules")
-    trial = _Trial(engine, stored, choose_rules(names, (), engine.options.rules))
+    trial = _Trial(engine, fails, stored, choose_rules(names, (), engine.options.rules))
     search = Search(trial.make, trial.right, seconds=_MOST_SECONDS)
     try:
         if search.right(Choice()):
@@ -85,18 +93,16 @@ def _by_rule(engine: Engine) -> Culprit | None:
 class _Trial:
     """Applies the rules to the original as a choice says, and tells whether the result is right."""
 
-    def __init__(self, engine: Engine, stored: dict[str, Any], rules: Sequence[Rule]) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, fails: Fails, stored: dict[str, Any], rules: Sequence[Rule]) -> None:
+        self.engine, self.fails = engine, fails
         self.stored = stored
         self.rules = rules
         self._study: Study | None = None
 
     def right(self, made: ModelProto) -> bool:
         """Whether a model gives the original's scores where the one under test does not."""
-        from onnxrank.verify.engine import failing_points
-
         try:
-            return not failing_points(self.engine, made)
+            return not self.fails(made)
         except (CheckFailed, ModelError):
             return False
 

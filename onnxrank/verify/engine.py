@@ -177,7 +177,7 @@ class Engine:
             from onnxrank.verify.bisect import bisect
 
             self.say("looking for the culprit")
-            self.report.culprit = bisect(self)
+            self.report.culprit = bisect(self, lambda model: failing_points(self, model))
             culprit = self.report.culprit
             first = next((k for k, f in enumerate(self.report.findings) if f.kind == "difference"), None)
             if first is not None and (culprit.rule or culprit.tensor):

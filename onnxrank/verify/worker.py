@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
+from onnxrank.turns import interleave
 from onnxrank.verify import wire
 from onnxrank.verify.truth import Truth, rounded
 
@@ -175,7 +176,6 @@ class Host:
         Returns:
             Seconds per run, `[sessions, rounds, runs of a turn]`.
         """
-        from onnxrank.profiling.timing import interleave
 
         def timed(session: Any, feed: Mapping[str, Any]) -> Callable[[int], float]:
             given = runtime.typed(session, feed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -41,7 +43,7 @@ def browser() -> Iterator[Any]:
 class Shown:
     """A page, and everything that it said or asked for."""
 
-    def __init__(self, browser: Any, file: Path, scheme: str) -> None:
+    def __init__(self, browser: Any, file: Path, scheme: str, first: str = "") -> None:
         self.context = browser.new_context(color_scheme=scheme, offline=True, viewport={"width": 1280, "height": 1000})
         self.page = self.context.new_page()
         self.said: list[str] = []
@@ -50,6 +52,8 @@ class Shown:
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
         self.page.on("request", lambda request: self.asked.append(request.url))
+        if first:
+            self.page.add_init_script(first)
         self.page.goto(file.as_uri())
 
     def close(self) -> None:
@@ -133,9 +137,10 @@ def test_profile(browser: Any, tmp_path: Path, profiled: Profile, scheme: str) -
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) is (scheme == "dark")
     # Two curves of as many points as there are numbers of candidates, inside the picture.
     assert page.locator("svg").first.locator("circle").count() == 2 * 3
-    for box in (c.bounding_box() for c in page.locator("svg circle").all()):
-        frame = page.locator("svg").first.bounding_box()
-        assert frame["x"] <= box["x"] and box["y"] + box["height"] <= frame["y"] + frame["height"]
+    for svg in page.locator("svg").all():
+        frame = svg.bounding_box()
+        for box in (c.bounding_box() for c in svg.locator("circle").all()):
+            assert frame["x"] <= box["x"] and box["y"] + box["height"] <= frame["y"] + frame["height"]
     assert page.screenshot(path=tmp_path / "profile.png")
     shown.close()
 
@@ -198,6 +203,111 @@ _PAINTED = """(() => {
   for (let k = 3; k < data.length; k += 4) painted += data[k] > 0;
   return painted;
 })()"""
+
+
+_LABELS = """(() => {
+  window.labels = [];
+  const write = CanvasRenderingContext2D.prototype.fillText;
+  CanvasRenderingContext2D.prototype.fillText = function (text, ...at) {
+    const size = parseFloat(this.font.match(/([\\d.]+)px/)[1]) * this.getTransform().a / window.devicePixelRatio;
+    const room = text.length && this.measureText(text).width;
+    window.labels.push([text, size, room]);
+    return write.call(this, text, ...at);
+  };
+})()"""
+
+
+def test_labels_can_be_read_at_once(browser: Any, tmp_path: Path) -> None:
+    """As the page opens, in pixels of the screen; a closed layer shows its own name first."""
+    for name in ("history_transformer.torchscript.onnx", "dlrm.torchscript.onnx"):
+        found = write(tmp_path, inspection_page.to_html(inspected(name)))
+        shown = Shown(browser, found, "light", _LABELS)
+        shown.ready()
+        labels = shown.value("labels")
+        assert len(labels) > 10 and min(size for _, size, _ in labels) > 9
+        assert max(room for *_, room in labels) <= 150
+        if name.startswith("history"):
+            texts = [text for text, *_ in labels]
+            assert texts.index("▸ layers.0") + 1 == texts.index("35 nodes")
+            assert texts[texts.index("item_id") + 1] == "input"
+        shown.close()
+
+
+def test_fit_shows_the_whole_graph(browser: Any, tmp_path: Path) -> None:
+    shown = Shown(browser, write(tmp_path, inspection_page.to_html(inspected("dlrm.torchscript.onnx"))), "light")
+    shown.ready()
+    assert shown.value("onnxrank.graphs[0].view.scale") == 0.5
+    shown.page.click("#fit")
+    bottom = "(g => g.view.y + g.box[3] * g.view.scale)(onnxrank.graphs[0])"
+    assert 500 < shown.value(bottom) < 620
+    shown.close()
+
+
+def laboratory(colour: str, under: str, alpha: float) -> tuple[float, float, float]:
+    """CIE L*a*b* of a colour over another."""
+    mixed = []
+    for k in (1, 3, 5):
+        over, base = int(colour[k : k + 2], 16) / 255, int(under[k : k + 2], 16) / 255
+        v = alpha * over + (1 - alpha) * base
+        mixed.append(v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
+    r, g, b = mixed
+    xyz = (
+        (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,
+        0.2126 * r + 0.7152 * g + 0.0722 * b,
+        (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.089,
+    )
+    x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_levels_can_be_told_apart(scheme: str) -> None:
+    """As they are painted in the graph: thin, over the panel."""
+    css = pages.asset("page.css")
+    block = css[css.index(":root") :] if scheme == "light" else css[css.index("@media") :]
+    colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", block[: block.index("}")]))
+    thin = float(re.search(r"FILL = ([\d.]+)", pages.asset("page.js")).group(1))  # type: ignore[union-attr]
+    found = {n: laboratory(colours[n], colours["panel"], thin) for n in ("request", "candidate", "mixed", "constant")}
+    for a, b in itertools.combinations(found, 2):
+        assert math.dist(found[a], found[b]) > 18, (a, b)
+
+
+def test_verdict_and_ideal_on_top() -> None:
+    """Before anything else, and why a rewrite can be better than the ideal."""
+    text = inspection_page.to_html(inspected("dlrm.torchscript.onnx"))
+    said = re.search(r"<p class=\"verdict\">(.*?)</p>", text)
+    assert said and re.fullmatch(r"optimize would save \d+ % of MACs: predicted [\d.]+× at N = 512\.", said[1])
+    assert said.start() < text.index("<h2>") < text.index("Block ideal: ") < text.index("below the block ideal")
+    unchanged = replace(inspected("dlrm.torchscript.onnx"), result=())
+    assert ">optimize would change nothing.<" in inspection_page.to_html(unchanged)
+
+
+def test_layers_that_cost_nothing_are_folded_away(browser: Any, tmp_path: Path) -> None:
+    found = inspected("dlrm.torchscript.onnx")
+    free = [layer for layer in found.layers if not layer.macs]
+    shown = Shown(browser, write(tmp_path, inspection_page.to_html(found)), "light")
+    table = shown.page.locator("h2:text('Layers') + div.scroll")
+    assert free and table.locator("tbody tr").count() < len(found.layers) - len(free) + 1
+    assert "top.0" in table.inner_text() and "user_tables" not in table.inner_text()
+    inner, outer = (table.locator(f"td:text-is('{n}')").bounding_box() for n in ("top.0", "top"))
+    text = "el => parseFloat(getComputedStyle(el).paddingLeft)"
+    assert table.locator("td:text-is('top.0')").evaluate(text) > table.locator("td:text-is('top')").evaluate(text) > 0
+    assert inner["y"] > outer["y"] and "u2003" not in shown.page.content()
+    details = shown.page.locator("details")
+    assert not details.locator("table").is_visible()
+    details.locator("summary").click()
+    assert details.locator("tbody tr:visible").count() == len(found.layers)
+    shown.close()
+
+
+def test_speed_up_is_drawn(profiled: Profile) -> None:
+    """Over a linear axis that begins at 0, with a line at 1."""
+    svg = profile_page.speedup_chart(profiled)
+    assert svg.count("<circle") == 3 and 'class="even"' in svg and ">0×<" in svg
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', svg)]
+    ratios = [p.speedup.ratio for p in profiled.points if p.speedup]
+    assert sorted(heights, reverse=True) == [heights[k] for k in sorted(range(3), key=ratios.__getitem__)]
+    assert svg in profile_page.to_html(profiled)
 
 
 def test_nothing_to_show_after(browser: Any, tmp_path: Path) -> None:

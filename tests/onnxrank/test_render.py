@@ -22,7 +22,7 @@ from onnxrank.formats import INSPECT, OPTIMIZE, PROFILE, VERIFY, Kind, Style
 from onnxrank.render import print_report, to_markdown, to_text
 from onnxrank.report import Comparison, LevelCost, Prediction, Report, RuleUse
 from onnxrank.rewrite import Refusal
-from onnxrank.writers import human, percent, printable, to_json
+from onnxrank.writers import Markdown, human, percent, printable, to_json
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "onnxrank" / "optimize.schema.json").read_text())
 
@@ -405,6 +405,15 @@ def test_markdown() -> None:
     assert "\n### Rules\n\n- fc 3 sites, 640M MACs saved (79 %)\n" in text
     assert "\n- 3 × broadcast: Custom mixes rows\n  - `Custom /tower/layers.0/" in text
     assert text.endswith("\n**3 × fc, 1 × norm: 79 % of MACs are now once per request or gone.**\n")
+
+
+def test_markdown_keeps_the_indentation_of_a_tree() -> None:
+    to = Markdown()
+    table = to.table(["layer", "MACs"])
+    table.add_row("top", "3")
+    table.add_row("    top.0|x", "2")
+    to.show(table)
+    assert to.document == "| layer | MACs |\n| --- | --: |\n| top | 3 |\n| &emsp;&emsp;top.0\\|x | 2 |\n"
 
 
 def test_markdown_of_hostile_names() -> None:

@@ -17,9 +17,10 @@ import onnxrank
 from onnxrank import model as files
 from onnxrank import pipeline
 from onnxrank.facts import Setting
-from onnxrank.pipeline import Study, Transformation, choose_rules
+from onnxrank.pipeline import Study, Transformation
 from onnxrank.rewrite import Rewrite
 from onnxrank.roles import resolve
+from onnxrank.ruleset import choose_rules
 from onnxrank.values import HOLE, Abstract, Affine, Dims, Level, Sum, Unrepresentable, Value, extents, symbols
 
 Feed = dict[str, NDArray[Any]]

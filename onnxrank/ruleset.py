@@ -1,0 +1,50 @@
+"""Which rules there are: onnxrank's own, those of installed packages, those of files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import metadata
+
+from onnxrank.errors import UsageError
+from onnxrank.rewrite import Rule
+
+
+def choose_rules(
+    select: Sequence[str] | None, ignore: Sequence[str], extra: Sequence[str | os.PathLike[str]]
+) -> tuple[Rule, ...]:
+    """The rules to use: onnxrank's own, those of installed packages (entry points `onnxrank.rules`), those of files.
+
+    Raises:
+        UsageError: A name is not that of a rule, or a file cannot be used.
+    """
+    from onnxrank.rules import RULES
+
+    found: list[Rule] = []
+    for path in extra:
+        found += _rules_in(path)
+    for point in metadata.entry_points(group="onnxrank.rules"):
+        found += list(point.load())
+    found += RULES
+    names = {r.name for r in found}
+    for name in [*(select or ()), *ignore]:
+        if name not in names:
+            raise UsageError(f"there is no rule {name!r}; the rules are {', '.join(sorted(names))}")
+    # Without the movement rule nothing can be followed, so it is not up for selection.
+    wanted = names if select is None else {*select, "movement", "broadcast"}
+    return tuple(r for r in found if r.name in wanted and (r.name not in ignore or r.name == "movement"))
+
+
+def _rules_in(path: str | os.PathLike[str]) -> list[Rule]:
+    import runpy
+
+    try:
+        space = runpy.run_path(os.fspath(path))
+    except OSError as e:
+        raise UsageError(f"the rules file {os.fspath(path)} cannot be read: {e.strerror}") from e
+    except (Exception, SystemExit) as e:
+        raise UsageError(f"the rules file {os.fspath(path)} fails: {type(e).__name__}: {e}") from e
+    found = space.get("RULES")
+    if not isinstance(found, Sequence) or not all(isinstance(r, Rule) for r in found):
+        raise UsageError(f"the rules file {os.fspath(path)} must define RULES, a sequence of onnxrank.Rule")
+    return list(found)
