@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
+from onnxrank.extents import evaluate
 from onnxrank.facts import Facts
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
 
-_OPAQUE = re.compile(r"^(?P<symbols>.*)~(?P<a>\d+)\+(?P<b>-?\d+)$")
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
 _SECONDS_PER_MAC = 1 / 25e9
@@ -36,10 +35,10 @@ class Shapes:
         """Value of a symbol, opaque ones included; 1 where the extent depends on data."""
         if name in self.symbols:
             return self.symbols[name]
-        found = _OPAQUE.match(name)
-        if found is None:
+        found = self.facts.expressions.get(name)
+        if found is None or not found.symbols <= self.symbols.keys():
             return 1
-        return int(found["a"]) * prod(self.symbol(s) for s in found["symbols"].split("~")) + int(found["b"])
+        return evaluate(found, self.symbols)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, if known."""
@@ -100,6 +99,7 @@ def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[tuple[
     """Shapes at a number of candidates; other symbols are taken as `LENGTH`."""
     initializers = {t.name: tuple(t.dims) for t in model.graph.initializer}
     others = {s for found in [*facts.extents.values(), *inputs.values()] for _, syms in found for s in syms}
+    others |= {s for size in facts.expressions.values() for s in size.symbols}
     return Shapes(facts, initializers, inputs, {**{s: LENGTH for s in others if "~" not in s}, CANDIDATES: candidates})
 
 

@@ -140,9 +140,25 @@ class Emitter:
         return self.add(op, [data], attrs | {"axes": list(axes)}, hint=hint)
 
 
+def names_in(graph: GraphProto) -> set[str]:
+    """All names of tensors and nodes in a graph and in the graphs inside it."""
+    out = _given(graph) | {o.name for o in graph.output}
+    for node in graph.node:
+        out |= {*node.input, *node.output, node.name}
+        for inner in subgraphs(node):
+            out |= names_in(inner)
+    return out
+
+
+def _given(graph: GraphProto) -> set[str]:
+    """Names of what a graph has before any of its nodes."""
+    sparse = {t.values.name for t in graph.sparse_initializer}
+    return {t.name for t in graph.initializer} | sparse | {i.name for i in graph.input}
+
+
 def captured(graph: GraphProto) -> set[str]:
     """Names of outer tensors that a subgraph reads."""
-    local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+    local = _given(graph)
     out: set[str] = set()
     for node in graph.node:
         out |= {i for i in node.input if i and i not in local}
@@ -166,7 +182,7 @@ def subgraphs(node: NodeProto) -> list[GraphProto]:
 def rename_captured(node: NodeProto, names: dict[str, str]) -> None:
     """Renames, in place, the outer tensors that a control-flow node's bodies read."""
     for graph in subgraphs(node):
-        local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+        local = _given(graph)
         for inner in graph.node:
             for k, i in enumerate(inner.input):
                 if i not in local and i in names:

@@ -40,6 +40,10 @@ class ModelError(OnnxrankError):
     exit_code = 3
 
 
+class OutOfMemory(ModelError):
+    """The model needs more memory than its process may use."""
+
+
 class EnvironmentProblem(OnnxrankError):
     """Something outside the model is missing: a runtime, memory, disk space, a permission."""
 

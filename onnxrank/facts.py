@@ -1,42 +1,37 @@
-"""What running a model tells about it: shapes as functions of the number of candidates, and foldable constants.
+"""Facts about a model's tensors: proved shapes, constants, and a run that confirms them.
 
-Static shape inference leaves many tensors of exported rankers untyped and gets some broadcasts wrong, so shapes are
-measured: the model runs at several numbers of candidates with the shape of every tensor exposed, and each extent is
-fitted as `a * N + b`. An extent that no such line goes through depends on the data and is treated as unknown.
+Shapes are derived (`shapes`) and held here in the form that the rewriter works with: per extent a constant times
+symbols. An extent that is no such product gets a symbol of its own whose expression is known. Running the model only
+confirms: a run that contradicts what was derived is an error of onnxrank, and nothing is rewritten then.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
-from onnxrank import runtime
+from onnxrank import extents as ex
+from onnxrank import model as files
+from onnxrank import runtime, shapes
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
-from onnxrank.values import CANDIDATES, Dim, Dims, canonical
+from onnxrank.extents import Expr
+from onnxrank.values import CANDIDATES, Dim, Dims, canonical, is_candidate_symbol
+from onnxrank.workers import RemoteSession
 
 Extent = tuple[int, tuple[str, ...]]
 """A constant times symbols."""
 
-_MARK = "::shape"
-_NOT_DETERMINISTIC = {
-    "RandomNormal",
-    "RandomUniform",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "Multinomial",
-    "Bernoulli",
-}
-_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SplitToSequence", "Optional"}
+_MARK = "::onnxrank/shape"
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
-_LARGEST_FOLD = 1 << 24
+_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SplitToSequence", "Optional"}
 
 
 @dataclass(frozen=True)
@@ -60,53 +55,159 @@ def settings(symbols: Iterable[str], candidates: Iterable[int] = (2, 3, 5, 3)) -
 
 @dataclass
 class Facts:
-    """Measured shapes and constants of the tensors of a model's main graph.
+    """Proved shapes and constants of the tensors of a model's main graph.
 
     Attributes:
-        extents: Per tensor the extent of each dimension; absent where the tensor was not seen.
-        folded: Tensors that depend on constants and extents only and are the same for every number of candidates,
-            with their data cut to one row along symbols.
-        varying: Tensors that depend on constants and extents only and change with the number of candidates.
-        unproven: Those of them that may change in another way at numbers that were not tried, by a threshold say.
-        unsteady: Tensors that have another rank for a single candidate.
-        literals: Data of small integer initializers.
-        note: Why nothing could be measured for a part of the model, if so.
+        extents: Per tensor the extent of each dimension; absent where the number of dimensions is not proved.
+        sizes: The same as expressions.
+        expressions: What symbols stand for that are not extents of inputs; absent for extents that are not proved.
+        folded: Tensors whose entries are constants, with their data cut to one row along symbols.
+        unknown: Tensors whose number of dimensions is not proved, with the reason.
+        opaque: Symbols of extents that are not proved, with the tensor and the reason.
+        note: Why nothing could be said of a part of the model, if so.
     """
 
     extents: dict[str, tuple[Extent, ...]] = field(default_factory=dict)
+    sizes: dict[str, tuple[int | Expr, ...]] = field(default_factory=dict)
+    expressions: dict[str, Expr] = field(default_factory=dict)
     folded: dict[str, tuple[Dims, NDArray[Any]]] = field(default_factory=dict)
-    varying: set[str] = field(default_factory=set)
-    unproven: set[str] = field(default_factory=set)
-    unsteady: set[str] = field(default_factory=set)
+    unknown: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, tuple[str, str]] = field(default_factory=dict)
     note: str | None = None
-    literals: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def dims(self, name: str) -> Dims | None:
-        """Shape with each extent as one factor, when known; merged extents are opaque symbols."""
+        """Shape with each extent as one factor, when known; merged extents are symbols of their own."""
         found = self.extents.get(name)
         if found is None:
             return None
         out: list[Dim] = []
-        for c, syms in found:
+        for (c, syms), size in zip(found, self.sizes[name], strict=True):
             if len(syms) <= 1 and (c == 1 or not syms):
                 out.append(canonical([c, *syms]))
             else:
-                out.append(("~".join((*syms, str(c))),))
+                assert isinstance(size, Expr)
+                out.append((self.symbol_of(size),))
         return tuple(out)
 
+    def extent(self, size: int | Expr) -> Extent:
+        """An extent as a constant times symbols."""
+        c, found = ex.factors(size)
+        named = [f if isinstance(f, str) else self.symbol_of(f) for f in found]
+        return c, tuple(sorted(named, key=lambda s: s != CANDIDATES))
 
-def shape_derived(nodes: Iterable[NodeProto], constants: Iterable[str]) -> set[str]:
-    """Tensors that depend on constants and on shapes, but on no input's values."""
-    known = set(constants)
-    out: set[str] = set()
-    for node in nodes:
-        inner = {c for g in subgraphs(node) for c in captured(g)}
-        if node.op_type in ("Shape", "Size") or (
-            node.op_type not in _NOT_DETERMINISTIC | _SEQUENCES
-            and all(not i or i in known for i in {*node.input, *inner})
-        ):
-            known |= set(node.output)
-            out |= {o for o in node.output if o}
+    def symbol_of(self, size: Expr) -> str:
+        """The symbol that stands for an expression."""
+        rows = any(map(is_candidate_symbol, size.symbols))
+        name = f"{CANDIDATES if rows else ''}~{size}"
+        self.expressions[name] = size
+        return name
+
+    def size_of(self, dim: Dim) -> int | Expr:
+        """The extent of a factored dimension as an expression."""
+        return ex.product(f if isinstance(f, int) else self.meaning(f) for f in dim)
+
+    def meaning(self, symbol: str) -> Expr:
+        """The expression that a symbol stands for."""
+        found = self.expressions.get(symbol)
+        return ex.symbol(symbol) if found is None else found
+
+    def note_shape(self, name: str, sizes: Sequence[int | Expr]) -> None:
+        """Takes up a tensor's shape."""
+        self.sizes[name] = tuple(sizes)
+        self.extents[name] = tuple(self.extent(n) for n in sizes)
+
+
+def derive(
+    model: ModelProto,
+    inputs: Mapping[str, Sequence[Extent]],
+    folder: str | os.PathLike[str] | None,
+    known: Facts | None = None,
+) -> Facts:
+    """Derives the shapes of all tensors, and the entries of those that are constants.
+
+    Args:
+        model: The model, functions inlined.
+        inputs: Shapes of its inputs, as constants times symbols.
+        folder: Where its external data lies.
+        known: What was derived of the model that this one was made of. Its inputs may have symbols of that, and what
+            the runtime would have to compute is not asked for again.
+    """
+    facts = Facts(expressions=dict(known.expressions) if known is not None else {})
+    replaced = files.overridable(model)
+    given: dict[str, tuple[int | Expr, ...]] = {}
+    for i in model.graph.input:
+        found = inputs.get(i.name)
+        if found is not None:
+            given[i.name] = tuple(c * ex.product(map(facts.meaning, syms)) for c, syms in found)
+    loads: dict[str, tuple[tuple[int, ...], int, shapes.Load]] = {}
+    for t in model.graph.initializer:
+        if t.name in replaced:
+            given[t.name] = tuple(t.dims)
+        else:
+            loads[t.name] = (tuple(t.dims), _bytes(t, t.dims), _loader(t, folder))
+    for sparse in model.graph.sparse_initializer:
+        loads[sparse.values.name] = (
+            tuple(sparse.dims),
+            _bytes(sparse.values, sparse.dims),
+            _sparse_loader(sparse, folder),
+        )
+    made = shapes.derive(model, given, loads)
+    if made.missing and known is None:
+        made = shapes.derive(model, given, loads, _evaluated(model, made.missing, folder))
+    for name, sizes in made.shapes.items():
+        if name not in loads and name not in inputs:
+            facts.note_shape(name, sizes)
+    facts.unknown, facts.opaque = made.unknown, made.opaque
+    for name, value in shapes.fixed_values(made):
+        dims = tuple(canonical([*syms, c]) if syms else canonical([c]) for c, syms in facts.extents[name])
+        data = value.data
+        for axis, (c, syms) in enumerate(facts.extents[name]):
+            if syms and c > 1:
+                data = np.repeat(data, c, axis)
+        facts.folded[name] = dims, data
+    return facts
+
+
+def _bytes(t: TensorProto, dims: Sequence[int]) -> int:
+    """Size of a tensor's entries."""
+    return prod(dims) * max(1, np.dtype(helper.tensor_dtype_to_np_dtype(t.data_type)).itemsize)
+
+
+def _sparse_loader(t: SparseTensorProto, folder: str | os.PathLike[str] | None) -> shapes.Load:
+    return lambda: files.sparse_data(t, folder)
+
+
+def _loader(t: TensorProto, folder: str | os.PathLike[str] | None) -> shapes.Load:
+    return lambda: constant_data(t, folder)
+
+
+def _evaluated(
+    model: ModelProto, nodes: Sequence[NodeProto], folder: str | os.PathLike[str] | None
+) -> dict[str, NDArray[Any]]:
+    """Entries that the runtime computes from constants; none if it cannot."""
+    wanted = [o for n in nodes for o in n.output if o]
+    part = _behind(model, wanted)
+    try:
+        with RemoteSession(part, folder) as session:
+            return session.run({})
+    except ModelError:
+        return {}
+
+
+def _behind(model: ModelProto, wanted: Sequence[str]) -> ModelProto:
+    """The part of a model that some tensors depend on, with those for outputs."""
+    needed, kept = set(wanted), []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
+    out = ModelProto(ir_version=model.ir_version)
+    out.opset_import.extend(model.opset_import)
+    out.graph.name = model.graph.name
+    out.graph.node.extend(kept[::-1])
+    out.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
+    out.graph.sparse_initializer.extend(t for t in model.graph.sparse_initializer if t.values.name in needed)
+    out.graph.output.extend(helper.make_empty_tensor_value_info(o) for o in wanted)
     return out
 
 
@@ -127,244 +228,89 @@ def available(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
     return good, bad
 
 
+def unavailable(model: ModelProto) -> str | None:
+    """Which operators onnxruntime does not have, in a sentence; None if it has them all."""
+    _, bad = available(model)
+    ops = sorted({f"{n.domain}::{n.op_type}" for n in bad if n.domain not in _KNOWN_DOMAINS})
+    return f"operators onnxruntime does not have ({', '.join(ops)}) and all behind them were not run" if bad else None
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """A tensor whose measured shape is not the derived one.
+
+    Attributes:
+        name: The tensor.
+        derived: Its derived shape, at the values of the run.
+        measured: Its shape in the run.
+        symbols: Values of the symbols in the run.
+    """
+
+    name: str
+    derived: tuple[int, ...]
+    measured: tuple[int, ...]
+    symbols: dict[str, int]
+
+    def __str__(self) -> str:
+        at = ", ".join(f"{s.removeprefix('S:')} = {n}" for s, n in self.symbols.items())
+        return f"{self.name!r} has the shape {list(self.measured)} where {list(self.derived)} was derived ({at})"
+
+
 class Probe:
-    """A model loaded with the shape of every tensor exposed.
+    """A model, in a process of its own, with the shape of every tensor that an output depends on exposed.
 
     Args:
         model: The model, functions inlined.
-        symbols: Names of the symbolic extents of its inputs.
         folder: Where its external data lies.
 
     Raises:
         ModelError: onnxruntime does not take the model.
     """
 
-    def __init__(self, model: ModelProto, symbols: Iterable[str], folder: str | os.PathLike[str] | None = None) -> None:
-        self._model, self._symbols = model, list(symbols)
+    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
         good, bad = available(model)
-        ops = sorted({f"{n.domain}::{n.op_type}" for n in bad if n.domain not in _KNOWN_DOMAINS})
-        self.note = None
-        if bad:
-            self.note = f"operators onnxruntime does not have ({', '.join(ops)}) and all behind them were not run"
-        graph = model.graph
-        overridable = {i.name for i in graph.input} if model.ir_version >= 4 else set()
-        self._derived = shape_derived(good, {t.name for t in graph.initializer} - overridable)
         exposed = ModelProto()
         exposed.CopyFrom(model)
-        del exposed.graph.output[:], exposed.graph.value_info[:]
-        if bad:
-            del exposed.graph.node[:]
-            exposed.graph.node.extend(good)
-        else:
-            exposed.graph.output.extend(o for o in graph.output if o.name not in self._derived)
-        self._names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
+        live = good if bad else _behind(model, [o.name for o in model.graph.output]).graph.node
+        del exposed.graph.output[:], exposed.graph.value_info[:], exposed.graph.node[:]
+        exposed.graph.node.extend(live)
+        self._names = [o for n in live for o in n.output if o and n.op_type not in _SEQUENCES]
         for name in self._names:
             exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
             exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
-        for name in sorted(self._derived):
-            exposed.graph.output.append(helper.make_empty_tensor_value_info(name))
-        self._literals = {
-            t.name: numpy_helper.to_array(t)
-            for t in graph.initializer
-            if t.data_type in (TensorProto.INT64, TensorProto.INT32)
-            and t.data_location != TensorProto.EXTERNAL
-            and t.ByteSize() < 1 << 20
-        }
-        self._half = runtime.has_half(model)
-        if self._half:
-            exposed = runtime.retype(exposed, TensorProto.FLOAT, folder)
-        self._session = runtime.session(exposed, folder)
+        self._session = RemoteSession(exposed, folder, precision="float" if runtime.has_half(model) else "own")
 
-    @property
-    def session(self) -> Any | None:
-        """The session, where it computes the model's outputs just as the model does; it has further outputs."""
-        return None if self._half or self.note else self._session
+    def __enter__(self) -> Probe:
+        return self
 
-    def release(self) -> None:
-        """Lets go of the session, which holds the weights once more; nothing can be measured any longer."""
-        self._session = None
+    def __exit__(self, *error: object) -> None:
+        self._session.close()
 
-    def measure(self, feeds: Callable[[Setting], runtime.Feeds]) -> Facts:
-        """Runs the model at several numbers of candidates and fits its shapes.
-
-        Args:
-            feeds: Makes the inputs for a setting.
+    def measure(self, feeds: runtime.Feeds) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors for some inputs.
 
         Raises:
             ModelError: onnxruntime cannot run the model on these inputs.
         """
-        facts = Facts(note=self.note, literals=self._literals)
-        points = settings(self._symbols)
-        wanted = [*(n + _MARK for n in self._names), *self._derived]
-        runs = [runtime.run(self._session, feeds(p), wanted) for p in points]
-        for name in self._names:
-            shapes = [tuple(r[name + _MARK].tolist()) for r in runs]
-            if len({len(s) for s in shapes}) == 1:
-                facts.extents[name] = tuple(
-                    fit([s[k] for s in shapes], points, f"{name}.{k}") for k in range(len(shapes[0]))
-                )
-        alone = self._at_one(feeds)
-        for name in self._names:
-            if name + _MARK in alone and name in facts.extents:
-                if len(alone[name + _MARK]) != len(facts.extents[name]):
-                    facts.unsteady.add(name)
-        seen = {name: [np.asarray(r[name]) for r in runs] for name in self._derived}
-        for node in self._model.graph.node:
-            for name in node.output:
-                if name not in seen:
-                    continue
-                folded = _fold(seen[name], facts.extents.get(name), alone.get(name))
-                fixed = all(i not in facts.varying for i in node.input)
-                if folded is not None and folded[1].nbytes <= _LARGEST_FOLD and (fixed or _proven(node, seen, facts)):
-                    facts.folded[name] = folded
-                    continue
-                facts.varying.add(name)
-                if facts.unproven & set(node.input) or not (fixed or _proven(node, seen, facts)):
-                    facts.unproven.add(name)
-        if self._half:
-            _restore_half(self._model, facts)
-        return facts
-
-    def _at_one(self, feeds: Callable[[Setting], runtime.Feeds]) -> dict[str, NDArray[Any]]:
-        """Shapes and shape-derived tensors for a single candidate, where an extent of 1 may take another branch."""
-        (point,) = settings(self._symbols, (1,))
-        try:
-            wanted = [*(n + _MARK for n in self._names), *self._derived]
-            return runtime.run(self._session, feeds(point), wanted) if wanted else {}
-        except ModelError:
+        if not self._names:
             return {}
+        found = self._session.run(feeds, [n + _MARK for n in self._names])
+        return {n: tuple(found[n + _MARK].tolist()) for n in self._names}
 
 
-def _restore_half(model: ModelProto, facts: Facts) -> None:
-    """Constants folded in float32 on the way to 16-bit tensors are the 16-bit model's own only if it is cast back."""
-    kinds = [t.data_type for t in model.graph.initializer] + [i.type.tensor_type.elem_type for i in model.graph.input]
-    half = next(k for k in kinds if k in (TensorProto.FLOAT16, TensorProto.BFLOAT16))
-    to = helper.tensor_dtype_to_np_dtype(half)
-    exact = {o for n in model.graph.node if n.op_type == "Cast" for o in n.output}
-    for name, (dims, data) in list(facts.folded.items()):
-        if data.dtype == np.float32 and name not in exact:
-            facts.folded[name] = (dims, data.astype(to))
-
-
-def fit(values: list[int], points: list[Setting], label: str) -> Extent:
-    """Expresses an extent, seen in several runs, by the symbols.
-
-    Returns:
-        `(c, symbols)` for a constant times symbols; one opaque symbol for anything else, whose name starts with that
-        of the candidate count if it may depend on it.
-    """
-    if len(set(values)) == 1:
-        return values[0], ()
-    names = sorted(points[0].symbols)
-    monomials = [(s,) for s in names] + [(CANDIDATES, s) for s in names if s != CANDIDATES]
-    for syms in monomials:
-        at = [prod(p.symbols[s] for s in syms) for p in points]
-        if at[1] == at[0] or (values[1] - values[0]) % (at[1] - at[0]):
+def contradictions(facts: Facts, measured: Mapping[str, tuple[int, ...]], setting: Setting) -> Iterator[Contradiction]:
+    """What a run says against what was derived."""
+    for name, seen in measured.items():
+        sizes = facts.sizes.get(name)
+        if sizes is None:
             continue
-        a = (values[1] - values[0]) // (at[1] - at[0])
-        b = values[0] - a * at[0]
-        if a > 0 and all(v == a * x + b for v, x in zip(values, at, strict=True)):
-            if b == 0:
-                return a, tuple(sorted(syms, key=lambda s: s != CANDIDATES))
-            return 1, (f"{'~'.join(sorted(syms, key=lambda s: s != CANDIDATES))}~{a}+{b}",)
-    return 1, (f"{CANDIDATES}~?{label}",)
-
-
-_STRUCTURAL = set(
-    """Shape Size Gather Slice Concat Unsqueeze Squeeze Cast Identity Reshape Flatten Transpose Split Expand Tile
-    ConstantOfShape Add Sub Mul Neg ReduceProd ReduceSum Range Where""".split()
-)
-_ROOTS = {"Equal": "equal", "Less": "sign", "Greater": "sign", "LessOrEqual": "sign", "GreaterOrEqual": "sign"}
-
-
-def _proven(node: NodeProto, seen: Mapping[str, list[NDArray[Any]]], facts: Facts) -> bool:
-    """Whether what a node does to extents at a few numbers of candidates tells what it does at all of them.
-
-    Picking, joining, adding and multiplying gives polynomials, which a few points determine. A comparison does not
-    change where the difference has no root; a quotient is a line where the divisor divides the slope.
-    """
-    op = node.op_type
-    if facts.unproven.intersection(node.input):
-        return False
-    if op in ("Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Tile", "Where"):
-        # Positions and conditions that change could change what is picked.
-        steering = [node.input[0]] if op == "Where" else node.input[1:]
-        return all(i not in facts.varying for i in steering)
-    if op in _STRUCTURAL:
-        return True
-    lines = [_line(seen[i]) if i in facts.varying else None for i in node.input]
-    if op in _ROOTS and len(node.input) == 2:
-        operands = [
-            line if line is not None else (0.0, np.asarray(_constant(i, seen, facts)))
-            for i, line in zip(node.input, lines, strict=True)
-            if line is not None or i not in facts.varying
-        ]
-        if len(operands) != 2 or any(o[1].dtype == object for o in operands):
-            return False
-        slope, start = operands[0][0] - operands[1][0], operands[0][1] - operands[1][1]
-        if _ROOTS[op] == "equal":
-            with np.errstate(divide="ignore", invalid="ignore"):
-                root = np.where(slope == 0, -1, -start / np.where(slope == 0, 1, slope))
-            return bool(np.all((root < 0) | (root != np.floor(root))))
-        return bool(np.all((slope * start > 0) | (slope == 0)))
-    if op in ("Div", "Mod") and len(node.input) == 2 and lines[0] is not None:
-        slope, start = lines[0]
-        if lines[1] is None:
-            divisor = np.asarray(_constant(node.input[1], seen, facts))
-            return divisor.dtype != object and bool(np.all(divisor > 0) and np.all(slope % divisor == 0))
-        return bool(np.all(start == 0) and np.all(lines[1][1] == 0))
-    return False
-
-
-def _constant(name: str, seen: Mapping[str, list[NDArray[Any]]], facts: Facts) -> Any:
-    """Data of an operand that does not vary; an object array if it is not known here."""
-    return seen[name][0] if name in seen else facts.literals.get(name, np.array(None, object))
-
-
-def _line(values: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Slope and start, entry by entry, of what was seen at 2, 3 and 5 candidates; None if no line."""
-    if any(v.shape != values[0].shape for v in values) or values[0].dtype.kind not in "iu":
-        return None
-    two, three, five = (v.astype(np.int64) for v in values[:3])
-    slope = three - two
-    return (slope, two - 2 * slope) if (five == two + 3 * slope).all() else None
-
-
-def _fold(
-    values: list[NDArray[Any]], extents: tuple[Extent, ...] | None, alone: NDArray[Any] | None
-) -> tuple[Dims, NDArray[Any]] | None:
-    """The one row that all runs agree on, if they do."""
-    first = values[0]
-    if extents is None or len(extents) != first.ndim:
-        extents = tuple((n, ()) for n in first.shape)
-        if any(v.shape != first.shape for v in values):
-            return None
-    dims: list[Dim] = []
-    cut: list[NDArray[Any]] = []
-    for v in [*values, *([alone] if alone is not None and alone.ndim == first.ndim else [])]:
-        for axis, (_, syms) in enumerate(extents):
-            if syms:
-                if v.shape[axis] == 0 or (v != v.take([0], axis)).any():
-                    return None
-                v = v.take([0], axis)
-        cut.append(v)
-    if any(c.shape != cut[0].shape or not _same(c, cut[0]) for c in cut[1:]):
-        return None
-    for c, syms in extents:
-        if any("~" in s for s in syms):
-            return None
-        dims.append(canonical([*syms, c]) if syms else canonical([c]))
-    data = cut[0]
-    for axis, (c, syms) in enumerate(extents):
-        if syms and c > 1:
-            data = np.repeat(data, c, axis)
-    return tuple(dims), data
-
-
-def _same(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        derived = tuple(
+            ex.evaluate(n, setting.symbols) if ex.symbols_of(n) <= setting.symbols.keys() else -1 for n in sizes
+        )
+        if len(derived) != len(seen) or any(d not in (-1, s) for d, s in zip(derived, seen, strict=True)):
+            yield Contradiction(name, derived, seen, setting.symbols)
 
 
 def constant_data(t: TensorProto, folder: str | os.PathLike[str] | None) -> NDArray[Any]:
     """Loads an initializer, from its external file if it has one."""
-    return numpy_helper.to_array(t, os.fspath(folder) if folder is not None else "")
+    return files.tensor_data(t, folder)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from onnxrank.emit import Emitter
+from onnxrank.emit import Emitter, subgraphs
 from onnxrank.facts import Facts, Setting
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
@@ -316,19 +316,54 @@ class _Lookups:
 
     def _gather(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        self._look_up(rw, rw.value(node, 0), rw.value(node, 1), axis)
+        self.look_up(rw, rw.value(node, 0), rw.value(node, 1), axis)
         return None
 
     def _gather_nd(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         ids = rw.value(node, 1)
         if extents(ids.dims)[-1] == 1:
-            self._look_up(rw, rw.value(node, 0), ids, 0)
+            self.look_up(rw, rw.value(node, 0), ids, 0)
         return None
 
-    def _look_up(self, rw: Rewrite, table: Value, ids: Value, axis: int) -> None:
+    def look_up(self, rw: Rewrite, table: Value, ids: Value, axis: int) -> None:
+        """Notes that ids are positions along an axis of a table."""
         d = table.dims[axis % table.rank]
         if not symbols([d]) and (ids.whole is None or ids.whole.load is None):
             self.limit(ids.codes, 0, extents((d,))[0])
+
+
+_SAME_ENTRIES = {"Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose", "Slice", "Expand"}
+"""Operators whose result holds entries of their first input, wherever and however often."""
+
+
+def _bodies(lookups: _Lookups, rw: Rewrite, graph: GraphProto, ids: Mapping[str, frozenset[str]]) -> None:
+    """Limits ids that are looked up in the body of a control-flow node, as EmbeddingBag is exported.
+
+    Args:
+        lookups: Receives the limits.
+        rw: Values of the tensors outside.
+        graph: The body.
+        ids: Tensors outside whose entries a tensor of the surrounding bodies holds.
+    """
+    known = dict(ids)
+
+    def origins(name: str) -> frozenset[str]:
+        return known.get(name, frozenset({name}) if name in rw.values else frozenset())
+
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type == "Gather":
+            table = rw.values.get(node.input[0])
+            for origin in origins(node.input[1]) if isinstance(table, Value) else ():
+                found = rw.values[origin]
+                if isinstance(found, Value):
+                    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+                    lookups.look_up(rw, table, found, axis)
+        if node.op_type in _SAME_ENTRIES or node.op_type == "Gather":
+            known[node.output[0]] = origins(node.input[0])
+        for inner in subgraphs(node):
+            _bodies(lookups, rw, inner, known)
 
 
 def find_ranges(
@@ -360,6 +395,9 @@ def find_ranges(
     for s in {s for i in declared for s in symbols(i.dims)}:
         rw.layout.extent_of[s] = (declared[0].name, 0, 1)  # nothing written here is ever run
     rw.interpret(model.graph.node)
+    for node in model.graph.node:
+        for body in subgraphs(node):
+            _bodies(lookups, rw, body, {})
     out: Ranges = {}
     for i in declared:
         low, high, whole = lookups.bounds[i.name]

@@ -1,4 +1,4 @@
-"""One way to rewrite a model, measured; what cannot be carried out or run is left alone, and the rest is kept."""
+"""One way to rewrite a model, with its shapes; what cannot be carried out is left alone, and the rest is kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import replace
 from onnx import ModelProto, NodeProto
 
 from onnxrank import cost, facts
-from onnxrank.errors import ModelError
 from onnxrank.plan import ALWAYS, LEAVE, TAKE, WRITTEN_OUT, Alternative, Choice, Place, Site, label
-from onnxrank.retreat import GaveUp, Search, order
 from onnxrank.rewrite import Refusal, Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
@@ -21,7 +19,7 @@ _MOST_FAILURES = 24
 
 
 class Form:
-    """One way to rewrite a model, with its measured shapes.
+    """One way to rewrite a model, with its shapes.
 
     Attributes:
         study: What is known of the original.
@@ -46,10 +44,11 @@ class Form:
         self.choice = choice or Choice()
         self.remarks: list[Refusal] = []
         self.model: ModelProto | None = None
-        self.probe: facts.Probe | None = None
+        self.facts: facts.Facts | None = None
         self._write()
-        if self.rewrite.sites():
-            self._measure()
+        if self.changed:
+            assert self.model is not None
+            self.facts = facts.derive(self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts)
 
     # --- making ----------------------------------------------------------------------------------------------------
 
@@ -91,38 +90,8 @@ class Form:
             seen |= before
         return found[:most]
 
-    def _measure(self) -> None:
-        """Measures the result's shapes; what onnxruntime does not load or run is left alone."""
-        for _ in range(_MOST_FAILURES):
-            if self.model is None or not self.rewrite.sites():
-                return
-            try:
-                self.facts = self._probed(self.model)
-                return
-            except ModelError as e:
-                reason = f"onnxruntime does not take what the rule makes of it: {e}"
-            try:
-                guilty = Search(self.made, self._runs).culprit(self.choice, order([r.name for r in self.rules]))
-            except GaveUp:
-                break
-            self._leave([s.place for s in guilty.sites], reason, [] if guilty.sites else [guilty.rule])
-            self._write()
-        self.model = None
-        self.rewrite.rw.refuse("movement", f"the model as a whole was left alone: {reason}")
-
-    def _probed(self, model: ModelProto) -> facts.Facts:
-        self.probe = facts.Probe(model, self.study.symbols, self.study.loaded.folder)
-        return self.probe.measure(lambda setting: self.rewrite.translate(self.study.maker(setting)))
-
-    def _runs(self, model: ModelProto) -> bool:
-        try:
-            self._probed(model)
-        except ModelError:
-            return False
-        return True
-
     def made(self, choice: Choice) -> tuple[ModelProto | None, list[Site]]:
-        """The result of another choice, None if there is none; and where rules are applied. Shapes are not measured."""
+        """The result of another choice, None if there is none; and where rules are applied."""
         other = self.transformed(choice)
         try:
             model = other.run()
@@ -161,7 +130,7 @@ class Form:
 
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
-        assert self.model is not None
+        assert self.model is not None and self.facts is not None
         return cost.shapes_of(self.model, self.facts, self.rewrite.input_extents(), candidates)
 
     def original_shapes(self, candidates: int) -> cost.Shapes:
@@ -180,7 +149,7 @@ class Form:
             span: Least and most candidates expected.
             original: Predicted time of the original; a form that is slower at a quarter of the least is out.
         """
-        if self.model is None or self.probe is None:
+        if self.model is None or self.facts is None:
             return float("inf")
         few = max(1, span[0] // 4)
         return float("inf") if self.time(few) > original(few) else self.time(report_candidates(span))

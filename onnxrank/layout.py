@@ -7,12 +7,14 @@ the layout has no structure, one Gather over the flattened entries.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import blake2b
 from math import prod
 
 import numpy as np
 
 from onnxrank.emit import Emitter
+from onnxrank.extents import Call, Expr, bounds
 from onnxrank.values import (
     HOLE,
     Codes,
@@ -48,9 +50,11 @@ class Layout:
     Args:
         sources: The sources that codes refer to.
         emitter: Receives the nodes.
+        expressions: What symbols stand for that are not extents of inputs.
     """
 
-    def __init__(self, sources: Sources, emitter: Emitter) -> None:
+    def __init__(self, sources: Sources, emitter: Emitter, expressions: Mapping[str, Expr]) -> None:
+        self.expressions = expressions
         self.sources = sources
         self.emit = emitter
         self.extent_of: dict[str, tuple[str, int, int]] = {}
@@ -518,6 +522,8 @@ class Layout:
         Raises:
             Unrepresentable: No graph input has the extent.
         """
+        if symbol in self.expressions:
+            return self._computed(self.expressions[symbol])
         if symbol not in self.extent_of:
             raise Unrepresentable(f"the extent {symbol} is not that of an input")
         name, axis, divisor = self.extent_of[symbol]
@@ -531,6 +537,33 @@ class Layout:
         if divisor > 1:
             out = self.emit.add("Div", [out, self.emit.constant(np.array([divisor], np.int64))], hint=hint)
         return out
+
+    def _computed(self, size: int | Expr) -> str:
+        """A one-element int64 tensor with the value of an expression."""
+        if not isinstance(size, Expr):
+            return self.emit.constant(np.array([size], np.int64))
+        total: str | None = None
+        for atoms, c in size.terms:
+            parts = [self.extent(a) if isinstance(a, str) else self._called(a) for a in atoms]
+            if c != 1 or not parts:
+                parts.append(self.emit.constant(np.array([c], np.int64)))
+            made = parts[0]
+            for other in parts[1:]:
+                made = self.emit.add("Mul", [made, other], hint="extent")
+            total = made if total is None else self.emit.add("Add", [total, made], hint="extent")
+        assert total is not None
+        return total
+
+    def _called(self, call: Call) -> str:
+        """A one-element int64 tensor with the value of a function of extents."""
+        if call.op in ("min", "max"):
+            if self.emit.opset < 12:
+                raise Unrepresentable(f"{call} of integers needs opset 12")
+            return self.emit.add(call.op.capitalize(), [self._computed(a) for a in call.args], hint="extent")
+        if bounds(call.args[0])[0] < 0:
+            raise Unrepresentable(f"{call} of a number that may be negative")
+        op = "Div" if call.op == "//" else "Mod"
+        return self.emit.add(op, [self._computed(a) for a in call.args], hint="extent")
 
 
 def _grid(numbers: Codes, dims: Dims) -> tuple[int, int, Codes] | None:

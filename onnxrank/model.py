@@ -13,11 +13,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 
@@ -213,6 +215,77 @@ def _check_versions(proto: ModelProto, what: str) -> None:
         raise ModelError(f"{what} has opset {max(opsets)}; {update.format(newest)}")
 
 
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+def overridable(model: ModelProto) -> set[str]:
+    """Initializers that callers may replace, because they are listed as inputs: they are no constants.
+
+    Before IR version 4 all initializers had to be listed, and were constants.
+    """
+    if model.ir_version < 4:
+        return set()
+    held = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
+    return held & {i.name for i in model.graph.input}
+
+
+def sparse_data(t: SparseTensorProto, folder: str | os.PathLike[str] | None = None) -> NDArray[Any]:
+    """A sparse tensor as a dense array.
+
+    Raises:
+        ModelError: Its values, indices and dimensions do not fit each other.
+    """
+    values, indices = tensor_data(t.values, folder).reshape(-1), tensor_data(t.indices, folder)
+    out = np.zeros(tuple(t.dims), values.dtype)
+    try:
+        if indices.ndim == 2:
+            out[tuple(indices.T)] = values
+        else:
+            out.reshape(-1)[indices] = values
+    except (IndexError, ValueError) as e:
+        raise ModelError(f"The sparse tensor {t.values.name!r} does not fit its dimensions: {e}.") from e
+    return out
+
+
+def tensor_data(t: TensorProto, folder: str | os.PathLike[str] | None = None) -> NDArray[Any]:
+    """The data of a tensor, read from its external file if it has one.
+
+    Args:
+        t: The tensor.
+        folder: Where its external data lies.
+
+    Raises:
+        ModelError: The external data is missing, too short or outside the folder, or the data do not fit the shape.
+    """
+    held = t
+    if _is_external(t):
+        if folder is None:
+            raise ModelError(f"Tensor {t.name!r} lies in external data of a model that was given without its file.")
+        held = TensorProto(name=t.name, data_type=t.data_type, dims=t.dims)
+        held.raw_data = _external_bytes(t, Path(folder))
+    try:
+        return numpy_helper.to_array(held)
+    except (TypeError, ValueError) as e:
+        raise ModelError(f"The data of tensor {t.name!r} do not fit its type and shape: {e}.") from e
+
+
+def _external_bytes(t: TensorProto, folder: Path) -> bytes:
+    """What a tensor's file holds of it; onnx's own reader refuses links, which runtimes follow, and reads to the end."""
+    offset, count = _span(t), _bytes_of(t)
+    path = _external_path(_entries(t).get("location", ""), t.name, folder)
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(count)
+    except OSError as e:
+        raise ModelError(f"The external data {path} of tensor {t.name!r} cannot be read: {e.strerror}.") from e
+    if len(data) < count:
+        raise ModelError(
+            f"The external data {path} of tensor {t.name!r} has become shorter since the model was loaded."
+        )
+    return data
+
+
 # --- external data -----------------------------------------------------------------------------------------------
 
 
@@ -276,17 +349,10 @@ def _check_external(proto: ModelProto, folder: Path) -> tuple[str, ...]:
     for tensor in tensors(proto):
         if not _is_external(tensor):
             continue
-        entries = _entries(tensor)
-        location = entries.get("location", "")
+        location = _entries(tensor).get("location", "")
         if location not in sizes:
             sizes[location] = _external_size(location, tensor.name, folder)
-        try:
-            offset, length = (int(entries.get(key) or 0) for key in ("offset", "length"))
-        except ValueError:
-            offset = length = -1
-        if offset < 0 or length < 0:
-            raise ModelError(f"The external data of tensor {tensor.name!r} has an offset or length that is no number.")
-        end = offset + (length or _bytes_of(tensor))
+        end = _span(tensor) + _bytes_of(tensor)
         if end > sizes[location]:
             raise ModelError(
                 f"The external data of tensor {tensor.name!r} ends at byte {end} of {location!r}, which has only "
@@ -295,18 +361,50 @@ def _check_external(proto: ModelProto, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(set(map(os.path.normpath, sizes))))
 
 
-def _external_size(location: str, tensor: str, folder: Path) -> int:
+def _span(tensor: TensorProto) -> int:
+    """Where a tensor begins in its file; its entries are held against its type and shape."""
+    entries, size = _entries(tensor), _bytes_of(tensor)
+    try:
+        offset, length = (int(entries.get(key) or 0) for key in ("offset", "length"))
+    except ValueError:
+        offset = length = -1
+    if offset < 0 or length < 0:
+        raise ModelError(f"The external data of tensor {tensor.name!r} has an offset or length that is no number.")
+    if any(d < 0 for d in tensor.dims):
+        raise ModelError(f"Tensor {tensor.name!r} in external data has a negative dimension: {list(tensor.dims)}.")
+    if size and length and length != size:
+        raise ModelError(
+            f"The external data of tensor {tensor.name!r} is said to have {length} bytes, but its type and shape "
+            f"{list(tensor.dims)} need {size}."
+        )
+    return offset
+
+
+def _external_path(location: str, tensor: str, folder: Path) -> Path:
+    """The file of external data, links followed.
+
+    Raises:
+        ModelError: It lies outside the model's folder, or is no name of a file.
+    """
     if not location:
         raise ModelError(f"Tensor {tensor!r} lies in external data without a location.")
     windows = PureWindowsPath(location)
     home = Path(os.path.realpath(folder))
-    path = Path(os.path.realpath(home / location))
+    try:
+        path = Path(os.path.realpath(home / location))
+    except ValueError as e:  # a NUL
+        raise ModelError(f"The external data {location!r} of tensor {tensor!r} is no name of a file: {e}.") from e
     # Both kinds of separator count: the same file must not be safe on one system and leave the folder on another.
     if location.startswith("/") or windows.anchor or ".." in windows.parts or not path.is_relative_to(home):
         raise ModelError(
             f"The external data {location!r} of tensor {tensor!r} lies outside the model's folder {folder}. Put the "
             "file itself (no link) next to the model and refer to it by a relative path."
         )
+    return path
+
+
+def _external_size(location: str, tensor: str, folder: Path) -> int:
+    path = _external_path(location, tensor, folder)
     try:
         if not path.exists():
             raise ModelError(

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto, inliner
 
-from onnxrank import cost, feeds, plan, tune
+from onnxrank import cost, feeds, plan, tune, workers
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
@@ -28,7 +28,7 @@ from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES
-from onnxrank.verify import failure, gate, isolate
+from onnxrank.verify import failure, gate
 from onnxrank.verify import report as verdicts
 
 __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rules", "optimize", "report_candidates"]
@@ -63,11 +63,6 @@ class Result:
     form: Form | None = None
     full: Form | None = None
     plan: Plan = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        for owner in (self.study, self.form, self.full):
-            if owner is not None and owner.probe is not None:
-                owner.probe.release()
 
     @property
     def changed(self) -> bool:
@@ -142,7 +137,7 @@ def optimize(
     """
     options = Options(interface, guard, _span(candidates), check=check, strict=strict, tune=tune, progress=progress)
     if check:
-        isolate.warm()
+        workers.warm()
     options.say("reading")
     loaded = read(model)
     if plan is not None:
@@ -329,13 +324,13 @@ class Job:
         self._without: frozenset[str] = frozenset()
 
     def studied(self) -> bool:
-        """Measures the original; whether it can be rewritten at all."""
+        """Derives the original's shapes; whether it can be rewritten at all."""
         self.options.say("measuring shapes")
         study = self.study = Study(flattened(self.loaded), self.roles, self.loaded)
         self.notes += [study.facts.note] if study.facts.note else []
         shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), self.options.usual)
         self.report.before = self.report.after = cost.by_level(study.model.graph, shapes)
-        stray = study.unproven_shapes()
+        stray = study.contradicted()
         self.report.refusals = [stray] if stray is not None else []
         return stray is None
 

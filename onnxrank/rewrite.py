@@ -16,13 +16,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
 from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
+from onnxrank.model import overridable, sparse_data
 from onnxrank.plan import LEAVE, TAKE, Alternative, Choice, Place, Site, label
+from onnxrank.uses import Uses
 from onnxrank.values import (
     CANDIDATES,
     HOLE,
@@ -61,7 +63,10 @@ MOVES = RESHAPES | {"Transpose", "Slice", "Identity"}
 """Operators that give some entries of one tensor other places."""
 _EXACT = MOVES | {"Constant", "Gather", "Expand"}
 _MOVES = MOVES | {"Concat", "Expand"}
+_LINEAR = {"MatMul", "Gemm", "Conv", "Einsum"}
 
+_DEEPEST = 32
+"""Steps put off on top of each other before they are made: each is made by the one behind it, on Python's stack."""
 _MOST_BOXES = 16
 _LARGEST = 1 << 20
 LARGE = 32
@@ -226,12 +231,12 @@ class Rewrite:
         self.taken: dict[int, tuple[str, str]] = {}
         self.decided: dict[Place, Site] = {}
         self.nodes: Sequence[NodeProto] = ()
-        self.producers: dict[str, NodeProto] = {}
+        self.graph = Uses()
         self._index_of: dict[str, int] = {}
-        self._consumers: dict[str, list[NodeProto]] = {}
         self.sources = Sources()
-        self.layout = Layout(self.sources, self.emit)
+        self.layout = Layout(self.sources, self.emit, self.facts.expressions)
         self._claimed: dict[str, None] = {}
+        self._depths: dict[str, int] = {}
         self._numbers: dict[tuple[int, int], int] = {}
         self._made_once: dict[object, Any] = {}
         self._node = NodeProto()
@@ -259,11 +264,8 @@ class Rewrite:
     def interpret(self, nodes: Sequence[NodeProto]) -> None:
         """Runs the transfer rules over all nodes, in order."""
         self.nodes = nodes
-        for k, node in enumerate(nodes):
-            self.producers.update({o: node for o in node.output if o})
-            self._index_of.update(dict.fromkeys(node.output, k))
-            for i in node.input:
-                self._consumers.setdefault(i, []).append(node)
+        self.graph = Uses(nodes)
+        self._index_of = {o: k for k, node in enumerate(nodes) for o in node.output if o}
         by_op: dict[str, list[tuple[Rule, dict[str, Transfer]]]] = {}
         for rule in self.rules:
             for op in dict.fromkeys(op for form in (rule.operators, *(rule.forms or ())) for op in form):
@@ -274,9 +276,14 @@ class Rewrite:
             if outputs and all(o in self.facts.folded for o in outputs):
                 for o in outputs:
                     self.values[o] = self._folded(node, o)
+                self._bound_depth(k, node)
                 continue
+            expected = [self.is_constant(o) for o in node.output]
             made: list[Abstract] | None = None
             key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+            if any(i in self.facts.unknown for i in node.input):
+                self.refuse("movement", self._no_rank(node))
+                key = ""  # nothing is known to hold of a tensor of an unknown number of dimensions
             for rule, forms in by_op.get(key, []):
                 form = self.choice.at(Place(rule.name, k))
                 if form in forms:
@@ -289,6 +296,39 @@ class Rewrite:
             for name, value in zip(node.output, made, strict=False):
                 if name:
                     self.values[name] = value
+            if expected != [self.is_constant(o) for o in node.output]:
+                self.graph.forget()
+            self._bound_depth(k, node)
+
+    def _bound_depth(self, index: int, node: NodeProto) -> None:
+        """Makes a node's results that were put off, if too many steps before them were, too.
+
+        Raises:
+            SiteFailed: They cannot be made.
+        """
+        depth = 1 + max((self._depths.get(i, 0) for i in node.input), default=0)
+        for name in node.output:
+            value = self.values.get(name)
+            if value is None or not (isinstance(value, Sum) or self._put_off(value)):
+                continue
+            if depth <= _DEEPEST:
+                self._depths[name] = depth
+                continue
+            try:
+                made = self.values[name] = self.settle(value) if isinstance(value, Sum) else value
+                for source in self._put_off(made):
+                    self.layout.name_of(source)
+            except Unrepresentable as e:
+                raise SiteFailed(index, f"the layout is not one that can be followed: {e}", layout=True) from e
+
+    def _put_off(self, value: Abstract) -> list[Source]:
+        """The tensors in a value that are written when somebody asks for them."""
+        if isinstance(value, Sum):
+            return [s for t in value.terms for s in self._put_off(t)]
+        if isinstance(value, Affine):
+            return [s for v in (value.base, value.scale) for s in self._put_off(v)]
+        found = [value.whole] if value.whole is not None else self.sources.of(value.codes)
+        return [s for s in found if s.name is None and (s.write is not None or s.product is not None)]
 
     def _tried(self, rule: Rule, transfer: Transfer, node: NodeProto) -> list[Abstract] | None:
         """What a rule makes of a node; where it gives up or fails, nothing of what it did is left, and a remark is."""
@@ -313,17 +353,22 @@ class Rewrite:
         return None
 
     def _confirm(self, node: NodeProto, made: list[Abstract]) -> None:
-        """Holds the derived shapes against the measured ones."""
+        """Holds the shapes that a rule gives against the proved ones."""
         for name in node.output[len(made) :]:
-            if name and (name in self.outputs or name in self._consumers):
+            if name and (name in self.outputs or self.readers(name)):
                 raise Unrepresentable(f"nothing was made of {name}")
         for name, value in zip(node.output, made, strict=False):
-            seen = self.facts.extents.get(name) if name else None
+            seen = self.facts.sizes.get(name) if name else None
             if seen is None:
                 continue
-            derived = tuple((prod(f for f in d if isinstance(f, int)), sorted(symbols([d]))) for d in value.dims)
-            if derived != tuple((c, sorted(s)) for c, s in seen):
-                raise Unrepresentable(f"shape {derived} was derived where {seen} was measured")
+            derived = tuple(self.facts.size_of(d) for d in value.dims)
+            if derived != seen:
+                raise Unrepresentable(f"a rule gives the shape {list(derived)} where {list(seen)} is proved")
+
+    def _no_rank(self, node: NodeProto) -> str:
+        """Why a node is left alone that reads a tensor of an unknown number of dimensions."""
+        name = next(i for i in node.input if i in self.facts.unknown)
+        return f"it reads {name!r}, whose number of dimensions is not proved ({self.facts.unknown[name]})"
 
     def refuse(self, rule: str, reason: str) -> None:
         """Notes why a rule leaves the current node alone."""
@@ -345,7 +390,7 @@ class Rewrite:
         dims: list[Dims] = []
         for o in node.output:
             known = self.facts.dims(o) if o else ()
-            if known is None or o in self.facts.unsteady:
+            if known is None:
                 known = ((f"{CANDIDATES}~?{o}",),)
             dims.append(known)
         if not self.keep_moves:
@@ -376,14 +421,26 @@ class Rewrite:
     def array(self, node: NodeProto, k: int) -> NDArray[Any] | None:
         """Data of the k-th input if it is a constant without symbolic extents; its node may come later."""
         name = node.input[k] if k < len(node.input) else ""
+        if not self.is_constant(name):
+            return None
         found = self.values.get(name)
-        if found is None and name in self.facts.folded:
-            dims, data = self.facts.folded[name]
-            return None if symbols(dims) else data.reshape(extents(dims))
-        if isinstance(found, Value) and found.whole is not None and found.whole.level is Level.CONSTANT:
-            if not symbols(found.dims):
-                return found.whole.data.reshape(extents(found.dims))
-        return None
+        if isinstance(found, Value) and found.whole is not None:
+            return found.whole.data.reshape(extents(found.dims))
+        dims, data = self.facts.folded[name]
+        return data.reshape(extents(dims))
+
+    def is_constant(self, name: str) -> bool:
+        """Whether an original tensor is a constant without symbolic extents; its node may come later."""
+        found = self.values.get(name)
+        if found is None:
+            return name in self.facts.folded and not symbols(self.facts.folded[name][0])
+        if not isinstance(found, Value) or found.whole is None or found.whole.level is not Level.CONSTANT:
+            return False
+        return not symbols(found.dims)
+
+    def computed(self, node: NodeProto) -> bool:
+        """Whether neither of a node's first two operands is a constant."""
+        return not any(self.is_constant(i) for i in node.input[:2])
 
     def weights(self, node: NodeProto, k: int, turned: bool = False) -> Weights | None:
         """The k-th input if it is a constant matrix, transposed if `turned`."""
@@ -394,7 +451,7 @@ class Rewrite:
         while name in self.producers and self.producers[name].op_type in _EXACT:
             made = self.producers[name]
             name = made.input[0] if made.input else None
-        computed = name is not None and name in self.producers
+        computed = name in self.producers
         tensor = self.tensor(self.values[node.input[k]]) if computed else None
         if tensor is not None and turned:
             tensor = self.emit.add("Transpose", [tensor], {"perm": [1, 0]})
@@ -453,20 +510,16 @@ class Rewrite:
             name: The tensor.
             through: Further operators that may stand in between.
         """
-        found = self.readers(name)
-        return (
-            bool(found)
-            and name not in self.outputs
-            and all(
-                n.op_type == "Shape"
-                or (
-                    n.op_type in ("MatMul", "Gemm", "Conv", "Einsum")
-                    and any(self.array(n, k) is not None for k in (0, 1))
-                )
-                or (n.op_type in _MOVES | through and self.read_by_linear_maps(n.output[0], through))
-                for n in found
-            )
-        )
+
+        def judge(node: NodeProto, _: str) -> bool | None:
+            if node.op_type == "Shape" or (node.op_type in _LINEAR and not self.computed(node)):
+                return True
+            return None if node.op_type in _MOVES | through else False
+
+        def join(tensor: str, answers: list[bool]) -> bool:
+            return bool(answers) and tensor not in self.outputs and all(answers)
+
+        return self.graph.behind(name, ("linear", through), judge, join)
 
     def columns_made(self, width: int) -> int:
         """Of the columns of the current node's product, those that have to be made for every candidate.
@@ -514,21 +567,27 @@ class Rewrite:
         self.decided[place] = Site(place, label(node), node.op_type, tuple(alternatives), chosen)
         return chosen
 
+    @property
+    def producers(self) -> dict[str, NodeProto]:
+        """The original node that makes each original tensor."""
+        return self.graph.producers
+
     def readers(self, name: str) -> list[NodeProto]:
         """Original nodes that read an original tensor."""
-        return self._consumers.get(name, [])
+        return self.graph.readers(name)
 
     def linear_columns(self, name: str) -> int:
         """Columns of all constant weights that a tensor is multiplied with, affine steps in between allowed."""
-        total = 0
-        for node in self._consumers.get(name, []):
-            if node.op_type in ("MatMul", "Gemm") and node.input[0] == name:
+
+        def judge(node: NodeProto, tensor: str) -> int | None:
+            if node.op_type in ("MatMul", "Gemm") and node.input[0] == tensor:
                 weight = self.array(node, 1)
-                if weight is not None and weight.ndim == 2:
-                    total += max(weight.shape) if node.op_type == "Gemm" else weight.shape[1]
-            elif node.op_type in ("Mul", "Add") and any(self.array(node, k) is not None for k in (0, 1)):
-                total += self.linear_columns(node.output[0])
-        return total
+                if weight is None or weight.ndim != 2:
+                    return 0
+                return int(max(weight.shape) if node.op_type == "Gemm" else weight.shape[1])
+            return None if node.op_type in ("Mul", "Add") and not self.computed(node) else 0
+
+        return self.graph.behind(name, "columns", judge, lambda _, answers: sum(answers))
 
     @staticmethod
     def constant_type(dtype: int) -> np.dtype[Any]:
@@ -555,7 +614,7 @@ class Rewrite:
         What is also listed as an input may be replaced by the caller, and is not a constant (IR version 4 and later;
         before it, all had to be listed).
         """
-        listed = {i.name for i in model.graph.input} if model.ir_version >= 4 else set()
+        listed = overridable(model)
         for t in model.graph.initializer:
 
             def load(t: TensorProto = t) -> NDArray[Any]:
@@ -563,6 +622,13 @@ class Rewrite:
 
             dims = tuple(canonical([n]) for n in t.dims)
             self.values[t.name] = self.new(dims, t.data_type, (), t.name, load=None if t.name in listed else load)
+        for s in model.graph.sparse_initializer:
+
+            def dense(s: SparseTensorProto = s) -> NDArray[Any]:
+                return sparse_data(s, folder)
+
+            name, dims = s.values.name, tuple(canonical([n]) for n in s.dims)
+            self.values[name] = self.new(dims, s.values.data_type, (), name, load=None if name in listed else dense)
 
     def constant(self, data: NDArray[Any], dims: Dims | None = None) -> Value:
         """A constant value."""

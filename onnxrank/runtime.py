@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxrank.errors import EnvironmentProblem, ModelError
+from onnxrank.errors import EnvironmentProblem, ModelError, OutOfMemory
+from onnxrank.model import tensor_data
 
 Feeds = Mapping[str, NDArray[Any]]
 
 _HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""Execution providers by the names that the command line has for them."""
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, *_HALF}
 
 
@@ -39,41 +42,89 @@ def onnxruntime() -> Any:
     return ort
 
 
-def session(
-    model: ModelProto,
-    folder: str | os.PathLike[str] | None = None,
-    *,
-    providers: Sequence[Any] = ("CPUExecutionProvider",),
-    optimise: bool = False,
-    threads: int = 1,
-) -> Any:
-    """An onnxruntime session for a model in memory.
+def check_provider(provider: str) -> None:
+    """Finds out whether onnxruntime has an execution provider here.
 
     Args:
-        model: The model.
-        folder: Where its external data lies.
-        providers: Execution providers, in order of preference.
+        provider: One of `PROVIDERS`.
+
+    Raises:
+        EnvironmentProblem: It has not.
+    """
+    have = onnxruntime().get_available_providers()
+    if PROVIDERS[provider] not in have:
+        raise EnvironmentProblem(
+            f"onnxruntime has no {PROVIDERS[provider]} here (it has {', '.join(have)}). Install 'onnxrank[{provider}]' "
+            "in an environment without another onnxruntime, on a machine that has the device."
+        )
+
+
+def session(
+    source: ModelProto | str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    provider: str = "cpu",
+    settings: Mapping[str, str] | None = None,
+    optimise: bool = False,
+    threads: int = 1,
+    trace: str | None = None,
+) -> Any:
+    """Makes an onnxruntime session.
+
+    Args:
+        source: The model, or its file.
+        folder: Where the external data of a model in memory lies.
+        provider: One of `PROVIDERS`; CPU runs what it does not.
+        settings: The provider's own options.
         optimise: Whether ORT's own graph optimisations run.
         threads: Threads inside an operator.
+        trace: Prefix of the file for onnxruntime's profiler; None leaves it off.
 
     Raises:
         ModelError: onnxruntime does not take the model; the message is its own.
+        OutOfMemory: There is not enough memory to load it.
+        EnvironmentProblem: The provider is not there, or cannot be used.
     """
     ort = onnxruntime()
+    check_provider(provider)
     options = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    # Threads of a session that waits for its turn must not take time from another one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if trace is not None:
+        options.enable_profiling, options.profile_file_prefix = True, trace
+    if isinstance(source, ModelProto):
+        given: bytes | str = source.SerializeToString()
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    else:
+        given = os.fspath(source)
+    name = PROVIDERS[provider]
+    providers = [(name, dict(settings or {})), *([PROVIDERS["cpu"]] if provider != "cpu" else [])]
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+        made = ort.InferenceSession(given, options, providers=providers)
     except MemoryError as e:
-        raise EnvironmentProblem("not enough memory to load the model") from e
+        raise OutOfMemory("there is not enough memory to load the model") from e
     except Exception as e:
+        if _no_memory(e):
+            raise OutOfMemory(f"there is not enough memory to load the model: {first_line(e)}") from e
+        if provider == "cuda" and ("CUDA" in str(e) or "graph capture" in str(e)):
+            raise EnvironmentProblem(f"the model cannot run on CUDA as asked: {first_line(e)}") from e
         raise ModelError(f"onnxruntime does not load the model: {first_line(e)}") from e
+    if made.get_providers()[0] != name:
+        raise EnvironmentProblem(
+            f"The session silently fell back from {name} to {made.get_providers()[0]}: the provider is installed but "
+            "does not work here (see its driver and libraries), so nothing can be said of it."
+        )
+    return made
+
+
+def _no_memory(e: BaseException) -> bool:
+    return any(text in str(e) for text in ("bad_alloc", "Failed to allocate memory", "bad allocation"))
 
 
 def is_float(data: NDArray[Any]) -> bool:
@@ -100,7 +151,13 @@ def run(made: Any, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[s
     try:
         return dict(zip(names, made.run(names, typed(made, feeds)), strict=True))
     except Exception as e:
-        raise ModelError(f"onnxruntime cannot run the model: {first_line(e)}") from e
+        raise failed_run(e) from e
+
+
+def failed_run(e: Exception) -> ModelError:
+    """What to raise for an error while a session runs."""
+    kind = OutOfMemory if isinstance(e, MemoryError) or _no_memory(e) else ModelError
+    return kind(f"onnxruntime cannot run the model: {first_line(e)}")
 
 
 def first_line(e: BaseException) -> str:
@@ -128,11 +185,10 @@ def retype(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = N
     """
     out = ModelProto()
     out.CopyFrom(model)
-    base = os.fspath(folder) if folder is not None else ""
 
     def tensor(t: TensorProto) -> None:
         if t.data_type in FLOATS and t.data_type != to:
-            data = numpy_helper.to_array(t, base)
+            data = tensor_data(t, folder)
             made = numpy_helper.from_array(data.astype(helper.tensor_dtype_to_np_dtype(to)), t.name)
             t.CopyFrom(made)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import onnx
-from onnx import ModelProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
-from onnxrank.emit import rename_captured
+from onnxrank.emit import names_in, rename_captured, subgraphs
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
@@ -23,74 +23,89 @@ from onnxrank.values import (
     symbols,
 )
 
-_DATA_SHAPED = {"NonZero", "Unique", "Compress", "Loop", "If", "Scan", "NonMaxSuppression"}
-_SHAPE_OPERANDS = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 0, "Slice": 1, "TopK": 1}
+_LONG = 61
+"""Extent of symbols in the run that confirms long ones; a prime, as the shorter ones are."""
 
 
 class Study:
-    """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types."""
+    """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types.
+
+    Attributes:
+        contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
+    """
 
     def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel) -> None:
         self.loaded, self.roles = loaded, roles
-        self.model = model
         self.declared = feeds.inputs(model, roles)
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
         if CANDIDATES not in self.symbols:
             raise UsageError("no input has a candidate axis: name the inputs that differ between candidates")
-        self.maker = feeds.Maker(self.declared, None)
-        self.probe = facts.Probe(model, self.symbols, loaded.folder)
-        self.facts = self._first_look()
+        self.model = model
+        self.facts = facts.derive(model, self.input_extents(), loaded.folder)
         resolved = resolve_ifs(self.model, self.facts)
-        if resolved is not None:
+        while resolved is not None:
             self.model = resolved
-            self.probe = facts.Probe(resolved, self.symbols, loaded.folder)
-            self.facts = self.probe.measure(self.maker)
+            self.facts = facts.derive(resolved, self.input_extents(), loaded.folder)
+            resolved = resolve_ifs(self.model, self.facts)
+        self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
-        if self._data_shaped():
-            self.facts = self.probe.measure(self.maker)
+        self.contradiction = self._confirm()
 
-    def _first_look(self) -> Facts:
-        """Shapes, from inputs that most models accept: ids of 1, or else of 0."""
-        try:
-            return self.probe.measure(self.maker)
-        except ModelError:
-            self.maker = feeds.Maker(self.declared, None, fill=0)
-        try:
-            return self.probe.measure(self.maker)
-        except ModelError as e:
-            shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
-            raise ModelError(
-                f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {e}. "
-                "If it is a static batch export, export it again with a dynamic one (torch: dynamic_axes or "
-                "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "
-                "roles file."
-            ) from e
+    def _confirm(self) -> facts.Contradiction | None:
+        """Runs the model and holds every derived shape against the measured one.
+
+        Raises:
+            ModelError: The model does not run.
+        """
+        points = facts.settings(self.symbols, (2, 3))
+        if len(self.symbols) > 1:
+            long = {s: _LONG + 6 * k for k, s in enumerate(self.symbols)} | {CANDIDATES: 1}
+            points.append(facts.Setting(long, seed=2))
+        problem: ModelError | None = None
+        # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
+        makers = (self.maker, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
+        with facts.Probe(self.model, self.loaded.folder) as probe:
+            for maker in makers:
+                try:
+                    return self._contradiction(probe, maker, points)
+                except ModelError as e:
+                    problem = problem or e
+        shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
+        raise ModelError(
+            f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {problem}. "
+            "If it is a static batch export, export it again with a dynamic one (torch: dynamic_axes or "
+            "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "
+            "roles file."
+        )
+
+    def _contradiction(
+        self, probe: facts.Probe, maker: feeds.Maker, points: Sequence[facts.Setting]
+    ) -> facts.Contradiction | None:
+        for k, point in enumerate(points):
+            try:
+                measured = probe.measure(maker(point))
+            except ModelError:
+                if k < 2:
+                    raise
+                continue  # not every model takes long histories
+            found = next(facts.contradictions(self.facts, measured, point), None)
+            if found is not None:
+                return found
+        return None
 
     def _ranges(self) -> feeds.Ranges:
         from onnxrank.rules import movement
 
         return feeds.find_ranges(self.model, self.declared, self.facts, self.loaded.folder, self.dtypes, movement.RULE)
 
-    def _data_shaped(self) -> bool:
-        """Whether a shape may depend on the data of the inputs, which the first run fed with zeros."""
-        fixed = set(self.facts.folded) | self.facts.varying | {t.name for t in self.model.graph.initializer}
-        for n in self.model.graph.node:
-            if n.op_type in _DATA_SHAPED:
-                return True
-            first = _SHAPE_OPERANDS.get(n.op_type)
-            if first is not None and any(i and i not in fixed for i in n.input[first:]):
-                return True
-        return False
-
-    def unproven_shapes(self) -> Refusal | None:
-        """A shape that is computed from the number of candidates in a way that a few runs cannot tell."""
-        for n in self.model.graph.node:
-            first = _SHAPE_OPERANDS.get(n.op_type)
-            if first is not None and self.facts.unproven.intersection(n.input[first:]):
-                reason = "a shape is computed from the number of candidates in a way that cannot be followed"
-                return Refusal("movement", label(n), n.op_type, reason)
-        return None
+    def contradicted(self) -> Refusal | None:
+        """Why nothing may be rewritten, where a run contradicted what was derived."""
+        if self.contradiction is None:
+            return None
+        node = next((n for n in self.model.graph.node if self.contradiction.name in n.output), NodeProto())
+        reason = f"an error of onnxrank: {self.contradiction}; please report it"
+        return Refusal("movement", label(node), node.op_type, reason)
 
     def written_out(self, fused: Collection[str]) -> Study:
         """The same of a model in which some fused operators, known by their first outputs, are their steps.
@@ -105,7 +120,7 @@ class Study:
         shapes = {**stored, **self.input_extents(), **self.facts.extents}
         # Masks are among the inputs behind queries, keys and values.
         read = {i for n in self.model.graph.node if n.output and n.output[0] in fused for i in n.input[3:]}
-        initializers = (t for t in self.model.graph.initializer if t.name in read)
+        initializers = (t for t in self.model.graph.initializer if t.name in read - files.overridable(self.model))
         constants = {t.name: facts.constant_data(t, self.loaded.folder) for t in initializers}
         constants |= {name: data for name, (dims, data) in self.facts.folded.items() if not symbols(dims)}
         model = written_out(self.model, shapes, types | self.dtypes, constants, fused)
@@ -139,36 +154,60 @@ def element_types(model: ModelProto) -> dict[str, int]:
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
     """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch."""
-    if not any(n.op_type == "If" and n.input[0] in found.folded for n in model.graph.node):
+    chosen: dict[int, GraphProto] = {}
+    for k, node in enumerate(model.graph.node):
+        if node.op_type == "If" and node.input[0] in found.folded:
+            name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
+            chosen[k] = next(a.g for a in node.attribute if a.name == name)
+    if not chosen:
         return None
     out = ModelProto()
     out.CopyFrom(model)
     del out.graph.node[:]
-    taken = {o for n in model.graph.node for o in n.output} | {t.name for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "If" or node.input[0] not in found.folded:
+    outer = GraphProto()
+    outer.CopyFrom(model.graph)
+    for k in sorted(chosen, reverse=True):
+        outer.node[k].ClearField("attribute")
+    taken = names_in(outer).union(*(names_in(g) for b in chosen.values() for n in b.node for g in subgraphs(n)))
+    for k, node in enumerate(model.graph.node):
+        if k in chosen:
+            _inline_branch(out.graph, node, chosen[k], taken)
+        else:
             out.graph.node.append(node)
-            continue
-        chosen = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
-        branch = next(a.g for a in node.attribute if a.name == chosen)
-        names = dict(zip((o.name for o in branch.output), node.output, strict=True))
-        local = {o for n in branch.node for o in n.output} | {t.name for t in branch.initializer}
-        for name in sorted(local - names.keys()):
-            if name in taken:
-                names[name] = f"{node.output[0]}/{name}"
-            taken.add(names.get(name, name))
-        for t in branch.initializer:
-            copy = out.graph.initializer.add()
-            copy.CopyFrom(t)
-            copy.name = names.get(t.name, t.name)
-        for inner in branch.node:
-            copied = out.graph.node.add()
-            copied.CopyFrom(inner)
-            copied.input[:] = [names.get(i, i) if i in local else i for i in inner.input]
-            copied.output[:] = [names.get(o, o) for o in inner.output]
-            rename_captured(copied, {n: names[n] for n in names if n in local})
-        made = {o for n in branch.node for o in n.output}
-        for inner_name, outer in zip((o.name for o in branch.output), node.output, strict=True):
-            if inner_name not in made:
-                out.graph.node.append(helper.make_node("Identity", [inner_name], [outer], name=outer))
     return out
+
+
+def _inline_branch(graph: GraphProto, node: NodeProto, branch: GraphProto, taken: set[str]) -> None:
+    """Adds the nodes and initializers of one branch of an `If` to a graph, under names that are not taken yet."""
+    made = {o for n in branch.node for o in n.output if o}
+    # Outputs that a node makes get their names at once; one may also be an initializer, given twice, or made outside.
+    names: dict[str, str] = {}
+    for inner, own in zip((o.name for o in branch.output), node.output, strict=True):
+        if own and inner in made and inner not in names:
+            names[inner] = own
+    stored = {t.name for t in branch.initializer} | {t.values.name for t in branch.sparse_initializer}
+    local = made | stored
+    for name in sorted(local - names.keys()):
+        fresh, count = name, 1
+        while fresh in taken:
+            fresh = f"{node.output[0]}/{name}" if count == 1 else f"{node.output[0]}/{name}.{count}"
+            count += 1
+        names[name] = fresh
+        taken.add(fresh)
+    for t in branch.initializer:
+        copy = graph.initializer.add()
+        copy.CopyFrom(t)
+        copy.name = names[t.name]
+    for s in branch.sparse_initializer:
+        sparse = graph.sparse_initializer.add()
+        sparse.CopyFrom(s)
+        sparse.values.name = names[s.values.name]
+    for inner_node in branch.node:
+        copied = graph.node.add()
+        copied.CopyFrom(inner_node)
+        copied.input[:] = [names.get(i, i) for i in inner_node.input]
+        copied.output[:] = [names.get(o, o) for o in inner_node.output]
+        rename_captured(copied, names)
+    for inner, own in zip((o.name for o in branch.output), node.output, strict=True):
+        if own and names.get(inner) != own:
+            graph.node.append(helper.make_node("Identity", [names.get(inner, inner)], [own], name=own))

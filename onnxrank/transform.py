@@ -11,8 +11,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import cost, facts, feeds, needed, runtime
+from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
-from onnxrank.emit import Emitted, Emitter, captured, rename_captured, subgraphs
+from onnxrank.emit import Emitted, Emitter, captured, names_in, rename_captured, subgraphs
 from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule, SiteFailed
@@ -67,10 +68,8 @@ class Transformation:
         self.interface = interface
         self.guard = guard and interface == "same"
         graph = study.model.graph
-        taken = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-        for node in graph.node:
-            taken |= {*node.input, *node.output, node.name}
-            taken |= {c for g in subgraphs(node) for c in captured(g)}
+        self._overridable = files.overridable(study.model)
+        taken = names_in(graph)
         opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
         self.emit = Emitter(taken, opset)
         outputs = frozenset(o.name for o in graph.output)
@@ -86,7 +85,8 @@ class Transformation:
         if self.rw.uses("select"):
             constants = {n: v[1] for n, v in study.facts.folded.items()}
             constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
-                          if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20}  # fmt: skip
+                          if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20
+                          and t.name not in self._overridable}  # fmt: skip
             shapes = {t.name: tuple(t.dims) for t in graph.initializer}
             self.rw.needed = needed.positions_needed(
                 graph.node, [o.name for o in graph.output], study.facts, shapes, constants
@@ -305,7 +305,8 @@ class Transformation:
         for node, e in zip(graph.node, self._kept, strict=True):
             if e.rule is not None and not _is_own(node, base.graph.node, e.origin):
                 _mark(node, e.rule)
-        read = {i for e in self._kept for i in e.proto.input} | set(outputs)
+        # What callers may give stays in the signature, like inputs that nobody reads.
+        read = {i for e in self._kept for i in e.proto.input} | set(outputs) | self._overridable
         for e in self._kept:
             read |= {c for g in subgraphs(e.proto) for c in captured(g)}
         for t in base.graph.initializer:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto
 
+from onnxrank import workers
 from onnxrank.model import LoadedModel
 from onnxrank.plan import Measured
 from onnxrank.runtime import Feeds
 from onnxrank.turns import RESOLUTION, ratio
-from onnxrank.verify import isolate
 
 _TIMEOUT = 120.0
 """Seconds for loading a model, or beyond the time that is asked for."""
@@ -46,12 +46,11 @@ class Race:
         Raises:
             ModelError: A model does not run, or its process dies.
         """
-        folder = None if self.original.folder is None else str(self.original.folder)
-        worker = isolate.take()
+        worker = workers.take()
         try:
             worker.call("limit", _TIMEOUT, memory=None)
             for key, model in (("original", self.original.proto), ("made", made)):
-                worker.call("model", _TIMEOUT, key=key, data=model.SerializeToString(deterministic=True), folder=folder)
+                workers.place(worker, key, model, self.original.folder, _TIMEOUT)
                 worker.call("open", _TIMEOUT, session=key, key=key, level="all")
             shares = [0.5, *[0.5 / (len(self.points) - 1)] * (len(self.points) - 1)] if len(self.points) > 1 else [1.0]
             out = []
@@ -68,7 +67,7 @@ class Race:
         except BaseException:
             worker.kill()
             raise
-        isolate.give(worker)
+        workers.give(worker)
         return tuple(out)
 
 

@@ -60,11 +60,14 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
     """Whether what reads a tensor, behind scaling, masks and data movement, is a softmax."""
-    found = rw.readers(name)
-    return steps > 0 and any(
-        n.op_type == "Softmax" or (n.op_type in _MOVES | _STEPS and reaches_softmax(rw, n.output[0], steps - 1))
-        for n in found
-    )
+
+    def judge(node: NodeProto, _: str) -> int | None:
+        if node.op_type == "Softmax":
+            return 0
+        return None if node.op_type in _MOVES | _STEPS else steps
+
+    # The answers are numbers of steps.
+    return rw.graph.behind(name, ("softmax", steps), judge, lambda _, answers: 1 + min(answers, default=steps)) <= steps
 
 
 def _is_softmax(rw: Rewrite, name: str) -> bool:
@@ -114,13 +117,13 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def _leads_to_product(rw: Rewrite, name: str) -> bool:
     """Whether, behind data movement, only products with computed operands read a tensor."""
-    found = rw.readers(name)
-    return bool(found) and all(
-        n.op_type == "Shape"
-        or (n.op_type == "MatMul" and all(rw.array(n, k) is None for k in (0, 1)))
-        or (n.op_type in _MOVES | {"Add"} and _leads_to_product(rw, n.output[0]))
-        for n in found
-    )
+
+    def judge(node: NodeProto, _: str) -> bool | None:
+        if node.op_type == "Shape" or (node.op_type == "MatMul" and rw.computed(node)):
+            return True
+        return None if node.op_type in _MOVES | {"Add"} else False
+
+    return rw.graph.behind(name, "product", judge, lambda _, answers: bool(answers) and all(answers))
 
 
 def _times(rw: Rewrite, node: NodeProto, x: Value, factor: Value, place: int) -> Value:

@@ -45,12 +45,13 @@ def last_layer(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def _is_last(rw: Rewrite, name: str) -> bool:
     """Whether no linear map that reads a tensor, behind additions and movement, scales another value."""
-    for n in rw.readers(name):
-        if n.op_type == "Mul" and all(rw.array(n, k) is None for k in (0, 1)):
+
+    def judge(node: NodeProto, _: str) -> bool | None:
+        if node.op_type == "Mul" and rw.computed(node):
             return False
-        if n.op_type in {"Add", "MatMul", "Gemm", "Concat"} | MOVES and not _is_last(rw, n.output[0]):
-            return False
-    return True
+        return None if node.op_type in {"Add", "MatMul", "Gemm", "Concat"} | MOVES else True
+
+    return rw.graph.behind(name, "last layer", judge, lambda _, answers: all(answers))
 
 
 def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -150,16 +150,17 @@ def in_memory_order(codes: Codes, at: NDArray[np.int64], axis: int) -> NDArray[n
 
 def _stays_apart(rw: Rewrite, name: str) -> bool:
     """Whether all that reads a tensor, behind data movement and elementwise steps, works block by block."""
-    readers = rw.readers(name)
     blockwise = _MOVES | _BLOCKWISE | ({"Softmax"} if rw.uses("attention") else set())
-    return (
-        bool(readers)
-        and name not in rw.outputs
-        and all(
-            n.op_type in _LINEAR or n.op_type == "Shape" or (n.op_type in blockwise and _stays_apart(rw, n.output[0]))
-            for n in readers
-        )
-    )
+
+    def judge(node: NodeProto, _: str) -> bool | None:
+        if node.op_type in _LINEAR or node.op_type == "Shape":
+            return True
+        return None if node.op_type in blockwise else False
+
+    def join(tensor: str, answers: list[bool]) -> bool:
+        return bool(answers) and tensor not in rw.outputs and all(answers)
+
+    return rw.graph.behind(name, "apart", judge, join)
 
 
 class _Blocks:

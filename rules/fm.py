@@ -31,7 +31,11 @@ def _sums(rw: Rewrite, name: str) -> list[NodeProto]:
 
 def _is_squared(rw: Rewrite, name: str) -> bool:
     """Whether a sum is squared, perhaps in another shape."""
-    return any(is_square(rw, n) or (n.op_type in RESHAPES and _is_squared(rw, n.output[0])) for n in rw.readers(name))
+
+    def judge(node: NodeProto, _: str) -> bool | None:
+        return True if is_square(rw, node) else None if node.op_type in RESHAPES else False
+
+    return rw.graph.behind(name, "squared", judge, lambda _, answers: any(answers))
 
 
 def _has_squared_sum(rw: Rewrite, name: str) -> bool:

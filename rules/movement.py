@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 from onnx import NodeProto
@@ -96,7 +95,7 @@ def squeeze(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
             return None
         axes = given.tolist()
     implicit = axes is None
-    if implicit and node.output[0] in rw.facts.unsteady:
+    if implicit and node.output[0] in rw.facts.unknown:
         raise Unrepresentable("squeezes the candidate axis too where there is a single candidate")
     if axes is None:
         axes = [k for k, d in enumerate(x.dims) if d == ()]
@@ -153,6 +152,7 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     seen = rw.facts.extents.get(node.output[0])
     index: list[slice] = [slice(None)] * x.rank
     dims = list(x.dims)
+    cut: list[int] = []
     for k, a in enumerate(on):
         step = int(steps[k]) if steps is not None else 1
         if not symbols([x.dims[a]]) and starts is not None and ends is not None:
@@ -163,35 +163,27 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
             continue
         if step != 1 or seen is None:
             raise Unrepresentable("a slice along a symbolic extent")
-        mine = (prod(f for f in x.dims[a] if isinstance(f, int)), sorted(symbols([x.dims[a]])))
-        if (seen[a][0], sorted(seen[a][1])) == mine and _takes_all(rw, node, starts, ends, k):
-            continue
+        if rw.facts.size_of(x.dims[a]) == rw.facts.sizes[node.output[0]][a]:
+            continue  # for all extents it takes as many as there are, so it takes them all
         if any(map(is_candidate_symbol, symbols([x.dims[a]]))) or not isinstance(x, Value) or x.whole is None:
             raise Unrepresentable("a slice along a symbolic extent")
         known = rw.facts.dims(node.output[0])
         assert known is not None
         dims[a] = known[a]
+        cut.append(a)
     out = tuple(dims)
-    if any(isinstance(s, str) and s not in symbols(x.dims) for s in symbols(out)):
+    if cut:
+        assert isinstance(x, Value)
+        if any(symbols([x.dims[a]]) and not rw.present(x) >= set(symbols([x.dims[a]])) for a in cut):
+            raise Unrepresentable("a slice of an axis that the tensor does not vary along")
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
-        return rw.keep(
-            node, names, [out], rw.present(rw.settle(x)) | {s for s in symbols(out) if s not in symbols(x.dims)}
-        )
+        made = {s for a in cut for s in symbols([out[a]])}
+        return rw.keep(node, names, [out], (rw.present(x) & set(symbols(out))) | made)
     if starts is None or ends is None:
         if out == x.dims:
             return [x]
         raise Unrepresentable("slice bounds computed at run time")
     return move(rw, node, x, [(out, lambda c: c[tuple(index)])])
-
-
-def _takes_all(rw: Rewrite, node: NodeProto, starts: Any, ends: Any, k: int) -> bool:
-    """Whether a slice along a symbolic extent takes all of it, whatever the extent."""
-    if starts is None or int(starts[k]) != 0:
-        return False
-    if ends is not None:
-        return int(ends[k]) >= (1 << 31) - 1
-    # The end is computed from extents, by steps that hold for all of them, and it was the whole extent wherever seen.
-    return node.input[2] in rw.facts.varying and node.input[2] not in rw.facts.unproven
 
 
 def _end(end: int, step: int) -> int | None:

@@ -112,6 +112,13 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
     Raises:
         Unrepresentable: The levels follow no axis.
     """
+    source = rw.sources.of(codes[..., :1])
+    if source and codes.shape[-1] == codes.size == source[0].size > 1 and not source[0].is_open:
+        if np.array_equal(codes.reshape(-1), codes_of(source[0]).reshape(-1)):
+            # One tensor as it is, for a row: most products of most models.
+            columns = np.arange(codes.size)
+            yield Piece(source[0].level, Group(Level.CANDIDATE, ..., dims[:-1]), codes, dims, 0, columns, columns)
+            return
     levels = rw.sources.levels(codes).astype(np.int64)
     mix = np.random.default_rng(0).integers(1, 1 << 40, codes.shape[-1])
     row_keys = ((levels + 2) * mix).sum(-1)
@@ -169,11 +176,10 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0) -> Iterator[Pi
             sub = cut_repeats(part[..., members], range(len(rows)))
             flat = sub.reshape(-1, len(members))
             order = np.argsort(flat[0], kind="stable")
-            keep, columns = [int(order[0])], np.zeros(len(members), np.int64)
-            for a, b in itertools.pairwise(order.tolist()):
-                if flat[0, a] != flat[0, b] or not np.array_equal(flat[:, a], flat[:, b]):
-                    keep.append(int(b))
-                columns[b] = len(keep) - 1
+            ranked = flat[:, order]
+            starts = np.concatenate([[True], (ranked[:, 1:] != ranked[:, :-1]).any(0)])
+            keep, columns = order[starts], np.empty(len(members), np.int64)
+            columns[order] = np.cumsum(starts) - 1
             sub = sub[..., keep]
             if width and flat.shape[0] == 1:
                 sub, moved = _completed(rw, sub)

@@ -396,7 +396,7 @@ def _try_all(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tu
 def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
     """From how many candidates on a rewrite that was not taken would be faster; costs are lines in their number."""
     form, study = result.form, result.study
-    if result.changed or form is None or form.model is None or form.probe is None or study is None:
+    if result.changed or form is None or form.model is None or form.facts is None or study is None:
         return None
     old, new = (
         [cost.seconds(graph, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n})) for n in (1, 2)]
@@ -423,7 +423,7 @@ def _form_if(
         form = pipeline.Form(other, rules, interface, False, span)
     except OnnxrankError:
         return None
-    return form if form.model is not None and form.probe is not None else None
+    return form if form.model is not None and form.facts is not None else None
 
 
 # --- one tensor ----------------------------------------------------------------------------------------------------

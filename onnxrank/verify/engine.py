@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxrank import model as files
-from onnxrank import runtime
+from onnxrank import runtime, workers
 from onnxrank.errors import EnvironmentProblem, ModelError
 from onnxrank.feeds import Ranges
 from onnxrank.verify import judge, structure
 from onnxrank.verify.inputs import ORDINARY, POISONED
-from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS, Options
 from onnxrank.verify.pairing import Terms, bind, terms
 from onnxrank.verify.points import Point, generate
 from onnxrank.verify.relations import relate
 from onnxrank.verify.report import Case, Report, Severity
-from onnxrank.verify.side import MODEL, Outputs, Side, run_both
+from onnxrank.verify.side import MODEL, Side, run_both
 from onnxrank.verify.words import count, sentence, worst
+from onnxrank.workers import Crashed, Outputs
 
 Progress = Callable[[str], None]
 _TRUTH = "float64"
@@ -59,9 +59,7 @@ def verify(
         ModelError: The original does not run, or a file is no model.
         EnvironmentProblem: A runtime or a provider is missing.
     """
-    from onnxrank.verify import isolate
-
-    isolate.warm(2)
+    workers.warm(2)
     chosen = options or Options()
     first, second = files.load(original), files.load(optimized)
     with Engine(first, second, chosen, progress) as engine:

@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.model import tensors
+from onnxrank.model import tensor_data, tensors
 from onnxrank.verify import compare, judge
 from onnxrank.verify.bisect import alike, common_tensors, exposed, worst_point
 
@@ -189,7 +189,7 @@ def _load(model: ModelProto, folder: Path | None) -> None:
     """Puts external data into the model."""
     for t in tensors(model):
         if t.external_data and folder is not None:
-            t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t, str(folder)), t.name))
+            t.CopyFrom(numpy_helper.from_array(tensor_data(t, folder), t.name))
 
 
 def _cut(engine: Engine, case: Case, point: Point) -> list[_Part] | None:

@@ -10,11 +10,11 @@ from onnxrank.errors import ModelError
 from onnxrank.feeds import Feed
 from onnxrank.verify import inputs, judge, metamorphic
 from onnxrank.verify.inputs import ORDINARY
-from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.options import LEVELS
 from onnxrank.verify.points import MOST_ODD
 from onnxrank.verify.report import Case
-from onnxrank.verify.side import Outputs, Side
+from onnxrank.verify.side import Side
+from onnxrank.workers import Crashed, Outputs
 
 if TYPE_CHECKING:
     from onnxrank.verify.engine import Engine

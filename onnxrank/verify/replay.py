@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from onnxrank.errors import ModelError
 from onnxrank.verify import judge, ranking
 from onnxrank.verify.inputs import rows, violations
-from onnxrank.verify.isolate import Crashed
 from onnxrank.verify.judge import Measure, Sample
 from onnxrank.verify.options import LEVELS
 from onnxrank.verify.points import Point
 from onnxrank.verify.recorded import Request, source
 from onnxrank.verify.report import Case, Ranking
 from onnxrank.verify.side import Side, run_both
+from onnxrank.workers import Crashed
 
 if TYPE_CHECKING:
     from onnxrank.verify.engine import Engine

@@ -10,8 +10,7 @@ from onnx import ModelProto
 
 from onnxrank.errors import ModelError
 from onnxrank.model import LoadedModel
-from onnxrank.verify import isolate
-from onnxrank.verify.isolate import Crashed
+from onnxrank.workers import Crashed, Outputs, Worker, give, memory_limit, place, take
 
 MODEL = "model"
 _BATCH = 64 << 20
@@ -36,8 +35,8 @@ class Side:
         self.name = name
         self.loaded = loaded
         self.timeout = timeout
-        self._memory = (memory or (8 << 30) + 4 * _size(loaded)) if guarded else None
-        self._worker: isolate.Worker | None = None
+        self._memory = (memory or memory_limit(_size(loaded))) if guarded else None
+        self._worker: Worker | None = None
         self._opened: dict[str, dict[str, Any]] = {}
         self._there: set[str] = set()
 
@@ -57,22 +56,20 @@ class Side:
         other._opened = dict(self._opened)
         return other
 
-    def start(self) -> isolate.Worker:
+    def start(self) -> Worker:
         """The process, with the model in it."""
         if self._worker is None or not self._worker.alive:
-            self._worker = isolate.take()
+            self._worker = take()
             self._there = set()
-            folder = None if self.loaded.folder is None else str(self.loaded.folder)
-            data = self.loaded.proto.SerializeToString(deterministic=True)
             self._worker.call("limit", self.timeout, memory=self._memory)
-            self._worker.call("model", self.timeout, key=MODEL, data=data, folder=folder)
+            place(self._worker, MODEL, self.loaded.proto, self.loaded.folder, self.timeout)
         return self._worker
 
     def close(self, good: bool = True) -> None:
         """Gives the process back, or ends it."""
         if self._worker is not None:
             if good:
-                isolate.give(self._worker)
+                give(self._worker)
             else:
                 self._worker.kill()
             self._worker = None
@@ -90,10 +87,10 @@ class Side:
         """Has the process do something; `result` waits for it."""
         self.start().ask(do, **arguments)
 
-    def result(self) -> Any:
-        """What came of what was asked."""
+    def outputs(self) -> list[Outputs]:
+        """What came of a run that was asked for."""
         assert self._worker is not None
-        return self._worker.result(self.timeout)
+        return self._worker.outputs(self.timeout)
 
     def open(self, session: str, **how: Any) -> str:
         """Makes a session; `how` is as for `worker.Host.open`.
@@ -118,24 +115,15 @@ class Side:
             self.call("close", session=session)
             self._there.discard(session)
 
-    def run(
-        self, session: str, feeds: Sequence[Mapping[str, NDArray[Any]]], outputs: Sequence[str]
-    ) -> list[dict[str, NDArray[Any]] | ModelError]:
+    def run(self, session: str, feeds: Sequence[Mapping[str, NDArray[Any]]], outputs: Sequence[str]) -> list[Outputs]:
         """Runs a session on several feeds.
 
         Returns:
             Per feed the outputs, or why there are none.
         """
         self.ensure(session)
-        return answers(self.call("run", session=session, feeds=list(feeds), outputs=list(outputs)))
-
-
-def answers(raw: Sequence[Mapping[str, Any]]) -> list[dict[str, NDArray[Any]] | ModelError]:
-    """Outputs, or errors, as the process gave them."""
-    return [ModelError(a["error"]) if "error" in a else a["outputs"] for a in raw]
-
-
-Outputs = dict[str, NDArray[Any]] | ModelError
+        self.ask("run", session=session, feeds=list(feeds), outputs=list(outputs))
+        return self.outputs()
 
 
 def run_both(
@@ -169,7 +157,7 @@ def run_both(
             try:
                 if not ready[k]:
                     raise Crashed("its process did not start again", "crash")
-                got[k] += answers(side.result())
+                got[k] += side.outputs()
             except ModelError:
                 got[k] += _one_by_one(side, session, given[at:end], outputs)
         at = end

@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxrank import runtime
 from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
-from onnxrank.model import tensors
+from onnxrank.model import tensor_data, tensors
 from onnxrank.study import element_types
 
 _LACKS = re.compile(r"(?:Could not find an implementation for|Failed to find kernel for) (\w+)\(")
@@ -66,12 +66,18 @@ class Truth:
         self.how = "reference"
         self._parts = [_Part(self._model, None)]
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Runs on feeds of any float type.
+
+        Args:
+            feeds: Inputs by name.
+            outputs: Names of outputs; None for all.
 
         Raises:
             ModelError: Neither runtime runs it.
         """
+        if outputs is None:
+            outputs = [o.name for o in self._model.graph.output]
         wide = {k: v.astype(np.float64) if runtime.is_float(v) else v for k, v in feeds.items()}
         while self.how != "reference":
             try:
@@ -138,7 +144,7 @@ def rounded(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = 
     most = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
     for t in tensors(out):
         if t.data_type in runtime.FLOATS:
-            data = numpy_helper.to_array(t, "" if folder is None else os.fspath(folder))
+            data = tensor_data(t, folder)
             wide = np.where(np.isfinite(data), np.clip(data.astype(np.float64), -most, most), data.astype(np.float64))
             t.CopyFrom(numpy_helper.from_array(wide.astype(kind).astype(data.dtype), t.name))
     return out

@@ -203,8 +203,9 @@ def test_a_node_that_the_runtime_refuses(tmp_path: Path) -> None:
     agree(model, result)
     taken = {s.node: s.chosen for s in result.plan.sites if s.place.rule == "refused"}
     assert taken == {"first": "take", "second": "leave", "third": "take"}
-    (found,) = [r for r in result.report.refusals if r.rule == "refused"]
-    assert found.node == "second" and "onnxruntime" in found.reason
+    (found,) = result.report.retreats
+    assert (found.rule, found.node, found.cause) == ("refused", "second", "check")
+    assert "NoSuchOperator" in found.reason
 
 
 def test_what_is_put_off_and_fails(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, helper
 
-from onnxrank import runtime
+from onnxrank import host as worker
+from onnxrank import runtime, wire
+from onnxrank import workers as isolate
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
 from onnxrank.model import load
-from onnxrank.verify import isolate, verify, wire, worker
-from onnxrank.verify.isolate import Crashed
+from onnxrank.verify import verify
 from onnxrank.verify.side import Side, run_both
+from onnxrank.workers import Crashed
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text() | st.binary(max_size=20),

@@ -13,6 +13,9 @@ import numpy as np
 from onnx import TensorProto, helper
 
 _LENGTH = struct.Struct("<Q")
+_MOST = 1 << 40
+_MOST_BUFFERS = 1 << 24
+_PIECE = 1 << 28
 _MARK = "\0"
 """Key of what stands for an array, bytes or a tuple; no message has it otherwise."""
 
@@ -38,10 +41,13 @@ def receive(stream: BinaryIO) -> Any:
 
     Raises:
         EOFError: The other end is gone.
-        ValueError: What came is no message.
+        Exception: What came is no message; of what kind is up to whoever sent it.
     """
     head = json.loads(_exactly(stream, _size(stream)))
-    return _unpack(head, [_exactly(stream, _size(stream)) for _ in range(_size(stream))])
+    count = _size(stream)
+    if count > _MOST_BUFFERS:
+        raise ValueError(f"{count} buffers")
+    return _unpack(head, [_exactly(stream, _size(stream)) for _ in range(count)])
 
 
 def _size(stream: BinaryIO) -> int:
@@ -50,14 +56,18 @@ def _size(stream: BinaryIO) -> int:
 
 
 def _exactly(stream: BinaryIO, n: int) -> bytearray:
-    # An array of its own, so that the arrays made on it can be written to.
-    data = bytearray(n)
-    view, at = memoryview(data), 0
+    if n > _MOST:
+        raise ValueError(f"a length of {n}")
+    # An array of its own, so that the arrays made on it can be written to; it grows with what really comes.
+    data, at = bytearray(), 0
     while at < n:
-        got = stream.readinto(view[at:])  # type: ignore[attr-defined]
-        if not got:
-            raise EOFError
-        at += got
+        data += bytes(min(n - at, _PIECE))
+        with memoryview(data) as view:
+            while at < len(data):
+                got = stream.readinto(view[at:])  # type: ignore[attr-defined]
+                if not got:
+                    raise EOFError
+                at += got
     return data
 
 

@@ -5,27 +5,27 @@ Whatever a model makes the runtime do (crash, hang, fill the memory) ends here.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from onnxrank import runtime
-from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
+from onnxrank import runtime, wire, workers
+from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
 from onnxrank.turns import interleave
-from onnxrank.verify import wire
-from onnxrank.verify.truth import Truth, rounded
 
-CPU = "CPUExecutionProvider"
-_TOO_MUCH = {"error": "it needs more memory than its process may use", "code": ModelError.exit_code}
-NAMES = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
-"""Execution providers by the names that the command line has for them."""
+_TOO_MUCH = {"error": "it needs more memory than its process may use", "kind": OutOfMemory.__name__}
 
 
 class Host:
@@ -34,7 +34,8 @@ class Host:
     def __init__(self) -> None:
         self._models: dict[str, tuple[ModelProto, str | None]] = {}
         self._flat: dict[str, ModelProto] = {}
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, Callable[..., dict[str, Any]]] = {}
+        self._raw: dict[str, Any] = {}
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -55,8 +56,16 @@ class Host:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
-    def model(self, key: str, data: bytes, folder: str | None) -> None:
-        """Takes a model."""
+    def model(self, key: str, data: bytes | str, folder: str | None) -> None:
+        """Takes a model.
+
+        Args:
+            key: What it is known by from now on.
+            data: The model, or the path of a file that holds it.
+            folder: Where its external data lies.
+        """
+        if isinstance(data, str):
+            data = Path(data).read_bytes()
         self._models[key] = (ModelProto.FromString(data), folder)
         self._flat.pop(key, None)
 
@@ -76,8 +85,6 @@ class Host:
 
     def study(self, key: str, roles: Mapping[str, Any], sha256: str, size: int) -> dict[str, Any]:
         """Shapes and ranges of the inputs of a ranker: what `feeds.Maker` needs to make more."""
-        from pathlib import Path
-
         from onnxrank.model import LoadedModel
         from onnxrank.roles import Roles
         from onnxrank.study import Study
@@ -100,6 +107,7 @@ class Host:
         precision: str = "own",
         tf32: bool = False,
         to: int = TensorProto.FLOAT16,
+        threads: int = 1,
     ) -> dict[str, Any]:
         """Makes a session.
 
@@ -112,6 +120,7 @@ class Host:
                 weights rounded to `to` before).
             to: ONNX element type.
             tf32: Whether a GPU may round the operands of float32 products to 10 bits.
+            threads: Threads inside an operator.
 
         Raises:
             ModelError: The runtime does not take it.
@@ -119,48 +128,50 @@ class Host:
         """
         flat, folder = self._flattened(key)
         if precision in ("double", "rounded"):
+            from onnxrank.verify.truth import Truth, rounded
+
             truth = Truth(flat if precision == "double" else rounded(flat, to, folder), folder)
-            self._sessions[session] = truth
+            self._sessions[session] = truth.run
             return {"how": truth.how}
         model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
-        wanted = NAMES[provider]
-        if provider != "cpu" and wanted not in runtime.onnxruntime().get_available_providers():
-            raise EnvironmentProblem(
-                f"onnxruntime has no {wanted} here, so nothing can be said of it: install 'onnxrank[cuda]' on a "
-                "machine with a GPU, or leave --ep at cpu."
-            )
-        options = [(wanted, {"use_tf32": str(int(tf32))})] if provider == "cuda" else [wanted]
-        made = runtime.session(model, folder, providers=options, optimise=level == "all")
-        if made.get_providers()[0] != wanted:
-            raise EnvironmentProblem(
-                f"The session silently fell back from {wanted} to {made.get_providers()[0]}: the provider is installed "
-                "but does not work here (see its driver and libraries), so nothing can be said of it."
-            )
+        settings = {"use_tf32": str(int(tf32))} if provider == "cuda" else {}
+        made = runtime.session(
+            model, folder, provider=provider, settings=settings, optimise=level == "all", threads=threads
+        )
         made.disable_fallback()  # from a provider that fails while it runs
-        self._sessions[session] = made
+        self._sessions[session] = functools.partial(runtime.run, made)
+        self._raw[session] = made
         return {"how": "onnxruntime"}
 
     def close(self, session: str) -> None:
         """Forgets a session."""
         self._sessions.pop(session, None)
+        self._raw.pop(session, None)
 
-    def run(self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> list[dict[str, Any]]:
+    def run(
+        self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None
+    ) -> list[dict[str, Any]]:
         """Runs a session on several feeds.
 
+        Args:
+            session: Its key.
+            feeds: Inputs by name.
+            outputs: Names of outputs; None for all.
+
         Returns:
-            Per feed `{"outputs": {name: array}}` or `{"error": message}`.
+            Per feed `{"outputs": {name: array}}` or `{"error": message, "kind": name of the error's class}`.
         """
-        made = self._sessions[session]
+        run = self._sessions[session]
         answers: list[dict[str, Any]] = []
         for feed in feeds:
             try:
-                out = made.run(feed, outputs) if isinstance(made, Truth) else runtime.run(made, feed, outputs)
+                out = run(feed, outputs)
             except ModelError as e:
-                answers.append({"error": str(e)})
+                answers.append(_refusal(e))
                 continue
             other = next((k for k, v in out.items() if not isinstance(v, (np.ndarray, np.generic))), None)
             if other is not None:
-                answers.append({"error": f"output {other!r} is no tensor"})
+                answers.append(_refusal(ModelError(f"output {other!r} is no tensor")))
                 continue
             answers.append({"outputs": {k: np.asarray(v) for k, v in out.items()}})
         return answers
@@ -188,9 +199,7 @@ class Host:
             return run
 
         try:
-            return interleave(
-                [timed(self._sessions[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds
-            ).seconds
+            return interleave([timed(self._raw[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds).seconds
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
 
@@ -244,17 +253,20 @@ _DO: dict[str, Callable[..., Any]] = {
 
 
 def answer(host: Host, message: Mapping[str, Any]) -> dict[str, Any]:
-    """What a message is answered with: `result`, or `error` and the exit code that stands for its kind."""
+    """What a message is answered with: `result`, or `error` and the name of its `kind`."""
     try:
         return {"result": _DO[message["do"]](host, **message["with"])}
     except OnnxrankError as e:
-        if isinstance(e.__cause__, MemoryError):
-            return _TOO_MUCH
-        return {"error": str(e), "code": e.exit_code}
+        return _TOO_MUCH if isinstance(e.__cause__, MemoryError) else _refusal(e)
     except MemoryError:
         return _TOO_MUCH
     except Exception as e:
-        return {"error": f"{type(e).__name__}: {runtime.first_line(e)}", "code": ModelError.exit_code}
+        return _refusal(ModelError(f"{type(e).__name__}: {runtime.first_line(e)}"))
+
+
+def _refusal(e: OnnxrankError) -> dict[str, Any]:
+    kinds = (OutOfMemory, UsageError, EnvironmentProblem, ModelError)
+    return {"error": str(e), "kind": next((k.__name__ for k in kinds if isinstance(e, k)), ModelError.__name__)}
 
 
 def main() -> None:
@@ -264,16 +276,28 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.setrecursionlimit(10_000)
+    workers.stay_here()
+    messages: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_listen, args=(source, messages), daemon=True).start()
+    with contextlib.suppress(ImportError):  # ahead of their use; whoever misses one says so
+        import onnxruntime  # noqa: F401
+
+        from onnxrank.verify import truth  # noqa: F401
     host = Host()
     while True:
-        try:
-            message = wire.receive(source)
-        except EOFError:
-            return
-        reply = answer(host, message)
+        reply = answer(host, messages.get())
         try:
             wire.send(sink, reply)
         except BrokenPipeError:
             return
         except MemoryError:
             wire.send(sink, _TOO_MUCH)
+
+
+def _listen(source: BinaryIO, messages: queue.Queue[Any]) -> None:
+    """Passes messages on, and ends the process when there is nobody left to answer, whatever it hangs in."""
+    try:
+        while True:
+            messages.put(wire.receive(source))
+    except (EOFError, OSError):
+        os._exit(0)

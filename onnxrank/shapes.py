@@ -1,0 +1,325 @@
+"""Proved shapes: every extent of a graph as an expression over the symbols of its inputs, without running it.
+
+The walk goes over the nodes once. The registry (`operators`) says what an operator does to shapes, and to tensors that
+are computed from shapes; for operators without an entry onnx's own inference of that operator is asked. An extent that
+neither proves gets a symbol of its own, which equals nothing but itself: whoever depends on it is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
+
+from onnxrank import extents as ex
+from onnxrank.emit import captured, subgraphs
+from onnxrank.extents import Expr, Unproved
+from onnxrank.operators import Known, Operator, Shape, Use, constant, domain_of, find
+
+_LARGEST = 1 << 24
+"""Bytes of the largest tensor of constants that is computed here."""
+
+Load = Callable[[], NDArray[Any]]
+
+
+@dataclass
+class Derivation:
+    """What was derived of a graph.
+
+    Attributes:
+        shapes: Per tensor its shape; absent where not even the number of dimensions is proved.
+        values: Tensors that are computed from constants and extents alone.
+        unknown: Tensors of an unknown number of dimensions, with the reason.
+        opaque: Symbols of extents that are not proved, with the tensor that they belong to and the reason.
+        missing: Nodes that depend on constants alone, and that onnxrank does not compute itself.
+    """
+
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    values: dict[str, Known] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, tuple[str, str]] = field(default_factory=dict)
+    missing: list[NodeProto] = field(default_factory=list)
+
+
+class _Initializers(Mapping[str, Known]):
+    """Constants of a model, loaded when asked for."""
+
+    def __init__(self, load: Mapping[str, tuple[tuple[int, ...], int, Load]]) -> None:
+        self._load = load
+        self._loaded: dict[str, Known] = {}
+
+    def __getitem__(self, name: str) -> Known:
+        if name not in self._loaded:
+            self._loaded[name] = constant(self._load[name][2]())
+        return self._loaded[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._load)
+
+    def __len__(self) -> int:
+        return len(self._load)
+
+
+def derive(
+    model: ModelProto,
+    inputs: Mapping[str, Shape],
+    loads: Mapping[str, tuple[tuple[int, ...], int, Load]],
+    given: Mapping[str, NDArray[Any]] | None = None,
+    rows: str = "N",
+) -> Derivation:
+    """Derives all shapes of a model's main graph.
+
+    Args:
+        model: The model, functions inlined.
+        inputs: Shapes of its inputs, overridable initializers among them.
+        loads: Per constant initializer its shape, its size in bytes, and what loads its entries.
+        given: Entries of tensors that depend on constants alone and were computed elsewhere.
+        rows: The symbol that counts candidates. The name of an extent that is not proved and may depend on them starts
+            with it.
+    """
+    return _Walk(model, inputs, loads, given or {}, rows).run()
+
+
+class _Walk:
+    """One derivation."""
+
+    def __init__(
+        self,
+        model: ModelProto,
+        inputs: Mapping[str, Shape],
+        loads: Mapping[str, tuple[tuple[int, ...], int, Load]],
+        given: Mapping[str, NDArray[Any]],
+        rows: str,
+    ) -> None:
+        self.model, self.rows, self.given = model, rows, given
+        self.loads = loads
+        self.initializers = _Initializers(loads)
+        self.out = Derivation()
+        self.out.shapes.update(inputs)
+        self.out.shapes.update({name: tuple(shape) for name, (shape, _, _) in loads.items() if name not in inputs})
+        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self.types: dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
+        self.types |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
+        self._inferred: dict[str, TypeProto] | None = None
+        self._left: set[str] = set()
+
+    def run(self) -> Derivation:
+        """Goes over all nodes."""
+        for node in self.model.graph.node:
+            self._step(node)
+        return self.out
+
+    def _value(self, name: str) -> Known | None:
+        if name in self.out.values:
+            return self.out.values[name]
+        found = self.loads.get(name)
+        if found is None or found[1] > _LARGEST:
+            return None
+        return self.initializers[name]
+
+    def _step(self, node: NodeProto) -> None:
+        entry = find(node)
+        use = Use(
+            node,
+            self.opsets.get(domain_of(node), 1),
+            [self.out.shapes.get(i) if i else None for i in node.input],
+            _Values([i for i in node.input], self._value),
+        )
+        values: Sequence[Known | None] = ()
+        names = [o for o in node.output if o]
+        if names and all(o in self.given for o in names):
+            values = [constant(self.given[o]) if o else None for o in node.output]
+        elif self._from_constants(node):
+            if entry is not None and entry.value is not None and not entry.random:
+                with contextlib.suppress(Unproved, ArithmeticError, IndexError, TypeError, ValueError):
+                    values = entry.value(use)
+            if not values and self._is_constant(node, entry):
+                self._leave(node)
+        elif self._is_constant(node, entry):
+            self._leave(node)
+        shapes, reason_why = self._shapes(use, entry)
+        for k, name in enumerate(node.output):
+            if not name:
+                continue
+            value = values[k] if k < len(values) else None
+            if value is not None:
+                self.out.values[name] = value
+                self.out.shapes[name] = value.shape
+                continue
+            partial = shapes[k] if k < len(shapes) else None
+            if partial is None:
+                self.out.unknown[name] = reason_why or f"{node.op_type} gives another number of dimensions case by case"
+            else:
+                self.out.shapes[name] = tuple(self._opaque(name, j, n, node) for j, n in enumerate(partial))
+
+    def _opaque(self, name: str, axis: int, size: int | Expr | None, node: NodeProto) -> int | Expr:
+        """An extent, or a symbol of its own for one that is not proved."""
+        if size is not None and ex.bounds(size)[1] >= 0:
+            return size
+        read = [self.out.shapes.get(i) for i in node.input if i]
+        rows = subgraphs(node) or any(s is None or any(self._rows(n) for n in s) for s in read)
+        made = f"{self.rows if rows else ''}~?{name}.{axis}"
+        self.out.opaque[made] = (name, f"{node.op_type} gives an extent that is not proved")
+        return ex.symbol(made)
+
+    def _rows(self, size: int | Expr) -> bool:
+        """Whether an extent may depend on the number of candidates."""
+        return any(s.startswith(self.rows) for s in ex.symbols_of(size))
+
+    def _from_constants(self, node: NodeProto) -> bool:
+        """Whether a node reads extents and small constants alone."""
+        if node.op_type in ("Shape", "Size") and not domain_of(node):
+            return node.input[0] in self.out.shapes
+        inner = {c for g in subgraphs(node) for c in captured(g)}
+        return all(not i or i in self.out.values or self._small(i) for i in {*node.input, *inner})
+
+    def _small(self, name: str) -> bool:
+        return name in self.loads and self.loads[name][1] <= _LARGEST
+
+    def _leave(self, node: NodeProto) -> None:
+        """Leaves a node of constants to the runtime."""
+        self.out.missing.append(node)
+        self._left.update(o for o in node.output if o)
+
+    def _is_constant(self, node: NodeProto, entry: Operator | None) -> bool:
+        """Whether a node's result is the same at all extents, so that running it once tells it."""
+        if entry is not None and entry.random:
+            return False
+        inner = {c for g in subgraphs(node) for c in captured(g)}
+        for i in {*node.input, *inner} - {""}:
+            found = self.out.values.get(i)
+            if i not in self._left and not self._small(i) and (found is None or not found.fixed):
+                return False
+        return True
+
+    # --- shapes ----------------------------------------------------------------------------------------------------
+
+    def _shapes(self, use: Use, entry: Operator | None) -> tuple[list[Any], str | None]:
+        """Shapes of a node's outputs, and why one is missing."""
+        node = use.node
+        if entry is not None and entry.shape is not None:
+            try:
+                return list(entry.shape(use)), None
+            except Unproved as e:
+                return self._ask_onnx(use), f"{node.op_type}: {e}"
+            except (ArithmeticError, IndexError, TypeError, ValueError) as e:
+                return self._ask_onnx(use), f"{node.op_type}: {e}"
+        return self._ask_onnx(use), f"{node.op_type} is not an operator whose shapes onnxrank knows"
+
+    def _ask_onnx(self, use: Use) -> list[Any]:
+        """Onnx's inference of one operator, with a name for every different expression."""
+        node = use.node
+        domain = domain_of(node)
+        if subgraphs(node):
+            return [self._declared(o) for o in node.output]
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)
+        except onnx.defs.SchemaError:
+            return [None] * len(node.output)
+        names: dict[str, Expr] = {}
+        types: dict[str, TypeProto] = {}
+        data: dict[str, TensorProto] = {}
+        for i in node.input:
+            if not i:
+                continue
+            shape = self.out.shapes.get(i)
+            kind = self._type_of(i)
+            if shape is None or kind is None:
+                return [None] * len(node.output)
+            dims: list[int | str] = []
+            for n in shape:
+                if isinstance(n, Expr):
+                    names[str(n)] = n
+                dims.append(n if not isinstance(n, Expr) else str(n))
+            types[i] = helper.make_tensor_type_proto(kind, dims)
+            value = self._value(i)
+            if value is not None and value.fixed and value.data.dtype != object and value.data.nbytes < 1 << 16:
+                data[i] = onnx.numpy_helper.from_array(value.data, i)
+        try:
+            found = onnx.shape_inference.infer_node_outputs(
+                schema, node, types, data, opset_imports=list(self.model.opset_import), ir_version=self.model.ir_version
+            )
+        except (RuntimeError, ValueError, TypeError):
+            return [None] * len(node.output)
+        out: list[Any] = []
+        for o in node.output:
+            kind_of = found.get(o)
+            if kind_of is None or not kind_of.HasField("tensor_type"):
+                out.append(None)
+                continue
+            if kind_of.tensor_type.elem_type:
+                self.types[o] = kind_of.tensor_type.elem_type
+            out.append(_partial(kind_of, names))
+        return out
+
+    def _type_of(self, name: str) -> int | None:
+        """Element type of a tensor, by onnx's inference over the whole graph."""
+        if name in self.types:
+            return self.types[name] or None
+        value = self.out.values.get(name)
+        if value is not None and value.data.dtype != object:
+            return int(helper.np_dtype_to_tensor_dtype(value.dtype))
+        found = self._whole_inference().get(name)
+        return found.tensor_type.elem_type or None if found is not None else None
+
+    def _declared(self, name: str) -> list[Any] | None:
+        """Shape of what a control-flow node gives, as far as onnx's inference of its bodies fixes it."""
+        found = self._whole_inference().get(name)
+        return None if found is None or not found.HasField("tensor_type") else _partial(found, {})
+
+    def _whole_inference(self) -> dict[str, TypeProto]:
+        """Onnx's inference over the whole graph, of what the file says of inputs and initializers only."""
+        if self._inferred is None:
+            bare = ModelProto()
+            bare.CopyFrom(self.model)
+            _forget_shapes(bare.graph)
+            try:
+                made = onnx.shape_inference.infer_shapes(bare)
+            except Exception:  # whatever it stumbles over, nothing is known then
+                made = bare
+            self._inferred = {v.name: v.type for v in made.graph.value_info}
+        return self._inferred
+
+
+class _Values(Sequence["Known | None"]):
+    """Entries of a node's inputs, looked up when asked for: most operators never ask."""
+
+    def __init__(self, names: Sequence[str], find: Callable[[str], Known | None]) -> None:
+        self._names, self._find = names, find
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, k: Any) -> Any:
+        return self._find(self._names[k]) if self._names[k] else None
+
+
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    """Removes what exporters say of tensors that are computed."""
+    del graph.value_info[:]
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _forget_shapes(inner)
+            for o in inner.output:
+                if o.type.HasField("tensor_type"):
+                    o.type.tensor_type.ClearField("shape")
+
+
+def _partial(found: TypeProto, names: Mapping[str, Expr]) -> list[Any] | None:
+    """A shape that onnx inferred; None for extents that it does not fix."""
+    if not found.tensor_type.HasField("shape"):
+        return None
+    return [
+        d.dim_value if d.HasField("dim_value") else names.get(d.dim_param) if d.HasField("dim_param") else None
+        for d in found.tensor_type.shape.dim
+    ]
+
+
+def fixed_values(found: Derivation) -> Iterable[tuple[str, Known]]:
+    """Tensors whose entries are constants, whatever the extents."""
+    return ((name, v) for name, v in found.values.items() if v.concrete)

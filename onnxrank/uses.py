@@ -1,0 +1,81 @@
+"""Who makes and who reads the tensors of a graph, and questions about everything that lies behind one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
+
+from onnx import NodeProto
+
+T = TypeVar("T")
+
+
+class Uses:
+    """Producers and readers of the tensors of a graph.
+
+    Args:
+        nodes: All nodes, in topological order.
+
+    Attributes:
+        producers: The node that makes each tensor; graph inputs and initializers have none.
+    """
+
+    def __init__(self, nodes: Iterable[NodeProto] = ()) -> None:
+        self.producers: dict[str, NodeProto] = {}
+        self._readers: dict[str, list[NodeProto]] = {}
+        self._answers: dict[tuple[Hashable, str], Any] = {}
+        for node in nodes:
+            self.producers.update({o: node for o in node.output if o})
+            for i in node.input:
+                if i:
+                    self._readers.setdefault(i, []).append(node)
+
+    def readers(self, name: str) -> list[NodeProto]:
+        """The nodes that read a tensor, once for every operand that it is."""
+        return self._readers.get(name, [])
+
+    def behind(
+        self,
+        name: str,
+        question: Hashable,
+        judge: Callable[[NodeProto, str], T | None],
+        join: Callable[[str, list[T]], T],
+    ) -> T:
+        """Answers a question about a tensor from the answers for its readers.
+
+        Every tensor is asked once: paths may double at every node. Nothing recurses: chains may be of any length.
+
+        Args:
+            name: The tensor.
+            question: What is asked; the key that answers are kept under.
+            judge: The answer for a node and the operand that it is reached by; None where it is that for its first
+                output.
+            join: The answer for a tensor from those for its readers.
+        """
+        stack = [name]
+        while stack:
+            at = stack[-1]
+            if (question, at) in self._answers:
+                stack.pop()
+                continue
+            found: list[T] = []
+            waiting = []
+            for node in self.readers(at):
+                answer = judge(node, at)
+                if answer is None:
+                    behind = node.output[0]
+                    if (question, behind) not in self._answers:
+                        waiting.append(behind)
+                        continue
+                    answer = self._answers[question, behind]
+                found.append(answer)
+            if waiting:
+                stack += waiting
+            else:
+                self._answers[question, at] = join(at, found)
+        result: T = self._answers[question, name]
+        return result
+
+    def forget(self) -> None:
+        """Drops all answers, because something that they depend on has changed."""
+        self._answers.clear()

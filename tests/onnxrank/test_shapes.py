@@ -1,0 +1,188 @@
+# ruff: noqa: E501
+"""Derived shapes and shape tensors, against onnxruntime at extents far from those that anything was derived at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto, numpy_helper
+
+from onnxrank import facts, operators
+from onnxrank.errors import ModelError
+from onnxrank.extents import Expr, Unproved, evaluate, symbol
+from onnxrank.operators import sliced
+from onnxrank.workers import RemoteSession
+
+_AT = [(2, 7), (3, 11), (1, 1), (17, 0), (512, 50), (33, 51), (0, 300), (1, 49), (64, 100)]
+_INPUTS = {"x": ((1, ("N",)), (1, ("S:L",)), (4, ())), "c": ((1, ("N",)), (6, ())), "h": ((1, ("S:L",)),)}
+
+
+def _model(text: str, opset: int = 17, **initializers: Any) -> ModelProto:
+    head = f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
+    made = onnx.parser.parse_model(f"{head}g (float[N,L,4] x, float[N,6] c, int64[L] h) => (float y) {{ {text} }}")
+    del made.graph.output[:]
+    for name, data in initializers.items():
+        made.graph.initializer.append(numpy_helper.from_array(np.asarray(data), name))
+    return made
+
+
+def _feed(n: int, length: int) -> dict[str, Any]:
+    rng = np.random.default_rng(n * 1000 + length)
+    x, c = rng.standard_normal((n, length, 4)), rng.standard_normal((n, 6))
+    return {"x": x.astype(np.float32), "c": c.astype(np.float32), "h": rng.integers(0, 5, length)}
+
+
+def _runs(model: ModelProto) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """What onnxruntime gives, wherever it runs: it dies of some operators without rows."""
+    with RemoteSession(model) as session:
+        for n, length in _AT:
+            with contextlib.suppress(ModelError):
+                yield n, length, session.run(_feed(n, length))
+
+
+def _held(text: str, opset: int = 17, **initializers: Any) -> facts.Facts:
+    """Derives a model, and holds shapes and constants against what onnxruntime gives."""
+    model = _model(text, opset, **initializers)
+    found = facts.derive(model, _INPUTS, None)
+    names = [o for n in model.graph.node for o in n.output if o]
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    exposed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(o) for o in names)
+    for n, length, given_ in _runs(exposed):
+        values = {"N": n, "S:L": length}
+        for name in names:
+            for size, have in zip(found.sizes.get(name, ()), np.shape(given_[name]), strict=name in found.sizes):
+                if not isinstance(size, Expr) or size.symbols <= values.keys():
+                    assert evaluate(size, values) == have, (name, size, values)
+            if name in found.folded:
+                _, data = found.folded[name]
+                assert np.array_equal(np.broadcast_to(data, given_[name].shape), given_[name]), name
+    return found
+
+
+def _sizes(found: facts.Facts, name: str = "y") -> list[str]:
+    return [str(n) for n in found.sizes[name]]
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("s = Constant<value_ints=[-50]>() e = Constant<value_ints=[9223372036854775807]>() a = Constant<value_ints=[1]>()"
+         " y = Slice(x, s, e, a)", ["N", "min(S:L, 50)", "4"]),
+        ("s = Constant<value_ints=[0]>() e = Constant<value_ints=[100]>() a = Constant<value_ints=[0]>()"
+         " y = Slice(c, s, e, a)", ["min(N, 100)", "6"]),
+        ("s = Constant<value_ints=[1]>() e = Constant<value_ints=[-1]>() a = Constant<value_ints=[1]>()"
+         " y = Slice(x, s, e, a)", None),
+        ("s = Constant<value_ints=[0]>() e = Constant<value_ints=[-1]>() a = Constant<value_ints=[1]>()"
+         " y = Slice(x, s, e, a)", ["N", "max(S:L - 1, 0)", "4"]),
+        ("s = Constant<value_ints=[3]>() e = Constant<value_ints=[9223372036854775807]>() a = Constant<value_ints=[1]>()"
+         " t = Constant<value_ints=[2]>() y = Slice(x, s, e, a, t)", None),
+        ("t = Constant<value_ints=[-1, 4]>() y = Reshape(x, t)", ["N*S:L", "4"]),
+        ("t = Constant<value_ints=[0, -1]>() y = Reshape(x, t)", ["N", "4*S:L"]),
+        ("f = Flatten<axis=2>(x) s = Shape(x) y = Reshape(f, s)", ["N", "S:L", "4"]),
+        ("y = Concat<axis=1>(x, x)", ["N", "2*S:L", "4"]),
+        ("a = Constant<value_ints=[1]>() u = Unsqueeze(c, a) s = Constant<value_ints=[0]>() e = Constant<value_ints=[4]>()"
+         " w = Constant<value_ints=[2]>() v = Slice(u, s, e, w) y = Concat<axis=1>(x, v)", ["N", "S:L + 1", "4"]),
+        ("p = Constant<value_ints=[0, 2, 0, 0, 3, 0]>() y = Pad(x, p)", ["N", "S:L + 5", "4"]),
+        ("s = Shape(h) z = Constant<value_int=0>() n = Squeeze(s) o = Constant<value_int=20>() y = Range(z, n, o)",
+         ["((S:L + 19) // 20)"]),
+        ("s = Shape(x) y = ConstantOfShape(s)", ["N", "S:L", "4"]),
+        ("m = Transpose<perm=[0,2,1]>(x) y = MatMul(x, m)", ["N", "S:L", "S:L"]),
+        ("y = Einsum<equation=\"blk,bjk->bjl\">(x, x)", ["N", "S:L", "S:L"]),
+        ("a = Constant<value_ints=[1]>() y = ReduceSum<keepdims=0>(x, a)", ["N", "4"]),
+        ("r = Constant<value_ints=[1, 2, 1]>() y = Tile(x, r)", ["N", "2*S:L", "4"]),
+        ("k = Constant<value_ints=[2]>() y, i = TopK<axis=2>(x, k)", ["N", "S:L", "2"]),
+        ("d = Constant<value_int=5>() v = Constant<value_ints=[0, 1]>() y = OneHot(h, d, v)", ["S:L", "5"]),
+        ("y, z = Split<axis=1>(c)", ["N", "3"]),
+    ],
+)  # fmt: skip
+def test_shape(text: str, sizes: list[str] | None) -> None:
+    found = _held(text)
+    assert sizes is None or _sizes(found) == sizes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A number of rows that is rounded, filtered or found in the data is never an expression of N.
+        "p = Constant<value_float=0.05>() s = Shape<start=0, end=1>(c) f = Cast<to=1>(s) g = Mul(f, p) k0 = Cast<to=7>(g)"
+        " o = Constant<value_ints=[1]>() k = Add(k0, o) y, i = TopK<axis=0>(c, k)",
+        "z = Constant<value_float=0.0>() a = Constant<value_ints=[1]>() m = ReduceSum<keepdims=0>(c, a) b = Greater(m, z)"
+        " w = NonZero(b) o = Constant<value_ints=[0]>() i = Squeeze(w, o) y = Gather(c, i)",
+        "z = Constant<value_float=0.0>() a = Constant<value_ints=[1]>() m = ReduceSum<keepdims=0>(c, a) b = Greater(m, z)"
+        " y = Compress<axis=0>(c, b)",
+        "y = Unique<sorted=1>(h)",
+    ],
+)
+def test_an_extent_that_is_not_proved_is_opaque(text: str) -> None:
+    found = _held(text)
+    (first, *_) = found.sizes["y"]
+    assert isinstance(first, Expr) and first.symbols <= found.opaque.keys()
+
+
+def test_extents_that_are_not_proved_equal_only_themselves() -> None:
+    found = _held("y = NonZero(c) z = NonZero(c) w = Add(y, y)")
+    assert found.sizes["y"] != found.sizes["z"]
+    assert found.sizes["w"] == found.sizes["y"]
+
+
+def test_squeeze_without_axes_has_no_rank_where_an_extent_may_be_one() -> None:
+    found = _held("a = Constant<value_ints=[1]>() u = Unsqueeze(c, a) y = Squeeze(u)")
+    assert "y" in found.unknown
+
+
+def test_shape_arithmetic_is_folded_where_it_is_constant_only() -> None:
+    found = _held(
+        "s = Shape(x) i = Constant<value_int=2>() d = Gather(s, i) f = Cast<to=1>(d) q = Sqrt(f) j = Constant<value_int=1>()"
+        " l = Gather(s, j) b = Constant<value_int=8>() big = Greater(l, b) same = Equal(d, b)"
+    )
+    assert found.folded["q"][1] == np.float32(2)
+    assert not found.folded["same"][1]
+    assert "big" not in found.folded and "l" not in found.folded
+
+
+def test_comparison_that_holds_for_all_extents() -> None:
+    found = _held("s = Shape<start=0, end=1>(x) m = Constant<value_ints=[-1]>() y = Equal(s, m) z = Greater(s, m)")
+    assert not found.folded["y"][1].any() and found.folded["z"][1].all()
+
+
+def test_zeros_with_a_row_per_candidate_are_constants() -> None:
+    found = _held("s = Shape<start=0, end=1>(c) o = Constant<value_ints=[1]>() t = Concat<axis=0>(s, o)"
+                  " y = ConstantOfShape(t) e = Expand(y, t)")  # fmt: skip
+    dims, data = found.folded["e"]
+    assert dims == (("N",), ()) and data.shape == (1, 1) and data[0, 0] == 0
+
+
+def test_mixed_types_keep_their_own() -> None:
+    model = _model("f = Cast<to=10>(w) y = Transpose<perm=[1,0]>(w) z = Transpose<perm=[1,0]>(f)",
+                   w=np.ones((2, 3), np.float32) / 3)  # fmt: skip
+    found = facts.derive(model, _INPUTS, None)
+    assert found.folded["y"][1].dtype == np.float32 and found.folded["z"][1].dtype == np.float16
+
+
+def test_constants_of_operators_without_an_entry_are_computed_by_the_runtime() -> None:
+    found = _held("a = Constant<value_floats=[0.5, 2.0]>() e = Erf(a) y = Exp(e)")
+    assert found.folded["y"][1].shape == (2,)
+
+
+@given(st.integers(-60, 60), st.integers(-60, 60), st.integers(1, 4), st.integers(0, 200))
+def test_slice_of_a_symbolic_axis(start: int, end: int, step: int, length: int) -> None:
+    try:
+        made = sliced(symbol("L"), start, end, step)
+    except Unproved:
+        return
+    if made is not None:
+        assert evaluate(made, {"L": length}) == len(range(length)[start:end:step])
+
+
+def test_every_entry_names_an_operator_that_exists() -> None:
+    for domain, op in operators.REGISTRY:
+        if domain == "" and op != "SimplifiedLayerNormalization":
+            assert onnx.defs.has(op), op
