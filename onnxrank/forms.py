@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from onnx import ModelProto, NodeProto
 
@@ -154,6 +155,7 @@ class Form:
         few = max(1, span[0] // 4)
         return float("inf") if self.time(few) > original(few) else self.time(report_candidates(span))
 
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The decisions behind the result, in the order of the graph, with what they cost where that is known."""
         rules = {r.name: r for r in reversed(self.rules)}

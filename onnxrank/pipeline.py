@@ -548,7 +548,7 @@ class Job:
             roles=self.roles.to_dict(),
             offered=self.options.names,
             rules=tuple(dict.fromkeys(rules)),
-            sites=() if form is None else (*self._fused, *form.sites()),
+            sites=() if form is None else (*self._fused, *form.sites),
             changed=form is not None,
             measured=self.measured,
         )
