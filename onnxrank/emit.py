@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from onnxrank import surgery
 from onnxrank.journal import Journal
@@ -165,6 +165,31 @@ def captured(graph: GraphProto) -> set[str]:
         out |= {c for g in subgraphs(node) for c in captured(g) if c not in local}
         local |= set(node.output)
     out |= {o.name for o in graph.output if o.name not in local}
+    return out
+
+
+def live(model: ModelProto) -> ModelProto:
+    """The model without the nodes that no output depends on, which onnxruntime would run all the same.
+
+    Returns:
+        A copy; the model itself where there are none.
+    """
+    maker = {o: k for k, node in enumerate(model.graph.node) for o in node.output if o}
+    seen: set[int] = set()
+    wanted = [o.name for o in model.graph.output]
+    while wanted:
+        k = maker.get(wanted.pop())
+        if k is not None and k not in seen:
+            seen.add(k)
+            node = model.graph.node[k]
+            wanted += [*node.input, *(c for g in subgraphs(node) for c in captured(g))]
+    if len(seen) == len(model.graph.node):
+        return model
+    kept = [node for k, node in enumerate(model.graph.node) if k in seen]
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:]
+    out.graph.node.extend(kept)
     return out
 
 

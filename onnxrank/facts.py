@@ -257,7 +257,7 @@ class Contradiction:
 
 
 class Probe:
-    """A model, in a process of its own, with the shape of every tensor that an output depends on exposed.
+    """A model, in a process of its own, with the shape of every tensor exposed.
 
     Args:
         model: The model, functions inlined.
@@ -268,13 +268,12 @@ class Probe:
     """
 
     def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
-        good, bad = available(model)
+        good, _ = available(model)
         exposed = ModelProto()
         exposed.CopyFrom(model)
-        live = good if bad else _behind(model, [o.name for o in model.graph.output]).graph.node
         del exposed.graph.output[:], exposed.graph.value_info[:], exposed.graph.node[:]
-        exposed.graph.node.extend(live)
-        self._names = [o for n in live for o in n.output if o and n.op_type not in _SEQUENCES]
+        exposed.graph.node.extend(good)
+        self._names = [o for n in good for o in n.output if o and n.op_type not in _SEQUENCES]
         for name in self._names:
             exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
             exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))

@@ -37,7 +37,8 @@ from onnxrank.values import (
 )
 
 Feed = dict[str, NDArray[Any]]
-_FALLBACK_IDS = (0, 8)
+FALLBACK_IDS = (0, 8)
+"""Range of whole numbers that nothing is known of."""
 
 
 def graph_inputs(model: ModelProto) -> list[ValueInfoProto]:
@@ -355,9 +356,9 @@ def _bodies(lookups: _Lookups, rw: Rewrite, graph: GraphProto, ids: Mapping[str,
             continue
         if node.op_type == "Gather":
             table = rw.values.get(node.input[0])
-            for origin in origins(node.input[1]) if isinstance(table, Value) else ():
+            for origin in origins(node.input[1]):
                 found = rw.values[origin]
-                if isinstance(found, Value):
+                if isinstance(found, Value) and isinstance(table, Value):
                     axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
                     lookups.look_up(rw, table, found, axis)
         if node.op_type in _SAME_ENTRIES or node.op_type == "Gather":
@@ -402,7 +403,7 @@ def find_ranges(
     for i in declared:
         low, high, whole = lookups.bounds[i.name]
         unknown = whole & np.isinf(high)
-        low, high = np.where(unknown, _FALLBACK_IDS[0], low), np.where(unknown, _FALLBACK_IDS[1], high)
+        low, high = np.where(unknown, FALLBACK_IDS[0], low), np.where(unknown, FALLBACK_IDS[1], high)
         for r in i.role.ranges:
             index: list[Any] = [slice(None)] * low.ndim
             if r.positions is not None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -22,8 +22,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime, wire, workers
+from onnxrank.emit import live
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
 from onnxrank.turns import interleave
+
+if TYPE_CHECKING:
+    from onnxrank.profiling.bench import Bench
+    from onnxrank.verify.truth import Truth
 
 _TOO_MUCH = {"error": "it needs more memory than its process may use", "kind": OutOfMemory.__name__}
 
@@ -34,8 +39,9 @@ class Host:
     def __init__(self) -> None:
         self._models: dict[str, tuple[ModelProto, str | None]] = {}
         self._flat: dict[str, ModelProto] = {}
-        self._sessions: dict[str, Callable[..., dict[str, Any]]] = {}
-        self._raw: dict[str, Any] = {}
+        self._sessions: dict[str, Any] = {}
+        self._truths: dict[str, Truth] = {}
+        self._bench: Bench | None = None
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -116,8 +122,8 @@ class Host:
             key: The model.
             provider: `cpu` or `cuda`.
             level: ORT's graph optimisations, `disabled` or `all`.
-            precision: `own`, `float` (16-bit types raised), `double` (all floats raised) or `rounded` (the same, but
-                weights rounded to `to` before).
+            precision: `own`, `float` (16-bit types raised), `double` (all floats raised), `exact` (the same, without
+                the runtime's inexact kernels) or `rounded` (weights rounded to `to` before).
             to: ONNX element type.
             tf32: Whether a GPU may round the operands of float32 products to 10 bits.
             threads: Threads inside an operator.
@@ -127,26 +133,42 @@ class Host:
             EnvironmentProblem: The provider is not there, or the session fell back to another.
         """
         flat, folder = self._flattened(key)
-        if precision in ("double", "rounded"):
-            from onnxrank.verify.truth import Truth, rounded
+        flat = live(flat)
+        if precision in ("double", "exact", "rounded"):
+            from onnxrank.verify import truth
 
-            truth = Truth(flat if precision == "double" else rounded(flat, to, folder), folder)
-            self._sessions[session] = truth.run
-            return {"how": truth.how}
+            wide = truth.rounded(flat, to, folder) if precision == "rounded" else flat
+            exact = truth.Truth(wide, folder, truth.INEXACT if precision == "exact" else ())
+            self._truths[session] = exact
+            return {"how": exact.how}
         model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
         settings = {"use_tf32": str(int(tf32))} if provider == "cuda" else {}
         made = runtime.session(
             model, folder, provider=provider, settings=settings, optimise=level == "all", threads=threads
         )
         made.disable_fallback()  # from a provider that fails while it runs
-        self._sessions[session] = functools.partial(runtime.run, made)
-        self._raw[session] = made
+        self._sessions[session] = made
         return {"how": "onnxruntime"}
+
+    def nudge(self, key: str, of: str, seed: int, exact: bool) -> None:
+        """Makes a model of which every float weight is moved by one unit in the last place.
+
+        Args:
+            key: Its key.
+            of: The model.
+            seed: For up or down.
+            exact: Whether in the last place of a float64.
+        """
+        from onnxrank.verify import truth
+
+        flat, folder = self._flattened(of)
+        self._models[key] = (truth.nudged(flat, seed, exact, folder), folder)
+        self._flat[key] = self._models[key][0]
 
     def close(self, session: str) -> None:
         """Forgets a session."""
         self._sessions.pop(session, None)
-        self._raw.pop(session, None)
+        self._truths.pop(session, None)
 
     def run(
         self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None
@@ -161,7 +183,8 @@ class Host:
         Returns:
             Per feed `{"outputs": {name: array}}` or `{"error": message, "kind": name of the error's class}`.
         """
-        run = self._sessions[session]
+        truth = self._truths.get(session)
+        run = truth.run if truth is not None else functools.partial(runtime.run, self._sessions[session])
         answers: list[dict[str, Any]] = []
         for feed in feeds:
             try:
@@ -199,9 +222,24 @@ class Host:
             return run
 
         try:
-            return interleave([timed(self._raw[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds).seconds
+            return interleave(
+                [timed(self._sessions[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds
+            ).seconds
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
+
+    def bench(self, what: str, **arguments: Any) -> Any:
+        """Has the bench of this process do something.
+
+        Args:
+            what: Name of a method of `profiling.bench.Bench`.
+            **arguments: Its arguments.
+        """
+        from onnxrank.profiling.bench import DO, Bench
+
+        if self._bench is None:
+            self._bench = Bench(self._models)
+        return DO[what](self._bench, **arguments)
 
     def expose(self, key: str, of: str, names: Sequence[str]) -> None:
         """Makes a model of which further tensors are outputs: `key`, from the model `of`."""
@@ -246,7 +284,7 @@ _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
         Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.race,
-        Host.expose, Host.inlined, Host.raised, Host.available,
+        Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
     )
 }  # fmt: skip
 """What may be asked for."""
@@ -276,7 +314,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.setrecursionlimit(10_000)
-    workers.stay_here()
+    workers.stay_here(lambda: functools.partial(answer, Host()))
     messages: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_listen, args=(source, messages), daemon=True).start()
     with contextlib.suppress(ImportError):  # ahead of their use; whoever misses one says so

@@ -270,7 +270,7 @@ def tensor_data(t: TensorProto, folder: str | os.PathLike[str] | None = None) ->
 
 
 def _external_bytes(t: TensorProto, folder: Path) -> bytes:
-    """What a tensor's file holds of it; onnx's own reader refuses links, which runtimes follow, and reads to the end."""
+    """What a tensor's file holds of it; onnx's reader refuses links, which runtimes follow, and reads to the end."""
     offset, count = _span(t), _bytes_of(t)
     path = _external_path(_entries(t).get("location", ""), t.name, folder)
     try:

@@ -223,7 +223,8 @@ def _entrywise(do: Callable[..., Any], fixed: Callable[..., Any] | None = None, 
         shape = _whole(broadcast([o.shape for o in operands]))
         dtype = np.dtype(to) if to is not None else operands[-1].dtype
         if all(o.concrete for o in operands) and fixed is not None:
-            return [known(shape, np.asarray(fixed(*(o.data for o in operands))), dtype)]
+            with np.errstate(all="ignore"):
+                return [known(shape, np.asarray(fixed(*(o.data for o in operands))), dtype)]
         if any(o.dtype.kind not in "iub" for o in operands):
             raise Unproved("numbers that are no extents")
         arrays = np.broadcast_arrays(*(_objects(o.data) for o in operands))
@@ -317,7 +318,23 @@ def _kept(shape: Shape) -> tuple[int, ...]:
 
 
 def _as_shape(u: Use, data: NDArray[Any], shape: Shape) -> NDArray[Any]:
+    """Entries in another shape: symbolic axes stay where they are, between as many entries as before."""
+    if data.size == 1:
+        return np.broadcast_to(data.reshape(()), _kept(shape))
+    if _segments(u.shape(0)) != _segments(shape):
+        raise Unproved("entries move along a symbolic axis")
     return data.reshape(_kept(shape))
+
+
+def _segments(shape: Shape) -> list[int | Expr]:
+    """The symbolic extents of a shape in order, and the number of entries between them."""
+    out: list[int | Expr] = [1]
+    for n in shape:
+        if isinstance(n, Expr):
+            out += [n, 1]
+        else:
+            out[-1] = out[-1] * n
+    return out
 
 
 def _shape_of(u: Use) -> list[Partial | None]:
@@ -875,6 +892,21 @@ def _constant_entries(u: Use) -> list[Known | None]:
     return [constant(np.array(found, kind))]
 
 
+def _attention(u: Use) -> list[Partial | None]:
+    """Onnxruntime's attention with its projections packed: `[batch, length, width] x [width, q + k + v]`."""
+    batch, length, _ = u.shape(0)
+    sizes = u.attribute("qkv_hidden_sizes")
+    return [[batch, length, int(sizes[2]) if sizes else ex.divide(u.shape(1)[-1], 3)], None]
+
+
+def _multi_head_attention(u: Use) -> list[Partial | None]:
+    """Onnxruntime's attention behind projections; keys and values may be packed with the queries."""
+    query = u.shape(0)
+    if len(query) != 3 or not u.has(2) or len(u.shape(2)) != 3:
+        return [[*query[:2], None]]
+    return [[*query[:2], u.shape(2)[2]], None, None]
+
+
 def _matrix_diagonal(u: Use) -> list[Known | None]:
     x = u.value(0)
     if not x.fixed or len(x.shape) < 2:
@@ -932,8 +964,8 @@ def _registry() -> dict[tuple[str, str], Operator]:
         "Ceil": Operator(_same, _fixed_only(np.ceil)),
         "Sign": Operator(_same, _fixed_only(np.sign)),
         "Relu": Operator(_same, _fixed_only(lambda a: np.maximum(a, 0).astype(a.dtype))),
-        "Min": Operator(_elementwise, _entrywise(_fold(ex.minimum), _fold(np.minimum))),
-        "Max": Operator(_elementwise, _entrywise(_fold(ex.maximum), _fold(np.maximum))),
+        "Min": Operator(_elementwise, _entrywise(_fold(ex.minimum), _ordered(np.minimum))),
+        "Max": Operator(_elementwise, _entrywise(_fold(ex.maximum), _ordered(np.maximum))),
         "Equal": Operator(_elementwise, _entrywise(_compare(0, 0), np.equal, boolean)),
         "Less": Operator(_elementwise, _entrywise(_compare(-inf, -1), np.less, boolean)),
         "LessOrEqual": Operator(_elementwise, _entrywise(_compare(-inf, 0), np.less_equal, boolean)),
@@ -1006,6 +1038,8 @@ def _registry() -> dict[tuple[str, str], Operator]:
     for op in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
         out["com.microsoft", op] = Operator(_mat_mul)
     out["com.microsoft", "FusedGemm"] = Operator(_gemm)
+    out["com.microsoft", "Attention"] = Operator(_attention)
+    out["com.microsoft", "MultiHeadAttention"] = Operator(_multi_head_attention)
     return out
 
 
@@ -1022,6 +1056,17 @@ def _fold(do: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         for other in others:
             first = do(first, other)
         return first
+
+    return folded
+
+
+def _ordered(do: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Min or Max of constants; which operand wins against a NaN is the runtime's own affair."""
+
+    def folded(*operands: NDArray[Any]) -> Any:
+        if any(o.dtype.kind == "f" and np.isnan(o).any() for o in operands):
+            raise Unproved("not a number")
+        return _fold(do)(*operands)
 
     return folded
 

@@ -30,6 +30,7 @@ from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES
 from onnxrank.verify import failure, gate
 from onnxrank.verify import report as verdicts
+from onnxrank.verify.options import CHECKS
 
 __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rules", "optimize", "report_candidates"]
 
@@ -96,7 +97,8 @@ def optimize(
     select: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     extra_rules: Sequence[str | os.PathLike[str]] = (),
-    check: bool = True,
+    check: bool | str = True,
+    lengths: Mapping[str, tuple[int, int]] | None = None,
     strict: bool = False,
     tune: float = 0.0,
     plan: Plan | str | os.PathLike[str] | None = None,
@@ -119,7 +121,10 @@ def optimize(
         select: Names of the rules to use; None for all.
         ignore: Names of rules to leave out.
         extra_rules: Python files with a `RULES` sequence of further rules.
-        check: Whether to hold the result against the original.
+        check: Whether to hold the result against the original, or how thoroughly: `quick`, `standard` (what True
+            stands for) or `full`.
+        lengths: Least and most of the inputs' symbolic lengths, by the name in their shape or `input.axis`, for the
+            check; 1..1024 for those not named.
         strict: Whether a result that does not pass its check is an error instead of taken back in part.
         tune: Seconds to time original and result in turns; 0 for none. What was measured makes the bytes depend on the
             machine; `Result.plan` gives the same ones again.
@@ -135,7 +140,8 @@ def optimize(
         CheckFailed: With `strict` or `plan`: the rewritten model does not give the original's scores.
         EnvironmentProblem: onnxruntime is missing, or memory ran out.
     """
-    options = Options(interface, guard, _span(candidates), check=check, strict=strict, tune=tune, progress=progress)
+    span, how = _span(candidates), "standard" if check is True else check
+    options = Options(interface, guard, span, check=how, lengths=lengths, strict=strict, tune=tune, progress=progress)
     if check:
         workers.warm()
     options.say("reading")
@@ -171,7 +177,8 @@ class Options:
         span: Expected number of candidates, least and most.
         rules: The rules, in order of preference.
         offered: Their names, as the caller allows them; those of `rules` if None.
-        check: Whether the result is held against the original.
+        check: How thoroughly the result is held against the original; False for not at all.
+        lengths: Least and most of symbolic lengths, for the check.
         strict: Whether a failing check is an error.
         tune: Seconds for timing.
         progress: Called with the name of each stage.
@@ -185,7 +192,8 @@ class Options:
     span: tuple[int, int] = (512, 512)
     rules: tuple[Rule, ...] = ()
     offered: tuple[str, ...] | None = None
-    check: bool = True
+    check: str | bool = "standard"
+    lengths: Mapping[str, tuple[int, int]] | None = None
     strict: bool = False
     tune: float = 0.0
     progress: Callable[[str], None] | None = None
@@ -193,6 +201,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.interface not in ("request", "same"):
             raise UsageError(f"interface {self.interface!r} is not known; use 'request' or 'same'")
+        if self.check is not False and self.check not in CHECKS:
+            raise UsageError(
+                f"the check {self.check!r} is not known; use {', '.join(map(repr, CHECKS))}, True or False"
+            )
         if not 0 <= self.tune < float("inf"):
             raise UsageError(f"tune {self.tune!r} is not a number of seconds")
 
@@ -445,20 +457,35 @@ class Job:
         if study.facts.note:
             raise ModelError(f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked")
         assert study.maker.ranges is not None
-        found = gate.gate(self.loaded, made, self.roles, study.maker.ranges, study.symbols)
+        found = self._held(made)
+        self.report.looked, self.report.unseen = found.looked, found.unseen
         self.report.checks = gate.comparisons(found)
         if found.passed:
             self.notes += [f.message for f in found.findings if f.severity != "error"]
         return found
 
+    def _held(self, made: ModelProto, candidates: Sequence[int] | None = None) -> verdicts.Report:
+        """Holds a model against the original, at some numbers of candidates or all of the check's."""
+        study, level = self.study, str(self.options.check)
+        assert study is not None and study.maker.ranges is not None
+        return gate.gate(
+            self.loaded,
+            made,
+            self.roles,
+            study.maker.ranges,
+            study.symbols,
+            level,
+            self.options.lengths,
+            candidates,
+        )
+
     def _culprit(self, found: verdicts.Report) -> Guilty | None:
         """Which decision makes the check fail; None where that cannot be told in time."""
-        form, study = self.form, self.study
-        assert form is not None and study is not None and study.maker.ranges is not None
-        ranges, counts = study.maker.ranges, gate.failing_candidates(found)
+        form, counts = self.form, gate.failing_candidates(found)
+        assert form is not None
 
         def right(made: ModelProto) -> bool:
-            return gate.gate(self.loaded, made, self.roles, ranges, study.symbols, counts).passed
+            return self._held(made, counts).passed
 
         try:
             return Search(form.made, right).culprit(form.choice, order([r.name for r in self.options.rules]))

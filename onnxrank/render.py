@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -50,6 +50,7 @@ class _Printer:
         self.checks(verbose)
         for note in self.report.notes:
             self.to.item(note, "note: ")
+        self.trust()
         self.verdict()
 
     def head(self) -> None:
@@ -141,12 +142,22 @@ class _Printer:
             f"{count(len(found), 'comparison')} at N = {counts}: at most {worst.error:.2g} off, "
             f"{worst.tolerance:.2g} is allowed"
         )
+        for line in self.report.looked:
+            self.to.item(line, "compared at ")
+        for line in self.report.unseen:
+            self.to.item(line, "not looked at: ")
         for c in found if verbose else ():
             self.to.line(
                 f"{'ok  ' if c.passed else 'FAIL'} N = {c.candidates}, seed {c.seed}, {c.output}: {c.error:.3g} "
                 f"of {c.tolerance:.3g}",
                 6,
             )
+
+    def trust(self) -> None:
+        told = trust(self.report.roles)
+        if self.report.changed and told:
+            self.to.blank()
+            self.to.say(told, "bold yellow")
 
     def verdict(self) -> None:
         r = self.report
@@ -162,6 +173,29 @@ class _Printer:
         if r.macs_before:
             gone = f": {percent(1 - r.macs_after / r.macs_before)} of MACs are now once per request or gone"
         self.to.say(f"{uses}{gone}.{'' if r.checks else ' Not checked.'}", "bold green")
+
+
+def trust(contract: Mapping[str, Any], requests: int = 0) -> str:
+    """A sentence on what nobody has proved of roles; empty where no input is request-level.
+
+    Args:
+        contract: The roles, as `Roles.to_dict` gives them.
+        requests: Number of recorded requests that kept them.
+    """
+    claimed = [
+        str(i["name"])
+        for i in contract.get("inputs", ())
+        if i.get("level") != "candidate" and i.get("candidate_axis") is not None
+    ]
+    if not claimed:
+        return ""
+    names = ", ".join(claimed[:4]) + (f" and {len(claimed) - 4} more" if len(claimed) > 4 else "")
+    if requests:
+        return f"Roles: {names} kept to one value per request in {count(requests, 'recorded request')}."
+    return (
+        f"Roles are trusted, not tested: that {names} {'is' if len(claimed) == 1 else 'are'} the same for all "
+        "candidates of a request is taken from you; only recorded requests can show it (onnxrank verify --data)."
+    )
 
 
 def _levels(report: Report) -> list[str]:

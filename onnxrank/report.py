@@ -126,6 +126,8 @@ class Report:
         refusals: What did not, and why.
         retreats: What was taken back, because the result did not pass its check or was not faster with it.
         checks: The numeric comparisons.
+        looked: At which numbers of candidates and lengths the check compared, a line each.
+        unseen: What the check did not look at, and why, a line each.
         predictions: The cost model's view over the number of candidates.
         notes: Anything else worth knowing, a sentence each.
     """
@@ -146,6 +148,8 @@ class Report:
     refusals: list[Refusal] = field(default_factory=list)
     retreats: list[Retreat] = field(default_factory=list)
     checks: list[Comparison] = field(default_factory=list)
+    looked: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

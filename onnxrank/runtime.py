@@ -117,8 +117,8 @@ def session(
         raise ModelError(f"onnxruntime does not load the model: {first_line(e)}") from e
     if made.get_providers()[0] != name:
         raise EnvironmentProblem(
-            f"The session silently fell back from {name} to {made.get_providers()[0]}: the provider is installed but "
-            "does not work here (see its driver and libraries), so nothing can be said of it."
+            f"The session silently fell back: onnxruntime gave up {name} for {made.get_providers()[0]}. It is "
+            "installed but does not work here (see its driver and libraries), so nothing can be said of it."
         )
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
 import onnx
@@ -9,7 +10,8 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from onnxrank import facts, feeds
 from onnxrank import model as files
-from onnxrank.emit import names_in, rename_captured, subgraphs
+from onnxrank.culprit import culprit
+from onnxrank.emit import live, names_in, rename_captured, subgraphs
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
@@ -22,6 +24,7 @@ from onnxrank.values import (
     extents,
     symbols,
 )
+from onnxrank.workers import Crashed
 
 _LONG = 61
 """Extent of symbols in the run that confirms long ones; a prime, as the shorter ones are."""
@@ -40,8 +43,8 @@ class Study:
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
         if CANDIDATES not in self.symbols:
             raise UsageError("no input has a candidate axis: name the inputs that differ between candidates")
-        self.model = model
-        self.facts = facts.derive(model, self.input_extents(), loaded.folder)
+        self.model = live(model)
+        self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
         resolved = resolve_ifs(self.model, self.facts)
         while resolved is not None:
             self.model = resolved
@@ -71,6 +74,8 @@ class Study:
                     return self._contradiction(probe, maker, points)
                 except ModelError as e:
                     problem = problem or e
+        if isinstance(problem, Crashed):
+            raise ModelError(self._crash(problem)) from problem
         shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
         raise ModelError(
             f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {problem}. "
@@ -93,6 +98,15 @@ class Study:
             if found is not None:
                 return found
         return None
+
+    def _crash(self, e: Crashed) -> str:
+        """What to say where the process that runs the model dies."""
+        name = "The model" if self.loaded.path is None else os.fspath(self.loaded.path)
+        if e.kind == "timeout":
+            return f"{name} does not end: its process gave {e}."
+        feed = self.maker(facts.settings(self.symbols)[0])
+        node = culprit(self.model, self.loaded.folder, feed)
+        return f"{name} makes onnxruntime fail{f' at node {node}' if node else ''}: its process {e}."
 
     def _ranges(self) -> feeds.Ranges:
         from onnxrank.rules import movement

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
 
@@ -27,14 +27,18 @@ Feeds = Mapping[str, NDArray[Any]]
 Outputs = dict[str, NDArray[Any]] | ModelError
 """Outputs of a run by name, or why there are none."""
 
+Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Answers one message."""
+
 _IDLE: list[Worker] = []
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 _LOCK = threading.Lock()
 _GONE = object()
-_inside = False
+_OWNER = os.getpid()
+_inside: Callable[[], Answer] | None = None
 _MOST_IDLE = 4
 _GRACE = 10.0  # seconds that a process may take to end
-_LIBRARIES = 2 << 30
+LIBRARIES = 2 << 30
 """Bytes of address space that a process has before it loads anything."""
 _LARGE = 64 << 20
 """Bytes of a model from which on it goes through a file, so that it is not held by both ends of a pipe."""
@@ -220,10 +224,8 @@ def _listen(source: BinaryIO, answers: queue.Queue[Any]) -> None:
 class _Here(Worker):
     """What stands for a process within a process that runs models already: that very process."""
 
-    def __init__(self) -> None:
-        from onnxrank import host
-
-        self._host = host.Host()
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
         self._replies: list[Any] = []
 
     @property
@@ -233,10 +235,8 @@ class _Here(Worker):
 
     def ask(self, do: str, **arguments: Any) -> None:
         """Does it."""
-        from onnxrank import host
-
         # The limit of the process stays as it is.
-        reply = {"result": None} if do == "limit" else host.answer(self._host, {"do": do, "with": arguments})
+        reply = {"result": None} if do == "limit" else self._answer({"do": do, "with": arguments})
         self._replies.append(reply)
 
     def result(self, timeout: float | None = None) -> Any:
@@ -245,23 +245,27 @@ class _Here(Worker):
 
     def kill(self) -> None:
         """Forgets all models."""
-        self._host.reset()
+        self._answer({"do": "reset", "with": {}})
 
     def reusable(self) -> bool:
         """Never: another costs nothing."""
         return False
 
 
-def stay_here() -> None:
-    """From now on, this process runs models itself; for those that were started for it."""
+def stay_here(make: Callable[[], Answer]) -> None:
+    """From now on, this process runs models itself; for those that were started for it.
+
+    Args:
+        make: Makes what answers the messages that another process would be sent.
+    """
     global _inside
-    _inside = True
+    _inside = make
 
 
 def take() -> Worker:
     """A process, a new one or one that was given back."""
-    if _inside:
-        return _Here()
+    if _inside is not None:
+        return _Here(_inside())
     with _LOCK:
         while _IDLE:
             found = _IDLE.pop()
@@ -291,6 +295,8 @@ def warm(count: int = 2) -> None:
 @atexit.register
 def _end() -> None:
     """Ends all processes, those that are busy too: one that hangs would outlive this one."""
+    if os.getpid() != _OWNER:  # a copy of the process that they belong to
+        return
     with _LOCK:
         _IDLE.clear()
     for worker in list(_ALL):
@@ -301,7 +307,7 @@ def memory_limit(size: int) -> int:
     """Bytes of address space that a model of so many bytes gets where none are asked for: what the machine has left."""
     most = (8 << 30) + 4 * size
     left = available_memory()
-    return most if left is None else min(most, left + _LIBRARIES)
+    return most if left is None else min(most, left + LIBRARIES)
 
 
 def available_memory() -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from onnxrank.cli.options import (
+    CHECKS,
+    LENGTH_OPTION,
     OUTPUT_OPTIONS,
     REWRITE_OPTIONS,
     ROLE_OPTIONS,
@@ -30,6 +32,14 @@ from onnxrank.formats import OPTIMIZE, Style, check_file, put
 @report_option(OPTIMIZE)
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
+@click.option(
+    "--check",
+    type=click.Choice(CHECKS),
+    default="standard",
+    show_default=True,
+    help="How thoroughly the result is compared with the original; the report lists at what it was.",
+)
+@LENGTH_OPTION
 @click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
 @click.option(
     "--strict", is_flag=True, help="Exit with 1 if the result fails its check, instead of taking back what fails."
@@ -68,6 +78,8 @@ def optimize(
     report: tuple[str, ...],
     explain: bool,
     dry_run: bool,
+    check: str,
+    lengths: dict[str, tuple[int, int]],
     no_check: bool,
     strict: bool,
     tune: float,
@@ -109,7 +121,8 @@ def optimize(
                 select=select,
                 ignore=ignore or (),
                 extra_rules=rules,
-                check=not no_check,
+                check=False if no_check else check,
+                lengths=lengths,
                 strict=strict,
                 tune=tune,
                 plan=plan,

@@ -10,6 +10,11 @@ import click
 
 from onnxrank.formats import Kind, either
 
+MOST_CANDIDATES = 1_000_000
+"""Candidates at most that `verify` runs."""
+CHECKS = ("quick", "standard", "full")
+"""How thoroughly models are compared."""
+
 
 def _span(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, int]:
     """Reads `512` or `64..2048`."""
@@ -40,8 +45,11 @@ def parse_counts(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is None:
         return None
     parts = [p.strip() for p in value.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,6}", p) for p in parts):
-        raise click.BadParameter(f"{value!r} is no list of numbers up to 999999, such as 0,1,2,17,512.", ctx, param)
+    if not all(re.fullmatch(r"[0-9]+", p) for p in parts):
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0,1,2,17,512.", ctx, param)
+    most = max(parts, key=lambda p: (len(p.lstrip("0")), p.lstrip("0")))
+    if len(most.lstrip("0")) > len(str(MOST_CANDIDATES)) or int(most) > MOST_CANDIDATES:
+        raise click.BadParameter(f"{most} candidates are more than the {MOST_CANDIDATES:,} that are run.", ctx, param)
     return tuple(int(p) for p in parts)
 
 
@@ -68,6 +76,30 @@ def parse_limits(ctx: click.Context, param: click.Parameter, value: tuple[str, .
     return found
 
 
+def parse_lengths(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Reads `hist=1..1000` or `hist=50`; a length's name may hold equals signs itself."""
+    found: dict[str, tuple[int, int]] = {}
+    for text in value:
+        name, _, span = text.rpartition("=")
+        match = re.fullmatch(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?", span.strip())
+        if match is None or not name.strip():
+            raise click.BadParameter(f"{text!r} is not NAME=LOW..HIGH, such as hist=1..1000.", ctx, param)
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise click.BadParameter(f"{text!r} goes down.", ctx, param)
+        found[name.strip()] = (low, high)
+    return found
+
+
+LENGTH_OPTION = click.option(
+    "--length",
+    "lengths",
+    multiple=True,
+    callback=parse_lengths,
+    metavar="NAME=LOW..HIGH",
+    help="Range of a symbolic length that is served: its name in the input's shape, or INPUT.AXIS.  [default: 1..1024] "
+    "Repeatable.",
+)
 ROLE_OPTIONS = (
     click.option(
         "--request",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -17,6 +18,17 @@ from onnxrank.cli.options import (
 )
 from onnxrank.cli.output import show_progress, show_report
 from onnxrank.formats import PROFILE, Style, check_file, put
+
+
+def _parse_extents(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
+    """Reads `hist=50`; a name may hold equals signs itself."""
+    found: dict[str, int] = {}
+    for text in value:
+        name, _, number = text.rpartition("=")
+        if not name or not re.fullmatch(r"[1-9][0-9]{0,8}", number):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE with a value of at least 1.", ctx, param)
+        found[name] = int(number)
+    return found
 
 
 @click.command(short_help="Time models over the number of candidates, and see where the time goes.")
@@ -52,6 +64,21 @@ from onnxrank.formats import PROFILE, Style, check_file, put
     help="Bind inputs and outputs to memory of the provider. [default: with --ep cuda]",
 )
 @click.option("--cuda-graph", is_flag=True, help="With --ep cuda: capture runs in a CUDA graph and replay them.")
+@click.option(
+    "--length",
+    multiple=True,
+    callback=_parse_extents,
+    metavar="NAME=VALUE",
+    help="A symbolic extent of the inputs other than the candidates, such as a history's. Repeatable.  [default: 32]",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=120.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds that one step of a model may take.",
+)
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory in a process of its own.")
 @report_option(PROFILE)
 @click.option("--trace", metavar="FILE", help="Write a trace for chrome://tracing or ui.perfetto.dev, as JSON.")
@@ -70,6 +97,8 @@ def profile(
     seconds: float,
     io_binding: bool | None,
     cuda_graph: bool,
+    length: dict[str, int],
+    timeout: float,
     no_memory: bool,
     report: tuple[str, ...],
     trace: str | None,
@@ -105,6 +134,8 @@ def profile(
             io_binding=io_binding,
             cuda_graph=cuda_graph,
             memory=not no_memory,
+            lengths=length,
+            timeout=timeout,
             trace=traced,
             progress=progress,
         )

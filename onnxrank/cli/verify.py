@@ -7,6 +7,8 @@ import os
 import click
 
 from onnxrank.cli.options import (
+    CHECKS,
+    LENGTH_OPTION,
     OUTPUT_OPTIONS,
     begin,
     parse_counts,
@@ -52,7 +54,8 @@ from onnxrank.formats import VERIFY, Style
     "--candidates",
     callback=parse_counts,
     metavar="N,N,…",
-    help="Numbers of candidates.  [default: 0,1,2,17,512; quick: no 512]",
+    help="Numbers of candidates.  [default: 0,1,2,17,512, and what the models were made for; full: 4096; quick: no "
+    "512]",
 )
 @click.option(
     "--seeds", type=click.IntRange(1, 1000), metavar="N", help="Different users for each.  [default: 3; quick: 2]"
@@ -72,11 +75,19 @@ from onnxrank.formats import VERIFY, Style
 )
 @click.option(
     "--level",
-    type=click.Choice(["quick", "full"]),
+    type=click.Choice(CHECKS),
     default="full",
     show_default=True,
-    help="quick leaves out odd inputs and large N.",
+    help="standard leaves out odd inputs and runs large N once; quick leaves out large N.",
 )
+@click.option(
+    "--budget",
+    type=click.FloatRange(0),
+    metavar="S",
+    help="Seconds for further numbers of candidates, lengths and rows of changed tables; the report lists what was not "
+    "reached.  [default: 120; standard: 20; quick: 5]",
+)
+@LENGTH_OPTION
 @report_option(VERIFY)
 @click.option(
     "--save-failing", metavar="DIR", help="Write the smallest failing case there: inputs, both models, repro.py."
@@ -116,6 +127,8 @@ def verify(
     atol: dict[str | None, float],
     top_k: int,
     level: str,
+    budget: float | None,
+    lengths: dict[str, tuple[int, int]],
     report: tuple[str, ...],
     save_failing: str | None,
     bisect: bool,
@@ -156,6 +169,8 @@ def verify(
         atol=atol,
         top_k=top_k,
         level=level,
+        budget=budget,
+        lengths=lengths,
         bisect=bisect,
         save_failing=save_failing,
         rules=rules,

@@ -6,22 +6,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, inliner
 
-from onnxrank import feeds, runtime
+from onnxrank import feeds, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import find_roles, stored_contract
-from onnxrank.errors import ModelError, OnnxrankError, UsageError
+from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.profiling import kernels as kernel_times
 from onnxrank.profiling import timing
-from onnxrank.profiling.memory import peak_memory
-from onnxrank.profiling.report import Kernels, ModelProfile, Point, Profile
-from onnxrank.profiling.sessions import Requests, Runner, Target, environment, open_session
+from onnxrank.profiling.bench import Entrant, RemoteBench
+from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
+from onnxrank.profiling.sessions import Requests, Target, environment
 from onnxrank.roles import InputInfo, InputRole, Roles
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
@@ -29,6 +30,8 @@ from onnxrank.values import CANDIDATES, Level
 from onnxrank.verify.compare import gap as gap_between
 
 DEFAULT_CANDIDATES = (1, 32, 128, 512, 2048)
+_COPIES = 12
+"""Times that the inputs of a request are in memory: several requests, here, on their way, and in the process."""
 _REQUESTS = 4  # different ones per number of candidates, in turn
 _OTHER_EXTENT = 32  # of symbolic extents that do not count candidates
 _SAME = 1e-3  # scores of two models that differ by more, relative to the largest, are not the same scores
@@ -50,6 +53,8 @@ def profile(
     io_binding: bool | None = None,
     cuda_graph: bool = False,
     memory: bool = True,
+    lengths: Mapping[str, int] | None = None,
+    timeout: float = 120.0,
     trace: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:
@@ -71,6 +76,8 @@ def profile(
         io_binding: Whether inputs and outputs are bound to the provider's memory; None: on CUDA.
         cuda_graph: Whether runs are captured in a CUDA graph and replayed; binds inputs and outputs.
         memory: Whether to run each model in a process of its own for its peak memory.
+        lengths: Symbolic extents of inputs other than the number of candidates, by name; 32 where nothing is said.
+        timeout: Seconds that one step of a model, such as loading it or a run, may take.
         trace: Where to put a Chrome trace, if one is wanted.
         progress: Called with the name of each stage.
 
@@ -81,55 +88,53 @@ def profile(
     """
     say = progress or (lambda stage: None)
     target = _target(provider, threads, io_binding, cuda_graph, candidates, seconds)
-    target.check()
+    runtime.check_provider(provider)
+    workers.warm(1)
     say("reading")
     subjects = [_Subject.load(m, k) for k, m in enumerate([model] if other is None else [model, other])]
     base = next((s for s in subjects if s.contract is None), subjects[0])
     roles, notes = _roles(base, subjects, request, spec, infer_from)
     say("measuring shapes")
     study = Study(base.working, roles, base.loaded)
-    drawn = _Drawn(study, subjects, base)
+    drawn = _Drawn(study, subjects, base, lengths or {})
+    notes += drawn.notes
     for s in subjects:
         s.check_inputs(drawn.of(s)(2), base)
-    sessions = []
-    for s in subjects:
-        say(f"loading {s.name}")
-        sessions.append(open_session(s.loaded.path or s.loaded.proto, target))
+    entrants = [s.entrant(str(k), other is not None and s is not base) for k, s in enumerate(subjects)]
     points = []
-    for n in sorted(set(candidates)):
-        say(f"timing N = {n}")
-        points.append(_time(n, [Runner(k, drawn.of(s)(n), target) for s, k in _pairs(subjects, sessions)], seconds))
     difference = None
-    if other is not None:
-        say("comparing scores")
-        n = max(candidates)
-        difference = _difference([Runner(k, drawn.of(s)(n), target) for s, k in _pairs(subjects, sessions)])
-        if not difference <= _SAME:
-            notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
+    with RemoteBench(target, timeout) as bench:
+        providers = []
+        for e in entrants:
+            say(f"loading {e.name}")
+            providers.append(bench.open(e))
+        for n in sorted(set(candidates)):
+            say(f"timing N = {n}")
+            drawn.check_memory(n)
+            for e, s in zip(entrants, subjects, strict=True):
+                bench.hold(e, n, drawn.of(s)(n))
+            rounds, copies = bench.interleave(entrants, n, seconds)
+            points.append(timing.point(n, rounds, copies))
+        if other is not None:
+            say("comparing scores")
+            difference = _difference(*(bench.scores(e, max(candidates)) for e in entrants))
+    if difference is not None and not difference <= _SAME:
+        notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
     models, traced = [], []
-    for k, s in enumerate(subjects):
-        say(f"profiling kernels of {s.name}")
-        found, events, note = _kernels(s, study, roles, drawn, [p.candidates for p in points], target)
-        notes += [f"{s.name}: {note}"] if note else []
-        traced.append((s.name, events))
+    for k, (e, s) in enumerate(zip(entrants, subjects, strict=True)):
+        say(f"profiling kernels of {e.name}")
+        found, events, note = _kernels(e, s, study, roles, drawn, [p.candidates for p in points], target, timeout)
+        notes += [f"{e.name}: {note}"] if note else []
+        traced.append((e.name, events))
         peak, note = None, None
         if memory:
-            say(f"measuring memory of {s.name}")
-            peak, note = peak_memory(
-                s.loaded.path or s.loaded.proto, drawn.of(s)(max(candidates)), max(candidates), target
-            )
+            say(f"measuring memory of {e.name}")
+            peak, note = _memory(e, drawn.of(s)(max(candidates)), max(candidates), target, timeout)
             notes += [note] if note and note not in notes else []
         line = timing.fit([p.candidates for p in points], [p.times[k].median for p in points])
         models.append(
             ModelProfile(
-                s.name,
-                s.loaded.sha256,
-                s.loaded.size,
-                s.contract is not None,
-                tuple(sessions[k].get_providers()),
-                line,
-                tuple(found),
-                peak,
+                e.name, s.loaded.sha256, s.loaded.size, s.contract is not None, providers[k], line, tuple(found), peak
             )
         )
     if trace is not None:
@@ -189,6 +194,15 @@ class _Subject:
         name = os.fspath(loaded.path) if loaded.path is not None else ("model in memory", "other model in memory")[k]
         return cls(name, loaded, working, feeds.describe(working), stored_contract(proto))
 
+    def entrant(self, key: str, second: bool) -> Entrant:
+        """The model as it is measured.
+
+        Args:
+            key: What it is known by there.
+            second: Whether it is held against another.
+        """
+        return Entrant(key, self.name, self.loaded, self.working, second and self.contract is not None)
+
     def check_inputs(self, requests: Requests, base: _Subject) -> None:
         """Finds out whether requests hold what the model takes.
 
@@ -219,10 +233,6 @@ def shape_text(info: InputInfo) -> str:
     return f"[{', '.join('?' if d is None else str(d) for d in info.dims or ())}]"
 
 
-def _pairs(subjects: Sequence[_Subject], sessions: Sequence[Any]) -> list[tuple[_Subject, Any]]:
-    return list(zip(subjects, sessions, strict=True))
-
-
 def _roles(
     base: _Subject,
     subjects: Sequence[_Subject],
@@ -247,19 +257,50 @@ def _roles(
 class _Drawn:
     """Requests of every number of candidates, in every model's signature."""
 
-    def __init__(self, study: Study, subjects: Sequence[_Subject], base: _Subject) -> None:
+    def __init__(self, study: Study, subjects: Sequence[_Subject], base: _Subject, lengths: Mapping[str, int]) -> None:
         self._study, self._base = study, base
-        self._held: dict[int, list[feeds.Feed]] = {}
+        names = {s.removeprefix("S:"): s for s in study.symbols if s != CANDIDATES}
+        for name, value in lengths.items():
+            if name not in names:
+                known = f"Those of its inputs are {', '.join(names)}." if names else "Its inputs have none."
+                raise UsageError(f"{base.name} has no symbolic extent {name!r} besides the candidates. {known}")
+            if value < 1:
+                raise UsageError(f"The length {name}={value} must be at least 1.")
+        self._point = {s: lengths.get(name, _OTHER_EXTENT) for name, s in names.items()}
+        used = ", ".join(f"{name} = {self._point[s]}" for name, s in names.items())
+        self.notes = [f"symbolic extents of the inputs: {used}; see --length"] if names else []
+        self._held: tuple[int, list[feeds.Feed]] = (0, [])
+
+    def check_memory(self, n: int) -> None:
+        """Finds out whether requests with a number of candidates fit into memory.
+
+        Raises:
+            EnvironmentProblem: They do not.
+        """
+        left = workers.available_memory()
+        needed = _COPIES * self._bytes(n)
+        if left is not None and needed > left:
+            raise EnvironmentProblem(
+                f"There is not enough memory for requests with {n} candidates: their inputs alone take about "
+                f"{needed / 2**30:.1f} GiB, and {left / 2**30:.1f} GiB are left. Give fewer --candidates."
+            )
+
+    def _bytes(self, n: int) -> int:
+        """Bytes of the inputs of a request, as they are drawn: as 64-bit floats."""
+        point = {**self._point, CANDIDATES: n}
+        counts = [prod(f if isinstance(f, int) else point[f] for d in i.dims for f in d) for i in self._study.declared]
+        return 8 * sum(counts)
 
     def of(self, subject: _Subject) -> Callable[[int], Requests]:
         """Makes requests with a number of candidates for a model."""
         return lambda n: [self._suited(subject, feed) for feed in self._requests(n)]
 
     def _requests(self, n: int) -> list[feeds.Feed]:
-        if n not in self._held:
-            point = {s: _OTHER_EXTENT for s in self._study.symbols}
-            self._held[n] = [self._study.maker(Setting({**point, CANDIDATES: n}, 7 * n + k)) for k in range(_REQUESTS)]
-        return self._held[n]
+        if self._held[0] != n:
+            self._held = (0, [])  # those before would take up memory
+            point = {**self._point, CANDIDATES: n}
+            self._held = (n, [self._study.maker(Setting(point, 7 * n + k)) for k in range(_REQUESTS)])
+        return self._held[1]
 
     def _suited(self, subject: _Subject, full: feeds.Feed) -> feeds.Feed:
         """Of every input the form that fits what the model declares: all rows, or one row of what is request-level."""
@@ -285,19 +326,13 @@ def _fits(data: NDArray[Any], declared: InputInfo) -> bool:
     )
 
 
-def _time(candidates: int, runners: Sequence[Runner], seconds: float) -> Point:
-    rounds = timing.interleave(runners, seconds)
-    return timing.point(candidates, rounds, [r.copies for r in runners])
-
-
-def _difference(runners: Sequence[Runner]) -> float:
+def _difference(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]) -> float:
     """Largest difference of two models' scores, over the largest score."""
-    first, second = (r.scores(0) for r in runners)
     if len(first) != len(second):
         return float("inf")
     worst = 0.0
     for a, b in zip(first, second, strict=True):
-        gap = gap_between(np.asarray(a), np.asarray(b)).largest
+        gap = gap_between(a, b).largest
         if gap and runtime.is_float(a):
             finite = np.abs(a.astype(np.float64)[np.isfinite(a.astype(np.float64))])
             gap /= max(float(finite.max()) if finite.size else 0.0, 1e-30)
@@ -305,8 +340,25 @@ def _difference(runners: Sequence[Runner]) -> float:
     return worst
 
 
+def _memory(
+    model: Entrant, requests: Requests, candidates: int, target: Target, timeout: float
+) -> tuple[Memory | None, str | None]:
+    """Peak memory of a model in a process that runs nothing else, or why it is not known."""
+    if not os.path.exists("/proc/self/status"):
+        return None, "peak memory is read from /proc, which this system does not have"
+    with RemoteBench(target, timeout, fresh=True) as bench:
+        return bench.memory(model, requests, candidates), None
+
+
 def _kernels(
-    subject: _Subject, study: Study, roles: Roles, drawn: _Drawn, candidates: Sequence[int], target: Target
+    entrant: Entrant,
+    subject: _Subject,
+    study: Study,
+    roles: Roles,
+    drawn: _Drawn,
+    candidates: Sequence[int],
+    target: Target,
+    timeout: float,
 ) -> tuple[list[Kernels], list[kernel_times.Event], str | None]:
     """Kernels of a model, with the levels that the analysis proves."""
     once: dict[str, bool] = {}
@@ -320,9 +372,8 @@ def _kernels(
         note = f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
     moved = subject.contract is not None and "broadcast" in subject.contract.get("rules", {})
     nodes = kernel_times.nodes_of(subject.working, once, moved)
-    found, events = kernel_times.profile_kernels(
-        subject.working, subject.loaded.folder, nodes, drawn.of(subject), candidates, target
-    )
+    with RemoteBench(target, timeout) as bench:
+        found, events = bench.kernels(entrant, nodes, drawn.of(subject), candidates)
     return found, events, note
 
 

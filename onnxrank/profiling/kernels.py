@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,13 +23,15 @@ from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
 from onnxrank.plan import label
 from onnxrank.profiling.report import Kernel, Kernels, Share
-from onnxrank.profiling.sessions import PROVIDERS, Requests, Runner, Target, open_session
+from onnxrank.profiling.sessions import Requests, Runner, Target, open_session
+from onnxrank.runtime import PROVIDERS
 
 _NUMBER = re.compile(r"@(\d+)@")
 _COPIES = {"MemcpyFromHost", "MemcpyToHost"}
 _SUFFIX = "_kernel_time"
 _LONGEST = 20
-_TELLING = (2, 3)  # numbers of candidates that tell levels apart
+TELLING = (2, 3)
+"""Numbers of candidates that tell levels apart."""
 _WARM_RUNS = 2
 _FEWEST_RUNS = 6
 _MOST_RUNS = 200
@@ -56,7 +58,7 @@ class Node:
 
 
 def nodes_of(model: ModelProto, once: Mapping[str, bool], moved: bool) -> list[Node]:
-    """The nodes of a model, for `profile_kernels`.
+    """The nodes of a model, for `Tracer.finish`.
 
     Args:
         model: The model, functions inlined.
@@ -71,64 +73,73 @@ def nodes_of(model: ModelProto, once: Mapping[str, bool], moved: bool) -> list[N
     return out
 
 
-def profile_kernels(
-    model: ModelProto,
-    folder: str | os.PathLike[str] | None,
-    nodes: Sequence[Node],
-    draw: Callable[[int], Requests],
-    candidates: Sequence[int],
-    target: Target,
-) -> tuple[list[Kernels], list[Event]]:
-    """Profiles a model at several numbers of candidates.
+class Tracer:
+    """Runs a model under onnxruntime's profiler at several numbers of candidates.
 
     Args:
         model: The model, functions inlined.
         folder: Where its external data lies.
-        nodes: Its nodes, from `nodes_of`.
-        draw: Makes requests with a number of candidates.
-        candidates: Numbers of candidates.
         target: Where it runs; binding and graphs are left out.
 
-    Returns:
-        The kernels per number of candidates, and events for a Chrome trace, a few runs each.
-
     Raises:
-        EnvironmentProblem: The provider is another, and no kernel runs there.
-        ModelError: onnxruntime does not take or run the model.
+        ModelError: onnxruntime does not take the model.
     """
-    numbered = ModelProto()
-    numbered.CopyFrom(model)
-    for k, node in enumerate(numbered.graph.node):
-        node.name = f"@{k}@"
-    plain = Target(target.provider, target.threads)
-    with tempfile.TemporaryDirectory(prefix="onnxrank-") as place:
-        session = open_session(numbered, plain, folder, trace=os.path.join(place, "profile"))
-        order: list[int] = []
-        for n in _TELLING:
-            Runner(session, draw(n), plain)(0)
-            order.append(n)
+
+    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None, target: Target) -> None:
+        numbered = ModelProto()
+        numbered.CopyFrom(model)
+        for k, node in enumerate(numbered.graph.node):
+            node.name = f"@{k}@"
+        self._target = Target(target.provider, target.threads)
+        self._place = tempfile.TemporaryDirectory(prefix="onnxrank-")
+        self._session = open_session(numbered, self._target, folder, trace=os.path.join(self._place.name, "profile"))
+        self._order: list[int] = []
+
+    def once(self, candidates: int, requests: Requests) -> None:
+        """Runs the model once, to tell levels apart: before the other runs, at the numbers of `TELLING`."""
+        Runner(self._session, requests, self._target)(0)
+        self._order.append(candidates)
+
+    def runs(self, candidates: int, requests: Requests) -> None:
+        """Runs the model for a while at a number of candidates."""
+        run = Runner(self._session, requests, self._target)
+        took = min(run(k) for k in range(_WARM_RUNS))
+        again = min(max(_FEWEST_RUNS, round(_SECONDS / max(took, 1e-6))), _MOST_RUNS)
+        for k in range(again):
+            run(k)
+        self._order += [candidates] * (_WARM_RUNS + again)
+
+    def finish(self, nodes: Sequence[Node], candidates: Sequence[int]) -> tuple[list[Kernels], list[Event]]:
+        """Sums up the runs.
+
+        Args:
+            nodes: The nodes, from `nodes_of`.
+            candidates: The numbers of candidates that `runs` was called with.
+
+        Returns:
+            The kernels per number of candidates, and events for a Chrome trace, a few runs each.
+
+        Raises:
+            EnvironmentProblem: The provider is another, and no kernel runs there.
+        """
+        events: list[Event] = json.loads(Path(self._session.end_profiling()).read_bytes())
+        self._place.cleanup()
+        runs = _by_run(events, self._order)
+        levels = _Levels(runs)
+        out: list[Kernels] = []
+        traced: list[Event] = []
         for n in candidates:
-            run = Runner(session, draw(n), plain)
-            took = min(run(k) for k in range(_WARM_RUNS))
-            again = min(max(_FEWEST_RUNS, round(_SECONDS / max(took, 1e-6))), _MOST_RUNS)
-            for k in range(again):
-                run(k)
-            order += [n] * (_WARM_RUNS + again)
-        events: list[Event] = json.loads(Path(session.end_profiling()).read_bytes())
-    runs = _by_run(events, order)
-    levels = _Levels(runs)
-    out: list[Kernels] = []
-    traced: list[Event] = []
-    for n in candidates:
-        own = [r for at, r in runs[len(_TELLING) :] if at == n][_WARM_RUNS:]
-        faster = sorted(own, key=lambda r: r.kernels_us)[: max(1, len(own) // 2)]
-        out.append(_summed(n, faster, levels, nodes))
-        end = max((e["ts"] + e["dur"] for e in traced), default=-_GAP)
-        traced += _traced(n, own[:_TRACED_RUNS], levels, nodes, end + _GAP)
-    wanted = PROVIDERS[target.provider]
-    if out and not any(s.name == wanted for k in out for s in k.providers):
-        raise EnvironmentProblem(f"No kernel of the model runs on {wanted}; all of them fell back to another provider.")
-    return out, traced
+            own = [r for at, r in runs[len(TELLING) :] if at == n][_WARM_RUNS:]
+            faster = sorted(own, key=lambda r: r.kernels_us)[: max(1, len(own) // 2)]
+            out.append(_summed(n, faster, levels, nodes))
+            end = max((e["ts"] + e["dur"] for e in traced), default=-_GAP)
+            traced += _traced(n, own[:_TRACED_RUNS], levels, nodes, end + _GAP)
+        wanted = PROVIDERS[self._target.provider]
+        if out and not any(s.name == wanted for k in out for s in k.providers):
+            raise EnvironmentProblem(
+                f"No kernel of the model runs on {wanted}; all of them fell back to another provider."
+            )
+        return out, traced
 
 
 @dataclass
@@ -271,7 +282,7 @@ def trace(models: Sequence[tuple[str, Sequence[Event]]]) -> dict[str, Any]:
     """A trace in the format that chrome://tracing and ui.perfetto.dev open.
 
     Args:
-        models: Per model its name and the events of `profile_kernels`.
+        models: Per model its name and the events of `Tracer.finish`.
     """
     out: list[Event] = []
     for pid, (name, events) in enumerate(models, 1):

@@ -13,12 +13,9 @@ import numpy as np
 from onnx import ModelProto
 
 from onnxrank import runtime
-from onnxrank.errors import EnvironmentProblem, ModelError
 
 Requests = Sequence[runtime.Feeds]
 """Several requests with the same number of candidates."""
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
@@ -37,19 +34,6 @@ class Target:
     io_binding: bool = False
     cuda_graph: bool = False
 
-    def check(self) -> None:
-        """Finds out whether onnxruntime has the provider here.
-
-        Raises:
-            EnvironmentProblem: It has not.
-        """
-        have = runtime.onnxruntime().get_available_providers()
-        if PROVIDERS[self.provider] not in have:
-            raise EnvironmentProblem(
-                f"onnxruntime has no {PROVIDERS[self.provider]} here (it has {', '.join(have)}). Install "
-                f"'onnxrank[{self.provider}]' in an environment without another onnxruntime."
-            )
-
 
 def open_session(
     source: Path | ModelProto, target: Target, folder: str | os.PathLike[str] | None = None, trace: str | None = None
@@ -60,42 +44,22 @@ def open_session(
         source: The model's file, or the model.
         target: Where it runs.
         folder: Where external data of a model in memory lies.
-        trace: Prefix of the file for onnxruntime's profiler; None leaves it off.
+        trace: Prefix of the file for onnxruntime's profiler, which does without CUDA graphs; None leaves it off.
 
     Raises:
         ModelError: onnxruntime does not take the model.
+        OutOfMemory: There is not enough memory to load it.
         EnvironmentProblem: The provider is not there, or cannot run the model as asked.
     """
-    target.check()
-    ort = runtime.onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = target.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    # Threads of a session that waits for its turn must not take time from the other one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if folder is not None and isinstance(source, ModelProto):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
-    if trace is not None:
-        options.enable_profiling, options.profile_file_prefix = True, trace
-    name = PROVIDERS[target.provider]
-    how = {"enable_cuda_graph": "1"} if target.cuda_graph and trace is None else {}
-    providers = [(name, how)] if target.provider == "cpu" else [(name, how), PROVIDERS["cpu"]]
-    given = source.SerializeToString() if isinstance(source, ModelProto) else os.fspath(source)
-    try:
-        made = ort.InferenceSession(given, options, providers=providers)
-    except MemoryError as e:
-        raise EnvironmentProblem("There is not enough memory to load the model.") from e
-    except Exception as e:
-        if target.provider == "cuda" and ("CUDA" in str(e) or "graph capture" in str(e)):
-            raise EnvironmentProblem(f"The model cannot run on CUDA as asked: {runtime.first_line(e)}") from e
-        raise ModelError(f"onnxruntime does not load the model: {runtime.first_line(e)}") from e
-    if name not in made.get_providers():
-        raise EnvironmentProblem(
-            f"onnxruntime gave up {name} and would run on {', '.join(made.get_providers())}: its libraries, or a "
-            "device, are missing here."
-        )
-    return made
+    return runtime.session(
+        source,
+        folder,
+        provider=target.provider,
+        settings={"enable_cuda_graph": "1"} if target.cuda_graph and trace is None else {},
+        optimise=True,
+        threads=target.threads,
+        trace=trace,
+    )
 
 
 class Runner:
@@ -138,11 +102,12 @@ class Runner:
 
         Raises:
             ModelError: onnxruntime cannot run the model on it.
+            OutOfMemory: There is not enough memory to.
         """
         try:
             return self._run(request % len(self._feeds))
         except Exception as e:
-            raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
+            raise runtime.failed_run(e) from e
 
     def scores(self, request: int) -> list[Any]:
         """Outputs for one of the requests, through the same door as the timed runs."""

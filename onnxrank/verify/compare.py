@@ -118,3 +118,12 @@ def relative(a: NDArray[Any], b: NDArray[Any]) -> float:
         return 0.0
     with np.errstate(divide="ignore"):
         return float((np.abs(x[off] - y[off]) / np.abs(x[off])).max())
+
+
+def nudged(data: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
+    """Floats moved by one unit in the last place, up or down at random; zeros and what is no number stay."""
+    if data.dtype.name == "bfloat16":
+        return data
+    up = rng.random(data.shape) < 0.5
+    moved = np.nextafter(data, np.where(up, np.inf, -np.inf).astype(data.dtype))
+    return np.where((data == 0) | ~np.isfinite(data), data, moved).astype(data.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import time
@@ -16,23 +17,30 @@ from onnx import ModelProto
 
 from onnxrank import model as files
 from onnxrank import runtime, workers
-from onnxrank.errors import EnvironmentProblem, ModelError
+from onnxrank.contract import stored_contract
+from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.feeds import Ranges
-from onnxrank.verify import judge, structure
+from onnxrank.values import CANDIDATES
+from onnxrank.verify import judge, sizes, structure, tables
+from onnxrank.verify.condition import Condition
 from onnxrank.verify.inputs import ORDINARY, POISONED
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS, Options
 from onnxrank.verify.pairing import Terms, bind, terms
-from onnxrank.verify.points import Point, generate
+from onnxrank.verify.points import MOST_ODD, Point, generate, weight
+from onnxrank.verify.reach import MOST_BYTES, Reach, lacks_memory
 from onnxrank.verify.relations import relate
 from onnxrank.verify.report import Case, Report, Severity
-from onnxrank.verify.side import MODEL, Side, run_both
+from onnxrank.verify.side import MODEL, Side, open_both, run_both
+from onnxrank.verify.sizes import Span
 from onnxrank.verify.words import count, sentence, worst
 from onnxrank.workers import Crashed, Outputs
 
 Progress = Callable[[str], None]
 _TRUTH = "float64"
 _ROUNDED = "rounded"
+_RANKED = 1024
+"""Candidates up to which the order is looked at in requests beyond the ordinary ones, at the level `full`."""
 _STEP = 2.0**-7
 """A step of 8-bit quantisation, of a range of both signs."""
 
@@ -103,9 +111,14 @@ class Engine:
         self.held: dict[tuple[str, str, str], judge.Measure] = {}
         self.ranges: Ranges = {}
         self.symbols: list[str] = []
+        self.spans: dict[str, Span] = {}
+        self.changed: list[tables.Changed] = []
+        self.usual: dict[str, int] = {}
+        self.span: Span | None = None
         self.truth = False
         self.precision = "own"
         self.points: list[Point] = []
+        self.condition = Condition(self)
         self.coarse: np.dtype[Any] | None = None
         self.step = 0.0
         self._good = False
@@ -129,11 +142,14 @@ class Engine:
         """Does everything."""
         start = time.monotonic()
         self.say("reading the contract")
+        self._not_swapped()
+        self._limits_known()
         found = self._terms()
         self.roles = found.roles
         self.binding = bind(self.original.proto, self.optimized.proto, found.roles)
         self._environment()
         fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
+        self._tables()
         self.say("checking the structure")
         loads = self._check() and fed
         if loads:
@@ -148,7 +164,8 @@ class Engine:
         self.say("finding the ranges of the inputs")
         try:
             self.ranges, self.symbols = self._study(found)
-            self.points = list(generate(self.binding, self.ranges, self.symbols, self.options))
+            self._extents()
+            self.points = list(generate(self.binding, self.ranges, self.symbols, self.options, self.usual))
         except ModelError as e:
             if self.options.data is None:
                 raise
@@ -157,8 +174,12 @@ class Engine:
         self.truth = self._open_truth()
         if not self.compare(self.points):
             return
+        self._measure()
         self.say("permuting, dropping and changing candidates")
         relate(self)
+        self.say("comparing at further numbers of candidates and lengths")
+        Reach(self).run()
+        self._judge()
         if self.options.data is not None:
             from onnxrank.verify.replay import replay
 
@@ -189,6 +210,23 @@ class Engine:
             self.report.saved = save_failing(self, self.options.save_failing)
 
     # --- before anything runs ----------------------------------------------------------------------------------------
+
+    def _not_swapped(self) -> None:
+        stored = stored_contract(self.original.proto) or {}
+        if stored.get("source_sha256") == self.optimized.loaded.sha256 != self.original.loaded.sha256:
+            names = [s.loaded.path or f"the {s.name} model" for s in self.sides]
+            raise UsageError(
+                f"The arguments are swapped: {names[0]} was made of {names[1]}, so the original is the latter and goes "
+                "first."
+            )
+
+    def _limits_known(self) -> None:
+        for what, limits in (("--rtol", self.options.rtol), ("--atol", self.options.atol)):
+            for name in limits:
+                if name is not None and name not in self.names:
+                    near = difflib.get_close_matches(name, self.names, 1)
+                    hint = f"Did you mean {near[0]!r}?" if near else f"They are {', '.join(map(repr, self.names[:8]))}."
+                    raise UsageError(f"{what} names {name!r}, which is no output of the original. {hint}")
 
     def _terms(self) -> Terms:
         o = self.options
@@ -247,6 +285,22 @@ class Engine:
             )
         return True
 
+    def _tables(self) -> None:
+        """Compares embedding tables row by row."""
+        first, second = self.original.loaded, self.optimized.loaded
+        if structure.changes_precision(first.proto, second.proto):
+            return
+        self.changed, lost = tables.changed(first, second)
+        for c in self.changed:
+            self.report.find("structure", "tables", c.says, "warning", model="optimized")
+        if lost and not structure.made_of(first, second):
+            shown = ", ".join(map(repr, lost[:4])) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+            what = "embedding table" if len(lost) == 1 else "embedding tables"
+            self.report.unseen.append(
+                f"rows of the {what} {shown} that no generated id met: the optimized model has none of its type, shape "
+                "and content"
+            )
+
     def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
         """Has a model do something; a crash becomes a finding, and None is returned."""
         try:
@@ -273,27 +327,49 @@ class Engine:
             raise ModelError(f"The models cannot be compared: {made['note']}.")
         return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
 
+    def _extents(self) -> None:
+        """What is served: lengths and numbers of candidates."""
+        options = self.options
+        self.spans = sizes.spans(self.symbols, options.lengths)
+        self.usual = sizes.usual(self.symbols, self.spans)
+        stored = (stored_contract(self.optimized.proto) or {}).get("candidates")
+        told = isinstance(stored, list) and len(stored) == 2 and all(isinstance(n, int) and n > 0 for n in stored)
+        self.span = options.span or ((stored[0], stored[1]) if told and stored is not None else None)
+        for n in options.counts:
+            size = weight(self.binding.declared, {**self.usual, CANDIDATES: n})
+            if size > MOST_BYTES:
+                raise UsageError(
+                    f"The inputs of one request with {n} candidates take {size / (1 << 30):.1f} GiB, more than the "
+                    f"{MOST_BYTES >> 30} GiB that are run: name smaller numbers with --candidates."
+                )
+        self.report.looked = [f"N = {', '.join(map(str, options.counts))}{self._usually()}"]
+
+    def _usually(self) -> str:
+        shown = ", ".join(f"{sizes.name_of(s)} = {n}" for s, n in self.usual.items())
+        return f" with {shown}" if shown else ""
+
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def _open(self, provider: str, level: str) -> bool:
         """Makes a session of each model; whether the second model loads."""
         how = {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
         where = f"({provider}, optimisations {level})"
-        try:
-            self.original.open(f"{provider}/{level}", **how)
-        except Crashed as e:
-            self._crash("rounding", self.original, f"while it was loaded {where}", e)
+        first, second = open_both(self.sides, f"{provider}/{level}", **how)
+        if isinstance(first, Crashed):
+            self._crash("rounding", self.original, f"while it was loaded {where}", first)
             return False
-        except ModelError as e:
-            raise ModelError(f"The original does not load {where}: {e}.") from e
-        try:
-            self.optimized.open(f"{provider}/{level}", **how)
-        except Crashed as e:
-            self._crash("structure", self.optimized, f"while it was loaded {where}", e)
+        if isinstance(first, ModelError):
+            raise ModelError(f"The original does not load {where}: {first}.") from first
+        if isinstance(second, Crashed):
+            self._crash("structure", self.optimized, f"while it was loaded {where}", second)
             return False
-        except ModelError as e:
-            self.report.find("structure", "runtime", f"onnxruntime does not load it {where}: {e}", model="optimized")
+        if isinstance(second, ModelError):
+            message = f"onnxruntime does not load it {where}: {second}"
+            self.report.find("structure", "runtime", message, model="optimized")
             return False
+        for trouble in (first, second):
+            if trouble is not None:
+                raise trouble
         return True
 
     def _find_precision(self) -> None:
@@ -317,11 +393,9 @@ class Engine:
 
     def _open_truth(self) -> bool:
         """Makes float64 sessions of both models; whether there are such."""
-        for side in self.sides:
-            try:
-                side.open(_TRUTH, precision="double")
-            except (ModelError, EnvironmentProblem) as e:
-                self._no_truth(side, e)
+        for side, trouble in zip(self.sides, open_both(self.sides, _TRUTH, precision="double"), strict=True):
+            if trouble is not None:
+                self._no_truth(side, trouble)
                 return False
         return True
 
@@ -352,7 +426,6 @@ class Engine:
                 self._run_level(points, provider, level, truths)
                 for side in self.sides:
                     side.spare(f"{provider}/{level}")
-        self._judge()
         return True
 
     def _run_truth(self, points: Sequence[Point]) -> list[tuple[Outputs, Outputs] | None]:
@@ -394,8 +467,8 @@ class Engine:
                 continue
             pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
             for k in self.shared:
-                if p.candidates == 0 and not self._as_declared(k, a[k]) and a[k].shape != b[k].shape:
-                    self._malformed(k, a[k])
+                if p.candidates == 0 and not self.declares(k, a[k]) and a[k].shape != b[k].shape:
+                    self.malformed(k, a[k])
                     continue
                 truth = pair[0][k] if pair is not None else None  # type: ignore[index]
                 raised = pair[1][k] if pair is not None else None  # type: ignore[index]
@@ -411,6 +484,11 @@ class Engine:
             if self.options.data is not None:
                 self._only_recorded(str(why))
                 return
+            if lacks_memory(why):
+                raise EnvironmentProblem(
+                    f"The original needs more memory for {p.candidates} candidates than its process may use: name "
+                    "smaller numbers with --candidates, or allow it more with --memory."
+                )
             raise ModelError(
                 f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its "
                 "own, give their range in a roles file."
@@ -436,7 +514,7 @@ class Engine:
             model="original",
         )
 
-    def _as_declared(self, name: str, data: NDArray[Any]) -> bool:
+    def declares(self, name: str, data: NDArray[Any]) -> bool:
         """Whether an output of the original has the shape that the original declares."""
         info = next(o for o in self.original.proto.graph.output if o.name == name)
         dims = info.type.tensor_type.shape.dim
@@ -444,7 +522,8 @@ class Engine:
             not d.HasField("dim_value") or d.dim_value == n for d, n in zip(dims, data.shape, strict=True)
         )
 
-    def _malformed(self, name: str, data: NDArray[Any]) -> None:
+    def malformed(self, name: str, data: NDArray[Any]) -> None:
+        """Notes that an output of the original without candidates has not the shape it declares."""
         self.report.find(
             "rounding",
             "original",
@@ -454,8 +533,9 @@ class Engine:
             model="original",
         )
 
-    def _judge(self) -> None:
-        report, samples = self.report, self.samples
+    def _measure(self) -> None:
+        """Finds what differences are held against, from what was run so far."""
+        report = self.report
         coarse = (
             np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
         )
@@ -470,15 +550,23 @@ class Engine:
                 "note",
             )
         self.step = _STEP if steps else 0.0
-        self.held = judge.measures(samples, coarse, self.step)
+        self.held = judge.measures(self.samples, coarse, self.step)
+
+    def _judge(self) -> None:
+        report, samples = self.report, self.samples
+        self.held = judge.measures(samples, self.coarse, self.step)
         if self.truth:
-            if coarse is None:
-                self.file("algebra", judge.algebra(samples))
+            if self.coarse is None:
+                self.file("algebra", self.condition.excused(judge.algebra(samples), self.points))
             else:
                 self._rounded_algebra()
-        self.file("rounding", judge.rounding(samples, self.held, self.options.tolerance, self._unstable()))
+        cases = judge.rounding(samples, self.held, self.options.tolerance, self._unstable())
+        self.file("rounding", self.condition.excused(cases, self.points))
+        self.condition.tell()
         report.statistics = judge.statistics(samples, self.held)
-        plain = [s for s in samples if s.inputs not in POISONED]
+        most = _RANKED if self.options.level == "full" else MOST_ODD
+        sized = {(p.inputs, p.candidates) for p in self.points if p.size is not None and p.candidates > most}
+        plain = [s for s in samples if s.inputs not in POISONED and (s.inputs, s.candidates) not in sized]
         cases, report.ranking = judge.ranked(plain, self.held, self.options.top_k)
         self.file("ranking", cases)
         for s in report.statistics:
@@ -494,7 +582,7 @@ class Engine:
 
     def _rounded_algebra(self) -> None:
         """Compares models whose weights are rounded to different types: both in float64, with weights rounded alike."""
-        points = [p for p in self.points if p.candidates > 0 and p.inputs not in POISONED]
+        points = [p for p in self.points if p.candidates > 0 and p.inputs not in POISONED and p.size is None]
         try:
             for side in self.sides:
                 side.open(_ROUNDED, precision="rounded", to=structure.half_type(*(s.proto for s in self.sides)))
@@ -557,9 +645,21 @@ def failing_points(engine: Engine, model: ModelProto) -> bool:
     """
     loaded = engine.original.loaded
     second = files.LoadedModel(model, None, loaded.folder, "", model.ByteSize(), loaded.external)
-    counts = {2, *(c.candidates for c in engine.report.failed_cases[:1])}
+    counts, sized = {2}, []
+    for c in engine.report.failed_cases[:1]:
+        at = next((p.size for p in engine.points if (p.inputs, p.candidates) == (c.inputs, c.candidates)), None)
+        if at is None:
+            counts.add(c.candidates)
+        else:
+            sized.append(at)
     chosen = replace(
-        engine.options, bisect=False, save_failing=None, data=None, roles=engine.roles, candidates=sorted(counts)
+        engine.options,
+        bisect=False,
+        save_failing=None,
+        data=None,
+        roles=engine.roles,
+        candidates=sorted(counts),
+        sizes=sized,
     )
     known = (engine.ranges, engine.symbols) if engine.symbols else None
     with Engine(loaded, second, replace(chosen, request=(), spec=None), known=known) as other:

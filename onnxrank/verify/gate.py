@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from onnx import ModelProto
 
@@ -13,8 +13,7 @@ from onnxrank.roles import Roles
 from onnxrank.verify.engine import Engine
 from onnxrank.verify.options import Options
 from onnxrank.verify.report import Report
-
-CANDIDATES = (1, 2, 17)
+from onnxrank.verify.sizes import Span
 
 
 def gate(
@@ -23,7 +22,9 @@ def gate(
     roles: Roles,
     ranges: Ranges,
     symbols: Sequence[str],
-    candidates: Sequence[int] = CANDIDATES,
+    level: str = "standard",
+    lengths: Mapping[str, Span] | None = None,
+    candidates: Sequence[int] | None = None,
 ) -> Report:
     """Holds a rewritten model against the original.
 
@@ -33,14 +34,17 @@ def gate(
         roles: Roles of the original's inputs.
         ranges: Values of their entries.
         symbols: Symbols of their shapes.
-        candidates: Numbers of candidates to compare at.
+        level: How much is compared.
+        lengths: Least and most of the inputs' symbolic lengths, where they are declared.
+        candidates: Numbers of candidates to compare at; None for those of the level.
 
     Raises:
         ModelError: The original does not run.
+        UsageError: A length is none of the inputs'.
         EnvironmentProblem: There is no runtime.
     """
     second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
-    options = Options(roles=roles, level="quick", candidates=candidates)
+    options = Options(roles=roles, level=level, lengths=lengths or {}, candidates=candidates)
     with Engine(original, second, options, known=(ranges, symbols)) as engine:
         return engine.run()
 

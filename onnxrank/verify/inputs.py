@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnxrank.facts import Setting, settings
-from onnxrank.feeds import Feed, Input, Maker, Ranges
+from onnxrank.feeds import FALLBACK_IDS, Feed, Input, Maker, Ranges
 from onnxrank.runtime import FLOATS
 from onnxrank.values import CANDIDATES, extents, symbols
 
@@ -129,6 +129,72 @@ class Kind(Maker):
         return data
 
 
+class Full(Maker):
+    """Makes inputs whose histories end where their axis does: no id of padding, counts as large as they can be.
+
+    The last position is hidden by a mask of bools for odd seeds only, whatever the mask means by true.
+    """
+
+    def __call__(self, setting: Setting) -> Feed:
+        """Inputs of the original signature."""
+        self._setting = setting
+        return super().__call__(setting)
+
+    def _values(self, i: Input, shape: list[int], factors: list[Any], rng: np.random.Generator) -> NDArray[Any]:
+        data = super()._values(i, shape, factors, rng)
+        along = [k for k, f in enumerate(factors) if isinstance(f, str) and f != CANDIDATES]
+        if data.dtype.kind == "b" and along and data.size:
+            at: list[Any] = [slice(None)] * data.ndim
+            at[along[-1]] = -1
+            data[tuple(at)] = self._setting.seed % 2 == 0
+        if data.dtype.kind not in "iu" or self.ranges is None:
+            return data
+        low, high, _ = (
+            a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
+            for a in self.ranges[i.name]
+        )
+        if along:
+            fill = super()._values(i, shape, factors, rng)
+            other = np.where(fill == 0, np.maximum(np.minimum(1, high - 1), low), fill)
+            return np.where(data == 0, other, data).astype(data.dtype)
+        if not i.role.ranges and (low == FALLBACK_IDS[0]).all() and (high == FALLBACK_IDS[1]).all():
+            # Nothing is known of it: it may be how much of the history counts.
+            most = max((n for s, n in self._setting.symbols.items() if s != CANDIDATES), default=0)
+            return np.full_like(data, most)
+        return data
+
+
+class Rows(Maker):
+    """Makes inputs whose ids are given rows of a table, wherever an entry may be an id of it.
+
+    Args:
+        declared: The inputs.
+        ranges: Value ranges per entry.
+        rows: The rows; further seeds begin further on.
+        size: Number of rows of the table.
+    """
+
+    def __init__(self, declared: Sequence[Input], ranges: Ranges, rows: NDArray[np.int64], size: int) -> None:
+        super().__init__(declared, ranges)
+        self._rows, self._size = rows, size
+
+    def _values(self, i: Input, shape: list[int], factors: list[Any], rng: np.random.Generator) -> NDArray[Any]:
+        data = super()._values(i, shape, factors, rng)
+        if self.ranges is None or i.dtype == TensorProto.STRING or data.dtype.kind == "b":
+            return data
+        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
+        least, most, integral = self.ranges[i.name]
+        low, high = np.broadcast_to(least.reshape(given), shape), np.broadcast_to(most.reshape(given), shape)
+        whole = np.broadcast_to(integral.reshape(given), shape)
+        rows = np.resize(self._rows, shape)
+        # An id may be shifted on its way; one of which nothing is known may be any.
+        shifted = whole & (high - low == self._size)
+        free = whole & (low == FALLBACK_IDS[0]) & (high == FALLBACK_IDS[1]) & (not i.role.ranges)
+        fits = whole & (rows >= low) & (rows < high)
+        start = np.where(np.isfinite(low), low, 0)
+        return np.where(shifted, start + rows, np.where(free | fits, rows, data)).astype(data.dtype)
+
+
 def poisoned_row(candidates: int) -> int:
     """The candidate whose values are no numbers."""
     return candidates // 2
@@ -166,10 +232,17 @@ def _has(
     return any(bool((ranges[name][2] != real).any()) for name in floats)
 
 
-def point(symbols: Sequence[str], candidates: int, seed: int) -> Setting:
-    """The extents of one run."""
+def point(symbols: Sequence[str], candidates: int, seed: int, lengths: Mapping[str, int] | None = None) -> Setting:
+    """The extents of one run.
+
+    Args:
+        symbols: Symbols of the inputs' shapes.
+        candidates: Number of candidates.
+        seed: For the values.
+        lengths: Extents of other symbols, where they are not those that `facts.settings` gives.
+    """
     (found,) = settings(symbols, (candidates,))
-    return Setting(found.symbols, 100 * candidates + seed)
+    return Setting({**found.symbols, **(lengths or {})}, 100 * candidates + seed)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -259,4 +332,40 @@ def violations(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]]) -> l
         bad = differs.reshape(len(data), -1).any(axis=1)
         if bad.any():
             found.append((i.name, int(bad.argmax())))
+    return found
+
+
+def outside(declared: Sequence[Input], ranges: Ranges, feed: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Ids that are beyond their tables or declared ranges, in words; none for ranges that nothing is known of.
+
+    Args:
+        declared: The inputs.
+        ranges: Values of their entries.
+        feed: A request. Ids from minus the size of a table on count from its end.
+    """
+    found = []
+    for i in declared:
+        if i.name not in ranges or i.dtype == TensorProto.STRING:
+            continue
+        data = feed[i.name]
+        shape = [
+            f if isinstance(f, int) else data.shape[axis] // extents((d,))[0]
+            for axis, d in enumerate(i.dims)
+            for f in (d or (1,))
+        ]
+        factors = [f for d in i.dims for f in (d or (1,))]
+        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
+        low, high, whole = (np.broadcast_to(a.reshape(given), shape) for a in ranges[i.name])
+        known = whole & np.isfinite(high)
+        if not i.role.ranges:
+            known &= (low != FALLBACK_IDS[0]) | (high != FALLBACK_IDS[1])
+        values = data.reshape(shape).astype(np.float64)
+        least = np.where(low == 0, -high, low)
+        bad = known & ((values < least) | (values >= high))
+        if bad.any():
+            at = np.unravel_index(int(bad.argmax()), bad.shape)
+            found.append(
+                f"{i.name!r} holds {values[at]:.0f} where ids are in {low[at]:.0f}..{high[at] - 1:.0f} "
+                f"({int(bad.sum())} of {bad.size} entries)"
+            )
     return found

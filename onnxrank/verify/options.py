@@ -9,7 +9,12 @@ from typing import Any
 
 from onnxrank.roles import Roles
 from onnxrank.verify.inputs import FINITE, ORDINARY, POISONED
+from onnxrank.verify.sizes import Size, Span
 
+CHECKS = ("quick", "standard", "full")
+"""How much is compared."""
+BUDGETS = {"quick": 5.0, "standard": 20.0, "full": 120.0}
+"""Seconds for further numbers of candidates, lengths and changed rows of tables, by level."""
 LEVELS = ("disabled", "all")
 """ORT's graph optimisations."""
 
@@ -31,7 +36,13 @@ class Options:
         rtol: Relative tolerances by output, beside what rounding explains; the key None is for all.
         atol: Absolute tolerances likewise.
         top_k: How many of the best candidates are compared.
-        level: `full`, or `quick`: ordinary inputs of few candidates.
+        level: `full`; `standard`: fewer kinds of inputs, many candidates only once; `quick`: few candidates.
+        lengths: Least and most of the inputs' symbolic lengths, by the name in their shape or `input.axis`; those not
+            named are in 1..1024.
+        span: Least and most candidates that are served; None for what the optimized model's contract says.
+        budget: Seconds for numbers of candidates, lengths and rows beyond the ordinary ones; None for those of the
+            level. What is not reached is listed in the report.
+        sizes: Just these numbers of candidates and lengths beside the ordinary ones, instead of those of the level.
         bisect: Whether to look for the rule and the site, or the tensor, that make a difference.
         save_failing: Folder for the smallest failing case.
         rules: Python files with further rules, for `bisect`.
@@ -54,6 +65,10 @@ class Options:
     atol: Mapping[str | None, float] = field(default_factory=dict)
     top_k: int = 10
     level: str = "full"
+    lengths: Mapping[str, Span] = field(default_factory=dict)
+    span: Span | None = None
+    budget: float | None = None
+    sizes: Sequence[Size] | None = None
     bisect: bool = False
     save_failing: str | os.PathLike[str] | None = None
     rules: Sequence[str | os.PathLike[str]] = ()
@@ -65,18 +80,24 @@ class Options:
     @property
     def counts(self) -> tuple[int, ...]:
         """Numbers of candidates."""
-        default = (0, 1, 2, 17) if self.level == "quick" else (0, 1, 2, 17, 512)
+        # Without candidates some kernels crash: below `full` that is tried once, at the end.
+        default = (0, 1, 2, 17, 512) if self.level == "full" else (1, 2, 17)
         return tuple(dict.fromkeys(default if self.candidates is None else self.candidates))
 
     @property
     def users(self) -> int:
         """How many different users."""
-        return self.seeds if self.seeds is not None else (2 if self.level == "quick" else 3)
+        return self.seeds if self.seeds is not None else (3 if self.level == "full" else 2)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of generated inputs."""
-        return (ORDINARY, "edges", "padding") if self.level == "quick" else FINITE + POISONED
+        return FINITE + POISONED if self.level == "full" else (ORDINARY, "edges", "padding")
+
+    @property
+    def seconds(self) -> float:
+        """The budget for what is beyond ordinary inputs."""
+        return BUDGETS[self.level] if self.budget is None else self.budget
 
     def tolerance(self, output: str) -> tuple[float, float] | None:
         """Relative and absolute tolerance for an output; None if there is none."""

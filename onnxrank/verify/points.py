@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
-from onnxrank.feeds import Feed, Ranges
+from onnxrank.feeds import Feed, Input, Maker, Ranges
 from onnxrank.verify import inputs
 from onnxrank.verify.inputs import ORDINARY, POISONED
 from onnxrank.verify.options import Options
 from onnxrank.verify.pairing import Binding
+from onnxrank.verify.sizes import Size
 
 MOST_ODD = 17
 """Candidates for inputs that are not of the ordinary kind."""
@@ -32,6 +36,7 @@ class Point:
         bound: Inputs of the other model.
         request: Identity, for recorded requests.
         labels: Recorded labels, one per candidate.
+        size: Its extents, where they are not the ordinary ones.
     """
 
     inputs: str
@@ -41,9 +46,12 @@ class Point:
     bound: Feed
     request: str | None = None
     labels: NDArray[Any] | None = None
+    size: Size | None = None
 
 
-def generate(binding: Binding, ranges: Ranges, symbols: Sequence[str], options: Options) -> Iterator[Point]:
+def generate(
+    binding: Binding, ranges: Ranges, symbols: Sequence[str], options: Options, lengths: Mapping[str, int]
+) -> Iterator[Point]:
     """The generated requests: ordinary ones at every number of candidates, the other kinds at one.
 
     Args:
@@ -51,6 +59,7 @@ def generate(binding: Binding, ranges: Ranges, symbols: Sequence[str], options: 
         ranges: Values of the original's inputs.
         symbols: Symbols of their shapes.
         options: Numbers of candidates, seeds and kinds.
+        lengths: Extents of the other symbols.
     """
     several = [n for n in options.counts if n > 1]
     odd = max([n for n in several if n <= MOST_ODD] or several[:1] or [0])
@@ -61,9 +70,38 @@ def generate(binding: Binding, ranges: Ranges, symbols: Sequence[str], options: 
             users = 1
         for n in counts:
             for seed in range(users if n else 1):
-                setting = inputs.point(symbols, max(n, 1), seed)
+                setting = inputs.point(symbols, max(n, 1), seed, lengths)
                 feed = maker(replace(setting, seed=seed) if kind == "padding" else setting)
                 if n == 0:
                     yield Point(kind, 0, seed, *binding.without_candidates(feed))
                 else:
                     yield Point(kind, n, seed, feed, binding(feed))
+
+
+def sized(
+    binding: Binding, ranges: Ranges, symbols: Sequence[str], lengths: Mapping[str, int], size: Size, seed: int = 0
+) -> Point:
+    """A request of given extents.
+
+    Args:
+        binding: How the second model's inputs come from the original's.
+        ranges: Values of the original's inputs.
+        symbols: Symbols of their shapes.
+        lengths: Extents of the symbols that `size` does not name.
+        size: The extents.
+        seed: For the values.
+    """
+    maker = (inputs.Full if size.full else Maker)(binding.declared, ranges)
+    feed = maker(inputs.point(symbols, max(size.candidates, 1), seed, {**lengths, **size.lengths}))
+    if not size.candidates:
+        return Point(size.kind, 0, seed, *binding.without_candidates(feed), size=size)
+    return Point(size.kind, size.candidates, seed, feed, binding(feed), size=size)
+
+
+def weight(declared: Sequence[Input], extents: Mapping[str, int]) -> int:
+    """Bytes of the inputs of a request."""
+    total = 0
+    for i in declared:
+        item = 8 if i.dtype == TensorProto.STRING else np.dtype(helper.tensor_dtype_to_np_dtype(i.dtype)).itemsize
+        total += item * prod(f if isinstance(f, int) else extents[f] for d in i.dims for f in d)
+    return total

@@ -139,6 +139,8 @@ def _archive(path: Path, layout: _Layout) -> Iterator[Request]:
     layout.missing(list(data), str(path))
     data = {**data, **{i.name: layout.fit(i, data[i.name], str(path)) for i in layout.declared}}
     count = _rows(data, layout, str(path))
+    if not count:
+        return
     ids = data.get(layout.request_id)
     if ids is None:
         yield _cut(data, layout, np.arange(count), str(path))
@@ -168,12 +170,27 @@ def read_archive(path: Path) -> dict[str, NDArray[Any]]:
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise UsageError(f"{path} holds a single array; an .npz file with an array per input is needed.")
         with data:
-            return {key: data[key] for key in data.files}
+            return {key: _plain(data, key, path) for key in data.files}
     except OSError as e:
         raise UsageError(f"The recorded requests {path} cannot be read: {e.strerror or e}.") from e
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-        text = "an array holds Python objects" if "allow_pickle" in str(e) else " ".join(str(e).split())[:200]
-        raise UsageError(f"The recorded requests {path} are not an .npz file of plain arrays: {text}.") from e
+        why = "it is damaged" if zipfile.is_zipfile(path) else "it is no zip archive, which every .npz file is"
+        raise UsageError(
+            f"The recorded requests {path} are not an .npz file of plain arrays: {why}. numpy.savez writes one."
+        ) from e
+
+
+def _plain(data: Any, key: str, path: Path) -> NDArray[Any]:
+    try:
+        found: NDArray[Any] = data[key]
+    except ValueError as e:
+        if "pickle" not in str(e):
+            raise
+        raise UsageError(
+            f"The array {key!r} of {path} holds Python objects, which are not read; write numbers, or strings of type "
+            "str."
+        ) from e
+    return found
 
 
 def _rows(data: Mapping[str, NDArray[Any]], layout: _Layout, where: str) -> int:

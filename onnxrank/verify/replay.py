@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from onnxrank.errors import ModelError
 from onnxrank.verify import judge, ranking
-from onnxrank.verify.inputs import rows, violations
+from onnxrank.verify.inputs import outside, rows, violations
 from onnxrank.verify.judge import Measure, Sample
 from onnxrank.verify.options import LEVELS
 from onnxrank.verify.points import Point
@@ -37,7 +37,7 @@ class _Done:
 
     samples: list[Sample] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
-    trouble: list[tuple[str, str, str, str | None]] = field(default_factory=list)
+    trouble: list[tuple[str, str, str, str, str | None]] = field(default_factory=list)
 
 
 def replay(engine: Engine) -> None:
@@ -144,14 +144,18 @@ class _Pairs:
                     name = str(p.request)
                     if isinstance(a, ModelError):
                         kind = a.kind if isinstance(a, Crashed) else "run"
-                        out.trouble.append(
-                            (kind, f"The original does not run on a recorded request: {a}", name, "original")
-                        )
+                        text = f"The original does not run on a recorded request: {a}"
+                        strange = outside(engine.binding.declared, engine.ranges, p.feed)
+                        if strange and kind == "run":
+                            told = f"A recorded request holds ids that no table has: {'; '.join(strange)}"
+                            out.trouble.append(("data", "range", told, name, "original"))
+                        else:
+                            out.trouble.append(("rounding", kind, text, name, "original"))
                         continue
                     if isinstance(b, ModelError):
                         kind = b.kind if isinstance(b, Crashed) else "run"
                         text = f"It does not run on a recorded request that the original runs on: {b}"
-                        out.trouble.append((kind, text, name, "optimized"))
+                        out.trouble.append(("rounding", kind, text, name, "optimized"))
                         continue
                     pair = truths[k] if truths is not None else ()
                     exact = [t for t in pair if isinstance(t, dict)]
@@ -192,8 +196,8 @@ class _Totals:
     def add(self, done: _Done, rows_known: int | None) -> None:
         """Judges a batch."""
         engine = self._engine
-        for kind, text, name, model in done.trouble:
-            engine.report.find("rounding", kind, f"{text} ({name}).", model=model)
+        for verdict, kind, text, name, model in done.trouble:
+            engine.report.find(verdict, kind, f"{text} ({name}).", model=model)
         new = judge.measures(done.samples, engine.coarse, engine.step)
         for key, m in new.items():
             old = [self._held[k] for k in (key, (key[0], "random", key[2])) if k in self._held]

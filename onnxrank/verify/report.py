@@ -205,7 +205,10 @@ class Report:
         original_sha256: Hash of its bytes.
         optimized: Path of the other model.
         optimized_sha256: Hash of its bytes.
-        level: `quick` or `full`.
+        level: `quick`, `standard` or `full`.
+        budget: Seconds that were set for numbers of candidates, lengths and rows beyond the ordinary ones.
+        looked: At which of them the models were compared, a line each.
+        unseen: What was not looked at, and why, a line each.
         contract: Where the contract came from (`source`), the roles and the interface.
         environment: Versions, providers, state of TF32.
         verdicts: An outcome per question.
@@ -225,6 +228,9 @@ class Report:
     optimized: str | None
     optimized_sha256: str
     level: str
+    budget: float = 0.0
+    looked: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     contract: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     verdicts: dict[str, Outcome] = field(default_factory=lambda: dict.fromkeys(VERDICTS, "skipped"))

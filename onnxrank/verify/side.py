@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank.errors import ModelError
+from onnxrank.errors import ModelError, OnnxrankError
 from onnxrank.model import LoadedModel
 from onnxrank.workers import Crashed, Outputs, Worker, give, memory_limit, place, take
 
@@ -87,19 +88,41 @@ class Side:
         """Has the process do something; `result` waits for it."""
         self.start().ask(do, **arguments)
 
-    def outputs(self) -> list[Outputs]:
-        """What came of a run that was asked for."""
+    def outputs(self, seconds: float | None = None) -> list[Outputs]:
+        """What came of a run that was asked for.
+
+        Args:
+            seconds: How long to wait, if that is less than a step may take.
+        """
         assert self._worker is not None
-        return self._worker.outputs(self.timeout)
+        return self._worker.outputs(self.timeout if seconds is None else min(seconds, self.timeout))
+
+    def result(self, seconds: float | None = None) -> Any:
+        """What came of what was asked.
+
+        Args:
+            seconds: How long to wait, if that is less than a step may take.
+        """
+        assert self._worker is not None
+        return self._worker.result(self.timeout if seconds is None else min(seconds, self.timeout))
 
     def open(self, session: str, **how: Any) -> str:
-        """Makes a session; `how` is as for `worker.Host.open`.
+        """Makes a session; `how` is as for `host.Host.open`.
 
         Returns:
             What it runs on: `onnxruntime`, `parts` or `reference`.
         """
-        self._opened[session] = {"key": MODEL, **how}
-        made = self.call("open", session=session, **self._opened[session])
+        self.request(session, **how)
+        return self.opened(session)
+
+    def request(self, session: str, **how: Any) -> None:
+        """Asks for a session; `opened` waits for it."""
+        self._opened[session] = {"key": MODEL} | how
+        self.ask("open", session=session, **self._opened[session])
+
+    def opened(self, session: str) -> str:
+        """What a session that was asked for runs on."""
+        made = self.result()
         self._there.add(session)
         return str(made["how"])
 
@@ -124,6 +147,33 @@ class Side:
         self.ensure(session)
         self.ask("run", session=session, feeds=list(feeds), outputs=list(outputs))
         return self.outputs()
+
+
+def open_both(sides: Sequence[Side], session: str, **how: Any) -> list[OnnxrankError | None]:
+    """Makes a session of each model, all models at once.
+
+    Args:
+        sides: The models.
+        session: The session's key.
+        **how: As for `host.Host.open`.
+
+    Returns:
+        Per model why there is none, or None.
+    """
+    asked: list[OnnxrankError | None] = []
+    for side in sides:
+        try:
+            side.request(session, **how)
+            asked.append(None)
+        except OnnxrankError as e:
+            asked.append(e)
+    for k, side in enumerate(sides):
+        if asked[k] is None:
+            try:
+                side.opened(session)
+            except OnnxrankError as e:
+                asked[k] = e
+    return asked
 
 
 def run_both(
@@ -161,6 +211,45 @@ def run_both(
             except ModelError:
                 got[k] += _one_by_one(side, session, given[at:end], outputs)
         at = end
+    return got
+
+
+def run_once(
+    sides: Sequence[Side],
+    session: str,
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    outputs: Sequence[str],
+    seconds: float,
+) -> list[Outputs]:
+    """Runs a session of each model on one request, all models at once.
+
+    Args:
+        sides: The models.
+        session: The session's key.
+        feeds: Inputs of each.
+        outputs: What is wanted.
+        seconds: How long to wait; a process that has not answered by then is ended.
+
+    Returns:
+        Per model its outputs, or why there are none.
+    """
+    asked: list[ModelError | None] = []
+    for side, feed in zip(sides, feeds, strict=True):
+        try:
+            side.ensure(session)
+            side.ask("run", session=session, feeds=[feed], outputs=list(outputs))
+            asked.append(None)
+        except ModelError as e:
+            asked.append(e)
+    end = time.monotonic() + seconds
+    got: list[Outputs] = []
+    for side, trouble in zip(sides, asked, strict=True):
+        try:
+            if trouble is not None:
+                raise trouble
+            got += side.outputs(max(end - time.monotonic(), 0.1))
+        except ModelError as e:
+            got.append(e)
     return got
 
 

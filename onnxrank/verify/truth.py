@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -17,11 +17,14 @@ from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
 from onnxrank.model import tensor_data, tensors
 from onnxrank.study import element_types
+from onnxrank.verify import compare
 
 _LACKS = re.compile(r"(?:Could not find an implementation for|Failed to find kernel for) (\w+)\(")
 _REFUSES = re.compile(r"[Tt]ype 'tensor\(double\)' of input parameter .*? of operator \((\w+)\)")
 _FAILS = re.compile(r"while running (\w+) node\..*(?:not support|[Nn]ot[ _]?[Ii]mplemented|NOT_IMPLEMENTED)")
 _MOST_BYTES = 1 << 30
+INEXACT = ("Sigmoid", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh")
+"""Operators whose float64 kernels in onnxruntime are approximations: Sigmoid is off by 3e-10 of its value far out."""
 
 
 class Truth:
@@ -33,18 +36,21 @@ class Truth:
     Args:
         model: The model, functions inlined.
         folder: Where its external data lies; it is loaded.
+        avoided: Operators that the reference evaluator runs in any case.
 
     Raises:
         ModelError: It is too large, or cannot be raised.
     """
 
-    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, model: ModelProto, folder: str | os.PathLike[str] | None = None, avoided: Iterable[str] = ()
+    ) -> None:
         if 2 * _floats(model) > _MOST_BYTES:
             raise ModelError("the weights are too large to be raised to float64 in memory")
         self._model = runtime.retype(model, TensorProto.DOUBLE, folder)
         self._folder = folder
         self._parts: list[_Part] = []
-        self._lacking: set[str] = set()
+        self._lacking = {n.op_type for outer in model.graph.node for n in _with_inner(outer)} & set(avoided)
         self.how = "onnxruntime"
         self._divide()
 
@@ -147,6 +153,27 @@ def rounded(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = 
             data = tensor_data(t, folder)
             wide = np.where(np.isfinite(data), np.clip(data.astype(np.float64), -most, most), data.astype(np.float64))
             t.CopyFrom(numpy_helper.from_array(wide.astype(kind).astype(data.dtype), t.name))
+    return out
+
+
+def nudged(model: ModelProto, seed: int, exact: bool, folder: str | os.PathLike[str] | None = None) -> ModelProto:
+    """A copy of a model whose float weights are moved by one unit in the last place, up or down at random.
+
+    Single numbers stay: they are exponents, bounds and small terms rather than weights.
+
+    Args:
+        model: The model, functions inlined.
+        seed: For up or down.
+        exact: Whether in the last place of a float64, which the model is raised to.
+        folder: Where its external data lies; it is loaded.
+    """
+    out = ModelProto()
+    out.CopyFrom(runtime.retype(model, TensorProto.DOUBLE, folder) if exact else model)
+    rng = np.random.default_rng(seed)
+    for t in tensors(out):
+        if t.data_type in runtime.FLOATS and t.data_type != TensorProto.BFLOAT16 and np.prod(t.dims) > 1:
+            data = numpy_helper.to_array(t, "" if folder is None else os.fspath(folder))
+            t.CopyFrom(numpy_helper.from_array(compare.nudged(data, rng), t.name))
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxrank.verify.report import Case, Report
+from onnxrank.verify.sizes import MANY, NONE
 
 
 def count(candidates: int) -> str:
@@ -22,7 +23,8 @@ def worst(failed: Sequence[Case]) -> list[Case]:
 
 def sentence(c: Case) -> str:
     """What a failing comparison found, and where."""
-    where = f"N = {c.candidates}, {c.inputs} inputs, seed {c.seed}, {c.provider}, {c.level}"
+    inputs = "" if c.inputs in (MANY, NONE) else f", {c.inputs}" if "=" in c.inputs else f", {c.inputs} inputs"
+    where = f"N = {c.candidates}{inputs}, seed {c.seed}, {c.provider}, {c.level}"
     spot = ""
     if c.place is not None:
         element = f"[{', '.join(map(str, c.place.element))}]" if c.place.element else ""

@@ -160,6 +160,13 @@ def test_zeros_with_a_row_per_candidate_are_constants() -> None:
     assert dims == (("N",), ()) and data.shape == (1, 1) and data[0, 0] == 0
 
 
+def test_entries_that_a_reshape_moves_between_candidates_are_no_constants() -> None:
+    found = _held("s = Shape<start=0, end=1>(c) t = Concat<axis=0>(two, s, two) e = Expand(m, t) y = Reshape(e, k)"
+                  " z = Reshape(e, q)", m=np.arange(4.0, dtype=np.float32).reshape(2, 1, 2), two=[2], k=[-1, 2, 2],
+                  q=[2, 1, -1, 2])  # fmt: skip
+    assert "e" in found.folded and "y" not in found.folded and "z" in found.folded
+
+
 def test_mixed_types_keep_their_own() -> None:
     model = _model("f = Cast<to=10>(w) y = Transpose<perm=[1,0]>(w) z = Transpose<perm=[1,0]>(f)",
                    w=np.ones((2, 3), np.float32) / 3)  # fmt: skip

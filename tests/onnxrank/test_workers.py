@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from helpers import BOOL, FLOAT, INT64, Graph
-from onnx import ModelProto, helper
+from fatal import endless, fatal, rows
+from helpers import Graph
+from onnx import ModelProto
 
 from onnxrank import workers
 from onnxrank.errors import ModelError, OutOfMemory
@@ -26,38 +26,6 @@ def plain() -> ModelProto:
     g = Graph(17)
     g.output(g.op("Sin", g.input("item", ["N", 2])), ["N", 2])
     return g.model()
-
-
-def looping() -> ModelProto:
-    """Takes for ever."""
-    g = Graph(17)
-    x = g.input("item", ["N", 2])
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Sin", ["v"], ["w"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", INT64, []),
-            helper.make_tensor_value_info("go", BOOL, []),
-            helper.make_tensor_value_info("v", FLOAT, ["N", 2]),
-        ],
-        [helper.make_tensor_value_info("on", BOOL, []), helper.make_tensor_value_info("w", FLOAT, ["N", 2])],
-    )
-    g.output(g.op("Loop", g.const(1 << 40, np.int64), g.const(True, bool), x, body=body), ["N", 2])
-    return g.model()
-
-
-def crashing() -> ModelProto:
-    """Kills onnxruntime where there is no candidate (a GRU over a batch of none)."""
-    g = Graph(17)
-    x = g.op("Unsqueeze", g.input("item", ["N", 2]), g.ints(0))
-    weights = [g.const(np.ones((1, 6, 2), np.float32)) for _ in range(2)]
-    y = g.ops("GRU", 2, x, *weights, hidden_size=2)[1]
-    g.output(g.op("Squeeze", y, g.ints(0)), ["N", 2])
-    return g.model()
-
-
-def rows(n: int) -> dict[str, np.ndarray[Any, Any]]:
-    return {"item": np.ones((n, 2), np.float32)}
 
 
 def test_runs() -> None:
@@ -107,16 +75,19 @@ def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_crash_names_the_signal_and_the_next_run_is_a_new_process() -> None:
-    with RemoteSession(crashing()) as session:
+    with RemoteSession(fatal(least=3)) as session:
         with pytest.raises(Crashed, match="died of SIG") as e:
-            session.run(rows(0))
+            session.run(rows(3))
         assert e.value.kind == "crash"
         (out,) = session.run(rows(2)).values()
         assert out.shape == (2, 2)
 
 
 def test_timeout() -> None:
-    with RemoteSession(looping(), timeout=3) as session, pytest.raises(Crashed, match="no answer within 3 s") as e:
+    with (
+        RemoteSession(endless(dead=False), timeout=3) as session,
+        pytest.raises(Crashed, match="no answer within 3 s") as e,
+    ):
         session.run(rows(2))
     assert e.value.kind == "timeout"
 
@@ -204,7 +175,7 @@ def test_nobody_left_to_answer() -> None:
     """A process that hangs in a model ends with the one that started it, even if that is killed."""
     code = (
         "import os, sys; sys.path[:0] = sys.argv[1:]; import test_workers as t; "
-        "s = t.RemoteSession(t.looping()); print(s._worker._process.pid, flush=True); "
+        "s = t.RemoteSession(t.endless(False)); print(s._worker._process.pid, flush=True); "
         "s._worker.ask('run', session='session', feeds=[t.rows(2)], outputs=None); os.kill(os.getpid(), 9)"
     )
     here = Path(__file__).parent

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank.contract import CONTRACT
-from onnxrank.roles import Roles
+from onnxrank.feeds import describe
+from onnxrank.roles import Roles, resolve
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "onnx"
 
@@ -607,6 +608,226 @@ def stateful_noise() -> Pair:
     return Pair(_model(build(False), "N"), _model(build(True), 1), None)
 
 
+# --- beyond what is ordinarily run -------------------------------------------------------------------------------
+
+
+def _history(change: Callable[[Graph, str], str] | None = None, **parts: Any) -> Callable[[bool], ModelProto]:
+    """A ranker whose history has any length: a mean of what its ids stand for, times the item.
+
+    Args:
+        change: What is done to the ids of the history, in the wrong model only.
+        **parts: Other changes: `pool` of the vectors, and `score` of the result, which may read the ids.
+    """
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        ids = g.input("hist", [1 if wrong else "N", "L"], INT64)
+        item = g.input("item", ["N", 4])
+        used = change(g, ids) if wrong and change is not None else ids
+        vectors = g.op("Gather", g.const(_weights(2000, 4, seed=1)), used)
+        mean = (
+            parts["pool"](g, vectors, wrong) if "pool" in parts else g.on_axes("ReduceMean", vectors, [1], keepdims=0)
+        )
+        y = g.op("MatMul", g.op("Mul", mean, item), g.const(_weights(4, 1)))
+        if wrong and "score" in parts:
+            parts["score"](g, y, ids)
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 1])
+        return g.model()
+
+    return make
+
+
+def _pair(make: Callable[[bool], ModelProto]) -> Callable[[], Pair]:
+    return lambda: Pair(make(False), make(True), None)
+
+
+def cut_first(most: int) -> Callable[[], Pair]:
+    return _pair(_history(lambda g, x: g.op("Slice", x, g.ints(0), g.ints(most), g.ints(1))))
+
+
+def cut_last(most: int) -> Callable[[], Pair]:
+    return _pair(_history(lambda g, x: g.op("Slice", x, g.ints(-most), g.ints(2**31), g.ints(1))))
+
+
+def _extent(g: Graph, tensor: str, axis: int) -> str:
+    return g.op("Gather", g.op("Shape", tensor), g.ints(axis))
+
+
+def _flag(g: Graph, comparison: str, value: str, bound: int) -> str:
+    """1.0 where a whole number compares so with a bound, else 0.0; `[1]`."""
+    return g.op("Cast", g.op(comparison, value, g.ints(bound)), to=int(TensorProto.FLOAT))
+
+
+def wrong_where(comparison: str, bound: int) -> Callable[[], Pair]:
+    """Half off at some lengths."""
+
+    def score(g: Graph, y: str, ids: str) -> str:
+        return g.op("Add", y, g.op("Mul", _flag(g, comparison, _extent(g, ids, 1), bound), g.const(0.5)))
+
+    return _pair(_history(score=score))
+
+
+def blocks_of_64() -> Pair:
+    """What is left over behind the last whole block of 64 is forgotten, once there is a block."""
+
+    def blocks(g: Graph, x: str) -> str:
+        n = _extent(g, x, 1)
+        whole = g.op("Mul", g.op("Div", n, g.ints(64)), g.ints(64))
+        end = g.op("Where", g.op("Less", n, g.ints(64)), n, whole)
+        return g.op("Slice", x, g.ints(0), end, g.ints(1))
+
+    return _pair(_history(blocks))()
+
+
+def mean_over_100() -> Pair:
+    """The mean divides by 100 at most."""
+
+    def pool(g: Graph, vectors: str, wrong: bool) -> str:
+        n = _extent(g, vectors, 1)
+        count = g.op("Cast", g.op("Min", n, g.ints(100)) if wrong else n, to=int(TensorProto.FLOAT))
+        return g.op("Div", g.on_axes("ReduceSum", vectors, [1], keepdims=0), count)
+
+    return _pair(_history(pool=pool))()
+
+
+def best_30() -> Pair:
+    """Only the 30 largest of a longer history count."""
+
+    def pool(g: Graph, vectors: str, wrong: bool) -> str:
+        n = _extent(g, vectors, 1)
+        k = g.op("Min", n, g.ints(30)) if wrong else n
+        return g.on_axes("ReduceSum", g.ops("TopK", 2, vectors, k, axis=1)[0], [1], keepdims=0)
+
+    return _pair(_history(pool=pool))()
+
+
+def positions(change: Callable[[NDArray[Any]], NDArray[Any]], reach: int = 0) -> Callable[[], Pair]:
+    """A table of 300 positions is added to the history; in the wrong model it is changed, or ends early."""
+
+    def pool(g: Graph, vectors: str, wrong: bool) -> str:
+        table = _weights(300, 4, seed=2)
+        steps = g.op("Range", g.const(0, np.int64), g.op("Squeeze", _extent(g, vectors, 1)), g.const(1, np.int64))
+        if wrong and reach:
+            steps = g.op("Min", steps, g.const(reach, np.int64))
+        rows = g.op("Gather", g.const(change(table.copy()) if wrong else table), steps)
+        return g.on_axes("ReduceMean", g.op("Mul", vectors, g.op("Unsqueeze", rows, g.ints(0))), [1], keepdims=0)
+
+    return _pair(_history(pool=pool))
+
+
+def last_position(table: NDArray[Any]) -> NDArray[Any]:
+    table[-1] += 1
+    return table
+
+
+def counted(off: str) -> Callable[[], Pair]:
+    """A history with the number of its entries: the mask is off by one where all of them count."""
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        rows = 1 if wrong else "N"
+        ids, count = g.input("hist", [rows, "L"], INT64), g.input("count", [rows, 1], INT64)
+        item = g.input("item", ["N", 4])
+        n = _extent(g, ids, 1)
+        steps = g.op("Range", g.const(0, np.int64), g.op("Squeeze", n), g.const(1, np.int64))
+        if wrong:
+            full = g.op("Cast", g.op(off, count, n), to=INT64)
+            count = g.op("Sub", count, full)
+        mask = g.op("Cast", g.op("Less", steps, count), to=int(TensorProto.FLOAT))
+        vectors = g.op("Gather", g.const(_weights(500, 4, seed=1)), ids)
+        pooled = g.on_axes("ReduceSum", g.op("Mul", vectors, g.op("Unsqueeze", mask, g.ints(2))), [1], keepdims=0)
+        g.op("MatMul", g.op("Mul", pooled, item), g.const(_weights(4, 1)))
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 1])
+        return g.model()
+
+    return _pair(make)
+
+
+def two_histories(both: bool) -> Callable[[], Pair]:
+    """Histories of two lengths: wrong only where both are long, or where one is longer than the other and 40."""
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        rows = 1 if wrong else "N"
+        a, b = g.input("seen", [rows, "L"], INT64), g.input("bought", [rows, "M"], INT64)
+        item = g.input("item", ["N", 4])
+        table = g.const(_weights(500, 4, seed=1))
+        used = a
+        if wrong and not both:
+            end = g.op("Max", _extent(g, b, 1), g.ints(40))
+            used = g.op("Slice", a, g.ints(0), end, g.ints(1))
+        means = [g.on_axes("ReduceMean", g.op("Gather", table, x), [1], keepdims=0) for x in (used, b)]
+        y = g.op("MatMul", g.op("Mul", g.op("Sub", *means), item), g.const(_weights(4, 1)))
+        if wrong and both:
+            least = g.op("Min", _extent(g, a, 1), _extent(g, b, 1))
+            g.op("Add", y, _flag(g, "Greater", least, 700))
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 1])
+        return g.model()
+
+    return _pair(make)
+
+
+def many(first: int, last: int = 2**31) -> Callable[[], Pair]:
+    """Right but for some candidates far down."""
+
+    def make(wrong: bool) -> ModelProto:
+        def build(g: Graph, user: str, item: str) -> str:
+            y = g.op("MatMul", g.op("Mul", user, item), g.const(_weights(4, 1)))
+            if not wrong:
+                return g.op("Identity", y)
+            cuts = [(0, first), (first, last), (last, 2**31)]
+            parts = [g.op("Slice", y, g.ints(a), g.ints(b), g.ints(0)) for a, b in cuts]
+            parts[1] = g.op("Neg", parts[1])
+            return g.op("Concat", *parts, axis=0)
+
+        return _model(build, 1 if wrong else "N")
+
+    return _pair(make)
+
+
+def by_count(comparison: str, bound: int, modulus: int = 0) -> Callable[[], Pair]:
+    """Right only at some numbers of candidates."""
+
+    def make(wrong: bool) -> ModelProto:
+        def build(g: Graph, user: str, item: str) -> str:
+            y = g.op("MatMul", g.op("Mul", user, item), g.const(_weights(4, 1)))
+            if not wrong:
+                return g.op("Identity", y)
+            n = _extent(g, item, 0)
+            if modulus:
+                n = g.op("Mod", n, g.ints(modulus))
+            return g.op("Add", y, _flag(g, comparison, n, bound))
+
+        return _model(build, 1 if wrong else "N")
+
+    return _pair(make)
+
+
+def rows_changed(rows: slice, request: bool = True, renamed: bool = False, shift: int = 0) -> Callable[[], Pair]:
+    """Some rows of a table of 100,000 are others."""
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        ids = g.input("id", ["N"], INT64)
+        item = g.input("item", ["N", 4])
+        table = _weights(100_000, 4, seed=3)
+        if wrong:
+            table[rows] = 0
+        name = "table_again" if wrong and renamed else "table"
+        g.initializers.append(numpy_helper.from_array(table, name))
+        used = g.op("Sub", ids, g.const(shift, np.int64)) if shift else ids
+        g.op("MatMul", g.op("Mul", g.op("Gather", name, used), item), g.const(_weights(4, 1)))
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 1])
+        return g.model()
+
+    roles = {"inputs": {"id" if request else "item": "request"}}
+    return lambda: Pair(make(False), make(True), resolve(describe(make(False)), spec=roles))
+
+
 # --- the suite ---------------------------------------------------------------------------------------------------
 
 
@@ -723,4 +944,30 @@ MUTANTS = (
     Mutant("by hand", "divided by the user's rows", request_scaled),
     Mutant("by hand", "numbers clipped at 50", clipped_input),
     Mutant("by hand", "noise", stateful_noise),
+    Mutant("by hand", "history cut to its first 8", cut_first(8)),
+    Mutant("by hand", "history cut to its first 20", cut_first(20)),
+    Mutant("by hand", "history cut to its first 50", cut_first(50)),
+    Mutant("by hand", "history cut to its first 200", cut_first(200)),
+    Mutant("by hand", "history cut to its last 50", cut_last(50)),
+    Mutant("by hand", "an error for L = 0 only", wrong_where("Less", 1)),
+    Mutant("by hand", "right only for L of at least 2", wrong_where("Less", 2)),
+    Mutant("by hand", "right only for L up to 1000", wrong_where("Greater", 1000)),
+    Mutant("by hand", "right but for L = 333", wrong_where("Equal", 333)),
+    Mutant("by hand", "what is behind the last block of 64 forgotten", blocks_of_64),
+    Mutant("by hand", "mean over 100 at most", mean_over_100),
+    Mutant("by hand", "the best 30 only", best_30),
+    Mutant("by hand", "last row of a table of positions", positions(last_position)),
+    Mutant("by hand", "positions beyond 200 taken for 200", positions(lambda t: t, 200)),
+    Mutant("by hand", "mask off by one at full length", counted("Equal")),
+    Mutant("by hand", "one history cut to the other", two_histories(both=False)),
+    Mutant("by hand", "wrong where both histories are long", two_histories(both=True), ("rounding",)),
+    Mutant("by hand", "candidates from 600 on wrong", many(600)),
+    Mutant("by hand", "candidates 2000 to 2100 wrong", many(2000, 2100)),
+    Mutant("by hand", "right only for an even N", by_count("Equal", 1, 2)),
+    Mutant("by hand", "right only for N up to 1000", by_count("Greater", 1000)),
+    Mutant("by hand", "right but for N = 300", by_count("Equal", 300)),
+    Mutant("by hand", "100 rows of 100,000", rows_changed(slice(5000, 5100))),
+    Mutant("by hand", "100 rows of 100,000 under another name", rows_changed(slice(5000, 5100), renamed=True)),
+    Mutant("by hand", "one row of 100,000", rows_changed(slice(77_777, 77_778), request=False)),
+    Mutant("by hand", "one row that a shifted id reaches", rows_changed(slice(70, 71), shift=1000)),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from onnxrank import render
 from onnxrank.verify.report import TITLES, VERDICTS, Case, Report, Statistics
 
 
@@ -69,3 +70,9 @@ def environment(report: Report) -> str:
         f"onnxrank {report.version}, onnxruntime {e.get('onnxruntime', '?')}, "
         f"providers {', '.join(e.get('providers', []))}, TF32 {e.get('tf32', 'not used')}"
     )
+
+
+def trust(report: Report) -> str:
+    """What is to be said of the roles; empty where no input is request-level."""
+    kept = report.requests if report.verdicts["data"] == "passed" else 0
+    return render.trust(report.contract, kept)

@@ -31,6 +31,9 @@ def to_markdown(report: Report) -> str:
     for f in report.findings:
         if f.severity != "note":
             out.append(f"- **{f.severity}**, {f.verdict}: {escape(f.message)}")
+    out += [f"- **not looked at**: {escape(line)}" for line in report.unseen]
+    if told := common.trust(report):
+        out.append(f"- {escape(told)}")
     if report.culprit is not None:
         out.append(f"- **bisect**: {escape(report.culprit.message)}")
     out += ["", "<details><summary>Distances and environment</summary>", ""]
@@ -40,6 +43,7 @@ def to_markdown(report: Report) -> str:
             f"- order of {escape(r.output)}: top-{r.top_k} overlap {r.overlap:.3g}, Kendall tau {r.tau:.6g}, largest "
             f"move {r.move}, {r.requests} lists"
         )
+    out += [f"- compared at {escape(line)}" for line in report.looked]
     if report.requests:
         out.append(f"- {report.requests} recorded requests")
     out += [f"- {escape(common.environment(report))}", "", "</details>", ""]

@@ -37,6 +37,8 @@ def show(report: Report, console: Console, style: Style = PLAIN) -> None:
     say(f"{report.original or 'model in memory'} against {report.optimized or 'model in memory'}", "bold")
     say(common.environment(report))
     say(f"contract: {report.contract.get('source', 'none')}")
+    if told := common.trust(report):
+        say(told, "bold yellow")
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name, justify in (
@@ -79,6 +81,10 @@ def show(report: Report, console: Console, style: Style = PLAIN) -> None:
                 f"largest move {r.move}, {r.requests} lists{extra}",
                 indent=2,
             )
+    for place in report.looked:
+        say(f"compared at {place}", indent=2)
+    for place in report.unseen:
+        say(f"not looked at: {place}", "yellow", indent=2)
     if report.requests:
         say(f"{report.requests} recorded requests", indent=2)
     order = {"error": 0, "warning": 1, "note": 2}

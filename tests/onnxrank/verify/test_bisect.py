@@ -54,7 +54,10 @@ def repro(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(guard)], capture_output=True, text=True, env=env, cwd=folder.parent)
 
 
-@pytest.mark.parametrize("node", ["/experts.1/experts.1.0/Gemm", "/experts.2/experts.2.0/Gemm"])
+@pytest.mark.parametrize(
+    "node",
+    ["/experts.1/experts.1.0/Gemm", pytest.param("/experts.2/experts.2.0/Gemm", marks=pytest.mark.slow)],
+)
 def test_rule_and_site(tmp_path: Path, node: str) -> None:
     """A rule that is broken at one node is named, and so is the node."""
     (tmp_path / "broken.py").write_text(RULE.format(node=node))
@@ -78,7 +81,7 @@ def test_optimize_refuses_a_broken_rule(tmp_path: Path) -> None:
     with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0), pytest.raises(CheckFailed, match="algebra") as e:
         onnxrank.optimize(path, request=["user_*"], extra_rules=[tmp_path / "broken.py"], strict=True).save(out)
     assert e.value.report is not None and not all(c.passed for c in e.value.report.checks)
-    assert {c.candidates for c in e.value.report.checks} == {1, 2, 17} and not out.exists()
+    assert {c.candidates for c in e.value.report.checks} == {0, 1, 2, 17, 512} and not out.exists()
 
 
 def test_rules_that_are_right(tmp_path: Path) -> None:
@@ -101,9 +104,17 @@ def test_passing_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["an error for N = 0 only", "swapped outputs", "hidden layer in 16 bits", "GRU gates permuted",
-     "Tile for repeat-interleave", "wrong for an empty history", "cancellation"],
-)  # fmt: skip
+    [
+        "an error for N = 0 only",
+        "swapped outputs",
+        "hidden layer in 16 bits",
+        "wrong for an empty history",
+        *(
+            pytest.param(what, marks=pytest.mark.slow)
+            for what in ("GRU gates permuted", "Tile for repeat-interleave", "cancellation")
+        ),
+    ],
+)
 def test_saved_case_fails_alone(tmp_path: Path, what: str) -> None:
     """The script needs nothing of onnxrank and shows the difference."""
     mutant = next(m for m in MUTANTS if m.what == what)

@@ -1,0 +1,185 @@
+"""ONNX's own node tests as ranking models: optimised without a check, and held against onnxruntime.
+
+Every test whose inputs can have a leading dimension of candidates becomes up to three models: with its first input
+request-level and the others candidate-level, the other way round, and with one input put together from a request-level
+and a candidate-level part. What onnxruntime does not run itself is skipped.
+
+    python scripts/node_tests.py [--only PATTERN] [--show]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+from onnx import ModelProto, helper, numpy_helper
+
+import onnxrank
+from onnxrank import cost, runtime
+from onnxrank.errors import ModelError, OnnxrankError
+from onnxrank.workers import RemoteSession
+
+COUNTS = (1, 2, 3, 7, 64)
+_KINDS = "fiub"
+Feed = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ranking model made of a node test.
+
+    Attributes:
+        name: Name of the test and of the way.
+        model: The model; every input has a leading dimension of candidates.
+        rows: One row per input, to be repeated or varied.
+        request: Its request-level inputs.
+    """
+
+    name: str
+    model: ModelProto
+    rows: dict[str, np.ndarray]
+    request: tuple[str, ...]
+
+    def feeds(self, count: int) -> Feed:
+        """Inputs for so many candidates: request-level rows are equal."""
+        rng = np.random.default_rng(count)
+        out = {}
+        for name, row in self.rows.items():
+            data = np.repeat(row, count, 0)
+            if name not in self.request:
+                for k in range(1, count):
+                    data[k] = rng.permutation(row.reshape(-1)).reshape(row.shape[1:])
+            out[name] = data
+        return out
+
+
+def tests() -> Iterator[tuple[str, ModelProto, list[np.ndarray]]]:
+    """ONNX's node tests with one model and the inputs of their first data set."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = collect_testcases(None)
+    for case in found:
+        if case.model is None or not case.data_sets:
+            continue
+        inputs, _ = case.data_sets[0]
+        yield case.name, case.model, list(inputs)
+
+
+def cases(name: str, model: ModelProto, inputs: Sequence[Any]) -> Iterator[Case]:
+    """The ranking models that a test makes."""
+    given = [i.name for i in model.graph.input]
+    if len(given) != len(inputs) or any(not isinstance(x, np.ndarray) or x.dtype.kind not in _KINDS for x in inputs):
+        return
+    batch = {k for k, x in enumerate(inputs) if x.ndim >= 1 and x.shape[0] >= 1 and x.size and x.dtype.kind == "f"}
+    if not batch:
+        return
+    rows = {given[k]: np.ascontiguousarray(inputs[k][:1]) for k in batch}
+    fixed = {given[k]: inputs[k] for k in range(len(inputs)) if k not in batch}
+    ordered = [given[k] for k in sorted(batch)]
+    if len(ordered) > 1:
+        yield Case(f"{name}/first", _batched(model, rows, fixed), rows, (ordered[0],))
+        yield Case(f"{name}/others", _batched(model, rows, fixed), rows, tuple(ordered[1:]))
+    target = max(batch, key=lambda k: inputs[k].size)
+    row = rows[given[target]]
+    if row.ndim >= 2 and row.shape[-1] >= 2:
+        half = row.shape[-1] // 2
+        parts = {"user": row[..., :half], "item": row[..., half:]}
+        joined = {**{n: r for n, r in rows.items() if n != given[target]}, **parts}
+        yield Case(f"{name}/joined", _batched(model, joined, fixed, join=given[target]), joined, ("user",))
+
+
+def _batched(model: ModelProto, rows: Feed, fixed: Feed, join: str | None = None) -> ModelProto:
+    """The test's model with a leading dimension of candidates; other inputs become initializers."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    graph = out.graph
+    del graph.input[:], graph.value_info[:]
+    for name, row in rows.items():
+        kind = helper.np_dtype_to_tensor_dtype(row.dtype)
+        graph.input.append(helper.make_tensor_value_info(name, kind, ["N", *row.shape[1:]]))
+    graph.initializer.extend(numpy_helper.from_array(x, name) for name, x in fixed.items())
+    if join is not None:
+        graph.node.insert(0, helper.make_node("Concat", ["user", "item"], [join], axis=-1))
+    for o in graph.output:
+        for d in o.type.tensor_type.shape.dim:
+            d.Clear()
+    out.ir_version = min(out.ir_version, 10)
+    return out
+
+
+def run(case: Case) -> tuple[str, str]:
+    """Optimises one model: what became of it, and what there is to say."""
+    try:
+        with RemoteSession(case.model) as before:
+            expected = {n: before.run(case.feeds(n)) for n in COUNTS}
+    except ModelError as e:
+        return "not run by onnxruntime", str(e)
+    try:
+        with mock.patch.multiple(cost, _SECONDS_PER_BYTE=1e-16, _SECONDS_PER_LAUNCH=0.0):
+            result = onnxrank.optimize(case.model, request=list(case.request), check=False)
+    except OnnxrankError as e:
+        return "refused", f"{type(e).__name__}: {e}"
+    except Exception:
+        return "error", traceback.format_exc(limit=-3)
+    if not result.changed:
+        return "left alone", "; ".join(f"{r.rule}: {r.reason}" for r in result.report.refusals)
+    try:
+        with RemoteSession(result.model) as after:
+            for n, outputs in expected.items():
+                feed = case.feeds(n)
+                found = after.run({k: v[:1] if k in case.request else v for k, v in feed.items()})
+                for name, a in outputs.items():
+                    if not _alike(a, found[name]):
+                        return "wrong", f"{name} at N = {n}"
+    except ModelError as e:
+        return "wrong", f"the result does not run: {e}"
+    return "optimised", ", ".join(f"{r.sites} x {r.name}" for r in result.report.rules)
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not runtime.is_float(a):
+        return bool(np.array_equal(a, b))
+    tolerance = 2e-2 if a.dtype.itemsize == 2 else 1e-4
+    with np.errstate(invalid="ignore"):
+        scale = np.nanmax(np.abs(np.where(np.isfinite(a), a, 0)), initial=1e-6)
+    return bool(np.allclose(a.astype(np.float64), b.astype(np.float64), tolerance, tolerance * scale, equal_nan=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="pattern on the names of tests")
+    parser.add_argument("--show", action="store_true", help="print every model, not only what fails")
+    options = parser.parse_args(arguments)
+    counts: Counter[str] = Counter()
+    for name, model, inputs in tests():
+        if not fnmatch.fnmatch(name, options.only):
+            continue
+        for case in cases(name, model, inputs):
+            try:
+                onnx.checker.check_model(case.model)
+            except onnx.checker.ValidationError:
+                continue
+            what, why = run(case)
+            counts[what] += 1
+            if options.show or what in ("wrong", "error", "refused"):
+                print(f"{what:12} {case.name}: {why}", flush=True)
+    print(f"{sum(counts.values())} models: " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+    return int(bool(counts["wrong"] or counts["error"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

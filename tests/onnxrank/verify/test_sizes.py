@@ -1,0 +1,239 @@
+"""Numbers of candidates and lengths that are run, and what is said of those that are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import INT64, Graph, rewritten
+from mutants import FOLDER, many, rows_changed
+from onnx import ModelProto, numpy_helper
+
+import onnxrank
+from onnxrank import cli
+from onnxrank.errors import UsageError
+from onnxrank.verify import Options, Report, sizes, tables, verify
+from onnxrank.verify.sizes import Size
+
+LENGTH = "S:L"
+
+
+def pooled(most: int | None = None, table: int = 2000, positions: int = 0) -> ModelProto:
+    """A mean over a history `[N, L]`, cut to its first entries, and positions added from a table of so many."""
+    g = Graph(17)
+    ids, item = g.input("hist", ["N", "L"], INT64), g.input("item", ["N", 4])
+    used = ids if most is None else g.op("Slice", ids, g.ints(0), g.ints(most), g.ints(1))
+    weights = np.random.default_rng(0).standard_normal((table, 4)).astype(np.float32)
+    x = g.op("Gather", g.const(weights), used)
+    if positions:
+        rows = np.random.default_rng(1).standard_normal((1, positions, 4)).astype(np.float32)
+        n = g.op("Gather", g.op("Shape", ids), g.ints(1))
+        x = g.op("Add", x, g.op("Slice", g.const(rows), g.ints(0), n, g.ints(1)))
+    g.op("Mul", g.on_axes("ReduceMean", x, [1], keepdims=0), item)
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 4])
+    return g.model()
+
+
+def check(a: ModelProto, b: ModelProto, **options: Any) -> Report:
+    chosen = {"request": ["hist"], "level": "standard", **options}
+    return verify(a, b, Options(**chosen))
+
+
+# --- which -------------------------------------------------------------------------------------------------------
+
+
+def test_landmarks() -> None:
+    """Numbers in Slices, also behind an Unsqueeze, and tables; weights are none."""
+    found = sizes.landmarks([pooled(37, positions=51)])
+    assert {37, 51, 2000} <= found.near and found.rows.isdisjoint({37, 51})
+    g = Graph(17)
+    x = g.input("item", ["N", 4])
+    end = g.op("Unsqueeze", g.const(91, np.int64), g.ints(0))
+    g.output(g.op("Slice", x, g.ints(0), end, g.ints(0)), None)
+    assert 91 in sizes.landmarks([g.model()]).rows
+
+
+def test_plan() -> None:
+    found = sizes.plan({LENGTH: (1, 1000)}, [], [pooled(50)], [512], [512])
+    at = [(s.candidates, dict(s.lengths)) for s in found]
+    assert at[0] == (sizes.FEW, {LENGTH: 1000}) and at[-1] == (512, {LENGTH: 1000})
+    assert {(sizes.FEW, n) for n in (0, 1, 49, 50, 51, 1000)} <= {(c, s.get(LENGTH)) for c, s in at}
+    assert (512, {}) in at and len({(s.kind, s.candidates) for s in found}) == len(found)
+
+
+def test_declared_ranges_are_kept() -> None:
+    found = sizes.plan({LENGTH: (5, 40)}, [LENGTH], [pooled(50)], [], [])
+    lengths = {s.lengths[LENGTH] for s in found}
+    assert min(lengths) == 5 and max(lengths) == 40
+    assert sizes.usual([LENGTH, "N"], {LENGTH: (9, 40)}) == {LENGTH: 9}
+
+
+def test_two_lengths() -> None:
+    found = sizes.plan({"S:A": (1, 10), "S:B": (1, 20)}, [], [], [], [])
+    pairs = [tuple(s.lengths.values()) for s in found if len(s.lengths) == 2]
+    assert {(10, 20), (1, 1), (10, 1), (1, 20)} <= set(pairs)
+
+
+def test_many() -> None:
+    assert sizes.many_of((64, 2048), "standard", (1, 2, 17)) == [2048, 362, 64]
+    assert sizes.many_of(None, "standard", (1, 2, 17)) == [512]
+    assert sizes.many_of(None, "full", (0, 1, 2, 17, 512)) == [4096]
+    assert sizes.many_of((64, 2048), "quick", (1, 2, 17)) == []
+
+
+def test_names() -> None:
+    assert sizes.spans(["N", LENGTH, "S:h.1"], {"h.1": (2, 3)}) == {LENGTH: sizes.LENGTHS, "S:h.1": (2, 3)}
+    with pytest.raises(UsageError, match="Did you mean 'hist'"):
+        sizes.spans(["N", "S:hist"], {"hits": (1, 2)})
+    with pytest.raises(UsageError, match="no input has a length of its own"):
+        sizes.spans(["N"], {"hist": (1, 2)})
+
+
+def test_listing() -> None:
+    found = [Size(512), Size(2, {LENGTH: 5}), Size(2, {LENGTH: 1}), Size(1, {LENGTH: 3, "S:M": 4}), Size(2, about="x")]
+    assert sizes.listing(found) == ["N = 512", "L = 1, 5 with N = 2", "L = 3, M = 4 with N = 1"]
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["quick", "standard"])
+def test_cut_history(level: str) -> None:
+    """Wrong from 38 entries on; right, and told so, where no more are served."""
+    found = check(pooled(), pooled(37), level=level)
+    assert not found.passed and "L = " in found.errors[0].message
+    right = check(pooled(), pooled(37), level=level, lengths={"L": (1, 37)})
+    assert right.passed and any("37 with N = 2" in line for line in right.looked)
+    assert right.budget > 0 and not right.unseen
+
+
+def test_beyond_a_table_of_positions() -> None:
+    """The original does not run there: a note, no failure."""
+    found = check(pooled(positions=50), pooled(positions=50))
+    assert found.passed, found.errors
+    (note,) = [f for f in found.findings if "does not run (" in f.message]
+    assert note.severity == "note" and "51" in note.message and any("49, 50" in line for line in found.looked)
+
+
+def test_no_time() -> None:
+    """What was not reached is listed; ordinary inputs are compared all the same."""
+    found = check(pooled(), pooled(37), budget=0.0)
+    assert found.passed and any("the time was up" in line and "1024" in line for line in found.unseen)
+    assert found.looked[0].startswith("N = 1, 2, 17 with L = 7")
+
+
+def test_contract_tells_the_numbers() -> None:
+    path = FOLDER / "mmoe.torchscript.onnx"
+    made = rewritten(path, request=["user_*"], candidates=(3, 700)).model
+    found = verify(path, made, Options(level="standard"))
+    assert found.passed and {3, 46, 700} <= {c.candidates for c in found.cases}
+
+
+def test_span() -> None:
+    pair = many(600)()
+    assert verify(pair.original, pair.optimized, Options(level="standard", span=(1, 512))).passed
+    assert not verify(pair.original, pair.optimized, Options(level="standard", span=(1, 700))).passed
+    wrong = verify(pair.original, pair.optimized, Options(level="full"))
+    assert not wrong.passed and any(c.candidates == 4096 for c in wrong.failed_cases)
+
+
+def test_huge_inputs() -> None:
+    with pytest.raises(UsageError, match="GiB"):
+        check(pooled(), pooled(), candidates=(1_000_000,), lengths={"L": (1000, 1000)})
+
+
+def test_optimize_checks_what_is_served() -> None:
+    path = FOLDER / "mmoe.torchscript.onnx"
+    report = onnxrank.optimize(path, request=["user_*"], candidates=(8, 128)).report
+    assert {0, 1, 2, 8, 17, 32, 128} == {c.candidates for c in report.checks}
+    assert report.looked and not report.unseen
+    with pytest.raises(UsageError, match="the check 'slow'"):
+        onnxrank.optimize(path, request=["user_*"], check="slow")
+    with pytest.raises(UsageError, match="no input has a length"):
+        onnxrank.optimize(path, request=["user_*"], lengths={"hist": (1, 5)})
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def test_changed_rows_are_counted() -> None:
+    pair = rows_changed(slice(5000, 5100))()
+    found = verify(pair.original, pair.optimized, Options(roles=pair.roles, level="quick"))
+    assert not found.passed
+    assert any("100 of 100,000 rows differ, first 5000" in f.message for f in found.findings)
+
+
+def test_rows_that_no_id_reaches() -> None:
+    """Ids are declared to be below 100: the rows beyond are told of, and do not fail."""
+    pair = rows_changed(slice(5000, 5100))()
+    spec = {"inputs": {"id": {"level": "request", "range": [0, 100]}}}
+    found = verify(pair.original, pair.optimized, Options(spec=spec, level="quick"))
+    assert found.passed and any("100 changed rows of table 'table'" in line for line in found.unseen)
+
+
+def test_equal_tables(tmp_path: Path) -> None:
+    """Zeros of both signs are equal; external data is compared too."""
+    pair = rows_changed(slice(0, 0))()
+    other = ModelProto()
+    other.CopyFrom(pair.original)
+    t = other.graph.initializer[0]
+    data = numpy_helper.to_array(t).copy()
+    data[3], data[9] = 0.0, 7.0
+    t.CopyFrom(numpy_helper.from_array(data, t.name))
+    onnx.save(other, tmp_path / "m.onnx", save_as_external_data=True, location="m.data")
+    loaded = onnxrank.model.load(tmp_path / "m.onnx")
+    assert loaded.external
+    (changed,), lost = tables.changed(onnxrank.model.load(pair.original), loaded)
+    assert not lost and changed.rows.tolist() == [9, 3]
+    assert tables.changed(loaded, loaded) == ([], [])
+
+
+# --- command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    onnx.save(pooled(), tmp_path / "a.onnx")
+    onnx.save(pooled(37), tmp_path / "b.onnx")
+    original = FOLDER / "mmoe.torchscript.onnx"
+    (tmp_path / "mmoe.onnx").write_bytes(original.read_bytes())
+    (tmp_path / "fast.onnx").write_bytes(rewritten(original, request=["user_*"]).model.SerializeToString())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_length_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["verify", "a.onnx", "b.onnx", "--request", "hist", "--level", "standard"]
+    assert cli.main(args) == 1
+    assert cli.main([*args, "--length", "L=1..30"]) == 0
+    out = capsys.readouterr().out
+    assert "Roles are trusted" in out and "--data" in out and "compared at L = " in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["fast.onnx", "mmoe.onnx"], "The arguments are swapped: fast.onnx was made of mmoe.onnx"),
+        (["mmoe.onnx", "fast.onnx", "--rtol", "tasks_0:0"], "Did you mean 'task_0'"),
+        (["mmoe.onnx", "fast.onnx", "--atol", "ctr:0"], "no output of the original. They are 'task_0'"),
+        (["mmoe.onnx", "fast.onnx", "--candidates", "1000000000"], "more than the 1,000,000 that are run"),
+        (["mmoe.onnx", "fast.onnx", "--length", "hist=1..5"], "no input has a length of its own"),
+        (["a.onnx", "b.onnx", "--length", "L=5..1"], "goes down"),
+        (["a.onnx", "b.onnx", "--length", "L"], "is not NAME=LOW..HIGH"),
+        (["a.onnx", "b.onnx", "--request", "hist", "--length", "M=1..5"], "the lengths are 'L'"),
+    ],
+)
+def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
+    assert cli.main(["verify", *args]) == 2
+    out, err = capsys.readouterr()
+    assert words in err and out == "" and "Traceback" not in err
+
+
+def test_optimize_tells_that_roles_are_trusted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["optimize", "mmoe.onnx", "out.onnx", "--request", "user_*", "--check", "quick"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Roles are trusted, not tested: that user_ids is the same" in out and "compared at N = 1, 2, 17" in out
