@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank.errors import UsageError
+from onnxrank.errors import ModelError, UsageError
 from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange, infer, resolve
 
 CONTRACT = "onnxrank.contract"
@@ -26,16 +26,46 @@ def stored_contract(model: ModelProto) -> dict[str, Any] | None:
         if p.key == CONTRACT:
             try:
                 found = json.loads(p.value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
             return found if isinstance(found, dict) else None
     return None
 
 
-def is_done(contract: Mapping[str, Any], interface: str, span: tuple[int, int]) -> bool:
-    """Whether this version has optimised the model already, for the same use."""
-    mine = {"version": metadata.version("onnxrank"), "interface": interface, "candidates": list(span)}
-    return all(contract.get(key) == value for key, value in mine.items())
+def is_done(
+    contract: Mapping[str, Any],
+    described: Sequence[InputInfo],
+    roles: Roles,
+    interface: str,
+    span: tuple[int, int],
+    rules: Sequence[str],
+) -> bool:
+    """Whether this version has optimised the model already, for the same use.
+
+    Args:
+        contract: The model's contract.
+        described: The model's inputs.
+        roles: Their roles now: those given, or those of the contract.
+        interface: `request` or `same`.
+        span: Expected number of candidates, least and most.
+        rules: Names of the rules that are allowed, sorted.
+    """
+    mine = {
+        "version": metadata.version("onnxrank"),
+        "interface": interface,
+        "candidates": list(span),
+        "offered": list(rules),
+    }
+    if any(contract.get(key) != value for key, value in mine.items()):
+        return False
+    then = Roles.from_dict(contract.get("roles", {}))
+    return same_roles(roles, then) or same_roles(roles, roles_again(described, contract))
+
+
+def same_roles(some: Roles, others: Roles) -> bool:
+    """Whether the same entries are request-level; ranges do not matter."""
+    plain = ({name: replace(role, ranges=()) for name, role in r.inputs.items()} for r in (some, others))
+    return next(plain) == next(plain)
 
 
 def find_roles(
@@ -81,13 +111,21 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
     """Roles of a model that was optimised before: request-level inputs have their one row by now.
 
     Under the interface `same` rows are taken inside, and every input counts as candidate-level from outside.
+
+    Raises:
+        ModelError: The contract's roles cannot be read, or do not fit the inputs.
     """
     before = Roles.from_dict(contract.get("roles", {})).inputs
-    divided = contract.get("interface") == "request"
+    interface = contract.get("interface")
+    if interface not in ("request", "same"):
+        raise ModelError(f"The stored interface {interface!r} is not known. Optimise the original model again.")
+    divided = interface == "request"
     out: dict[str, InputRole] = {}
     for info in described:
         stem, _, part = info.name.rpartition(".")
         role = before.get(info.name) or before.get(stem)
+        if role is not None and info.dims is not None:
+            _check_fit(role, len(info.dims))
         axis = 0 if role is None else role.candidate_axis
         record = None if role is None else role.record
         once = role is not None and divided and (part == "request" or role.level == "request")
@@ -105,6 +143,20 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
             ranges=ranges,
         )
     return Roles(out)
+
+
+def _check_fit(role: InputRole, rank: int) -> None:
+    """Refuses roles that speak of axes which an input does not have.
+
+    Raises:
+        ModelError: They do.
+    """
+    for name, axis in (("candidate_axis", role.candidate_axis), ("axis", role.axis)):
+        if axis is not None and axis >= max(rank, 1):
+            raise ModelError(
+                f"The stored roles do not fit the model: {name} of {role.name!r} is {axis}, and it has {rank} axes. "
+                "Optimise the original model again."
+            )
 
 
 def _moved_ranges(role: InputRole, part: str) -> tuple[ValueRange, ...]:

@@ -15,6 +15,8 @@ from onnxrank.values import CANDIDATES, is_candidate_symbol
 
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
+LENGTH = 32
+"""What symbols other than the number of candidates are taken as."""
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "Conv", "Einsum", "Attention", "MultiHeadAttention"}
 _RECURRENT = {"GRU", "LSTM", "RNN"}
 _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
@@ -254,13 +256,13 @@ def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
 
 def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]],
               candidates: int) -> Shapes:  # fmt: skip
-    """Shapes at a number of candidates; other symbols are taken as 32."""
+    """Shapes at a number of candidates; other symbols are taken as `LENGTH`."""
     graph = model.graph
     initializers = {t.name: tuple(t.dims) for t in graph.initializer}
     initializers |= {s.values.name: tuple(s.dims) for s in graph.sparse_initializer}
     others = {s for found in [*facts.extents.values(), *inputs.values()] for _, syms in found for s in syms}
     others |= {s for size in facts.expressions.values() for s in size.symbols}
-    return Shapes(facts, initializers, inputs, {**{s: 32 for s in others if "~" not in s}, CANDIDATES: candidates},
+    return Shapes(facts, initializers, inputs, {**{s: LENGTH for s in others if "~" not in s}, CANDIDATES: candidates},
                   types_of(graph))  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from onnxrank import surgery
+from onnxrank.journal import Journal
 from onnxrank.operators import operator
 
 
@@ -46,9 +47,13 @@ class Emitter:
         self.origin = 0
         self.rule: str | None = None
         self.hint = ""
-        self._taken = set(taken)
+        self._taken = dict.fromkeys(taken)
         self._same: dict[tuple[Any, ...], str] = {}
         self._parts: dict[tuple[str, str, int, int], list[str]] = {}
+
+    def watched_by(self, journal: Journal) -> None:
+        """Has a journal undo what is written."""
+        journal.watch(self.nodes, self.initializers, self.op_of, self._taken, self._same, self._parts)
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet, close to `hint`."""
@@ -56,7 +61,7 @@ class Emitter:
         while name in self._taken:
             k += 1
             name = f"{hint}.{k}"
-        self._taken.add(name)
+        self._taken[name] = None
         return name
 
     def add(

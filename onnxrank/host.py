@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,6 +25,7 @@ from onnxrank import runtime, wire, workers
 from onnxrank.emit import live
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
 from onnxrank.model import flattened
+from onnxrank.turns import interleave
 
 if TYPE_CHECKING:
     from onnxrank.profiling.bench import Bench
@@ -199,6 +201,35 @@ class Host:
             answers.append({"outputs": arrays})
         return answers
 
+    def race(self, sessions: Sequence[str], feeds: Sequence[Mapping[str, Any]], seconds: float) -> NDArray[np.float64]:
+        """Times sessions in turns, each on a feed of its own.
+
+        Args:
+            sessions: Their keys.
+            feeds: The feeds.
+            seconds: Most seconds to spend.
+
+        Returns:
+            Seconds per run, `[sessions, rounds, runs of a turn]`.
+        """
+
+        def timed(session: Any, feed: Mapping[str, Any]) -> Callable[[int], float]:
+            given = runtime.typed(session, feed)
+
+            def run(turn: int) -> float:
+                start = time.perf_counter()
+                session.run(None, given)
+                return time.perf_counter() - start
+
+            return run
+
+        try:
+            return interleave(
+                [timed(self._sessions[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds
+            ).seconds
+        except Exception as e:
+            raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
+
     def bench(self, what: str, **arguments: Any) -> Any:
         """Has the bench of this process do something.
 
@@ -264,8 +295,8 @@ def _as_array(value: Any) -> NDArray[Any] | None:
 _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
-        Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.expose,
-        Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
+        Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.race,
+        Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
     )
 }  # fmt: skip
 """What may be asked for."""

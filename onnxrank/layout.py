@@ -61,16 +61,19 @@ class Layout:
         """Per symbol: a graph input, the axis on which it is found, and by what to divide that extent."""
         self._done: dict[tuple[object, ...], str] = {}
         self._reshaped: dict[str, tuple[str, Dims]] = {}
+        sources.journal.watch(self._done, self._reshaped)
 
     def name_of(self, source: Source) -> str:
         """The source's tensor, written if it is a constant not in the graph yet."""
         if source.name is None:
             if source.write is not None:
-                source.name = source.write()
+                name = source.write()
             elif source.product is not None:
-                source.name = source.product(None, ())
+                name = source.product(None, ())
             else:
-                source.name = self.emit.constant(source.data)
+                name = self.emit.constant(source.data)
+            self.sources.journal.put(source, "name", name)
+        assert source.name is not None
         return source.name
 
     def realise(self, codes: Codes, dims: Dims, full: bool = False) -> tuple[str, Dims]:

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import cost, facts, feeds, workers
+from onnxrank import cost, feeds, plan, tune, workers
 from onnxrank import model as files
-from onnxrank.contract import CONTRACT, is_done, roles_again, stored_contract
+from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
+from onnxrank.facts import Setting
+from onnxrank.forms import Form, forms, report_candidates, written_out_sites
 from onnxrank.fused import Unsupported
-from onnxrank.report import Prediction, Report
+from onnxrank.plan import Measured, Plan, Site, label
+from onnxrank.report import Prediction, Report, Retreat
+from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Rule
-from onnxrank.roles import Roles, infer, resolve
+from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
-from onnxrank.values import CANDIDATES, Unrepresentable
+from onnxrank.values import CANDIDATES
 from onnxrank.verify import failure, gate
+from onnxrank.verify import report as verdicts
 from onnxrank.verify.options import CHECKS
+
+__all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rules", "optimize", "report_candidates"]
 
 _LEAST_GAIN = 0.9
 """A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
+_MOST_ROUNDS = 2
+"""How many rules are left out for the sake of time before the model as a whole is left alone."""
+_MOST_RETREATS = 8
+"""Sites that are left out, one after the other, before the model as a whole is left alone."""
 
 
 @dataclass
@@ -43,6 +54,7 @@ class Result:
         study: What is known of the original; None where its contract said all there was to do.
         form: How it was rewritten, or would have been; None where that was not tried.
         full: The form with all rules, whatever it costs: it knows most about levels.
+        plan: Every decision behind the new model.
     """
 
     model: ModelProto
@@ -51,6 +63,7 @@ class Result:
     study: Study | None = None
     form: Form | None = None
     full: Form | None = None
+    plan: Plan = field(kw_only=True)
 
     @property
     def changed(self) -> bool:
@@ -86,9 +99,15 @@ def optimize(
     extra_rules: Sequence[str | os.PathLike[str]] = (),
     check: bool | str = True,
     lengths: Mapping[str, tuple[int, int]] | None = None,
+    strict: bool = False,
+    tune: float = 0.0,
+    plan: Plan | str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Rewrites a ranking model so that what is the same for all candidates is computed once per request.
+
+    What does not pass the check is taken back, site by site, and so is, with `tune`, what is not faster; the report
+    says what. Where nothing can be kept the model is left as it is.
 
     Args:
         model: A path, or a model in memory.
@@ -106,247 +125,623 @@ def optimize(
             stands for) or `full`.
         lengths: Least and most of the inputs' symbolic lengths, by the name in their shape or `input.axis`, for the
             check; 1..1024 for those not named.
+        strict: Whether a result that does not pass its check is an error instead of taken back in part.
+        tune: Seconds to time original and result in turns; 0 for none. What was measured makes the bytes depend on the
+            machine; `Result.plan` gives the same ones again.
+        plan: A plan, or its file, to be replayed: it has roles, interface, candidates, guard and rules.
         progress: Called with the name of each stage.
 
     Returns:
         The rewritten model and the report.
 
     Raises:
-        UsageError: Roles or options are wrong.
+        UsageError: Roles or options are wrong, or the plan does not belong to the model.
         ModelError: The model is invalid or not supported.
-        CheckFailed: The rewritten model does not give the original's scores.
+        CheckFailed: With `strict` or `plan`: the rewritten model does not give the original's scores.
         EnvironmentProblem: onnxruntime is missing, or memory ran out.
     """
-    say = progress or (lambda stage: None)
-    if interface not in ("request", "same"):
-        raise UsageError(f"interface {interface!r} is not known; use 'request' or 'same'")
+    span, how = _span(candidates), "standard" if check is True else check
+    options = Options(interface, guard, span, check=how, lengths=lengths, strict=strict, tune=tune, progress=progress)
+    if check:
+        workers.warm()
+    options.say("reading")
+    loaded = read(model)
+    if plan is not None:
+        found = Plan.of(plan)
+        told = (roles, request, spec, infer_from)
+        return replay(loaded, found, replayed_options(found, options, select, ignore, extra_rules), told)
+    options = replace(options, rules=choose_rules(select, ignore, extra_rules))
+    given, notes = roles_of(loaded, roles, request, spec, infer_from)
+    contract = stored_contract(loaded.proto)
+    use = (given, options.interface, options.span, options.names)
+    if contract is not None and roles is None and is_done(contract, described(loaded), *use):
+        return left_alone(loaded, options, given)
+    job = Job(loaded, given, options, notes)
+    if not job.studied():
+        return job.unchanged()
+    job.choose(job.candidates())
+    if not job.pays():
+        return job.unchanged()
+    job.check()
+    job.measure()
+    return job.result()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of `optimize` may choose; see there.
+
+    Attributes:
+        interface: `request` or `same`.
+        guard: Whether unequal rows give NaN.
+        span: Expected number of candidates, least and most.
+        rules: The rules, in order of preference.
+        offered: Their names, as the caller allows them; those of `rules` if None.
+        check: How thoroughly the result is held against the original; False for not at all.
+        lengths: Least and most of symbolic lengths, for the check.
+        strict: Whether a failing check is an error.
+        tune: Seconds for timing.
+        progress: Called with the name of each stage.
+
+    Raises:
+        UsageError: A value is not one that there is.
+    """
+
+    interface: str = "request"
+    guard: bool = True
+    span: tuple[int, int] = (512, 512)
+    rules: tuple[Rule, ...] = ()
+    offered: tuple[str, ...] | None = None
+    check: str | bool = "standard"
+    lengths: Mapping[str, tuple[int, int]] | None = None
+    strict: bool = False
+    tune: float = 0.0
+    progress: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.interface not in ("request", "same"):
+            raise UsageError(f"interface {self.interface!r} is not known; use 'request' or 'same'")
+        if self.check is not False and self.check not in CHECKS:
+            raise UsageError(
+                f"the check {self.check!r} is not known; use {', '.join(map(repr, CHECKS))}, True or False"
+            )
+        if not 0 <= self.tune < float("inf"):
+            raise UsageError(f"tune {self.tune!r} is not a number of seconds")
+
+    def say(self, stage: str) -> None:
+        """Tells what is being done."""
+        if self.progress is not None:
+            self.progress(stage)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rules that are allowed, sorted."""
+        return tuple(sorted({r.name for r in self.rules})) if self.offered is None else self.offered
+
+    @property
+    def usual(self) -> int:
+        """The number of candidates that costs are told for."""
+        return report_candidates(self.span)
+
+
+def _span(candidates: int | tuple[int, int]) -> tuple[int, int]:
     span = (candidates, candidates) if isinstance(candidates, int) else candidates
     if span[0] < 1 or span[1] < span[0]:
         raise UsageError(f"candidates {candidates!r} is not a number of at least 1 or a range of such")
-    if check not in (True, False, *CHECKS):
-        raise UsageError(f"the check {check!r} is not known; use {', '.join(map(repr, CHECKS))}, True or False")
-    if check:
-        workers.warm()
-    say("reading")
+    return span
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read(model: str | os.PathLike[str] | ModelProto) -> files.LoadedModel:
+    """Reads a model that can be worked on.
+
+    Raises:
+        UsageError: The file cannot be read.
+        ModelError: It is no valid model, or holds no operator that is known.
+    """
     loaded = files.load(model)
-    original = loaded.proto
-    if runtime_domain_only(original):
+    if runtime_domain_only(loaded.proto):
         raise ModelError("the model holds no operators of the default ONNX domain")
-    working = files.flattened(original)
-    notes: list[str] = []
-    described = feeds.describe(working)
-    stored = stored_contract(original)
-    if stored is not None and roles is None and is_done(stored, interface, span):
-        return _left_alone(loaded, stored, interface, span)
-    if roles is None:
-        if infer_from is not None:
-            roles, lines = infer(described, infer_from)
-            notes += lines
-        else:
-            if stored is not None:
-                roles = roles_again(described, stored)
-                notes.append("the model was optimised before; its roles are those of its contract")
-            else:
-                roles = resolve(described, request=request, spec=spec)
-    rules = choose_rules(select, ignore, extra_rules)
-    report = _report(loaded, interface, span, roles.to_dict(), notes)
-    say("measuring shapes")
-    study = Study(working, roles, loaded)
-    if study.facts.note:
-        notes.append(study.facts.note)
-    before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
-    report.before = report.after = cost.by_level(study.model.graph, before)
-    stray = study.contradicted()
-    if stray is not None:
-        report.refusals = [stray]
-        return Result(original, report, loaded, study)
-    say("rewriting")
-    forms = _forms(study, rules, interface, guard, span)
-    fused = forms[0].rewrite.rw.fused
-    if fused:
-        try:
-            forms = _forms(study.written_out(fused), rules, interface, guard, span) + forms
-        except (Unsupported, ModelError) as e:
-            notes.append(f"fused attention is left as it is, though its operands hold several levels: {e}")
-
-    whole, shapes = study.model.graph, before
-
-    def original_seconds(n: int) -> float:
-        return cost.seconds(whole, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n}))
-
-    # Of forms that are all out the last is the plainest.
-    chosen = min(reversed(forms), key=lambda f: f.seconds(span, original_seconds))
-    made, rewrite = chosen.model, chosen.rewrite
-    full = next(f for f in forms if f.study is chosen.study)
-    if chosen.study is not study:
-        study = chosen.study
-        before = cost.shapes_of(study.model, study.facts, study.input_extents(), report_candidates(span))
-    report.refusals = list(rewrite.rw.refusals)
-    for name in sorted(full.rewrite.applied - rewrite.applied):
-        # What it would refuse is worth knowing, too.
-        report.refusals += [r for r in full.rewrite.rw.refusals if r.rule == name]
-        notes.append(f"{name} would not pay at N = {report_candidates(span)}, so it was left out")
-    notes += rewrite.notes
-    if made is None or not rewrite.sites():
-        return Result(original, report, loaded, study, chosen, full)
-    contract = {
-        "version": report.version,
-        "source_sha256": loaded.sha256,
-        "interface": interface,
-        "candidates": list(span),
-        "roles": roles.to_dict(),
-        "rules": {},
-    }
-    after = chosen.shapes(report_candidates(span))
-    if cost.seconds(study.model.graph, before) < _LEAST_GAIN * cost.seconds(made.graph, after):
-        notes.append(f"the rewritten model would not be faster at N = {report_candidates(span)}, so it was not taken")
-        return Result(original, report, loaded, study, chosen, full)
-    report.changed = True
-    report.after = cost.by_level(made.graph, after)
-    report.rules = rewrite.rule_uses(before, after)
-    contract["rules"] = {r.name: r.sites for r in report.rules}
-    entry = made.metadata_props.add()
-    entry.key, entry.value = CONTRACT, json.dumps(contract, sort_keys=True)
-    report.size_after = made.ByteSize()
-    report.predictions = _predictions(
-        original_seconds,
-        lambda n: cost.seconds(made.graph, replace(after, symbols={**after.symbols, CANDIDATES: n})),
-    )
-    if check:
-        say("checking")
-        verify(study, made, roles, report, "standard" if check is True else check, lengths)
-    return Result(made, report, loaded, study, chosen, full)
+    return loaded
 
 
-def _forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span: tuple[int, int]) -> list[Form]:
-    """The ways to rewrite a model, with all rules first."""
-    forms = [Form(study, rules, interface, guard, span)]
-    for rule in rules:
-        # Which form is best changes with the number of candidates: the cheapest is taken.
-        if rule.forms is not None and forms[0].uses(rule.name):
-            others = [replace(rule, operators=o) for o in rule.forms] + [None]
-            forms += [Form(study, _replaced(rules, rule, o), interface, guard, span) for o in others]
-    return forms
+def described(loaded: files.LoadedModel) -> list[InputInfo]:
+    """The model's inputs as declared."""
+    return feeds.describe(loaded.proto)
 
 
-def _report(
-    loaded: files.LoadedModel, interface: str, span: tuple[int, int], roles: dict[str, Any], notes: list[str]
-) -> Report:
+def roles_of(
+    loaded: files.LoadedModel,
+    roles: Roles | None = None,
+    request: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    infer_from: Mapping[str, NDArray[Any]] | None = None,
+) -> tuple[Roles, list[str]]:
+    """The roles of a model's inputs: those given, else those of its contract.
+
+    Returns:
+        The roles, and what the user should know of them.
+
+    Raises:
+        UsageError: They are wrong, or nothing is said of them.
+        ModelError: The contract holds roles that do not fit the model.
+    """
+    if roles is not None:
+        return roles, []
+    inputs, contract = described(loaded), stored_contract(loaded.proto)
+    if infer_from is not None:
+        return infer(inputs, infer_from)
+    if contract is not None and not request and spec is None:
+        note = "the model was optimised before; its roles are those of its contract"
+        return roles_again(inputs, contract), [note]
+    return resolve(inputs, request=request, spec=spec), []
+
+
+def left_alone(loaded: files.LoadedModel, options: Options, roles: Roles) -> Result:
+    """The result for a model that was optimised before: nothing to do."""
+    report = new_report(loaded, options, roles)
+    report.notes = ["the model's contract says that it was optimised before, for the same use"]
+    return Result(loaded.proto, report, loaded, plan=Job(loaded, roles, options).plan())
+
+
+def new_report(loaded: files.LoadedModel, options: Options, roles: Roles) -> Report:
     """A report of a run that has not changed anything yet."""
     source = None if loaded.path is None else os.fspath(loaded.path)
-    report = Report(metadata.version("onnxrank"), source, loaded.sha256, interface, span, roles, notes=notes)
+    version, interface = metadata.version("onnxrank"), options.interface
+    report = Report(version, source, loaded.sha256, interface, options.span, roles.to_dict())
     report.size_before = report.size_after = loaded.size
     return report
 
 
-class Form:
-    """One way to rewrite a model, with its measured shapes.
+# --- the steps -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One run of `optimize` on a model, a step a method, in their order.
 
     Attributes:
-        study: What is known of the original.
-        rewrite: The transformation.
-        model: Its result; None where the model as a whole cannot be rewritten.
+        loaded: The original.
+        roles: Roles of its inputs.
+        options: What the caller chose.
+        notes: Anything worth knowing, a sentence each.
+        report: What was done so far.
+        study: What is known of the original, in the form that is rewritten.
+        form: The way that was chosen to rewrite it.
+        full: The form with all rules.
+        measured: What timing gave.
     """
 
-    def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, span: tuple[int, int]) -> None:
-        self.study = study
-        self.rewrite = Transformation(study, rules, interface, guard, report_candidates(span))
-        self.model: ModelProto | None = None
-        self.facts: facts.Facts | None = None
-        try:
-            self.model = self.rewrite.run()
-        except Unrepresentable as e:
-            self.rewrite.rw.refuse("movement", f"the model as a whole was left alone: {e}")
-            return
-        if self.rewrite.sites():
-            self.facts = facts.derive(self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts)
+    loaded: files.LoadedModel
+    roles: Roles
+    options: Options
+    notes: list[str] = field(default_factory=list)
 
-    def uses(self, rule: str) -> bool:
-        """Whether a rule applied."""
-        return rule in self.rewrite.applied
+    def __post_init__(self) -> None:
+        self.report = new_report(self.loaded, self.options, self.roles)
+        self.report.notes = self.notes
+        self.study: Study | None = None
+        self.form: Form | None = None
+        self.full: Form | None = None
+        self.measured: tuple[Measured, ...] = ()
+        self._fused: list[Site] = []
+        self._kept = False
+        self._without: frozenset[str] = frozenset()
 
-    def shapes(self, candidates: int) -> cost.Shapes:
-        """Shapes at a number of candidates."""
-        assert self.model is not None and self.facts is not None
-        return cost.shapes_of(self.model, self.facts, self.rewrite.input_extents(), candidates)
+    def studied(self) -> bool:
+        """Derives the original's shapes; whether it can be rewritten at all."""
+        self.options.say("measuring shapes")
+        study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
+        self.notes += [study.facts.note] if study.facts.note else []
+        shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), self.options.usual)
+        self.report.before = self.report.after = cost.by_level(study.model.graph, shapes)
+        stray = study.contradicted()
+        self.report.refusals = [stray] if stray is not None else []
+        return stray is None
 
-    def seconds(self, span: tuple[int, int], original: Callable[[int], float]) -> float:
-        """Predicted time at the expected number of candidates.
+    def candidates(self) -> list[Form]:
+        """The ways to rewrite the model, those with all rules first."""
+        assert self.study is not None
+        o = self.options
+        o.say("rewriting")
+        found = forms(self.study, o.rules, o.interface, o.guard, o.span)
+        fused = found[0].rewrite.rw.fused
+        if fused:
+            try:
+                found = forms(self.study.written_out(fused), o.rules, o.interface, o.guard, o.span) + found
+            except (Unsupported, ModelError) as e:
+                self.notes.append(f"fused attention is left as it is, though its operands hold several levels: {e}")
+        return found
 
-        Args:
-            span: Least and most candidates expected.
-            original: Predicted time of the original; a form that is slower at a quarter of the least is out.
+    def choose(self, found: Sequence[Form]) -> None:
+        """Takes the form that costs least at the expected number of candidates."""
+        assert self.study is not None
+        original = self.study
+        before = cost.shapes_of(original.model, original.facts, original.input_extents(), self.options.usual)
+        seconds = _seconds(original.model, before)
+        # Of forms that are all out the last is the plainest.
+        chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
+        self.full = next(f for f in found if f.study is chosen.study)
+        self._fused = written_out_sites(original, found[-1].rewrite.rw.fused, chosen.study is not original)
+        self._take(chosen)
+
+    def _take(self, form: Form) -> None:
+        """Goes on with a form, and says what was left alone."""
+        self.form, self.study = form, form.study
+        self.report.refusals = form.refusals
+        assert self.full is not None
+        for name in sorted(self.full.rewrite.rw.applied - form.rewrite.rw.applied):
+            # What it would refuse is worth knowing, too.
+            self.report.refusals += [r for r in self.full.rewrite.rw.refusals if r.rule == name]
+            if not form.choice.uses(name) and not any(r.rule == name for r in self.report.retreats):
+                note = f"{name} would not pay at N = {self.options.usual}, so it was left out"
+                self.notes += [note] if note not in self.notes else []
+
+    def pays(self) -> bool:
+        """Whether anything applied, and is predicted to be faster than the original."""
+        assert self.form is not None
+        if not self.form.changed:
+            return False
+        n = self.options.usual
+        before = cost.seconds(self.form.study.model.graph, self.form.original_shapes(n))
+        if before < _LEAST_GAIN * self.form.time(n):
+            self.notes.append(f"the rewritten model would not be faster at N = {n}, so it was not taken")
+            return False
+        return True
+
+    def follow(self, found: Plan) -> None:
+        """Rewrites the model as a plan says.
+
+        Raises:
+            UsageError: The plan does not fit the model or the rules.
         """
-        if self.model is None or self.facts is None:
-            return float("inf")
-        few = max(1, span[0] // 4)
-        if cost.seconds(self.model.graph, self.shapes(few)) > original(few):
-            return float("inf")
-        return cost.seconds(self.model.graph, self.shapes(report_candidates(span)))
+        study = self.study
+        assert study is not None
+        self.options.say("rewriting")
+        self._fused = [s for s in found.sites if s.place.rule == plan.WRITTEN_OUT]
+        _fit(self._fused, study)
+        if found.written_out:
+            study = study.written_out([study.model.graph.node[s.place.index].output[0] for s in found.written_out])
+        _fit([s for s in found.sites if s.place.rule != plan.WRITTEN_OUT], study)
+        o = self.options
+        self.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
+        self.measured = found.measured
+        self._take(self.full)
+        wanted, made = ({(s.place, s.chosen) for s in p.sites} for p in (found, self.plan()))
+        lost = sorted(wanted ^ made, key=lambda d: (d[0].index, d[0].rule))
+        if lost:
+            node = label(study.model.graph.node[lost[0][0].index])
+            raise UsageError(
+                f"the plan cannot be replayed: at node {node!r} rule {lost[0][0].rule!r} does something else by now; "
+                f"the plan was made by onnxrank {found.made_by}, with its rules"
+            )
+
+    def check(self) -> None:
+        """Holds the result against the original, and takes back what does not pass.
+
+        Raises:
+            CheckFailed: With `strict`: it does not pass as it is.
+            ModelError: It cannot be checked.
+        """
+        if not self.options.check:
+            return
+        self.options.say("checking")
+        for _ in range(_MOST_RETREATS):
+            found = self._gated()
+            if found.passed:
+                return
+            if self.options.strict:
+                self.report.changed = False
+                raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", self.report)
+            self.options.say("looking for what fails the check")
+            guilty = self._culprit(found)
+            if guilty is None:
+                break
+            self._retreat(guilty, "check", failure(found))
+            if not self.pays():
+                self.form = None
+                return
+        self._give_up("check", failure(found))
+
+    def _gated(self) -> verdicts.Report:
+        """What holding the result against the original finds."""
+        made, study = self.emitted(), self.study
+        assert study is not None
+        if study.facts.note:
+            raise ModelError(f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked")
+        assert study.maker.ranges is not None
+        found = self._held(made)
+        self.report.looked, self.report.unseen = found.looked, found.unseen
+        self.report.checks = gate.comparisons(found)
+        if found.passed:
+            self.notes += [f.message for f in found.findings if f.severity != "error"]
+        return found
+
+    def _held(self, made: ModelProto, candidates: Sequence[int] | None = None) -> verdicts.Report:
+        """Holds a model against the original, at some numbers of candidates or all of the check's."""
+        study, level = self.study, str(self.options.check)
+        assert study is not None and study.maker.ranges is not None
+        return gate.gate(
+            self.loaded,
+            made,
+            self.roles,
+            study.maker.ranges,
+            study.symbols,
+            level,
+            self.options.lengths,
+            candidates,
+        )
+
+    def _culprit(self, found: verdicts.Report) -> Guilty | None:
+        """Which decision makes the check fail; None where that cannot be told in time."""
+        form, counts = self.form, gate.failing_candidates(found)
+        assert form is not None
+
+        def right(made: ModelProto) -> bool:
+            return self._held(made, counts).passed
+
+        try:
+            return Search(form.made, right).culprit(form.choice, order([r.name for r in self.options.rules]))
+        except GaveUp:
+            return None
+
+    def _retreat(self, guilty: Guilty, cause: str, reason: str) -> None:
+        """Leaves a site out, or a rule, and goes on with the rest."""
+        assert self.form is not None
+        self.report.retreats.append(Retreat(guilty.rule, guilty.node, cause, reason))
+        self.notes.append(f"{guilty} was left out: {reason}")
+        self._take(self.form.leaving(guilty.without(self.form.choice)))
+
+    def _give_up(self, cause: str, reason: str) -> None:
+        """Leaves the model alone after all."""
+        self.report.retreats.append(Retreat("", None, cause, reason))
+        self.notes.append(f"the rewritten model was given up, so the original is kept: {reason}")
+        self.form = None
+
+    def measure(self) -> None:
+        """Times original and result in turns, and takes back what is not faster."""
+        if not self.options.tune or self.form is None:
+            return
+        self.options.say("timing")
+        race = self._race()
+        try:
+            self.measured, self._without = self._timed(race, self.form, 0.5), self.form.choice.without
+            if tune.faster(self.measured):
+                return
+            self._slower(race, self.form)
+        except ModelError as e:
+            self._give_up("tune", f"it could not be timed: {e}")
+
+    def _slower(self, race: tune.Race, form: Form) -> None:
+        """Leaves out the rules without which the result is faster; the model, where that is no help."""
+        reason, best = f"measured {tune.told(self.measured)}", self.measured
+        for _ in range(_MOST_ROUNDS):
+            tried = self._without_each(race, form)
+            for _, other, times in tried:
+                self.form, self.measured = other, times
+                if tune.faster(times) and (not self.options.check or self._gated().passed):
+                    left = ", ".join(sorted(other.choice.without - self._without))
+                    note = f"left out, because it was not faster: {left} ({reason}; {tune.told(times)} without)"
+                    self.report.retreats += [Retreat(r, None, "tune", reason) for r in left.split(", ")]
+                    self.notes.append(note)
+                    self._take(other)
+                    return
+            if not tried or tried[0][2][0].ratio <= best[0].ratio:
+                break
+            _, form, best = tried[0]
+        self.measured = ()
+        self._give_up("tune", reason)
+
+    def _without_each(self, race: tune.Race, form: Form) -> list[tuple[str, Form, tuple[Measured, ...]]]:
+        """Times a form without each of its rules; the fastest first."""
+        rules = [r for r in _suspects(form) if form.choice.uses(r)]
+        tried = []
+        for rule in rules:
+            other = form.leaving(form.choice.leaving(rules=[rule]))
+            if other.changed:
+                tried.append((rule, other, self._timed(race, other, 0.5 / len(rules))))
+        return sorted(tried, key=lambda t: -t[2][0].ratio)
+
+    def _race(self) -> tune.Race:
+        study = self.study
+        assert study is not None
+        points = tune.points(self.options.span, self.options.usual)
+        return tune.Race(self.loaded, points, tuple(study.maker(_setting(study, n)) for n in points))
+
+    def _timed(self, race: tune.Race, form: Form, share: float) -> tuple[Measured, ...]:
+        made = form.model
+        assert made is not None
+        return race.measure(made, [form.rewrite.translate(f) for f in race.feeds], share * self.options.tune)
+
+    # --- reporting ---------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Every decision behind the result, as far as it has got."""
+        form = self.form if self.form is not None and self.form.changed and not self._kept else None
+        rules = () if form is None else (r.name for r in self.options.rules if form.choice.uses(r.name))
+        return Plan(
+            source_sha256=self.loaded.sha256,
+            made_by=self.report.version,
+            interface=self.options.interface,
+            guard=self.options.guard,
+            candidates=self.options.span,
+            roles=self.roles.to_dict(),
+            offered=self.options.names,
+            rules=tuple(dict.fromkeys(rules)),
+            sites=() if form is None else (*self._fused, *form.sites),
+            changed=form is not None,
+            measured=self.measured,
+        )
+
+    def emitted(self) -> ModelProto:
+        """The result with its contract."""
+        form = self.form
+        assert form is not None and form.model is not None
+        made = ModelProto()
+        made.CopyFrom(form.model)
+        contract = {
+            "version": self.report.version,
+            "source_sha256": self.loaded.sha256,
+            "interface": self.options.interface,
+            "candidates": list(self.options.span),
+            "roles": self.roles.to_dict(),
+            "rules": {r.name: r.sites for r in self._uses()},
+            "offered": list(self.options.names),
+            "plan": self.plan().stored(),
+        }
+        made.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
+        return made
+
+    def _uses(self) -> list[Any]:
+        form, n = self.form, self.options.usual
+        assert form is not None
+        return form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
+
+    def result(self) -> Result:
+        """The result, and the report of it."""
+        form = self.form
+        if form is None or form.model is None:
+            return self.unchanged()
+        made, shapes = self.emitted(), form.shapes(self.options.usual)
+        self.report.changed = True
+        self.report.after = cost.by_level(made.graph, shapes)
+        self.report.rules = self._uses()
+        self.report.size_after = made.ByteSize()
+        before = form.original_shapes(self.options.usual)
+        self.report.predictions = _predictions(
+            _seconds(form.study.model, before), _seconds(form.model, shapes), self.measured
+        )
+        return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
+
+    def unchanged(self) -> Result:
+        """The original, and the report of why it is that."""
+        self.report.changed, self._kept = False, True
+        form = self.form or self.full
+        return Result(self.loaded.proto, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
 
-def _replaced(rules: Sequence[Rule], rule: Rule, other: Rule | None) -> list[Rule]:
-    """Rules with another in the place of one, or none."""
-    return [r for r in (other if r is rule else r for r in rules) if r is not None]
+def _fit(sites: Iterable[Site], study: Study) -> None:
+    """Holds the sites of a plan against a model's nodes.
+
+    Raises:
+        UsageError: They are not there.
+    """
+    nodes = study.model.graph.node
+    for s in sites:
+        k = s.place.index
+        if not 0 <= k < len(nodes) or (label(nodes[k]), nodes[k].op_type) != (s.node, s.op):
+            raise UsageError(f"the plan does not fit the model: it has no {s.op} {s.node!r} at place {k}")
 
 
-def report_candidates(span: tuple[int, int]) -> int:
-    """The number of candidates that costs are told for: the geometric middle of the range."""
-    middle: float = (span[0] * span[1]) ** 0.5
-    return round(middle)
+def _suspects(form: Form) -> list[str]:
+    """The rules that were applied, those first whose costs are known least."""
+    used = [
+        r.name
+        for r in form.rules
+        if form.uses(r.name) or any(s.place.rule == r.name and s.taken for s in form.rewrite.decisions())
+    ]
+    used = [name for name in dict.fromkeys(used) if name not in plan.ALWAYS]
+    formed = [r.name for r in form.rules if r.forms is not None and r.name in used]
+    return list(dict.fromkeys([*formed, *(s for s in tune.SUSPECTS if s in used), *used]))
 
 
-def _predictions(before: Callable[[int], float], after: Callable[[int], float]) -> list[Prediction]:
-    """Predicted ratios over the number of candidates; costs are lines in it."""
+def _setting(study: Study, candidates: int) -> Setting:
+    """Symbols of a request that is timed: of so many candidates, and lengths as costs have them."""
+    return Setting({**dict.fromkeys(study.symbols, cost.LENGTH), CANDIDATES: candidates}, seed=0)
+
+
+def _seconds(model: ModelProto, shapes: cost.Shapes) -> Callable[[int], float]:
+    """Predicted time of a model, by the number of candidates."""
+    return lambda n: cost.seconds(model.graph, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n}))
+
+
+def _predictions(
+    before: Callable[[int], float], after: Callable[[int], float], measured: Iterable[Measured]
+) -> list[Prediction]:
+    """Predicted ratios over the number of candidates, and measured ones; costs are lines in it."""
 
     def line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
         low, high = cost_at(1), cost_at(2)
         return lambda n: low + (n - 1) * (high - low)
 
     old, new = line(before), line(after)
-    return [Prediction(n, round(old(n) / new(n), 3)) for n in _SCAN]
+    seen = {m.candidates: (m.ratio, m.low, m.high) for m in measured}
+    return [Prediction(n, round(old(n) / new(n), 3), *seen.get(n, ())) for n in sorted({*_SCAN, *seen})]
 
 
-def verify(
-    study: Study,
-    made: ModelProto,
-    roles: Roles,
-    report: Report,
-    level: str = "standard",
-    lengths: Mapping[str, tuple[int, int]] | None = None,
-) -> None:
-    """Checks the rewritten model and fills the report's checks.
+# --- replaying -----------------------------------------------------------------------------------------------------
 
-    Args:
-        study: The original.
-        made: The rewritten model.
-        roles: Roles of the original's inputs.
-        report: The report.
-        level: How much is compared.
-        lengths: Least and most of the inputs' symbolic lengths, where they are declared.
+
+def replayed_options(
+    found: Plan,
+    given: Options,
+    select: Sequence[str] | None,
+    ignore: Sequence[str],
+    extra_rules: Sequence[str | os.PathLike[str]],
+) -> Options:
+    """The options of a run that replays a plan.
 
     Raises:
-        CheckFailed: It is not a valid model, onnxruntime does not load it, or a score differs.
+        UsageError: Something else is asked for than what the plan says, or a rule of it is not there.
     """
-    if study.facts.note:
-        raise ModelError(f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked")
-    assert study.maker.ranges is not None
-    found = gate.gate(study.loaded, made, roles, study.maker.ranges, study.symbols, level, lengths)
-    report.looked, report.unseen = found.looked, found.unseen
-    report.checks = gate.comparisons(found)
-    report.notes += [f.message for f in found.findings if f.severity != "error"]
-    if not found.passed:
-        report.changed = False
-        raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", report)
+    default = Options()
+    for name, value, own, plain in (
+        ("interface", given.interface, found.interface, default.interface),
+        ("candidates", given.span, found.candidates, default.span),
+        ("guard", given.guard, found.guard, default.guard),
+        ("tune", given.tune, 0.0, default.tune),
+        ("select", select, None, None),
+        ("ignore", tuple(ignore), (), ()),
+    ):
+        if value not in (own, plain):
+            raise UsageError(f"the plan says all that {name} does: leave {name} out, or the plan")
+    known = {r.name for r in choose_rules(None, (), extra_rules)}
+    missing = [r for r in found.rules if r not in known]
+    if missing:
+        raise UsageError(f"the plan uses the rule {missing[0]!r}, which is not there; name its file with --rules")
+    rules = choose_rules(found.rules, (), extra_rules)
+    return replace(
+        given,
+        interface=found.interface,
+        guard=found.guard,
+        span=_span(found.candidates),
+        rules=rules,
+        offered=found.offered,
+        strict=True,
+    )
 
 
-def _left_alone(
-    loaded: files.LoadedModel, contract: Mapping[str, Any], interface: str, span: tuple[int, int]
+def replay(
+    loaded: files.LoadedModel, found: Plan, options: Options, told: tuple[Any, ...] = (None, (), None, None)
 ) -> Result:
-    """The result for a model that was optimised before: nothing to do."""
-    note = "the model's contract says that it was optimised before, for the same use"
-    report = _report(loaded, interface, span, dict(contract.get("roles", {})), [note])
-    return Result(loaded.proto, report, loaded)
+    """Does what a plan says; nothing is decided or timed.
+
+    Args:
+        loaded: The original.
+        found: The plan.
+        options: From `replayed_options`.
+        told: Roles that the caller gave after all, as for `roles_of`.
+
+    Raises:
+        UsageError: The plan does not belong to the model, or to this version's rules.
+        CheckFailed: The result does not give the original's scores.
+    """
+    if found.source_sha256 != loaded.sha256:
+        raise UsageError(
+            f"the plan belongs to another model: to one of SHA-256 {found.source_sha256[:12]}..., and this one is "
+            f"{loaded.sha256[:12]}..."
+        )
+    roles = Roles.from_dict(found.roles)
+    if any(told) and not same_roles(roles_of(loaded, *told)[0], roles):
+        raise UsageError("the plan was made for other roles than those given: leave them out, or the plan")
+    job = Job(loaded, roles, options)
+    if not job.studied() or not found.changed:
+        return job.unchanged()
+    job.follow(found)
+    job.check()
+    return job.result()
 
 
 def runtime_domain_only(model: ModelProto) -> bool:

@@ -121,6 +121,12 @@ class _Printer:
 
     def predictions(self) -> None:
         found = self.report.predictions
+        if any(p.measured is not None for p in found):
+            self.to.title("Measured time of the original over that of the result, by candidates")
+        for p in found:
+            if p.measured is not None and p.low is not None and p.high is not None:
+                beside = f"{three(p.low)} to {three(p.high)}; predicted {three(p.ratio)}"
+                self.to.item(f"{three(p.measured)}{self.to.times} at {p.candidates} ({beside})")
         if found:
             self.to.title("Predicted time of the original over that of the result, by candidates")
             self.to.item(", ".join(f"{three(p.ratio)}{self.to.times} at {p.candidates}" for p in found))

@@ -71,10 +71,38 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted time of the original over that of the rewritten model, at a number of candidates."""
+    """Time of the original over that of the rewritten model, at a number of candidates.
+
+    Attributes:
+        candidates: The number.
+        ratio: What the cost model predicts.
+        measured: What timing both in turns gave; None where that was not done.
+        low: Least ratio within the 95 % interval of what was measured.
+        high: Largest ratio within it.
+    """
 
     candidates: int
     ratio: float
+    measured: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Retreat:
+    """A decision that was taken back after the result was checked or timed.
+
+    Attributes:
+        rule: The rule; empty where nothing could be kept.
+        node: The original node; None where the rule was left out as a whole.
+        cause: `check` or `tune`.
+        reason: What was found: inputs and numbers.
+    """
+
+    rule: str
+    node: str | None
+    cause: str
+    reason: str
 
 
 @dataclass
@@ -96,6 +124,7 @@ class Report:
         size_after: Bytes of the result's proto.
         rules: What applied.
         refusals: What did not, and why.
+        retreats: What was taken back, because the result did not pass its check or was not faster with it.
         checks: The numeric comparisons.
         looked: At which numbers of candidates and lengths the check compared, a line each.
         unseen: What the check did not look at, and why, a line each.
@@ -117,6 +146,7 @@ class Report:
     size_after: int = 0
     rules: list[RuleUse] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    retreats: list[Retreat] = field(default_factory=list)
     checks: list[Comparison] = field(default_factory=list)
     looked: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)

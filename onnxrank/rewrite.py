@@ -7,21 +7,24 @@ brought to the original layout with all rows and the node stays as it is.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from onnxrank.emit import Emitter, captured, rename_captured, subgraphs
+from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
 from onnxrank.operators import operator
+from onnxrank.plan import LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.uses import Uses
 from onnxrank.values import (
     CANDIDATES,
@@ -71,6 +74,7 @@ LARGE = 32
 """Entries per row from which on a tensor is not copied to lie beside others."""
 
 Transfer = Callable[["Rewrite", NodeProto], "list[Abstract] | None"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,15 @@ class Rule:
     forms: tuple[Mapping[str, Transfer], ...] | None = None
     cost: str = ""
     example: tuple[str, str] = ("", "")
+
+    def alternatives(self, op: str) -> dict[str, Transfer]:
+        """The ways in which it may take a node, by the names that plans have for them.
+
+        Args:
+            op: The operator, as in `operators`.
+        """
+        forms = {f"form {k}": form for k, form in enumerate(self.forms or (), 1)}
+        return {name: form[op] for name, form in {TAKE: self.operators, **forms}.items() if op in form}
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,22 @@ class Refusal:
     reason: str
 
 
+class SiteFailed(Exception):
+    """What was decided at a site cannot be carried out: the site has to be left alone for the rest to stand.
+
+    Attributes:
+        index: The original node, by its place.
+        reason: Why, in words for a remark.
+        layout: Whether its value cannot be written: then one of the nodes before it may be at fault.
+    """
+
+    def __init__(self, index: int, reason: str, layout: bool = False) -> None:
+        super().__init__(reason)
+        self.index = index
+        self.reason = reason
+        self.layout = layout
+
+
 @dataclass(frozen=True)
 class Group:
     """Entries of one level: where they are in the whole (`index`), and their shape."""
@@ -176,11 +205,12 @@ class Rewrite:
         keep_moves: Whether data movement of whole tensors keeps the user's nodes instead of following entries.
         needed: Per original tensor, per axis, the positions anybody reads; absent means all.
         outputs: Names of the graph's outputs.
+        choice: Which rules may take which nodes.
         values: What is known of every original tensor.
         refusals: Sites left alone.
         fused: First outputs of fused operators whose steps could be divided by level, if they were written out.
-        break_even: Per original node, by its place, the number of candidates from which on what is made for it once
-            per request pays.
+        taken: Per original node, by its place, the rule that took it and by which of its alternatives.
+        decided: What rules decided by cost.
     """
 
     facts: Facts
@@ -191,6 +221,7 @@ class Rewrite:
     keep_moves: bool = True
     needed: dict[str, dict[int, NDArray[np.int64]]] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
+    choice: Choice = field(default_factory=Choice)
     values: dict[str, Abstract] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -198,48 +229,75 @@ class Rewrite:
         self._settled: dict[int, tuple[Sum, Value]] = {}
         self.made_later: dict[str, Value] = {}
         self.fused: list[str] = []
-        self.applied: set[str] = set()
-        self.break_even: dict[int, int] = {}
+        self.taken: dict[int, tuple[str, str]] = {}
+        self.decided: dict[Place, Site] = {}
+        self.nodes: Sequence[NodeProto] = ()
         self.graph = Uses()
+        self._index_of: dict[str, int] = {}
         self.sources = Sources()
         self.layout = Layout(self.sources, self.emit, self.facts.expressions)
-        self._claimed: set[str] = set()
+        self._claimed: dict[str, None] = {}
         self._depths: dict[str, int] = {}
         self._numbers: dict[tuple[int, int], int] = {}
+        self._made_once: dict[object, Any] = {}
         self._node = NodeProto()
+        self._journal = self.sources.journal
+        self.emit.watched_by(self._journal)
+        self._journal.watch(self._settled, self.made_later, self.decided, self._claimed, self._numbers, self._made_once)
+
+    @property
+    def applied(self) -> set[str]:
+        """Names of the rules that took a node, whatever became of it."""
+        return {rule for rule, _ in self.taken.values()}
+
+    @property
+    def break_even(self) -> dict[int, int]:
+        """Per original node, by its place, from how many candidates on what is made for it once per request pays."""
+        out: dict[int, int] = {}
+        for place, site in self.decided.items():
+            pays = _break_even(site.alternatives) if site.taken else None
+            if pays is not None:
+                out[place.index] = max(pays, out.get(place.index, 0))
+        return out
 
     # --- interpretation --------------------------------------------------------------------------------------------
 
     def interpret(self, nodes: Sequence[NodeProto]) -> None:
         """Runs the transfer rules over all nodes, in order."""
+        self.nodes = nodes
         self.graph = Uses(nodes)
+        self._index_of = {o: k for k, node in enumerate(nodes) for o in node.output if o}
         self.values.update({name: self._empty(name) for name in self.values if self._is_empty(name)})
-        by_op: dict[str, list[tuple[Rule, Transfer]]] = {}
+        by_op: dict[str, list[tuple[Rule, dict[str, Transfer]]]] = {}
         for rule in self.rules:
-            for op, transfer in rule.operators.items():
-                by_op.setdefault(op, []).append((rule, transfer))
+            for op in dict.fromkeys(op for form in (rule.operators, *(rule.forms or ())) for op in form):
+                by_op.setdefault(op, []).append((rule, rule.alternatives(op)))
         for k, node in enumerate(nodes):
             self.emit.origin, self.emit.hint, self._node = k, next((o for o in node.output if o), node.name), node
             outputs = [o for o in node.output if o]
             if outputs and all(o in self.facts.folded for o in outputs):
                 for o in outputs:
                     self.values[o] = self._folded(node, o)
-                self._bound_depth(node)
+                self._bound_depth(k, node)
                 continue
             if outputs and all(self._is_empty(o) for o in outputs):
                 self.values.update({o: self._empty(o) for o in outputs})
                 continue
             expected = [self.is_constant(o) for o in node.output]
-            made = self._made(node, by_op.get(operator(node), []))
+            made = self._made(k, node, by_op.get(operator(node), []))
             for name, value in zip(node.output, made, strict=False):
                 if name:
                     self.values[name] = self._empty(name) if self._is_empty(name) else value
             if expected != [self.is_constant(o) for o in node.output]:
                 self.graph.forget()
-            self._bound_depth(node)
+            self._bound_depth(k, node)
 
-    def _bound_depth(self, node: NodeProto) -> None:
-        """Makes a node's results that were put off, if too many steps before them were, too."""
+    def _bound_depth(self, index: int, node: NodeProto) -> None:
+        """Makes a node's results that were put off, if too many steps before them were, too.
+
+        Raises:
+            SiteFailed: They cannot be made.
+        """
         depth = 1 + max((self._depths.get(i, 0) for i in node.input), default=0)
         for name in node.output:
             value = self.values.get(name)
@@ -248,9 +306,12 @@ class Rewrite:
             if depth <= _DEEPEST:
                 self._depths[name] = depth
                 continue
-            made = self.values[name] = self.settle(value) if isinstance(value, Sum) else value
-            for source in self._put_off(made):
-                self.layout.name_of(source)
+            try:
+                made = self.values[name] = self.settle(value) if isinstance(value, Sum) else value
+                for source in self._put_off(made):
+                    self.layout.name_of(source)
+            except Unrepresentable as e:
+                raise SiteFailed(index, f"the layout is not one that can be followed: {e}", layout=True) from e
 
     def _put_off(self, value: Abstract) -> list[Source]:
         """The tensors in a value that are written when somebody asks for them."""
@@ -261,30 +322,46 @@ class Rewrite:
         found = [value.whole] if value.whole is not None else self.sources.of(value.codes)
         return [s for s in found if s.name is None and (s.write is not None or s.product is not None)]
 
-    def _made(self, node: NodeProto, rules: Sequence[tuple[Rule, Transfer]]) -> list[Abstract]:
-        """The outputs of a node by the first rule that can follow it, or as a barrier."""
+    def _made(
+        self, index: int, node: NodeProto, rules: Sequence[tuple[Rule, Mapping[str, Transfer]]]
+    ) -> list[Abstract]:
+        """The outputs of a node by the first rule that may take it and can follow it, or as a barrier."""
         if any(i in self.facts.unknown for i in node.input):
             self.refuse("movement", self._no_rank(node))
             return self.barrier(node)
         repeated = self._repeated(node)
+        for rule, forms in rules:
+            form = self.choice.at(Place(rule.name, index))
+            made = self._tried(rule, forms[form], node, repeated) if form in forms else None
+            if made is not None:
+                self.taken[index] = (rule.name, form)
+                return made
+        return self.barrier(node)
+
+    def _tried(self, rule: Rule, transfer: Transfer, node: NodeProto, repeated: set[str]) -> list[Abstract] | None:
+        """What a rule makes of a node; where it gives up or fails, nothing of what it did is left, and a remark is."""
+        self.emit.rule = None
+        mark, sources = self._journal.mark(), self.sources.count
         given = {i: self.values[i] for i in node.input if i} if repeated else {}
+        made: list[Abstract] | None = None
         try:
-            for rule, transfer in rules:
-                self.emit.rule = None
-                try:
-                    self.values.update({i: self._entire(v, repeated) for i, v in given.items()})
-                    made = transfer(self, node)
-                    if made is not None:
-                        self._confirm(node, made, repeated)
-                        self.applied.add(rule.name)
-                        self.emit.rule = None
-                        return [self._entire(v, repeated) for v in made] if repeated else made
-                except Unrepresentable as e:
-                    self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
+            self.values.update({i: self._entire(v, repeated) for i, v in given.items()})
+            made = transfer(self, node)
+            if made is not None:
+                self._confirm(node, made, repeated)
+                return [self._entire(v, repeated) for v in made] if repeated else made
+        except Unrepresentable as e:
+            self.refuse(rule.name, f"the layout is not one that can be followed: {e}")
+        except (SiteFailed, OnnxrankError, MemoryError):
+            raise
+        except Exception as e:
+            self.refuse(rule.name, _internal(rule.name, label(node), e))
         finally:
             self.values.update(given)
-        self.emit.rule = None
-        return self.barrier(node)
+            self.emit.rule = None
+        self._journal.back(mark)
+        self.sources.forget(sources)
+        return None
 
     def _repeated(self, node: NodeProto) -> set[str]:
         """Symbols that a tensor which the node reads or makes has more than once, as `[N, N]` has.
@@ -350,6 +427,9 @@ class Rewrite:
 
     def _confirm(self, node: NodeProto, made: list[Abstract], repeated: set[str]) -> None:
         """Holds the shapes that a rule gives against the proved ones, and against what the domain can tell apart."""
+        for name in node.output[len(made) :]:
+            if name and (name in self.outputs or self.readers(name)):
+                raise Unrepresentable(f"nothing was made of {name}")
         for name, value in zip(node.output, made, strict=False):
             syms = symbols(value.dims)
             twice = {s for s in syms if syms.count(s) > 1}
@@ -370,7 +450,7 @@ class Rewrite:
     def refuse(self, rule: str, reason: str) -> None:
         """Notes why a rule leaves the current node alone."""
         node = self._node
-        made = Refusal(rule, node.name or (node.output[0] if node.output else ""), node.op_type, reason)
+        made = Refusal(rule, label(node), node.op_type, reason)
         if made not in self.refusals[-4:]:
             self.refusals.append(made)
 
@@ -393,11 +473,11 @@ class Rewrite:
         if not self.keep_moves:
             # Entries are only followed, and end here: nothing needs to be written.
             return [self.new(d, self.dtype(o), symbols(d), o) for o, d in zip(node.output, dims, strict=True)]
-        names = [self.tensor(self.values[i], full=True) if i else "" for i in node.input]
+        names = [self.full(i) if i else "" for i in node.input]
         if inner:
             renamed = NodeProto()
             renamed.CopyFrom(node)
-            rename_captured(renamed, {c: self.tensor(self.values[c], full=True) for c in inner})
+            rename_captured(renamed, {c: self.full(c) for c in inner})
             node = renamed
         return self.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
 
@@ -496,6 +576,18 @@ class Rewrite:
         """A tensor with this value: all rows along some symbols, one row along others."""
         return self.tensor(Value(keep_symbols(value.dims, present), value.dtype, value.whole, value._codes), full=True)
 
+    def full(self, name: str) -> str:
+        """A tensor with the value of an original one, with all its rows.
+
+        Raises:
+            SiteFailed: It cannot be made, of what was made of the node behind it.
+        """
+        try:
+            return self.tensor(self.values[name], full=True)
+        except Unrepresentable as e:
+            reason = f"the layout is not one that can be followed: {e}"
+            raise SiteFailed(self._index_of.get(name, -1), reason, layout=True) from e
+
     def read_by_linear_maps(self, name: str, through: frozenset[str] = frozenset()) -> bool:
         """Whether all readers of an original tensor, behind data movement, are products with constant matrices.
 
@@ -538,8 +630,27 @@ class Rewrite:
         return int((self.sources.levels(other.codes) == Level.CANDIDATE).sum()) or width
 
     def uses(self, rule: str) -> bool:
-        """Whether a rule is selected."""
-        return any(r.name == rule for r in self.rules)
+        """Whether a rule is selected, and none that the plan leaves out."""
+        return self.choice.uses(rule) and any(r.name == rule for r in self.rules)
+
+    def decide(self, rule: str, alternatives: Sequence[Alternative]) -> str:
+        """Decides for one of several ways to write the current node, and notes that in the plan.
+
+        Args:
+            rule: The rule that asks.
+            alternatives: The ways, with their costs, `leave` for what is done without the rule.
+
+        Returns:
+            The name of that which costs least at the expected number of candidates, the first of equals; or of that
+            which a plan asks for.
+        """
+        at = self.emit.origin
+        step = sum(p.rule == rule and p.index == at for p in self.decided)
+        place = Place(rule, at, step)
+        chosen = self.choice.decide(place, alternatives, self.candidates)
+        node = self.nodes[at] if at < len(self.nodes) else self._node
+        self.decided[place] = Site(place, label(node), node.op_type, tuple(alternatives), chosen)
+        return chosen
 
     @property
     def producers(self) -> dict[str, NodeProto]:
@@ -574,7 +685,7 @@ class Rewrite:
         """The original name, if no new tensor has it yet."""
         if name in self._claimed:
             return None
-        self._claimed.add(name)
+        self._claimed[name] = None
         return name
 
     def new(self, dims: Dims, dtype: int, present: Iterable[str], name: str | None = None, **how: Any) -> Value:
@@ -633,10 +744,28 @@ class Rewrite:
             self.emit.origin, self.emit.rule, self.emit.hint = origin, rule, hint
             try:
                 return write(*args)
+            except (SiteFailed, Unrepresentable, OnnxrankError, MemoryError):
+                raise
+            except Exception as e:
+                owner = self.taken.get(origin, (rule, TAKE))[0]
+                name = self.nodes[origin] if origin < len(self.nodes) else self._node
+                raise SiteFailed(origin, _internal(owner or "", label(name), e)) from e
             finally:
                 self.emit.origin, self.emit.rule, self.emit.hint = before
 
         return run
+
+    def once(self, make: Callable[[], T]) -> Callable[[], T]:
+        """A function that does its work when first called, and again where that was undone."""
+        key = object()
+
+        def ask() -> T:
+            if key not in self._made_once:
+                self._made_once[key] = make()
+            made: T = self._made_once[key]
+            return made
+
+        return ask
 
     def dtype(self, name: str, default: int = TensorProto.FLOAT) -> int:
         """Element type of an original tensor."""
@@ -702,7 +831,7 @@ class Rewrite:
                 for o in node.output:
                     made = self.values.get(o)
                     if isinstance(made, Value) and made.whole is not None:
-                        made.whole.name = o
+                        self._journal.put(made.whole, "name", o)
                 return name
 
         source = self.sources.add(keep_symbols(dims, ()), dtype, load=lambda: data, write=write)
@@ -974,6 +1103,24 @@ class Rewrite:
             if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
                 return Value(dims, dtype, source)
         return view(dims, dtype, codes)
+
+
+def _internal(rule: str, node: str, e: Exception) -> str:
+    """A remark on a rule that failed where it should have given up."""
+    return f"internal error in rule {rule!r} at node {node!r} ({type(e).__name__}: {e}): please report it"
+
+
+def _break_even(alternatives: Sequence[Alternative]) -> int | None:
+    """From how many candidates on what is done once per request pays; None where that is no question."""
+    costs = {a.name: a for a in alternatives}
+    made, left = costs.get(TAKE), costs.get(LEAVE)
+    if made is None or left is None or None in (made.once, made.each, left.once, left.each):
+        return None
+    more, saved = (
+        made.seconds(0) - left.seconds(0),
+        left.seconds(1) - left.seconds(0) - (made.seconds(1) - made.seconds(0)),
+    )
+    return math.ceil(more / saved) if saved > 0 else None
 
 
 Orders = dict[int, NDArray[np.int64]]

@@ -134,13 +134,18 @@ def _role_to_dict(role: InputRole) -> dict[str, Any]:
 def _role_from_dict(d: Mapping[str, Any]) -> InputRole:
     if d["level"] not in _LEVELS:
         raise ValueError(f"unknown level {d['level']!r}")
+    if not isinstance(d["name"], str):
+        raise TypeError(f"the name {d['name']!r} is no string")
+    request = parse_ranges(d["request"]) if "request" in d else ()
+    if bool(request) != (d["level"] == "mixed"):
+        raise ValueError(f"level {d['level']} and request positions {d.get('request')!r} contradict each other")
     return InputRole(
         name=d["name"],
         level=d["level"],
-        candidate_axis=d["candidate_axis"],
-        axis=d.get("axis"),
-        request=parse_ranges(d["request"]) if "request" in d else (),
-        record=d.get("record"),
+        candidate_axis=_stored_number(d["candidate_axis"], "candidate_axis", 0),
+        axis=_stored_number(d.get("axis"), "axis", 0),
+        request=request,
+        record=_stored_number(d.get("record"), "record", 1),
         ranges=tuple(
             ValueRange(
                 float(r["low"]),
@@ -150,6 +155,14 @@ def _role_from_dict(d: Mapping[str, Any]) -> InputRole:
             for r in d.get("ranges", ())
         ),
     )
+
+
+def _stored_number(value: Any, name: str, least: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} {value!r} is not a whole number of at least {least}")
+    return value
 
 
 def format_ranges(positions: Sequence[int]) -> str:

@@ -132,22 +132,24 @@ def is_float(data: NDArray[Any]) -> bool:
     return data.dtype.kind == "f" or data.dtype.name == "bfloat16"
 
 
+def typed(made: Any, feeds: Feeds) -> dict[str, NDArray[Any]]:
+    """The feeds that a session knows, floats in the type it takes."""
+    types = {"tensor(double)": np.float64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+    wanted = {i.name: types.get(i.type) for i in made.get_inputs()}
+    return {
+        k: v.astype(wanted[k]) if wanted[k] is not None and is_float(v) else v for k, v in feeds.items() if k in wanted
+    }
+
+
 def run(made: Any, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
     """Runs a session on the feeds it knows; floats are given in the type it takes.
 
     Raises:
         ModelError: The run failed; the message is onnxruntime's own.
     """
-    types = {"tensor(double)": np.float64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
-    wanted = {i.name: types.get(i.type) for i in made.get_inputs()}
     names = list(outputs) if outputs is not None else [o.name for o in made.get_outputs()]
     try:
-        given = {
-            k: v.astype(wanted[k]) if wanted[k] is not None and is_float(v) else v
-            for k, v in feeds.items()
-            if k in wanted
-        }
-        return dict(zip(names, made.run(names, given), strict=True))
+        return dict(zip(names, made.run(names, typed(made, feeds)), strict=True))
     except Exception as e:
         raise failed_run(e) from e
 

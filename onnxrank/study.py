@@ -15,6 +15,7 @@ from onnxrank.emit import live, names_in, rename_captured, subgraphs
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
+from onnxrank.plan import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (
@@ -224,8 +225,3 @@ def _inline_branch(graph: GraphProto, node: NodeProto, branch: GraphProto, taken
     for inner, own in zip((o.name for o in branch.output), node.output, strict=True):
         if own and names.get(inner) != own:
             graph.node.append(helper.make_node("Identity", [names.get(inner, inner)], [own], name=own))
-
-
-def label(node: NodeProto) -> str:
-    """What a node is called in reports: its name, or that of what it makes."""
-    return node.name or (node.output[0] if node.output else node.op_type)

@@ -15,9 +15,10 @@ from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter, captured, names_in, rename_captured, subgraphs
 from onnxrank.errors import UsageError
+from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
-from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.study import Study, extents_of, label
+from onnxrank.rewrite import Rewrite, Rule, SiteFailed
+from onnxrank.study import Study, extents_of
 from onnxrank.values import (
     CANDIDATES,
     Dims,
@@ -55,7 +56,15 @@ class Saving:
 class Transformation:
     """One rewrite of a studied model."""
 
-    def __init__(self, study: Study, rules: Sequence[Rule], interface: str, guard: bool, candidates: float) -> None:
+    def __init__(
+        self,
+        study: Study,
+        rules: Sequence[Rule],
+        interface: str,
+        guard: bool,
+        candidates: float,
+        choice: Choice | None = None,
+    ) -> None:
         self.study = study
         self.interface = interface
         self.guard = guard and interface == "same"
@@ -66,9 +75,15 @@ class Transformation:
         self.emit = Emitter(self._own_names, opset)
         outputs = frozenset(o.name for o in graph.output)
         self.rw = Rewrite(
-            study.facts, rules, self.emit, study.dtypes, candidates=max(1, round(candidates)), outputs=outputs
+            study.facts,
+            rules,
+            self.emit,
+            study.dtypes,
+            candidates=max(1, round(candidates)),
+            outputs=outputs,
+            choice=choice or Choice(),
         )
-        if any(r.name == "select" for r in rules):
+        if self.rw.uses("select"):
             constants = {n: v[1] for n, v in study.facts.folded.items()}
             constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
                           if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20
@@ -199,7 +214,7 @@ class Transformation:
         # Callers have what they give already: as it is, with all its rows.
         given = fed if self.interface == "same" else set()
         given |= {t.name for t in self.study.model.graph.initializer}
-        made = [name if name in given else rw.tensor(rw.values[name], full=True) for name in names]
+        made = [name if name in given else rw.full(name) for name in names]
         valid = self._guards() if self.guard else None
         if any(name in fed and tensor != name for name, tensor in zip(names, made, strict=True)):
             raise Unrepresentable("an output is an input, and cannot keep its name")
@@ -275,6 +290,7 @@ class Transformation:
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
+        self._refuse_undefined()
         made = ModelProto()
         for field, value in base.ListFields():
             if field.name != "graph":
@@ -321,10 +337,31 @@ class Transformation:
         graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
         return made
 
-    @property
-    def applied(self) -> set[str]:
-        """Names of the rules that took a node, whatever became of it."""
-        return self.rw.applied
+    def _refuse_undefined(self) -> None:
+        """Refuses a graph in which a node reads what is not there, as one of a faulty rule may.
+
+        Raises:
+            SiteFailed: It is such a graph.
+        """
+        base = self.study.model.graph
+        there = {i.name for i in (*self.inputs, *base.input)} | {t.name for t in base.initializer}
+        there |= self.emit.initializers.keys() | {t.values.name for t in base.sparse_initializer}
+        for e in self._kept:
+            lost = next((i for i in e.proto.input if i and i not in there), None)
+            if lost is not None:
+                raise SiteFailed(e.origin, f"{e.proto.op_type} reads {lost!r}, which nothing makes")
+            there.update(e.proto.output)
+
+    def decisions(self) -> list[Site]:
+        """Which rule took which node, what rules decided by cost, and what was left alone; in the order of the graph.
+
+        Alternatives are only told of decisions by cost.
+        """
+        nodes = self.study.model.graph.node
+        found = [(Place(rule, k), form) for k, (rule, form) in self.rw.taken.items()]
+        found += [(p, LEAVE) for p in self.rw.choice.left if p.index < len(nodes)]
+        sites = {p: Site(p, label(nodes[p.index]), nodes[p.index].op_type, (), form) for p, form in found}
+        return sorted((sites | self.rw.decided).values(), key=lambda s: (s.place.index, s.place.rule, s.place.step))
 
     def sites(self) -> dict[str, list[int]]:
         """Per rule the original nodes at which it applied."""
@@ -359,12 +396,12 @@ class Transformation:
 
     def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
         """Sites per rule and what they saved."""
-        nodes, found = self.study.model.graph.node, self.savings(before, after)
+        nodes, found, break_even = self.study.model.graph.node, self.savings(before, after), self.rw.break_even
         out = []
         for rule in dict.fromkeys([r.name for r in self.rw.rules]):
             own = [s for s in found if s.rule == rule]
             if own:
-                at, pays = tuple(label(nodes[s.node]) for s in own), tuple(self.rw.break_even.get(s.node) for s in own)
+                at, pays = tuple(label(nodes[s.node]) for s in own), tuple(break_even.get(s.node) for s in own)
                 out.append(RuleUse(rule, len(own), sum(s.macs for s in own), at, pays))
         return out
 

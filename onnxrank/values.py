@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxrank.journal import Journal
+
 Factor = int | str
 Dim = tuple[Factor, ...]
 Dims = tuple[Dim, ...]
@@ -275,7 +277,8 @@ class Sources:
     """All sources of one rewrite, and the codes that name their entries."""
 
     def __init__(self) -> None:
-        self._all: list[Source] = []
+        self.journal = Journal()
+        self._all: list[Source | None] = []
         self._levels = np.zeros(64, np.int8)
 
     def add(self, dims: Dims, dtype: int, name: str | None = None, **how: Any) -> Source:
@@ -294,7 +297,19 @@ class Sources:
         return source
 
     def __getitem__(self, number: int) -> Source:
-        return self._all[number]
+        found = self._all[number]
+        if found is None:
+            raise LookupError(f"source {number} was taken back: whoever made a value of it has given up")
+        return found
+
+    @property
+    def count(self) -> int:
+        """How many there have been."""
+        return len(self._all)
+
+    def forget(self, since: int) -> None:
+        """Takes back all sources from a number on; no other ever gets their numbers, so stale codes are noticed."""
+        self._all[since:] = [None] * (len(self._all) - since)
 
     def levels(self, codes: Codes) -> NDArray[np.int8]:
         """Level of every entry."""
@@ -309,9 +324,9 @@ class Sources:
         if not numbers.size:
             return []
         if (numbers == numbers[0]).all():
-            return [self._all[int(numbers[0])]]
+            return [self[int(numbers[0])]]
         found, first = np.unique(numbers, return_index=True)
-        return [self._all[int(found[i])] for i in np.argsort(first)]
+        return [self[int(found[i])] for i in np.argsort(first)]
 
     def symbols(self, codes: Codes) -> set[str]:
         """Symbols along which any of the entries varies."""

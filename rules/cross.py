@@ -9,7 +9,6 @@ every one of them.
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 
 import numpy as np
@@ -130,7 +129,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return [s.again(scaled_by, width) for s in products if s.again is not None]
 
     source = rw.sources.add(
-        lead.dims, x.dtype, write=rw.later(write, None), linear=cache(linear), pull=pull if simple else None
+        lead.dims, x.dtype, write=rw.later(write, None), linear=rw.once(linear), pull=pull if simple else None
     )
     opened = np.full(len(scale), zero)
     opened[once] = codes_of(source).reshape(-1)

@@ -12,7 +12,6 @@ products of fields) and where rows share the candidate's entries (target attenti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
+from onnxrank.plan import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import LARGE, Rewrite, Rule, Weights
 from onnxrank.values import (
     CANDIDATES,
@@ -192,10 +192,9 @@ def _regular(
     fold = Fold(coefficients, np.maximum(kinds, 0), basis, place, own)
     each = cost.estimate(len(basis) * (1 if fold.order is not None else rows) * width)
     once = cost.estimate(groups * most * terms * width, 8 * (groups * terms + groups * most) * width, launches=5)
-    if once + rw.candidates * each >= rw.candidates * direct:
+    ways = (Alternative(LEAVE, "", 0, direct), Alternative(TAKE, "reassociates", once, each))
+    if rw.decide("fold", ways) == LEAVE:
         return None
-    pays = math.ceil(once / (direct - each))
-    rw.break_even[rw.emit.origin] = max(pays, rw.break_even.get(rw.emit.origin, 0))
     return np.concatenate([columns, plain]), fold
 
 
@@ -276,7 +275,7 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     dtype = rw.sources.of(fold.basis)[0].dtype
     shape: Dims = (canonical([groups]), canonical([items]), canonical([terms]))
     for source in rw.sources.of(fold.coefficients):
-        source.folded = True
+        rw.sources.journal.put(source, "folded", True)
     factors, physical = rw.layout.realise(fold.coefficients, shape)
     assert not symbols(physical)
     folded = members[: len(members) - len(fold.plain)]

@@ -17,7 +17,7 @@ from onnxrank.cli.options import (
 )
 from onnxrank.cli.output import show_progress, show_report
 from onnxrank.errors import CheckFailed, NothingApplied
-from onnxrank.formats import OPTIMIZE, Style
+from onnxrank.formats import OPTIMIZE, Style, check_file, put
 
 
 @click.command(short_help="Compute once per request what does not depend on the candidate.")
@@ -41,6 +41,24 @@ from onnxrank.formats import OPTIMIZE, Style
 )
 @LENGTH_OPTION
 @click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
+@click.option(
+    "--strict", is_flag=True, help="Exit with 1 if the result fails its check, instead of taking back what fails."
+)
+@click.option(
+    "--tune",
+    type=click.FloatRange(0, 3600),
+    default=0.0,
+    show_default="0, not at all",
+    metavar="SECONDS",
+    help="Time original and result in turns, and take back what is not faster. The bytes then depend on the machine: "
+    "--plan-out keeps what was decided.",
+)
+@click.option("--plan-out", metavar="FILE", help="Write every decision as JSON, for --plan.")
+@click.option(
+    "--plan",
+    metavar="FILE",
+    help="Decide nothing: do what FILE says, which has roles and options too. Gives the same bytes on any machine.",
+)
 @click.option("--require-change", is_flag=True, help="Exit with 5 and write no model if nothing applied.")
 @with_options(OUTPUT_OPTIONS)
 @click.pass_context
@@ -63,6 +81,10 @@ def optimize(
     check: str,
     lengths: dict[str, tuple[int, int]],
     no_check: bool,
+    strict: bool,
+    tune: float,
+    plan_out: str | None,
+    plan: str | None,
     require_change: bool,
     quiet: bool,
     verbose: bool,
@@ -70,7 +92,8 @@ def optimize(
     """Compute once per request what does not depend on the candidate.
 
     Reads the ranking model IN, rewrites it, compares the result with the original and writes it to OUT, which may be IN
-    itself. If nothing applies, OUT gets IN's own bytes. If anything fails, no file is written.
+    itself. What fails the comparison is taken back, and the rest is kept. If nothing applies, OUT gets IN's own bytes.
+    If anything fails, no file is written.
     """
     begin(ctx, quiet, verbose)
     if out is None and not dry_run:
@@ -79,7 +102,10 @@ def optimize(
     from onnxrank import optimize as run
     from onnxrank.model import check_output
 
-    OPTIMIZE.check(report, [source, *([out] if out is not None else [])])
+    taken = [source, *([out] if out is not None else [])]
+    OPTIMIZE.check(report, taken)
+    if plan_out is not None:
+        check_file(plan_out, taken, "--plan-out")
     style = Style(explain=explain, verbose=verbose)
     if out is not None and not dry_run:
         check_output(out)
@@ -97,6 +123,9 @@ def optimize(
                 extra_rules=rules,
                 check=False if no_check else check,
                 lengths=lengths,
+                strict=strict,
+                tune=tune,
+                plan=plan,
                 progress=progress,
             )
         except CheckFailed as e:
@@ -106,6 +135,8 @@ def optimize(
         refused = require_change and not result.changed
         if out is not None and not dry_run and not refused:
             result.save(out)
+        if plan_out is not None:
+            put(plan_out, result.plan.to_json())
     show_report(OPTIMIZE, result.report, style, quiet, report)
     if refused:
         raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")

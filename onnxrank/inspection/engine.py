@@ -31,11 +31,12 @@ from onnxrank.inspection.report import (
     Refused,
     Tensor,
 )
+from onnxrank.plan import label
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.roles import InputRole, format_ranges
 from onnxrank.ruleset import choose_rules
 from onnxrank.scopes import scope_of
-from onnxrank.study import Study, extents_of, label
+from onnxrank.study import Study, extents_of
 from onnxrank.transform import Saving
 from onnxrank.values import CANDIDATES
 

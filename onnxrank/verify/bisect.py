@@ -1,7 +1,7 @@
 """What makes a model wrong: the first rule and the first site of it, or the first tensor that differs.
 
-The rules that the model's contract names are applied to the original again, one after the other in the order in which
-they take nodes, and then the first that makes the result wrong one site after the other.
+The rules that the model's contract names are applied to the original again: the first of them with which the result is
+wrong is found by halving, and then the first of its sites.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 
 from onnxrank import fused
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
 from onnxrank.model import flattened
-from onnxrank.rewrite import Rewrite, Rule
-from onnxrank.study import Study, label
+from onnxrank.plan import Choice, Site, label
+from onnxrank.retreat import GaveUp, Search, order
+from onnxrank.rewrite import Rule, SiteFailed
+from onnxrank.study import Study
+from onnxrank.values import Unrepresentable
 from onnxrank.verify import compare, judge
 from onnxrank.verify.report import Case, Culprit
 
@@ -26,8 +29,7 @@ if TYPE_CHECKING:
     from onnxrank.verify.engine import Engine
     from onnxrank.verify.points import Point
 
-_ALWAYS = ("movement", "broadcast")
-"""Rules without which none of the others can be applied."""
+_MOST_SECONDS = 600.0
 
 Fails = Callable[[ModelProto], bool]
 """Whether a model in the place of the one under test fails where that did."""
@@ -61,9 +63,10 @@ def _by_rule(engine: Engine, fails: Fails) -> Culprit | None:
     from onnxrank.ruleset import choose_rules
 
     stored = stored_contract(engine.optimized.proto)
-    names = list((stored or {}).get("rules", {}))
-    if stored is None or not names:
+    found = (stored or {}).get("rules")
+    if stored is None or not isinstance(found, dict) or not found:
         return None
+    names = list(found)
     own = {r.name for r in choose_rules(None, (), ())}
     known = {r.name for r in choose_rules(None, (), engine.options.rules)}
     # Those of a file may leave their marks under the names of others.
@@ -71,93 +74,74 @@ def _by_rule(engine: Engine, fails: Fails) -> Culprit | None:
     missing = [n for n in names if n not in known]
     if missing:
         raise UsageError(f"the rule {missing[0]!r} is not there; name its file with --rules")
-    rules = choose_rules(names, (), engine.options.rules)
-    order = [n for n in _ALWAYS if n in names] + [n for n in names if n not in _ALWAYS]
-    trial = _Trial(engine, fails, stored, rules)
-    if trial.right(order):
-        return Culprit(None, None, None, "the rules applied to the original again give a right model: edited since?")
-    guilty = next(k for k in range(len(order)) if not trial.right(order[: k + 1]))
-    rule = order[guilty]
-    sites = trial.sites(order[: guilty + 1], rule)
-    for count in range(1, len(sites) + 1):
-        if not trial.right(order[: guilty + 1], {rule: set(sites[:count])}):
-            node = sites[count - 1]
+    trial = _Trial(engine, fails, stored, choose_rules(names, (), engine.options.rules))
+    search = Search(trial.make, trial.right, seconds=_MOST_SECONDS)
+    try:
+        if search.right(Choice()):
             return Culprit(
-                rule, node, None, f"rule {rule!r} makes it wrong, first at node {node!r} (site {count} of {len(sites)})"
+                None, None, None, "the rules applied to the original again give a right model: edited since?"
             )
-    return Culprit(rule, None, None, f"rule {rule!r} makes it wrong, at no single site of {len(sites)}")
+        guilty = search.culprit(Choice(), order(names))
+    except GaveUp:
+        return Culprit(None, None, None, "the rules applied to the original again were not told apart in time")
+    if guilty.node is None:
+        message = f"rule {guilty.rule!r} makes it wrong, at no single site of {guilty.count}"
+        return Culprit(guilty.rule, None, None, message)
+    where = f"first at node {guilty.node!r} (site {guilty.number} of {guilty.count})"
+    return Culprit(guilty.rule, guilty.node, None, f"rule {guilty.rule!r} makes it wrong, {where}")
 
 
 class _Trial:
-    """Applies some rules at some sites to the original, and tells whether the result is right."""
+    """Applies the rules to the original as a choice says, and tells whether the result is right."""
 
     def __init__(self, engine: Engine, fails: Fails, stored: dict[str, Any], rules: Sequence[Rule]) -> None:
         self.engine, self.fails = engine, fails
         self.stored = stored
         self.rules = rules
-        self._known: dict[str, bool] = {}
         self._study: Study | None = None
 
-    def right(self, names: Sequence[str], only: dict[str, set[str]] | None = None) -> bool:
-        """Whether the original with these rules, each at all or only some nodes, still gives its scores."""
-        key = repr((list(names), {k: sorted(v) for k, v in (only or {}).items()}))
-        if key not in self._known:
-            self._known[key] = self._try(names, only or {})
-        return self._known[key]
-
-    def sites(self, names: Sequence[str], rule: str) -> list[str]:
-        """Nodes at which a rule applies, in the order of the graph."""
-        seen: list[str] = []
-        self._make(names, {}, lambda name, node: seen.append(label(node)) if name == rule else None)
-        return list(dict.fromkeys(seen))
-
-    def _try(self, names: Sequence[str], only: dict[str, set[str]]) -> bool:
+    def right(self, made: ModelProto) -> bool:
+        """Whether a model gives the original's scores where the one under test does not."""
         try:
-            made = self._make(names, only, None)
+            return not self.fails(made)
         except (CheckFailed, ModelError):
             return False
-        return made is None or not self.fails(made)
 
-    def _make(
-        self, names: Sequence[str], only: dict[str, set[str]], taken: Callable[[str, NodeProto], None] | None
-    ) -> ModelProto | None:
+    def make(self, choice: Choice) -> tuple[ModelProto, list[Site]]:
+        """The original with the rules that a choice allows, and where they are applied.
+
+        Raises:
+            ModelError: They cannot be applied that way.
+        """
         from onnxrank.transform import Transformation
 
-        rules = [_limited(r, only.get(r.name), taken) for r in self.rules if r.name in names or r.name in _ALWAYS]
         if self._study is None:
-            loaded = self.engine.original.loaded
-            model = loaded.proto
-            flat = flattened(model)
-            self._study = Study(flat, self.engine.roles, loaded)
-            gone = _fused(flat) - _fused(self.engine.optimized.loaded.proto)
-            if gone:
-                self._study = self._study.written_out(gone)
-        low, high = self.stored.get("candidates", [512, 512])
-        interface = self.stored.get("interface", "request")
-        made = Transformation(self._study, rules, interface, False, round((low * high) ** 0.5))
-        return made.run()
+            self._study = self._studied()
+        low, high = self._span()
+        interface = str(self.stored.get("interface", "request"))
+        made = Transformation(self._study, self.rules, interface, False, round((low * high) ** 0.5), choice)
+        try:
+            return made.run(), made.decisions()
+        except (SiteFailed, Unrepresentable) as e:
+            raise ModelError(f"the rules cannot be applied: {e}") from e
+
+    def _studied(self) -> Study:
+        loaded = self.engine.original.loaded
+        flat = flattened(loaded.proto)
+        study = Study(flat, self.engine.roles, loaded)
+        gone = _fused(flat) - _fused(self.engine.optimized.loaded.proto)
+        return study.written_out(gone) if gone else study
+
+    def _span(self) -> tuple[int, int]:
+        found = self.stored.get("candidates")
+        if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
+            return found[0], found[1]
+        return 512, 512
 
 
 def _fused(model: ModelProto) -> set[str]:
     """First outputs of fused operators."""
     return {n.output[0] for n in model.graph.node if n.op_type in fused.OPERATORS}
-
-
-def _limited(rule: Rule, only: set[str] | None, taken: Callable[[str, NodeProto], None] | None) -> Rule:
-    """A rule that leaves nodes alone that are not among the given ones, and tells which it took."""
-
-    def limit(transfer: Callable[[Rewrite, NodeProto], Any]) -> Callable[[Rewrite, NodeProto], Any]:
-        def apply(rw: Rewrite, node: NodeProto) -> Any:
-            if only is not None and label(node) not in only:
-                return None
-            made = transfer(rw, node)
-            if made is not None and taken is not None:
-                taken(rule.name, node)
-            return made
-
-        return apply
-
-    return replace(rule, operators={op: limit(t) for op, t in rule.operators.items()})
 
 
 # --- by tensor ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ def gate(
     symbols: Sequence[str],
     level: str = "standard",
     lengths: Mapping[str, Span] | None = None,
+    candidates: Sequence[int] | None = None,
 ) -> Report:
     """Holds a rewritten model against the original.
 
@@ -35,6 +36,7 @@ def gate(
         symbols: Symbols of their shapes.
         level: How much is compared.
         lengths: Least and most of the inputs' symbolic lengths, where they are declared.
+        candidates: Numbers of candidates to compare at; None for those of the level.
 
     Raises:
         ModelError: The original does not run.
@@ -42,9 +44,14 @@ def gate(
         EnvironmentProblem: There is no runtime.
     """
     second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
-    options = Options(roles=roles, level=level, lengths=lengths or {})
+    options = Options(roles=roles, level=level, lengths=lengths or {}, candidates=candidates)
     with Engine(original, second, options, known=(ranges, symbols)) as engine:
         return engine.run()
+
+
+def failing_candidates(report: Report) -> tuple[int, ...]:
+    """Numbers of candidates that are enough to see a failure again."""
+    return tuple(sorted({2, *(c.candidates for c in report.failed_cases[:1])}))
 
 
 def comparisons(report: Report) -> list[Comparison]:

@@ -147,6 +147,9 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
             "extra_rules": (),
             "check": "standard",
             "lengths": {},
+            "strict": False,
+            "tune": 0.0,
+            "plan": None,
         }
     ]
 
@@ -154,7 +157,7 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
 def test_options_reach_the_engine(folder: Path, engine: Engine) -> None:
     (folder / "roles.yaml").write_text("inputs: {user: request}\n")
     options = "--request u* --request X[0:13,20] --roles roles.yaml --interface same --no-guard --candidates 64..2048"
-    options += " --select fc,norm --select gru --ignore a, --rules a.py --rules b.py --no-check -q"
+    options += " --select fc,norm --select gru --ignore a, --rules a.py --rules b.py --no-check --strict --tune 2.5 -q"
     assert cli.main(["optimize", "in.onnx", "out.onnx", *options.split()]) == 0
     assert engine.calls == [
         {
@@ -170,6 +173,9 @@ def test_options_reach_the_engine(folder: Path, engine: Engine) -> None:
             "extra_rules": ("a.py", "b.py"),
             "check": False,
             "lengths": {},
+            "strict": True,
+            "tune": 2.5,
+            "plan": None,
         }
     ]
 

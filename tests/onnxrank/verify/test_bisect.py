@@ -79,7 +79,7 @@ def test_optimize_refuses_a_broken_rule(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(RULE.format(node="/experts.1/experts.1.0/Gemm"))
     path, out = FOLDER / "mmoe.torchscript.onnx", tmp_path / "out.onnx"
     with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0), pytest.raises(CheckFailed, match="algebra") as e:
-        onnxrank.optimize(path, request=["user_*"], extra_rules=[tmp_path / "broken.py"]).save(out)
+        onnxrank.optimize(path, request=["user_*"], extra_rules=[tmp_path / "broken.py"], strict=True).save(out)
     assert e.value.report is not None and not all(c.passed for c in e.value.report.checks)
     assert {c.candidates for c in e.value.report.checks} == {0, 1, 2, 17, 512} and not out.exists()
 

@@ -1,0 +1,158 @@
+"""What is timed and is not faster is left out; nothing here depends on a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import Graph, run
+from onnx import ModelProto
+
+import onnxrank
+from onnxrank import pipeline, tune
+from onnxrank.contract import stored_contract
+from onnxrank.errors import UsageError
+from onnxrank.plan import Measured
+from onnxrank.roles import resolve
+from onnxrank.verify import gate
+
+Clock = Callable[[ModelProto, int], float]
+
+
+def ranker() -> ModelProto:
+    """Fields that are multiplied in pairs, and pooled, before a layer: `fold`, `pool` and `fc` apply."""
+    g, rng = Graph(), np.random.default_rng(0)
+    user, item = g.input("user", ["N", 6, 16]), g.input("item", ["N", 2, 16])
+    pairs = g.op("Mul", user, g.op("Slice", item, g.ints(0), g.ints(1), g.ints(1)))
+    fields = g.op("Concat", item, user, axis=1)
+    pooled = g.on_axes("ReduceSum", fields, [1], keepdims=0)
+    flat = g.op("Reshape", g.op("Concat", pairs, fields, axis=1), g.ints(-1, 224))
+    weight, bias = rng.integers(-2, 3, (240, 64)), rng.integers(0, 3, 64)
+    hidden = g.op("Relu", g.op("Gemm", g.op("Concat", flat, pooled, axis=1), g.const(weight), g.const(bias)))
+    g.output(g.op("MatMul", hidden, g.const(rng.integers(-2, 3, (64, 1)))), ["N", 1])
+    return g.model()
+
+
+def rules_of(made: ModelProto) -> set[str]:
+    return {p.value for n in made.graph.node for p in n.metadata_props if p.key == "onnxrank.rule"}
+
+
+def tuned(clock: Clock, **options: Any) -> tuple[ModelProto, onnxrank.Result]:
+    """The ranker, timed by a clock that tells the ratio of a result at a number of candidates."""
+
+    def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
+        assert len(feeds) == len(race.points)
+        return tuple(Measured(n, r, r * 0.99, r * 1.01) for n in race.points for r in [clock(made, n)])
+
+    model = ranker()
+    with mock.patch.object(tune.Race, "measure", measure), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+        return model, onnxrank.optimize(model, request=["user"], tune=1.0, **options)
+
+
+def agree(model: ModelProto, result: onnxrank.Result) -> None:
+    rng = np.random.default_rng(1)
+    for n in (1, 3, 100):
+        user, item = (rng.integers(-2, 3, s).astype(np.float32) for s in ((1, 6, 16), (n, 2, 16)))
+        old = run(model, {"user": np.repeat(user, n, 0), "item": item})
+        new = run(result.model, {"user": user if result.changed else np.repeat(user, n, 0), "item": item})
+        np.testing.assert_array_equal(*(next(iter(x.values())) for x in (old, new)))
+
+
+def test_what_is_faster_is_kept() -> None:
+    model, result = tuned(lambda made, n: 1.5, candidates=(32, 2048))
+    agree(model, result)
+    assert result.changed and not result.report.retreats
+    seen = {p.candidates: p.measured for p in result.report.predictions if p.measured is not None}
+    assert seen == {32: 1.5, 256: 1.5, 2048: 1.5}
+    assert {p.candidates for p in result.report.predictions} > {1, 8, 512}
+    contract = stored_contract(result.model)
+    assert contract is not None and [m["ratio"] for m in contract["plan"]["measured"]] == [1.5] * 3
+
+
+def test_the_rule_that_is_slow_is_left_out() -> None:
+    """The rest is kept; the plan gives the same bytes without a clock."""
+    model, result = tuned(lambda made, n: 0.5 if "fold" in rules_of(made) else 1.2)
+    agree(model, result)
+    assert result.changed and rules_of(result.model) and "fold" not in rules_of(result.model)
+    assert [(r.rule, r.node, r.cause) for r in result.report.retreats] == [("fold", None, "tune")]
+    assert "0.5x at N = 512" in result.report.retreats[0].reason
+    with mock.patch.object(tune.Race, "measure", side_effect=AssertionError):
+        again = onnxrank.optimize(model, plan=result.plan)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+def test_two_rules_that_are_slow_together() -> None:
+    """Leaving out one is not enough to be faster, so another is left out as well."""
+
+    def clock(made: ModelProto, n: int) -> float:
+        return 1.1 - 0.4 * ("fold" in rules_of(made)) - 0.2 * ("pool" in rules_of(made))
+
+    model, result = tuned(clock)
+    agree(model, result)
+    assert result.changed and rules_of(result.model) == {"fc", "movement"}
+    assert {r.rule for r in result.report.retreats} == {"fold", "pool"}
+
+
+def test_slow_without_any_rule() -> None:
+    """The original is kept, with the reason."""
+    model, result = tuned(lambda made, n: 0.9)
+    assert not result.changed and result.model is not None
+    assert [(r.rule, r.cause) for r in result.report.retreats] == [("", "tune")]
+    assert any("given up" in note and "0.9x" in note for note in result.report.notes)
+    assert not result.plan.changed
+    again = onnxrank.optimize(model, plan=result.plan)
+    assert not again.changed
+
+
+def test_slower_at_an_end_of_the_range() -> None:
+    _, result = tuned(lambda made, n: 0.8 if n == 8 else 1.5, candidates=(8, 512))
+    assert not result.changed
+
+
+@pytest.mark.parametrize(
+    ("measured", "found"),
+    [
+        ([(512, 1.5, 1.4, 1.6)], True),
+        ([(512, 1.5, 0.9, 2.1)], False),  # noise
+        ([(512, 1.01, 1.005, 1.02)], False),  # less than two sessions of one model differ by
+        ([(512, 1.5, 1.4, 1.6), (1, 0.8, 0.7, 1.1)], True),
+        ([(512, 1.5, 1.4, 1.6), (1, 0.8, 0.7, 0.9)], False),
+    ],
+)
+def test_beyond_noise(measured: list[tuple[int, float, float, float]], found: bool) -> None:
+    assert tune.faster([Measured(*m) for m in measured]) is found
+
+
+def test_a_race() -> None:
+    """Both models run, in one process, at every point; what cannot run is told."""
+    model = ranker()
+    job = pipeline.Job(pipeline.read(model), resolve(pipeline.described(pipeline.read(model)), request=["user"]),
+                       pipeline.Options(span=(2, 8), rules=pipeline.choose_rules(None, (), ()), tune=0.01))  # fmt: skip
+    assert job.studied()
+    job.choose(job.candidates())
+    job.measure()
+    assert [m.candidates for m in job.measured] == [4, 2, 8] or job.form is None
+    assert all(m.low <= m.ratio <= m.high for m in job.measured)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_odd_times(seconds: float) -> None:
+    with pytest.raises(UsageError, match="tune"):
+        onnxrank.optimize(ranker(), request=["user"], tune=seconds)
+
+
+def test_the_check_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left after timing is held against the original, too."""
+    calls: list[int] = []
+    real = gate.gate
+
+    def counted(*args: Any, **how: Any) -> Any:
+        calls.append(1)
+        return real(*args, **how)
+
+    monkeypatch.setattr(gate, "gate", counted)
+    _, result = tuned(lambda made, n: 0.5 if "fold" in rules_of(made) else 1.2)
+    assert result.changed and len(calls) == 2
