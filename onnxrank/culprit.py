@@ -7,8 +7,8 @@ import time
 
 from onnx import ModelProto, helper
 
-from onnxrank.emit import live
 from onnxrank.errors import ModelError
+from onnxrank.graphs import live
 from onnxrank.workers import Crashed, Feeds, RemoteSession
 
 _SECONDS = 30.0

@@ -22,9 +22,9 @@ from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 from onnxrank import extents as ex
 from onnxrank import model as files
 from onnxrank import runtime, shapes
-from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
 from onnxrank.extents import Expr
+from onnxrank.graphs import captured, subgraphs
 from onnxrank.values import CANDIDATES, Dim, Dims, canonical, is_candidate_symbol
 from onnxrank.workers import RemoteSession
 

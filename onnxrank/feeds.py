@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from onnxrank.emit import Emitter, subgraphs
+from onnxrank.emit import Emitter
 from onnxrank.facts import Facts, Setting
+from onnxrank.graphs import subgraphs
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
 from onnxrank.values import (

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from onnxrank import runtime, wire, workers
-from onnxrank.emit import live
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
+from onnxrank.graphs import live
 from onnxrank.model import flattened
 from onnxrank.turns import interleave
 

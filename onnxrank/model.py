@@ -22,8 +22,8 @@ from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, inliner, numpy_helper
 
-from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
+from onnxrank.graphs import captured, subgraphs
 
 MIN_OPSET = 11
 _LIMIT = 1 << 31  # of a protobuf message

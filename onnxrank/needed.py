@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from onnxrank.emit import captured, subgraphs
 from onnxrank.facts import Facts
+from onnxrank.graphs import captured, subgraphs
 from onnxrank.operators import operator
 
 Needs = dict[int, NDArray[np.int64]]

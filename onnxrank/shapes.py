@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from onnxrank import extents as ex
-from onnxrank.emit import captured, subgraphs
 from onnxrank.extents import Expr, Unproved
+from onnxrank.graphs import captured, subgraphs
 from onnxrank.operators import Known, Operator, Shape, Use, constant, domain_of, find
 
 _LARGEST = 1 << 24

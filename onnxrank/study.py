@@ -11,10 +11,10 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 from onnxrank import facts, feeds
 from onnxrank import model as files
 from onnxrank.culprit import culprit
-from onnxrank.emit import live, names_in, rename_captured, subgraphs
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
+from onnxrank.graphs import live, names_in, rename_captured, subgraphs
 from onnxrank.plan import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles

@@ -13,8 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnxrank import cost, facts, feeds, needed, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
-from onnxrank.emit import Emitted, Emitter, captured, names_in, rename_captured, subgraphs
+from onnxrank.emit import Emitted, Emitter
 from onnxrank.errors import UsageError
+from onnxrank.graphs import captured, names_in, rename_captured, subgraphs
 from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule, SiteFailed

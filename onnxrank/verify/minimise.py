@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
+from onnxrank.graphs import captured, subgraphs
 from onnxrank.model import tensor_data, tensors
 from onnxrank.verify import compare, judge
 from onnxrank.verify.bisect import alike, common_tensors, exposed, worst_point

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from onnxrank.emit import subgraphs
 from onnxrank.errors import UsageError
 from onnxrank.facts import settings
+from onnxrank.graphs import subgraphs
 from onnxrank.values import CANDIDATES
 
 Span = tuple[int, int]

@@ -10,7 +10,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from onnxrank import feeds, runtime
 from onnxrank.contract import CONTRACT, stored_contract
-from onnxrank.emit import subgraphs
+from onnxrank.graphs import subgraphs
 from onnxrank.model import LoadedModel
 from onnxrank.plan import label
 from onnxrank.verify.pairing import Binding

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxrank.emit import subgraphs
+from onnxrank.graphs import subgraphs
 from onnxrank.model import LoadedModel
 
 _CHUNK = 8 << 20

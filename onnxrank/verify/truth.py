@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import runtime
-from onnxrank.emit import captured, subgraphs
 from onnxrank.errors import ModelError
+from onnxrank.graphs import captured, subgraphs
 from onnxrank.model import tensor_data, tensors
 from onnxrank.study import element_types
 from onnxrank.verify import compare

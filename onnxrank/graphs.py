@@ -1,0 +1,84 @@
+"""Questions about graphs and the graphs inside their nodes, and small changes to them."""
+
+from __future__ import annotations
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+
+
+def names_in(graph: GraphProto) -> set[str]:
+    """All names of tensors and nodes in a graph and in the graphs inside it."""
+    out = _given(graph) | {o.name for o in graph.output}
+    for node in graph.node:
+        out |= {*node.input, *node.output, node.name}
+        for inner in subgraphs(node):
+            out |= names_in(inner)
+    return out
+
+
+def _given(graph: GraphProto) -> set[str]:
+    """Names of what a graph has before any of its nodes."""
+    sparse = {t.values.name for t in graph.sparse_initializer}
+    return {t.name for t in graph.initializer} | sparse | {i.name for i in graph.input}
+
+
+def captured(graph: GraphProto) -> set[str]:
+    """Names of outer tensors that a subgraph reads."""
+    local = _given(graph)
+    out: set[str] = set()
+    for node in graph.node:
+        out |= {i for i in node.input if i and i not in local}
+        out |= {c for g in subgraphs(node) for c in captured(g) if c not in local}
+        local |= set(node.output)
+    out |= {o.name for o in graph.output if o.name not in local}
+    return out
+
+
+def live(model: ModelProto) -> ModelProto:
+    """The model without the nodes that no output depends on, which onnxruntime would run all the same.
+
+    Returns:
+        A copy; the model itself where there are none.
+    """
+    maker = {o: k for k, node in enumerate(model.graph.node) for o in node.output if o}
+    seen: set[int] = set()
+    wanted = [o.name for o in model.graph.output]
+    while wanted:
+        k = maker.get(wanted.pop())
+        if k is not None and k not in seen:
+            seen.add(k)
+            node = model.graph.node[k]
+            wanted += [*node.input, *(c for g in subgraphs(node) for c in captured(g))]
+    if len(seen) == len(model.graph.node):
+        return model
+    kept = [node for k, node in enumerate(model.graph.node) if k in seen]
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:]
+    out.graph.node.extend(kept)
+    return out
+
+
+def subgraphs(node: NodeProto) -> list[GraphProto]:
+    """Bodies of a control-flow node."""
+    out = []
+    for a in node.attribute:
+        if a.type == AttributeProto.GRAPH:
+            out.append(a.g)
+        elif a.type == AttributeProto.GRAPHS:
+            out.extend(a.graphs)
+    return out
+
+
+def rename_captured(node: NodeProto, names: dict[str, str]) -> None:
+    """Renames, in place, the outer tensors that a control-flow node's bodies read."""
+    for graph in subgraphs(node):
+        local = _given(graph)
+        for inner in graph.node:
+            for k, i in enumerate(inner.input):
+                if i not in local and i in names:
+                    inner.input[k] = names[i]
+            rename_captured(inner, {a: b for a, b in names.items() if a not in local})
+            local |= set(inner.output)
+        for o in graph.output:
+            if o.name not in local and o.name in names:
+                o.name = names[o.name]
