@@ -14,7 +14,7 @@ from onnxrank import cost, facts, feeds, needed, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter
-from onnxrank.errors import UsageError
+from onnxrank.errors import ModelError
 from onnxrank.graphs import captured, names_in, rename_captured, subgraphs
 from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
@@ -147,7 +147,7 @@ class Transformation:
             if self.interface == "request":
                 name = f"{i.name}.{part}"
                 if name in self._own_names:
-                    raise UsageError(
+                    raise ModelError(
                         f"the input {i.name} is divided into {i.name}.request and {i.name}.candidate, but the model "
                         f"has a {name!r} already: rename that, or use --interface same"
                     )
