@@ -33,6 +33,7 @@ from onnxrank.values import (
     canonical,
     codes_of,
     extents,
+    is_candidate_symbol,
     offsets,
     source_numbers,
     symbols,
@@ -320,16 +321,20 @@ def _with_plain(
     return codes
 
 
-def has_open(rw: Rewrite, value: Sum) -> bool:
-    """Whether a pending sum of vectors, one per row, holds products that were put off."""
+def _is_vector(value: Value | Sum) -> bool:
+    """Whether a value is a vector per candidate, not a matrix of a length that differs from request to request."""
     shape = extents(value.dims)
-    return prod(shape) == max(shape, default=1) and any(is_open(rw, t.codes).any() for t in value.terms)
+    return prod(shape) == max(shape, default=1) and all(is_candidate_symbol(s) for s in symbols(value.dims))
+
+
+def has_open(rw: Rewrite, value: Sum) -> bool:
+    """Whether a pending sum of vectors, one per candidate, holds products that were put off."""
+    return _is_vector(value) and any(is_open(rw, t.codes).any() for t in value.terms)
 
 
 def apart(rw: Rewrite, value: Value) -> Value | Sum:
-    """A vector per row that is, in part, products of few candidate-level entries, put off: those and the rest."""
-    shape = extents(value.dims)
-    if value.whole is not None or prod(shape) != max(shape, default=1):
+    """A vector per candidate that is, in part, products of few candidate-level entries, put off, as those and the rest."""
+    if value.whole is not None or not _is_vector(value):
         return value
     mask, zero = is_open(rw, value.codes), rw.zero(value.dtype)
     if not mask.any() or mask.all() or len(np.unique(expand(rw, value.codes[mask])[1])) * 4 > mask.sum():
