@@ -151,7 +151,9 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = F
             raise Unrepresentable("levels that follow no single axis")
         group = Group(Level.CANDIDATE, index, (*own[:-1],))
         slots = itertools.count()
-        found_fold = fold.find(rw, part, level_of == Level.CANDIDATE, width) if width and rw.uses("fold") else None
+        found_fold = None
+        if width and rw.uses("fold"):
+            found_fold = fold.find(rw, part, own, level_of == Level.CANDIDATE, width)
         if found_fold is not None:
             members, how = found_fold
             level_of = level_of.copy()
@@ -376,7 +378,7 @@ def contract(
     def note(source: Source, piece: Piece) -> None:
         if piece.level is not Level.CANDIDATE or unread:
             return
-        if prod(piece.codes.shape[:-1]) == 1:
+        if prod(piece.codes.shape[:-1]) == 1 and not (piece.fold and piece.fold.along):
             _explain(rw, source, piece, weight, axis)
         elif piece.fold is None and axis == x.rank - 1:
             _by_columns(rw, source, piece, weight)
