@@ -349,7 +349,7 @@ def has_open(rw: Rewrite, value: Sum) -> bool:
 
 
 def apart(rw: Rewrite, value: Value) -> Value | Sum:
-    """A vector per candidate that is, in part, products of few candidate-level entries, put off, as those and the rest."""
+    """A vector per candidate that is, in part, products of few candidate-level entries, put off: those and the rest."""
     if value.whole is not None or not _is_vector(value):
         return value
     mask, zero = is_open(rw, value.codes), rw.zero(value.dtype)

@@ -64,7 +64,9 @@ class TargetRanker(Ranker):
         self.way, self.softmax = way, softmax
         self.users = Fields(4, 0, vocab, dim, "matrix")
         self.item_table = Table(vocab, dim, padded=True)
-        self.attention = nn.Sequential(nn.Linear(4 * dim, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.attention = nn.Sequential(
+            nn.Linear(4 * dim, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1)
+        )
         width = 2 * dim + self.users.width
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.deep = mlp((width, 64, 32))
