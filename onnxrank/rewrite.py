@@ -1090,7 +1090,11 @@ class Rewrite:
         lead = next((k for k, d in enumerate(have) if d != ()), len(have))
         if have == physical:
             have, addend = product.dims, self.layout.reshape(name, have, product.dims)
-        elif have[lead:] == physical[lead:] and stream(have) == stream(product.dims[-1:]) and not symbols(have):
+        elif (
+            have[lead:] == physical[lead:]
+            and stream(have) == stream(product.dims[-1:])
+            and not any(is_candidate_symbol(s) for s in symbols(have))
+        ):
             have, addend = product.dims[-1:], self.layout.reshape(name, have, product.dims[-1:])
         else:
             return None
