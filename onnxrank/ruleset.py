@@ -66,6 +66,7 @@ def _checked(found: object, must: str) -> list[Rule]:
 
 def _told(e: BaseException) -> str:
     """An error of somebody else's code, and where names went that were onnxrank's once."""
-    gone = isinstance(e, (ImportError, AttributeError, TypeError)) and "onnxrank" in str(e)
+    ours = any(name in str(e) for name in ("onnxrank", "Rule."))
+    gone = ours and isinstance(e, (ImportError, AttributeError, TypeError))
     hint = "; CHANGELOG.md lists the names that have changed, old and new" if gone else ""
     return f"{type(e).__name__}: {e}{hint}"

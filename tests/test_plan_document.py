@@ -56,7 +56,9 @@ def excerpt(name: str, indices: set[int]) -> str:
 def test_excerpts_are_current(request: pytest.FixtureRequest) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     made = EXCERPT.sub(
-        lambda m: f"<!-- plan {m[1]} {m[2]} -->\n```json\n{excerpt(m[1], set(map(int, m[2].split())))}\n```\n<!-- /plan -->",
+        lambda m: (
+            f"<!-- plan {m[1]} {m[2]} -->\n```json\n{excerpt(m[1], set(map(int, m[2].split())))}\n```\n<!-- /plan -->"
+        ),
         text,
     )
     assert len(EXCERPT.findall(text)) == 2
@@ -85,7 +87,8 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
     exec(code, space)
-    assert space["again"].model.SerializeToString() == onnxrank.optimize(
-        "ranker.onnx", request=["user_*"]
-    ).model.SerializeToString()
+    assert (
+        space["again"].model.SerializeToString()
+        == onnxrank.optimize("ranker.onnx", request=["user_*"]).model.SerializeToString()
+    )
     assert "sites" in capsys.readouterr().out
