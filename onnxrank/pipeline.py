@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from math import isclose
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, report_candidates, written_out_sites
 from onnxrank.fused import Unsupported
+from onnxrank.operators import operator
 from onnxrank.plan import Measured, Plan, Site, label
 from onnxrank.report import Prediction, Report, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
@@ -332,7 +335,7 @@ class Job:
 
     def studied(self) -> bool:
         """Derives the original's shapes; whether it can be rewritten at all."""
-        self.options.say("measuring shapes")
+        self.options.say("deriving shapes")
         study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
         self.notes += [study.facts.note] if study.facts.note else []
         shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), self.options.usual)
@@ -385,8 +388,12 @@ class Job:
         if not self.form.changed:
             return False
         n = self.options.usual
-        before = cost.seconds(self.form.study.model.graph, self.form.original_shapes(n))
-        if before < _LEAST_GAIN * self.form.time(n):
+        original, made = self.form.study.model, self.form.model
+        before, after = cost.seconds(original.graph, self.form.original_shapes(n)), self.form.time(n)
+        if made is not None and _operators(made) == _operators(original) and isclose(before, after):
+            self.notes.append("the rewritten model would do the same work in another order, so it was not taken")
+            return False
+        if before < _LEAST_GAIN * after:
             self.notes.append(f"the rewritten model would not be faster at N = {n}, so it was not taken")
             return False
         return True
@@ -620,6 +627,11 @@ class Job:
         self.report.changed, self._kept = False, True
         form = self.form or self.full
         return Result(self.loaded.proto, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
+
+
+def _operators(model: ModelProto) -> Counter[str]:
+    """How often each operator occurs."""
+    return Counter(operator(n) for n in model.graph.node)
 
 
 def _fit(sites: Iterable[Site], study: Study) -> None:

@@ -1,0 +1,94 @@
+"""The excerpts of docs/plan.md are what the tool writes now; `--update-goldens` puts them there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import onnxrank
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "plan.md"
+MODELS = ROOT / "models" / "onnx"
+EXCERPT = re.compile(r"<!-- plan (\S+) ([\d ]+) -->\n```json\n(.*?)```\n<!-- /plan -->", re.DOTALL)
+
+
+def plan(name: str, **how: Any) -> dict[str, Any]:
+    spec = yaml.safe_load((MODELS / f"{name.split('.')[0]}.roles.yaml").read_text())
+    found = onnxrank.optimize(MODELS / f"{name}.onnx", spec=spec, check=False, **how).plan
+    return dict(json.loads(found.to_json()))
+
+
+def rounded(value: Any) -> Any:
+    """The same with fewer digits."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def shown(value: Any, depth: int = 0) -> str:
+    """JSON; what is short on one line."""
+    line = json.dumps(value)
+    flat = not isinstance(value, (dict, list)) or all(isinstance(v, str) for v in value)
+    if len(line) + depth <= 112 or (flat and not isinstance(value, dict)):
+        return line
+    pad = " " * (depth + 1)
+    if isinstance(value, dict):
+        inner = (f"{pad}{json.dumps(k)}: {shown(v, depth + 1)}" for k, v in value.items())
+    else:
+        inner = (pad + shown(v, depth + 1) for v in value)
+    ends = "{}" if isinstance(value, dict) else "[]"
+    return f"{ends[0]}\n" + ",\n".join(inner) + f"\n{' ' * depth}{ends[1]}"
+
+
+def excerpt(name: str, indices: set[int]) -> str:
+    found = rounded(plan(name))
+    return shown(found | {"sites": [s for s in found["sites"] if s["index"] in indices]})
+
+
+def test_excerpts_are_current(request: pytest.FixtureRequest) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    made = EXCERPT.sub(
+        lambda m: (
+            f"<!-- plan {m[1]} {m[2]} -->\n```json\n{excerpt(m[1], set(map(int, m[2].split())))}\n```\n<!-- /plan -->"
+        ),
+        text,
+    )
+    assert len(EXCERPT.findall(text)) == 2
+    if request.config.getoption("--update-goldens"):
+        DOCUMENT.write_text(made, encoding="utf-8")
+    assert DOCUMENT.read_text(encoding="utf-8") == made
+
+
+def test_every_key_is_explained() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    found = plan("mmoe.torchscript")
+    keys = {*found, *found["sites"][0], *found["sites"][0]["alternatives"][0], "step"} - {"name"}
+    assert not [k for k in keys if f"`{k}`" not in text]
+
+
+def test_few_candidates_are_another_plan() -> None:
+    """What the document says of 32 and of 16."""
+    few = plan("hadamard_pairs.torchscript", candidates=32)
+    assert [s["chosen"] for s in few["sites"] if s["rule"] == "fold"] == ["leave"]
+    assert not plan("hadamard_pairs.torchscript", candidates=16)["changed"]
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (tmp_path / "ranker.onnx").write_bytes((MODELS / "mmoe.torchscript.onnx").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert (
+        space["again"].model.SerializeToString()
+        == onnxrank.optimize("ranker.onnx", request=["user_*"]).model.SerializeToString()
+    )
+    assert "sites" in capsys.readouterr().out
