@@ -164,7 +164,7 @@ def test_a_rule_for_an_earlier_version(text: str, tmp_path: Path, capsys: pytest
 
 def test_an_error_of_the_file_itself_is_no_matter_of_versions(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text("1 / 0")
-    with pytest.raises(UsageError, match="fails: ZeroDivisionError: division by zero$"):
+    with pytest.raises(UsageError, match=r"fails: ZeroDivisionError: division by zero$"):
         choose_rules(None, (), [tmp_path / "wrong.py"])
 
 

@@ -53,14 +53,15 @@ def excerpt(name: str, indices: set[int]) -> str:
     return shown(found | {"sites": [s for s in found["sites"] if s["index"] in indices]})
 
 
+def renewed(mark: re.Match[str]) -> str:
+    """An excerpt as it comes out now, between its marks."""
+    text = excerpt(mark[1], set(map(int, mark[2].split())))
+    return f"<!-- plan {mark[1]} {mark[2]} -->\n```json\n{text}\n```\n<!-- /plan -->"
+
+
 def test_excerpts_are_current(request: pytest.FixtureRequest) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    made = EXCERPT.sub(
-        lambda m: (
-            f"<!-- plan {m[1]} {m[2]} -->\n```json\n{excerpt(m[1], set(map(int, m[2].split())))}\n```\n<!-- /plan -->"
-        ),
-        text,
-    )
+    made = EXCERPT.sub(renewed, text)
     assert len(EXCERPT.findall(text)) == 2
     if request.config.getoption("--update-goldens"):
         DOCUMENT.write_text(made, encoding="utf-8")
