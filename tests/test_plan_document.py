@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import onnxrank
+from onnxrank.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "plan.md"
@@ -80,6 +81,15 @@ def test_few_candidates_are_another_plan() -> None:
     few = plan("hadamard_pairs.torchscript", candidates=32)
     assert [s["chosen"] for s in few["sites"] if s["rule"] == "fold"] == ["leave"]
     assert not plan("hadamard_pairs.torchscript", candidates=16)["changed"]
+
+
+def test_an_edited_plan() -> None:
+    """A site that is set to `leave` is left alone, and the rest is done."""
+    found = plan("mmoe.torchscript")
+    whole = onnxrank.optimize(MODELS / "mmoe.torchscript.onnx", plan=Plan.from_dict(found), check=False).report
+    found["sites"][0]["chosen"] = "leave"
+    less = onnxrank.optimize(MODELS / "mmoe.torchscript.onnx", plan=Plan.from_dict(found), check=False).report
+    assert whole.macs_after < less.macs_after < less.macs_before
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
