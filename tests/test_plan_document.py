@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import onnxrank
+from onnxrank.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "plan.md"
@@ -53,14 +54,15 @@ def excerpt(name: str, indices: set[int]) -> str:
     return shown(found | {"sites": [s for s in found["sites"] if s["index"] in indices]})
 
 
+def renewed(mark: re.Match[str]) -> str:
+    """An excerpt as it comes out now, between its marks."""
+    text = excerpt(mark[1], set(map(int, mark[2].split())))
+    return f"<!-- plan {mark[1]} {mark[2]} -->\n```json\n{text}\n```\n<!-- /plan -->"
+
+
 def test_excerpts_are_current(request: pytest.FixtureRequest) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    made = EXCERPT.sub(
-        lambda m: (
-            f"<!-- plan {m[1]} {m[2]} -->\n```json\n{excerpt(m[1], set(map(int, m[2].split())))}\n```\n<!-- /plan -->"
-        ),
-        text,
-    )
+    made = EXCERPT.sub(renewed, text)
     assert len(EXCERPT.findall(text)) == 2
     if request.config.getoption("--update-goldens"):
         DOCUMENT.write_text(made, encoding="utf-8")
@@ -79,6 +81,15 @@ def test_few_candidates_are_another_plan() -> None:
     few = plan("hadamard_pairs.torchscript", candidates=32)
     assert [s["chosen"] for s in few["sites"] if s["rule"] == "fold"] == ["leave"]
     assert not plan("hadamard_pairs.torchscript", candidates=16)["changed"]
+
+
+def test_an_edited_plan() -> None:
+    """A site that is set to `leave` is left alone, and the rest is done."""
+    found = plan("mmoe.torchscript")
+    whole = onnxrank.optimize(MODELS / "mmoe.torchscript.onnx", plan=Plan.from_dict(found), check=False).report
+    found["sites"][0]["chosen"] = "leave"
+    less = onnxrank.optimize(MODELS / "mmoe.torchscript.onnx", plan=Plan.from_dict(found), check=False).report
+    assert whole.macs_after < less.macs_after < less.macs_before
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
