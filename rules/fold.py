@@ -135,7 +135,13 @@ def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> 
     if not opened.any():
         return None
     basis = np.unique(expand(rw, flat[:, opened])[1])
+    saved = (int(candidate.sum()) - len(basis)) * width * len(flat)
     if any(s.symbols != (CANDIDATES,) for s in rw.sources.of(basis)):
+        _refuse_lengths(rw, "the candidate-level factors of its products vary", basis, saved)
+        return None
+    factors, _ = expand(rw, flat[:, opened])
+    if rw.sources.symbols(factors):
+        _refuse_lengths(rw, "the request-level factors of its products vary", factors, saved)
         return None
     joined = candidate & np.isin(flat, basis).all(0) & ~opened
     found = _regular(rw, flat, np.flatnonzero(opened | joined), opened, basis, width)
@@ -143,6 +149,21 @@ def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> 
         # Columns that are candidate-level factors themselves add to the weights made per request.
         found = _regular(rw, flat, np.flatnonzero(opened), opened, basis, width, np.flatnonzero(joined))
     return found
+
+
+def _refuse_lengths(rw: Rewrite, what: str, factors: Codes, saved: int) -> None:
+    """Remarks on products along an axis of symbolic extent, of which no matrix can be made once and for all.
+
+    Args:
+        rw: The rewrite.
+        what: What is the matter.
+        factors: The factors that have the axis.
+        saved: Multiply-adds per candidate and position along the axis that folding could save.
+    """
+    found = sorted(rw.sources.symbols(factors) - {CANDIDATES})
+    named = ", ".join(s.removeprefix("S:") for s in found)
+    rows = max(0, saved) * rw.candidates * cost.LENGTH ** len(found)
+    rw.refuse("fold", f"{what} along {named}, whose extent is not constant: no weights can be made of them", rows)
 
 
 def _regular(
@@ -156,8 +177,6 @@ def _regular(
 ) -> tuple[NDArray[np.int64], Fold] | None:
     """The fold of some columns, if the weights are regular and pay; `plain` columns have their own weights added."""
     left, right = expand(rw, flat[:, columns])
-    if rw.sources.symbols(left):
-        return None
     rows, zero = flat.shape[0], rw.zero(rw.sources.of(basis)[0].dtype)
     r, k, j = np.nonzero(left != zero)
     item = np.searchsorted(basis, right[r, k, j]) * rows + r
