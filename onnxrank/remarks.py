@@ -21,7 +21,7 @@ from onnxrank.levels import entry_levels, once_share
 from onnxrank.operators import operator
 from onnxrank.plan import ALWAYS, LEAVE, Alternative, Site, label
 from onnxrank.rewrite import Refusal, opaque_reason
-from onnxrank.values import Level, symbols
+from onnxrank.values import Level, is_candidate_symbol, symbols
 
 MODEL = "model"
 """In the place of a rule: the model as a whole."""
@@ -137,6 +137,12 @@ class _Search:
         self.form, self.candidates, self.rw = form, candidates, form.rewrite.rw
         self.nodes: Sequence[NodeProto] = form.study.model.graph.node
         self.before = [form.original_shapes(n) for n in (1, 2)]
+        # Where an extent is not proved that may depend on candidates, it is taken for their number.
+        unproved = [s for s in form.study.facts.opaque if is_candidate_symbol(s)]
+        self.guessed = [
+            replace(shapes, symbols={**dict.fromkeys(unproved, n), **shapes.symbols})
+            for n, shapes in zip((1, 2), self.before, strict=True)
+        ]
         self.after = [form.shapes(n) for n in (1, 2)] if form.changed else []
         self.decided: dict[int, list[Site]] = {}
         for place, site in self.rw.decided.items():
@@ -215,6 +221,11 @@ class _Search:
             lost[label(node)] = p.lost if operator(node) in _WEIGHTED else 0
             if label(node) not in told:
                 found.append(self._remark(p, node))
+        for k, sites in sorted(self.decided.items()):
+            node = self.nodes[k]
+            left = [s for s in sites if not s.taken]
+            if left and label(node) not in told | lost.keys():
+                found.append(Refusal(left[0].place.rule, label(node), node.op_type, self._too_dear(left[0])))
         for k, behind in self._behind_barriers().items():
             node = self.nodes[k]
             lost[label(node)] = lost.get(label(node), 0) + behind
@@ -267,7 +278,11 @@ class _Search:
             for s in symbols(self.rw.values[o].dims) if o in self.rw.values else ():
                 if s in facts.opaque:
                     return f"an extent of {o!r} is not proved ({facts.opaque[s][1]})"
-        return opaque_reason(operator(node), any(operator(node) in r.operators for r in self.rw.rules))
+        return opaque_reason(operator(node), self._is_known(node))
+
+    def _is_known(self, node: NodeProto) -> bool:
+        """Whether there are rules for a node's operator."""
+        return any(operator(node) in r.operators for r in self.rw.rules)
 
     # --- behind what no rule follows ---------------------------------------------------------------------------------
 
@@ -275,21 +290,35 @@ class _Search:
         """Per node that no rule follows, by its place: multiply-adds per candidate behind it that need be made once.
 
         These are products of what depends on the request alone, by the graph, and as far as shapes stay the same, the
-        share of products that the node's request-level entries would have.
+        share of products that the node's request-level entries would have. Each is told for one such node.
         """
-        by_candidate = self._depends()
-        out: dict[int, float] = {}
+        by_candidate, out = self._depends(), dict[int, float]()
+        behind: dict[str, tuple[float, int]] = {}
         for k, node in enumerate(self.nodes):
-            outputs = [o for o in node.output if o in self.rw.values]
-            if k in self.rw.taken or not any(self._has_rows(o) for o in outputs):
+            if self._is_barrier(k, node):
+                share = self._kept_share(node)
+                behind.update({o: (share if o in by_candidate else 1.0, k) for o in node.output if o})
                 continue
-            operands = [self.rw.values[i] for i in self._reads(node) if i in self.rw.values]
-            if not any(Level.REQUEST in self.rw.levels(v) for v in operands):
+            share, barrier = max((behind[i] for i in node.input if i in behind), default=(0.0, -1))
+            if not share:
                 continue
-            behind = self._lost_behind(k, node, by_candidate)
-            if behind:
-                out[k] = behind
+            if operator(node) in _WEIGHTED:
+                out[barrier] = out.get(barrier, 0) + share * self._guess(node)
+            if by_candidate.isdisjoint(node.output):
+                behind.update(dict.fromkeys(node.output, (1.0, barrier)))
+            elif operator(node) not in _PLACES and share < 1 and self._same_shape(node):
+                behind.update(dict.fromkeys(node.output, (share, barrier)))
         return out
+
+    def _is_barrier(self, k: int, node: NodeProto) -> bool:
+        """Whether a node takes in request-level entries, and nothing is known of what it makes."""
+        values = self.rw.values
+        outputs = [o for o in node.output if o in values]
+        if k in self.rw.taken or not any(self._has_rows(o) for o in outputs):
+            return False
+        if self._is_known(node) and not any(o in self.rw.facts.unknown for o in outputs):
+            return False  # it takes candidates together, or its operands do not lie as rules need it
+        return any(Level.REQUEST in self.rw.levels(values[i]) for i in self._reads(node) if i in values)
 
     def _has_rows(self, name: str) -> bool:
         """Whether a tensor is taken to differ between candidates."""
@@ -308,24 +337,13 @@ class _Search:
                 out.update(o for o in node.output if o)
         return out
 
-    def _lost_behind(self, at: int, barrier: NodeProto, by_candidate: set[str]) -> float:
-        """What is lost behind a node that no rule follows."""
-        share = self._kept_share(barrier)
-        behind = {o: share if o in by_candidate else 1.0 for o in barrier.output if o}
-        total = 0.0
-        for k in range(at + 1, len(self.nodes)):
-            node = self.nodes[k]
-            found = max((behind.get(i, 0.0) for i in node.input), default=0.0)
-            if not found:
-                continue
-            alone = all(o not in by_candidate for o in node.output)
-            if operator(node) in _WEIGHTED:
-                total += found * (self._macs.get(k, 0) if self.after else self._products(node, self.before))
-            if alone:
-                behind.update(dict.fromkeys(node.output, 1.0))
-            elif operator(node) not in _PLACES and found < 1 and self._same_shape(node):
-                behind.update(dict.fromkeys(node.output, found))
-        return total
+    def _guess(self, node: NodeProto) -> float:
+        """Multiply-adds of a node per candidate; of unknown shapes, those of one row times its weights."""
+        known = self._products(node, self.guessed)
+        weights = self.guessed[0].initializers.get(node.input[1]) if len(node.input) > 1 else None
+        if known or weights is None or self.guessed[0].shape(node.input[0]) is not None:
+            return known
+        return prod(weights)
 
     def _kept_share(self, node: NodeProto) -> float:
         """Share of a node's result that would be the same for all candidates, if it went entry by entry."""
@@ -349,7 +367,8 @@ def _stated(reason: str, refuses: str) -> str:
 def _line(way: Alternative) -> str:
     """What an alternative costs."""
     assert way.once is not None and way.each is not None
-    return f"{_time(way.once)} once and {_time(way.each)} per candidate"
+    once = f"{_time(way.once)} once and " if way.once else ""
+    return f"{once}{_time(way.each)} per candidate"
 
 
 def _time(seconds: float) -> str:

@@ -179,8 +179,8 @@ class _Printer:
 
 
 def told_lost(lost: int, total: int) -> str:
-    """What leaving places alone costs, of all multiply-adds of a model."""
-    share = f", {percent(lost / total)} of the model" if total else ""
+    """What leaving places alone costs, of the multiply-adds of a model as far as these are known."""
+    share = f", {percent(lost / total)} of the model" if lost <= total else ""
     return f"it costs {human(lost)} MACs per request{share}"
 
 
