@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import cost, feeds, plan, tune, workers
+from onnxrank import cost, feeds, plan, remarks, tune, workers
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
@@ -25,7 +25,7 @@ from onnxrank.operators import operator
 from onnxrank.plan import Measured, Plan, Site, label
 from onnxrank.report import Prediction, Report, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
-from onnxrank.rewrite import Rule
+from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study
@@ -330,6 +330,7 @@ class Job:
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
         self._fused: list[Site] = []
+        self._others: list[Refusal] = []
         self._kept = False
         self._without: frozenset[str] = frozenset()
 
@@ -373,14 +374,16 @@ class Job:
     def _take(self, form: Form) -> None:
         """Goes on with a form, and says what was left alone."""
         self.form, self.study = form, form.study
-        self.report.refusals = form.refusals
+        self._others = []
         assert self.full is not None
         for name in sorted(self.full.rewrite.rw.applied - form.rewrite.rw.applied):
             # What it would refuse is worth knowing, too.
-            self.report.refusals += [r for r in self.full.rewrite.rw.refusals if r.rule == name]
+            self._others += [r for r in self.full.rewrite.rw.refusals if r.rule == name]
             if not form.choice.uses(name) and not any(r.rule == name for r in self.report.retreats):
                 note = f"{name} would not pay at N = {self.options.usual}, so it was left out"
                 self.notes += [note] if note not in self.notes else []
+                self._others += remarks.left_out(name, form, self.full, self.options.span)
+        self.report.refusals = [*form.refusals, *self._others]
 
     def pays(self) -> bool:
         """Whether anything applied, and is predicted to be faster than the original."""
@@ -394,7 +397,9 @@ class Job:
             self.notes.append("the rewritten model would do the same work in another order, so it was not taken")
             return False
         if before < _LEAST_GAIN * after:
-            self.notes.append(f"the rewritten model would not be faster at N = {n}, so it was not taken")
+            reason = f"the rewritten model would not be faster at N = {n}, so it was not taken"
+            self.notes.append(reason)
+            self._others.append(remarks.not_taken(self.form, reason, n))
             return False
         return True
 
@@ -606,11 +611,17 @@ class Job:
         assert form is not None
         return form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
 
+    def _remark(self, form: Form | None) -> None:
+        """Says of every place that was left alone why it was."""
+        if form is not None:
+            self.report.refusals = remarks.by_loss([*remarks.remarks(form, self.options.usual), *self._others])
+
     def result(self) -> Result:
         """The result, and the report of it."""
         form = self.form
         if form is None or form.model is None:
             return self.unchanged()
+        self._remark(form)
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
         self.report.after = cost.by_level(made.graph, shapes)
@@ -626,6 +637,7 @@ class Job:
         """The original, and the report of why it is that."""
         self.report.changed, self._kept = False, True
         form = self.form or self.full
+        self._remark(form)
         return Result(self.loaded.proto, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
 

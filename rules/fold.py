@@ -142,7 +142,9 @@ def find(
     if not opened.any():
         return None
     basis = np.unique(expand(rw, flat[:, opened])[1])
+    saved = (int(candidate.sum()) - len(basis)) * width * len(flat)
     if any(s.symbols != (CANDIDATES,) for s in rw.sources.of(basis)):
+        _refuse_lengths(rw, "the candidate-level factors of its products vary", basis, saved)
         return None
     joined = candidate & np.isin(flat, basis).all(0) & ~opened
     along = tuple(s for s in symbols(dims) if s != CANDIDATES)
@@ -151,6 +153,21 @@ def find(
         # Columns that are candidate-level factors themselves add to the weights made per request.
         found = _regular(rw, flat, along, np.flatnonzero(opened), opened, basis, width, np.flatnonzero(joined))
     return found
+
+
+def _refuse_lengths(rw: Rewrite, what: str, factors: Codes, saved: int) -> None:
+    """Remarks on products along an axis of symbolic extent, of which no matrix can be made once and for all.
+
+    Args:
+        rw: The rewrite.
+        what: What is the matter.
+        factors: The factors that have the axis.
+        saved: Multiply-adds per candidate and position along the axis that folding could save.
+    """
+    found = sorted(rw.sources.symbols(factors) - {CANDIDATES})
+    named = ", ".join(s.removeprefix("S:") for s in found)
+    rows = max(0, saved) * rw.candidates * cost.LENGTH ** len(found)
+    rw.refuse("fold", f"{what} along {named}, whose extent is not constant: no weights can be made of them", rows)
 
 
 def _regular(
