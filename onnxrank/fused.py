@@ -19,8 +19,10 @@ from onnxrank.facts import Extent
 from onnxrank.operators import matmul_order
 
 Extents = tuple[Extent, ...]
-OPERATORS = frozenset({"Attention", "MultiHeadAttention", "FusedGemm", "FusedMatMul", "SkipLayerNormalization"})
-"""Fused attention, of ONNX and of ONNX Runtime, and what ONNX Runtime's optimiser makes of several operators."""
+SAVED = frozenset({"FusedGemm", "FusedMatMul", "SkipLayerNormalization"})
+"""What ONNX Runtime's optimiser makes of several operators."""
+OPERATORS = SAVED | {"Attention", "MultiHeadAttention"}
+"""The same, and fused attention of ONNX and of ONNX Runtime."""
 ACTIVATIONS = {"Relu": (), "Sigmoid": (), "Tanh": (), "LeakyRelu": ("alpha",)}
 """What FusedGemm may apply to its product, with the attributes of that."""
 _MICROSOFT = "com.microsoft"
