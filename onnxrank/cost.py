@@ -19,9 +19,9 @@ LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
 MATRIX_PRODUCTS = frozenset(
     """MatMul Gemm FusedMatMul FusedGemm MatMulInteger QLinearMatMul QGemm DynamicQuantizeMatMul
-    MatMulIntegerToFloat""".split()
+    MatMulIntegerToFloat LinearRegressor""".split()
 )
-"""Products of two matrices; the first operand is the first input."""
+"""Products of matrices whose first operand is the first input."""
 _PRODUCTS = MATRIX_PRODUCTS | {"Conv", "Einsum", "Attention", "MultiHeadAttention"}
 _RECURRENT = {"GRU", "LSTM", "RNN"}
 _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}

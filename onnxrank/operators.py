@@ -1073,6 +1073,7 @@ def _registry() -> dict[tuple[str, str], Operator]:
     out["", "QLinearMatMul"] = Operator(_quantised(_mat_mul))
     out["", "DynamicQuantizeLinear"] = Operator(lambda u: [u.shape(0), (), ()])
     out["com.microsoft", "FusedGemm"] = Operator(_gemm)
+    out["ai.onnx.ml", "LinearRegressor"] = Operator(lambda u: [[u.shape(0)[0], int(u.attribute("targets", 1))]])
     out["com.microsoft", "Attention"] = Operator(_attention)
     out["com.microsoft", "MultiHeadAttention"] = Operator(_multi_head_attention)
     return out

@@ -29,7 +29,7 @@ QUANTISED = "s = Constant<value_float=0.1>() z = Constant<value=int8 {0}>() q = 
 
 
 def _model(text: str, opset: int = 17, **initializers: Any) -> ModelProto:
-    head = f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
+    head = f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1, "ai.onnx.ml" : 1]>\n'
     made = onnx.parser.parse_model(f"{head}g (float[N,L,4] x, float[N,6] c, int64[L] h) => (float y) {{ {text} }}")
     del made.graph.output[:]
     for name, data in initializers.items():
@@ -118,6 +118,8 @@ def _sizes(found: facts.Facts, name: str = "y") -> list[str]:
         (QUANTISED + "y = com.microsoft.QLinearSoftmax<axis=-1, opset=17>(q, s, z, s, z)", ["N", "S:L", "4"]),
         ("s = Constant<value_float=0.1>() z = Constant<value=int8 {0}>() q = QuantizeLinear(c, s, z)"
          " y = com.microsoft.QGemm<transB=1>(q, s, z, q, s, z)", ["N", "N"]),
+        ("y = ai.onnx.ml.LinearRegressor<coefficients=[1.0,2.0,3.0,4.0,5.0,6.0,1.0,2.0,3.0,4.0,5.0,6.0], targets=2>(c)",
+         ["N", "2"]),
     ],
 )  # fmt: skip
 def test_shape(text: str, sizes: list[str] | None) -> None:
