@@ -1,9 +1,9 @@
 """ONNX's own node tests as ranking models: optimised without a check, and held against onnxruntime.
 
-Every test whose inputs can have a leading dimension of candidates becomes up to six models: with its first input
-request-level and the others candidate-level, the other way round, and with one input put together from a request-level
-and a candidate-level part, along its last axis and along its second, the others being candidate-level or constants.
-What onnxruntime does not run itself is skipped.
+Every test whose inputs can have a leading dimension of candidates becomes several models: with its first input
+request-level and the others candidate-level, the other way round, and with each input put together from a request-level
+and a candidate-level part, along its last axis and along its second, the others being constants (for the largest one
+candidate-level, too). What onnxruntime does not run itself is skipped.
 
     python scripts/node_tests.py [--only PATTERN] [--show]
 """
@@ -95,19 +95,19 @@ def cases(name: str, model: ModelProto, inputs: Sequence[Any]) -> Iterator[Case]
     if len(ordered) > 1:
         yield Case(f"{name}/first", _batched(model, rows, fixed), rows, (ordered[0],))
         yield Case(f"{name}/others", _batched(model, rows, fixed), rows, tuple(ordered[1:]))
-    target = max(batch, key=lambda k: inputs[k].size)
-    row = rows[given[target]]
-    others = {n: r for n, r in rows.items() if n != given[target]}
-    constants = {given[k]: x for k, x in enumerate(inputs) if k != target}
-    for axis, way in ((row.ndim - 1, "joined"), (1, "front"))[: 1 if row.ndim == 2 else 2]:
-        if row.ndim < 2 or row.shape[axis] < 2:
-            continue
-        user, item = np.array_split(row, [row.shape[axis] // 2], axis)
-        parts = {"user": user, "item": item}
-        if others:
-            joined = {**others, **parts}
-            yield Case(f"{name}/{way}", _batched(model, joined, fixed, given[target], axis), joined, ("user",))
-        yield Case(f"{name}/{way}/alone", _batched(model, parts, constants, given[target], axis), parts, ("user",))
+    largest = max(batch, key=lambda k: inputs[k].size)
+    for k in sorted(batch):
+        row, target = rows[given[k]], given[k]
+        others = {n: r for n, r in rows.items() if n != target}
+        constants = {given[j]: x for j, x in enumerate(inputs) if j != k}
+        for axis, way in ((row.ndim - 1, "joined"), (1, "front"))[: 1 if row.ndim == 2 else 2]:
+            if row.ndim < 2 or row.shape[axis] < 2:
+                continue
+            parts = dict(zip(("user", "item"), np.array_split(row, [row.shape[axis] // 2], axis), strict=True))
+            if others and k == largest:
+                joined = {**others, **parts}
+                yield Case(f"{name}/{way}", _batched(model, joined, fixed, target, axis), joined, ("user",))
+            yield Case(f"{name}/{way}/{target}", _batched(model, parts, constants, target, axis), parts, ("user",))
 
 
 def _batched(model: ModelProto, rows: Feed, fixed: Feed, join: str | None = None, axis: int = -1) -> ModelProto:
