@@ -19,7 +19,12 @@ ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
-_PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "Conv", "Einsum", "Attention", "MultiHeadAttention"}
+MATRIX_PRODUCTS = frozenset(
+    """MatMul Gemm FusedMatMul FusedGemm MatMulInteger QLinearMatMul QGemm DynamicQuantizeMatMul
+    MatMulIntegerToFloat LinearRegressor""".split()
+)
+"""Products of matrices whose first operand is the first input."""
+_PRODUCTS = MATRIX_PRODUCTS | {"Conv", "Einsum", "Attention", "MultiHeadAttention"}
 _RECURRENT = {"GRU", "LSTM", "RNN"}
 _FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 _FUNCTIONS = set(
@@ -55,7 +60,7 @@ class Bill:
         bytes: Bytes that it writes.
         runs: Of data movement, the number of pieces that lie together; of stacks of products, the number of products.
         macs: Multiply-adds.
-        launches: 0 for what costs nothing at all.
+        launches: Operators that it stands for; 0 for what costs nothing at all.
     """
 
     kind: str
@@ -84,7 +89,7 @@ class Target:
         if not bill.launches:
             return 0.0
         rate = self.rates.get(bill.kind) or Rate(self.launch, self.byte, 0.0, self.mac)
-        return rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
+        return bill.launches * rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
 
 
 CPU = Target(
@@ -160,7 +165,7 @@ def _macs(node: NodeProto, shape: ShapeOf) -> int:
     if op not in _PRODUCTS | _RECURRENT:
         return 0
     x = [shape(i) if i else None for i in node.input]
-    if op in ("MatMul", "Gemm", "FusedMatMul", "MatMulInteger"):
+    if op in MATRIX_PRODUCTS:
         out, a = shape(node.output[0]), x[0]
         if out is None or a is None:
             return 0
@@ -217,7 +222,9 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
     if op in _PRODUCTS | _RECURRENT:
         first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
         stack = max((prod(s[:-2]) for s in (first, second) if s is not None), default=1)
-        both = op == "MatMul" and second is not None and prod(second[:-2]) > 1
+        both = op in ("MatMul", "FusedMatMul") and second is not None and prod(second[:-2]) > 1
+        if op == "FusedGemm":  # as what it was made of, which the runtime fuses when it loads the model
+            return Bill("product", 2 * written, 0, _macs(node, shape), 2)
         return Bill("stack" if both else "product", written, stack if both else 0, _macs(node, shape))
     if out is None or not node.input:
         return Bill("other", written)

@@ -220,16 +220,16 @@ def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span
     return out
 
 
-def written_out_sites(study: Study, fused: Collection[str], done: bool) -> list[Site]:
+def written_out_sites(study: Study, fused: Collection[str], done: Collection[str]) -> list[Site]:
     """Sites of the fused operators that could be divided by level, were they written out as their steps.
 
     Args:
         study: What is known of the original as it is.
         fused: Their first outputs.
-        done: Whether they are.
+        done: Those of the ones that are.
     """
     return [
-        Site(Place(WRITTEN_OUT, k), label(n), n.op_type, (), TAKE if done else LEAVE)
+        Site(Place(WRITTEN_OUT, k), label(n), n.op_type, (), TAKE if n.output[0] in done else LEAVE)
         for k, n in enumerate(study.model.graph.node)
         if n.output and n.output[0] in fused
     ]

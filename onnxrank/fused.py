@@ -1,4 +1,4 @@
-"""Fused attention operators written out as the steps they stand for.
+"""Fused operators written out as the steps they stand for.
 
 A fused operator is kept as long as its operands are the same for all candidates, or none of them is: a runtime has a
 kernel for it. Where they hold entries of several levels, only the steps can be divided.
@@ -16,17 +16,30 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.emit import Emitter
 from onnxrank.facts import Extent
+from onnxrank.operators import matmul_order
 
 Extents = tuple[Extent, ...]
-OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
-"""Fused attention, of ONNX and of ONNX Runtime."""
+SAVED = frozenset({"FusedGemm", "FusedMatMul", "SkipLayerNormalization"})
+"""What ONNX Runtime's optimiser makes of several operators."""
+OPERATORS = SAVED | {"Attention", "MultiHeadAttention"}
+"""The same, and fused attention of ONNX and of ONNX Runtime."""
+ACTIVATIONS = {"Relu": (), "Sigmoid": (), "Tanh": (), "LeakyRelu": ("alpha",)}
+"""What FusedGemm may apply to its product, with the attributes of that."""
 _MICROSOFT = "com.microsoft"
+_EPSILON = 1e-12
+"""What ONNX Runtime adds to variances unless told otherwise."""
 _MASKED = -10000.0
 """What ONNX Runtime's own operators add to masked scores unless told otherwise."""
 
 
 class Unsupported(Exception):
-    """Why a fused operator is not written out."""
+    """Why a fused operator is not written out.
+
+    Attributes:
+        output: Its first output.
+    """
+
+    output = ""
 
 
 def written_out(
@@ -36,7 +49,7 @@ def written_out(
     constants: Mapping[str, NDArray[Any]],
     outputs: Collection[str],
 ) -> ModelProto:
-    """A copy of a model with some fused attention operators as their steps.
+    """A copy of a model with some fused operators as their steps.
 
     Args:
         model: The model.
@@ -57,8 +70,11 @@ def written_out(
     emit = Emitter(taken, opset)
     for node in model.graph.node:
         if node.output and node.output[0] in outputs:
-            steps = _Steps(emit, node, extents, dtypes, constants)
-            steps.write()
+            try:
+                _Steps(emit, node, extents, dtypes, constants).write()
+            except Unsupported as e:
+                e.output = node.output[0]
+                raise
             out.graph.node.extend(e.proto for e in emit.nodes)
             emit.nodes.clear()
         else:
@@ -94,14 +110,62 @@ class _Steps:
 
     def write(self) -> None:
         """Writes all steps; the last makes the operator's own output."""
+        if self.node.op_type == "SkipLayerNormalization":
+            self._skip_norm()
+            return
         if len([o for o in self.node.output if o]) > 1:
             raise Unsupported("it has more outputs than one")
-        if self.node.domain != _MICROSOFT:
+        if self.node.op_type == "FusedGemm":
+            self._gemm()
+        elif self.node.op_type == "FusedMatMul":
+            self._matmul()
+        elif self.node.domain != _MICROSOFT:
             self._onnx()
         elif self.node.op_type == "Attention":
             self._packed()
         else:
             self._multi_head()
+
+    def _gemm(self) -> None:
+        """A Gemm and its activation."""
+        kind = self.given.pop("activation", b"").decode()
+        own = {k.removeprefix("activation_"): v for k, v in self.given.items() if k.startswith("activation_")}
+        if kind not in ACTIVATIONS:
+            raise Unsupported(f"its activation {kind!r} is not one that is written out")
+        attrs = {k: v for k, v in self.given.items() if not k.startswith("activation_")}
+        made = self.emit.add("Gemm", self.node.input, attrs)
+        kept = {k: own[k] for k in ACTIVATIONS[kind] if k in own}
+        self.emit.add(kind, [made], kept, output=self.node.output[0])
+
+    def _matmul(self) -> None:
+        """Transpositions, the product, and its factor."""
+        operands = list(self.node.input[:2])
+        for k, name in enumerate(operands):
+            rank = len(self._extents(name))
+            order = matmul_order(self.node, k, rank)
+            if order != list(range(rank)):
+                operands[k] = self.emit.add("Transpose", [name], {"perm": order})
+        alpha, out = self.given.get("alpha", 1.0), self.node.output[0]
+        if alpha == 1:
+            self.emit.add("MatMul", operands, output=out)
+        else:
+            self.emit.add("Mul", [self.emit.add("MatMul", operands), self._number(alpha)], output=out)
+
+    def _skip_norm(self) -> None:
+        """Two additions and a normalisation; the sum may be an output, too."""
+        if self.emit.opset < 17:
+            raise Unsupported("before opset 17 there is no LayerNormalization")
+        outputs = [*self.node.output, "", "", ""]
+        if outputs[1] or outputs[2]:
+            raise Unsupported("it gives its mean and deviation")
+        total, bias, last = self.node.input[:2], self._name(4), outputs[3] or None
+        if bias:
+            made = self.emit.add("Add", [self.emit.add("Add", total), bias], output=last)
+        else:
+            made = self.emit.add("Add", total, output=last)
+        inputs = [made, self.node.input[2], *filter(None, [self._name(3)])]
+        attrs = {"axis": -1, "epsilon": self.given.get("epsilon", _EPSILON)}
+        self.emit.add("LayerNormalization", inputs, attrs, output=outputs[0])
 
     def _onnx(self) -> None:
         """The operator of ONNX, since opset 23."""

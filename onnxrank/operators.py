@@ -6,14 +6,15 @@ operator is asked; what neither knows is opaque, and whoever depends on it is le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
@@ -162,12 +163,14 @@ class Operator:
         value: Its outputs where all operands are constants or extents.
         random: Whether two runs may give different results.
         data_shaped: Whether the shape of its result depends on entries of its operands.
+        like: Input whose element type its outputs have, where onnx has no schema of it.
     """
 
     shape: Shaper | None = None
     value: Valuer | None = None
     random: bool = False
     data_shaped: bool = False
+    like: int = 0
 
 
 # --- broadcasting ----------------------------------------------------------------------------------------------------
@@ -740,20 +743,44 @@ def _mat_mul(u: Use) -> list[Partial | None]:
     return [[*broadcast([a[:-2], b[:-2]]), *rows, *columns]]
 
 
+def matmul_order(node: NodeProto, k: int, rank: int) -> list[int]:
+    """The order in which FusedMatMul takes the axes of its k-th operand.
+
+    `transBatch` moves the first axis behind the batch's, `trans` turns the last two of what that gives.
+    """
+    given = {a.name: a.i for a in node.attribute}
+    moved = given.get(f"transBatch{'AB'[k]}", 0) and rank > 2
+    front = range(1, rank - 1) if moved else range(rank - 2)
+    ends = [0 if moved else rank - 2, rank - 1]
+    return [*front, *(ends[::-1] if given.get(f"trans{'AB'[k]}", 0) else ends)]
+
+
 def _fused_mat_mul(u: Use) -> list[Partial | None]:
-    if u.attribute("transBatchA", 0) or u.attribute("transBatchB", 0):
-        return [None]
     a, b = u.shape(0), u.shape(1)
     if len(a) < 2 or len(b) < 2:
         return [None]
-    rows = a[-1] if u.attribute("transA", 0) else a[-2]
-    columns = b[-2] if u.attribute("transB", 0) else b[-1]
-    return [[*broadcast([a[:-2], b[:-2]]), rows, columns]]
+    a, b = (tuple(x[p] for p in matmul_order(u.node, k, len(x))) for k, x in enumerate((a, b)))
+    return [[*broadcast([a[:-2], b[:-2]]), a[-2], b[-1]]]
 
 
 def _gemm(u: Use) -> list[Partial | None]:
     a, b = u.shape(0), u.shape(1)
     return [[a[-1] if u.attribute("transA", 0) else a[0], b[0] if u.attribute("transB", 0) else b[-1]]]
+
+
+def _quantised(shape: Shaper, first: int = 0) -> Shaper:
+    """An operator each of whose operands is followed by its scale and its zero point.
+
+    Args:
+        shape: That of the operator on real numbers.
+        first: Place of the first operand.
+    """
+
+    def shaped(u: Use) -> list[Partial | None]:
+        node = NodeProto(op_type=u.node.op_type, input=u.node.input[first::3], attribute=u.node.attribute)
+        return shape(replace(u, node=node, shapes=u.shapes[first::3], values=[None] * len(node.input)))
+
+    return shaped
 
 
 def _reduction(since: int) -> Shaper:
@@ -1031,13 +1058,22 @@ def _registry() -> dict[tuple[str, str], Operator]:
     for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"):
         out["com.microsoft", op] = Operator(lambda u: [u.shape(0), None, None, u.shape(0)])
     out["", "SimplifiedLayerNormalization"] = Operator(_layer_normalization)
-    for op in ("QuantizeLinear", "DequantizeLinear"):
-        out["com.microsoft", op] = Operator(_same)
+    out["com.microsoft", "QuantizeLinear"] = Operator(_same, like=2)
+    out["com.microsoft", "DequantizeLinear"] = Operator(_same, like=1)
     for op in ("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul"):
         out["com.microsoft", op] = Operator(_fused_mat_mul)
-    for op in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
-        out["com.microsoft", op] = Operator(_mat_mul)
+    out["com.microsoft", "DynamicQuantizeMatMul"] = Operator(_mat_mul)
+    out["com.microsoft", "MatMulIntegerToFloat"] = Operator(_mat_mul, like=2)
+    for op in ("QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"):
+        out["com.microsoft", op] = Operator(_same)
+    for op in ("QLinearAdd", "QLinearMul"):
+        out["com.microsoft", op] = Operator(lambda u: [broadcast([u.shape(0), u.shape(3)])])
+    out["com.microsoft", "QLinearConcat"] = Operator(_quantised(_concat, 2), like=1)
+    out["com.microsoft", "QGemm"] = Operator(_quantised(_gemm), like=8)
+    out["", "QLinearMatMul"] = Operator(_quantised(_mat_mul))
+    out["", "DynamicQuantizeLinear"] = Operator(lambda u: [u.shape(0), (), ()])
     out["com.microsoft", "FusedGemm"] = Operator(_gemm)
+    out["ai.onnx.ml", "LinearRegressor"] = Operator(lambda u: [[u.shape(0)[0], int(u.attribute("targets", 1))]])
     out["com.microsoft", "Attention"] = Operator(_attention)
     out["com.microsoft", "MultiHeadAttention"] = Operator(_multi_head_attention)
     return out
@@ -1090,3 +1126,34 @@ def domain_of(node: NodeProto) -> str:
 def find(node: NodeProto) -> Operator | None:
     """The entry of a node's operator."""
     return REGISTRY.get((domain_of(node), node.op_type))
+
+
+def element_type(node: NodeProto, k: int, version: int, types: Mapping[str, int]) -> int | None:
+    """Element type of an output of a node; None where it cannot be told.
+
+    Args:
+        node: The node.
+        k: Which output.
+        version: Version of its domain.
+        types: Element types of its operands, as far as they are known.
+    """
+    domain = domain_of(node)
+    if not onnx.defs.has(node.op_type, version, domain):
+        entry = find(node)
+        if entry is None or entry.like >= len(node.input):
+            return None
+        return types.get(node.input[entry.like])
+    schema = onnx.defs.get_schema(node.op_type, version, domain)
+    own = next((a for a in node.attribute if a.name in ("to", "dtype")), None)
+    if own is not None and own.i:
+        return int(own.i)
+    kind = schema.outputs[min(k, len(schema.outputs) - 1)].type_str
+    if kind.startswith("tensor("):
+        return _KINDS.get(kind)
+    for at, name in enumerate(node.input):
+        if name in types and schema.inputs[min(at, len(schema.inputs) - 1)].type_str == kind:
+            return types[name]
+    return None
+
+
+_KINDS = {f"tensor({kind.lower()})": int(number) for kind, number in TensorProto.DataType.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from math import isclose
@@ -42,6 +42,8 @@ _LEAST_GAIN = 0.97
 _SCAN = (1, 8, 32, 128, 512, 2048)
 _MOST_ROUNDS = 2
 """How many rules are left out for the sake of time before the model as a whole is left alone."""
+_MOST_WRITINGS = 8
+"""How often fused operators are written out, each time with those that hold several levels since the last time."""
 _MOST_RETREATS = 8
 """Sites that are left out, one after the other, before the model as a whole is left alone."""
 
@@ -331,6 +333,8 @@ class Job:
         self.measured: tuple[Measured, ...] = ()
         self._fused: list[Site] = []
         self._others: list[Refusal] = []
+        self._written: set[str] = set()
+        self._could: set[str] = set()
         self._kept = False
         self._without: frozenset[str] = frozenset()
 
@@ -350,14 +354,30 @@ class Job:
         assert self.study is not None
         o = self.options
         o.say("rewriting")
-        found = forms(self.study, o.rules, o.interface, o.guard, o.span)
-        fused = found[0].rewrite.rw.fused
-        if fused:
+        plain = found = forms(self.study, o.rules, o.interface, o.guard, o.span)
+        refused: set[str] = set()
+        for _ in range(_MOST_WRITINGS):  # what one is written out as may bring several levels to the next one
+            fused = {*self._written, *found[0].rewrite.rw.fused} - refused
+            if fused == self._written:
+                break
             try:
-                found = forms(self.study.written_out(fused), o.rules, o.interface, o.guard, o.span) + found
-            except (Unsupported, ModelError) as e:
-                self.notes.append(f"fused attention is left as it is, though its operands hold several levels: {e}")
-        return found
+                found = forms(self.study.written_out(fused), o.rules, o.interface, o.guard, o.span)
+                self._written = fused
+            except Unsupported as e:
+                refused.add(e.output)
+                self._not_written([e.output], str(e))
+            except ModelError as e:
+                self._not_written(fused, str(e))
+                break
+        self._could = self._written | refused
+        return plain if found is plain else found + plain
+
+    def _not_written(self, outputs: Collection[str], why: str) -> None:
+        """Says why fused operators, known by their first outputs, are left as they are."""
+        assert self.study is not None
+        found = {n.op_type for n in self.study.model.graph.node if n.output and n.output[0] in outputs}
+        what = " and ".join(sorted({"fused attention" if "Attention" in op else op for op in found}))
+        self.notes.append(f"{what} is left as it is, though its operands hold several levels: {why}")
 
     def choose(self, found: Sequence[Form]) -> None:
         """Takes the form that costs least at the expected number of candidates."""
@@ -368,7 +388,8 @@ class Job:
         # Of forms that are all out the last is the plainest.
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
         self.full = next(f for f in found if f.study is chosen.study)
-        self._fused = written_out_sites(original, found[-1].rewrite.rw.fused, chosen.study is not original)
+        done = self._written if chosen.study is not original else ()
+        self._fused = written_out_sites(original, self._could, done)
         self._take(chosen)
 
     def _take(self, form: Form) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import facts, feeds
+from onnxrank import facts, feeds, operators
 from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
@@ -160,14 +160,39 @@ def extents_of(dims: Dims) -> tuple[facts.Extent, ...]:
 
 
 def element_types(model: ModelProto) -> dict[str, int]:
-    """Element types of tensors, as far as onnx's inference knows them."""
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model)
-    except Exception:
-        return {}
-    out = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info if v.type.HasField("tensor_type")}
-    out |= {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
-    return {name: t for name, t in out.items() if t}
+    """Element types of tensors that nodes make: by onnx's inference, and by the registry where that stops.
+
+    Types that a file declares of its own tensors are not relied on where they contradict its operators: converters
+    leave those of the model that they were given.
+    """
+    out = _inferred_types(model)
+    versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+    known = {t.name: t.data_type for t in model.graph.initializer}
+    known |= {s.values.name: s.values.data_type for s in model.graph.sparse_initializer}
+    known |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input} | out
+    for node in model.graph.node:
+        for k, name in enumerate(node.output):
+            if name and name not in known:
+                made = operators.element_type(node, k, versions.get(operators.domain_of(node), 1), known)
+                if made is not None:
+                    out[name] = known[name] = made
+    return out
+
+
+def _inferred_types(model: ModelProto) -> dict[str, int]:
+    """Element types as far as onnx's inference knows them."""
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    for tried in (model, bare):
+        try:
+            inferred = onnx.shape_inference.infer_shapes(tried)
+        except Exception:
+            del bare.graph.value_info[:]
+            continue
+        made = [v for v in inferred.graph.value_info if v.type.HasField("tensor_type")]
+        out = {v.name: v.type.tensor_type.elem_type for v in (*made, *model.graph.output)}
+        return {name: t for name, t in out.items() if t}
+    return {}
 
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:

@@ -42,7 +42,7 @@ from onnxrank.values import (
 )
 
 from . import dot
-from .broadcast import attribute, elementwise, mark_unread
+from .broadcast import attribute, elementwise, mark_unread, note_fused
 
 _MOVES = MOVES | {"Split", "Gather"}
 _STEPS = {"Mul", "Div", "Add", "Sub", "Where", "Cast", "Dropout", "Max", "Clip"}
@@ -204,15 +204,7 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
 
 def fused(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A fused operator whose operands hold several levels is noted: written out as its steps it could be divided."""
-    count = 1 if operator(node) == "com.microsoft::Attention" else 3
-    found: set[int] = set()
-    for k in range(min(count, len(node.input))):
-        x = rw.operand(node, k)
-        if x is not None:
-            terms = [np.broadcast_to(t.codes, extents(x.dims)) for t in rw.terms(x)]
-            found.update(np.unique(rw.joint_levels(terms)).tolist())
-    if Level.CANDIDATE in found and min(found - {Level.UNREAD}) <= Level.REQUEST:
-        rw.fused.append(node.output[0])
+    note_fused(rw, node, range(1 if operator(node) == "com.microsoft::Attention" else 3))
     return None
 
 

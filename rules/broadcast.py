@@ -6,14 +6,14 @@ independently gives, on equal rows, equal rows, so it may run on one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from onnxrank.operators import operator
+from onnxrank.operators import matmul_order, operator
 from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
@@ -698,21 +698,90 @@ def _gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rw.keep(node, [rw.rows_along(v, held) if full else rw.tensor(v) for v in (data, ids)], [ids.dims], held)
 
 
+def note_fused(rw: Rewrite, node: NodeProto, places: Iterable[int]) -> None:
+    """Notes a fused operator whose operands hold several levels: written out as its steps it could be divided.
+
+    Args:
+        rw: The rewrite.
+        node: The node.
+        places: The operands that are computed; of those, constants are passed over.
+    """
+    found: set[int] = set()
+    for k in places:
+        x = rw.operand(node, k) if k < len(node.input) and node.input[k] else None
+        if x is not None and rw.array(node, k) is None:
+            terms = [np.broadcast_to(t.codes, extents(x.dims)) for t in rw.terms(x)]
+            found.update(np.unique(rw.joint_levels(terms)).tolist())
+    if Level.CANDIDATE in found and min(found - {Level.UNREAD}) <= Level.REQUEST:
+        rw.fused.append(node.output[0])
+
+
+def _fused_gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A Gemm with its activation, as a whole."""
+    note_fused(rw, node, (0, 1, 2))
+    if attribute(node, "transA", 0):
+        return None
+    values = {k: rw.value(node, k) for k, i in enumerate(node.input) if i}
+    inner, width = values[1].dims[:: -1 if attribute(node, "transB", 0) else 1]
+    if any(map(is_candidate_symbol, symbols([values[0].dims[-1], inner, width]))):
+        return None
+    values |= {k: rw.held(values[k], symbols([inner])) for k in (0, 1)}
+    held = rw.present(values[0])
+    if not {s for v in values.values() for s in rw.present(v)} <= held:
+        return None  # it does not broadcast its first operand
+    names = [rw.tensor(values[k]) if k in values else "" for k in range(len(node.input))]
+    return rw.keep(node, names, [(values[0].dims[0], width)], held)
+
+
+def _fused_matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A product with its transpositions and its factor, as a whole."""
+    note_fused(rw, node, (0, 1))
+    return _product(rw, node, [matmul_order(node, k, rw.value(node, k).rank) for k in (0, 1)])
+
+
+def _skip_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A normalisation of the sum of two tensors of one shape, as a whole."""
+    note_fused(rw, node, (0, 1))
+    values = [rw.value(node, k) if i else None for k, i in enumerate(node.input)]
+    rows, skip, *others = values
+    if rows is None or skip is None or rows.dims != skip.dims or any(node.output[1:]):
+        return None
+    along = symbols(rows.dims[-1:])
+    if any(is_candidate_symbol(s) for s in (*along, *(s for v in others if v is not None for s in symbols(v.dims)))):
+        return None
+    both = [rw.held(v, along) for v in (rows, skip)]
+    held = {s for v in both for s in rw.present(v)}
+    names = [rw.rows_along(v, held) for v in both] + [rw.tensor(v) if v is not None else "" for v in others]
+    return rw.keep(node, names, [rows.dims], held)
+
+
 def _matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A product of two operands that no rule divides."""
+    return _product(rw, node, [range(rw.value(node, k).rank) for k in (0, 1)])
+
+
+def _product(rw: Rewrite, node: NodeProto, orders: Sequence[Sequence[int]]) -> list[Abstract] | None:
+    """A product of two operands as a whole, the axes of each in some order."""
     a, b = rw.value(node, 0), rw.value(node, 1)
-    if a.rank < 2 or b.rank < 2 or any(map(is_candidate_symbol, symbols([a.dims[-1], b.dims[-2], b.dims[-1]]))):
+    if a.rank < 2 or b.rank < 2:
         return None
-    dims = (*broadcast_dims([a.dims[:-2], b.dims[:-2]]), a.dims[-2], b.dims[-1])
-    a, b = (rw.held(v, symbols([a.dims[-1], b.dims[-2]])) for v in (a, b))
+    left, right = (tuple(v.dims[p] for p in order) for v, order in zip((a, b), orders, strict=True))
+    inner = symbols([left[-1], right[-2]])
+    if any(map(is_candidate_symbol, [*inner, *symbols(right[-1:])])):
+        return None
+    dims = (*broadcast_dims([left[:-2], right[:-2]]), left[-2], right[-1])
+    a, b = (rw.held(v, inner) for v in (a, b))
     held = rw.present(a) | rw.present(b)
-    names = [rw.tensor(v) if v.rank < 3 or batches_agree(rw, v, held) else rw.rows_along(v, held) for v in (a, b)]
+    names = [
+        rw.tensor(v) if v.rank < 3 or batches_agree(rw, v, own[:-2], held) else rw.rows_along(v, held)
+        for v, own in ((a, left), (b, right))
+    ]
     return rw.keep(node, names, [dims], held)
 
 
-def batches_agree(rw: Rewrite, value: Value, held: set[str]) -> bool:
+def batches_agree(rw: Rewrite, value: Value, batch: Dims, held: set[str]) -> bool:
     """Whether a stack of matrices has all the rows of the product: runtimes do not broadcast 1 against 0 of them."""
-    stack = {s for s in symbols(value.dims[:-2]) if s in held}
+    stack = {s for s in symbols(batch) if s in held}
     return stack <= rw.present(value)
 
 
@@ -790,6 +859,10 @@ RULE = Rule(
         "OneHot": _one_hot,
         "MatMul": _matmul,
         "Attention": _attention,
+        "com.microsoft::FusedGemm": _fused_gemm,
+        "com.microsoft::FusedMatMul": _fused_matmul,
+        "com.microsoft::SkipLayerNormalization": _skip_norm,
+        "com.microsoft::BiasGelu": _last_axes(1),
         "com.microsoft::Attention": _attention,
         "com.microsoft::MultiHeadAttention": _attention,
     },

@@ -304,7 +304,7 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     whole = dims
     if node is None:
         a, b, dims = _fewer(a, b, dims, held)
-    full = [v.rank > 2 and not batches_agree(rw, v, held) for v in (a, b)]
+    full = [v.rank > 2 and not batches_agree(rw, v, v.dims[:-2], held) for v in (a, b)]
     if a_rows and not b_rows and all(d == () for d in keep_symbols(b.dims, rw.present(b))[:-2]):
         # One matrix for all rows.
         b = Value(b.dims[-2:], b.dtype, None, b.codes.reshape(b.codes.shape[-2:]))

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import textform
 from modelkit import compare
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnxrank.rules import movement
 
 import onnxrank
@@ -57,31 +57,26 @@ def test_the_example_runs(rule: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-@pytest.mark.parametrize("turned", [False, True])
-def test_scores_are_equal(rule: Path, alpha: float, turned: bool) -> None:
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("targets", [16, 32])
+def test_scores_are_equal(rule: Path, targets: int, step: int) -> None:
     """Bit by bit, at numbers of candidates that nothing else runs at; without the rule nothing is divided."""
     onnxruntime = pytest.importorskip("onnxruntime")
     rng = np.random.default_rng(0)
-    weight = rng.integers(-3, 4, (12, 32)).astype(np.float32)
+    linear = {"coefficients": rng.integers(-3, 4, 12 * targets).astype(np.float32), "targets": targets}
+    linear |= {"intercepts": step * np.arange(float(targets))}
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", k]) for n, k in (("user", 8), ("item", 4))]
-    product = {"domain": "com.microsoft", "alpha": alpha, "transB": int(turned)}
     nodes = [
         helper.make_node("Concat", ["user", "item"], ["x"], axis=1),
-        helper.make_node("FusedMatMul", ["x", "W"], ["h"], **product),
+        helper.make_node("LinearRegressor", ["x"], ["h"], domain="ai.onnx.ml", **linear),
         helper.make_node("Relu", ["h"], ["score"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "ranker",
-        inputs,
-        [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["N", 32])],
-        [numpy_helper.from_array(weight.T.copy() if turned else weight, "W")],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    outputs = [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["N", targets])]
+    graph = helper.make_graph(nodes, "ranker", inputs, outputs)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     result = onnxrank.optimize(model, request=["user"], extra_rules=[rule])
-    used = next(r for r in result.report.rules if r.name == "fused_matmul")
+    used = next(r for r in result.report.rules if r.name == "linear_regressor")
     assert used.sites == 1 and used.macs_saved > 0
     run = [onnxruntime.InferenceSession(m.SerializeToString()).run for m in (model, result.model)]
     user = rng.integers(-5, 6, (1, 8)).astype(np.float32)
@@ -95,7 +90,7 @@ def test_scores_are_equal(rule: Path, alpha: float, turned: bool) -> None:
 def test_the_example_is_a_rule_like_others(rule: Path) -> None:
     """It is found by its name, comes before onnxrank's own, and explains itself; a file without rules is refused."""
     found = choose_rules(None, (), [rule])
-    assert found[0].name == "fused_matmul"
+    assert found[0].name == "linear_regressor"
     assert all(isinstance(getattr(found[0], f), str) and getattr(found[0], f) for f in SAID)
     rule.write_text("RULES = 3\n")
     with pytest.raises(UsageError, match="must define RULES"):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxrank import fused
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
+from onnxrank.fused import Unsupported
 from onnxrank.model import flattened
-from onnxrank.plan import Choice, Site, label
+from onnxrank.plan import Choice, Plan, Site, label
 from onnxrank.retreat import GaveUp, Search, order
 from onnxrank.rewrite import Rule, SiteFailed
 from onnxrank.study import Study
@@ -126,22 +126,22 @@ class _Trial:
             raise ModelError(f"the rules cannot be applied: {e}") from e
 
     def _studied(self) -> Study:
+        """The original, with those fused operators written out that the contract's plan names."""
         loaded = self.engine.original.loaded
-        flat = flattened(loaded.proto)
-        study = Study(flat, self.engine.roles, loaded)
-        gone = _fused(flat) - _fused(self.engine.optimized.loaded.proto)
-        return study.written_out(gone) if gone else study
+        study = Study(flattened(loaded.proto), self.engine.roles, loaded)
+        nodes = study.model.graph.node
+        try:
+            places = [s.place.index for s in Plan.from_contract(self.stored).written_out]
+            outputs = [nodes[k].output[0] for k in places if 0 <= k < len(nodes) and nodes[k].output]
+            return study.written_out(outputs) if outputs else study
+        except (UsageError, Unsupported):  # of another version, or edited
+            return study
 
     def _span(self) -> tuple[int, int]:
         found = self.stored.get("candidates")
         if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
             return found[0], found[1]
         return 512, 512
-
-
-def _fused(model: ModelProto) -> set[str]:
-    """First outputs of fused operators."""
-    return {n.output[0] for n in model.graph.node if n.op_type in fused.OPERATORS}
 
 
 # --- by tensor ---------------------------------------------------------------------------------------------------

@@ -373,12 +373,18 @@ class Engine:
         return True
 
     def _find_precision(self) -> None:
-        """Models with 16-bit floats that the runtime has no kernels for here are compared in float32."""
+        """Models with 16-bit floats that the runtime has no kernels for here are compared in float32.
+
+        That is told by the original: where it runs as it is, the other one must run as it is too.
+        """
         if not any(runtime.has_half(s.proto) for s in self.sides):
             return
+        how = {"provider": self.options.providers[0], "level": "disabled"}
         for side in self.sides:
             try:
-                side.open("try", provider=self.options.providers[0], level="disabled", precision="own")
+                side.open("try", precision="own", **how)
+                if side is self.original and runtime.has_half(side.proto):
+                    return
             except Crashed:
                 return
             except ModelError:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxrank import runtime
+from onnxrank import facts, fused, runtime
 from onnxrank.errors import ModelError
 from onnxrank.graphs import captured, subgraphs
 from onnxrank.model import tensor_data, tensors
@@ -47,7 +47,7 @@ class Truth:
     ) -> None:
         if 2 * _floats(model) > _MOST_BYTES:
             raise ModelError("the weights are too large to be raised to float64 in memory")
-        self._model = runtime.retype(model, TensorProto.DOUBLE, folder)
+        self._model = runtime.retype(_in_steps(model, folder), TensorProto.DOUBLE, folder)
         self._folder = folder
         self._parts: list[_Part] = []
         self._lacking = {n.op_type for outer in model.graph.node for n in _with_inner(outer)} & set(avoided)
@@ -105,6 +105,24 @@ class Truth:
         if missing:
             raise ModelError(f"the model has no output {missing[0]!r}")
         return {o: known[o] for o in outputs}
+
+
+def _in_steps(model: ModelProto, folder: str | os.PathLike[str] | None) -> ModelProto:
+    """A model with the operators of ONNX Runtime's optimiser, of which there are no float64 kernels, as their steps."""
+    saved = {n.output[0] for n in model.graph.node if n.domain == "com.microsoft" and n.op_type in fused.SAVED}
+    if not saved:
+        return model
+    given = {
+        i.name: tuple((d.dim_value, ()) if d.dim_value else (1, (f"{i.name}.{k}",)) for k, d in enumerate(dims))
+        for i in model.graph.input
+        for dims in [i.type.tensor_type.shape.dim]
+    }
+    shapes = facts.derive(model, given, folder).extents
+    stored = {t.name: tuple((n, ()) for n in t.dims) for t in model.graph.initializer}
+    try:
+        return fused.written_out(model, {**stored, **given, **shapes}, element_types(model), {}, saved)
+    except fused.Unsupported:
+        return model
 
 
 class _Part:

@@ -16,14 +16,17 @@ from helpers import (
     assert_same_scores,
     candidate,
     feeds,
+    optimised,
     patterns,
+    refusals,
     request,
     rewritten,
     rules,
     run,
     session,
+    whole_numbers,
 )
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
 import onnxrank
 from onnxrank import operators, pipeline
@@ -31,6 +34,7 @@ from onnxrank.errors import ModelError
 from onnxrank.feeds import describe
 from onnxrank.fused import OPERATORS, Unsupported
 from onnxrank.model import load
+from onnxrank.operators import matmul_order
 from onnxrank.roles import resolve
 from onnxrank.study import Study
 
@@ -294,3 +298,115 @@ def test_data_in_another_file(kind: str, tmp_path: Path) -> None:
     with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
         result = onnxrank.optimize(path, request=patterns(made.given), check=True)
     assert result.changed and not outputs(result.model)
+
+
+# --- what onnxruntime's optimiser makes of several operators ---------------------------------------------------------
+
+GEMM = {"activation": "Relu", "transB": 1}
+MADE = {
+    "gemm": ("FusedGemm", GEMM),
+    "sigmoid": ("FusedGemm", {"activation": "Sigmoid"}),
+    "leaky": ("FusedGemm", {"activation": "LeakyRelu", "activation_alpha": 0.25}),
+    "matmul": ("FusedMatMul", {"alpha": 0.5}),
+    "turned": ("FusedMatMul", {"transB": 1}),
+    "norm": ("SkipLayerNormalization", {"epsilon": 1e-5}),
+}
+LOOSE = {"sigmoid": 1e-6, "norm": 2e-5}
+
+
+def saved(kind: str, levels: str = "mixed", **more: object) -> tuple[Graph, list[Given]]:
+    """One such operator between a Concat of both levels and a layer."""
+    op, attrs = MADE[kind]
+    g = Graph(17)
+    given = [request("u", USERS), candidate("c", ITEMS)]
+    u, c = (i.declare(g) for i in given)
+    x = {"mixed": lambda: g.op("Concat", u, c, axis=1), "request": lambda: u, "candidate": lambda: c}[levels]()
+    width = {"mixed": COUNT, "request": USERS, "candidate": ITEMS}[levels]
+    shape = (D, width) if attrs.get("transB") else (width, D)
+    if op == "SkipLayerNormalization":
+        w = [g.op("Mul", x, g.const(2)), *(g.const(whole_numbers(width)) for _ in range(3))]
+    else:
+        w = [g.const(whole_numbers(*shape)), *([g.const(whole_numbers(D))] if op == "FusedGemm" else [])]
+    y = g.op(op, x, *w, domain=MS, **{**attrs, **more})
+    y = g.op("MatMul", y, g.const(whole_numbers(width if op == "SkipLayerNormalization" else D, 2)))
+    g.output(y if levels == "mixed" else g.op("Add", y, g.on_axes("ReduceSum", c, [1], keepdims=1)), ["N", 2])
+    return g, given
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Takes the form with most nodes to start from, whatever it costs."""
+    with mock.patch.object(pipeline.Form, "seconds", lambda self, *_: -float(len(self.study.model.graph.node))):
+        yield
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_saved_by_the_runtime(kind: str) -> None:
+    """Its operators are divided as those that they were made of."""
+    g, given = saved(kind)
+    with written():
+        result = optimised(g, given, tolerance=LOOSE.get(kind, 0), counts=(1, 2, 5, 101))
+    assert not outputs(result.model) and ("broadcast" if kind == "norm" else "fc") in rules(result)
+
+
+@pytest.mark.parametrize("levels", ["request", "candidate"])
+@pytest.mark.parametrize("kind", MADE)
+def test_saved_by_the_runtime_of_one_level(kind: str, levels: str) -> None:
+    """They are kept as they are, on one row where they are the request's."""
+    g, given = saved(kind, levels)
+    result = optimised(g, given, tolerance=LOOSE.get(kind, 0))
+    assert len(outputs(result.model)) == 1 and not [r for r in refusals(result) if "not known" in r]
+    assert ("broadcast" in rules(result)) == (levels == "request")
+
+
+def test_unknown_activation() -> None:
+    """It is kept, on all rows, with a note; what stands beside it is divided."""
+    g, given = saved("gemm", activation="Softplus")
+    other = g.op(
+        "FusedGemm", "concat_1", g.const(whole_numbers(D, COUNT)), g.const(whole_numbers(D)), domain=MS, **GEMM
+    )
+    g.output(g.op("MatMul", other, g.const(whole_numbers(D, 2))), ["N", 2])
+    with written():
+        result = optimised(g, given, tolerance=1e-6)
+    assert len(outputs(result.model)) == 1
+    assert any("Softplus" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("turned", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_transposed_stacks(turned: tuple[int, int], batch: int) -> None:
+    """Rows of candidates in the first axis or, moved there by the operator, in the second; against onnxruntime."""
+    g, given = Graph(17), [request("u", 3, 4), candidate("c", 3, 4)]
+    u, c = (i.declare(g) for i in given)
+    order = matmul_order(helper.make_node("FusedMatMul", [], [], transA=turned[0], transBatchA=batch), 0, 3)
+    a = g.op("Transpose", g.op("Add", u, c), perm=list(np.argsort(order)))  # [N, 3, 4], as the operator takes it
+    b = g.op("Transpose", g.op("Mul", u, g.const(2)), perm=[0, 1, 2] if turned[1] else [0, 2, 1])
+    y = g.op("FusedMatMul", a, b, domain=MS, transA=turned[0], transB=turned[1], transBatchA=batch, alpha=0.5)
+    g.output(y, ["N", 3, 3])
+    kept = optimised(g, given, counts=(1, 2, 5, 33))
+    with written():
+        result = optimised(g, given, counts=(1, 2, 5, 33))
+    assert not outputs(result.model) and kept.changed
+
+
+def test_sum_that_is_read_too() -> None:
+    """The sum before the normalisation may be an output of the operator."""
+    g, given = Graph(17), [request("u", 4), candidate("c", 4)]
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1)
+    y, *_, total = g.ops("SkipLayerNormalization", 4, x, g.op("Relu", x), g.const(whole_numbers(8)), domain=MS)
+    g.nodes[-1].output[1] = g.nodes[-1].output[2] = ""
+    g.output(g.op("Add", *(g.op("MatMul", t, g.const(whole_numbers(8, 2))) for t in (y, total))), ["N", 2])
+    with written():
+        result = optimised(g, given, tolerance=2e-5)
+    assert not outputs(result.model)
+
+
+def test_plans_name_what_was_written_out() -> None:
+    """And give the same bytes again."""
+    g, given = saved("gemm")
+    with written():
+        first = rewritten(g.model(), request=patterns(given))
+    assert any(s.op == "FusedGemm" for s in first.plan.written_out)
+    again = onnxrank.optimize(g.model(), plan=first.plan)
+    assert again.model.SerializeToString(deterministic=True) == first.model.SerializeToString(deterministic=True)

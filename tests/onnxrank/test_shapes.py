@@ -24,8 +24,12 @@ _AT = [(2, 7), (3, 11), (1, 1), (17, 0), (512, 50), (33, 51), (0, 300), (1, 49),
 _INPUTS = {"x": ((1, ("N",)), (1, ("S:L",)), (4, ())), "c": ((1, ("N",)), (6, ())), "h": ((1, ("S:L",)),)}
 
 
+QUANTISED = "s = Constant<value_float=0.1>() z = Constant<value=int8 {0}>() q = QuantizeLinear(x, s, z) "
+"""Every entry in 8 bits."""
+
+
 def _model(text: str, opset: int = 17, **initializers: Any) -> ModelProto:
-    head = f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
+    head = f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1, "ai.onnx.ml" : 1]>\n'
     made = onnx.parser.parse_model(f"{head}g (float[N,L,4] x, float[N,6] c, int64[L] h) => (float y) {{ {text} }}")
     del made.graph.output[:]
     for name, data in initializers.items():
@@ -101,6 +105,21 @@ def _sizes(found: facts.Facts, name: str = "y") -> list[str]:
         ("k = Constant<value_ints=[2]>() y, i = TopK<axis=2>(x, k)", ["N", "S:L", "2"]),
         ("d = Constant<value_int=5>() v = Constant<value_ints=[0, 1]>() y = OneHot(h, d, v)", ["S:L", "5"]),
         ("y, z = Split<axis=1>(c)", ["N", "3"]),
+        ("y = com.microsoft.FusedGemm<activation=\"Relu\", transB=1>(c, c)", ["N", "N"]),
+        ("y = com.microsoft.FusedMatMul<transB=1>(x, x)", ["N", "S:L", "S:L"]),
+        ("t = Transpose<perm=[1,2,0]>(x) y = com.microsoft.FusedMatMul<transA=1, transBatchA=1>(t, x)", None),
+        ("t = Transpose<perm=[1,0,2]>(x) y = com.microsoft.FusedMatMul<transBatchA=1, transB=1>(t, x)",
+         ["N", "S:L", "S:L"]),
+        ("q, s, z = DynamicQuantizeLinear(x) d = DequantizeLinear(q, s, z) y = Relu(d)", ["N", "S:L", "4"]),
+        (QUANTISED + "m = Transpose<perm=[0,2,1]>(q) y = QLinearMatMul(q, s, z, m, s, z, s, z)", ["N", "S:L", "S:L"]),
+        (QUANTISED + "y = com.microsoft.QLinearAdd(q, s, z, q, s, z, s, z)", ["N", "S:L", "4"]),
+        (QUANTISED + "y = com.microsoft.QLinearSigmoid(q, s, z, s, z)", ["N", "S:L", "4"]),
+        (QUANTISED + "y = com.microsoft.QLinearConcat<axis=1>(s, z, q, s, z, q, s, z)", ["N", "2*S:L", "4"]),
+        (QUANTISED + "y = com.microsoft.QLinearSoftmax<axis=-1, opset=17>(q, s, z, s, z)", ["N", "S:L", "4"]),
+        ("s = Constant<value_float=0.1>() z = Constant<value=int8 {0}>() q = QuantizeLinear(c, s, z)"
+         " y = com.microsoft.QGemm<transB=1>(q, s, z, q, s, z)", ["N", "N"]),
+        ("y = ai.onnx.ml.LinearRegressor<coefficients=[1.0,2.0,3.0,4.0,5.0,6.0,1.0,2.0,3.0,4.0,5.0,6.0], targets=2>(c)",
+         ["N", "2"]),
     ],
 )  # fmt: skip
 def test_shape(text: str, sizes: list[str] | None) -> None:

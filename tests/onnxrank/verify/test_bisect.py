@@ -11,12 +11,16 @@ from unittest import mock
 import numpy as np
 import onnx
 import pytest
-from helpers import rewritten
+from helpers import Graph, candidate, request, rewritten, whole_numbers
 from mutants import FOLDER, MUTANTS
 
 import onnxrank
 from onnxrank import pipeline
 from onnxrank.errors import CheckFailed
+from onnxrank.feeds import describe
+from onnxrank.model import load
+from onnxrank.roles import resolve
+from onnxrank.study import Study
 from onnxrank.verify import Options, verify
 
 RULE = '''
@@ -72,6 +76,28 @@ def test_rule_and_site(tmp_path: Path, node: str) -> None:
     assert done.returncode == 1 and done.stdout.endswith("the models differ\n"), done.stdout + done.stderr
     sizes = [len(onnx.load(tmp_path / "out" / f"{m}.onnx").graph.node) for m in ("original", "optimized")]
     assert max(sizes) < 10
+
+
+def test_operators_that_were_written_out(tmp_path: Path) -> None:
+    """The plan in the contract says which; others stay, under a new name where they make a row per request."""
+    g, given = Graph(17), [request("u", 5), candidate("c", 2)]
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1)
+    fused = {"domain": "com.microsoft", "activation": "Relu"}
+    h = g.op("FusedGemm", x, g.const(whole_numbers(7, 64)), g.const(whole_numbers(64)), **fused)
+    other = g.op("FusedGemm", u, g.const(whole_numbers(5, 64)), **{**fused, "activation": "Softplus"})
+    g.output(h, ["N", 64])
+    g.output(other, ["N", 64])
+    model = g.model()
+    study = Study(model, resolve(describe(model), request=["u"]), load(model))
+    node = next(n.name for n in study.written_out([h]).model.graph.node if n.op_type == "Gemm")
+    (tmp_path / "broken.py").write_text(RULE.format(node=node))
+    with mock.patch.object(pipeline.Form, "seconds", lambda self, *_: -float(len(self.study.model.graph.node))):
+        made = rewritten(model, request=["u"], extra_rules=[tmp_path / "broken.py"])
+    assert [s.op for s in made.plan.written_out] == ["FusedGemm"]
+    found = verify(model, made.model, Options(level="quick", bisect=True, rules=[tmp_path / "broken.py"]))
+    assert not found.passed and found.culprit is not None
+    assert (found.culprit.rule, found.culprit.node) == ("fc", node)
 
 
 def test_optimize_refuses_a_broken_rule(tmp_path: Path) -> None:

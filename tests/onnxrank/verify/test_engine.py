@@ -136,6 +136,17 @@ def test_half_against_float() -> None:
     assert slightly.verdicts["algebra"] == "skipped" and "more than the rounding" in messages(slightly, "warning")
 
 
+def test_half_that_only_the_original_loads() -> None:
+    """What runs as it is must do so afterwards: types that do not fit are no lack of kernels for 16 bits."""
+    broken = tower(dtype=HALF)
+    (node,) = (n for n in broken.graph.node if "score" in n.output)
+    node.output[0] = "h"
+    broken.graph.initializer.append(numpy_helper.from_array(np.float32(-100), "least"))
+    broken.graph.node.append(helper.make_node("Max", ["h", "least"], ["score"]))
+    found = verify(tower(dtype=HALF), broken)
+    assert not found.passed and "does not load" in messages(found, "error")
+
+
 def test_user_limits() -> None:
     """They come on top of what rounding allows."""
     path = FOLDER / "mmoe.torchscript.onnx"

@@ -85,3 +85,26 @@ def test_unknown_operator() -> None:
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("nowhere", 1)]
     with pytest.raises(ModelError):
         Truth(helper.make_model(graph, opset_imports=imports, ir_version=10)).run({"item": weights(1, 2)}, ["y"])
+
+
+def test_what_the_runtime_made() -> None:
+    """Operators of onnxruntime's optimiser have no float64 kernels: they are run as the steps they stand for."""
+    g = Graph(17)
+    x = g.input("item", ["N", 3, 4])
+    w = [g.const(weights(*shape)) for shape in ((4,), (4, 5), (5,))]
+    y = g.op("SkipLayerNormalization", x, x, w[0], domain="com.microsoft")
+    y = g.op("FusedMatMul", y, x, domain="com.microsoft", transB=1, alpha=0.5)
+    y = g.op("FusedMatMul", y, x, domain="com.microsoft")
+    y = g.op("Squeeze", g.op("Gather", y, g.ints(0), axis=1), g.ints(1))
+    y = g.op("FusedGemm", y, *w[1:], domain="com.microsoft", activation="LeakyRelu", activation_alpha=0.5)
+    g.output(y, ["N", 5])
+    model = g.model()
+    truth = Truth(model)
+    assert truth.how == "onnxruntime"
+    for n in (1, 7):
+        feed = {"item": weights(n, 3, 4)}
+        (found,) = truth.run(feed).values()
+        assert found.dtype == np.float64
+        (own,) = run(model, feed).values()
+        np.testing.assert_allclose(found, own, rtol=0, atol=1e-5)
+        assert not np.array_equal(found.astype(np.float32), found)
