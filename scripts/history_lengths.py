@@ -4,8 +4,8 @@ Production exports leave the length of a history symbolic. Each model here is ex
 and optimised; the table says which share of the multiply-adds is left at a length of 50, counted by running, whether
 the scores are right at other lengths and numbers of candidates, and, with `--time`, the speed-up of each.
 
-    python scripts/lengths.py
-    python scripts/lengths.py --names ranker din --exporter torchscript --refusals --time
+    python scripts/history_lengths.py
+    python scripts/history_lengths.py --names ranker din --exporter torchscript --refusals --time
 """
 
 from __future__ import annotations
