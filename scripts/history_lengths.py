@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import onnxrank
 from models import InputSpec, build
 from models.history_transformer import HistoryTransformer
-from models.layers import Fields, Ranker, Table, ids, initialise, mlp
+from models.layers import Fields, Ranker, SelfAttention, Table, ids, initialise, mlp
 
 LENGTH = 50
 LENGTHS = (0, 1, 2, 20, 50, 200, 1000)
@@ -89,6 +89,28 @@ class TargetRanker(Ranker):
         return tuple(torch.sigmoid(head(y)) for head in self.heads)
 
 
+class CandidateQuery(Ranker):
+    """A transformer layer over the history alone; the candidate is one query of several heads on what it gives."""
+
+    def __init__(self, dim: int = 16, heads: int = 2, vocab: int = 100) -> None:
+        super().__init__()
+        self.item_table = Table(vocab, dim, padded=True)
+        self.positions = nn.Embedding(1001, dim)
+        self.encoder, self.attention = SelfAttention(dim, heads), SelfAttention(dim, heads)
+        self.norm = nn.LayerNorm(dim)
+        self.deep = mlp((3 * dim, 64, 32), head=True)
+        self.specs = [ids("hist_ids", vocab, LENGTH), ids("item_id", vocab, low=1)]
+
+    def forward(self, hist_ids: Tensor, item_id: Tensor) -> Tensor:
+        """Returns click probabilities [N, 1]."""
+        q = self.item_table(item_id)
+        k = self.item_table(hist_ids) + self.positions(torch.arange(hist_ids.shape[1]))
+        mask = torch.where(hist_ids == 0, -1e9, 0.0).unsqueeze(1).unsqueeze(1)
+        k = self.norm(k + self.encoder(k, k, mask))
+        pooled = self.attention(q.unsqueeze(1), k, mask).squeeze(1)
+        return torch.sigmoid(self.deep(torch.cat([pooled, q, pooled * q], dim=1)))
+
+
 class OpenTransformer(HistoryTransformer):
     """The history transformer, with positions and mask cut to the length of the request."""
 
@@ -111,6 +133,12 @@ def _transformer() -> tuple[nn.Module, list[InputSpec]]:
     return module, module.specs
 
 
+def _query() -> tuple[nn.Module, list[InputSpec]]:
+    module = CandidateQuery()
+    initialise(module, seed=3)
+    return module, module.specs
+
+
 def _ranker(way: str, softmax: bool = True) -> Callable[[], tuple[nn.Module, list[InputSpec]]]:
     def make() -> tuple[nn.Module, list[InputSpec]]:
         module = TargetRanker(way, softmax=softmax)
@@ -129,6 +157,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[InputSpec]]]] = {
     "gru_history": lambda: build("gru_history", history=LENGTH, dim=16, hidden=(64, 32)),
     "sasrec_target": lambda: build("sasrec_target", history=1000, dim=16),
     "history_transformer": _transformer,
+    "candidate_query": _query,
 }
 
 
