@@ -397,7 +397,9 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
 
     def factors() -> list[str]:
         left = rw.layout.stack(stacked[0].reshape(shape_a), own_a, hint)
-        return [left, rw.layout.realise(b_codes.reshape(shape_b), own_b)[0]]
+        right = b_codes.reshape(shape_b)
+        # A length may be 0, and what onnxruntime takes into a MatMul then divides by it.
+        return [left, rw.layout.stack(right, own_b, hint) if symbols(own_b) else rw.layout.realise(right, own_b)[0]]
 
     source = _later(rw, (*own_a[:-1], own_b[-1]), a.dtype, factors, hint)
     stack_shape = np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])

@@ -138,6 +138,44 @@ def test_target_attention_by_opset_and_interface(opset: int, interface: str) -> 
     right_everywhere(target_attention("expanded to a shape", "product", opset), ["h"], interface)
 
 
+def query(heads: int, opset: int, weights: str) -> ModelProto:
+    """The candidate as a query of some heads on a history of any length; `weights` makes `w` of scores `s3`."""
+    size = 16 // heads
+    return text_graph(
+        "(int64[N,L] h, int64[N] i) => (float[N,16] y) { one = Constant<value_ints=[1]>()"
+        " e = Gather(E, i) q0 = MatMul(e, T) k0 = Gather(E, h) km = MatMul(k0, T) vm = MatMul(k0, V)"
+        f" k1 = Add(km, b1) v1 = Add(vm, b1) sq = Constant<value_ints=[-1, 1, {heads}, {size}]>() q1 = Reshape(q0, sq) q = Transpose<perm=[0, 2, 1, 3]>(q1)"
+        f" sh = Shape(h) n = Gather(sh, one) hs = Constant<value_ints=[{heads}, {size}]>()"
+        " z0 = Constant<value_ints=[0]>() nn = Gather(sh, z0) sk = Concat<axis=0>(nn, n, hs)"
+        " k2 = Reshape(k1, sk) kt = Transpose<perm=[0, 2, 3, 1]>(k2)"
+        " v2 = Reshape(v1, sk) v = Transpose<perm=[0, 2, 1, 3]>(v2) s = MatMul(q, kt) two = Constant<value_float=2.0>()"
+        " s2 = Mul(s, two) zero = Constant<value_int=0>() hidden = Equal(h, zero) a12 = Constant<value_ints=[1, 2]>()"
+        f" hid = Unsqueeze(hidden, a12) none0 = Constant<value_float=0.0>() s3 = Where(hid, none0, s2) {weights}"
+        " o = MatMul(w, v) ot = Transpose<perm=[0, 2, 1, 3]>(o) so = Constant<value_ints=[-1, 16]>() o1 = Reshape(ot, so)"
+        " c = Concat<axis=1>(o1, e) y = MatMul(c, C2) }",
+        opset=opset, C2=whole(32, 16), b1=whole(16), **{k: TABLE[k] for k in "ETV"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_candidate_as_a_query_of_several_heads(heads: int, opset: int) -> None:
+    result = right_everywhere(query(heads, opset, "w = Relu(s3)"), ["h"])
+    assert not any("several extents" in r.reason for r in result.report.refusals)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_no_history_at_all(heads: int) -> None:
+    """What onnxruntime takes into products, it must not divide by a length of 0."""
+    model = query(heads, 17, "w = Softmax<axis=-1>(s3)")
+    result = optimised(model, request=["h"], check=False)
+    assert result.changed
+    before, after = session(model), session(result.model)
+    for n in (1, 3):
+        feed = {"h": np.zeros((n, 0), np.int64), "i": np.arange(n) % 3}
+        assert np.array_equal(*(s.run(None, f)[0] for s, f in ((before, feed), (after, {**feed, "h": feed["h"][:1]}))))
+
+
 @pytest.mark.parametrize("parts", ["p, e1", "p", "p, d", "k, p, e1"])
 def test_target_attention_of_some_parts(parts: str) -> None:
     model = target_attention("unsqueezed and expanded", "product", parts=parts, width=16 * len(parts.split(",")))
