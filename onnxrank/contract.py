@@ -122,8 +122,8 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
     odd = next((r for r in before.values() if bool(r.request) != (r.level == "mixed")), None)
     if odd is not None:
         raise ModelError(
-            f"The stored level {odd.level!r} of {odd.name!r} and its request-level positions {list(odd.request)} "
-            "contradict each other. Optimise the original model again."
+            f"The stored roles contradict themselves: {odd.name!r} is {odd.level!r}, with the request-level positions "
+            f"{list(odd.request)}. Optimise the original model again."
         )
     divided = interface == "request"
     out: dict[str, InputRole] = {}

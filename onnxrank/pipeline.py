@@ -643,6 +643,7 @@ class Job:
         if form is None or form.model is None:
             return self.unchanged()
         self._remark(form)
+        self.notes += form.rewrite.notes
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
         self.report.after = cost.by_level(made.graph, shapes)
