@@ -119,6 +119,12 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
     interface = contract.get("interface")
     if interface not in ("request", "same"):
         raise ModelError(f"The stored interface {interface!r} is not known. Optimise the original model again.")
+    odd = next((r for r in before.values() if bool(r.request) != (r.level == "mixed")), None)
+    if odd is not None:
+        raise ModelError(
+            f"The stored level {odd.level!r} of {odd.name!r} and its request-level positions {list(odd.request)} "
+            "contradict each other. Optimise the original model again."
+        )
     divided = interface == "request"
     out: dict[str, InputRole] = {}
     for info in described:

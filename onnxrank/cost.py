@@ -13,6 +13,8 @@ from onnxrank.facts import Facts
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
 
+_NEAR = 1 << 19
+"""Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 LENGTH = 32
@@ -95,7 +97,8 @@ CPU = Target(
     byte=1 / 8e9,
     mac=1 / 25e9,
     rates={
-        "regroup": Rate(1.5e-6, 1 / 8e9, run=5e-9),
+        "regroup": Rate(1.5e-6, 1 / 8e9, run=4e-9),
+        "regroup far": Rate(1.5e-6, 1 / 8e9, run=8e-9),
         "copy": Rate(1.5e-6, 1 / 8e9, run=0.3e-9),
         "transpose": Rate(1.5e-6, 1 / 10e9, run=0.35e-9),
         "exchange": Rate(1.5e-6, 1 / 8e9, run=8e-9),
@@ -230,7 +233,9 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
     if op in ("Gather", "Slice", "Concat", "Split", "Expand"):
         if op == "Gather" and _attribute(node, "axis") % max(1, len(first)) == 0:
             return Bill("elementwise", written)  # rows of a table: as fast as any other step that writes them
-        return Bill({"Gather": "regroup", "Expand": "expand"}.get(op, "copy"), written, _runs(node, first, out))
+        far = shapes.width(node.input[0]) * prod(first) > _NEAR
+        kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
+        return Bill(kinds.get(op, "copy"), written, _runs(node, first, out))
     if op == "Transpose":
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(len(out)))[::-1])
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))

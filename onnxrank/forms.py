@@ -152,7 +152,7 @@ class Form:
         """
         if self.model is None or self.facts is None:
             return float("inf")
-        few = max(1, span[0] // 4)
+        few = fewest(span)
         return float("inf") if self.time(few) > original(few) else self.time(report_candidates(span))
 
     @cached_property
@@ -233,6 +233,11 @@ def written_out_sites(study: Study, fused: Collection[str], done: Collection[str
         for k, n in enumerate(study.model.graph.node)
         if n.output and n.output[0] in fused
     ]
+
+
+def fewest(span: tuple[int, int]) -> int:
+    """The number of candidates at which no form may be slower than the original: a quarter of the least expected."""
+    return max(1, span[0] // 4)
 
 
 def report_candidates(span: tuple[int, int]) -> int:

@@ -106,6 +106,8 @@ class Layout:
         name, _ = self.realise(codes, dims, full=True)
         if len(dims) == 2 or self.emit.op_of.get(name) in _NOT_TAKEN_IN:
             return name
+        if symbols(dims[-1:]):
+            return self.emit.add("Reshape", [name, self.shape_vector(dims)], self._literal(dims, dims), hint=hint)
         shape = np.array([*extents(dims)[:-2], -1, extents(dims)[-1]], np.int64)
         return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
 
@@ -443,16 +445,31 @@ class Layout:
             else:
                 unknown += 1
                 target.append(-1)
-        if unknown > 1:
-            shape = self.shape_vector(want)
+        literal: dict[str, int] = {}
+        if unknown > 1 or (unknown and 0 in target):
+            # Each of the symbols may be 0, and then -1 is no quotient of what is left.
+            shape, literal = self.shape_vector(want), self._literal(have, want)
         else:
-            if unknown == 0 and 0 in target:
+            if target.count(0) == 1:
                 # -1 also holds for a tensor without entries, and is what people expect to read.
                 target[target.index(0)] = -1
             shape = self.emit.constant(np.array(target, np.int64))
-        made = self.emit.add("Reshape", [name, shape])
+        made = self.emit.add("Reshape", [name, shape], literal)
         self._reshaped[made] = (name, have)
         return made
+
+    def _literal(self, have: Dims, want: Dims) -> dict[str, int]:
+        """Attributes of a Reshape whose target says 0 where there are no entries.
+
+        Raises:
+            Unrepresentable: Before opset 14, 0 is the extent that is there, which is another one.
+        """
+        if self.emit.opset >= 14:
+            return {"allowzero": 1}
+        there = [set(symbols([d])) for d in have] + [set[str]()] * len(want)
+        if not all(set(symbols([w])) <= h for w, h in zip(want, there, strict=False)):
+            raise Unrepresentable("a reshape between two extents that may be 0, before opset 14")
+        return {}
 
     def note_reshape(self, name: str, source: str, dims: Dims) -> None:
         """Notes that a tensor is another one, of this physical shape, in a new shape."""

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from math import isclose
 from typing import Any
 
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import cost, feeds, plan, tune, workers
+from onnxrank import cost, feeds, plan, remarks, tune, workers
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, report_candidates, written_out_sites
 from onnxrank.fused import Unsupported
+from onnxrank.operators import operator
 from onnxrank.plan import Measured, Plan, Site, label
 from onnxrank.report import Prediction, Report, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
-from onnxrank.rewrite import Rule
+from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study
@@ -34,8 +37,8 @@ from onnxrank.verify.options import CHECKS
 
 __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rules", "optimize", "report_candidates"]
 
-_LEAST_GAIN = 0.9
-"""A predicted ratio of times below this is a loss; the prediction is a tenth too careful with small models."""
+_LEAST_GAIN = 0.97
+"""A predicted ratio of times below this is a loss; predictions are a little too careful with small models."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
 _MOST_ROUNDS = 2
 """How many rules are left out for the sake of time before the model as a whole is left alone."""
@@ -329,6 +332,7 @@ class Job:
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
         self._fused: list[Site] = []
+        self._others: list[Refusal] = []
         self._written: set[str] = set()
         self._could: set[str] = set()
         self._kept = False
@@ -336,7 +340,7 @@ class Job:
 
     def studied(self) -> bool:
         """Derives the original's shapes; whether it can be rewritten at all."""
-        self.options.say("measuring shapes")
+        self.options.say("deriving shapes")
         study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
         self.notes += [study.facts.note] if study.facts.note else []
         shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), self.options.usual)
@@ -391,14 +395,16 @@ class Job:
     def _take(self, form: Form) -> None:
         """Goes on with a form, and says what was left alone."""
         self.form, self.study = form, form.study
-        self.report.refusals = form.refusals
+        self._others = []
         assert self.full is not None
         for name in sorted(self.full.rewrite.rw.applied - form.rewrite.rw.applied):
             # What it would refuse is worth knowing, too.
-            self.report.refusals += [r for r in self.full.rewrite.rw.refusals if r.rule == name]
+            self._others += [r for r in self.full.rewrite.rw.refusals if r.rule == name]
             if not form.choice.uses(name) and not any(r.rule == name for r in self.report.retreats):
                 note = f"{name} would not pay at N = {self.options.usual}, so it was left out"
                 self.notes += [note] if note not in self.notes else []
+                self._others += remarks.left_out(name, form, self.full, self.options.span)
+        self.report.refusals = [*form.refusals, *self._others]
 
     def pays(self) -> bool:
         """Whether anything applied, and is predicted to be faster than the original."""
@@ -406,9 +412,15 @@ class Job:
         if not self.form.changed:
             return False
         n = self.options.usual
-        before = cost.seconds(self.form.study.model.graph, self.form.original_shapes(n))
-        if before < _LEAST_GAIN * self.form.time(n):
-            self.notes.append(f"the rewritten model would not be faster at N = {n}, so it was not taken")
+        original, made = self.form.study.model, self.form.model
+        before, after = cost.seconds(original.graph, self.form.original_shapes(n)), self.form.time(n)
+        if made is not None and _operators(made) == _operators(original) and isclose(before, after):
+            self.notes.append("the rewritten model would do the same work in another order, so it was not taken")
+            return False
+        if before < _LEAST_GAIN * after:
+            reason = f"the rewritten model would not be faster at N = {n}, so it was not taken"
+            self.notes.append(reason)
+            self._others.append(remarks.not_taken(self.form, reason, n))
             return False
         return True
 
@@ -620,11 +632,17 @@ class Job:
         assert form is not None
         return form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
 
+    def _remark(self, form: Form | None) -> None:
+        """Says of every place that was left alone why it was."""
+        if form is not None:
+            self.report.refusals = remarks.by_loss([*remarks.remarks(form, self.options.usual), *self._others])
+
     def result(self) -> Result:
         """The result, and the report of it."""
         form = self.form
         if form is None or form.model is None:
             return self.unchanged()
+        self._remark(form)
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
         self.report.after = cost.by_level(made.graph, shapes)
@@ -640,7 +658,13 @@ class Job:
         """The original, and the report of why it is that."""
         self.report.changed, self._kept = False, True
         form = self.form or self.full
+        self._remark(form)
         return Result(self.loaded.proto, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
+
+
+def _operators(model: ModelProto) -> Counter[str]:
+    """How often each operator occurs."""
+    return Counter(operator(n) for n in model.graph.node)
 
 
 def _fit(sites: Iterable[Site], study: Study) -> None:

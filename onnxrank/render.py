@@ -109,10 +109,13 @@ class _Printer:
         if not groups:
             return
         self.to.title("Left alone")
-        ordered = sorted(groups.items(), key=lambda g: -len(g[1]))
+        ordered = sorted(groups.items(), key=lambda g: (-sum(r.lost for r in g[1]), -len(g[1])))
         for (rule, reason), found in ordered if explain else ordered[:_MOST_REASONS]:
             self.to.item(reason, f"{len(found)} {self.to.times} {rule}: ")
-            for refusal in found if explain else ():
+            lost = sum(r.lost for r in found)
+            if lost:
+                self.to.item(told_lost(lost, self.report.macs_before), indent=6)
+            for refusal in (r for r in found if explain and r.node):
                 self.to.line(f"{refusal.op} {refusal.node}", 6)
         if not explain:
             left = sum(len(found) for _, found in ordered[_MOST_REASONS:])
@@ -173,6 +176,12 @@ class _Printer:
         if r.macs_before:
             gone = f": {percent(1 - r.macs_after / r.macs_before)} of MACs are now once per request or gone"
         self.to.say(f"{uses}{gone}.{'' if r.checks else ' Not checked.'}", "bold green")
+
+
+def told_lost(lost: int, total: int) -> str:
+    """What leaving places alone costs, of the multiply-adds of a model as far as these are known."""
+    share = f", {percent(lost / total)} of the model" if lost <= total else ""
+    return f"it costs {human(lost)} MACs per request{share}"
 
 
 def trust(contract: Mapping[str, Any], requests: int = 0) -> str:

@@ -150,12 +150,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place that a rule looked at and left alone."""
+    """A remark: a place that was left alone, and why.
+
+    Attributes:
+        rule: The rule that looked at it, or could have done something there; `model` for the model as a whole.
+        node: The original node; empty where it is not a matter of one.
+        op: Its operator.
+        reason: Why.
+        lost: Multiply-adds per request that are made for every candidate because of it and need be made but once, at
+            the expected number of candidates; 0 where there are none, or nothing is known of them.
+    """
 
     rule: str
     node: str
     op: str
     reason: str
+    lost: int = 0
 
 
 class SiteFailed(Exception):
@@ -337,7 +347,7 @@ class Rewrite:
             if made is not None:
                 self.taken[index] = (rule.name, form)
                 return made
-        return self.barrier(node)
+        return self.barrier(node, known=bool(rules))
 
     def _tried(self, rule: Rule, transfer: Transfer, node: NodeProto, repeated: set[str]) -> list[Abstract] | None:
         """What a rule makes of a node; where it gives up or fails, nothing of what it did is left, and a remark is."""
@@ -448,29 +458,33 @@ class Rewrite:
         name = next(i for i in node.input if i in self.facts.unknown)
         return f"it reads {name!r}, whose number of dimensions is not proved ({self.facts.unknown[name]})"
 
-    def refuse(self, rule: str, reason: str) -> None:
-        """Notes why a rule leaves the current node alone."""
+    def refuse(self, rule: str, reason: str, lost: int = 0) -> None:
+        """Notes why a rule leaves the current node alone, and the multiply-adds per request that this costs."""
         node = self._node
-        made = Refusal(rule, label(node), node.op_type, reason)
+        made = Refusal(rule, label(node), node.op_type, reason, lost)
         if made not in self.refusals[-4:]:
             self.refusals.append(made)
 
-    def barrier(self, node: NodeProto) -> list[Abstract]:
-        """Leaves a node as it is: operands get their original layout, with all rows."""
+    def barrier(self, node: NodeProto, known: bool = False) -> list[Abstract]:
+        """Leaves a node as it is: operands get their original layout, with all rows.
+
+        Args:
+            node: The node.
+            known: Whether there are rules for its operator, and it is a matter of its operands.
+        """
         operands = [self.values[i] for i in node.input if i]
         inner = sorted({c for g in subgraphs(node) for c in captured(g) if c in self.values})
         operands += [self.values[c] for c in inner]
         rows = any(is_candidate_symbol(s) for v in operands for s in symbols(v.dims))
-        if rows and any(Level.REQUEST in self.levels(v) for v in operands):
-            self.refuse(
-                "broadcast", f"{operator(node)} is not known to treat rows independently, so it runs on all of them"
-            )
+        told = known and bool(self.refusals) and self.refusals[-1].node == label(node)
+        if rows and not told and any(Level.REQUEST in self.levels(v) for v in operands):
+            self.refuse("broadcast", opaque_reason(operator(node), known))
         dims: list[Dims] = []
         for o in node.output:
-            known = self.facts.dims(o) if o else ()
-            if known is None:
-                known = ((f"{CANDIDATES}~?{o}",),)
-            dims.append(known)
+            found = self.facts.dims(o) if o else ()
+            if found is None:
+                found = ((f"{CANDIDATES}~?{o}",),)
+            dims.append(found)
         if not self.keep_moves:
             # Entries are only followed, and end here: nothing needs to be written.
             return [self.new(d, self.dtype(o), symbols(d), o) for o, d in zip(node.output, dims, strict=True)]
@@ -1090,7 +1104,11 @@ class Rewrite:
         lead = next((k for k, d in enumerate(have) if d != ()), len(have))
         if have == physical:
             have, addend = product.dims, self.layout.reshape(name, have, product.dims)
-        elif have[lead:] == physical[lead:] and stream(have) == stream(product.dims[-1:]) and not symbols(have):
+        elif (
+            have[lead:] == physical[lead:]
+            and stream(have) == stream(product.dims[-1:])
+            and not any(is_candidate_symbol(s) for s in symbols(have))
+        ):
             have, addend = product.dims[-1:], self.layout.reshape(name, have, product.dims[-1:])
         else:
             return None
@@ -1104,6 +1122,18 @@ class Rewrite:
             if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
                 return Value(dims, dtype, source)
         return view(dims, dtype, codes)
+
+
+def opaque_reason(op: str, known: bool) -> str:
+    """Why a node runs on all rows that no rule follows.
+
+    Args:
+        op: Its operator.
+        known: Whether there are rules for that.
+    """
+    if known:
+        return f"no rule can tell that {op} treats the rows of these operands independently, so it runs on all of them"
+    return f"{op} is not known to treat rows independently, so it runs on all of them"
 
 
 def _internal(rule: str, node: str, e: Exception) -> str:

@@ -137,8 +137,6 @@ def _role_from_dict(d: Mapping[str, Any]) -> InputRole:
     if not isinstance(d["name"], str):
         raise TypeError(f"the name {d['name']!r} is no string")
     request = parse_ranges(d["request"]) if "request" in d else ()
-    if bool(request) != (d["level"] == "mixed"):
-        raise ValueError(f"level {d['level']} and request positions {d.get('request')!r} contradict each other")
     return InputRole(
         name=d["name"],
         level=d["level"],

@@ -24,7 +24,7 @@ def choose_rules(
     for path in extra:
         found += _rules_in(path)
     for point in metadata.entry_points(group="onnxrank.rules"):
-        found += list(point.load())
+        found += _rules_of(point)
     found += RULES
     names = {r.name for r in found}
     for name in [*(select or ()), *ignore]:
@@ -38,13 +38,35 @@ def choose_rules(
 def _rules_in(path: str | os.PathLike[str]) -> list[Rule]:
     import runpy
 
+    where = f"the rules file {os.fspath(path)}"
     try:
         space = runpy.run_path(os.fspath(path))
     except OSError as e:
-        raise UsageError(f"the rules file {os.fspath(path)} cannot be read: {e.strerror}") from e
+        raise UsageError(f"{where} cannot be read: {e.strerror}") from e
     except (Exception, SystemExit) as e:
-        raise UsageError(f"the rules file {os.fspath(path)} fails: {type(e).__name__}: {e}") from e
-    found = space.get("RULES")
+        raise UsageError(f"{where} fails: {_told(e)}") from e
+    return _checked(space.get("RULES"), f"{where} must define RULES, a sequence of onnxrank.Rule")
+
+
+def _rules_of(point: metadata.EntryPoint) -> list[Rule]:
+    """The rules of an installed package."""
+    where = f"the entry point {point.name!r} of {point.dist.name if point.dist else point.value}"
+    try:
+        found = point.load()
+    except (Exception, SystemExit) as e:
+        raise UsageError(f"{where} fails: {_told(e)}; uninstall or mend the package") from e
+    return _checked(found, f"{where} must name a sequence of onnxrank.Rule, and is {point.value!r}")
+
+
+def _checked(found: object, must: str) -> list[Rule]:
     if not isinstance(found, Sequence) or not all(isinstance(r, Rule) for r in found):
-        raise UsageError(f"the rules file {os.fspath(path)} must define RULES, a sequence of onnxrank.Rule")
+        raise UsageError(must)
     return list(found)
+
+
+def _told(e: BaseException) -> str:
+    """An error of somebody else's code, and where names went that were onnxrank's once."""
+    ours = any(name in str(e) for name in ("onnxrank", "Rule."))
+    gone = ours and isinstance(e, (ImportError, AttributeError, TypeError))
+    hint = "; CHANGELOG.md lists the names that have changed, old and new" if gone else ""
+    return f"{type(e).__name__}: {e}{hint}"

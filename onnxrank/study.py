@@ -126,7 +126,7 @@ class Study:
 
         Raises:
             Unsupported: One of them cannot be written out.
-            ModelError: The model does not run that way.
+            ModelError: The model does not run that way, or a run contradicts what was derived of it.
         """
         stored = {t.name: tuple((n, ()) for n in t.dims) for t in self.model.graph.initializer}
         types = {t.name: t.data_type for t in self.model.graph.initializer}
@@ -138,7 +138,11 @@ class Study:
         constants = {t.name: facts.constant_data(t, self.loaded.folder) for t in initializers}
         constants |= {name: data for name, (dims, data) in self.facts.folded.items() if not symbols(dims)}
         model = written_out(self.model, shapes, types | self.dtypes, constants, fused)
-        return Study(model, self.roles, self.loaded)
+        made = Study(model, self.roles, self.loaded)
+        stray = made.contradicted()
+        if stray is not None:
+            raise ModelError(stray.reason)
+        return made
 
     def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:
         """Extents of the inputs."""

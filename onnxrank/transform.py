@@ -14,7 +14,7 @@ from onnxrank import cost, facts, feeds, needed, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter
-from onnxrank.errors import UsageError
+from onnxrank.errors import ModelError
 from onnxrank.graphs import captured, names_in, rename_captured, subgraphs
 from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
@@ -147,7 +147,7 @@ class Transformation:
             if self.interface == "request":
                 name = f"{i.name}.{part}"
                 if name in self._own_names:
-                    raise UsageError(
+                    raise ModelError(
                         f"the input {i.name} is divided into {i.name}.request and {i.name}.candidate, but the model "
                         f"has a {name!r} already: rename that, or use --interface same"
                     )
@@ -172,11 +172,14 @@ class Transformation:
         assert axis is not None
         ends = [self.emit.constant(np.array([v], np.int64)) for v in (0, i.role.record or 1, axis)]
         row = self.emit.add("Slice", [i.name, *ends], hint=i.name)
-        once = keep_symbols(i.dims, ())
-        if i.dtype == TensorProto.STRING or symbols(i.dims) != (CANDIDATES,):
+        lengths = [s for s in symbols(i.dims) if not is_candidate_symbol(s)]
+        once = keep_symbols(i.dims, lengths)
+        if i.dtype == TensorProto.STRING or set(symbols(i.dims)) != {CANDIDATES, *lengths}:
             return row
-        shape = [max(1, extents((d,))[0]) for d in once]
+        shape = [1 if lengths else max(1, extents((d,))[0]) for d in once]
         zeros = self.emit.constant(np.zeros(shape, helper.tensor_dtype_to_np_dtype(i.dtype)))
+        if lengths:
+            zeros = self.emit.add("Expand", [zeros, self.rw.layout.shape_vector(once)], hint=i.name)
         both = self.emit.add("Concat", [row, zeros], {"axis": axis}, hint=i.name)
         return self.emit.add("Slice", [both, *ends], hint=i.name)
 

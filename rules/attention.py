@@ -353,9 +353,4 @@ RULE = Rule(
     cost="Products of request-level queries with request-level keys and values are made once, and pairs of the two "
     "levels have the candidates as rows of one matrix. Heads become products of their own, and each softmax has one "
     "more key.",
-    example=(
-        "s = MatMul(q, k')                        # [N, 40, 40]\np = Softmax(s)\no = MatMul(p, v)",
-        "l, o_u = of softmax(q_u k_u') v_u        # once: log-sum-exp, pooled values\n"
-        "t, p_x = Softmax(0, q_u k_x' - l)        # [N, 28, 1 + 12]\no = t * o_u + p_x v_x",
-    ),
 )

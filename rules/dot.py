@@ -377,10 +377,14 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     b_codes = b.codes.reshape((1,) * (lead + 2 - b.rank) + b.codes.shape)
     a_dims = ((),) * (lead + 2 - a.rank) + a.dims
     b_dims = ((),) * (lead + 2 - b.rank) + b.dims
+    inner = {s for d in (a_dims[-1], b_dims[-2]) for s in symbols([d])}
     syms = [s for s in symbols(a_dims[:-2]) if s in rw.present(a)]
-    if len(syms) != 1 or len(symbols([a_dims[-2]])) or symbols(b_dims[-2:]):
+    if len(syms) != 1 or any(s in rw.present(b) for s in symbols(b_dims[:-2])):
         raise Unrepresentable("rows of several extents")
     (rows,) = syms
+    lines, columns = keep_symbols(a_dims[-2:-1], rw.present(a))[0], keep_symbols(b_dims[-1:], rw.present(b))[0]
+    if rows in lines or not inner <= rw.present(a) & rw.present(b):
+        raise Unrepresentable("rows of several extents")
     stack = tuple(canonical(f for f in d if f != rows) for d in a_dims[:-2])
     if any(len(d) > 1 for d in a_dims[:-2]) or symbols(stack):
         raise Unrepresentable("merged rows")
@@ -388,12 +392,14 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     stacked = [np.broadcast_to(a_codes, np.broadcast_shapes(a_codes.shape, (*b_codes.shape[:-2], 1, 1))), b_codes]
     shape_a = (*(stacked[0].shape[k] for k in many), *a_codes.shape[-2:])
     shape_b = (*(b_codes.shape[k] for k in many), *b_codes.shape[-2:])
-    own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, shape_a[-2]]), canonical([shape_a[-1]]))
-    own_b = tuple(canonical([n]) for n in shape_b)
+    own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, *lines]), a_dims[-1])
+    own_b = (*(canonical([n]) for n in shape_b[:-2]), b_dims[-2], columns)
 
     def factors() -> list[str]:
         left = rw.layout.stack(stacked[0].reshape(shape_a), own_a, hint)
-        return [left, rw.layout.realise(b_codes.reshape(shape_b), own_b)[0]]
+        right = b_codes.reshape(shape_b)
+        # A length may be 0, and what onnxruntime takes into a MatMul then divides by it.
+        return [left, rw.layout.stack(right, own_b, hint) if symbols(own_b) else rw.layout.realise(right, own_b)[0]]
 
     source = _later(rw, (*own_a[:-1], own_b[-1]), a.dtype, factors, hint)
     stack_shape = np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])

@@ -53,9 +53,4 @@ RULE = Rule(
     exactness="reassociates",
     operators={"ReduceSum": sum_over_fields},
     cost="Sums of the request-level fields, and of their squares, are made once; each row gets one addition per sum.",
-    example=(
-        "s = ReduceSum(fields, axis 1)            # [N, 36, 32]\ny = s * s - ReduceSum(fields * fields, axis 1)",
-        "s_u, q_u = of the 24 request-level fields  # once\ns = ReduceSum(item_fields, axis 1) + s_u\n"
-        "y = s * s - (ReduceSum(item_fields * item_fields, axis 1) + q_u)",
-    ),
 )

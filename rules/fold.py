@@ -33,6 +33,7 @@ from onnxrank.values import (
     canonical,
     codes_of,
     extents,
+    is_candidate_symbol,
     offsets,
     source_numbers,
     symbols,
@@ -56,6 +57,8 @@ class Fold:
             for none.
         plain: Basis entries of the columns, behind those folded, that are candidate-level factors themselves:
             `[columns, rows]`.
+        along: Symbols other than the number of candidates, such as the length of a history: the request-level factors
+            differ along them, so the weights made per request have a column for each of their positions.
     """
 
     coefficients: Codes
@@ -63,6 +66,7 @@ class Fold:
     basis: Codes
     place: NDArray[np.int64]
     plain: NDArray[np.int64]
+    along: tuple[str, ...] = ()
 
     @property
     def order(self) -> NDArray[np.int64] | None:
@@ -115,12 +119,15 @@ def is_open(rw: Rewrite, codes: Codes) -> NDArray[np.bool_]:
     return out
 
 
-def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> tuple[NDArray[np.int64], Fold] | None:
+def find(
+    rw: Rewrite, part: Codes, dims: Dims, candidate: NDArray[np.bool_], width: int
+) -> tuple[NDArray[np.int64], Fold] | None:
     """Looks for columns to fold.
 
     Args:
         rw: The rewrite.
         part: Entries `[rows..., columns]` of the contracted operand.
+        dims: Their logical shape.
         candidate: Which columns are candidate-level.
         width: Columns of the weights.
 
@@ -135,19 +142,38 @@ def find(rw: Rewrite, part: Codes, candidate: NDArray[np.bool_], width: int) -> 
     if not opened.any():
         return None
     basis = np.unique(expand(rw, flat[:, opened])[1])
+    saved = (int(candidate.sum()) - len(basis)) * width * len(flat)
     if any(s.symbols != (CANDIDATES,) for s in rw.sources.of(basis)):
+        _refuse_lengths(rw, "the candidate-level factors of its products vary", basis, saved)
         return None
     joined = candidate & np.isin(flat, basis).all(0) & ~opened
-    found = _regular(rw, flat, np.flatnonzero(opened | joined), opened, basis, width)
+    along = tuple(s for s in symbols(dims) if s != CANDIDATES)
+    found = _regular(rw, flat, along, np.flatnonzero(opened | joined), opened, basis, width)
     if found is None and joined.any():
         # Columns that are candidate-level factors themselves add to the weights made per request.
-        found = _regular(rw, flat, np.flatnonzero(opened), opened, basis, width, np.flatnonzero(joined))
+        found = _regular(rw, flat, along, np.flatnonzero(opened), opened, basis, width, np.flatnonzero(joined))
     return found
+
+
+def _refuse_lengths(rw: Rewrite, what: str, factors: Codes, saved: int) -> None:
+    """Remarks on products along an axis of symbolic extent, of which no matrix can be made once and for all.
+
+    Args:
+        rw: The rewrite.
+        what: What is the matter.
+        factors: The factors that have the axis.
+        saved: Multiply-adds per candidate and position along the axis that folding could save.
+    """
+    found = sorted(rw.sources.symbols(factors) - {CANDIDATES})
+    named = ", ".join(s.removeprefix("S:") for s in found)
+    rows = max(0, saved) * rw.candidates * cost.LENGTH ** len(found)
+    rw.refuse("fold", f"{what} along {named}, whose extent is not constant: no weights can be made of them", rows)
 
 
 def _regular(
     rw: Rewrite,
     flat: Codes,
+    along: tuple[str, ...],
     columns: NDArray[np.int64],
     opened: NDArray[np.bool_],
     basis: Codes,
@@ -156,7 +182,9 @@ def _regular(
 ) -> tuple[NDArray[np.int64], Fold] | None:
     """The fold of some columns, if the weights are regular and pay; `plain` columns have their own weights added."""
     left, right = expand(rw, flat[:, columns])
-    if rw.sources.symbols(left):
+    held = rw.sources.symbols(left)
+    along = tuple(s for s in along if s in held)
+    if any(is_candidate_symbol(s) for s in held):
         return None
     rows, zero = flat.shape[0], rw.zero(rw.sources.of(basis)[0].dtype)
     r, k, j = np.nonzero(left != zero)
@@ -187,11 +215,15 @@ def _regular(
     made = rows * int(opened.sum())
     plain = np.zeros(0, np.int64) if plain is None else plain
     # Every product that is not folded is written, and read again.
-    direct = cost.estimate(rows * (len(columns) + len(plain)) * width + len(item), 8 * made)
+    long = cost.LENGTH ** len(along)
+    direct = cost.estimate(long * (rows * (len(columns) + len(plain)) * width + len(item)), 8 * long * made)
     own = np.searchsorted(basis, flat[:, plain]).T
-    fold = Fold(coefficients, np.maximum(kinds, 0), basis, place, own)
-    each = cost.estimate(len(basis) * (1 if fold.order is not None else rows) * width)
-    once = cost.estimate(groups * most * terms * width, 8 * (groups * terms + groups * most) * width, launches=5)
+    fold = Fold(coefficients, np.maximum(kinds, 0), basis, place, own, along)
+    if along and rows > 1 and (fold.order is not None or len(plain)):
+        return None
+    each = cost.estimate(long * len(basis) * (1 if fold.order is not None else rows) * width)
+    written = 8 * (groups * terms + groups * most * long) * width
+    once = cost.estimate(groups * most * long * terms * width, written, launches=5)
     ways = (Alternative(LEAVE, "", 0, direct), Alternative(TAKE, "reassociates", once, each))
     if rw.decide("fold", ways) == LEAVE:
         return None
@@ -210,21 +242,24 @@ def product(
         members: Which of their rows belong to the folded columns.
 
     Returns:
-        The result's physical shape, `[N, rows * width]` (`[rows, N, width]` where rows have entries of their own), and
-        its writer.
+        The result's physical shape, `[N, rows * width]` (`[rows, N, width]` where rows have entries of their own, and
+        `[N, L * rows * width]` along a length L), and its writer.
     """
     width, rows = weight.data.shape[1], fold.place.shape[1]
     if fold.order is not None:
         return _row_by_row(rw, fold, weight, members, fold.order)
-    dims: Dims = ((CANDIDATES,), canonical([rows * width]))
+    column = canonical([*fold.along, rows * width])
+    dims: Dims = ((CANDIDATES,), column)
 
     def writer(addend: str | None, have: Dims) -> str:
         name = addend
         if addend is not None:
-            name = rw.layout.reshape(addend, have, (tuple(symbols(have)), canonical([prod(extents(have))])))
+            lead = tuple(s for s in symbols(have) if is_candidate_symbol(s))
+            rest = canonical([*(s for s in symbols(have) if s not in lead), prod(extents(have))])
+            name = rw.layout.reshape(addend, have, (lead, rest))
         for part in _by_tensor(fold, rows * width):
             count = canonical([len(part.basis)])
-            made, _ = rw.layout.realise(matrix(rw, part, weight, members), (count, canonical([rows * width])))
+            made, _ = rw.layout.realise(matrix(rw, part, weight, members), (count, column), full=bool(fold.along))
             basis, _ = rw.layout.realise(part.basis[None], ((CANDIDATES,), count))
             name = rw.emit.add("Gemm", [basis, made, name]) if name else rw.emit.add("MatMul", [basis, made])
         assert name is not None
@@ -269,15 +304,14 @@ def _row_by_row(
 
 
 def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64]) -> Codes:
-    """Writes the weights made per request; gives their codes, `[basis, rows * width]`."""
+    """Writes the weights made per request; gives their codes, `[basis, rows * width]`, all of them along `along`."""
     groups, items, terms = fold.coefficients.shape
     width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
     dtype = rw.sources.of(fold.basis)[0].dtype
-    shape: Dims = (canonical([groups]), canonical([items]), canonical([terms]))
+    shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
     for source in rw.sources.of(fold.coefficients):
         rw.sources.journal.put(source, "folded", True)
-    factors, physical = rw.layout.realise(fold.coefficients, shape)
-    assert not symbols(physical)
+    factors, _ = rw.layout.realise(fold.coefficients, shape, full=bool(fold.along))
     folded = members[: len(members) - len(fold.plain)]
     if groups == 1:
         # One matrix product, not a stack of one.
@@ -306,8 +340,8 @@ def _with_plain(
     chosen[place, np.arange(place.shape[1]), np.arange(len(columns))[:, None]] = True
     if not chosen.any(-1).all():
         raise Unrepresentable("candidate-level factors of some rows only")
-    dims: Dims = (canonical([len(touched)]), canonical([rows]), canonical([width]))
-    base, _ = rw.layout.realise(codes[touched], dims)
+    dims: Dims = (canonical([len(touched)]), canonical([*fold.along, rows]), canonical([width]))
+    base, _ = rw.layout.realise(codes[touched], dims, full=bool(fold.along))
     if chosen.sum(-1).max() == 1:
         own = weight.rows(rw.emit, columns[chosen.argmax(-1)])
     else:
@@ -320,16 +354,20 @@ def _with_plain(
     return codes
 
 
-def has_open(rw: Rewrite, value: Sum) -> bool:
-    """Whether a pending sum of vectors, one per row, holds products that were put off."""
+def _is_vector(value: Value | Sum) -> bool:
+    """Whether a value is a vector per candidate, not a matrix of a length that differs from request to request."""
     shape = extents(value.dims)
-    return prod(shape) == max(shape, default=1) and any(is_open(rw, t.codes).any() for t in value.terms)
+    return prod(shape) == max(shape, default=1) and all(is_candidate_symbol(s) for s in symbols(value.dims))
+
+
+def has_open(rw: Rewrite, value: Sum) -> bool:
+    """Whether a pending sum of vectors, one per candidate, holds products that were put off."""
+    return _is_vector(value) and any(is_open(rw, t.codes).any() for t in value.terms)
 
 
 def apart(rw: Rewrite, value: Value) -> Value | Sum:
-    """A vector per row that is, in part, products of few candidate-level entries, put off: those and the rest."""
-    shape = extents(value.dims)
-    if value.whole is not None or prod(shape) != max(shape, default=1):
+    """A vector per candidate that is, in part, products of few candidate-level entries, put off: those and the rest."""
+    if value.whole is not None or not _is_vector(value):
         return value
     mask, zero = is_open(rw, value.codes), rw.zero(value.dtype)
     if not mask.any() or mask.all() or len(np.unique(expand(rw, value.codes[mask])[1])) * 4 > mask.sum():

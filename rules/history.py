@@ -277,9 +277,4 @@ RULE = Rule(
     operators={"Softmax": softmax, "Where": nan_to_zero},
     cost="The encoder runs over the history once instead of N times; each candidate is one query per layer. Nothing "
     "is added.",
-    example=(
-        "x = Concat(history, item)                # [N, 129, 64]\ny = Encoder(x, causal mask)",
-        "h = Encoder(history, causal mask)        # once, with its keys and values\n"
-        "y = Encoder(item; keys and values of h)  # one row per candidate",
-    ),
 )

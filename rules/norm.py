@@ -40,6 +40,9 @@ from onnxrank.values import (
 from .broadcast import attribute, is_square, pointwise, rowwise
 from .products import pieces
 
+_LEAST_SAVED = 500_000
+"""Multiply-adds per request from which on a split pays; see `worth_splitting`."""
+
 
 def normalised(
     rw: Rewrite,
@@ -128,10 +131,21 @@ def worth_splitting(rw: Rewrite, x: Value, node: NodeProto) -> bool:
     The split adds about a dozen operators on `[N, 1]` and one on the candidate-level part, some 25 microseconds; a
     core does about 20 thousand multiply-adds in each.
     """
-    levels = rw.sources.levels(x.codes).reshape(-1, extents(x.dims)[-1])[0]
-    once = int((levels <= Level.REQUEST).sum())
+    lines = rw.sources.levels(x.codes).reshape(-1, extents(x.dims)[-1])
+    if not ((lines == Level.CANDIDATE).any(-1) & (lines == Level.REQUEST).any(-1)).any():
+        return False  # every row is of one level: there is nothing to split
+    once = int((lines[0] <= Level.REQUEST).sum())
     columns = rw.linear_columns(node.output[0])
-    return once * columns * rw.candidates > 500_000
+    if not columns:
+        rw.refuse("norm", "something other than linear maps with constant weights reads the result")
+        return False
+    saved = once * columns * rw.candidates
+    if saved <= _LEAST_SAVED:
+        reason = (
+            f"the linear maps behind it would save too little: {_LEAST_SAVED} MACs per request pay for the extra steps"
+        )
+        rw.refuse("norm", reason, saved)
+    return saved > _LEAST_SAVED
 
 
 def layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -7,7 +7,7 @@ is made once per level, over the axes it varies along, and its layout is folded 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxrank import cost
 from onnxrank.rewrite import LARGE, Group, Rewrite, Weights
 from onnxrank.values import (
     HOLE,
@@ -150,7 +151,9 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = F
             raise Unrepresentable("levels that follow no single axis")
         group = Group(Level.CANDIDATE, index, (*own[:-1],))
         slots = itertools.count()
-        found_fold = fold.find(rw, part, level_of == Level.CANDIDATE, width) if width and rw.uses("fold") else None
+        found_fold = None
+        if width and rw.uses("fold"):
+            found_fold = fold.find(rw, part, own, level_of == Level.CANDIDATE, width)
         if found_fold is not None:
             members, how = found_fold
             level_of = level_of.copy()
@@ -375,7 +378,7 @@ def contract(
     def note(source: Source, piece: Piece) -> None:
         if piece.level is not Level.CANDIDATE or unread:
             return
-        if prod(piece.codes.shape[:-1]) == 1:
+        if prod(piece.codes.shape[:-1]) == 1 and not (piece.fold and piece.fold.along):
             _explain(rw, source, piece, weight, axis)
         elif piece.fold is None and axis == x.rank - 1:
             _by_columns(rw, source, piece, weight)
@@ -490,27 +493,35 @@ def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Ab
     return linear(rw.settle(x))
 
 
-def _axes(rw: Rewrite, codes: Codes, axis: int) -> NDArray[np.bool_]:
-    """Per column, along which other axes, and (last) whether along the candidates, it varies: `[columns, axes + 1]`."""
+def _axes(rw: Rewrite, codes: Codes, axis: int, along: Sequence[str]) -> NDArray[np.bool_]:
+    """Per column, along which other axes, and (last) along which symbols, it varies: `[columns, axes + symbols]`."""
     moved = np.moveaxis(codes, axis, -1)
-    out = [(moved != moved.take([0], k)).any(tuple(range(moved.ndim - 1))) for k in range(moved.ndim - 1)]
-    out.append((rw.sources.levels(moved) == Level.CANDIDATE).any(tuple(range(moved.ndim - 1))))
+    rows = tuple(range(moved.ndim - 1))
+    out = [(moved != moved.take([0], k)).any(rows) for k in rows]
+    numbers = source_numbers(moved)
+    for symbol in along:
+        held = [s.number for s in rw.sources.of(moved) if symbol in s.symbols]
+        out.append(np.isin(numbers, held).any(rows))
     return np.stack(out, -1)
 
 
-def _work(rw: Rewrite, codes: Codes, axis: int, zero: int) -> NDArray[np.float64]:
-    """Rows that each column is multiplied in."""
-    sizes = np.array([*np.delete(codes.shape, axis), rw.candidates], np.float64)
-    rows = np.where(_axes(rw, codes, axis), sizes, 1).prod(-1)
-    return np.where((np.moveaxis(codes, axis, -1) == zero).all(tuple(range(codes.ndim - 1))), 0, rows)
+def _sizes(rw: Rewrite, dims: Dims, axis: int, along: Sequence[str]) -> NDArray[np.float64]:
+    """Extents of the axes and symbols of `_axes`."""
+    rows = [rw.candidates if is_candidate_symbol(s) else cost.LENGTH for s in along]
+    return np.array([*np.delete(extents(dims), axis), *rows], np.float64)
 
 
 def _crossing(rw: Rewrite, x: Sum, axis: int, zero: int) -> bool:
     """Whether the terms vary along different axes, so that their sum varies along more than any of them."""
-    costs = [_work(rw, t.codes, axis, zero) for t in x.terms]
-    sizes = np.array([*np.delete(extents(x.dims), axis), rw.candidates], np.float64)
-    joint = np.logical_or.reduce([_axes(rw, t.codes, axis) for t in x.terms])
-    return bool(sum(c.sum() for c in costs) < np.where(joint, sizes, 1).prod(-1).sum())
+    along = tuple(dict.fromkeys(symbols(x.dims)))
+    sizes = _sizes(rw, x.dims, axis, along)
+    apart, joint = 0.0, np.zeros((extents(x.dims)[axis], len(sizes)), bool)
+    for t in x.terms:
+        varies = _axes(rw, t.codes, axis, along)
+        rows = np.where(varies, sizes, 1).prod(-1)
+        apart += rows[~(np.moveaxis(t.codes, axis, -1) == zero).all(tuple(range(t.rank - 1)))].sum()
+        joint |= varies
+    return bool(apart < np.where(joint, sizes, 1).prod(-1).sum())
 
 
 def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:

@@ -1,19 +1,37 @@
-"""The worked example of CONTRIBUTING.md: a rule written from scratch, and its test."""
+"""The worked examples of CONTRIBUTING.md: a rule written from scratch, an operator, and their tests."""
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import textform
+from modelkit import compare
 from onnx import TensorProto, helper
+from onnxrank.rules import movement
 
 import onnxrank
+from onnxrank import cli, operators
 from onnxrank.errors import UsageError
 from onnxrank.ruleset import choose_rules
+
+TOWER = """\
+(float[N,4] user, float[N,3,4] item) => (float[N,3,4] y)
+<int32 axis = {1}, float[4,4] W> {
+  h = MatMul(user, W)
+  r = Relu(h)
+  u = com.microsoft.ExpandDims(r, axis)
+  y = Mul(u, item)
+}"""
 
 SAID = ("title", "identity", "source", "legal", "refuses", "exactness")
 DOCUMENT = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
@@ -77,3 +95,109 @@ def test_the_example_is_a_rule_like_others(rule: Path) -> None:
     rule.write_text("RULES = 3\n")
     with pytest.raises(UsageError, match="must define RULES"):
         choose_rules(None, (), [rule])
+
+
+# --- rules that others wrote ---------------------------------------------------------------------------------------
+
+
+def offered(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """An installed package offers rules."""
+    points = [metadata.EntryPoint("mine", value, "onnxrank.rules")]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: points if group == "onnxrank.rules" else [])
+
+
+def test_a_package_offers_the_rule(rule: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the document says it of entry points: without `--rules` it is there, and first."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    offered(monkeypatch, "my_rule:RULES")
+    assert choose_rules(None, (), ())[0].name == "fused_matmul"
+    assert "fused_matmul" not in {r.name for r in choose_rules(None, ["fused_matmul"], ())}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("nowhere_rules:RULES", "fails: ModuleNotFoundError: No module named 'nowhere_rules'"),
+        ("my_rule:NAME", "must name a sequence of onnxrank.Rule, and is 'my_rule:NAME'"),
+        ("my_rule:GONE", "fails: AttributeError: module 'my_rule' has no attribute 'GONE'"),
+    ],
+)
+def test_a_package_whose_rules_cannot_be_used(
+    rule: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, text: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    offered(monkeypatch, value)
+    with pytest.raises(UsageError, match=re.escape(text)) as e:
+        choose_rules(None, (), ())
+    assert "the entry point 'mine' of" in str(e.value)
+
+
+HEAD = "import onnxrank\nRULES = []\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from onnxrank.study import label, gone",
+        "from onnxrank.pipeline import verify_pair",
+        "from onnxrank.render import parse_target",
+        "import onnxrank.verify.worker",
+        "onnxrank.values.settle",
+        "onnxrank.Rule(name='mine', title='', transfer=None)",
+    ],
+)
+def test_a_rule_for_an_earlier_version(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that are gone: exit code 2, the file, the name, and where the new names stand."""
+    (tmp_path / "old.py").write_text(HEAD + text)
+    onnx.save(textform.parse(TOWER), tmp_path / "in.onnx")
+    model, rules = str(tmp_path / "in.onnx"), str(tmp_path / "old.py")
+    assert cli.main(["optimize", model, "--dry-run", "--request", "user", "--rules", rules]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "old.py" in said.replace(" ", "") and "CHANGELOG.md lists the names that have changed" in said
+    assert "Traceback" not in said
+
+
+def test_an_error_of_the_file_itself_is_no_matter_of_versions(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("1 / 0")
+    with pytest.raises(UsageError, match=r"fails: ZeroDivisionError: division by zero$"):
+        choose_rules(None, (), [tmp_path / "wrong.py"])
+
+
+# --- an operator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document's entry in the registry, and its line in the table of the rule."""
+    space = {**vars(operators), "out": {}}
+    exec(block("operator") + block("entry"), space)
+    assert (
+        space["out"].keys() == {("com.microsoft", "ExpandDims")} and not space["out"].keys() & operators.REGISTRY.keys()
+    )
+    for key, entry in space["out"].items():
+        monkeypatch.setitem(operators.REGISTRY, key, entry)
+    line: Any = ast.parse("{" + block("transfer") + "}", mode="eval").body
+    for key, name in zip(line.keys, line.values, strict=True):
+        monkeypatch.setitem(movement.RULE.operators, key.value, getattr(movement, name.id))  # type: ignore[arg-type]
+
+
+def test_the_operator_is_opaque_before() -> None:
+    reasons = [r.reason for r in textform.rewritten(textform.parse(TOWER)).report.refusals]
+    assert any("ExpandDims is not an operator whose shapes onnxrank knows" in r for r in reasons)
+
+
+@pytest.mark.usefixtures("entered")
+def test_its_test_passes() -> None:
+    space = runpy.run_path(str(DOCUMENT.parent / "tests" / "onnxrank" / "test_shapes.py"))
+    exec(block("operator test"), space)
+    space["test_expand_dims"]()
+
+
+@pytest.mark.usefixtures("entered")
+def test_the_operator_is_followed() -> None:
+    model = textform.parse(TOWER)
+    result = textform.rewritten(model)
+    assert not result.report.refusals
+    (line,) = (x for x in textform.text_of(result.model, (), once=True).splitlines() if "ExpandDims" in x)
+    assert line.endswith("# once")
+    compare(model, result, sizes=(1, 3, 101))

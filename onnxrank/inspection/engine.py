@@ -19,8 +19,8 @@ from onnxrank import model as files
 from onnxrank.contract import RULE, find_roles, stored_contract
 from onnxrank.errors import OnnxrankError, UsageError
 from onnxrank.facts import Extent
-from onnxrank.inspection import levels as entries
 from onnxrank.inspection import lookups
+from onnxrank.inspection.levels import summed_up
 from onnxrank.inspection.report import (
     Ideal,
     InputTensor,
@@ -31,8 +31,9 @@ from onnxrank.inspection.report import (
     Refused,
     Tensor,
 )
+from onnxrank.levels import entry_levels, once_share
 from onnxrank.plan import label
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Refusal, Rewrite, Rule
 from onnxrank.roles import InputRole, format_ranges
 from onnxrank.ruleset import choose_rules
 from onnxrank.scopes import scope_of
@@ -189,11 +190,11 @@ class _Findings:
         if self.rw is None or value is None:
             level = "candidate" if self.shapes.per_candidate(name) else "request"
             return Tensor(name, dims_text(extents), level, float(level == "request"))
-        level, once, blocks = entries.summed_up(entries.entry_levels(self.rw, value))
+        level, once, blocks = summed_up(entry_levels(self.rw, value))
         return Tensor(name, dims_text(extents), level, round(once, 6), blocks)
 
     def _once(self, node: Any) -> float:
-        return entries.once_share(self.rw, node) if self.rw is not None else 0.0
+        return once_share(self.rw, node) if self.rw is not None else 0.0
 
     def _once_macs(self, k: int) -> tuple[float, float]:
         """Multiply-adds of a node in the block ideal: per request, and per candidate."""
@@ -286,13 +287,13 @@ class _Findings:
 
     def refusals(self, tried: Mapping[str, _Tried]) -> tuple[Refused, ...]:
         """Refusals grouped by rule and reason, dearest first, and what would lift them."""
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str], list[Refusal]] = {}
         for r in self.result.report.refusals:
-            groups.setdefault((r.rule, r.reason), []).append(r.node)
+            groups.setdefault((r.rule, r.reason), []).append(r)
         macs = {n.name: n.macs for n in self.nodes}
         out = []
-        for (rule, reason), names in groups.items():
-            nodes = tuple(dict.fromkeys(names))
+        for (rule, reason), several in groups.items():
+            nodes = tuple(dict.fromkeys(r.node for r in several if r.node))
             lifting = [
                 (t.gain, name)
                 for name, t in tried.items()
@@ -302,8 +303,9 @@ class _Findings:
             if lifting:
                 gain, best = max(lifting, key=lambda g: g[0])
                 lift = f"declare {best} request-level, if it is: {_signed(gain)} of multiply-adds"
-            out.append(Refused(rule, reason, nodes, sum(macs.get(n, 0) for n in nodes), lift))
-        return tuple(sorted(out, key=lambda r: (-r.macs, -len(r.nodes))))
+            lost = sum(r.lost for r in several)
+            out.append(Refused(rule, reason, nodes, sum(macs.get(n, 0) for n in nodes), lost, lift))
+        return tuple(sorted(out, key=lambda r: (-r.lost, -r.macs, -len(r.nodes))))
 
     def result_nodes(self) -> tuple[Node, ...]:
         """The nodes of what `optimize` makes, in the layers of those they come from."""

@@ -185,12 +185,12 @@ def _opportunities(found: Inspection) -> list[str]:
 
 
 def _refusals(found: Inspection) -> list[str]:
-    rows = [[r.rule, r.reason, len(r.nodes), human(r.macs), r.lift] for r in found.refusals]
+    rows = [[r.rule, r.reason, len(r.nodes), human(r.macs), human(r.lost), r.lift] for r in found.refusals]
     if not rows:
         return []
     return [
         "<h2>Left alone</h2>",
-        pages.table(["rule", "reason", "nodes", "MACs", "what would lift it"], rows, (0, 1, 4)),
+        pages.table(["rule", "reason", "nodes", "MACs", "of these once", "what would lift it"], rows, (0, 1, 5)),
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from onnxrank.formats import PLAIN, Style
+from onnxrank.render import told_lost
 from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, percent, three
 
 if TYPE_CHECKING:
@@ -268,8 +269,10 @@ class _Printer:
         self.to.title("Left alone")
         shown = self.cut(found, 8)
         for r in found[:shown]:
-            self.to.item(r.reason, f"{len(r.nodes)} {self.to.times} {r.rule}: ")
-            if r.macs:
+            self.to.item(r.reason, f"{max(1, len(r.nodes))} {self.to.times} {r.rule}: ")
+            if r.lost:
+                self.to.item(told_lost(r.lost, self.found.macs_before), indent=6)
+            elif r.macs:
                 share = percent(r.macs / self.found.macs_before)
                 self.to.item(f"{human(r.macs)} multiply-adds, {share}", indent=6)
             if r.lift:

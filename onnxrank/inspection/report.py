@@ -170,13 +170,15 @@ class Opportunity:
 
 @dataclass(frozen=True)
 class Refused:
-    """Places that a rule looked at and left alone for one reason.
+    """Places that are left alone for one reason.
 
     Attributes:
-        rule: The rule.
+        rule: The rule that looked at them, or could have done something there; `model` for the model as a whole.
         reason: Why.
-        nodes: The nodes.
+        nodes: The nodes; none where it is not a matter of any.
         macs: Multiply-adds per request of these nodes.
+        lost: Multiply-adds per request that are made for every candidate because of them and need be made but once; 0
+            where there are none, or nothing is known of them.
         lift: What would let the rule take them, if anything is known; empty otherwise.
     """
 
@@ -184,6 +186,7 @@ class Refused:
     reason: str
     nodes: tuple[str, ...]
     macs: int
+    lost: int
     lift: str
 
 

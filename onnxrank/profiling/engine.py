@@ -94,7 +94,7 @@ def profile(
     subjects = [_Subject.load(m, k) for k, m in enumerate([model] if other is None else [model, other])]
     base = next((s for s in subjects if s.contract is None), subjects[0])
     roles, notes = _roles(base, subjects, request, spec, infer_from)
-    say("measuring shapes")
+    say("deriving shapes")
     study = Study(base.working, roles, base.loaded)
     drawn = _Drawn(study, subjects, base, lengths or {})
     notes += drawn.notes

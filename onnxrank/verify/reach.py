@@ -295,4 +295,4 @@ class Reach:
                 text = f"The original {what} at {'; '.join(sizes.listing(found))}: nothing was compared there."
                 report.find("rounding", "original", text, "note", model="original")
         if any(p.inputs == MANY for p in self._seen) and engine.options.level != "full":
-            report.looked.append(f"beyond N = {max(engine.options.counts)}: onnxruntime's optimisations on only")
+            report.looked.append(f"N beyond {max(engine.options.counts)}, with onnxruntime's optimisations on only")

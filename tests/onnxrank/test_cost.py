@@ -27,6 +27,7 @@ def bill(op: str, known: Mapping[str, tuple[int, ...]], inputs: int, outputs: in
     [
         ("Gather", {"x": (512, 64), "w": (32,), "y": (512, 32)}, 2, {"axis": 1}, "regroup", 512 * 32),
         ("Gather", {"x": (512, 16, 8), "w": (4,), "y": (512, 4, 8)}, 2, {"axis": -2}, "regroup", 512 * 4),
+        ("Gather", {"x": (512, 512), "w": (32,), "y": (512, 32)}, 2, {"axis": 1}, "regroup far", 512 * 32),
         ("Gather", {"x": (1000, 64), "w": (512,), "y": (512, 64)}, 2, {}, "elementwise", 0),
         ("Concat", {"x": (512, 8), "w": (512, 4), "y": (512, 12)}, 2, {"axis": 1}, "copy", 512 * 2),
         ("Concat", {"x": (512, 8), "w": (512, 8), "y": (1024, 8)}, 2, {"axis": 0}, "copy", 2),

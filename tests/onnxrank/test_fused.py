@@ -29,7 +29,8 @@ from helpers import (
 from onnx import ModelProto, helper
 
 import onnxrank
-from onnxrank import pipeline
+from onnxrank import operators, pipeline
+from onnxrank.errors import ModelError
 from onnxrank.feeds import describe
 from onnxrank.fused import OPERATORS, Unsupported
 from onnxrank.model import load
@@ -146,6 +147,18 @@ def test_levels_of_fields(kind: str, mask: str, heads: int) -> None:
     result = divided(Fused(kind, heads=heads, mask=data))
     assert "attention" in rules(result) and not outputs(result.model)
     assert result.report.macs_after < result.report.macs_before
+
+
+def test_contradictions_of_what_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator whose steps are misjudged stays as it is, and the report says why."""
+    made = Fused("multi-head")
+    wrong = operators.Operator(lambda use: [[*use.shape(0)[:-1], 99]])
+    monkeypatch.setitem(operators.REGISTRY, ("", "Softmax"), wrong)
+    with pytest.raises(ModelError, match="an error of onnxrank"):
+        study_of(made).written_out(outputs(made.model()))
+    result = divided(made)
+    assert outputs(result.model)
+    assert any("left as it is" in note and "an error of onnxrank" in note for note in result.report.notes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

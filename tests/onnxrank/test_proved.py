@@ -11,6 +11,8 @@ from modelkit import graph as text_graph
 from modelkit import optimised, session
 from onnx import ModelProto
 
+from onnxrank.pipeline import Result
+
 COUNTS = (0, 1, 2, 7, 19, 20, 21, 65, 99, 101, 512, 1500)
 LENGTHS = (0, 1, 2, 5, 49, 50, 51, 80, 300)
 
@@ -22,7 +24,7 @@ def whole(*shape: int, seed: int = 0) -> np.ndarray:
 
 def right_everywhere(
     model: ModelProto, request: list[str], interface: str = "request", changed: bool = True, **how: Any
-) -> None:
+) -> Result:
     """Optimises without a check, and compares with the original at every number of candidates and length."""
     result = optimised(model, request=request, check=False, interface=interface, **how)
     assert result.changed or not changed, (result.report.refusals, result.report.notes)
@@ -50,6 +52,7 @@ def right_everywhere(
             for a, b in zip(expected, found, strict=True):
                 assert a.shape == b.shape, (n, length)
                 assert np.array_equal(a, b), (n, length)
+    return result
 
 
 TABLE = {"E": whole(3, 16), "A": whole(32, 24), "CC": whole(24, 16), "T": whole(16, 16, seed=1), "V": whole(16, 16)}
@@ -86,6 +89,96 @@ def test_target_attention_over_a_cut_history(cut: str) -> None:
         " c = Concat<axis=1>(o, e9) y = MatMul(c, C2) }",
         E=TABLE["E"], A4=whole(64, 8), b1=whole(8), B=whole(8, 1), C2=whole(32, 16),
     )  # fmt: skip
+    right_everywhere(model, ["h"])
+
+
+REPEATS = {
+    "unsqueezed and expanded": "s3 = Concat<axis=0>(one, n1, one) e1 = Expand(q, s3)",
+    "expanded to a shape": "e1 = Expand(q, sh)",
+    "tiled": "t3 = Concat<axis=0>(one, n1, one) e1 = Tile(q, t3)",
+    "repeated by ones": "z3 = Concat<axis=0>(one, n1, one) e9 = ConstantOfShape<value = float[1] {1.0}>(z3) e1 = Mul(q, e9)",
+}
+POOLS = {
+    "product": "wt = Transpose<perm=[0, 2, 1]>(w) o3 = MatMul(wt, k) o = Squeeze(o3, one)",
+    "weighted sum": "wk = Mul(w, k) o = ReduceSum<keepdims=0>(wk, one)",
+    "scores alone": "o4 = ReduceSum<keepdims=0>(w, one) o = Mul(o4, e)",
+}
+
+
+def target_attention(
+    repeat: str, pool: str, opset: int = 17, parts: str = "e1, k, d, p", width: int = 64
+) -> ModelProto:
+    """Attention of the candidate over a history of any length, by a layer of `[q, k, q - k, q * k]` and a mask."""
+    return text_graph(
+        "(int64[N,L] h, int64[N] i) => (float[N,16] y) { one = Constant<value_ints=[1]>() m1 = Constant<value_ints=[-1]>()"
+        " e = Gather(E, i) q = Unsqueeze(e, one) k = Gather(E, h) sh = Shape(k) n1 = Gather(sh, one)"
+        f" {REPEATS[repeat]} d = Sub(e1, k) p = Mul(e1, k) x = Concat<axis=-1>({parts}) a0 = MatMul(x, W1)"
+        " a1 = Add(a0, b1) a2 = Relu(a1) a3 = MatMul(a2, W2) a4 = Relu(a3) a5 = MatMul(a4, W3)"
+        " zero = Constant<value_int=0>() hidden = Equal(h, zero) hid = Unsqueeze(hidden, m1)"
+        " none0 = Constant<value_float=0.0>() w = Where(hid, none0, a5)"
+        f" {POOLS[pool]} c = Concat<axis=1>(o, e) y = MatMul(c, C2) }}",
+        opset=opset, E=whole(3, 16), W1=whole(width, 8), b1=whole(8), W2=whole(8, 4), W3=whole(4, 1), C2=whole(32, 16),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("repeat", REPEATS)
+def test_target_attention_over_any_length(repeat: str, pool: str) -> None:
+    result = right_everywhere(target_attention(repeat, pool), ["h"])
+    assert not any("several extents" in r.reason for r in result.report.refusals)
+    # Of the 64 entries of a pair of candidate and position, one product over the candidate's 16 is left.
+    wide = {n.op_type: t.dims[0] for n in result.model.graph.node if n.op_type in ("MatMul", "Gemm") for t in
+            result.model.graph.initializer if t.name == n.input[1] and t.dims[-1] == 8}  # fmt: skip
+    assert max(wide.values(), default=16) <= 16
+
+
+@pytest.mark.parametrize("opset", [13, 14, 15, 20])
+@pytest.mark.parametrize("interface", ["request", "same"])
+def test_target_attention_by_opset_and_interface(opset: int, interface: str) -> None:
+    right_everywhere(target_attention("expanded to a shape", "product", opset), ["h"], interface)
+
+
+def query(heads: int, opset: int, weights: str) -> ModelProto:
+    """The candidate as a query of some heads on a history of any length; `weights` makes `w` of scores `s3`."""
+    size = 16 // heads
+    return text_graph(
+        "(int64[N,L] h, int64[N] i) => (float[N,16] y) { one = Constant<value_ints=[1]>()"
+        " e = Gather(E, i) q0 = MatMul(e, T) k0 = Gather(E, h) km = MatMul(k0, T) vm = MatMul(k0, V)"
+        f" k1 = Add(km, b1) v1 = Add(vm, b1) sq = Constant<value_ints=[-1, 1, {heads}, {size}]>() q1 = Reshape(q0, sq) q = Transpose<perm=[0, 2, 1, 3]>(q1)"
+        f" sh = Shape(h) n = Gather(sh, one) hs = Constant<value_ints=[{heads}, {size}]>()"
+        " z0 = Constant<value_ints=[0]>() nn = Gather(sh, z0) sk = Concat<axis=0>(nn, n, hs)"
+        " k2 = Reshape(k1, sk) kt = Transpose<perm=[0, 2, 3, 1]>(k2)"
+        " v2 = Reshape(v1, sk) v = Transpose<perm=[0, 2, 1, 3]>(v2) s = MatMul(q, kt) two = Constant<value_float=2.0>()"
+        " s2 = Mul(s, two) zero = Constant<value_int=0>() hidden = Equal(h, zero) a12 = Constant<value_ints=[1, 2]>()"
+        f" hid = Unsqueeze(hidden, a12) none0 = Constant<value_float=0.0>() s3 = Where(hid, none0, s2) {weights}"
+        " o = MatMul(w, v) ot = Transpose<perm=[0, 2, 1, 3]>(o) so = Constant<value_ints=[-1, 16]>() o1 = Reshape(ot, so)"
+        " c = Concat<axis=1>(o1, e) y = MatMul(c, C2) }",
+        opset=opset, C2=whole(32, 16), b1=whole(16), **{k: TABLE[k] for k in "ETV"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_candidate_as_a_query_of_several_heads(heads: int, opset: int) -> None:
+    result = right_everywhere(query(heads, opset, "w = Relu(s3)"), ["h"])
+    assert not any("several extents" in r.reason for r in result.report.refusals)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_no_history_at_all(heads: int) -> None:
+    """What onnxruntime takes into products, it must not divide by a length of 0."""
+    model = query(heads, 17, "w = Softmax<axis=-1>(s3)")
+    result = optimised(model, request=["h"], check=False)
+    assert result.changed
+    before, after = session(model), session(result.model)
+    for n in (1, 3):
+        feed = {"h": np.zeros((n, 0), np.int64), "i": np.arange(n) % 3}
+        assert np.array_equal(*(s.run(None, f)[0] for s, f in ((before, feed), (after, {**feed, "h": feed["h"][:1]}))))
+
+
+@pytest.mark.parametrize("parts", ["p, e1", "p", "p, d", "k, p, e1"])
+def test_target_attention_of_some_parts(parts: str) -> None:
+    model = target_attention("unsqueezed and expanded", "product", parts=parts, width=16 * len(parts.split(",")))
     right_everywhere(model, ["h"])
 
 

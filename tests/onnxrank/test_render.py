@@ -155,6 +155,18 @@ def test_many_reasons_are_cut() -> None:
     assert "reason 29" in rendered(report(refusals=many), explain=True)
 
 
+def test_what_is_left_alone_by_cost() -> None:
+    """What costs most comes first, however few places it is, with its share of the model."""
+    cheap = [Refusal("dot", f"n{k}", "MatMul", "cheap", 1_000_000) for k in range(5)]
+    dear = Refusal("fold", "/att/MatMul", "MatMul", "dear", 406_172_839)
+    whole = Refusal("model", "", "", "whole")
+    text = rendered(report(refusals=[*cheap, whole, dear]), explain=True)
+    assert text.index("1 × fold: dear") < text.index("5 × dot: cheap") < text.index("1 × model: whole")
+    assert "      it costs 406M MACs per request, 50 % of the model\n      MatMul /att/MatMul\n" in text
+    assert "it costs 5.00M MACs per request" in text
+    assert text.count("it costs") == 2
+
+
 def test_nothing_applied() -> None:
     same = {"changed": False, "rules": [], "after": report().before, "size_after": 493_000_000, "checks": []}
     text = rendered(report(**same))

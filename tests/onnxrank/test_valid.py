@@ -14,7 +14,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import onnxrank
-from onnxrank.errors import ModelError, UsageError
+from onnxrank.errors import ModelError
 from onnxrank.model import flattened, load, overridable, tensor_data
 from tests.support.modelkit import w
 
@@ -177,7 +177,7 @@ def test_a_divided_input_whose_parts_have_names_that_are_taken() -> None:
     made.graph.input.extend([info("v", ["N", 64]), info("c", ["N", 64]), info("v.request", ["N", 64])])
     made.graph.node.append(N("Add", ["q", "v.request"], ["y"]))
     del made.graph.node[2]
-    with pytest.raises(UsageError, match=r"has a 'v.request' already: rename that, or use --interface same"):
+    with pytest.raises(ModelError, match=r"has a 'v.request' already: rename that, or use --interface same"):
         onnxrank.optimize(made, request=["v[0:32]"])
     assert onnxrank.optimize(made, request=["v[0:32]"], interface="same").report.changed in (True, False)
 

@@ -69,7 +69,7 @@ class LengthWriter(Writer):
         """concat concat concat slice split gather transpose transpose unsqueeze squeeze tile unary unary binary binary
         binary binary binary constant reduce fc fc fc regroup regroup regroup lengthen lengthen lengthen count count
         count along along product product product summed summed compared stepped whole padded variadic smooth attend
-        normal quantised lookup""".split()
+        normal quantised lookup cutoff cutoff numbered doubled""".split()
     )
 
     def __init__(self, random: Random) -> None:
@@ -475,6 +475,66 @@ class LengthWriter(Writer):
         axis, g = self.pick(axes), self.graph
         at = g.ints(-1) if self.number(0, 1) else g.op("Sub", self.extent(x.dims[axis][0]), g.ints(1))
         self.put(g.op("Gather", x.name, at, axis=axis), self._cut(x, axis, 1), x.bound, x.bits)
+
+    def op_cutoff(self, x: Tensor) -> None:
+        """Some positions of a history, or some candidates, counted from either end; then their sum."""
+        axes = [k for k, d in enumerate(x.dims) if len(d) == 1 and isinstance(d[0], str)]
+        if not axes or x.rank < 2 or 0 in x.sizes:
+            return
+        axis, g = self.pick(axes), self.graph
+        start, end = self.pick(
+            [(0, 3), (0, 50), (-50, 1 << 62), (-2, 1 << 62), (1, 1 << 62), (0, -1), (2, 60), (-9, -3)]
+        )
+        name = g.op("Slice", x.name, g.ints(start), g.ints(end), g.ints(axis), g.ints(self.pick([1, 1, 1, 2])))
+        if self.number(0, 2) == 0:
+            ones = g.op("ConstantOfShape", g.op("Shape", name), value=helper.make_tensor("one", _FLOAT, [1], [1.0]))
+            name = g.op("Add", name, ones)
+            x = Tensor(x.name, x.dims, x.bound + (1 << x.bits), x.bits)
+        size = self.size(x, axis) if N not in x.dims[axis] else 512
+        bound = x.bound * size
+        if not self.exact(x, bound):
+            return
+        keep = self.number(0, 1)
+        dims = [() if k == axis else d for k, d in enumerate(x.dims) if keep or k != axis]
+        self.put(g.on_axes("ReduceSum", name, [axis], keepdims=keep), dims, bound, x.bits)
+
+    def op_numbered(self, x: Tensor) -> None:
+        """Positions along a length, by Range, stepped or not; or how many there are, as a number."""
+        axes = [k for k, d in enumerate(x.dims) if len(d) == 1 and d[0] in self.lengths and self.has(d[0])]
+        if not axes:
+            return
+        axis, g = self.pick(axes), self.graph
+        count = g.op("Cast", self.extent(x.dims[axis][0]), to=_FLOAT)
+        bound = x.bound + (max(LENGTHS) << x.bits)
+        if not self.exact(x, bound):
+            return
+        if self.number(0, 1):
+            self.put(g.op("Add", x.name, count), x.dims, bound, x.bits)
+            return
+        zero = g.const(0, np.int64)
+        places = g.op("Range", zero, g.op("Squeeze", self.extent(x.dims[axis][0])), g.const(1, np.int64))
+        column = g.op("Reshape", g.op("Cast", places, to=_FLOAT), g.ints(-1, *[1] * (x.rank - axis - 1)))
+        self.put(g.op("Add", x.name, column), x.dims, bound, x.bits)
+
+    def op_doubled(self, x: Tensor) -> None:
+        """Two histories one behind the other, or one padded; then their sum."""
+        axes = [k for k, d in enumerate(x.dims) if len(d) == 1 and d[0] in self.lengths]
+        if not axes or x.rank < 2 or 0 in x.sizes:
+            return
+        axis, g = self.pick(axes), self.graph
+        bound = 2 * x.bound * self.size(x, axis)
+        like = [v for v in self.values if v.rank == x.rank and v.dims[:axis] + v.dims[axis + 1 :]
+                == x.dims[:axis] + x.dims[axis + 1 :] and v.bound <= x.bound and v.bits <= x.bits]  # fmt: skip
+        if not self.exact(x, bound):
+            return
+        if self.number(0, 2) and like:
+            name = g.op("Concat", x.name, self.pick(like).name, axis=axis)
+        else:
+            pads = [0] * (2 * x.rank)
+            pads[axis + x.rank * self.number(0, 1)] = self.number(1, 4)
+            name = g.op("Pad", x.name, g.ints(*pads))
+        dims = [d for k, d in enumerate(x.dims) if k != axis]
+        self.put(g.on_axes("ReduceSum", name, [axis], keepdims=0), dims, bound, x.bits)
 
 
 def program(seed: int, steps: int) -> Program:

@@ -232,6 +232,17 @@ def test_refusals_name_their_nodes() -> None:
     assert all(r.reason and set(r.nodes) <= names for r in shown.refusals)
 
 
+@every_model
+def test_refusals_by_cost(name: str) -> None:
+    """What costs most comes first, and no place that is left alone is missing."""
+    shown = found(name)
+    costs = [(r.lost, r.macs) for r in shown.refusals]
+    assert costs == sorted(costs, reverse=True)
+    made = optimize(MODELS / name, spec=load_spec(roles(name)), candidates=N, check=False)
+    assert sum(r.lost for r in shown.refusals) == sum(r.lost for r in made.report.refusals)
+    assert {n for r in shown.refusals for n in r.nodes} == {r.node for r in made.report.refusals} - {""}
+
+
 # --- one tensor ----------------------------------------------------------------------------------------------------
 
 
