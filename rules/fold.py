@@ -294,7 +294,9 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
     for source in rw.sources.of(fold.coefficients):
         rw.sources.journal.put(source, "folded", True)
-    factors, _ = rw.layout.realise(fold.coefficients, shape, full=bool(fold.along))
+    factors = (
+        rw.layout.stack(fold.coefficients, shape) if fold.along else rw.layout.realise(fold.coefficients, shape)[0]
+    )
     folded = members[: len(members) - len(fold.plain)]
     if groups == 1:
         # One matrix product, not a stack of one.
