@@ -7,7 +7,8 @@ A product of a request-level and a candidate-level entry that only a linear map 
 
 and `M` is made once per request. Pairs of 24 request-level with 8 candidate-level fields of width d before a layer of h
 columns cost 192 d h per candidate as they stand, and 8 d h folded. The same holds for sums of such products (dot
-products of fields) and where rows share the candidate's entries (target attention: `M` gets a column per position).
+products of fields) and where rows share the candidate's entries (target attention: `M` gets a column per position, also
+where the number of positions differs from request to request).
 """
 
 from __future__ import annotations
@@ -311,7 +312,9 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
     for source in rw.sources.of(fold.coefficients):
         rw.sources.journal.put(source, "folded", True)
-    factors, _ = rw.layout.realise(fold.coefficients, shape, full=bool(fold.along))
+    factors = (
+        rw.layout.stack(fold.coefficients, shape) if fold.along else rw.layout.realise(fold.coefficients, shape)[0]
+    )
     folded = members[: len(members) - len(fold.plain)]
     if groups == 1:
         # One matrix product, not a stack of one.
