@@ -56,9 +56,11 @@ class _Printer:
     def head(self) -> None:
         r = self.report
         low, high = r.candidates
-        n = str(low) if low == high else f"{round(math.sqrt(low * high))} ({low}..{high})"
+        n = str(low) if low == high else f"{r.usual} ({low}..{high})"
         self.to.say(f"{r.source or 'model in memory'}", "bold")
         self.to.say(f"onnxrank {r.version}, interface {r.interface}, costs of one request at N = {n}")
+        if r.lengths:
+            self.to.say("lengths: " + ", ".join(f"{name} {least}..{most}" for name, (least, most) in r.lengths.items()))
         self.to.blank()
 
     def costs(self) -> None:
