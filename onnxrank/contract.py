@@ -39,6 +39,7 @@ def is_done(
     interface: str,
     span: tuple[int, int],
     rules: Sequence[str],
+    lengths: Mapping[str, tuple[int, int]],
 ) -> bool:
     """Whether this version has optimised the model already, for the same use.
 
@@ -49,7 +50,11 @@ def is_done(
         interface: `request` or `same`.
         span: Expected number of candidates, least and most.
         rules: Names of the rules that are allowed, sorted.
+        lengths: Least and most of the lengths that are declared.
     """
+    served = contract.get("lengths")
+    if any(not isinstance(served, dict) or served.get(name) != list(span) for name, span in lengths.items()):
+        return False
     mine = {
         "version": metadata.version("onnxrank"),
         "interface": interface,
