@@ -39,6 +39,7 @@ def is_done(
     interface: str,
     span: tuple[int, int],
     rules: Sequence[str],
+    lengths: Mapping[str, tuple[int, int]],
 ) -> bool:
     """Whether this version has optimised the model already, for the same use.
 
@@ -49,7 +50,11 @@ def is_done(
         interface: `request` or `same`.
         span: Expected number of candidates, least and most.
         rules: Names of the rules that are allowed, sorted.
+        lengths: Least and most of the lengths that are declared.
     """
+    served = contract.get("lengths")
+    if any(not isinstance(served, dict) or served.get(name) != list(span) for name, span in lengths.items()):
+        return False
     mine = {
         "version": metadata.version("onnxrank"),
         "interface": interface,
@@ -122,8 +127,8 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
     odd = next((r for r in before.values() if bool(r.request) != (r.level == "mixed")), None)
     if odd is not None:
         raise ModelError(
-            f"The stored level {odd.level!r} of {odd.name!r} and its request-level positions {list(odd.request)} "
-            "contradict each other. Optimise the original model again."
+            f"The stored roles contradict themselves: {odd.name!r} is {odd.level!r}, with the request-level positions "
+            f"{list(odd.request)}. Optimise the original model again."
         )
     divided = interface == "request"
     out: dict[str, InputRole] = {}

@@ -31,7 +31,7 @@ from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES
-from onnxrank.verify import failure, gate
+from onnxrank.verify import failure, gate, sizes
 from onnxrank.verify import report as verdicts
 from onnxrank.verify.options import CHECKS
 
@@ -158,7 +158,7 @@ def optimize(
     options = replace(options, rules=choose_rules(select, ignore, extra_rules))
     given, notes = roles_of(loaded, roles, request, spec, infer_from)
     contract = stored_contract(loaded.proto)
-    use = (given, options.interface, options.span, options.names)
+    use = (given, options.interface, options.span, options.names, options.lengths or {})
     if contract is not None and roles is None and is_done(contract, described(loaded), *use):
         return left_alone(loaded, options, given)
     job = Job(loaded, given, options, notes)
@@ -343,6 +343,8 @@ class Job:
         self.options.say("deriving shapes")
         study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
         self.notes += [study.facts.note] if study.facts.note else []
+        served = sizes.spans(study.symbols, self.options.lengths or {})
+        self.report.lengths = {sizes.name_of(s): span for s, span in served.items()}
         shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), self.options.usual)
         self.report.before = self.report.after = cost.by_level(study.model.graph, shapes)
         stray = study.contradicted()
@@ -624,6 +626,8 @@ class Job:
             "offered": list(self.options.names),
             "plan": self.plan().stored(),
         }
+        if self.report.lengths:
+            contract["lengths"] = {name: list(span) for name, span in self.report.lengths.items()}
         made.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
         return made
 
@@ -643,6 +647,7 @@ class Job:
         if form is None or form.model is None:
             return self.unchanged()
         self._remark(form)
+        self.notes += form.rewrite.notes
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
         self.report.after = cost.by_level(made.graph, shapes)

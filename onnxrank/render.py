@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -56,9 +56,11 @@ class _Printer:
     def head(self) -> None:
         r = self.report
         low, high = r.candidates
-        n = str(low) if low == high else f"{round(math.sqrt(low * high))} ({low}..{high})"
+        n = str(low) if low == high else f"{r.usual} ({low}..{high})"
         self.to.say(f"{r.source or 'model in memory'}", "bold")
         self.to.say(f"onnxrank {r.version}, interface {r.interface}, costs of one request at N = {n}")
+        if r.lengths:
+            self.to.say("lengths: " + ", ".join(f"{name} {least}..{most}" for name, (least, most) in r.lengths.items()))
         self.to.blank()
 
     def costs(self) -> None:
@@ -115,8 +117,9 @@ class _Printer:
             lost = sum(r.lost for r in found)
             if lost:
                 self.to.item(told_lost(lost, self.report.macs_before), indent=6)
-            for refusal in (r for r in found if explain and r.node):
-                self.to.line(f"{refusal.op} {refusal.node}", 6)
+            nodes = [f"{r.op} {r.node}" for r in found if r.node]
+            for node in shown_nodes(nodes, explain, lost):
+                self.to.line(node, 6)
         if not explain:
             left = sum(len(found) for _, found in ordered[_MOST_REASONS:])
             more = f"{count(left, 'more place')} left out; " if left else ""
@@ -182,6 +185,13 @@ def told_lost(lost: int, total: int) -> str:
     """What leaving places alone costs, of the multiply-adds of a model as far as these are known."""
     share = f", {percent(lost / total)} of the model" if lost <= total else ""
     return f"it costs {human(lost)} MACs per request{share}"
+
+
+def shown_nodes(nodes: Sequence[str], every: bool, lost: int) -> list[str]:
+    """The nodes that are named under a reason: all, or the first where leaving them alone costs something."""
+    if every or not lost or not nodes:
+        return list(nodes) if every else []
+    return [nodes[0] + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")]
 
 
 def trust(contract: Mapping[str, Any], requests: int = 0) -> str:

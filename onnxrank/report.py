@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -118,6 +119,9 @@ class Report:
         interface: `request` or `same`.
         candidates: Expected number of candidates, least and most.
         roles: The roles, as stored in the contract.
+        usual: The number of candidates that costs are told for: the geometric middle of what is expected.
+        lengths: Least and most of every length of the inputs that is not constant, by name: as declared, or as is
+            usual.
         before: Costs of the original by level: `constant`, `request`, `candidate`.
         after: Costs of the result by level.
         size_before: Bytes of the input's proto.
@@ -138,6 +142,8 @@ class Report:
     interface: str
     candidates: tuple[int, int]
     roles: dict[str, Any]
+    usual: int = field(init=False)
+    lengths: dict[str, tuple[int, int]] = field(default_factory=dict)
     output: str | None = None
     changed: bool = False
     before: dict[str, LevelCost] = field(default_factory=dict)
@@ -152,6 +158,9 @@ class Report:
     unseen: list[str] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.usual = round(math.sqrt(self.candidates[0] * self.candidates[1]))
 
     @property
     def macs_before(self) -> int:

@@ -7,7 +7,8 @@ A product of a request-level and a candidate-level entry that only a linear map 
 
 and `M` is made once per request. Pairs of 24 request-level with 8 candidate-level fields of width d before a layer of h
 columns cost 192 d h per candidate as they stand, and 8 d h folded. The same holds for sums of such products (dot
-products of fields) and where rows share the candidate's entries (target attention: `M` gets a column per position).
+products of fields) and where rows share the candidate's entries (target attention: `M` gets a column per position, also
+where the number of positions differs from request to request).
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def find(
     basis = np.unique(expand(rw, flat[:, opened])[1])
     saved = (int(candidate.sum()) - len(basis)) * width * len(flat)
     if any(s.symbols != (CANDIDATES,) for s in rw.sources.of(basis)):
-        _refuse_lengths(rw, "the candidate-level factors of its products vary", basis, saved)
+        _refuse_lengths(rw, basis, saved)
         return None
     joined = candidate & np.isin(flat, basis).all(0) & ~opened
     along = tuple(s for s in symbols(dims) if s != CANDIDATES)
@@ -155,19 +156,21 @@ def find(
     return found
 
 
-def _refuse_lengths(rw: Rewrite, what: str, factors: Codes, saved: int) -> None:
+def _refuse_lengths(rw: Rewrite, factors: Codes, saved: int) -> None:
     """Remarks on products along an axis of symbolic extent, of which no matrix can be made once and for all.
 
     Args:
         rw: The rewrite.
-        what: What is the matter.
         factors: The factors that have the axis.
         saved: Multiply-adds per candidate and position along the axis that folding could save.
     """
     found = sorted(rw.sources.symbols(factors) - {CANDIDATES})
     named = ", ".join(s.removeprefix("S:") for s in found)
     rows = max(0, saved) * rw.candidates * cost.LENGTH ** len(found)
-    rw.refuse("fold", f"{what} along {named}, whose extent is not constant: no weights can be made of them", rows)
+    reason = (
+        f"the products that it reads vary along {named}, whose extent is not constant, so they cannot become weights"
+    )
+    rw.refuse("fold", reason, rows)
 
 
 def _regular(
@@ -311,7 +314,9 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
     for source in rw.sources.of(fold.coefficients):
         rw.sources.journal.put(source, "folded", True)
-    factors, _ = rw.layout.realise(fold.coefficients, shape, full=bool(fold.along))
+    factors = (
+        rw.layout.stack(fold.coefficients, shape) if fold.along else rw.layout.realise(fold.coefficients, shape)[0]
+    )
     folded = members[: len(members) - len(fold.plain)]
     if groups == 1:
         # One matrix product, not a stack of one.

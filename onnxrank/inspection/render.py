@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from onnxrank.formats import PLAIN, Style
-from onnxrank.render import told_lost
+from onnxrank.render import shown_nodes, told_lost
 from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, percent, three
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class _Printer:
                 self.to.item(f"{human(r.macs)} multiply-adds, {share}", indent=6)
             if r.lift:
                 self.to.item(r.lift, f"{self.to.arrow} ", indent=6)
-            for node in r.nodes if self.verbose else ():
+            for node in shown_nodes(r.nodes, self.verbose, r.lost):
                 self.to.line(node, 6)
         self.rest(found, shown, "reason")
 

@@ -176,6 +176,21 @@ def test_no_history_at_all(heads: int) -> None:
         assert np.array_equal(*(s.run(None, f)[0] for s, f in ((before, feed), (after, {**feed, "h": feed["h"][:1]}))))
 
 
+def test_two_factors_of_one_table() -> None:
+    """Weights made per request are a stack of products over the two factors of each of the candidate's entries."""
+    model = text_graph(
+        "(int64[N,L] h, int64[N] i) => (float[N,1] y) { one = Constant<value_ints=[1]>() e = Gather(E, i)"
+        " q = Unsqueeze(e, one) k = Gather(E2, h) ka, kb = Split<axis=2>(k, s16) pa = Mul(q, ka) pb = Mul(q, kb)"
+        " x = Concat<axis=-1>(pa, pb) a0 = MatMul(x, W1) a1 = Relu(a0) a2 = MatMul(a1, W2)"
+        " y = ReduceSum<keepdims=0>(a2, one) }",
+        E=whole(3, 16), E2=whole(3, 32), W1=whole(32, 8), W2=whole(8, 1), s16=np.array([16, 16]),
+    )  # fmt: skip
+    result = right_everywhere(model, ["h"])
+    assert "fold" in {use.name for use in result.report.rules}
+    feed = {"h": np.zeros((1, 0), np.int64), "i": np.arange(3)}
+    assert not session(result.model).run(None, feed)[0].any()
+
+
 @pytest.mark.parametrize("parts", ["p, e1", "p", "p, d", "k, p, e1"])
 def test_target_attention_of_some_parts(parts: str) -> None:
     model = target_attention("unsqueezed and expanded", "product", parts=parts, width=16 * len(parts.split(",")))

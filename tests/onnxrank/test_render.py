@@ -165,6 +165,8 @@ def test_what_is_left_alone_by_cost() -> None:
     assert "      it costs 406M MACs per request, 50 % of the model\n      MatMul /att/MatMul\n" in text
     assert "it costs 5.00M MACs per request" in text
     assert text.count("it costs") == 2
+    short = rendered(report(refusals=[*cheap, whole, dear]))
+    assert "      MatMul /att/MatMul\n" in short and "      MatMul n0 and 4 more\n" in short
 
 
 def test_nothing_applied() -> None:

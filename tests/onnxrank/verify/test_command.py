@@ -72,7 +72,7 @@ def test_report_on_stdout_displaces_the_table(folder: Path, capsys: pytest.Captu
         (["a.onnx", "b.onnx", "--ep", "tpu"], 2, "'tpu' is not cpu"),
         (["a.onnx", "b.onnx", "--ep", "cpu,cuda"], 4, "CUDAExecutionProvider"),
         (["a.onnx", "b.onnx", "--candidates", "1,x"], 2, "no list of numbers"),
-        (["a.onnx", "b.onnx", "--candidates", "1000000"], 2, "numbers up to 999999"),
+        (["a.onnx", "b.onnx", "--candidates", "1000001"], 2, "more than the 1,000,000 that are run"),
         (["a.onnx", "b.onnx", "--rtol", "y:z"], 2, "[OUTPUT:]VALUE"),
         (["a.onnx", "b.onnx", "--atol", "-1"], 2, "[OUTPUT:]VALUE"),
         (["a.onnx", "b.onnx", "--labels", "label"], 2, "--labels needs recorded requests"),
