@@ -170,16 +170,14 @@ def test_an_operator_in_front_of_a_layer() -> None:
 
 
 def test_a_length_that_is_not_constant() -> None:
-    """Target attention over a history of any length: the layer on `q * h` cannot be folded, and is named first."""
-    g, given = Graph(), [request("h", "L", 16), candidate("q", 16)]
-    h, q = (i.declare(g) for i in given)
-    item = g.op("Unsqueeze", q, g.ints(1))
-    rows = g.op("Expand", item, g.op("Shape", h))
-    x = g.op("Concat", rows, h, g.op("Mul", rows, h), axis=2)
-    layer = g.op("MatMul", x, g.const(whole_numbers(48, WIDTH)))
-    scores = g.op("MatMul", g.op("Relu", layer), g.const(whole_numbers(WIDTH, 1)))
-    g.output(g.op("ReduceSum", g.op("Mul", scores, h), g.ints(1), keepdims=0), ["N", 16])
-    told = rewritten(g.model(), request=["h"]).report.refusals
+    """A history of each candidate, of any length: products with it cannot become weights, and are named first."""
+    g, given = Graph(), [request("u", 16), candidate("h", "L", 16)]
+    u, h = (i.declare(g) for i in given)
+    user = g.op("Unsqueeze", u, g.ints(1))
+    x = g.op("Concat", h, g.op("Mul", user, h), axis=2)
+    layer = g.op("MatMul", x, g.const(whole_numbers(32, WIDTH)))
+    g.output(g.op("ReduceSum", g.op("Relu", layer), g.ints(1), keepdims=0), ["N", WIDTH])
+    told = rewritten(g.model(), request=["u"]).report.refusals
     assert (told[0].rule, told[0].node) == ("fold", layer) and told[0].lost > 0
     assert "along L, whose extent is not constant" in told[0].reason
 
