@@ -33,6 +33,17 @@ def captured(graph: GraphProto) -> set[str]:
     return out
 
 
+def dangling(model: ModelProto) -> tuple[NodeProto, str] | None:
+    """The first node, in order, that reads a tensor which nothing before it gives, and the tensor's name."""
+    known = _given(model.graph)
+    for node in model.graph.node:
+        for name in (*node.input, *sorted(c for g in subgraphs(node) for c in captured(g))):
+            if name and name not in known:
+                return node, name
+        known.update(node.output)
+    return None
+
+
 def live(model: ModelProto) -> ModelProto:
     """The model without the nodes that no output depends on, which onnxruntime would run all the same.
 

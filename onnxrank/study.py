@@ -14,7 +14,7 @@ from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
-from onnxrank.graphs import live, names_in, rename_captured, subgraphs
+from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
 from onnxrank.plan import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
@@ -43,6 +43,9 @@ class Study:
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
         if CANDIDATES not in self.symbols:
             raise UsageError("no input has a candidate axis: name the inputs that differ between candidates")
+        lost = dangling(model)
+        if lost is not None:
+            raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
         self.model = live(model)
         self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
         resolved = resolve_ifs(self.model, self.facts)

@@ -100,8 +100,8 @@ DESCRIBED = [info("u", "N", 4), info("c", 4, "N"), info("s"), info("X", "N", 8)]
 
 
 def done(contract: dict[str, Any], roles: Roles = ROLES, **how: Any) -> bool:
-    asked = {"interface": "request", "span": (32, 512), "rules": ["fc"]} | how
-    return is_done(contract, DESCRIBED, roles, asked["interface"], asked["span"], asked["rules"])
+    asked = {"interface": "request", "span": (32, 512), "rules": ["fc"], "lengths": {}} | how
+    return is_done(contract, DESCRIBED, roles, asked["interface"], asked["span"], asked["rules"], asked["lengths"])
 
 
 def test_the_same_use_is_done() -> None:
