@@ -20,6 +20,7 @@ EXAMPLES = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["request", "same"])
 @EXAMPLES
 @given(seed=SEEDS, steps=STEPS)
@@ -39,6 +40,7 @@ def test_same_bits(interface: str, seed: int, steps: int) -> None:
     assert rewritten(model, request=patterns(inputs), interface=interface).model.SerializeToString() == made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["request", "same"])
 @settings(EXAMPLES, max_examples=60)
 @given(seed=SEEDS, steps=STEPS)

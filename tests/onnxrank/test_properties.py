@@ -132,6 +132,7 @@ def without_candidates() -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.slow
 @every_model
 def test_no_candidates(name: str) -> None:
     """Without candidates there are no scores, where the original gives none."""
@@ -176,6 +177,7 @@ def digests() -> dict[str, str]:
     return out
 
 
+@pytest.mark.slow
 def test_deterministic() -> None:
     """The same bytes in this process and in one that hashes strings otherwise."""
     here = digests()
@@ -198,6 +200,7 @@ def test_candidates_do_not_meet(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @every_model
 def test_same_interface(name: str) -> None:
     """The old inputs give the old scores; rows of one request-level input that differ give NaN."""
@@ -337,6 +340,7 @@ def deep_chain(count: int) -> Graph:
     return g
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", [lambda: many_features(1250), lambda: deep_chain(5000)], ids=["wide", "deep"])
 def test_large_graphs(graph: Any) -> None:
     """Thousands of nodes are optimised, with the same scores."""

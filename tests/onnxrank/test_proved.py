@@ -121,6 +121,7 @@ def target_attention(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("repeat", REPEATS)
 def test_target_attention_over_any_length(repeat: str, pool: str) -> None:
@@ -132,6 +133,7 @@ def test_target_attention_over_any_length(repeat: str, pool: str) -> None:
     assert max(wide.values(), default=16) <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [13, 14, 15, 20])
 @pytest.mark.parametrize("interface", ["request", "same"])
 def test_target_attention_by_opset_and_interface(opset: int, interface: str) -> None:

@@ -86,6 +86,7 @@ def asked_for(result: Result, node: NodeProto) -> int | None:
     return int((levels == Level.CANDIDATE).sum()) * long if made.whole is None or prod(extents(made.dims)) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", [programs, lengths], ids=["fixed", "lengths"])
 @EXAMPLES
 @given(seed=st.integers(0, 1 << 32), steps=st.integers(4, 20))

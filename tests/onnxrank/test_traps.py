@@ -675,6 +675,7 @@ def test_sequences() -> None:
 # --- recurrent -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["GRU", "LSTM", "RNN"])
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("state", ["none", "zeros", "request", "candidate", "lengths"])

@@ -92,6 +92,7 @@ CHAINS: dict[str, Callable[[Graph, str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_deeper_than_the_stack_is_rewritten(name: str) -> None:
     g = _chain(CHAINS[name], 450)

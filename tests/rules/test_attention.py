@@ -270,6 +270,7 @@ def counts(layout: str) -> Sequence[int]:
     return COUNTS if layout in ("rows", "merged", "none") else COUNTS[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, heads: int) -> None:
@@ -341,6 +342,7 @@ MASKS = [(kind, low) for kind in ("add", "add both", "where") for low in (LOW, -
 FLOAT_MIN = float(np.finfo(np.float32).min)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows", "first", "none"])
 @pytest.mark.parametrize(("kind", "low"), [*MASKS, ("add", FLOAT_MIN), ("where", FLOAT_MIN), ("constant", LOW)])
 def test_masks(kind: str, low: float, layout: str) -> None:
@@ -589,6 +591,7 @@ def test_weighted_afterwards(a: Array, b: Array, va: Array, vb: Array) -> None:
     assert np.array_equal(np.isnan(ran).all(1), np.isneginf(a).all() & np.isneginf(b).all(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(14))
 def test_any_attention(seed: int) -> None:
     """Random numbers of rows, widths, orders, layouts, scalings, masks and layers."""

@@ -810,6 +810,7 @@ def masked(draw: st.DrawFn) -> tuple[Encoder, ModelProto]:
     return e, e.model(apply, "both")
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(masked())
 def test_any_mask(made: tuple[Encoder, ModelProto]) -> None:

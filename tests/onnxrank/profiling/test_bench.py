@@ -60,6 +60,7 @@ def test_crash_of_the_second_model(made: bool) -> None:
     assert e.value.exit_code == (1 if made else 3)
 
 
+@pytest.mark.slow
 def test_crash_while_shapes_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "fatal.onnx"
     onnx.save(fatal(), path)

@@ -27,6 +27,7 @@ def test_right(ranker: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_caught(mutant: Mutant) -> None:
     """A mutant fails, with the verdicts that its fault is one of."""
