@@ -1,4 +1,4 @@
-"""What a model costs per request, from its measured shapes: multiply-adds, bytes and launches by level."""
+"""What a model costs per request, from its shapes: multiply-adds, bytes and launches by level."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnxrank.emit import Emitter
 from onnxrank.facts import Facts, Setting
 from onnxrank.graphs import subgraphs
+from onnxrank.operators import domain_of
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
 from onnxrank.values import (
@@ -353,7 +354,7 @@ def _bodies(lookups: _Lookups, rw: Rewrite, graph: GraphProto, ids: Mapping[str,
         return known.get(name, frozenset({name}) if name in rw.values else frozenset())
 
     for node in graph.node:
-        if node.domain not in ("", "ai.onnx"):
+        if domain_of(node):
             continue
         if node.op_type == "Gather":
             table = rw.values.get(node.input[0])

@@ -42,7 +42,7 @@ def positions_needed(
     Args:
         nodes: All nodes, in order.
         outputs: Names of the graph's outputs, read in full.
-        facts: Measured shapes.
+        facts: Proved shapes.
         shapes: Shapes of initializers.
         constants: Small constants by name.
         opset: Version of the default domain.

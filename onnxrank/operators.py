@@ -162,14 +162,12 @@ class Operator:
         shape: Shapes of its outputs; None asks onnx's own inference.
         value: Its outputs where all operands are constants or extents.
         random: Whether two runs may give different results.
-        data_shaped: Whether the shape of its result depends on entries of its operands.
         like: Input whose element type its outputs have, where onnx has no schema of it.
     """
 
     shape: Shaper | None = None
     value: Valuer | None = None
     random: bool = False
-    data_shaped: bool = False
     like: int = 0
 
 
@@ -1041,11 +1039,7 @@ def _registry() -> dict[tuple[str, str], Operator]:
         "OneHot": Operator(_one_hot),
         "Trilu": Operator(_same, _matrix_diagonal),
         "CumSum": Operator(_same, _cum_sum_entries),
-        "NonZero": Operator(_non_zero, _non_zero_entries, data_shaped=True),
-        "Unique": Operator(data_shaped=True),
-        "Compress": Operator(data_shaped=True),
-        "NonMaxSuppression": Operator(data_shaped=True),
-        "StringSplit": Operator(data_shaped=True),
+        "NonZero": Operator(_non_zero, _non_zero_entries),
         "GRU": Operator(_recurrent),
         "LSTM": Operator(_recurrent),
         "RNN": Operator(_recurrent),
@@ -1115,7 +1109,8 @@ def operator(node: NodeProto) -> str:
 
     What is compared to a name must be this, never the bare type: `com.acme::Softmax` is not ONNX's Softmax.
     """
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+    domain = domain_of(node)
+    return f"{domain}::{node.op_type}" if domain else str(node.op_type)
 
 
 def domain_of(node: NodeProto) -> str:

@@ -21,7 +21,7 @@ from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, report_candidates, written_out_sites
 from onnxrank.fused import Unsupported
-from onnxrank.operators import operator
+from onnxrank.operators import domain_of, operator
 from onnxrank.plan import Measured, Plan, Site, label
 from onnxrank.report import Prediction, Report, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
@@ -796,4 +796,4 @@ def replay(
 
 def runtime_domain_only(model: ModelProto) -> bool:
     """Whether no node is of the default domain."""
-    return bool(model.graph.node) and all(n.domain not in ("", "ai.onnx") for n in model.graph.node)
+    return bool(model.graph.node) and all(map(domain_of, model.graph.node))

@@ -208,7 +208,7 @@ class Rewrite:
     """State of one rewrite.
 
     Attributes:
-        facts: Measured shapes and constants.
+        facts: Proved shapes and constants.
         rules: Transfer rules in order of preference.
         emit: The graph being written.
         dtypes: Element type per original tensor, where known.
