@@ -1,66 +1,154 @@
 """Rewrites random programs and holds them against the originals, at many numbers of candidates and lengths.
 
     python scripts/fuzz_programs.py --count 2000 --seed 0
+    python scripts/fuzz_programs.py --count 2000 --seed 0 --check 10     # every tenth goes through the gate, too
 
-The programs are those of `tests/onnxrank/test_lengths.py`: dynamic lengths, one or two of them, axes without entries,
-exact numbers. They are rewritten without a check, so that what is written is seen as it is. The last line counts those
-whose scores differ (wrong), that onnxrank could not rewrite for an error of its own (errors), and that it refused.
+The programs are those of `tests/support/kinds.py`: dynamic lengths, one or two of them, axes without entries, every
+operator of the registry. They are rewritten without a check, so that what is written is seen as it is. The last line
+counts those whose scores differ (wrong), that onnxrank could not rewrite for an error of its own (errors), and that it
+refused; then what the gate looked at, with those of which it took a site or everything back. Not counted are originals
+that onnxruntime does not run, even if it dies of them: what they should give is not known.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from helpers import patterns, rewritten, session
-from lengths import difference, program, reduces, text
+import onnx
+from helpers import operators, patterns, rewritten, session
+from kinds import program
+from lengths import Program, difference, reduces, text
 
+import onnxrank
+from onnxrank import pipeline
 from onnxrank.errors import OnnxrankError
+
+_DOES_NOT_RUN = re.compile("makes onnxruntime fail|does not run|onnxruntime cannot")
+
+_CHUNK = 50
+Looked = tuple[Counter[str], Counter[str], list[str]]
 
 
 def main() -> int:
-    """Runs the programs; 1 if any is wrong, or ends in an error."""
+    """Runs the programs; 1 if any is wrong, ends in an error, or is taken back by the gate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="programs")
     parser.add_argument("--seed", type=int, default=0, help="of the first program; the others follow")
     parser.add_argument("--points", type=int, default=6, help="numbers of candidates and lengths per program")
+    parser.add_argument("--check", type=int, default=0, metavar="K", help="has the gate look at every K-th program")
     parser.add_argument("--show", action="store_true", help="print the programs that are wrong")
     options = parser.parse_args()
-    wrong = errors = refused = 0
-    for seed in range(options.seed, options.seed + options.count):
+    counts: Counter[str] = Counter()
+    used: Counter[str] = Counter()
+    end = options.seed + options.count
+    chunks = [range(k, min(k + _CHUNK, end)) for k in range(options.seed, end, _CHUNK)]
+    for some, operators_of, says in _in_processes(chunks, options.points, options.check, options.show):
+        counts += some
+        used += operators_of
+        for line in says:
+            print(line, flush=True)
+    rare = ", ".join(f"{op} {n}" for op, n in sorted(used.items(), key=lambda item: item[1])[:5])
+    print(f"{len(used)} operators, the rarest {rare}")
+    print(
+        f"{options.count} programs: {counts['wrong']} wrong, {counts['error']} errors, {counts['refused']} refused, "
+        f"{counts['changed'] + counts['taken back']} rewritten, {counts['unchanged']} left alone, {counts['does not run']} do not run; "
+        f"{counts['checked']} checked by the gate: {counts['taken back']} taken back"
+    )
+    return int(counts["wrong"] + counts["error"] + counts["taken back"] > 0)
+
+
+def _in_processes(chunks: Sequence[range], *how: Any) -> Iterator[Looked]:
+    """What came of each chunk; one that kills its process is looked at again, program by program."""
+    pool: ProcessPoolExecutor | None = None
+    for chunk in chunks:
+        pool = pool or _pool()
+        try:
+            yield pool.submit(looked, chunk, *how).result()
+        except BrokenProcessPool:
+            pool = None
+            for seed in chunk if len(chunk) > 1 else ():
+                yield from _in_processes([range(seed, seed + 1)], *how)
+            if len(chunk) == 1:
+                yield Counter(error=1), Counter(), [f"{chunk[0]} error: its process died"]
+    if pool is not None:
+        pool.shutdown()
+
+
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=20)
+
+
+def looked(seeds: range, points: int, check: int, show: bool) -> Looked:
+    """Rewrites programs and compares: outcomes, operators, and what is to be said."""
+    counts: Counter[str] = Counter()
+    used: Counter[str] = Counter()
+    lines = []
+    for seed in seeds:
         random = Random(seed)
         made = program(seed, random.randint(1, 24))
         interface = random.choice(["request", "same"])
+        used.update(set(operators(made.model)))
+        gated = bool(check) and seed % check == 0
+        found, says = outcome(made, seed, interface, points, gated)
+        counts[found] += 1
+        if gated and found in ("changed", "taken back"):
+            counts["checked"] += 1
+        if says:
+            lines.append(f"{seed} {interface} {found}: {says}")
+            if show:
+                lines.append(text(made.model))
+    return counts, used, lines
+
+
+def outcome(made: Program, seed: int, interface: str, points: int, gated: bool) -> tuple[str, str]:
+    """What came of a program, and what is to be said of it."""
+    request = patterns(made.inputs)
+    try:
+        result = rewritten(made.model, request=request, interface=interface)
+    except OnnxrankError as e:
+        return ("does not run" if _DOES_NOT_RUN.search(str(e)) else "refused"), str(e)
+    except Exception:
+        return "error", traceback.format_exc(limit=-3)
+    if not result.changed:
+        return "unchanged", ""
+    says = differs(made, result.model, seed, interface, points)
+    if says is not None:
+        return "wrong", says
+    if gated:
         try:
-            result = rewritten(made.model, request=patterns(made.inputs), interface=interface)
-        except OnnxrankError as e:
-            refused += 1
-            print(f"{seed} {interface} refused: {e}", flush=True)
-            continue
+            with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+                checked = onnxrank.optimize(made.model, request=request, interface=interface, check="quick")
         except Exception:
-            errors += 1
-            print(f"{seed} {interface} error: {traceback.format_exc(limit=-3)}", flush=True)
+            return "error", traceback.format_exc(limit=-3)
+        if checked.report.retreats:
+            return "taken back", "; ".join(str(r) for r in checked.report.retreats)
+    return "changed", ""
+
+
+def differs(made: Program, result: onnx.ModelProto, seed: int, interface: str, points: int) -> str | None:
+    """Where the result differs from the original; None if nowhere."""
+    before, after = session(made.model), session(result)
+    for n, at in made.points(seed, points):
+        if (0 in (n, *at.values())) and reduces(made.model):
             continue
-        if not result.changed:
-            continue
-        before, after = session(made.model), session(result.model)
-        for n, at in made.points(seed, options.points):
-            if (0 in (n, *at.values())) and reduces(made.model):
-                continue
-            found = difference(made, before, after, interface, n, at)
-            if found is not None:
-                wrong += 1
-                print(f"{seed} {interface} wrong: {found}", flush=True)
-                if options.show:
-                    print(text(made.model))
-                break
-    print(f"{options.count} programs: {wrong} wrong, {errors} errors, {refused} refused")
-    return int(wrong + errors > 0)
+        found = difference(made, before, after, interface, n, at)
+        if found is not None:
+            return found
+    return None
 
 
 if __name__ == "__main__":

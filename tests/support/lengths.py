@@ -18,10 +18,12 @@ from onnx import ModelProto, helper
 from onnxruntime import InferenceSession
 from programs import LIMIT, Dim, N, Tensor, Writer
 
+from onnxrank.graphs import captured, subgraphs
+
 COUNTS = (0, 1, 2, 3, 7, 33, 129, 512)
 LENGTHS = (0, 1, 2, 5, 50, 51, 300)
 _MOST_ENTRIES = 1 << 21
-_INEXACT = 99
+INEXACT = 99
 """Bits of entries that are not multiples of a power of 2."""
 _FLOAT, _INT32 = 1, 6
 
@@ -35,12 +37,15 @@ class Program:
         inputs: Its inputs.
         shapes: Shapes of all its tensors.
         inexact: Outputs that are not exact.
+        vague: What must not be empty: axes along which a matrix is multiplied with a batch of matrices. Of products
+            over no entries onnxruntime leaves the memory as it was.
     """
 
     model: ModelProto
     inputs: tuple[Given, ...]
     shapes: tuple[tuple[Dim, ...], ...]
     inexact: frozenset[str]
+    vague: tuple[Dim, ...] = ()
 
     @property
     def lengths(self) -> list[str]:
@@ -49,7 +54,12 @@ class Program:
 
     def entries(self, sizes: Mapping[str, int]) -> int:
         """Entries of the largest tensor."""
-        return max(prod(sizes.get(str(f), f) for d in dims for f in d) for dims in self.shapes)
+        return max(prod(self.extent(d, sizes) for d in dims) for dims in self.shapes)
+
+    @staticmethod
+    def extent(dim: Dim, sizes: Mapping[str, int]) -> int:
+        """Extent of an axis."""
+        return prod(sizes.get(str(f), f) for f in dim)
 
     def points(self, seed: int, count: int) -> Iterator[tuple[int, dict[str, int]]]:
         """Some numbers of candidates, each with values of the lengths, at which tensors are not too large."""
@@ -57,7 +67,8 @@ class Program:
         found = 0
         while found < count:
             n, at = random.choice(COUNTS), {name: random.choice(LENGTHS) for name in self.lengths}
-            if self.entries({N: n, **at}) <= _MOST_ENTRIES:
+            sizes = {N: n, **at}
+            if all(self.extent(d, sizes) for d in self.vague) and self.entries(sizes) <= _MOST_ENTRIES:
                 found += 1
                 yield n, at
 
@@ -76,6 +87,7 @@ class LengthWriter(Writer):
         super().__init__(random)
         self.lengths = self.pick([["L"], ["L"], ["L", "M"]])
         self.twice = self.number(0, 3) == 0
+        self.vague: list[Dim] = []
 
     def may_hold(self, dims: Sequence[Dim]) -> bool:
         """At most three symbols, and one of them twice in some programs only."""
@@ -222,10 +234,10 @@ class LengthWriter(Writer):
         elif op == "SumSquare":
             bits, bound = 2 * x.bits, x.bound**2 * count
         elif op in ("Mean", "LogSumExp", "L2"):
-            bits, bound = _INEXACT, x.bound * count
-        if bits != _INEXACT and op not in ("Max", "Min") and not self.exact(x, bound, bits):
+            bits, bound = INEXACT, x.bound * count
+        if bits != INEXACT and op not in ("Max", "Min") and not self.exact(x, bound, bits):
             return
-        if bits == _INEXACT and x.bound > 100:
+        if bits == INEXACT and x.bound > 100:
             return
         dims = [() if k in chosen else d for k, d in enumerate(x.dims) if keep or k not in chosen]
         self.put(self.graph.on_axes(f"Reduce{op}", x.name, chosen, keepdims=keep), dims, bound, bits)
@@ -243,11 +255,11 @@ class LengthWriter(Writer):
         if op == "CumSum" and self.exact(x, x.bound * self.size(x, axis)):
             how = {"reverse": self.number(0, 1), "exclusive": self.number(0, 1)}
             self.put(g.op(op, x.name, g.const(axis, np.int64), **how), x.dims, x.bound * self.size(x, axis), x.bits)
-        elif op in ("ArgMax", "ArgMin") and x.bits != _INEXACT:
+        elif op in ("ArgMax", "ArgMin") and x.bits != INEXACT:
             keep = self.number(0, 1)
             dims = [() if k == axis else d for k, d in enumerate(x.dims) if keep or k != axis]
             self.put(g.op("Cast", g.op(op, x.name, axis=axis, keepdims=keep), to=_FLOAT), dims, self.size(x, axis))
-        elif op == "TopK" and x.bits != _INEXACT:
+        elif op == "TopK" and x.bits != INEXACT:
             values, at = g.ops(op, 2, x.name, g.ints(1), axis=axis, largest=self.number(0, 1))
             self.put(values, self._cut(x, axis, 1), x.bound, x.bits)
             self.put(g.op("Cast", at, to=_FLOAT), self._cut(x, axis, 1), self.size(x, axis))
@@ -255,7 +267,7 @@ class LengthWriter(Writer):
             self.put(g.op(op, x.name, upper=self.number(0, 1)), x.dims, x.bound, x.bits)
         elif op in ("Softmax", "LogSoftmax", "LpNormalization") and x.bound <= 100:
             if op == "LpNormalization" or g.opset >= 13 or axis == x.rank - 1:
-                self.put(g.op(op, x.name, axis=axis), x.dims, 200, _INEXACT)
+                self.put(g.op(op, x.name, axis=axis), x.dims, 200, INEXACT)
 
     def op_product(self, x: Tensor) -> None:
         """MatMul of two computed values, of which one may have to be turned."""
@@ -278,6 +290,8 @@ class LengthWriter(Writer):
         name = y.name
         if turned:
             name = self.graph.op("Transpose", name, perm=[*range(y.rank - 2), y.rank - 1, y.rank - 2])
+        if x.rank < y.rank:
+            self.vague.append(x.dims[-1])
         self.put(self.graph.op("MatMul", x.name, name), [*lead, x.dims[-2], columns], bound, bits)
 
     def op_summed(self, x: Tensor) -> None:
@@ -310,8 +324,8 @@ class LengthWriter(Writer):
 
     def op_compared(self, x: Tensor) -> None:
         """A mask: where one value is less than, or equal to, another."""
-        matching = [v for v in self.values if self._joined(x, v) is not None and v.bits != _INEXACT]
-        if not matching or x.bits == _INEXACT:
+        matching = [v for v in self.values if self._joined(x, v) is not None and v.bits != INEXACT]
+        if not matching or x.bits == INEXACT:
             return
         y = self.partner(x, matching)
         dims = self._joined(x, y)
@@ -328,7 +342,7 @@ class LengthWriter(Writer):
 
     def op_stepped(self, x: Tensor) -> None:
         """An elementwise operator of one value that is exact."""
-        if x.bits == _INEXACT:
+        if x.bits == INEXACT:
             return
         g, op = (
             self.graph,
@@ -338,7 +352,7 @@ class LengthWriter(Writer):
         if op == "Clip":
             name = g.op(op, x.name, g.const(-1), g.const(2))
         elif op == "PRelu":
-            like = [v for v in self.values if v.bits != _INEXACT and (d := self._joined(x, v)) and tuple(d) == x.dims]
+            like = [v for v in self.values if v.bits != INEXACT and (d := self._joined(x, v)) and tuple(d) == x.dims]
             if not like:
                 return
             y = self.pick(like)
@@ -363,7 +377,7 @@ class LengthWriter(Writer):
 
     def op_whole(self, x: Tensor) -> None:
         """Whole numbers: division and means of those round towards 0."""
-        if x.bits == _INEXACT:
+        if x.bits == INEXACT:
             return
         g, op = self.graph, self.pick(["Div", "ReduceMean", "ReduceSum", "Mul"])
         name, dims, bound = g.op("Cast", x.name, to=_INT32), list(x.dims), x.bound
@@ -392,8 +406,8 @@ class LengthWriter(Writer):
 
     def op_variadic(self, x: Tensor) -> None:
         """Operators of any number of operands."""
-        matching = [v for v in self.values if self._joined(x, v) is not None and v.bits != _INEXACT]
-        if not matching or x.bits == _INEXACT:
+        matching = [v for v in self.values if self._joined(x, v) is not None and v.bits != INEXACT]
+        if not matching or x.bits == INEXACT:
             return
         y = self.partner(x, matching)
         dims = self._joined(x, y)
@@ -411,7 +425,7 @@ class LengthWriter(Writer):
             return
         op = self.pick(["Sigmoid", "Tanh", "Exp", "Softplus", "Erf", "Softsign", "HardSigmoid", "Selu", "Elu", "Celu"])
         if op != "Celu" or self.graph.opset >= 12:
-            self.put(self.graph.op(op, x.name), x.dims, 200, _INEXACT)
+            self.put(self.graph.op(op, x.name), x.dims, 200, INEXACT)
 
     def op_normal(self, x: Tensor) -> None:
         """A layer normalisation, and a linear map behind it."""
@@ -429,15 +443,15 @@ class LengthWriter(Writer):
             name = g.op("Div", away, g.op("Sqrt", spread))
         if self.number(0, 1):
             name = g.op("MatMul", name, g.const(self.weights(size, 3)))
-            self.put(name, self._cut(x, x.rank - 1, 3), 50, _INEXACT)
+            self.put(name, self._cut(x, x.rank - 1, 3), 50, INEXACT)
         else:
-            self.put(name, x.dims, 50, _INEXACT)
+            self.put(name, x.dims, 50, INEXACT)
 
     def op_attend(self, x: Tensor) -> None:
         """Queries, keys and values: the candidate on a history, or a history on itself, masked or not."""
-        keys = [v for v in self.values if v.rank == 3 and v.dims[1] and N not in v.dims[1] and v.bits != _INEXACT
+        keys = [v for v in self.values if v.rank == 3 and v.dims[1] and N not in v.dims[1] and v.bits != INEXACT
                 and v.dims[2] == x.dims[-1] and 0 not in v.sizes]  # fmt: skip
-        if x.rank not in (2, 3) or not keys or x.bits == _INEXACT or N in x.dims[-1]:
+        if x.rank not in (2, 3) or not keys or x.bits == INEXACT or N in x.dims[-1]:
             return
         g, k = self.graph, self.pick(keys)
         q = g.on_axes("Unsqueeze", x.name, [1]) if x.rank == 2 else x.name
@@ -447,7 +461,7 @@ class LengthWriter(Writer):
             return
         turned = g.op("Transpose", k.name, perm=[0, 2, 1])
         scores = g.op("Mul", g.op("MatMul", q, turned), g.const(0.125))
-        masks = [v for v in self.values if v.rank == 2 and v.dims == (k.dims[0], k.dims[1]) and v.bits != _INEXACT]
+        masks = [v for v in self.values if v.rank == 2 and v.dims == (k.dims[0], k.dims[1]) and v.bits != INEXACT]
         form = self.number(0, 2)
         if masks and form:
             seen = g.on_axes("Unsqueeze", g.op("Greater", self.pick(masks).name, g.const(0)), [1])
@@ -457,7 +471,7 @@ class LengthWriter(Writer):
                 low = g.op("Mul", g.op("Sub", g.const(1), g.op("Cast", seen, to=_FLOAT)), g.const(-1e4))
                 scores = g.op("Add", scores, low)
         weights = g.op("Softmax", scores, axis=2) if self.number(0, 2) else g.op("Sigmoid", scores)
-        self.put(g.op("MatMul", weights, k.name), [*lead, dims[1], k.dims[2]], 300 * k.bound, _INEXACT)
+        self.put(g.op("MatMul", weights, k.name), [*lead, dims[1], k.dims[2]], 300 * k.bound, INEXACT)
 
     def op_quantised(self, x: Tensor) -> None:
         """To 8 bits and back."""
@@ -537,16 +551,9 @@ class LengthWriter(Writer):
         self.put(g.on_axes("ReduceSum", name, [axis], keepdims=0), dims, bound, x.bits)
 
 
-def program(seed: int, steps: int) -> Program:
-    """A random model with lengths."""
-    w = LengthWriter(Random(seed))
-    for level in ["candidate", "request", *w.some(["request", "request", "candidate", "mixed", "once"], 1, 4)]:
-        w.declare(level)
-    for k in range(steps):
-        w.step()
-        if k % 8 == 3:
-            w.mix()
-    read = {i for node in w.graph.nodes for i in node.input}
+def finished(w: LengthWriter) -> Program:
+    """The program that was written: some of what nobody reads become its outputs."""
+    read = {i for node in w.graph.nodes for i in (*node.input, *(c for g in subgraphs(node) for c in captured(g)))}
     ends = [v for v in w.values if v.name not in read and v.name not in {i.name for i in w.inputs}]
     if not ends:
         w.put(w.graph.op("Neg", w.values[0].name), w.values[0].dims, w.values[0].bound)
@@ -557,8 +564,8 @@ def program(seed: int, steps: int) -> Program:
             (d[0] if len(d) == 1 else f"rows{k}") if any(isinstance(f, str) for f in d) else n
             for k, (d, n) in enumerate(zip(v.dims, v.sizes, strict=True))
         ])  # fmt: skip
-    inexact = frozenset(v.name for v in ends if v.bits >= _INEXACT)
-    return Program(w.graph.model(), tuple(w.inputs), tuple(v.dims for v in w.values), inexact)
+    inexact = frozenset(v.name for v in ends if v.bits >= INEXACT)
+    return Program(w.graph.model(), tuple(w.inputs), tuple(v.dims for v in w.values), inexact, tuple(w.vague))
 
 
 def reduces(model: ModelProto) -> bool:

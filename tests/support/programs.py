@@ -351,6 +351,8 @@ class Writer:
             return
         keep = self.number(0, 1)
         count = prod(x.sizes[a] for a in axes)
+        if not count:
+            return
         op = self.pick(["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"])
         if op == "ReduceMean" and count & (count - 1):
             op = "ReduceSum"
@@ -370,6 +372,7 @@ class Writer:
             or axis not in x.fixed
             or (form == "Gemm" and x.rank != 2)
             or (form == "Conv" and x.rank not in (3, 4))
+            or (form == "left" and not x.sizes[axis])  # onnxruntime leaves the memory of such products as it was
         ):
             return
         k, width = x.sizes[axis], self.pick([1, 2, 3, 4])
