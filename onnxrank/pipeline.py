@@ -21,7 +21,7 @@ from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, report_candidates, written_out_sites
 from onnxrank.fused import Unsupported
-from onnxrank.operators import domain_of, operator
+from onnxrank.operators import domain_of, find, operator
 from onnxrank.plan import Measured, Plan, Site, label
 from onnxrank.report import Prediction, Report, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
@@ -247,8 +247,8 @@ def read(model: str | os.PathLike[str] | ModelProto) -> files.LoadedModel:
         ModelError: It is no valid model, or holds no operator that is known.
     """
     loaded = files.load(model)
-    if runtime_domain_only(loaded.proto):
-        raise ModelError("the model holds no operators of the default ONNX domain")
+    if all_foreign(loaded.proto):
+        raise ModelError("the model holds no operators of the default ONNX domain, nor others that are known")
     return loaded
 
 
@@ -794,6 +794,8 @@ def replay(
     return job.result()
 
 
-def runtime_domain_only(model: ModelProto) -> bool:
-    """Whether no node is of the default domain."""
-    return bool(model.graph.node) and all(map(domain_of, model.graph.node))
+def all_foreign(model: ModelProto) -> bool:
+    """Whether all nodes are of other domains than the default one, and neither known nor functions of the model."""
+    own = {(f.domain, f.name) for f in model.functions}
+    known = (not domain_of(n) or find(n) or (n.domain, n.op_type) in own for n in model.graph.node)
+    return bool(model.graph.node) and not any(known)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from helpers import patterns, rewritten, session
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
-from lengths import difference, program, reduces, text
+from kinds import KINDS, LEFT_OUT, about, program
+from lengths import Program, difference, reduces, text
+
+from onnxrank.operators import REGISTRY, operator
 
 
 @pytest.mark.parametrize("interface", ["request", "same"])
@@ -14,8 +17,35 @@ from lengths import difference, program, reduces, text
 @given(seed=st.integers(0, 1 << 32), steps=st.integers(1, 24))
 def test_same_scores(interface: str, seed: int, steps: int) -> None:
     """Exact results to the bit, the others closely. `scripts/fuzz_programs.py` tries many more."""
-    made = program(seed, steps)
-    note(text(made.model))
+    holds(program(seed, steps), seed, interface)
+
+
+@pytest.mark.parametrize("interface", ["request", "same"])
+@pytest.mark.parametrize("key", sorted(KINDS))
+def test_every_operator(key: str, interface: str) -> None:
+    for seed in range(2):
+        made = about(key, seed)
+        assert key in written(made)
+        holds(made, seed, interface)
+
+
+def test_the_programs_hold_the_registry() -> None:
+    """A new operator has to be written by the programs, or to be left out for a reason."""
+    found = {op for seed in range(400) for op in written(program(seed, 24))} | set(KINDS)
+    keys = {f"{domain}::{op}" if domain else op for domain, op in REGISTRY}
+    assert keys - set(LEFT_OUT) <= found
+    assert not set(LEFT_OUT) & found and set(LEFT_OUT) <= keys
+
+
+def written(made: Program) -> set[str]:
+    """Keys of a program's operators."""
+    return {operator(n) for n in made.model.graph.node}
+
+
+def holds(made: Program, seed: int, interface: str) -> None:
+    """Asserts that a program's result gives the scores of the original."""
+    if currently_in_test_context():
+        note(text(made.model))
     result = rewritten(made.model, request=patterns(made.inputs), interface=interface)
     if not result.changed:
         return

@@ -310,3 +310,21 @@ def test_external_data_that_shrinks_after_it_was_looked_at(tmp_path: Path) -> No
     (tmp_path / "w.bin").symlink_to("/etc/hostname")
     with pytest.raises(ModelError, match="outside the model's folder"):
         tensor_data(tensor, tmp_path)
+
+
+def test_operators_of_another_domain_alone() -> None:
+    """Known operators of onnxruntime's own domain, and functions of the model: neither is foreign."""
+    inputs = [info("u", ["N", 64]), info("c", ["N", 64])]
+    node = N("FusedMatMul", ["u", "c"], ["y"], domain="com.microsoft", transB=1)
+    function = helper.make_function(
+        "own", "Score", ["a", "b"], ["y"], [N("Mul", ["a", "b"], ["y"])], [helper.make_opsetid("", 17)]
+    )
+    for made, functions in ((node, []), (N("Score", ["u", "c"], ["y"], domain="own"), [function])):
+        graph = helper.make_graph([made], "g", inputs, [info("y", ["N", None])])
+        opsets = [helper.make_opsetid(*o) for o in (("", 17), ("com.microsoft", 1), ("own", 1))]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
+        assert onnxrank.optimize(model, request=["u"]).report is not None
+    foreign = helper.make_graph([N("Score", ["u", "c"], ["y"], domain="acme")], "g", inputs, [info("y")])
+    opsets = [helper.make_opsetid("acme", 1), helper.make_opsetid("", 17)]
+    with pytest.raises(ModelError, match="no operators of the default ONNX domain"):
+        onnxrank.optimize(helper.make_model(foreign, opset_imports=opsets, ir_version=8), request=["u"])

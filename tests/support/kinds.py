@@ -176,11 +176,14 @@ def _curve(w: Writer, x: Tensor, op: str) -> None:
 @_since(20, "Gelu")
 @_since(18, "Mish")
 @_since(14, "HardSwish")
-@_since(11, f"{MS}::Gelu", f"{MS}::FastGelu", f"{MS}::QuickGelu")
-def _activation(w: Writer, x: Tensor, op: str) -> None:
+def _activation(w: Writer, x: Tensor, op: str, domain: str = "") -> None:
     if x.bound <= 20:
-        domain = MS if op in ("FastGelu", "QuickGelu") or (op == "Gelu" and w.graph.opset < 20) else ""
         w.put(w.graph.op(op, x.name, domain=domain), x.dims, 200, INEXACT)
+
+
+@_since(11, f"{MS}::Gelu", f"{MS}::FastGelu", f"{MS}::QuickGelu")
+def _own_activation(w: Writer, x: Tensor, op: str) -> None:
+    _activation(w, x, op, MS)
 
 
 @_since(11, f"{MS}::BiasGelu")
@@ -656,5 +659,3 @@ def _scan(w: Writer, x: Tensor, op: str) -> None:
     zero = g.op("Mul", g.op("Gather", x.name, g.const(0, np.int64), axis=0), g.const(0))
     _, lines = g.ops(op, 2, zero, x.name, body=body, num_scan_inputs=1)
     w.put(lines, x.dims, bound, x.bits)
-
-

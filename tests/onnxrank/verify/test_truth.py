@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxrank import runtime
 from onnxrank.errors import ModelError
+from onnxrank.verify import verify
 from onnxrank.verify.truth import Truth
 
 RNG = np.random.default_rng(0)
@@ -108,3 +109,13 @@ def test_what_the_runtime_made() -> None:
         (own,) = run(model, feed).values()
         np.testing.assert_allclose(found, own, rtol=0, atol=1e-5)
         assert not np.array_equal(found.astype(np.float32), found)
+
+
+def test_a_kernel_that_gives_another_shape_is_no_truth() -> None:
+    """The reference evaluator's GlobalMaxPool takes the largest of all channels where there is one spatial axis."""
+    g = Graph(17)
+    g.output(g.op("GlobalMaxPool", g.op("Add", g.input("item", ["N", 3, 4]), g.const(weights(3, 4)))), ["N", 3, 1])
+    model = g.model()
+    found = verify(model, model)
+    assert found.passed, found.errors
+    assert any(f.kind == "no truth" and "would have the shape" in f.message for f in found.findings)
