@@ -122,6 +122,7 @@ class Shapes:
     inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]]
     symbols: Mapping[str, int]
     types: Mapping[str, int] = field(default_factory=dict)
+    _known: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def width(self, name: str) -> int:
         """Bytes of an entry of a tensor; 4 where its type is not known."""
@@ -138,6 +139,11 @@ class Shapes:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, if known."""
+        if name not in self._known:
+            self._known[name] = self._shape(name)
+        return self._known[name]
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
         if name in self.initializers:
             return self.initializers[name]
         found = self.facts.extents.get(name) or self.inputs.get(name)

@@ -46,6 +46,7 @@ class Form:
         self.remarks: list[Refusal] = []
         self.model: ModelProto | None = None
         self.facts: facts.Facts | None = None
+        self._shapes: dict[int, cost.Shapes] = {}
         self._write()
         if self.changed:
             assert self.model is not None
@@ -132,11 +133,14 @@ class Form:
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
         assert self.model is not None and self.facts is not None
-        return cost.shapes_of(self.model, self.facts, self.rewrite.input_extents(), candidates)
+        if candidates not in self._shapes:
+            inputs = self.rewrite.input_extents()
+            self._shapes[candidates] = cost.shapes_of(self.model, self.facts, inputs, candidates)
+        return self._shapes[candidates]
 
     def original_shapes(self, candidates: int) -> cost.Shapes:
         """Shapes of the original at a number of candidates."""
-        return cost.shapes_of(self.study.model, self.study.facts, self.study.input_extents(), candidates)
+        return self.study.shapes(candidates)
 
     def time(self, candidates: int) -> float:
         """Predicted seconds at a number of candidates."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 
 from onnxrank.errors import UsageError
@@ -23,7 +25,7 @@ def choose_rules(
     found: list[Rule] = []
     for path in extra:
         found += _rules_in(path)
-    for point in metadata.entry_points(group="onnxrank.rules"):
+    for point in _points(metadata.entry_points, tuple(sys.path)):
         found += _rules_of(point)
     found += RULES
     names = {r.name for r in found}
@@ -33,6 +35,19 @@ def choose_rules(
     # Without the movement rule nothing can be followed, so it is not up for selection.
     wanted = names if select is None else {*select, "movement", "broadcast"}
     return tuple(r for r in found if r.name in wanted and (r.name not in ignore or r.name == "movement"))
+
+
+@functools.lru_cache(maxsize=8)
+def _points(
+    find: Callable[..., Iterable[metadata.EntryPoint]], path: tuple[str, ...]
+) -> tuple[metadata.EntryPoint, ...]:
+    """The entry points of rules: looking for them reads a file of every installed package.
+
+    Args:
+        find: Finds them.
+        path: Where it looks.
+    """
+    return tuple(find(group="onnxrank.rules"))
 
 
 def _rules_in(path: str | os.PathLike[str]) -> list[Rule]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import facts, feeds, operators
+from onnxrank import cost, facts, feeds, operators
 from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
@@ -57,6 +57,7 @@ class Study:
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self.contradiction = self._confirm()
+        self._shapes: dict[int, cost.Shapes] = {}
 
     def _confirm(self) -> facts.Contradiction | None:
         """Runs the model and holds every derived shape against the measured one.
@@ -146,6 +147,12 @@ class Study:
         if stray is not None:
             raise ModelError(stray.reason)
         return made
+
+    def shapes(self, candidates: int) -> cost.Shapes:
+        """Shapes at a number of candidates."""
+        if candidates not in self._shapes:
+            self._shapes[candidates] = cost.shapes_of(self.model, self.facts, self.input_extents(), candidates)
+        return self._shapes[candidates]
 
     def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:
         """Extents of the inputs."""

@@ -162,8 +162,8 @@ class _Findings:
         known = result.full if result.full is not None and result.full.model is not None else result.form
         self.rw: Rewrite | None = known.rewrite.rw if known is not None else None
         n = pipeline.report_candidates(result.report.candidates)
-        self.shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), n)
-        few = [cost.shapes_of(study.model, study.facts, study.input_extents(), k) for k in (1, 2)]
+        self.shapes = study.shapes(n)
+        few = [study.shapes(k) for k in (1, 2)]
         self._macs = [[cost.node_macs(node, s) for s in few] for node in self.graph.node]
         self.links = lookups.Links.of(self.graph.node)
         self.tensors = tuple(self._tensors())

@@ -8,12 +8,11 @@ about by `about`. `LEFT_OUT` names the operators of the registry that no program
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from random import Random
 from typing import Any
 
 import numpy as np
-from lengths import INEXACT, LENGTHS, LengthWriter, Program, finished
+from lengths import INEXACT, LengthWriter, Program, finished
 from onnx import TensorProto, helper
 from programs import Dim, N, Tensor
 
