@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
@@ -115,7 +115,16 @@ a tenth of what it measured (3.6 ns): with the whole of it, some exports were pr
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of all tensors at one number of candidates."""
+    """Shapes of all tensors of a graph at one number of candidates.
+
+    Attributes:
+        facts: What is known of them.
+        initializers: Shapes of what is stored.
+        inputs: Extents of the inputs.
+        symbols: Values of the symbols.
+        types: Element types.
+        seconds: Predicted times of the nodes that were asked for, by the first tensor they give.
+    """
 
     facts: Facts
     initializers: Mapping[str, tuple[int, ...]]
@@ -123,6 +132,11 @@ class Shapes:
     symbols: Mapping[str, int]
     types: Mapping[str, int] = field(default_factory=dict)
     _known: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def at(self, candidates: int) -> Shapes:
+        """The same at another number of candidates."""
+        return replace(self, symbols={**self.symbols, CANDIDATES: candidates})
 
     def width(self, name: str) -> int:
         """Bytes of an entry of a tensor; 4 where its type is not known."""
@@ -342,7 +356,12 @@ def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
 
 def node_seconds(node: NodeProto, shapes: Shapes) -> float:
     """Predicted time of one node on one core."""
-    return CPU.seconds(billed(node, shapes))
+    name = next((o for o in node.output if o), None)
+    if name is None:
+        return CPU.seconds(billed(node, shapes))
+    if name not in shapes.seconds:
+        shapes.seconds[name] = CPU.seconds(billed(node, shapes))
+    return shapes.seconds[name]
 
 
 def seconds(graph: GraphProto, shapes: Shapes) -> float:

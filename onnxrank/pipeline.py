@@ -386,7 +386,7 @@ class Job:
         """Takes the form that costs least at the expected number of candidates."""
         assert self.study is not None
         original = self.study
-        seconds = _seconds(original.model, original.shapes(self.options.usual))
+        seconds = _seconds(original.model, original.shapes)
         # Of forms that are all out the last is the plainest.
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
         self.full = next(f for f in found if f.study is chosen.study)
@@ -656,9 +656,8 @@ class Job:
         self.report.after = cost.by_level(made.graph, shapes)
         self.report.rules = self._uses()
         self.report.size_after = made.ByteSize()
-        before = form.original_shapes(self.options.usual)
         self.report.predictions = _predictions(
-            _seconds(form.study.model, before), _seconds(form.model, shapes), self.measured
+            _seconds(form.study.model, form.original_shapes), form.time, self.measured
         )
         return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
@@ -705,9 +704,9 @@ def _setting(study: Study, candidates: int) -> Setting:
     return Setting({**dict.fromkeys(study.symbols, cost.LENGTH), CANDIDATES: candidates}, seed=0)
 
 
-def _seconds(model: ModelProto, shapes: cost.Shapes) -> Callable[[int], float]:
+def _seconds(model: ModelProto, shapes: Callable[[int], cost.Shapes]) -> Callable[[int], float]:
     """Predicted time of a model, by the number of candidates."""
-    return lambda n: cost.seconds(model.graph, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n}))
+    return lambda n: cost.seconds(model.graph, shapes(n))
 
 
 def _predictions(

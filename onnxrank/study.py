@@ -151,7 +151,9 @@ class Study:
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
         if candidates not in self._shapes:
-            self._shapes[candidates] = cost.shapes_of(self.model, self.facts, self.input_extents(), candidates)
+            known = next(iter(self._shapes.values()), None)
+            made = known or cost.shapes_of(self.model, self.facts, self.input_extents(), candidates)
+            self._shapes[candidates] = made.at(candidates)
         return self._shapes[candidates]
 
     def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from onnxrank.errors import ModelError
 from onnxrank.feeds import Feed, Input
 from onnxrank.verify import compare
-from onnxrank.verify.inputs import joined, replaced, rows, take, with_request
+from onnxrank.verify.inputs import joined, replaced, rows, take
 from onnxrank.verify.report import Case, Place
-
-Run = Callable[[Sequence[Feed]], Sequence[dict[str, NDArray[Any]] | ModelError]]
-"""Runs a model on inputs of the original's signature."""
+from onnxrank.workers import Outputs
 
 _MOST_ALONE = 8
 
@@ -83,34 +81,33 @@ class Broken:
 
 
 def test(
-    declared: Sequence[Input], run: Run, feed: Feed, made: Sequence[Relation], per_row: Mapping[str, int]
+    count: int, given: Outputs, made: Sequence[Relation], answers: Sequence[Outputs], per_row: Mapping[str, int]
 ) -> list[Broken] | ModelError:
     """Holds a model against the relations.
 
     Args:
-        declared: Inputs of the original.
-        run: Runs the model.
-        feed: The given request.
+        count: Candidates of the given request.
+        given: What the model gives for it.
         made: The relations.
+        answers: What it gives for their inputs, relation by relation.
         per_row: Outputs with a row per candidate, and how many entries of axis 0 belong to each.
 
     Returns:
         Per relation and output how far it is from holding; relations that the model does not run for are left out.
     """
-    (given,) = run([feed])
     if isinstance(given, ModelError):
         return given
-    count = rows(declared, feed)
     for name, each in per_row.items():
-        if given[name].shape[:1] != (each * (count or 0),):
+        if given[name].shape[:1] != (each * count,):
             return ModelError(f"output {name!r} has no row for every candidate")
     found: list[Broken] = []
+    left = iter(answers)
     for relation in made:
-        answers = run(relation.feeds)
+        own = [next(left) for _ in relation.feeds]
         for name, base in given.items():
             worst: tuple[float, Place | None] = (0.0, None)
             seen = False
-            for answer, index in zip(answers, relation.index, strict=True):
+            for answer, index in zip(own, relation.index, strict=True):
                 if isinstance(answer, ModelError):
                     continue
                 seen = True
@@ -140,9 +137,8 @@ def _rows(data: NDArray[Any], each: int) -> NDArray[Any]:
     return data.reshape(-1, each, *data.shape[1:]) if each != 1 else data
 
 
-def user_matters(declared: Sequence[Input], run: Run, feed: Feed, other: Feed) -> set[str] | ModelError:
-    """Outputs that change when the request does."""
-    first, second = run([feed, with_request(declared, feed, other)])
+def user_matters(first: Outputs, second: Outputs) -> set[str] | ModelError:
+    """Outputs that differ between two requests with the same candidates."""
     for answer in (first, second):
         if isinstance(answer, ModelError):
             return answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,8 @@ from onnxrank.verify.inputs import ORDINARY
 from onnxrank.verify.options import LEVELS
 from onnxrank.verify.points import MOST_ODD
 from onnxrank.verify.report import Case
-from onnxrank.verify.side import Side
-from onnxrank.workers import Crashed, Outputs
+from onnxrank.verify.side import run_both
+from onnxrank.workers import Crashed
 
 if TYPE_CHECKING:
     from onnxrank.verify.engine import Engine
@@ -45,27 +44,24 @@ def _relate(engine: Engine, feed: Feed, user: Feed, per_row: dict[str, int], see
     session = _TRUTH if engine.truth else f"{provider}/{level}"
     declared = engine.binding.declared
 
-    def runner(side: Side) -> metamorphic.Run:
-        def run(feeds: Sequence[Feed]) -> Sequence[Outputs]:
-            given = feeds if side is engine.original else [engine.binding(f) for f in feeds]
-            return side.run(session, given, engine.shared)
-
-        return run
-
     def allowed(output: str, scale: float) -> float:
         m = engine.held.get((provider, ORDINARY, output))
         if engine.truth:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0
 
-    runs = [runner(s) for s in engine.sides]
     made = metamorphic.relations(declared, feed, inputs.with_request(declared, user, feed), seed)
-    first, second = (metamorphic.test(declared, run, feed, made, per_row) for run in runs)
+    feeds = [feed, inputs.with_request(declared, feed, user), *(f for relation in made for f in relation.feeds)]
+    answers = run_both(engine.sides, session, [feeds, [engine.binding(f) for f in feeds]], engine.shared)
+    for answer in (a for found in answers for a in found):
+        if isinstance(answer, Crashed):
+            raise answer
+    first, second = (metamorphic.test(count, found[0], made, found[2:], per_row) for found in answers)
     if isinstance(first, ModelError) or isinstance(second, ModelError):
         return
     where = Case("metamorphic", provider, level, "user changed", count, seed, "", 0.0, 0.0, True)
     cases, excused = metamorphic.judge(first, second, allowed, where)
-    before, after = (metamorphic.user_matters(declared, run, feed, user) for run in runs)
+    before, after = (metamorphic.user_matters(*found[:2]) for found in answers)
     if not isinstance(before, ModelError) and not isinstance(after, ModelError):
         for output in (k for k in engine.shared if k in before):
             lost = output not in after

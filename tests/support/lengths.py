@@ -573,7 +573,19 @@ def reduces(model: ModelProto) -> bool:
     return any(n.op_type.startswith("Reduce") or n.op_type in _NOT_EMPTY for n in model.graph.node)
 
 
-_NOT_EMPTY = {"GRU", "LSTM", "RNN", "TopK", "ArgMax", "ArgMin", "Gather", "LpNormalization", "LayerNormalization", "Einsum", "CumSum"}
+_NOT_EMPTY = {
+    "GRU",
+    "LSTM",
+    "RNN",
+    "TopK",
+    "ArgMax",
+    "ArgMin",
+    "Gather",
+    "LpNormalization",
+    "LayerNormalization",
+    "Einsum",
+    "CumSum",
+}
 
 
 def difference(
