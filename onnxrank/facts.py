@@ -275,12 +275,11 @@ def _not_tensors(model: ModelProto) -> set[str]:
 class Probe:
     """A model, in a process of its own, with the shape of every tensor exposed.
 
+    Nobody waits for it to be loaded before something is measured.
+
     Args:
         model: The model, functions inlined.
         folder: Where its external data lies.
-
-    Raises:
-        ModelError: onnxruntime does not take the model.
     """
 
     def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
@@ -294,7 +293,8 @@ class Probe:
         for name in self._names:
             exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
             exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
-        self._session = RemoteSession(exposed, folder, precision="float" if runtime.has_half(model) else "own")
+        precision = "float" if runtime.has_half(model) else "own"
+        self._session = RemoteSession(exposed, folder, precision=precision, ahead=True)
 
     def __enter__(self) -> Probe:
         return self
@@ -302,15 +302,28 @@ class Probe:
     def __exit__(self, *error: object) -> None:
         self._session.close()
 
-    def measure(self, feeds: runtime.Feeds) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors for some inputs.
+    def ask(self, feeds: runtime.Feeds) -> None:
+        """Has shapes measured that `answer` fetches, in the order in which they were asked for."""
+        if self._names:
+            self._session.ask(feeds, [n + _MARK for n in self._names])
+
+    def answer(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors for the inputs that were asked for first.
 
         Raises:
-            ModelError: onnxruntime cannot run the model on these inputs.
+            ModelError: onnxruntime does not take the model, or cannot run it on these inputs.
         """
-        if not self._names:
-            return {}
-        found = self._session.run(feeds, [n + _MARK for n in self._names])
+        return self._shapes(self._session.answer()) if self._names else {}
+
+    def measure(self, feeds: runtime.Feeds) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors for some inputs; what was asked for before is dropped.
+
+        Raises:
+            ModelError: onnxruntime does not take the model, or cannot run it on these inputs.
+        """
+        return self._shapes(self._session.run(feeds, [n + _MARK for n in self._names])) if self._names else {}
+
+    def _shapes(self, found: runtime.Feeds) -> dict[str, tuple[int, ...]]:
         return {n: tuple(found[n + _MARK].tolist()) for n in self._names}
 
 

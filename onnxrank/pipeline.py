@@ -162,9 +162,15 @@ def optimize(
     if contract is not None and roles is None and is_done(contract, described(loaded), *use):
         return left_alone(loaded, options, given)
     job = Job(loaded, given, options, notes)
-    if not job.studied():
+    job.studied()
+    try:
+        ways = job.candidates()
+    except Exception:
+        job.confirmed()  # a model that does not run may be rewritten to anything, and says so itself
+        raise
+    if not job.confirmed():
         return job.unchanged()
-    job.choose(job.candidates())
+    job.choose(ways)
     if not job.pays():
         return job.unchanged()
     job.check()
@@ -339,16 +345,24 @@ class Job:
         self._without: frozenset[str] = frozenset()
         self._emitted: tuple[Form, tuple[Measured, ...], ModelProto] | None = None
 
-    def studied(self) -> bool:
-        """Derives the original's shapes; whether it can be rewritten at all."""
+    def studied(self) -> None:
+        """Derives the original's shapes; the runs that confirm them are waited for by `confirmed`."""
         self.options.say("deriving shapes")
-        study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
+        study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded, wait=False)
         self.notes += [study.facts.note] if study.facts.note else []
         served = sizes.spans(study.symbols, self.options.lengths or {})
         self.report.lengths = {sizes.name_of(s): span for s, span in served.items()}
         shapes = study.shapes(self.options.usual)
         self.report.before = self.report.after = cost.by_level(study.model.graph, shapes)
-        stray = study.contradicted()
+
+    def confirmed(self) -> bool:
+        """Whether runs of the original confirm its shapes, so that it can be rewritten at all.
+
+        Raises:
+            ModelError: It does not run.
+        """
+        assert self.study is not None
+        stray = self.study.contradicted()
         self.report.refusals = [stray] if stray is not None else []
         return stray is None
 
@@ -789,7 +803,8 @@ def replay(
     if any(told) and not same_roles(roles_of(loaded, *told)[0], roles):
         raise UsageError("the plan was made for other roles than those given: leave them out, or the plan")
     job = Job(loaded, roles, options)
-    if not job.studied() or not found.changed:
+    job.studied()
+    if not job.confirmed() or not found.changed:
         return job.unchanged()
     job.follow(found)
     job.check()

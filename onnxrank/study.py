@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper
@@ -35,9 +35,19 @@ class Study:
 
     Attributes:
         contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
+
+    Args:
+        model: The model, functions inlined.
+        roles: Roles of its inputs.
+        loaded: Where it comes from.
+        wait: Whether to wait for the runs that confirm the shapes; if not, `contradicted` does.
+
+    Raises:
+        UsageError: No input has a candidate axis.
+        ModelError: The model is invalid, or does not run.
     """
 
-    def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel) -> None:
+    def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel, wait: bool = True) -> None:
         self.loaded, self.roles = loaded, roles
         self.declared = feeds.inputs(model, roles)
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
@@ -56,26 +66,40 @@ class Study:
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
-        self.contradiction = self._confirm()
         self._shapes: dict[int, cost.Shapes] = {}
+        self.contradiction: facts.Contradiction | None = None
+        self._points = self._settings()
+        self._probe: facts.Probe | None = facts.Probe(self.model, loaded.folder)
+        for point in self._points:
+            self._probe.ask(self.maker(point))
+        if wait:
+            self._confirm()
 
-    def _confirm(self) -> facts.Contradiction | None:
-        """Runs the model and holds every derived shape against the measured one.
-
-        Raises:
-            ModelError: The model does not run.
-        """
+    def _settings(self) -> list[facts.Setting]:
+        """Where the model is run to confirm its shapes."""
         points = facts.settings(self.symbols, (2, 3))
         if len(self.symbols) > 1:
             long = {s: _LONG + 6 * k for k, s in enumerate(self.symbols)} | {CANDIDATES: 1}
             points.append(facts.Setting(long, seed=2))
+        return points
+
+    def _confirm(self) -> None:
+        """Holds every derived shape against those of the runs that were begun, once.
+
+        Raises:
+            ModelError: The model does not run.
+        """
+        if self._probe is None:
+            return
         problem: ModelError | None = None
         # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
-        makers = (self.maker, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
-        with facts.Probe(self.model, self.loaded.folder) as probe:
+        makers = (None, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
+        with self._probe as probe:
+            self._probe = None
             for maker in makers:
                 try:
-                    return self._contradiction(probe, maker, points)
+                    self.contradiction = self._contradiction(probe, maker)
+                    return
                 except ModelError as e:
                     problem = problem or e
         if isinstance(problem, Crashed):
@@ -88,12 +112,11 @@ class Study:
             "roles file."
         )
 
-    def _contradiction(
-        self, probe: facts.Probe, maker: feeds.Maker, points: Sequence[facts.Setting]
-    ) -> facts.Contradiction | None:
-        for k, point in enumerate(points):
+    def _contradiction(self, probe: facts.Probe, maker: feeds.Maker | None) -> facts.Contradiction | None:
+        """What inputs of a maker say, or those that were asked for, against what was derived."""
+        for k, point in enumerate(self._points):
             try:
-                measured = probe.measure(maker(point))
+                measured = probe.answer() if maker is None else probe.measure(maker(point))
             except ModelError:
                 if k < 2:
                     raise
@@ -118,7 +141,12 @@ class Study:
         return feeds.find_ranges(self.model, self.declared, self.facts, self.loaded.folder, self.dtypes, movement.RULE)
 
     def contradicted(self) -> Refusal | None:
-        """Why nothing may be rewritten, where a run contradicted what was derived."""
+        """Why nothing may be rewritten, where a run contradicted what was derived.
+
+        Raises:
+            ModelError: The model does not run.
+        """
+        self._confirm()
         if self.contradiction is None:
             return None
         node = next((n for n in self.model.graph.node if self.contradiction.name in n.output), NodeProto())

@@ -75,7 +75,11 @@ def _search_path() -> list[str]:
 
 
 class Worker:
-    """A process that runs models. One thread at a time may use it."""
+    """A process that runs models. One thread at a time may use it.
+
+    Attributes:
+        pending: Answers that were not fetched yet.
+    """
 
     def __init__(self) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -87,7 +91,7 @@ class Worker:
             start_new_session=True,  # an interrupt from the keyboard is for us alone
         )
         self._answers: queue.Queue[Any] = queue.Queue()
-        self._pending = 0
+        self.pending = 0
         _ALL.add(self)
         threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
 
@@ -103,7 +107,7 @@ class Worker:
             do: Name of a method of `host.Host`.
             **arguments: Its arguments.
         """
-        self._pending += 1
+        self.pending += 1
         with contextlib.suppress(OSError):  # a process that died is met when its answer is fetched
             assert self._process.stdin is not None
             wire.send(self._process.stdin, {"do": do, "with": arguments})  # type: ignore[arg-type]
@@ -123,7 +127,7 @@ class Worker:
         except queue.Empty:
             self.kill()
             raise Crashed(f"no answer within {timeout:g} s", "timeout") from None
-        self._pending -= 1
+        self.pending -= 1
         if answer is _GONE:
             raise Crashed(self._epitaph(), "crash")
         return self._opened(answer)
@@ -201,7 +205,7 @@ class Worker:
 
     def reusable(self) -> bool:
         """Forgets all models; whether it may be used for others."""
-        if self._pending or not self.alive:
+        if self.pending or not self.alive:
             return False
         try:
             self.call("reset", 10)
@@ -227,6 +231,7 @@ class _Here(Worker):
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._replies: list[Any] = []
+        self.pending = 0
 
     @property
     def alive(self) -> bool:
@@ -238,9 +243,11 @@ class _Here(Worker):
         # The limit of the process stays as it is.
         reply = {"result": None} if do == "limit" else self._answer({"do": do, "with": arguments})
         self._replies.append(reply)
+        self.pending += 1
 
     def result(self, timeout: float | None = None) -> Any:
         """What came of it; whoever started this process minds the time."""
+        self.pending -= 1
         return self._opened(self._replies.pop(0))
 
     def kill(self) -> None:
@@ -339,6 +346,7 @@ class RemoteSession:
         precision: `own`, `float` (16-bit types raised to float32) or `double` (all floats raised).
         timeout: Seconds for loading, and for every run.
         memory: Bytes of address space; None for a default by the model's size.
+        ahead: Whether the first run, not this, waits for the model to be loaded, and raises what comes of that.
 
     Raises:
         ModelError: onnxruntime does not take the model; the message is its own.
@@ -355,13 +363,18 @@ class RemoteSession:
         precision: str = "own",
         timeout: float = 120.0,
         memory: int | None = None,
+        ahead: bool = False,
     ) -> None:
         self._model, self._folder = model, folder
         self._how = {"level": "all" if optimise else "disabled", "threads": threads, "precision": precision}
         self._timeout = timeout
         self._memory = memory
         self._worker: Worker | None = None
-        self._start()
+        self._due = 0  # answers to what is asked for before the model can run
+        self._asked = 0  # runs whose answers were not fetched yet
+        self._begin()
+        if not ahead:
+            self._start()
 
     def __enter__(self) -> RemoteSession:
         return self
@@ -373,18 +386,56 @@ class RemoteSession:
         with contextlib.suppress(Exception):  # modules may be gone when the interpreter ends
             self.close()
 
-    def _start(self) -> Worker:
-        if self._worker is None or not self._worker.alive:
+    def _begin(self) -> Worker:
+        """The process, with the model on its way to it."""
+        if self._worker is None or (not self._worker.alive and not self._asked and not self._due):
             self._worker = take()
+            self._worker.ask("limit", memory=self._memory or memory_limit(self._model.ByteSize()))
             try:
-                limit = self._memory or memory_limit(self._model.ByteSize())
-                self._worker.call("limit", self._timeout, memory=limit)
-                place(self._worker, "model", self._model, self._folder, self._timeout)
-                self._worker.call("open", self._timeout, session="session", key="model", **self._how)
+                hand(self._worker, "model", self._model, self._folder, self._timeout)
             except OnnxrankError:
                 self.close()
                 raise
+            self._worker.ask("open", session="session", key="model", **self._how)
+            self._due = self._worker.pending
         return self._worker
+
+    def _start(self) -> Worker:
+        """The process, with the model in it."""
+        worker = self._begin()
+        try:
+            while self._due:
+                self._due -= 1
+                worker.result(self._timeout)
+        except OnnxrankError:
+            self._due = self._asked = 0
+            self.close()
+            raise
+        return worker
+
+    def ask(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> None:
+        """`run`, whose answer `answer` fetches: answers come in the order of the questions."""
+        names = None if outputs is None else list(outputs)
+        self._begin().ask("run", session="session", feeds=[feeds], outputs=names)
+        self._asked += 1
+
+    def answer(self) -> dict[str, NDArray[Any]]:
+        """What came of the run that was asked for first.
+
+        Raises:
+            ModelError: onnxruntime does not take the model, or cannot run it; the message is the first line of its own.
+            Crashed: Its process died, or took longer than the timeout.
+        """
+        worker = self._start()
+        self._asked -= 1
+        try:
+            (answer,) = worker.outputs(self._timeout)
+        except OnnxrankError:
+            self._asked = 0
+            raise
+        if isinstance(answer, ModelError):
+            raise answer
+        return answer
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Runs the model on the feeds it knows.
@@ -397,12 +448,11 @@ class RemoteSession:
             ModelError: onnxruntime cannot run it on them; the message has the first line of its own.
             Crashed: Its process died, or took longer than the timeout.
         """
-        worker = self._start()
-        worker.ask("run", session="session", feeds=[feeds], outputs=None if outputs is None else list(outputs))
-        (answer,) = worker.outputs(self._timeout)
-        if isinstance(answer, ModelError):
-            raise answer
-        return answer
+        while self._asked:  # of what was asked before nobody wants to know any more
+            with contextlib.suppress(ModelError):
+                self.answer()
+        self.ask(feeds, outputs)
+        return self.answer()
 
     def close(self) -> None:
         """Gives the process back."""
@@ -423,13 +473,24 @@ def place(
         folder: Where its external data lies.
         timeout: Seconds.
     """
+    hand(worker, key, model, folder, timeout)
+    while worker.pending:
+        worker.result(timeout)
+
+
+def hand(
+    worker: Worker, key: str, model: ModelProto, folder: str | os.PathLike[str] | None, timeout: float | None = None
+) -> None:
+    """`place` without waiting, where the model is small: what comes of it is to be fetched."""
     data = model.SerializeToString(deterministic=True)
     where = None if folder is None else os.path.abspath(folder)
     if len(data) < _LARGE:
-        worker.call("model", timeout, key=key, data=data, folder=where)
+        worker.ask("model", key=key, data=data, folder=where)
         return
     with tempfile.TemporaryDirectory(prefix="onnxrank-") as own:
         path = Path(own, "model.onnx")
         path.write_bytes(data)
         del data
-        worker.call("model", timeout, key=key, data=str(path), folder=where)
+        worker.ask("model", key=key, data=str(path), folder=where)
+        while worker.pending:  # the file is gone behind this
+            worker.result(timeout)

@@ -161,6 +161,7 @@ class Engine:
         return self.report
 
     def _compare(self, found: Terms) -> None:
+        self._open_ahead()
         self.say("finding the ranges of the inputs")
         try:
             self.ranges, self.symbols = self._study(found)
@@ -350,9 +351,22 @@ class Engine:
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
+    def _open_ahead(self) -> None:
+        """Has sessions made while requests are drawn, where it is known which and where they fit into memory."""
+        if any(s.large or runtime.has_half(s.proto) for s in self.sides):
+            return
+        for side in self.sides:
+            side.ahead(_TRUTH, precision="double")
+            for provider in self.options.providers:
+                for level in LEVELS:
+                    side.ahead(f"{provider}/{level}", **self._session(provider, level))
+
+    def _session(self, provider: str, level: str) -> dict[str, Any]:
+        return {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
+
     def _open(self, provider: str, level: str) -> bool:
         """Makes a session of each model; whether the second model loads."""
-        how = {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
+        how = self._session(provider, level)
         where = f"({provider}, optimisations {level})"
         first, second = open_both(self.sides, f"{provider}/{level}", **how)
         if isinstance(first, Crashed):

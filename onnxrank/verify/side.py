@@ -40,6 +40,8 @@ class Side:
         self._worker: Worker | None = None
         self._opened: dict[str, dict[str, Any]] = {}
         self._there: set[str] = set()
+        self._ahead: list[str] = []
+        self._done: dict[str, dict[str, Any] | OnnxrankError] = {}
 
     @property
     def proto(self) -> ModelProto:
@@ -61,7 +63,7 @@ class Side:
         """The process, with the model in it."""
         if self._worker is None or not self._worker.alive:
             self._worker = take()
-            self._there = set()
+            self._there, self._done = set(), {}
             self._worker.call("limit", self.timeout, memory=self._memory)
             place(self._worker, MODEL, self.loaded.proto, self.loaded.folder, self.timeout)
         return self._worker
@@ -82,10 +84,12 @@ class Side:
             Crashed: The process died of it.
             ModelError: It cannot be done.
         """
+        self._catch_up()
         return self.start().call(do, self.timeout, **arguments)
 
     def ask(self, do: str, **arguments: Any) -> None:
         """Has the process do something; `result` waits for it."""
+        self._catch_up()
         self.start().ask(do, **arguments)
 
     def outputs(self, seconds: float | None = None) -> list[Outputs]:
@@ -117,12 +121,37 @@ class Side:
 
     def request(self, session: str, **how: Any) -> None:
         """Asks for a session; `opened` waits for it."""
+        if session in self._ahead or session in self._done:
+            return
         self._opened[session] = {"key": MODEL} | how
         self.ask("open", session=session, **self._opened[session])
 
+    def ahead(self, session: str, **how: Any) -> None:
+        """`request`, without anybody waiting: what is asked next waits for it, and `opened` says what came of it."""
+        self._opened[session] = {"key": MODEL} | how
+        self.start().ask("open", session=session, **self._opened[session])
+        self._ahead.append(session)
+
+    def _catch_up(self) -> None:
+        """Fetches what came of the sessions that were asked for ahead of their use."""
+        while self._ahead:
+            session = self._ahead.pop(0)
+            try:
+                self._done[session] = self.result()
+            except Crashed as e:
+                self._done[session] = e
+                self._ahead.clear()  # the others died with it, and are asked for again
+            except OnnxrankError as e:
+                self._done[session] = e
+
     def opened(self, session: str) -> str:
         """What a session that was asked for runs on."""
-        made = self.result()
+        self._catch_up()
+        made = self._done.pop(session, None)
+        if isinstance(made, OnnxrankError):
+            raise made
+        if made is None:
+            made = self.result()
         self._there.add(session)
         return str(made["how"])
 
