@@ -31,6 +31,10 @@ def recurrent(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if any(rw.level(v) is Level.REQUEST for v in per_row):
             rw.refuse("gru", "part of the sequence or of its initial state depends on the candidate")
         return None
+    # Lengths and initial states have a row for every row of the sequence, whether or not they differ between them.
+    along = [s for s in symbols([rows]) if any(s in rw.present(v) for v in per_row)]
+    inputs = {k: v if k in (1, 2, 3) else rw.held(v, along) for k, v in inputs.items()}
+    x = inputs[0]
     names = [rw.tensor(inputs[k]) if k in inputs else "" for k in range(len(node.input))]
     made = rw.keep(node, names, [outputs, states, states][: len(node.output)], rw.present(x))
     for e in rw.emit.nodes[-1:]:

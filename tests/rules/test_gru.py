@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import Given, Graph, candidate, operators, optimised, refusals, request, rows, rules, whole_numbers
+from onnx import TensorProto, helper
 
 import onnxrank
 
@@ -136,3 +137,17 @@ def test_two_layers() -> None:
     result = optimised(g, given, counts=COUNTS, tolerance=TOLERANCE)
     assert rules(result)["gru"] == 2
     assert_one_row(result, given, "LSTM")
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_rows_that_are_a_length(kind: str) -> None:
+    """The batch of the layer is a history's positions: lengths that are the same for all still have one for each."""
+    given = [request("h", "L", LENGTH, WIDTH), candidate("c", "L", HIDDEN)]
+    g = Graph()
+    h, c = (i.declare(g) for i in given)
+    one = g.on_axes("Squeeze", g.op("Slice", h, g.ints(0), g.ints(1), g.ints(0)), [0])
+    length = g.op("Gather", g.op("Shape", h), g.ints(1), axis=0)
+    value = helper.make_tensor("value", TensorProto.INT32, [1], [2])
+    state = recurrent(g, kind, steps_first(g, one), lengths=g.op("ConstantOfShape", length, value=value))[1]
+    g.output(g.op("Mul", c, state), ["N", "L", HIDDEN])
+    optimised(g, given, counts=COUNTS, tolerance=TOLERANCE, lengths=[{"L": 3}, {"L": 7}])
