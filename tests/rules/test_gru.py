@@ -142,12 +142,12 @@ def test_two_layers() -> None:
 @pytest.mark.parametrize("kind", GATES)
 def test_rows_that_are_a_length(kind: str) -> None:
     """The batch of the layer is a history's positions: lengths that are the same for all still have one for each."""
-    given = [request("h", "L", LENGTH, WIDTH), candidate("c", "L", HIDDEN)]
+    given = [Given("h", ("L", WIDTH), "once"), request("u", 3), candidate("c", 3)]
     g = Graph()
-    h, c = (i.declare(g) for i in given)
-    one = g.on_axes("Squeeze", g.op("Slice", h, g.ints(0), g.ints(1), g.ints(0)), [0])
+    h, u, c = (i.declare(g) for i in given)
     length = g.op("Gather", g.op("Shape", h), g.ints(1), axis=0)
-    value = helper.make_tensor("value", TensorProto.INT32, [1], [2])
-    state = recurrent(g, kind, steps_first(g, one), lengths=g.op("ConstantOfShape", length, value=value))[1]
-    g.output(g.op("Mul", c, state), ["N", "L", HIDDEN])
+    value = helper.make_tensor("value", TensorProto.INT32, [1], [1])
+    every = recurrent(g, kind, h, lengths=g.op("ConstantOfShape", length, value=value))[0]
+    g.output(g.op("Transpose", every, perm=[2, 0, 1, 3]), ["L", 1, 1, HIDDEN])
+    g.output(g.op("MatMul", g.op("Concat", u, c, axis=1), g.const(whole_numbers(6, 3))), ["N", 3])
     optimised(g, given, counts=COUNTS, tolerance=TOLERANCE, lengths=[{"L": 3}, {"L": 7}])
