@@ -6,6 +6,7 @@ following every entry of every input through casts, offsets and data movement to
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,18 +239,33 @@ class _Lookups:
         self._limit(flat, np.full(flat.shape, low), np.full(flat.shape, high))
 
     def _limit(self, flat: Codes, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
-        numbers = source_numbers(flat)
-        for number in np.unique(numbers).tolist():
-            at = numbers == number
-            where = offsets(flat[at])
+        told: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]]] = {}
+        # A source has a higher number than those that it is made of, so each passes on all that it was told at once.
+        ahead: list[int] = []
+
+        def tell(codes: Codes, least: NDArray[np.float64], most: NDArray[np.float64]) -> None:
+            numbers = source_numbers(codes)
+            for number in np.unique(numbers).tolist():
+                at = numbers == number
+                if number not in told:
+                    heapq.heappush(ahead, -number)
+                told.setdefault(number, []).append((offsets(codes[at]), least[at], most[at]))
+
+        tell(flat, low, high)
+        while ahead:
+            number = -heapq.heappop(ahead)
+            found, least, most = (np.concatenate(part) for part in zip(*told.pop(number), strict=True))
+            where, back = np.unique(found, return_inverse=True)
+            lows, highs = np.full(len(where), -np.inf), np.full(len(where), np.inf)
+            np.maximum.at(lows, back, least)
+            np.minimum.at(highs, back, most)
             if number in self._entry:
                 least, most, whole = (a.reshape(-1) for a in self.bounds[self._entry[number]])
-                np.maximum.at(least, where, low[at])
-                np.minimum.at(most, where, high[at])
+                least[where], most[where] = np.maximum(least[where], lows), np.minimum(most[where], highs)
                 whole[where] = True
             for parents, shift in self._derived.get(number, []):
                 delta = shift.reshape(-1)[where]
-                self._limit(parents.reshape(-1)[where], low[at] - delta, high[at] - delta)
+                tell(parents.reshape(-1)[where], lows - delta, highs - delta)
 
     def rule(self) -> Rule:
         """Transfer rules that only follow."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
+from helpers import INT64, Graph, whole_numbers
 from modelkit import HEAD, i64, mlp, w
 
 from onnxrank import feeds, model
@@ -44,3 +46,16 @@ def test_tables_inside_nested_bodies() -> None:
         width=8, T=w(5, 4), S=w(7, 4), threshold=np.float32(1), zero=np.float32(0), ax1=i64(1),
     )  # fmt: skip
     assert ranges(made, "user") == (0, 5)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_ids_behind_a_long_chain(doubled: bool) -> None:
+    """Ids that go through thousands of steps, each of one operand or of two that are the same, to their table."""
+    g = Graph()
+    user, item = g.input("user", ["N"], INT64), g.input("item", ["N"], INT64)
+    ids = user
+    for _ in range(60 if doubled else 3000):
+        ids = g.op("Max", ids, ids) if doubled else g.op("Add", ids, g.const(0, np.int64))
+    table = g.const(whole_numbers(7, 2))
+    g.output(g.op("Add", g.op("Gather", table, ids, axis=0), g.op("Gather", table, item, axis=0)), ["N", 2])
+    assert ranges(g.model(), "user") == (0, 7)
