@@ -80,6 +80,22 @@ def subgraphs(node: NodeProto) -> list[GraphProto]:
     return out
 
 
+def renamed(model: ModelProto, names: dict[str, str]) -> ModelProto:
+    """A copy in which tensors that nodes or initializers give have other names; inputs and outputs keep theirs."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        for field in (node.input, node.output):
+            for k, name in enumerate(field):
+                if name in names:
+                    field[k] = names[name]
+        rename_captured(node, names)
+    sparse = (t.values for t in out.graph.sparse_initializer)
+    for t in (*out.graph.initializer, *sparse, *out.graph.value_info):
+        t.name = names.get(t.name, t.name)
+    return out
+
+
 def rename_captured(node: NodeProto, names: dict[str, str]) -> None:
     """Renames, in place, the outer tensors that a control-flow node's bodies read."""
     for graph in subgraphs(node):

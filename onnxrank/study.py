@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from itertools import count
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper
@@ -14,7 +15,7 @@ from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
-from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
+from onnxrank.graphs import dangling, live, names_in, rename_captured, renamed, subgraphs
 from onnxrank.plan import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
@@ -56,7 +57,7 @@ class Study:
         lost = dangling(model)
         if lost is not None:
             raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
-        self.model = live(model)
+        self.model = live(self._out_of_the_way(model))
         self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
         resolved = resolve_ifs(self.model, self.facts)
         while resolved is not None:
@@ -74,6 +75,23 @@ class Study:
             self._probe.ask(self.maker(point))
         if wait:
             self._confirm()
+
+    def _out_of_the_way(self, model: ModelProto) -> ModelProto:
+        """The model with other names for inner tensors that are called like the parts of an input that is divided."""
+        parts = {
+            f"{i.name}.{part}" for i in self.declared if i.role.level == "mixed" for part in ("request", "candidate")
+        }
+        ends = {i.name for i in (*model.graph.input, *model.graph.output)}
+        inner = {o for n in model.graph.node for o in n.output}.union(
+            (t.name for t in model.graph.initializer), (t.values.name for t in model.graph.sparse_initializer)
+        )
+        clash = sorted((parts & inner) - ends)
+        if not clash:
+            return model
+        taken, names = names_in(model.graph), {}
+        for name in clash:
+            names[name] = next(n for k in count(1) if (n := f"{name}/{k}") not in taken)
+        return renamed(model, names)
 
     def _settings(self) -> list[facts.Setting]:
         """Where the model is run to confirm its shapes."""

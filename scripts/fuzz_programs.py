@@ -65,8 +65,9 @@ def main() -> int:
     print(f"{len(used)} operators, the rarest {rare}")
     print(
         f"{options.count} programs: {counts['wrong']} wrong, {counts['error']} errors, {counts['refused']} refused, "
-        f"{counts['changed'] + counts['taken back']} rewritten, {counts['unchanged']} left alone, {counts['does not run']} do not run; "
-        f"{counts['checked']} checked by the gate: {counts['taken back']} taken back"
+        f"{counts['changed'] + counts['taken back']} rewritten, {counts['unchanged']} left alone, "
+        f"{counts['does not run']} do not run; {counts['checked']} checked by the gate: "
+        f"{counts['taken back']} taken back"
     )
     return int(counts["wrong"] + counts["error"] + counts["taken back"] > 0)
 

@@ -182,6 +182,28 @@ def test_a_divided_input_whose_parts_have_names_that_are_taken() -> None:
     assert onnxrank.optimize(made, request=["v[0:32]"], interface="same").report.changed in (True, False)
 
 
+@pytest.mark.parametrize("name", ["x.request", "x.candidate"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_tensors_called_like_the_parts_of_a_divided_input(name: str, stored: bool) -> None:
+    """Names that only the model itself knows are given up for those that callers have to know."""
+    nodes = [N("MatMul", ["x", "CC"], [name]), N("Relu", [name], ["y"])]
+    weights = dict(WEIGHTS)
+    if stored:
+        nodes, weights = [N("MatMul", ["x", name], ["q"]), N("Relu", ["q"], ["y"])], {**WEIGHTS, name: WEIGHTS["CC"]}
+    made = helper.make_model(
+        helper.make_graph(nodes, "g", [info("x", ["N", 128])], [info("y", ["N", 64])],
+                          [numpy_helper.from_array(v, k) for k, v in weights.items()]),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    result = onnxrank.optimize(made, request=["x[0:64]"])
+    assert result.changed and [i.name for i in result.model.graph.input] == ["x.request", "x.candidate"]
+    rows = np.random.default_rng(0).standard_normal((ROWS, 128)).astype(np.float32)
+    rows[:, :64] = rows[0, :64]
+    before, after = (onnxruntime.InferenceSession(m.SerializeToString()) for m in (made, result.model))
+    new = after.run(None, {"x.request": rows[:1, :64], "x.candidate": rows[:, 64:]})[0]
+    np.testing.assert_allclose(new, before.run(None, {"x": rows})[0], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["v/expand", "candidates/shape", "q/weight", "q/gemm", "y/relu", "h::shape"])
 def test_names_inside_subgraphs_are_not_given_again(name: str) -> None:
     then = helper.make_graph([N("Neg", ["v"], [name])], "t", [], [info(name)])

@@ -372,7 +372,7 @@ class Writer:
             or axis not in x.fixed
             or (form == "Gemm" and x.rank != 2)
             or (form == "Conv" and x.rank not in (3, 4))
-            or (form == "left" and not x.sizes[axis])  # onnxruntime leaves the memory of such products as it was
+            or (form in ("left", "Conv") and not x.sizes[axis])  # onnxruntime leaves the memory of these as it was
         ):
             return
         k, width = x.sizes[axis], self.pick([1, 2, 3, 4])
