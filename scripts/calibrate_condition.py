@@ -2,10 +2,10 @@
 
     python scripts/calibrate_condition.py [--only PATTERN] [--each]
 
-Every model of `models/onnx`, and networks that amplify rounding (exp and log in turns, attention with SiLU over sums),
-is optimised and held against its original. Printed is by how much they differ, in units of how far the original moves
-under changes of one unit in the last place: in its own type, and in float64. All of these results are right, so a
-factor below the largest ratio would blame somebody for rounding.
+Every model of `models/onnx`, and networks that amplify rounding (exp and log in turns, attention with SiLU, differences
+of large numbers that are added pair by pair), is optimised and held against its original. Printed is by how much they
+differ, in units of how far the original moves under changes of one unit in the last place: in its own type, and in
+float64. All of these results are right, so a factor below the largest ratio would blame somebody for rounding.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ def models(only: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     for depth in (2, 4, 6):
         if fnmatch.fnmatch(f"exp and log {depth}", only):
             yield f"exp and log {depth}", exponential(depth), {"inputs": {"user": {"level": "request"}}}
+    for width in (16, 64, 256):
+        if fnmatch.fnmatch(f"differences {width}", only):
+            yield f"differences {width}", differences(width), {"inputs": {"user": {"level": "request"}}}
     for length in (8, 64, 256):
         if fnmatch.fnmatch(f"silu attention {length}", only):
             yield f"silu attention {length}", silu(length), {"inputs": {"user": {"level": "request"}}}
@@ -118,6 +121,29 @@ def exponential(depth: int) -> ModelProto:
         else:
             nodes += [Node("Tanh", [f"h{k}"], [f"t{k}"]), Node("Exp", [f"t{k}"], [f"x{k + 1}"])]
     return _model(nodes, weights, {"user": ["N", WIDTH], "item": ["N", WIDTH]}, f"x{depth}")
+
+
+def differences(width: int) -> ModelProto:
+    """Large numbers of both sides, taken from each other pair by pair: divided, all of one side are added first."""
+    weights = {
+        "axis": np.array([2]),
+        "shape": np.array([-1, 2 * width]),
+        "offset": np.array(1e6, np.float32),
+        "signs": np.tile(np.array([[1.0], [-1.0]], np.float32), (width, 1)),
+    }
+    nodes = []
+    for side in ("user", "item"):
+        nodes += [
+            Node("Abs", [side], [f"{side}/size"]),
+            Node("Add", [f"{side}/size", "offset"], [f"{side}/far"]),
+            Node("Unsqueeze", [f"{side}/far", "axis"], [f"{side}/column"]),
+        ]
+    nodes += [
+        Node("Concat", ["user/column", "item/column"], ["pairs"], axis=2),
+        Node("Reshape", ["pairs", "shape"], ["x"]),
+        Node("MatMul", ["x", "signs"], ["score"]),
+    ]
+    return _model(nodes, weights, {"user": ["N", width], "item": ["N", width]}, "score")
 
 
 def silu(length: int) -> ModelProto:

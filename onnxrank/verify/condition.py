@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from onnxrank.verify.points import Point
 
 FACTOR = 16.0
-"""A sum in another order is off by several times what one change of its terms does."""
+"""By how much right results may differ, in units of how far the original moves.
+
+One change of every term moves a sum less than adding them in another order does, where large terms cancel. Measured by
+`scripts/calibrate_condition.py`, in the models' own type and in float64: on the 54 models of `models/onnx`, networks of
+exp and log in turns and attention with SiLU, half of all results are within 0.8, 99 % within 1.6, and all within 2.0;
+differences of large numbers added pair by pair, or one side first, are off by 3.6 (16 pairs) to 14.5 (64 and 256).
+"""
 _SEEDS = 3
 _MOST_POINTS = 24
 _EXACT = "exact"

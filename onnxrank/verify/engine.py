@@ -554,13 +554,13 @@ class Engine:
             not d.HasField("dim_value") or d.dim_value == n for d, n in zip(dims, data.shape, strict=True)
         )
 
-    def malformed(self, name: str, data: NDArray[Any]) -> None:
-        """Notes that an output of the original without candidates has not the shape it declares."""
+    def malformed(self, name: str, data: NDArray[Any], lengths: str = "") -> None:
+        """Notes that an output of the original has not its declared shape: without candidates, or at lengths of 0."""
         self.report.find(
             "rounding",
             "original",
-            f"With no candidates the original gives {name!r} the shape {list(data.shape)}, which it does not declare, "
-            "so nothing was compared there.",
+            f"With {lengths or 'no candidates'} the original gives {name!r} the shape {list(data.shape)}, which it "
+            "does not declare, so nothing was compared there.",
             "note",
             model="original",
         )

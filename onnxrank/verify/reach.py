@@ -97,8 +97,8 @@ class Reach:
         for (point, pairs), truth in zip(ran, truths, strict=True):
             for provider, a, b in pairs:
                 for k in engine.shared:
-                    if not point.candidates and not engine.declares(k, a[k]) and a[k].shape != b[k].shape:
-                        engine.malformed(k, a[k])
+                    if _empty(point) and not engine.declares(k, a[k]) and a[k].shape != b[k].shape:
+                        engine.malformed(k, a[k], _lengths(point))
                         continue
                     pair = (truth[0][k], truth[1][k]) if truth is not None else (None, None)
                     engine.samples.append(
@@ -221,7 +221,12 @@ class Reach:
                 self._original(p.size, a)
                 return None
             if isinstance(b, ModelError):
-                self._optimized(p, b, provider, patience)
+                # Kernels that give nothing the wrong shape may pass it to others that do not take it.
+                odd = next((k for k in engine.shared if _empty(p) and not engine.declares(k, a[k])), None)
+                if odd is None:
+                    self._optimized(p, b, provider, patience)
+                else:
+                    engine.malformed(odd, a[odd], _lengths(p))
                 return None
             if 0 in p.size.lengths.values() and not self._determined(p, a, provider):
                 return None
@@ -296,3 +301,14 @@ class Reach:
                 report.find("rounding", "original", text, "note", model="original")
         if any(p.inputs == MANY for p in self._seen) and engine.options.level != "full":
             report.looked.append(f"N beyond {max(engine.options.counts)}, with onnxruntime's optimisations on only")
+
+
+def _lengths(p: Point) -> str:
+    """The lengths of a request in which nothing is left of something; empty where it is the candidates."""
+    assert p.size is not None
+    return ", ".join(f"{sizes.name_of(s)} = 0" for s, n in p.size.lengths.items() if not n)
+
+
+def _empty(p: Point) -> bool:
+    """Whether a request has no candidates, or nothing along a length."""
+    return not p.candidates or bool(_lengths(p))

@@ -237,3 +237,16 @@ def test_optimize_tells_that_roles_are_trusted(folder: Path, capsys: pytest.Capt
     assert cli.main(["optimize", "mmoe.onnx", "out.onnx", "--request", "user_*", "--check", "quick"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Roles are trusted, not tested: that user_ids is the same" in out and "compared at N = 1, 2, 17" in out
+
+
+def test_no_steps_in_a_reduction_that_gives_nothing_a_wrong_shape() -> None:
+    """Of no entries onnxruntime's reductions keep all axes, which the operators behind them do not take."""
+    g = Graph(11)
+    user, item = g.input("user", ["N", "L", 2]), g.input("item", ["N", "L"])
+    g.output(g.on_axes("ReduceSum", user, [-1], keepdims=0), ["N", "L"])
+    g.output(g.op("Neg", item), ["N", "L"])
+    result = rewritten(g.model(), request=["user"])
+    assert result.changed
+    report = verify(g.model(), result.model)
+    assert report.passed, report.errors
+    assert any("With L = 0 the original gives" in f.message for f in report.findings)
