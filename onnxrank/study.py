@@ -177,10 +177,8 @@ class Study:
 
         types = {t.name: t.data_type for t in graph.initializer} | {i.name: i.dtype for i in self.declared}
         inputs = {i.name: i.dims for i in self.declared}
-        division = segments.Division(
-            self.model, self.facts, types | self.dtypes, inputs, self._candidate(), data, tuple(places)
-        )
-        made = Study(division.run(), self.roles, self.loaded)
+        model = segments.divided(self.model, self.facts, types | self.dtypes, inputs, self._candidate(), data, places)
+        made = Study(model, self.roles, self.loaded)
         stray = made.contradicted()
         if stray is not None:
             raise ModelError(stray.reason)
