@@ -34,6 +34,7 @@ from onnxrank.values import CANDIDATES
 from onnxrank.verify import failure, gate, sizes
 from onnxrank.verify import report as verdicts
 from onnxrank.verify.options import CHECKS
+from onnxrank.verify.structure import quantises
 
 __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rules", "optimize", "report_candidates"]
 
@@ -364,6 +365,7 @@ class Job:
         self._ways: list[_Way] = []
         self._kept = False
         self._without: frozenset[str] = frozenset()
+        self._guilty: set[tuple[str, str]] = set()
         self._emitted: tuple[Form, tuple[Measured, ...], ModelProto] | None = None
 
     def studied(self) -> None:
@@ -589,11 +591,29 @@ class Job:
             return None
 
     def _retreat(self, guilty: Guilty, cause: str, reason: str) -> None:
-        """Leaves a site out, or a rule, and goes on with the rest."""
+        """Leaves a site out, or a rule, and goes on with the rest.
+
+        Where values are quantised on the way, whatever moves their last digit may be a step off, and one such site is
+        as good as another: from the second of a rule at an operator on, all that are alike are left out at once.
+        """
         assert self.form is not None
+        choice = guilty.without(self.form.choice)
+        alike = self._alike(guilty)
+        self._guilty |= {(guilty.rule, s.op) for s in guilty.sites}
         self.report.retreats.append(Retreat(guilty.rule, guilty.node, cause, reason))
-        self.notes.append(f"{guilty} was left out: {reason}")
-        self._take(self.form.leaving(guilty.without(self.form.choice)))
+        self.report.retreats += [Retreat(s.place.rule, s.node, cause, f"as at {guilty.node!r}") for s in alike]
+        others = f", and so were {len(alike)} like it" if alike else ""
+        self.notes.append(f"{guilty} was left out{others}: {reason}")
+        self._take(self.form.leaving(choice.leaving(s.place for s in alike)))
+
+    def _alike(self, guilty: Guilty) -> list[Site]:
+        """Sites to be left out with one that fails."""
+        assert self.form is not None
+        kinds = {(guilty.rule, s.op) for s in guilty.sites} & self._guilty
+        if not kinds or not quantises(self.loaded.proto):
+            return []
+        own = {s.place for s in guilty.sites}
+        return [s for s in self.form.sites if s.taken and (s.place.rule, s.op) in kinds and s.place not in own]
 
     def _give_up(self, cause: str, reason: str) -> None:
         """Leaves the model alone after all."""

@@ -111,8 +111,8 @@ RULES = [
 '''
 
 
-def towers() -> ModelProto:
-    """Three layers beside each other, each on [user | item], with whole-number weights."""
+def towers(quantised: bool = False) -> ModelProto:
+    """Three layers beside each other, each on [user | item], with whole-number weights; in 8 bits behind them or not."""
     g, rng = Graph(), np.random.default_rng(0)
     user, item = g.input("user", ["N", 96]), g.input("item", ["N", 16])
     both = g.op("Concat", user, item, axis=1)
@@ -121,14 +121,20 @@ def towers() -> ModelProto:
         weight, bias = rng.integers(-2, 3, (112, 32)), rng.integers(1, 4, 32)
         made.append(g.op("Relu", g.op("Gemm", both, g.const(weight), g.const(bias))))
         next(n for n in g.nodes if n.op_type == "Gemm" and n.name not in LAYERS).name = name
-    g.output(g.op("Concat", *made, axis=1), ["N", 96])
+    y = g.op("Concat", *made, axis=1)
+    if quantised:
+        how = [g.const(4), g.const(0, np.uint8)]
+        y = g.op("DequantizeLinear", g.op("QuantizeLinear", y, *how), *how)
+    g.output(y, ["N", 96])
     return g.model()
 
 
-def optimised(rules: str, folder: Path, **options: object) -> tuple[ModelProto, onnxrank.Result]:
+def optimised(
+    rules: str, folder: Path, quantised: bool = False, **options: object
+) -> tuple[ModelProto, onnxrank.Result]:
     """The towers, with further rules, whatever it costs."""
     (folder / "rules.py").write_text(rules)
-    model = towers()
+    model = towers(quantised)
     with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
         result = onnxrank.optimize(model, request=["user"], extra_rules=[folder / "rules.py"], **options)  # type: ignore[arg-type]
     return model, result
@@ -293,3 +299,11 @@ def test_a_search_gives_up() -> None:
     looking, _ = search(lambda found: ("c", 8) in found, tries=2)
     with pytest.raises(GaveUp):
         looking.culprit(Choice(), ["a", "b", "c"])
+
+
+def test_sites_that_are_alike_are_left_out_at_once(tmp_path: Path) -> None:
+    """Of values that are quantised on the way: behind the second that fails no third is looked for."""
+    _, result = optimised(WRONG.format(at=("first", "second", "third")), tmp_path, quantised=True)
+    assert result.changed and all(c.passed for c in result.report.checks)
+    assert [(r.rule, r.node) for r in result.report.retreats] == [("twice", name) for name in LAYERS]
+    assert result.report.retreats[2].reason == "as at 'second'"
