@@ -112,7 +112,7 @@ RULES = [
 
 
 def towers(quantised: bool = False) -> ModelProto:
-    """Three layers beside each other, each on [user | item], with whole-number weights; in 8 bits behind them or not."""
+    """Three layers beside each other, each on [user | item], with whole-number weights; 8 bits behind them or not."""
     g, rng = Graph(), np.random.default_rng(0)
     user, item = g.input("user", ["N", 96]), g.input("item", ["N", 16])
     both = g.op("Concat", user, item, axis=1)
