@@ -14,6 +14,7 @@ import pytest
 import yaml
 import yardstick
 from coverage import Requests
+from exports import every_export
 from modelkit import graph, w
 from onnx import helper
 
@@ -30,9 +31,7 @@ from onnxrank.writers import as_text, to_json
 ROOT = Path(__file__).resolve().parents[3]
 MODELS = ROOT / "models" / "onnx"
 SCHEMA = json.loads((ROOT / "onnxrank" / "inspect.schema.json").read_text())
-FILES = sorted(p.name for p in MODELS.glob("*.onnx"))
 N = 37
-every_model = pytest.mark.parametrize("name", FILES)
 
 
 def roles(name: str) -> Path:
@@ -54,7 +53,7 @@ def requests(name: str) -> Requests:
     return Requests(onnx.load(MODELS / name), yaml.safe_load(roles(name).read_text()))
 
 
-@every_model
+@every_export
 def test_macs_are_those_that_a_run_counts(name: str) -> None:
     shown = found(name)
     before, _ = requests(name)(N, 0)
@@ -64,7 +63,7 @@ def test_macs_are_those_that_a_run_counts(name: str) -> None:
     assert sum(n.bytes for n in shown.nodes) == sum(c.bytes for c in shown.before.values())
 
 
-@every_model
+@every_export
 def test_the_predicted_saving_is_what_optimize_achieves(name: str) -> None:
     shown = found(name)
     made = optimize(MODELS / name, spec=load_spec(roles(name)), candidates=N)
@@ -82,7 +81,7 @@ def test_the_predicted_saving_is_what_optimize_achieves(name: str) -> None:
 
 
 # Of din, a run takes the entries of padding, which are always zero, for unknown.
-@every_model
+@every_export
 def test_block_ideal(name: str) -> None:
     draw = requests(name)
     trace = yardstick.Trace(MODELS / name)
@@ -127,7 +126,7 @@ def _positions(text: str) -> list[int]:
     return out
 
 
-@every_model
+@every_export
 def test_schema(name: str) -> None:
     form = json.loads(to_json(found(name)))
     jsonschema.validate(form, SCHEMA)
@@ -232,7 +231,7 @@ def test_refusals_name_their_nodes() -> None:
     assert all(r.reason and set(r.nodes) <= names for r in shown.refusals)
 
 
-@every_model
+@every_export
 def test_refusals_by_cost(name: str) -> None:
     """What costs most comes first, and no place that is left alone is missing."""
     shown = found(name)
