@@ -41,6 +41,8 @@ def once_share(rw: Rewrite, node: NodeProto) -> float:
         return _whole(rw, node)
     a, b = masks[:2]
     assert a is not None and b is not None
+    if not (a.size and b.size):
+        return 0.0  # a product of no entries
     if node.op_type in _MATRIX:
         return _matrix_share(node, a, b)
     if node.op_type == "Einsum" and len(masks) == 2:

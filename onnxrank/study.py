@@ -18,6 +18,7 @@ from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
 from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
+from onnxrank.loops import without_loops
 from onnxrank.plan import PREPARING, SEGMENTS, Site, label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
@@ -51,11 +52,9 @@ class Study:
             raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
         self.model = live(model)
         self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
-        resolved = resolve_ifs(self.model, self.facts)
-        while resolved is not None:
-            self.model = resolved
-            self.facts = facts.derive(resolved, self.input_extents(), loaded.folder)
-            resolved = resolve_ifs(self.model, self.facts)
+        while (simpler := straightened(self.model, self.facts)) is not None:
+            self.model = simpler
+            self.facts = facts.derive(simpler, self.input_extents(), loaded.folder)
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
@@ -265,6 +264,12 @@ def _inferred_types(model: ModelProto) -> dict[str, int]:
         out = {v.name: v.type.tensor_type.elem_type for v in (*made, *model.graph.output)}
         return {name: t for name, t in out.items() if t}
     return {}
+
+
+def straightened(model: ModelProto, found: Facts) -> ModelProto | None:
+    """A model without control flow that is decided by extents alone; None if it has none."""
+    resolved = resolve_ifs(model, found)
+    return without_loops(model, found) if resolved is None else resolved
 
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
