@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import facts, feeds, operators, segments
+from onnxrank import facts, feeds, operators, segments, selections
 from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
@@ -52,13 +52,23 @@ class Study:
             raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
         self.model = live(model)
         self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
-        while (simpler := straightened(self.model, self.facts)) is not None:
-            self.model = simpler
-            self.facts = facts.derive(simpler, self.input_extents(), loaded.folder)
+        resolved = self._resolved()
+        while resolved is not None:
+            self.model = resolved
+            self.facts = facts.derive(resolved, self.input_extents(), loaded.folder)
+            resolved = self._resolved()
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self.contradiction = self._confirm()
+
+    def _resolved(self) -> ModelProto | None:
+        """The model without what constants decide: branches, selections by masks, loops; None where there is none."""
+        return (
+            resolve_ifs(self.model, self.facts)
+            or selections.resolved(self.model, self.facts)
+            or without_loops(self.model, self.facts)
+        )
 
     def _confirm(self) -> facts.Contradiction | None:
         """Runs the model and holds every derived shape against the measured one.
@@ -153,6 +163,11 @@ class Study:
     def sequences(self) -> list[int]:
         """The nodes that join a history and candidates along an axis of symbolic length, by their places."""
         return segments.sequences(self.model, self.facts, self._candidate())
+
+    @cached_property
+    def fixed_sequences(self) -> list[int]:
+        """The nodes that do so along an axis of a fixed length, where positions attend to each other."""
+        return segments.sequences(self.model, self.facts, self._candidate(), fixed=True)
 
     def _candidate(self) -> frozenset[str]:
         """The inputs that may differ between candidates."""
@@ -264,12 +279,6 @@ def _inferred_types(model: ModelProto) -> dict[str, int]:
         out = {v.name: v.type.tensor_type.elem_type for v in (*made, *model.graph.output)}
         return {name: t for name, t in out.items() if t}
     return {}
-
-
-def straightened(model: ModelProto, found: Facts) -> ModelProto | None:
-    """A model without control flow that is decided by extents alone; None if it has none."""
-    resolved = resolve_ifs(model, found)
-    return without_loops(model, found) if resolved is None else resolved
 
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
