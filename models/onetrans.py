@@ -43,13 +43,13 @@ class OneTransLayer(nn.Module):
         """[N, L, dim] to [N, heads, L, dim / heads]."""
         return x.reshape(-1, x.shape[1], self.heads, self.dim // self.heads).transpose(1, 2)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Returns the last `keep` tokens, [N, keep, dim]."""
         y = self.norm1(x)
         key, value = self.key_value(y).chunk(2, dim=-1)
         q, k, v = self.split(self.query(y[:, -self.keep :])), self.split(key), self.split(value)
         scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(self.dim // self.heads)
-        scores = scores + mask[:, :, -self.keep :, -x.shape[1] :]
+        scores = scores.masked_fill(hidden[:, :, -self.keep :, -x.shape[1] :], -math.inf)
         pooled = torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2).reshape(-1, self.keep, self.dim)
         x = x[:, -self.keep :] + self.out(pooled)
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
@@ -101,8 +101,9 @@ class OneTrans(Ranker):
         self.norm = RMSNorm(dim)
         self.head = mlp((self.own * dim, *hidden), head=True)
         length = history + 1 + self.own
-        causal = torch.triu(torch.full((length, length), -1e9), diagonal=1)
-        self.register_buffer("causal", causal, persistent=False)
+        at = torch.arange(length)
+        self.register_buffer("later", at > at.unsqueeze(1), persistent=False)
+        self.register_buffer("others", at != at.unsqueeze(1), persistent=False)
         self.specs = [
             ids("user_ids", vocab, user),
             ids("hist_ids", vocab, history),
@@ -121,9 +122,9 @@ class OneTrans(Ranker):
         item = self.item_tokens(item.flatten(1))
         separator = self.separator.expand(hist_ids.shape[0], 1, self.dim)
         x = torch.cat([history, separator, *(t.reshape(-1, t.shape[1] // self.dim, self.dim) for t in (user, item))], 1)
-        padding = torch.where(hist_ids == 0, -1e9, 0.0)
-        padding = nn.functional.pad(padding, (0, 1 + self.own))
-        mask = self.causal + padding.unsqueeze(1).unsqueeze(1)
+        # A token always sees itself, so that no row of padding is without keys.
+        padding = nn.functional.pad(hist_ids == 0, (0, 1 + self.own)).unsqueeze(1) & self.others
+        hidden = (self.later | padding).unsqueeze(1)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, hidden)
         return torch.sigmoid(self.head(self.norm(x)[:, -self.own :].flatten(1)))
