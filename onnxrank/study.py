@@ -13,6 +13,7 @@ from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
+from onnxrank.flow import Walk
 from onnxrank.fused import written_out
 from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
 from onnxrank.plan import label
@@ -34,6 +35,7 @@ class Study:
     """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types.
 
     Attributes:
+        flow: How often the entries of every tensor need be made.
         contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
     """
 
@@ -55,6 +57,7 @@ class Study:
             resolved = resolve_ifs(self.model, self.facts)
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
+        self.flow = Walk(self.model, feeds.levels(self.declared), self.facts, loaded.folder, self.dtypes)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self.contradiction = self._confirm()
 
@@ -112,9 +115,7 @@ class Study:
         return f"{name} makes onnxruntime fail{f' at node {node}' if node else ''}: its process {e}."
 
     def _ranges(self) -> feeds.Ranges:
-        from onnxrank.rules import movement
-
-        return feeds.find_ranges(self.model, self.declared, self.facts, self.loaded.folder, self.dtypes, movement.RULE)
+        return feeds.find_ranges(self.declared, self.flow, self.model.graph.node)
 
     def contradicted(self) -> Refusal | None:
         """Why nothing may be rewritten, where a run contradicted what was derived."""
