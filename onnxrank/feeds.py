@@ -122,7 +122,9 @@ def levels(declared: Sequence[Input]) -> dict[str, Given]:
             found = np.full(extents(i.dims), each, np.int8)
             found[(slice(None),) * i.mixed_axis + (list(i.role.request),)] = Level.REQUEST
         else:
-            found = uniform(Level.REQUEST if i.role.level == "request" and i.role.candidate_axis is not None else each, i.dims)
+            found = uniform(
+                Level.REQUEST if i.role.level == "request" and i.role.candidate_axis is not None else each, i.dims
+            )
         out[i.name] = i.dims, found
     return out
 

@@ -7,7 +7,7 @@ all rows that its shape has, and is the same for all candidates only if that has
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 from onnxrank import model as files
 from onnxrank import needed, transfers
@@ -40,7 +40,7 @@ _LARGEST_LIST = 1 << 20
 """Bytes of an initializer of positions up to which it is loaded to see who reads what."""
 _NOTHING = Operator()
 _INVALID = (Unproved, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What nodes raise whose operands or attributes are none that their operator takes: the runtime will say what is wrong."""
+"""What nodes raise whose operands or attributes are none that their operator takes; the runtime says what is wrong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class Walk:
     ) -> None:
         self.facts, self._model, self._folder = facts, model, folder
         self._opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
-        self._loads: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._stored: dict[str, TensorProto | SparseTensorProto] = {}
         self._loaded: dict[str, NDArray[Any]] = {}
         self._types = {t.name: t.data_type for t in model.graph.initializer}
         self._types |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input} | dict(dtypes)
@@ -147,9 +147,13 @@ class Walk:
         if name in self.facts.folded:
             dims, data = self.facts.folded[name]
             return data.reshape(extents(dims))
-        if name not in self._loads:
+        stored = self._stored.get(name)
+        if stored is None:
             return None
-        self._loaded[name] = self._loads[name]()
+        if isinstance(stored, TensorProto):
+            self._loaded[name] = constant_data(stored, self._folder)
+        else:
+            self._loaded[name] = files.sparse_data(stored, self._folder)
         return self._loaded[name]
 
     def shape_of(self, name: str) -> Dims | None:
@@ -159,7 +163,7 @@ class Walk:
 
     def type_of(self, name: str) -> int:
         """A tensor's element type; 0 where it is not known."""
-        return self._types.get(name, 0)
+        return int(self._types.get(name, 0))
 
     def interval(self, name: str) -> Interval:
         """Least and greatest value of every entry, of shapes that broadcast to its constant extents."""
@@ -181,17 +185,14 @@ class Walk:
         """Constants; what callers may replace is the request's."""
         replaced = files.overridable(self._model)
         graph = self._model.graph
-        for name, stored in [(t.name, t) for t in graph.initializer] + [(s.values.name, s) for s in graph.sparse_initializer]:
+        every: list[tuple[str, TensorProto | SparseTensorProto]] = [(t.name, t) for t in graph.initializer]
+        every += [(s.values.name, s) for s in graph.sparse_initializer]
+        for name, stored in every:
             dims = tuple(canonical([n]) for n in stored.dims)
-            if name in replaced:
-                self.tensors[name] = Tensor(name, dims, uniform(Level.REQUEST, dims))
-                continue
-            self.tensors[name] = Tensor(name, dims, uniform(Level.CONSTANT, dims))
-            self._loads[name] = lambda stored=stored: (
-                constant_data(stored, self._folder)
-                if isinstance(stored, TensorProto)
-                else files.sparse_data(stored, self._folder)
-            )
+            level = Level.REQUEST if name in replaced else Level.CONSTANT
+            self.tensors[name] = Tensor(name, dims, uniform(level, dims))
+            if name not in replaced:
+                self._stored[name] = stored
 
     def _step(self, node: NodeProto) -> None:
         """One node."""
@@ -259,7 +260,11 @@ class Walk:
         """A tensor of which nothing is known but its shape."""
         if not reason:
             entry = find(node)
-            what = "works in a way that cannot be followed here" if entry is not None else "is not an operator that is known"
+            what = (
+                "works in a way that cannot be followed here"
+                if entry is not None
+                else "is not an operator that is known"
+            )
             reason = f"{operator(node)} {what}"
         dims = self.facts.dims(name)
         if dims is None:
@@ -323,5 +328,3 @@ class Walk:
             return None
         hidden = hidden & kinds & mixed
         return hidden if hidden.any() else None
-
-

@@ -245,5 +245,3 @@ def _compared(op: str, a: Interval, b: Interval) -> Interval:
     else:
         sure, may = high <= other, low <= most
     return sure.astype(np.float64), may.astype(np.float64)
-
-

@@ -60,12 +60,12 @@ def _reshaped(dims: Dims) -> Movement:
     return Movement(dims, lambda x: x.reshape(extents(dims)))
 
 
-def identity(p: Placed) -> list[Movement] | None:
+def identity(p: Placed) -> list[Movement]:
     """Identity, and whatever keeps entries in their places."""
     return [Movement(p.dim(0), lambda x: x)]
 
 
-def reshape(p: Placed) -> list[Movement] | None:
+def reshape(p: Placed) -> list[Movement]:
     """Reshape and Flatten."""
     return [_reshaped(regroup(p.dim(0), p.target(0)))]
 
@@ -95,7 +95,7 @@ def unsqueeze(p: Placed) -> list[Movement] | None:
     return [_reshaped(tuple(() if k in new else next(old) for k in range(rank)))]
 
 
-def transpose(p: Placed) -> list[Movement] | None:
+def transpose(p: Placed) -> list[Movement]:
     """Transpose."""
     dims = p.dim(0)
     perm = p.attribute("perm") or list(range(len(dims)))[::-1]
@@ -215,7 +215,7 @@ def gather_nd(p: Placed) -> list[Movement] | None:
     return [Movement(made, lambda x: x[at])]
 
 
-def concat(p: Placed) -> list[Movement] | None:
+def concat(p: Placed) -> list[Movement]:
     """Concat: blocks along an axis of constant extent."""
     every = [p.dim(k) for k in range(len(p.node.input))]
     axis, other = p.axis(0, len(every[0])), every[0]
@@ -242,7 +242,7 @@ def padding(p: Placed) -> tuple[Dims, list[tuple[int, int]]] | None:
     return with_extents(dims, made), around
 
 
-def expand(p: Placed) -> list[Movement] | None:
+def expand(p: Placed) -> list[Movement]:
     """Expand: broadcasting that is only noted."""
     dims, seen = p.dim(0), p.target(0)
     rank = len(seen)
@@ -251,7 +251,7 @@ def expand(p: Placed) -> list[Movement] | None:
     return [Movement(made, lambda x: np.broadcast_to(x.reshape((1,) * (rank - x.ndim) + x.shape), extents(made)))]
 
 
-def tile(p: Placed) -> list[Movement] | None:
+def tile(p: Placed) -> list[Movement]:
     """Tile: repeats are the outer factor of a dimension."""
     dims: list[Dim] = []
     repeats: list[int] = []
@@ -268,4 +268,3 @@ def tile(p: Placed) -> list[Movement] | None:
             raise Unrepresentable("repeats along two factors at once")
         dims.append(canonical([*extra, c // have, *d]))
     return [Movement(tuple(dims), lambda x: np.tile(x, repeats))]
-

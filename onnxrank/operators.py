@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
-from functools import reduce
+from functools import cache, reduce
 from math import prod
 from operator import or_
 from typing import TYPE_CHECKING, Any
@@ -210,7 +210,7 @@ class Placed(Use):
         return self.data(k) if self.has(k) else None
 
     def constants(self, k: int, attribute: str) -> list[int] | None:
-        """Whole numbers that are an attribute in old opsets and an input in new ones; None if not given as constants."""
+        """Whole numbers that are an attribute in old opsets and an input in new ones; None if they are no constants."""
         given = self.attribute(attribute)
         if given is not None:
             return [int(i) for i in given]
@@ -1247,7 +1247,9 @@ def _registry() -> dict[tuple[str, str], Operator]:
     out["ai.onnx.ml", "LinearRegressor"] = Operator(lambda u: [[u.shape(0)[0], int(u.attribute("targets", 1))]])
     out["com.microsoft", "Attention"] = Operator(_attention)
     out["com.microsoft", "MultiHeadAttention"] = Operator(_multi_head_attention)
-    for name in dict.fromkeys([*(op for ops in _TRAITS.values() for op in ops.split()), *_MOVES, *_AXES, *_LEVELS, *_MACS]):
+    for name in dict.fromkeys(
+        [*(op for ops in _TRAITS.values() for op in ops.split()), *_MOVES, *_AXES, *_LEVELS, *_MACS]
+    ):
         domain, _, op = name.rpartition("::")
         entry = out.get((domain, op), Operator())
         traits = [trait for trait, ops in _TRAITS.items() if name in ops.split()]
@@ -1262,7 +1264,7 @@ def _registry() -> dict[tuple[str, str], Operator]:
     return out
 
 
-# --- what operators are ------------------------------------------------------------------------------------------------
+# --- what operators are ----------------------------------------------------------------------------------------------
 
 _TRAITS = {
     Trait.ELEMENTWISE: """
@@ -1354,7 +1356,7 @@ _AXES: dict[str, Callable[[Use], Sequence[int]]] = {
 _LEVELS: dict[str, transfers.Transfer] = {
     **{op: transfers.kept for op in ("Cast", "QuantizeLinear", "DequantizeLinear", "Trilu")},
     "com.microsoft::BiasGelu": transfers.elementwise,
-    "BatchNormalization": lambda f: None if f.attribute("training_mode", 0) else transfers.kept(f)[:1],
+    "BatchNormalization": transfers.batch_normalised,
     "Where": transfers.where,
     "Dropout": transfers.dropout,
     "Softmax": transfers.softmax,
@@ -1378,7 +1380,10 @@ _LEVELS: dict[str, transfers.Transfer] = {
     "com.microsoft::FusedGemm": transfers.gemm,
     "Einsum": transfers.einsum,
     "ai.onnx.ml::LinearRegressor": transfers.linear,
-    **{op: transfers.whole_rows for op in ("Attention", "com.microsoft::Attention", "com.microsoft::MultiHeadAttention")},
+    **{
+        op: transfers.whole_rows
+        for op in ("Attention", "com.microsoft::Attention", "com.microsoft::MultiHeadAttention")
+    },
     **{op: transfers.recurrent for op in ("GRU", "LSTM", "RNN")},
     "com.microsoft::SkipLayerNormalization": transfers.skip_normalised,
     "com.microsoft::SkipSimplifiedLayerNormalization": transfers.skip_normalised,
@@ -1513,23 +1518,34 @@ def element_type(node: NodeProto, k: int, version: int, types: Mapping[str, int]
         version: Version of its domain.
         types: Element types of its operands, as far as they are known.
     """
-    domain = domain_of(node)
-    if not onnx.defs.has(node.op_type, version, domain):
+    given = _type_names(node.op_type, version, domain_of(node))
+    if given is None:
         entry = find(node)
         if entry is None or entry.like >= len(node.input):
             return None
         return types.get(node.input[entry.like])
-    schema = onnx.defs.get_schema(node.op_type, version, domain)
+    inputs, outputs = given
     own = next((a for a in node.attribute if a.name in ("to", "dtype")), None)
     if own is not None and own.i:
         return int(own.i)
-    kind = schema.outputs[min(k, len(schema.outputs) - 1)].type_str
+    kind = outputs[min(k, len(outputs) - 1)]
     if kind.startswith("tensor("):
         return _KINDS.get(kind)
     for at, name in enumerate(node.input):
-        if name in types and schema.inputs[min(at, len(schema.inputs) - 1)].type_str == kind:
+        if name in types and inputs[min(at, len(inputs) - 1)] == kind:
             return types[name]
     return None
+
+
+@cache
+def _type_names(op: str, version: int, domain: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """What onnx's schema calls the types of an operator's inputs and outputs; None where it has none."""
+    if not onnx.defs.has(op, version, domain):
+        return None
+    schema = onnx.defs.get_schema(op, version, domain)
+    only = {c.type_param_str: c.allowed_type_strs[0] for c in schema.type_constraints if len(c.allowed_type_strs) == 1}
+    inputs, outputs = ([only.get(x.type_str, x.type_str) for x in side] for side in (schema.inputs, schema.outputs))
+    return tuple(inputs), tuple(outputs)
 
 
 _KINDS = {f"tensor({kind.lower()})": int(number) for kind, number in TensorProto.DataType.items()}

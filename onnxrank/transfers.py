@@ -147,6 +147,12 @@ def dropout(f: Flow) -> list[Made] | None:
     return [Made(f.dim(0), f.level(0), f.zero(0)), Made(f.dim(0), f.level(0))][: len(f.node.output)]
 
 
+def batch_normalised(f: Flow) -> list[Made] | None:
+    """BatchNormalization by moments that are given: channel by channel."""
+    made = None if f.attribute("training_mode", 0) else kept(f)
+    return None if made is None else made[:1]
+
+
 def where(f: Flow) -> list[Made] | None:
     """Where; what is 0 on both sides is 0."""
     made = elementwise(f)
@@ -155,10 +161,11 @@ def where(f: Flow) -> list[Made] | None:
     if not any(z is not None for z in zeros):
         return made
     data = [f.array(k) for k in (1, 2)]
-    both = [z if z is not None else None if d is None else d == 0 for z, d in zip(zeros, data, strict=True)]
-    if any(b is None for b in both):
+    both = [np.asarray(d == 0) if z is None and d is not None else z for z, d in zip(zeros, data, strict=True)]
+    first, second = both
+    if first is None or second is None:
         return made
-    known = np.broadcast_to(np.logical_and(*both), extents(made[0].dims))
+    known = np.broadcast_to(first & second, extents(made[0].dims))
     return [Made(made[0].dims, np.where(known, np.int8(Level.CONSTANT), made[0].levels), known)]
 
 
@@ -366,13 +373,13 @@ def _around_zeros(
     return made
 
 
-def mat_mul(f: Flow, orders: Sequence[Sequence[int]] | None = None, first: int = 2) -> list[Made] | None:
+def mat_mul(f: Flow, orders: Sequence[Sequence[int]] | None = None, scales: int = 2) -> list[Made] | None:
     """A product of two matrices, or stacks of them.
 
     Args:
         f: The node.
         orders: The order in which the axes of each are taken.
-        first: The first input that is neither of them, but a part of each product: a scale, say.
+        scales: The first input that is neither of them, but a part of each product: a scale, say.
     """
     sides = []
     for k in (0, 1):
@@ -387,7 +394,7 @@ def mat_mul(f: Flow, orders: Sequence[Sequence[int]] | None = None, first: int =
             zeros = None if zeros is None else np.expand_dims(zeros, where_)
         sides.append((dims, levels, zeros))
     (left, a, za), (right, b, zb) = sides
-    rest = _others(f, first)
+    rest = _others(f, scales)
     if not left or not right or rest is None or _has_rows([left[-1], right[-2]]):
         return None
     batch = broadcast_dims([left[:-2], right[:-2]])
@@ -397,7 +404,10 @@ def mat_mul(f: Flow, orders: Sequence[Sequence[int]] | None = None, first: int =
     else:
         letters = list(range(len(batch)))
         row, inner, column = len(batch), len(batch) + 1, len(batch) + 2
-        terms = [[*letters[len(batch) - a.ndim + 2 :], row, inner], [*letters[len(batch) - b.ndim + 2 :], inner, column]]
+        terms = [
+            [*letters[len(batch) - a.ndim + 2 :], row, inner],
+            [*letters[len(batch) - b.ndim + 2 :], inner, column],
+        ]
         level = _contracted([(a, za), (b, zb)], terms, [*letters, row, column], dims)
     level = np.maximum(level, np.int8(rest)) if rest else level
     made: list[Dim] = [*batch]
@@ -414,7 +424,7 @@ def gemm(f: Flow) -> list[Made] | None:
     if len(f.dim(0)) != 2 or len(f.dim(1)) != 2:
         return None
     orders = [[1, 0] if f.attribute(name, 0) else [0, 1] for name in ("transA", "transB")]
-    made = mat_mul(f, orders, first=len(f.node.input))
+    made = mat_mul(f, orders, scales=len(f.node.input))
     if made is None or not f.has(2):
         return made
     dims = broadcast_dims([made[0].dims, f.dim(2)])
