@@ -333,6 +333,7 @@ class Operator:
         move: What it moves where, if it only moves entries.
         axes: The axes of its first operand that it takes in together, for reductions and normalisations.
         levels: Levels of its results, where they do not follow from the traits.
+        factors: Of a product, the inputs that are multiplied; its weights may also be in attributes.
         macs: Multiply-adds of its products, from the shapes of its operands and of its first output.
     """
 
@@ -343,6 +344,7 @@ class Operator:
     move: moves.Mover | None = None
     axes: Callable[[Use], Sequence[int]] | None = None
     levels: transfers.Transfer | None = None
+    factors: tuple[int, ...] = (0, 1)
     macs: Callable[[NodeProto, Sequence[tuple[int, ...] | None], tuple[int, ...] | None], int] | None = None
 
     @property
@@ -1259,6 +1261,7 @@ def _registry() -> dict[tuple[str, str], Operator]:
             move=_MOVES.get(name),
             axes=_AXES.get(name),
             levels=_LEVELS.get(name),
+            factors=_FACTORS.get(name, (0, 1)),
             macs=_MACS.get(name),
         )
     return out
@@ -1389,6 +1392,10 @@ _LEVELS: dict[str, transfers.Transfer] = {
     "com.microsoft::SkipSimplifiedLayerNormalization": transfers.skip_normalised,
 }
 
+_FACTORS = {
+    **dict.fromkeys(("QLinearMatMul", "com.microsoft::QGemm", "QLinearConv"), (0, 3)),
+    "ai.onnx.ml::LinearRegressor": (0,),
+}
 Extents = tuple[int, ...]
 
 

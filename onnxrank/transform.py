@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, facts, feeds, needed, runtime
+from onnxrank import cost, facts, feeds, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter
@@ -85,14 +85,7 @@ class Transformation:
             choice=choice or Choice(),
         )
         if self.rw.uses("select"):
-            constants = {n: v[1] for n, v in study.facts.folded.items()}
-            constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
-                          if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20
-                          and t.name not in self._overridable}  # fmt: skip
-            shapes = {t.name: tuple(t.dims) for t in graph.initializer}
-            self.rw.needed = needed.positions_needed(
-                graph.node, [o.name for o in graph.output], study.facts, shapes, constants, opset
-            )
+            self.rw.needed = study.flow.needs
         self.inputs: list[onnx.ValueInfoProto] = []
         self.notes: list[str] = []
         self._extents: dict[str, tuple[facts.Extent, ...]] = {}
