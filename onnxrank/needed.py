@@ -20,6 +20,7 @@ from onnxrank.operators import Trait, Use, find, operator, traits
 
 Needs = dict[int, NDArray[np.int64]]
 
+
 def positions_needed(
     nodes: Sequence[NodeProto],
     outputs: Iterable[str],
