@@ -9,19 +9,22 @@ from importlib.util import spec_from_file_location
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxrank.analysis import Analysis, analyse
     from onnxrank.inspection.engine import inspect
     from onnxrank.pipeline import Result, optimize
     from onnxrank.profiling.engine import profile
     from onnxrank.rewrite import Rewrite, Rule
     from onnxrank.roles import Roles
 
-__all__ = ["Result", "Rewrite", "Roles", "Rule", "inspect", "optimize", "profile"]
+__all__ = ["Analysis", "Result", "Rewrite", "Roles", "Rule", "analyse", "inspect", "optimize", "profile"]
 
 _HOME = {
+    "Analysis": "analysis",
     "Result": "pipeline",
     "Rewrite": "rewrite",
     "Roles": "roles",
     "Rule": "rewrite",
+    "analyse": "analysis",
     "inspect": "inspection.engine",
     "optimize": "pipeline",
     "profile": "profiling.engine",

@@ -98,6 +98,7 @@ class Walk:
 
     Attributes:
         tensors: Everything that nodes, initializers and callers give, by name.
+        zeros: Entries that are 0 for sure, of tensors that have any.
         producers: The node that makes each tensor.
     """
 
@@ -117,7 +118,7 @@ class Walk:
         self._types |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input} | dict(dtypes)
         self.producers = {o: n for n in model.graph.node for o in n.output if o}
         self.tensors: dict[str, Tensor] = {}
-        self._zeros: dict[str, NDArray[np.bool_]] = {}
+        self.zeros: dict[str, NDArray[np.bool_]] = {}
         self._intervals = Intervals(self)
         self._initializers()
         for name, (dims, levels) in inputs.items():
@@ -242,7 +243,7 @@ class Walk:
             levels = uniform(int(levels.flat[0]), made.dims)
         self.tensors[name] = Tensor(name, made.dims, levels)
         if made.zeros is not None and made.zeros.any():
-            self._zeros[name] = made.zeros
+            self.zeros[name] = made.zeros
 
     def _unread(self, name: str, dims: Dims, levels: Levels) -> Levels:
         """Levels without those of entries that nobody reads."""
@@ -261,10 +262,9 @@ class Walk:
         if not reason:
             entry = find(node)
             what = (
-                "works in a way that cannot be followed here"
-                if entry is not None
-                else "is not an operator that is known"
+                "is not an operator that is known" if entry is None else "works in a way that cannot be followed here"
             )
+            what = "may give something else each time" if entry is not None and entry.random else what
             reason = f"{operator(node)} {what}"
         dims = self.facts.dims(name)
         if dims is None:
@@ -305,7 +305,7 @@ class Walk:
             data=lambda k: self._plain(node.input[k]),
             entry=entry,
             level=level,
-            zero=lambda k: self._zeros.get(node.input[k]),
+            zero=lambda k: self.zeros.get(node.input[k]),
             hidden=lambda: self._hidden(node),
         )
 
