@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto
 
 from onnxrank import feeds
 from onnxrank import model as files
@@ -21,6 +21,7 @@ from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import ModelError
 from onnxrank.extents import Expr
 from onnxrank.flow import Tensor
+from onnxrank.graphs import attribute
 from onnxrank.intervals import Interval
 from onnxrank.operators import Operator, Trait, find, matmul_order, operator
 from onnxrank.roles import Roles
@@ -161,7 +162,7 @@ class Analysis:
         if operator(node) == "Einsum":
             return _einsum_share(node, known)
         plain = operator(node) == "Conv" and known[1].ndim >= 3 and set(known[1].shape[2:]) == {1}
-        if (plain and _attribute(node, "group", 1) == 1) or len(known) == 1:
+        if (plain and attribute(node, "group", 1) == 1) or len(known) == 1:
             return float(known[0].mean())
         return self._whole(node)
 
@@ -174,10 +175,6 @@ class Analysis:
         return float(bool(found) and all(highest(t.levels) < Level.CANDIDATE for t in found))
 
 
-def _attribute(node: NodeProto, name: str, default: Any = 0) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
 def _matrix_share(node: NodeProto, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     a, b = (x.transpose(matmul_order(node, k, x.ndim)) if x.ndim > 1 else x for k, x in enumerate((a, b)))
     a, b = a[None, :] if a.ndim == 1 else a, b[:, None] if b.ndim == 1 else b
@@ -188,7 +185,7 @@ def _matrix_share(node: NodeProto, a: NDArray[np.bool_], b: NDArray[np.bool_]) -
 
 
 def _einsum_share(node: NodeProto, masks: Sequence[NDArray[np.bool_]]) -> float:
-    terms = _attribute(node, "equation").decode().replace(" ", "").split("->")[0]
+    terms = attribute(node, "equation").decode().replace(" ", "").split("->")[0]
     try:
         both = float(np.einsum(f"{terms}->", *(m.astype(float) for m in masks), optimize=True))
         every = float(np.einsum(f"{terms}->", *(np.ones(m.shape) for m in masks), optimize=True))

@@ -10,10 +10,12 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.extents import evaluate
 from onnxrank.facts import Facts
+from onnxrank.graphs import attribute
 from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
 
+_COUNTED = Trait.PRODUCT | Trait.RECURRENT
 _NEWEST = 1 << 30
 """A version of a domain that no operator is younger than."""
 _NEAR = 1 << 19
@@ -139,10 +141,6 @@ class Shapes:
         return any(is_candidate_symbol(s) for _, syms in found for s in syms)
 
 
-def _attribute(node: NodeProto, name: str, default: int = 0) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
 def node_macs(node: NodeProto, shapes: Shapes) -> int:
     """Multiply-adds of the matrix products of one node; 0 for other operators and unknown shapes."""
     return _macs(node, shapes.shape)
@@ -169,7 +167,7 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
     written = node_bytes(node, shapes)
-    if what & (Trait.PRODUCT | Trait.RECURRENT):
+    if what & _COUNTED:
         first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
         stack = max((prod(s[:-2]) for s in (first, second) if s is not None), default=1)
         both = op in ("MatMul", "com.microsoft::FusedMatMul") and second is not None and prod(second[:-2]) > 1
@@ -181,13 +179,13 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
     entries = prod(out)
     first = shape(node.input[0]) or ()
     if Trait.PICK in what:
-        if op == "Gather" and _attribute(node, "axis") % max(1, len(first)) == 0:
+        if op == "Gather" and attribute(node, "axis", 0) % max(1, len(first)) == 0:
             return Bill("elementwise", written)  # rows of a table: as fast as any other step that writes them
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
         return Bill(kinds.get(op, "copy"), written, _runs(node, first, out))
     if op == "Transpose":
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(len(out)))[::-1])
+        order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
         return Bill("transpose" if run == 1 else "exchange", written, entries // max(1, run))
@@ -203,7 +201,7 @@ def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
     op, entries = operator(node), prod(out)
     rank = len(first) or 1
     if op in ("Gather", "Concat", "Split"):
-        axis = _attribute(node, "axis") % rank
+        axis = attribute(node, "axis", 0) % rank
         if op == "Gather":
             return entries // max(1, prod(first[axis + 1 :]))
         return prod(first[:axis]) * len(node.input if op == "Concat" else node.output)

@@ -18,7 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from onnxrank.facts import Setting
 from onnxrank.flow import Given, Walk
-from onnxrank.graphs import subgraphs
+from onnxrank.graphs import attribute, subgraphs
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
 from onnxrank.transfers import uniform
@@ -311,7 +311,7 @@ class _Lookups:
         codes = self.codes.get(node.input[0])
         if codes is None:
             return
-        to = next(a.i for a in node.attribute if a.name == "to")
+        to = attribute(node, "to")
         if np.dtype(helper.tensor_dtype_to_np_dtype(to)).kind in "iu":
             self.limit(codes, -np.inf, np.inf)
         self.codes[node.output[0]] = codes
@@ -352,7 +352,7 @@ class _Lookups:
             self.limit(self.codes[node.input[4]], 1, extents(dims)[0] + 1)
 
     def _gather(self, node: NodeProto) -> None:
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        axis = attribute(node, "axis", 0)
         self.look_up(node.input[0], node.input[1], axis)
 
     def _gather_nd(self, node: NodeProto) -> None:
@@ -397,7 +397,7 @@ def _bodies(lookups: _Lookups, graph: GraphProto, ids: Mapping[str, frozenset[st
     for node in graph.node:
         what = traits(node)
         if operator(node) == "Gather":
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            axis = attribute(node, "axis", 0)
             for origin in origins(node.input[1]):
                 lookups.look_up(node.input[0], origin, axis)
         if what & (Trait.MOVEMENT | Trait.CAST) and operator(node) != "Concat":

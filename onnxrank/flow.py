@@ -21,6 +21,7 @@ from onnxrank import model as files
 from onnxrank import needed, transfers
 from onnxrank.extents import Unproved
 from onnxrank.facts import Facts, constant_data
+from onnxrank.graphs import versions
 from onnxrank.intervals import Interval, Intervals
 from onnxrank.moves import Movement
 from onnxrank.operators import Flow, Operator, Trait, domain_of, find, operator
@@ -111,7 +112,7 @@ class Walk:
         dtypes: Mapping[str, int],
     ) -> None:
         self.facts, self._model, self._folder = facts, model, folder
-        self._opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+        self._opsets = versions(model)
         self._stored: dict[str, TensorProto | SparseTensorProto] = {}
         self._loaded: dict[str, NDArray[Any]] = {}
         self._types = {t.name: t.data_type for t in model.graph.initializer}

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
 from onnxrank import runtime
+from onnxrank.graphs import attribute
 from onnxrank.moves import Movement
 from onnxrank.operators import Trait, having, operator, traits
 from onnxrank.values import Dims, extents
@@ -51,10 +52,6 @@ class Tensors(Protocol):
 
     def data_of(self, name: str) -> NDArray[Any] | None:
         """A constant's entries, in the shape of its constant extents."""
-
-
-def _attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 class Intervals:
@@ -111,7 +108,7 @@ class Intervals:
             return None
         if operator(made) == "Where" and mine[0] is not None:
             return None
-        if operator(made) == "Cast" and _attribute(made, "to") not in runtime.FLOATS:
+        if operator(made) == "Cast" and attribute(made, "to") not in runtime.FLOATS:
             return None
         if operator(made) in ("Mul", "Div"):
             number = self._constant(made.input[1 if mine[0] is not None else 0])
@@ -174,7 +171,7 @@ class Intervals:
             sides = [reduce(_VARIADIC[op], [part[k] for part in x]) for k in (0, 1)]
             return sides[0], sides[1]
         if op == "Cast":
-            return _cast(low, high, _attribute(node, "to"))
+            return _cast(low, high, attribute(node, "to"))
         if op in _COMPARED:
             return _compared(op, x[0], x[1])
         if op == "Dropout":

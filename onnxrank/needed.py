@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
 from onnxrank.facts import Facts
-from onnxrank.graphs import captured, subgraphs
+from onnxrank.graphs import attribute, captured, subgraphs
 from onnxrank.operators import Trait, Use, find, operator, traits
 
 Needs = dict[int, NDArray[np.int64]]
@@ -84,10 +84,6 @@ def _union(a: Needs | None, b: Needs | None) -> Needs | None:
     return out or None
 
 
-def _attribute(node: NodeProto, name: str, default: int) -> int:
-    return next((int(helper.get_attribute_value(a)) for a in node.attribute if a.name == name), default)
-
-
 def _through(
     node: NodeProto,
     k: int,
@@ -105,7 +101,7 @@ def _through(
     if op == "Gather" and k == 0:
         if node.input[1] not in constants:
             return None
-        axis = _attribute(node, "axis", 0) % rank
+        axis = attribute(node, "axis", 0) % rank
         n = _extent(name, axis, facts)
         if n is None:
             return None
@@ -131,12 +127,12 @@ def _through(
         core = _axes(node, name, facts, opset)
         return None if core is None else {a: at for a, at in mine.items() if a < min(core, default=0)} or None
     if op == "Transpose":
-        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(rank))[::-1])
+        perm = attribute(node, "perm") or list(range(rank))[::-1]
         return {perm[a]: at for a, at in mine.items()} or None
     if Trait.FREE in what and k == 0:
         return _same_axes(node, mine, facts, rank, out_rank)
     if op in ("MatMul", "Gemm"):
-        if k == 0 and not any(a.name == "transA" and a.i for a in node.attribute):
+        if k == 0 and not attribute(node, "transA"):
             shift = out_rank - rank
             return {a - shift: at for a, at in mine.items() if shift <= a < out_rank - 1} or None
         return None

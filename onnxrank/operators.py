@@ -22,6 +22,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxrank import extents as ex
 from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.graphs import attribute, domain
 from onnxrank.model import sparse_data
 from onnxrank.values import Dim, Dims, Unrepresentable
 
@@ -108,8 +109,7 @@ class Use:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Value of an attribute."""
-        found = next((a for a in self.node.attribute if a.name == name), None)
-        return default if found is None else helper.get_attribute_value(found)
+        return attribute(self.node, name, default)
 
     def has(self, k: int) -> bool:
         """Whether the k-th input is given."""
@@ -1403,7 +1403,7 @@ def _matrix_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | No
     a = x[0]
     if out is None or a is None:
         return 0
-    turned = any(attribute.name == "transA" and attribute.i for attribute in node.attribute) and len(a) > 1
+    turned = attribute(node, "transA") and len(a) > 1
     return prod(out) * (a[-2] if turned else a[-1])
 
 
@@ -1414,7 +1414,7 @@ def _conv_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None
 def _einsum_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
     if len(node.input) < 2 or any(s is None for s in x):
         return 0
-    equation = next(helper.get_attribute_value(a) for a in node.attribute if a.name == "equation").decode()
+    equation = attribute(node, "equation").decode()
     size: dict[str, int] = {}
     for term, s in zip(equation.replace(" ", "").split("->")[0].split(","), x, strict=True):
         for c, n in zip(term, s or (), strict=False):
@@ -1508,7 +1508,7 @@ def operator(node: NodeProto) -> str:
 
 def domain_of(node: NodeProto) -> str:
     """A node's domain; ONNX's own is empty."""
-    return "" if node.domain == "ai.onnx" else str(node.domain)
+    return domain(node.domain)
 
 
 def find(node: NodeProto) -> Operator | None:

@@ -15,7 +15,7 @@ from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.flow import Walk
 from onnxrank.fused import written_out
-from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
+from onnxrank.graphs import attribute, dangling, live, names_in, rename_captured, subgraphs, versions
 from onnxrank.plan import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
@@ -170,14 +170,14 @@ def element_types(model: ModelProto) -> dict[str, int]:
     leave those of the model that they were given.
     """
     out = _inferred_types(model)
-    versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+    imported = versions(model)
     known = {t.name: t.data_type for t in model.graph.initializer}
     known |= {s.values.name: s.values.data_type for s in model.graph.sparse_initializer}
     known |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input} | out
     for node in model.graph.node:
         for k, name in enumerate(node.output):
             if name and name not in known:
-                made = operators.element_type(node, k, versions.get(operators.domain_of(node), 1), known)
+                made = operators.element_type(node, k, imported.get(operators.domain_of(node), 1), known)
                 if made is not None:
                     out[name] = known[name] = made
     return out
@@ -205,7 +205,7 @@ def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
     for k, node in enumerate(model.graph.node):
         if node.op_type == "If" and node.input[0] in found.folded:
             name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
-            chosen[k] = next(a.g for a in node.attribute if a.name == name)
+            chosen[k] = attribute(node, name)
     if not chosen:
         return None
     out = ModelProto()

@@ -15,7 +15,7 @@ from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emit import Emitted, Emitter
 from onnxrank.errors import ModelError
-from onnxrank.graphs import captured, names_in, rename_captured, subgraphs
+from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
 from onnxrank.plan import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule, SiteFailed
@@ -72,7 +72,7 @@ class Transformation:
         graph = study.model.graph
         self._overridable = files.overridable(study.model)
         self._own_names = names_in(graph)
-        opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
+        opset = versions(study.model)[""]
         self.emit = Emitter(self._own_names, opset)
         outputs = frozenset(o.name for o in graph.output)
         self.rw = Rewrite(
