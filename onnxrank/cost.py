@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -238,19 +238,24 @@ def types_of(graph: GraphProto) -> dict[str, int]:
     return out
 
 
-def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
-    """Costs of a graph by level of its nodes."""
-    totals = {level: [0, 0, 0, 0] for level in ("constant", "request", "candidate")}
+def by_rows(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[NodeProto, str]]:
+    """The nodes of a graph with how often each runs as it stands: per candidate where its result has rows of them."""
     fixed = set(shapes.initializers)
-    seen: set[str] = set()
     for node in graph.node:
+        level = "request"
         if any(o and shapes.per_candidate(o) for o in node.output):
             level = "candidate"
         elif all(not i or i in fixed for i in node.input) and Trait.EXTENTS not in traits(node):
             level = "constant"
             fixed |= set(node.output)
-        else:
-            level = "request"
+        yield node, level
+
+
+def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
+    """Costs of a graph by level of its nodes."""
+    totals = {level: [0, 0, 0, 0] for level in ("constant", "request", "candidate")}
+    seen: set[str] = set()
+    for node, level in by_rows(graph, shapes):
         t = totals[level]
         t[0] += 1
         for i in node.input:

@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto
 
 from onnxrank import cost, facts
 from onnxrank.plan import ALWAYS, LEAVE, TAKE, WRITTEN_OUT, Alternative, Choice, Place, Site, label
+from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
@@ -238,9 +239,3 @@ def written_out_sites(study: Study, fused: Collection[str], done: Collection[str
 def fewest(span: tuple[int, int]) -> int:
     """The number of candidates at which no form may be slower than the original: a quarter of the least expected."""
     return max(1, span[0] // 4)
-
-
-def report_candidates(span: tuple[int, int]) -> int:
-    """The number of candidates that costs are told for: the geometric middle of the range."""
-    middle: float = (span[0] * span[1]) ** 0.5
-    return round(middle)

@@ -319,6 +319,8 @@ class Trait(Flag):
     """Rows lie along the first axis, and everything behind it is taken in together."""
     CAST = auto()
     """Entries in another type."""
+    SEQUENCE = auto()
+    """Gives sequences, maps or optionals, which have no shape."""
 
 
 @dataclass(frozen=True)
@@ -1280,6 +1282,9 @@ _TRAITS = {
         Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish com.microsoft::Gelu
         com.microsoft::FastGelu com.microsoft::BiasGelu""",
     Trait.CAST: "Cast CastLike",
+    Trait.SEQUENCE: """
+        SequenceEmpty SequenceConstruct SequenceInsert SequenceErase SequenceMap SplitToSequence Optional
+        ai.onnx.ml::ZipMap""",
     Trait.MOVEMENT: """
         Reshape Flatten Squeeze Unsqueeze Identity Transpose Slice Split Concat Expand Tile Gather GatherND""",
     Trait.FREE: "Constant Identity Reshape Flatten Squeeze Unsqueeze",

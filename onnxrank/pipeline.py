@@ -19,11 +19,11 @@ from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
-from onnxrank.forms import Form, forms, report_candidates, written_out_sites
+from onnxrank.forms import Form, forms, written_out_sites
 from onnxrank.fused import Unsupported
 from onnxrank.operators import domain_of, operator
 from onnxrank.plan import Measured, Plan, Site, label
-from onnxrank.report import Prediction, Report, Retreat
+from onnxrank.report import Prediction, Report, Retreat, report_candidates
 from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve

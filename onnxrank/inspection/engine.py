@@ -160,7 +160,7 @@ class _Findings:
         self.graph = study.model.graph
         # Where a run contradicted a derived shape nothing is known.
         self.known: Analysis | None = Analysis(study) if study.contradiction is None else None
-        n = pipeline.report_candidates(result.report.candidates)
+        n = result.report.usual
         self.shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), n)
         few = [cost.shapes_of(study.model, study.facts, study.input_extents(), k) for k in (1, 2)]
         self._macs = [[cost.node_macs(node, s) for s in few] for node in self.graph.node]
@@ -175,7 +175,7 @@ class _Findings:
         form = self.result.form
         if form is None or not self.result.changed:
             return []
-        n = pipeline.report_candidates(self.result.report.candidates)
+        n = self.result.report.usual
         return form.rewrite.savings(self.shapes, form.shapes(n))
 
     def _tensors(self) -> list[Tensor]:
@@ -251,7 +251,7 @@ class _Findings:
     def ideal(self) -> Ideal:
         costs = [self._once_macs(k) for k in range(len(self.graph.node))]
         once, each = (sum(c[part] for c in costs) for part in (0, 1))
-        n = pipeline.report_candidates(self.result.report.candidates)
+        n = self.result.report.usual
         return Ideal(round(once), round(each), round(once + n * each))
 
     def layers(self) -> tuple[Layer, ...]:
@@ -310,15 +310,11 @@ class _Findings:
         form = self.result.form
         if form is None or not self.result.changed:
             return ()
-        shapes = form.shapes(pipeline.report_candidates(self.result.report.candidates))
-        constant = set(shapes.initializers)
+        shapes = form.shapes(self.result.report.usual)
         out = []
-        for node, e in zip(self.result.model.graph.node, form.rewrite.emitted(), strict=True):
-            rows = any(o and shapes.per_candidate(o) for o in node.output)
-            if all(not i or i in constant for i in node.input) and not rows and node.op_type not in ("Shape", "Size"):
-                constant.update(node.output)
-            level = "candidate" if rows else "constant" if constant.issuperset(node.output) else "request"
-            macs = cost.node_macs(node, shapes)
+        graph = self.result.model.graph
+        for (node, level), e in zip(cost.by_rows(graph, shapes), form.rewrite.emitted(), strict=True):
+            rows, macs = level == "candidate", cost.node_macs(node, shapes)
             rule = next((p.value for p in node.metadata_props if p.key == RULE), e.rule or "")
             out.append(
                 Node(
@@ -385,7 +381,7 @@ def _try_all(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tu
             continue
         form = _form_if(study, i, rules, report.interface, report.candidates)
         if form is not None and form.model is not None:
-            shapes = form.shapes(pipeline.report_candidates(report.candidates))
+            shapes = form.shapes(report.usual)
             macs = sum(cost.node_macs(n, shapes) for n in form.model.graph.node)
             still = frozenset((r.rule, r.node) for r in form.rewrite.rw.refusals)
             out[i.name] = _Tried((report.macs_after - macs) / report.macs_before, still)
@@ -406,7 +402,7 @@ def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
     if slope <= 0:
         return None
     at = 1 + math.ceil((new[0] - old[0]) / slope)
-    return at if at > pipeline.report_candidates(result.report.candidates) else None
+    return at if at > result.report.usual else None
 
 
 def _form_if(
