@@ -9,7 +9,7 @@ from functools import cached_property
 from onnx import ModelProto, NodeProto
 
 from onnxrank import cost, facts
-from onnxrank.plan import ALWAYS, LEAVE, TAKE, WRITTEN_OUT, Alternative, Choice, Place, Site, label
+from onnxrank.plans import ALWAYS, LEAVE, TAKE, WRITTEN_OUT, Alternative, Choice, Place, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, Rule, SiteFailed
 from onnxrank.study import Study

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank.emit import Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.facts import Extent
 from onnxrank.graphs import versions
 from onnxrank.operators import matmul_order

@@ -20,7 +20,7 @@ from onnxrank.analysis import Analysis
 from onnxrank.forms import Form, fewest
 from onnxrank.graphs import captured, subgraphs
 from onnxrank.operators import Trait, operator, traits
-from onnxrank.plan import ALWAYS, LEAVE, Alternative, Site, label
+from onnxrank.plans import ALWAYS, LEAVE, Alternative, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, opaque_reason
 from onnxrank.values import Level, is_candidate_symbol, symbols

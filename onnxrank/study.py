@@ -16,7 +16,7 @@ from onnxrank.facts import Facts
 from onnxrank.flow import Walk
 from onnxrank.fused import written_out
 from onnxrank.graphs import attribute, dangling, live, names_in, rename_captured, subgraphs, versions
-from onnxrank.plan import label
+from onnxrank.plans import label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (

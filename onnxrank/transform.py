@@ -13,10 +13,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnxrank import cost, facts, feeds, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
-from onnxrank.emit import Emitted, Emitter
+from onnxrank.emitter import Emitted, Emitter
 from onnxrank.errors import ModelError
 from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
-from onnxrank.plan import LEAVE, Choice, Place, Site, label
+from onnxrank.plans import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule, SiteFailed
 from onnxrank.study import Study, extents_of

@@ -32,7 +32,7 @@ from onnxrank.inspection.report import (
     Refused,
     Tensor,
 )
-from onnxrank.plan import label
+from onnxrank.plans import label
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputRole, format_ranges
 from onnxrank.ruleset import choose_rules

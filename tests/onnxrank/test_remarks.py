@@ -20,7 +20,7 @@ from onnx import NodeProto
 import onnxrank
 from onnxrank import Result
 from onnxrank.operators import Trait, having, operator
-from onnxrank.plan import label
+from onnxrank.plans import label
 from onnxrank.remarks import Place, by_loss, places
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import load_spec
