@@ -20,16 +20,10 @@ from onnxrank import runtime
 from onnxrank.graphs import attribute
 from onnxrank.moves import Movement
 from onnxrank.operators import Trait, having, operator, traits
+from onnxrank.segments import spans
 from onnxrank.values import Dims, extents
 
 _LARGEST = 1 << 22
-_GAPS = {int(TensorProto.FLOAT16): 1e4}
-"""How far below a visible key a masked one must be; other types have more room."""
-_GAP = 1e6
-_PRECISION = {int(TensorProto.FLOAT16): 2.0**-10, int(TensorProto.BFLOAT16): 2.0**-7, int(TensorProto.DOUBLE): 2.0**-52}
-_MARGIN = 1e4
-"""How many steps of the type, at the size of what is added to scores, a masked key must be below a visible one."""
-
 Interval = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Least and greatest value of every entry; truth is 0 or 1."""
 
@@ -82,12 +76,7 @@ class Intervals:
             return None, False
         low, high = (np.broadcast_to(part, extents(dims)) for part in found)
         seen = low.max(axis, keepdims=True)
-        # Where much is added to all keys of a row, scores and smaller gaps are rounded away.
-        dtype = self._tensors.type_of(name)
-        step = _PRECISION.get(dtype, 2.0**-23) * _MARGIN
-        with np.errstate(invalid="ignore"):
-            gap = np.maximum(_GAPS.get(dtype, _GAP), np.abs(seen) * step)
-            hidden = (high == -np.inf) | (seen - high >= gap)
+        hidden = spans.hides(self._tensors.type_of(name), high, seen)
         return hidden, bool((high < 0).any() or (low < 0).any())
 
     def scores(self, name: str, steps: int = 16) -> Interval | None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import moves
+from onnxrank.extents import is_cut_of
 from onnxrank.values import (
     Dim,
     Dims,
@@ -126,8 +127,45 @@ def moved(f: Flow, found: Sequence[moves.Movement] | None) -> list[Made] | None:
 def elementwise(f: Flow) -> list[Made] | None:
     """Entries from those in their place."""
     given = [k for k in range(len(f.node.input)) if f.has(k)]
-    dims = broadcast_dims([f.dim(k) for k in given])
+    dims = broadcast_dims(_fitted(f, [f.dim(k) for k in given]))
     return [Made(dims, joined(dims, [f.level(k) for k in given]))]
+
+
+def _fitted(f: Flow, shapes: Sequence[Dims]) -> list[Dims]:
+    """Shapes to be broadcast, with one name for extents that are equal wherever the model runs (`is_cut_of`)."""
+    rank = max(map(len, shapes))
+    wide = [((),) * (rank - len(dims)) + dims for dims in shapes]
+    for k in range(rank):
+        found = {dims[k] for dims in wide} - {()}
+        sizes = {d: f.size(d) for d in found} if len(found) > 1 else {}
+        names = {d: whole for d in sizes for whole in sizes if len(whole) == 1 and is_cut_of(sizes[d], sizes[whole])}
+        wide = [(*dims[:k], names.get(dims[k], dims[k]), *dims[k + 1 :]) for dims in wide]
+    return wide
+
+
+def concat(f: Flow) -> list[Made] | None:
+    """Concat; along an extent that is not constant what is joined is known together."""
+    every = [f.dim(k) for k in range(len(f.node.input))]
+    axis = f.axis(0, len(every[0]))
+    along_axis = [d[axis] for d in every]
+    if not symbols(along_axis):
+        return moved(f, moves.concat(f))
+    if _has_rows(along_axis) or len({d[:axis] + d[axis + 1 :] for d in every}) > 1:
+        return None
+    dims = (*every[0][:axis], f.known(0)[axis], *every[0][axis + 1 :])
+    return [Made(dims, joined(dims, [along(f.level(k), [axis]) for k in range(len(every))]))]
+
+
+def slice_(f: Flow) -> list[Made] | None:
+    """Slice; along an extent that is not constant by any number of entries."""
+    found = moves.cut(f)
+    if found is None or not found.along:
+        return None if found is None else moved(f, moves.slice_(f))
+    rest = _others(f)  # of bounds that are computed
+    if rest is None:
+        return None
+    levels = joined(found.dims, [along(f.level(0)[found.index], found.along)])
+    return [Made(found.dims, np.maximum(levels, np.int8(rest)) if rest else levels)]
 
 
 def kept(f: Flow) -> list[Made] | None:
