@@ -318,6 +318,8 @@ class _Lookups:
 
     def _shift(self, node: NodeProto) -> None:
         for k in (0, 1):
+            if node.input[k] not in self.codes:
+                continue
             data = self._constant(node.input[1 - k])
             if data is None or data.dtype.kind not in "iu" or (operator(node) == "Sub" and k):
                 continue
@@ -326,6 +328,8 @@ class _Lookups:
 
     def _pass(self, node: NodeProto) -> None:
         """Operators that give one of their operands, or 0: whole numbers in a range stay in it."""
+        if self.codes.keys().isdisjoint(node.input):
+            return
         given = [i for i in node.input if i and self._constant(i) is None]
         if all(self._kind(i) in tuple("iub") for i in given):
             self._follow(node, [(i, np.zeros(())) for i in given if self._kind(i) != "b"])

@@ -37,9 +37,10 @@ from onnxrank.values import (
     symbols,
 )
 
+_KEPT = 1 << 22
+"""Bytes of a constant up to which its entries are kept, once loaded."""
 _LARGEST_LIST = 1 << 20
 """Bytes of an initializer of positions up to which it is loaded to see who reads what."""
-_NOTHING = Operator()
 _INVALID = (Unproved, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What nodes raise whose operands or attributes are none that their operator takes; the runtime says what is wrong."""
 
@@ -153,10 +154,12 @@ class Walk:
         if stored is None:
             return None
         if isinstance(stored, TensorProto):
-            self._loaded[name] = constant_data(stored, self._folder)
+            data = constant_data(stored, self._folder)
         else:
-            self._loaded[name] = files.sparse_data(stored, self._folder)
-        return self._loaded[name]
+            data = files.sparse_data(stored, self._folder)
+        if data.nbytes <= _KEPT:
+            self._loaded[name] = data
+        return data
 
     def shape_of(self, name: str) -> Dims | None:
         """A tensor's factored shape."""
@@ -307,7 +310,7 @@ class Walk:
             entry=entry,
             level=level,
             zero=lambda k: self.zeros.get(node.input[k]),
-            hidden=lambda: self._hidden(node),
+            hidden=lambda axis: self._hidden(node, axis),
         )
 
     def _plain(self, name: str) -> NDArray[Any] | None:
@@ -315,11 +318,9 @@ class Walk:
         found = self.tensors.get(name)
         return None if found is None or symbols(found.dims) else self.data_of(name)
 
-    def _hidden(self, node: NodeProto) -> NDArray[np.bool_] | None:
+    def _hidden(self, node: NodeProto, axis: int) -> NDArray[np.bool_] | None:
         """Candidate-level scores that a mask hides from rows that have others."""
         x = self.tensors[node.input[0]]
-        (axis,) = self._flow(node, find(node) or _NOTHING).core() or (0,)
-        axis %= len(x.dims)
         kinds = x.levels == Level.CANDIDATE
         mixed = kinds.any(axis, keepdims=True) & (x.levels <= Level.REQUEST).any(axis, keepdims=True)
         if axis != len(x.dims) - 1 or not mixed.any():

@@ -261,13 +261,14 @@ class Flow(Placed):
         entry: The operator.
         level: Levels of an operand, in the shape of its constant extents.
         zero: Entries of an operand that are 0 for sure; None where none is known to be.
-        hidden: Of a Softmax, the scores that a mask hides for sure from rows that have others; None if there are none.
+        hidden: Of a Softmax along an axis, the scores that a mask hides for sure from rows that have others; None if
+            there are none.
     """
 
     entry: Operator = field(default_factory=lambda: Operator())
     level: Callable[[int], NDArray[np.int8]] = lambda k: np.zeros((), np.int8)
     zero: Callable[[int], NDArray[np.bool_] | None] = lambda k: None
-    hidden: Callable[[], NDArray[np.bool_] | None] = lambda: None
+    hidden: Callable[[int], NDArray[np.bool_] | None] = lambda axis: None
 
     def core(self) -> Sequence[int] | None:
         """The axes of the first operand that are taken in together; None where they are computed."""
@@ -1363,7 +1364,8 @@ _AXES: dict[str, Callable[[Use], Sequence[int]]] = {
     "CumSum": lambda u: u.integers(1, "axis") or [],
 }
 _LEVELS: dict[str, transfers.Transfer] = {
-    **{op: transfers.kept for op in ("Cast", "QuantizeLinear", "DequantizeLinear", "Trilu")},
+    **{op: transfers.kept_zero for op in ("Cast", "Trilu")},
+    **{op: transfers.kept for op in ("QuantizeLinear", "DequantizeLinear")},
     "com.microsoft::BiasGelu": transfers.elementwise,
     "BatchNormalization": transfers.batch_normalised,
     "Where": transfers.where,

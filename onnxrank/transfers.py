@@ -169,12 +169,18 @@ def slice_(f: Flow) -> list[Made] | None:
 
 
 def kept(f: Flow) -> list[Made] | None:
-    """Entries of the first operand where they are, each perhaps changed; an entry of 0 stays that."""
+    """Entries of the first operand where they are, each changed by parameters that have no rows of candidates."""
     rest = _others(f)
     if rest is None:
         return None
-    made = Made(f.dim(0), np.maximum(f.level(0), np.int8(rest)) if rest else f.level(0), f.zero(0))
+    made = Made(f.dim(0), np.maximum(f.level(0), np.int8(rest)) if rest else f.level(0))
     return [made] * len(f.node.output)
+
+
+def kept_zero(f: Flow) -> list[Made] | None:
+    """The same, of which an entry of 0 stays that: Cast and Trilu."""
+    made = kept(f)
+    return None if made is None else [Made(m.dims, m.levels, f.zero(0)) for m in made]
 
 
 def dropout(f: Flow) -> list[Made] | None:
@@ -236,7 +242,7 @@ def softmax(f: Flow) -> list[Made] | None:
     if made is None or core is None or len(core) != 1 or is_uniform(f.level(0)):
         return made
     (axis,), levels = core, f.level(0)
-    hidden = f.hidden()
+    hidden = f.hidden(axis)
     if hidden is None:
         return made
     seen = np.where(hidden, np.int8(Level.UNREAD), levels).max(axis=axis, keepdims=True)

@@ -208,6 +208,17 @@ def test_a_mask_keeps_candidates_from_rows(far: float, hidden: bool) -> None:
     assert found.levels("w")[0, :4, 4].tolist() == [C if hidden else X] * 4
 
 
+def test_what_is_0_is_that_no_longer_behind_other_operators() -> None:
+    """A weight of 0 that is normalised, or quantised by a zero point, takes part in products again."""
+    mask = ", ".join(str(v) for v in np.triu(np.full((5, 5), -1e9), 1).reshape(-1))
+    head = MASKED.partition("; n = ")[0]
+    for step in ("BatchNormalization(w, one, one, one, var)", "Sigmoid(w)", "Add(w, one)"):
+        found = analysed(f"{head}; v = {step}; y = MatMul(v, k)", CAUSAL % mask + ", float[5] one, float[5] var")
+        assert found.levels("y").tolist() == [[[X] * 3] * 5], step
+    found = analysed(f"{head}; v = Cast<to = 1>(w); y = MatMul(v, k)", CAUSAL % mask)
+    assert found.levels("y").tolist() == [[[R] * 3] * 4 + [[X] * 3]]
+
+
 def test_candidates_are_not_taken_in_together() -> None:
     """What goes over candidates is known as a whole only: made once, where no candidates are left."""
     found = analysed(
