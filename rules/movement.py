@@ -188,10 +188,17 @@ def expand(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x, (found,) = _data(rw, node), moves.expand(placed(rw, node))
     if isinstance(x, Sum):
         return [rw.moved(x, found.dims, found.take)]
-    if x.whole is not None and extents(found.dims) == (1,) * (len(found.dims) - x.rank) + extents(x.dims):
-        if len(found.dims) == x.rank:
-            return [Value(found.dims, x.dtype, x.whole)]
-    return [rw.tidy(found.dims, x.dtype, found.take(x.codes))]
+    dims, rank = found.dims, len(found.dims)
+    old = ((),) * (rank - x.rank) + x.dims
+    if x.whole is not None and extents(dims) == extents(old) and rank == x.rank:
+        return [Value(dims, x.dtype, x.whole)]
+    if x.whole is not None and len(set(symbols(dims))) < len(symbols(dims)):
+        # An axis that is there twice, as in a mask of queries and keys, cannot be followed entry by entry.
+        held = rw.present(x) | {s for s in symbols(dims) if symbols(dims).count(s) > 1}
+        physical, wanted = keep_symbols(old, rw.present(x)), keep_symbols(dims, held)
+        lifted = rw.layout.reshape(rw.tensor(x), x.whole.dims, physical)
+        return [rw.new(dims, x.dtype, held, rw.layout.expand(lifted, physical, wanted))]
+    return [rw.tidy(dims, x.dtype, found.take(x.codes))]
 
 
 def tile(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
