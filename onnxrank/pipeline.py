@@ -632,7 +632,7 @@ class Job:
         """Leaves sequences as they are joined, and goes on with the rest."""
         assert self._original is not None
         nodes = self._original.model.graph.node
-        self.report.retreats += [Retreat(plan.SEGMENTS, label(nodes[k]), cause, reason) for k in way.places]
+        self.report.retreats += [Retreat(plans.SEGMENTS, label(nodes[k]), cause, reason) for k in way.places]
         self.notes.append(f"sequences were left as they are joined: {reason}")
         self.choose([f for f in self._found if f.study not in (way.base, way.written_out)])
 
