@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from onnxrank.profiling.engine import profile
     from onnxrank.rewrite import Rewrite, Rule
     from onnxrank.roles import Roles
+    from onnxrank.split.engine import split
 
-__all__ = ["Result", "Rewrite", "Roles", "Rule", "inspect", "optimize", "profile"]
+__all__ = ["Result", "Rewrite", "Roles", "Rule", "inspect", "optimize", "profile", "split"]
 
 _HOME = {
     "Result": "pipeline",
@@ -25,6 +26,7 @@ _HOME = {
     "inspect": "inspection.engine",
     "optimize": "pipeline",
     "profile": "profiling.engine",
+    "split": "split.engine",
 }
 
 
