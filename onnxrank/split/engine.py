@@ -214,7 +214,7 @@ class Job:
         if any(name.startswith(ranker.VERSION) for name in names_in(self.model.graph)):
             raise ModelError(f"The model has tensors called {ranker.VERSION!r}, which is what split adds. Rename them.")
         self.levels = graph.levels(self.model, self.roles)
-        if not self.levels.wanted:
+        if not self.levels.request:
             raise NothingApplied("No part of the model depends on the request alone, so there is nothing to divide.")
         self.cut = self._cut()
         self.layout = self._layout()
@@ -235,7 +235,7 @@ class Job:
         if stored is not None:
             return made, roles_again(describe(made), stored), stored
         form = result.form
-        if not result.changed and form is not None and form.changed and form.model is not None and not report.retreats:
+        if not result.changed and form is not None and form.model is not None and not report.retreats:
             # It would not pay in one file; with a state that is there already it may.
             self.notes.append("the rewritten model would not be faster in one file; in two its request side is kept")
             told["rules"] = {name: len(at) for name, at in form.rewrite.sites().items()}

@@ -154,16 +154,18 @@ def _count(t: Handed) -> int:
 
 @dataclass
 class _Half:
-    """One of the two models while it is put together."""
+    """One of the two models while it is put together; `prefix` begins the names of nodes that are added."""
 
     model: ModelProto
+    prefix: str = "onnxrank/state"
     nodes: list[NodeProto] = field(default_factory=list)
     inputs: list[ValueInfoProto] = field(default_factory=list)
     outputs: list[ValueInfoProto] = field(default_factory=list)
 
     def add(self, op: str, operands: Sequence[str], result: str, **attributes: Any) -> str:
         """Adds a node."""
-        self.nodes.append(helper.make_node(op, list(operands), [result], name=result, **attributes))
+        name = f"{self.prefix}/{result}"
+        self.nodes.append(helper.make_node(op, list(operands), [result], name=name, **attributes))
         return result
 
     def constant(self, name: str, value: object, kind: type = np.int64) -> str:
@@ -218,30 +220,45 @@ def divide(model: ModelProto, found: Levels, request: frozenset[int], layout: La
     second.inputs = [i for i in graph_inputs(model) if i.name not in once]
     second.outputs = list(model.graph.output)
     if layout.packed is not None:
-        _hand_over_packed(first, second, layout, layout.packed)
-        return first.done({}), second.done({})
+        names: dict[str, str] = {}
+        _hand_over_packed(first, second, layout, layout.packed, names)
+        return first.done({}), second.done(names)
     # A tensor takes its new name where it is made and read, but for what must keep its own, and what is rounded.
-    fixed = once | {o.name for o in model.graph.output}
-    names = {}
+    outputs = {o.name for o in model.graph.output}
+    made, taken = {}, {}
+    early: list[NodeProto] = []
     for t in layout.tensors:
         kind = layout.type_of(t)
         first.outputs.append(helper.make_tensor_value_info(t.name, kind, t.shape))
         second.inputs.append(helper.make_tensor_value_info(t.name, kind, t.shape))
         if kind != t.type:
             first.add("Cast", [t.tensor], t.name, to=kind)
-            second.add("Cast", [t.name], t.tensor, to=t.type)
-            second.nodes.insert(0, second.nodes.pop())
-        elif t.tensor in fixed:
+            second.add("Cast", [t.name], _again(t, once, taken), to=t.type)
+            early.append(second.nodes.pop())
+        elif t.tensor in outputs:
             first.add("Identity", [t.tensor], t.name)
             second.add("Identity", [t.name], t.tensor)
-            second.nodes.insert(0, second.nodes.pop())
+            early.append(second.nodes.pop())
         else:
-            names[t.tensor] = t.name
-    return first.done(names), second.done(names)
+            taken[t.tensor] = t.name
+            if t.tensor in once:
+                first.add("Identity", [t.tensor], t.name)
+            else:
+                made[t.tensor] = t.name
+    second.nodes = [*early, *second.nodes]
+    return first.done(made), second.done(taken)
 
 
-def _hand_over_packed(first: _Half, second: _Half, layout: Layout, vector: str) -> None:
-    """Joins the state in one vector, and cuts it again."""
+def _again(t: Handed, inputs: set[str], names: dict[str, str]) -> str:
+    """What the candidate model calls a tensor that it makes of the state: an input's name stays the request's."""
+    if t.tensor in inputs:
+        names[t.tensor] = f"{t.name}/whole"
+    return names.get(t.tensor, t.tensor)
+
+
+def _hand_over_packed(first: _Half, second: _Half, layout: Layout, vector: str, names: dict[str, str]) -> None:
+    """Joins the state in one vector, and cuts it again; notes what has another name there."""
+    inputs = {i.name for i in first.inputs}
     kind, size = layout.kind, layout.vector
     first.outputs.append(helper.make_tensor_value_info(vector, kind, [size]))
     second.inputs.append(helper.make_tensor_value_info(vector, kind, [size]))
@@ -260,7 +277,7 @@ def _hand_over_packed(first: _Half, second: _Half, layout: Layout, vector: str) 
         row = second.add("Slice", [vector, start, end], f"{t.name}/row")
         if t.type != kind:
             row = second.add("Cast", [row], f"{t.name}/cast", to=t.type)
-        second.add("Reshape", [row, second.constant(f"{t.name}/shape", list(t.shape))], t.tensor)
+        second.add("Reshape", [row, second.constant(f"{t.name}/shape", list(t.shape))], _again(t, inputs, names))
     second.nodes += body
 
 
@@ -279,7 +296,7 @@ def _live(model: ModelProto, allowed: frozenset[int], wanted: set[str]) -> list[
 
 def say_version(request: ModelProto, version: int) -> None:
     """Has the request model give the version of its state, in place."""
-    half = _Half(request)
+    half = _Half(request, "onnxrank/version")
     half.constant(VERSION, [version])
     request.graph.node.extend(half.nodes)
     request.graph.output.append(helper.make_tensor_value_info(VERSION, TensorProto.INT64, [1]))
@@ -291,7 +308,7 @@ def guard(candidate: ModelProto, version: int) -> list[str]:
     Returns:
         Outputs that cannot be NaN, because they are no floats, or constants.
     """
-    half = _Half(candidate)
+    half = _Half(candidate, "onnxrank/guard")
     kinds = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64, TensorProto.FLOAT16: np.float16}
     candidate.graph.input.append(helper.make_tensor_value_info(VERSION, TensorProto.INT64, [1]))
     half.constant(f"{VERSION}/own", [version])
