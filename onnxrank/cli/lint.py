@@ -17,8 +17,8 @@ from onnxrank.errors import CheckFailed
 def lint(ctx: click.Context, repository: str, quiet: bool, verbose: bool) -> None:
     """Hold a Triton repository's configurations against its models.
 
-    Reads every config.pbtxt in the folder REPOSITORY and the ONNX files beside them, runs nothing, and prints what Triton
-    would refuse, or serve otherwise than meant, as FILE:LINE: MESSAGE.
+    Reads every config.pbtxt in the folder REPOSITORY and the ONNX files beside them, runs nothing, and prints what
+    Triton would refuse, or serve otherwise than meant, as FILE:LINE: MESSAGE.
     """
     begin(ctx, quiet, verbose)
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from onnxrank import cost, halves, pipeline, ranker
 from onnxrank import model as files
 from onnxrank.contract import roles_again, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.extents import Expr
-from onnxrank.feeds import describe
+from onnxrank.facts import settings
+from onnxrank.feeds import Maker, describe
 from onnxrank.graphs import names_in
 from onnxrank.plan import Plan, label
 from onnxrank.roles import Roles
@@ -33,6 +34,7 @@ from onnxrank.split.report import Advice, Part, Report, StateTensor, Sunk
 from onnxrank.study import Study
 from onnxrank.verify import Engine, failure, gate, sizes
 from onnxrank.verify import Options as Checks
+from onnxrank.workers import RemoteSession
 
 FORMS = ("named", "packed")
 DTYPES = ("float32", "float16")
@@ -218,6 +220,7 @@ class Job:
             raise NothingApplied("No part of the model depends on the request alone, so there is nothing to divide.")
         self.cut = self._cut()
         self.layout = self._layout()
+        self._check_size()
 
     def _base(self) -> tuple[ModelProto, Roles, dict[str, Any]]:
         """The model that is cut, roles of its inputs, and the contract of how it was made."""
@@ -338,12 +341,68 @@ class Job:
         names = graph.state_names(self.model, self.cut.state)
         tensors = [Handed(t, names[t], self._types[t], self._extents(t, names[t])) for t in self.cut.state]
         half = self.options.dtype == "float16"
+        large = self._beyond_half(tensors) if half else frozenset()
         if self.options.state == "named":
-            return Layout(contract.ordered(tensors), None, half)
+            shown = ", ".join(map(repr, sorted(large)))
+            self.notes += [f"{shown} stays float32: it has values that 16 bits do not hold"] if large else []
+            return Layout(contract.ordered(tensors), None, half, large)
+        if large:
+            raise UsageError(
+                f"The state cannot be packed in 16 bits: {min(large)!r} has values that these do not hold. Use --state "
+                "named, which leaves it as it is, or --state-dtype float32."
+            )
         contract.check_packable(tensors)
         taken = names_in(self.model.graph) | set(names.values())
         vector = next(n for n in ("state", *(f"state_{k}" for k in range(len(taken) + 1))) if n not in taken)
         return Layout(tuple(tensors), vector, half)
+
+    def _beyond_half(self, tensors: Sequence[Handed]) -> frozenset[str]:
+        """Tensors that have finite values beyond the range of 16 bits, as masks have, for some inputs that are tried.
+
+        Raises:
+            ModelError: The model does not run.
+        """
+        floats = tuple(t for t in tensors if t.type == TensorProto.FLOAT)
+        if not floats:
+            return frozenset()
+        inside = frozenset(self.levels.request[k] for k in self.cut.request)
+        request, _ = graph.divide(self.model, self.levels, inside, Layout(floats))
+        declared, most = self.study.declared, float(np.finfo(np.float16).max)
+        # Ids of 0 are padding in many models, and a mask shows where there is some.
+        makers = [self.study.maker, Maker(declared, None, 0), Maker(declared, None, 1)]
+        found: set[str] = set()
+        with RemoteSession(request, self.loaded.folder) as session:
+            for k, setting in enumerate(settings(self.study.symbols)):
+                for maker in makers if not k else makers[:2]:
+                    try:
+                        made = session.run(maker(setting))
+                    except ModelError:
+                        if maker is self.study.maker:
+                            raise
+                        continue
+                    found |= {t.tensor for t in floats if (np.isfinite(v := made[t.name]) & (np.abs(v) > most)).any()}
+        return frozenset(found)
+
+    def _handed_type(self, t: Handed) -> str:
+        """The type in which a tensor is handed over, by numpy's name."""
+        return halves.type_name(self.layout.kind if self.layout.packed else self.layout.type_of(t)) or ""
+
+    def _handed_bytes(self, t: Handed, shapes: cost.Shapes) -> int:
+        """The size in which a tensor is handed over."""
+        return prod(shapes.shape(t.tensor) or ()) * np.dtype(self._handed_type(t)).itemsize
+
+    def _check_size(self) -> None:
+        """Holds the state as it is handed over against its limit: in what form that is, the cut did not know.
+
+        Raises:
+            UsageError: It is too large.
+        """
+        size = sum(self._handed_bytes(t, self._longest) for t in self.layout.tensors)
+        if self.options.most is not None and size > self.options.most:
+            raise UsageError(
+                f"The state has {size} bytes as it is handed over ({self.options.state}, {self.options.dtype}), and "
+                f"may have {self.options.most}."
+            )
 
     def _extents(self, tensor: str, name: str) -> tuple[int | str, ...]:
         """A tensor's extents: numbers, or what they are called."""
@@ -488,15 +547,14 @@ class Job:
                 if k is not None and k not in behind:
                     behind.add(k)
                     line += graph.reads(nodes[k])
-            most = self._bytes(t.tensor, self._longest) if self._bounded(t.tensor) else None
             out.append(
                 StateTensor(
                     t.name,
                     t.tensor,
-                    halves.type_name(self.layout.kind if self.layout.packed else self.layout.type_of(t)) or "",
+                    self._handed_type(t),
                     t.shape,
-                    self._bytes(t.tensor, self._shapes) or 0,
-                    most,
+                    self._handed_bytes(t, self._shapes),
+                    self._handed_bytes(t, self._longest) if self._bounded(t.tensor) else None,
                     sum(cost.node_macs(nodes[k], self._shapes) for k in behind),
                     sum(cost.node_seconds(nodes[k], self._shapes) for k in behind),
                 )

@@ -127,11 +127,13 @@ class Layout:
         tensors: Its tensors, in order.
         packed: Name of the vector that holds them all; None where each is handed over by itself.
         half: Whether floats of 32 bits are rounded to 16.
+        whole: Tensors that are not, because they have values beyond the range of 16 bits.
     """
 
     tensors: tuple[Handed, ...]
     packed: str | None = None
     half: bool = False
+    whole: frozenset[str] = frozenset()
 
     @property
     def vector(self) -> int:
@@ -145,7 +147,8 @@ class Layout:
 
     def type_of(self, t: Handed) -> int:
         """The type in which a tensor is handed over by itself."""
-        return int(TensorProto.FLOAT16 if self.half and t.type == TensorProto.FLOAT else t.type)
+        rounded = self.half and t.type == TensorProto.FLOAT and t.tensor not in self.whole
+        return int(TensorProto.FLOAT16 if rounded else t.type)
 
 
 def _count(t: Handed) -> int:
@@ -225,7 +228,8 @@ def divide(model: ModelProto, found: Levels, request: frozenset[int], layout: La
         return first.done({}), second.done(names)
     # A tensor takes its new name where it is made and read, but for what must keep its own, and what is rounded.
     outputs = {o.name for o in model.graph.output}
-    made, taken = {}, {}
+    made: dict[str, str] = {}
+    taken: dict[str, str] = {}
     early: list[NodeProto] = []
     for t in layout.tensors:
         kind = layout.type_of(t)

@@ -100,7 +100,9 @@ def test_what_the_models_take_and_give(tmp_path: Path) -> None:
     made = _split(ranker_model(), tmp_path / "out")
     (state,) = made.contract["state"]["tensors"]
     assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", state["name"])
-    names = [[v.name for v in values] for m in (made.request, made.candidate) for values in (m.graph.input, m.graph.output)]
+    names = [
+        [v.name for v in values] for m in (made.request, made.candidate) for values in (m.graph.input, m.graph.output)
+    ]
     assert names == [["user"], [state["name"], "state_version"], ["item", state["name"], "state_version"], ["score"]]
     assert state["shape"] == [1, 8] and state["bytes"] == 32  # the first layer's part, narrower than the tower
     onnx.checker.check_model(made.request, full_check=True)
@@ -204,7 +206,7 @@ def test_lengths_that_vary_are_part_of_the_state(tmp_path: Path) -> None:
 
 
 def test_lengths_that_vary_cannot_be_packed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'L'.*varies.*--state named"):
+    with pytest.raises(UsageError, match=r"'L'.*varies.*--state named"):
         _split(history_model(), tmp_path / "out", "history", state="packed")
     assert list(tmp_path.iterdir()) == []
 
@@ -251,16 +253,40 @@ def test_states_of_16_bits_are_asked_for(tmp_path: Path) -> None:
     assert found.passed and found.verdicts["algebra"] == "passed"  # the same function, but for the rounding
     plain = split(model, tmp_path / "plain", request=["user"], check="quick")
     assert plain.contract["state"]["type"] == "float32"
-    feed = {"user": rng.standard_normal((1, 6)).astype(np.float32)}, {"item": rng.standard_normal((9, 6)).astype(np.float32)}
+    feed = (
+        {"user": rng.standard_normal((1, 6)).astype(np.float32)},
+        {"item": rng.standard_normal((9, 6)).astype(np.float32)},
+    )
     a, b = (_scores(tmp_path / name, *feed)["score"] for name in ("out", "plain"))
     assert 0 < np.abs(a - b).max() < 1e-2
+
+
+def test_values_that_16_bits_do_not_hold_stay_as_they_are(tmp_path: Path) -> None:
+    path = MODELS / "history_transformer.torchscript.onnx"
+    spec = yaml.safe_load((MODELS / "history_transformer.roles.yaml").read_text())
+    made = split(path, tmp_path / "out", spec=spec, check="quick", options=Options(dtype="float16"))
+    mask = next(t for t in made.report.state if "Softmax" in t.name)
+    assert mask.type == "float32" and mask.bytes == 48 and any("16 bits do not hold" in n for n in made.report.notes)
+    assert {t.type for t in made.report.state if t is not mask} == {"float16"}
+    assert verify(path, tmp_path / "out", Checks(level="quick")).passed
+    with pytest.raises(UsageError, match="cannot be packed in 16 bits"):
+        split(path, None, spec=spec, check=False, options=Options(state="packed", dtype="float16"))
+
+
+def test_the_limit_holds_for_what_is_handed_over() -> None:
+    path = MODELS / "din.torchscript.onnx"
+    spec = yaml.safe_load((MODELS / "din.roles.yaml").read_text())
+    named = split(path, None, spec=spec, check=False).report.most_state_bytes
+    assert named == 1866  # ten of these bytes are booleans, of four each in a vector of floats
+    with pytest.raises(UsageError, match="The state has 1896 bytes as it is handed over"):
+        split(path, None, spec=spec, check=False, options=Options(state="packed", most=named))
 
 
 def test_rounding_that_costs_too_much_is_told(tmp_path: Path) -> None:
     g = Graph(17)
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 6])
-    tower = g.op("MatMul", user, g.const(1e5 * whole_numbers(6, 6)))  # beyond what 16 bits hold
-    score = g.op("ReduceSum", g.op("Mul", tower, item), g.ints(1), keepdims=1)
+    tower = g.op("MatMul", g.op("Tanh", user), g.const(3000 * whole_numbers(6, 6)))
+    score = g.op("ReduceSum", g.op("Sin", g.op("Add", tower, item)), g.ints(1), keepdims=1)
     g.nodes[-1].output[0] = "score"
     del score
     g.output("score", ["N", 1])
