@@ -47,7 +47,7 @@ class Field:
     Attributes:
         name: Its name.
         value: One value; a field that is repeated occurs several times.
-        line: Where its name stands.
+        line: Where its name stands; a list's, for an element of one.
     """
 
     name: str
@@ -176,14 +176,11 @@ class _Reader:
             out.empty[name.text] = name.line
             return
         while True:
-            out.fields.append(Field(name.text, self._value(True, name), self._peek_line(name)))
+            out.fields.append(Field(name.text, self._value(True, name), name.line))
             if self._takes("]"):
                 return
             if not self._takes(","):
                 raise Malformed(self._peek().line, f"the list {name.text!r} needs a comma or ] here")
-
-    def _peek_line(self, name: _Token) -> int:
-        return self._tokens[self._at - 1].line if self._at else name.line
 
     def _value(self, colon: bool, name: _Token) -> Scalar | Message:
         token = self._next()
@@ -202,13 +199,15 @@ class _Reader:
 
 
 def _unquoted(text: str) -> str:
-    def meant(match: re.Match[str]) -> str:
-        code = match[1]
-        if code[0] == "x":
-            return chr(int(code[1:], 16))
-        return chr(int(code, 8)) if code[0].isdigit() else _ESCAPES.get(code, code)
+    """What a string stands for: bytes, some of them written by number, that are UTF-8."""
 
-    raw = re.sub(r"\\(x[0-9A-Fa-f]{1,2}|[0-7]{1,3}|.)", meant, text[1:-1])
-    if all(ord(c) < 256 for c in raw) and any(ord(c) > 127 for c in raw):
-        return raw.encode("latin-1").decode("utf-8", "replace")  # bytes that were written one by one
-    return raw
+    def meant(match: re.Match[str]) -> bytes:
+        code = match[1]
+        if code is None:
+            return match[0].encode("utf-8", "surrogatepass")
+        if code[0] == "x" and len(code) > 1:
+            return bytes([int(code[1:], 16)])
+        return bytes([int(code, 8) & 255]) if code[0] in "01234567" else _ESCAPES.get(code, code).encode()
+
+    parts = re.finditer(r"\\(x[0-9A-Fa-f]{1,2}|[0-7]{1,3}|.)|[^\\]+", text[1:-1], re.DOTALL)
+    return b"".join(map(meant, parts)).decode("utf-8", "replace")

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from helpers import BOOL, FLOAT, INT64, Graph, run, whole_numbers
 from onnx import ModelProto, TensorProto, helper
+from split_models import feeds, history_model, numbers, ranker_model
 
 import onnxrank
 from onnxrank import halves, ranker
@@ -34,44 +35,6 @@ MODELS = Path(__file__).resolve().parents[3] / "models" / "onnx"
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def ranker_model(width: int = 12) -> ModelProto:
-    """A user tower, an item, and a layer over both; whole numbers, so that scores are exact."""
-    g = Graph(17)
-    user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
-    tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(6, width))))
-    both = g.op("Concat", tower, item, axis=1)
-    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(width + 4, 8, seed=1))))
-    score = g.op("MatMul", hidden, g.const(whole_numbers(8, 1, seed=2)))
-    g.nodes[-1].output[0] = "score"
-    del score
-    g.output("score", ["N", 1])
-    return g.model()
-
-
-def history_model() -> ModelProto:
-    """A history of any length, of which the item looks up what is like it."""
-    g = Graph(17)
-    history, item = g.input("history", ["N", "L", 4]), g.input("item", ["N", 4])
-    keys = g.op("MatMul", g.op("Relu", history), g.const(whole_numbers(4, 4)))
-    column = g.op("Unsqueeze", item, g.ints(2))
-    weights = g.op("MatMul", keys, column)
-    total = g.op("ReduceMax", weights, axes=[1], keepdims=0)
-    g.nodes[-1].output[0] = "score"
-    del total
-    g.output("score", ["N", 1])
-    return g.model()
-
-
-def _numbers(*shape: int, seed: int = 5) -> np.ndarray[Any, Any]:
-    return whole_numbers(*shape, seed=seed)
-
-
-def _feeds(n: int, seed: int = 5) -> tuple[Arrays, Arrays, Arrays]:
-    """Inputs of the original, of the request, and of candidates."""
-    user, items = _numbers(1, 6, seed=seed), _numbers(max(n, 1), 4, seed=seed + 1)[:n]
-    return {"user": np.repeat(user, n, 0), "item": items}, {"user": user}, {"item": items}
-
-
 def _split(model: ModelProto, out: Path | None, request: str = "user", check: Any = "quick", **options: Any) -> Split:
     return split(model, out, request=[request], check=check, options=Options(**options))
 
@@ -87,7 +50,7 @@ def _scores(folder: Path, request: Arrays, candidates: Arrays) -> Arrays:
 def test_both_together_give_the_same_scores(tmp_path: Path, how: dict[str, Any], n: int) -> None:
     model = ranker_model()
     made = _split(model, tmp_path / "out", **how)
-    whole, request, candidates = _feeds(n)
+    whole, request, candidates = feeds(n)
     got = _scores(tmp_path / "out", request, candidates)
     assert got.keys() == {"score"}
     np.testing.assert_array_equal(got["score"], run(model, whole)["score"])
@@ -114,7 +77,7 @@ def test_what_the_models_take_and_give(tmp_path: Path) -> None:
 
 def test_a_state_of_another_version_gives_no_scores(tmp_path: Path) -> None:
     _split(ranker_model(), tmp_path / "out")
-    _, request, candidates = _feeds(4)
+    _, request, candidates = feeds(4)
     state = run(onnx.load(tmp_path / "out" / "request.onnx"), request)
     other = {**state, "state_version": state["state_version"] + 1}
     got = run(onnx.load(tmp_path / "out" / "candidate.onnx"), {**candidates, **other})
@@ -199,7 +162,7 @@ def test_lengths_that_vary_are_part_of_the_state(tmp_path: Path) -> None:
     assert "L" in state["shape"] and state["offset"] is None and state["bytes"] is None
     assert made.report.state[0].bytes == 32 * 4 * 4 and made.report.most_state_bytes == 1024 * 4 * 4
     for length in (1, 7, 300):
-        history, items = _numbers(1, length, 4), _numbers(9, 4, seed=6)
+        history, items = numbers(1, length, 4), numbers(9, 4, seed=6)
         want = run(model, {"history": np.repeat(history, 9, 0), "item": items})["score"]
         got = _scores(tmp_path / "out", {"history": history}, {"item": items})["score"]
         np.testing.assert_array_equal(got, want)
@@ -226,9 +189,8 @@ def test_a_smaller_state_is_had_by_doing_more_again() -> None:
     g = Graph(17)
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 40])
     wide = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(6, 40))))
-    score = g.op("ReduceSum", g.op("Max", wide, item), g.ints(1), keepdims=1)
+    g.op("ReduceSum", g.op("Max", wide, item), g.ints(1), keepdims=1)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 1])
     free, tight = (_split(g.model(), None, most=most).report for most in (None, 64))
     assert [t.shape for t in free.state] == [(1, 40)] and not free.sunk
@@ -240,9 +202,8 @@ def test_states_of_16_bits_are_asked_for(tmp_path: Path) -> None:
     g = Graph(17)
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 6])
     tower = g.op("Tanh", g.op("MatMul", user, g.const(rng.standard_normal((6, 6)) / 3)))
-    score = g.op("ReduceSum", g.op("Mul", tower, g.op("Tanh", item)), g.ints(1), keepdims=1)
+    g.op("ReduceSum", g.op("Mul", tower, g.op("Tanh", item)), g.ints(1), keepdims=1)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 1])
     model = tmp_path / "m.onnx"
     onnx.save(g.model(), model)
@@ -286,9 +247,8 @@ def test_rounding_that_costs_too_much_is_told(tmp_path: Path) -> None:
     g = Graph(17)
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 6])
     tower = g.op("MatMul", g.op("Tanh", user), g.const(3000 * whole_numbers(6, 6)))
-    score = g.op("ReduceSum", g.op("Sin", g.op("Add", tower, item)), g.ints(1), keepdims=1)
+    g.op("ReduceSum", g.op("Sin", g.op("Add", tower, item)), g.ints(1), keepdims=1)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 1])
     with pytest.raises(CheckFailed, match="--state-dtype float32"):
         _split(g.model(), tmp_path / "out", dtype="float16")
@@ -298,9 +258,8 @@ def test_rounding_that_costs_too_much_is_told(tmp_path: Path) -> None:
 def test_an_input_that_candidates_read_goes_through_the_state(tmp_path: Path) -> None:
     g = Graph(17)
     flag, user, item = g.input("flag", ["N", 1], BOOL), g.input("user", ["N", 4]), g.input("item", ["N", 4])
-    score = g.op("Where", flag, g.op("Mul", g.op("Neg", user), item), item)
+    g.op("Where", flag, g.op("Mul", g.op("Neg", user), item), item)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 4])
     model = g.model()
     made = split(model, tmp_path / "out", request=["flag", "user"], check="quick")
@@ -309,7 +268,7 @@ def test_an_input_that_candidates_read_goes_through_the_state(tmp_path: Path) ->
     (vector,) = packed.contract["state"]["tensors"]
     assert vector["shape"] == [5] and [p["offset"] for p in vector["parts"]] == [0, 4]
     for flagged in (True, False):
-        feed = {"flag": np.array([[flagged]]), "user": _numbers(1, 4)}, {"item": _numbers(3, 4, seed=6)}
+        feed = {"flag": np.array([[flagged]]), "user": numbers(1, 4)}, {"item": numbers(3, 4, seed=6)}
         want = np.where(flagged, -feed[0]["user"] * feed[1]["item"], feed[1]["item"])
         for name in ("out", "packed"):
             np.testing.assert_array_equal(_scores(tmp_path / name, *feed)["score"], want)
@@ -318,9 +277,8 @@ def test_an_input_that_candidates_read_goes_through_the_state(tmp_path: Path) ->
 def test_whole_numbers_are_not_packed_into_floats(tmp_path: Path) -> None:
     g = Graph(17)
     user, item = g.input("user", ["N", 4], INT64), g.input("item", ["N", 4], INT64)
-    score = g.op("Cast", g.op("ReduceSum", g.op("Mul", g.op("Neg", user), item), g.ints(1)), to=FLOAT)
+    g.op("Cast", g.op("ReduceSum", g.op("Mul", g.op("Neg", user), item), g.ints(1)), to=FLOAT)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 1])
     made = _split(g.model(), tmp_path / "out")
     assert [t["type"] for t in made.contract["state"]["tensors"]] == ["int64"]
@@ -331,17 +289,15 @@ def test_whole_numbers_are_not_packed_into_floats(tmp_path: Path) -> None:
 def test_an_output_of_the_request_comes_from_the_candidate_model(tmp_path: Path) -> None:
     g = Graph(17)
     user, item = g.input("user", [1, 4]), g.input("item", ["N", 4])
-    tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(4, 4))))
+    g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(4, 4))))
     g.nodes[-1].output[0] = "profile"
-    del tower
-    score = g.op("MatMul", item, g.op("Transpose", "profile", perm=[1, 0]))
+    g.op("MatMul", item, g.op("Transpose", "profile", perm=[1, 0]))
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("profile", [1, 4])
     g.output("score", ["N", 1])
     model = g.model()
     split(model, tmp_path / "out", check="quick")
-    feed = {"user": _numbers(1, 4)}, {"item": _numbers(3, 4, seed=6)}
+    feed = {"user": numbers(1, 4)}, {"item": numbers(3, 4, seed=6)}
     got, want = _scores(tmp_path / "out", *feed), run(model, {**feed[0], **feed[1]})
     assert list(got) == ["profile", "score"]
     for name in want:
@@ -356,7 +312,7 @@ def test_an_output_that_is_no_float_is_not_guarded(tmp_path: Path) -> None:
     model.graph.output.append(helper.make_tensor_value_info("rank", INT64, ["N", 1]))
     made = _split(model, tmp_path / "out")
     assert any("does not guard 'rank'" in n for n in made.report.notes)
-    _, request, candidates = _feeds(3)
+    _, request, candidates = feeds(3)
     state = run(onnx.load(tmp_path / "out" / "request.onnx"), request)
     got = run(onnx.load(tmp_path / "out" / "candidate.onnx"), {**candidates, **state, "state_version": np.array([7])})
     assert np.isnan(got["score"]).all() and got["rank"].shape == (3, 1)
@@ -366,9 +322,8 @@ def test_random_numbers_are_drawn_by_the_request_model() -> None:
     g = Graph(17)
     user, item = g.input("user", [1, 4]), g.input("item", ["N", 4])
     noise = g.op("RandomNormalLike", user)
-    score = g.op("Mul", g.op("Add", noise, user), item)
+    g.op("Mul", g.op("Add", noise, user), item)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 4])
     made = split(g.model(), None, check=False)
     assert "RandomNormalLike" in [n.op_type for n in made.request.graph.node]
@@ -398,9 +353,8 @@ def test_a_model_that_was_optimised_before(tmp_path: Path) -> None:
 def test_nothing_to_divide(tmp_path: Path) -> None:
     g = Graph(17)
     user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
-    score = g.op("Mul", user, item)
+    g.op("Mul", user, item)
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 4])
     with pytest.raises(NothingApplied, match="nothing to divide"):
         _split(g.model(), tmp_path / "out")
@@ -430,9 +384,8 @@ def _external(folder: Path) -> Path:
     g = Graph(17)
     user, item = g.input("user", ["N"], INT64), g.input("item", ["N"], INT64)
     rows = [g.op("Gather", g.const(whole_numbers(64, 32, seed=k)), i) for k, i in enumerate((user, item))]
-    score = g.op("MatMul", g.op("Concat", *rows, axis=1), g.const(whole_numbers(64, 1, seed=3)))
+    g.op("MatMul", g.op("Concat", *rows, axis=1), g.const(whole_numbers(64, 1, seed=3)))
     g.nodes[-1].output[0] = "score"
-    del score
     g.output("score", ["N", 1])
     path = folder / "m.onnx"
     onnx.save(g.model(), path, save_as_external_data=True, location="tables.bin", size_threshold=1024)
@@ -546,7 +499,7 @@ def test_every_model_is_divided(path: Path, tmp_path: Path) -> None:
 def test_an_error_of_a_state_is_told_by_the_pair(tmp_path: Path) -> None:
     _split(ranker_model(), tmp_path / "out")
     pair = halves.Pair(tmp_path / "out")
-    whole, request, candidates = _feeds(3)
+    whole, request, candidates = feeds(3)
     (score,) = pair.run(["score"], {**request, **candidates})
     np.testing.assert_array_equal(score, run(ranker_model(), whole)["score"])
     assert [i.name for i in pair.get_inputs()] == ["user", "item"]
