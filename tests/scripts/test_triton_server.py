@@ -1,0 +1,125 @@
+"""A real Triton serves the repository that `split --format triton` writes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import run
+from split_models import feeds, history_model, numbers, ranker_model
+from triton_server import Client, Missing, Refused, serving
+
+from onnxrank.split import Options, split
+from onnxrank.split.lint import lint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    out = tmp_path_factory.mktemp("repository") / "out"
+    split(ranker_model(), out, request=["user"], options=Options("triton", name="ctr"))
+    # A repository may hold several ensembles, and other files beside them.
+    split(history_model(), out.parent / "more", request=["history"], options=Options("triton", name="history"))
+    for model in (out.parent / "more").iterdir():
+        if model.is_dir():
+            model.rename(out / model.name)
+    assert lint(out) == []
+    try:
+        with serving(out) as found:
+            yield found
+    except Missing as e:
+        pytest.skip(str(e))
+
+
+def test_many_clients_get_their_own_scores(client: Client) -> None:
+    model, lock, wrong = ranker_model(), threading.Lock(), []
+    before = {name: client.statistics(name) for name in ("ctr_request", "ctr_candidate")}
+
+    def ask(worker: int) -> None:
+        with closing(Client(client.port)) as own:
+            for k in range(50):
+                seed = 100 + (worker * 50 + k) % 9
+                whole, request, candidates = feeds(1 + k % 40, seed)
+                got = own.infer("ctr", {**request, **candidates})["score"]
+                if not np.array_equal(got, run(model, whole)["score"]):
+                    with lock:
+                        wrong.append(seed)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert wrong == []
+    request, candidate = (
+        {k: v - before[name][k] for k, v in client.statistics(name).items()} for name in ("ctr_request", "ctr_candidate")
+    )
+    assert request["executions"] < 9 * 8 and request["hits"] + request["executions"] == 400
+    assert candidate["executions"] == 400
+
+
+def test_the_request_model_runs_once_per_user(client: Client) -> None:
+    before = client.statistics("ctr_request")
+    for k in range(60):
+        _, request, candidates = feeds(3, 200 + k % 5)
+        client.infer("ctr", {**request, **candidates})
+    after = client.statistics("ctr_request")
+    assert after["executions"] - before["executions"] == 5 and after["hits"] - before["hits"] == 55
+
+
+@pytest.mark.parametrize("n", [1, 10_000])
+def test_numbers_of_candidates(client: Client, n: int) -> None:
+    whole, request, candidates = feeds(n)
+    got = client.infer("ctr", {**request, **candidates})["score"]
+    np.testing.assert_array_equal(got, run(ranker_model(), whole)["score"])
+
+
+def test_no_candidates_are_an_error_or_no_scores(client: Client) -> None:
+    _, request, candidates = feeds(0)
+    try:
+        assert client.infer("ctr", {**request, **candidates})["score"].shape == (0, 1)
+    except Refused as e:
+        assert "item" in str(e) or "0" in str(e)
+    assert client.ready()
+
+
+def test_a_state_that_the_caller_has(client: Client) -> None:
+    whole, request, candidates = feeds(4)
+    state = client.infer("ctr_request", request)
+    got = client.infer("ctr_candidate", {**state, **candidates})["score"]
+    np.testing.assert_array_equal(got, run(ranker_model(), whole)["score"])
+    other = {**state, "state_version": state["state_version"] + 1}
+    assert np.isnan(client.infer("ctr_candidate", {**other, **candidates})["score"]).all()
+    short = {name: v[:, :4] if v.ndim > 1 else v for name, v in state.items()}
+    with pytest.raises(Refused, match="shape"):
+        client.infer("ctr_candidate", {**short, **candidates})
+
+
+def test_lengths_that_vary(client: Client) -> None:
+    for length in (1, 5, 200):
+        history, items = numbers(1, length, 4), numbers(6, 4, seed=6)
+        got = client.infer("history", {"history": history, "item": items})["score"]
+        want = run(history_model(), {"history": np.repeat(history, 6, 0), "item": items})["score"]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_what_triton_refuses(client: Client) -> None:
+    _, request, candidates = feeds(3)
+    with pytest.raises(Refused, match="item"):
+        client.infer("ctr", request)
+    with pytest.raises(Refused):
+        client.infer("ctr", {"user": np.repeat(request["user"], 3, 0), **candidates})
+
+
+def test_a_repository_that_does_not_load_is_told(tmp_path: Path) -> None:
+    split(ranker_model(), tmp_path / "out", request=["user"], check=False, options=Options("triton", name="ctr"))
+    config = tmp_path / "out" / "ctr" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"ctr_request"', '"ctr_requests"'))
+    with pytest.raises(Missing) as caught, serving(tmp_path / "out"):
+        pass
+    if "installed" in str(caught.value) or "environment" in str(caught.value):
+        pytest.skip(str(caught.value))
+    assert "ctr_requests" in str(caught.value)
