@@ -3,9 +3,9 @@
 python scripts/triton_server.py install            # into .triton, or where ONNXRANK_TRITON says
 python scripts/triton_server.py run REPOSITORY     # serves a model repository until it is interrupted
 
-The package holds tritonserver itself, its Python backend and its response cache, but not its ONNX Runtime backend: the one
-in triton_backend stands in for that. It needs numpy below 2, so it has an environment of its own: what the extra `triton`
-names.
+The package holds tritonserver itself, its Python backend and its response cache, but not its ONNX Runtime backend: the
+one in triton_backend stands in for that. It needs numpy below 2, so it has an environment of its own: what the extra
+`triton` names.
 """
 
 from __future__ import annotations

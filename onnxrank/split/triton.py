@@ -36,9 +36,9 @@ def configs(name: str, contract: Mapping[str, Any]) -> dict[str, str]:
     ]
     many = ["# Instances score at the same time, on a core each: write as many as there are cores to spare."]
     return {
-        f"{name}_request/{CONFIG}": head + _model(f"{name}_request", request["inputs"], request["outputs"], 1, once),
+        f"{name}_request/{CONFIG}": head + model(f"{name}_request", request["inputs"], request["outputs"], 1, once),
         f"{name}_candidate/{CONFIG}": head
-        + _model(f"{name}_candidate", candidate["inputs"], candidate["outputs"], 2, [], many),
+        + model(f"{name}_candidate", candidate["inputs"], candidate["outputs"], 2, [], many),
         f"{name}/{CONFIG}": head
         + "\n".join(
             [
@@ -61,14 +61,24 @@ def configs(name: str, contract: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _model(
+def model(
     name: str,
     inputs: Sequence[Mapping[str, Any]],
     outputs: Sequence[Mapping[str, Any]],
     instances: int,
-    further: Iterable[str],
+    further: Iterable[str] = (),
     about: Iterable[str] = (),
 ) -> str:
+    """The configuration of an ONNX model whose first extent is no batch.
+
+    Args:
+        name: The model, and its folder.
+        inputs: As the contract has them.
+        outputs: Likewise.
+        instances: How many run at the same time.
+        further: Lines at the end.
+        about: Lines before the instances.
+    """
     lines = [
         f'name: "{name}"',
         'backend: "onnxruntime"',

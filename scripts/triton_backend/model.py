@@ -42,4 +42,4 @@ class TritonPythonModel:
             found = self.session.run(self.outputs, feed)
         except Exception as e:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(e)))
-        return pb_utils.InferenceResponse([pb_utils.Tensor(n, v) for n, v in zip(self.outputs, found)])
+        return pb_utils.InferenceResponse([pb_utils.Tensor(n, v) for n, v in zip(self.outputs, found, strict=True)])

@@ -55,7 +55,7 @@ def test_many_clients_get_their_own_scores(client: Client) -> None:
         list(pool.map(ask, range(8)))
     assert wrong == []
     request, candidate = (
-        {k: v - before[name][k] for k, v in client.statistics(name).items()} for name in ("ctr_request", "ctr_candidate")
+        {k: v - counts[k] for k, v in client.statistics(name).items()} for name, counts in before.items()
     )
     assert request["executions"] < 9 * 8 and request["hits"] + request["executions"] == 400
     assert candidate["executions"] == 400
