@@ -84,6 +84,17 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 @LENGTH_OPTION
 @click.option("--no-check", is_flag=True, help="Do not compare them with the original.")
 @click.option(
+    "--strict", is_flag=True, help="Exit with 1 if the rewriting fails its check, instead of taking back what fails."
+)
+@click.option(
+    "--tune",
+    type=click.FloatRange(0, 3600),
+    default=0.0,
+    show_default="0, not at all",
+    metavar="SECONDS",
+    help="Time original and rewritten model in turns before the cut, as optimize does.",
+)
+@click.option(
     "--plan", metavar="FILE", help="Rewrite as FILE says, which optimize --plan-out wrote, before the model is cut."
 )
 @with_options(OUTPUT_OPTIONS)
@@ -110,6 +121,8 @@ def split(
     check: str,
     lengths: dict[str, tuple[int, int]],
     no_check: bool,
+    strict: bool,
+    tune: float,
     plan: str | None,
     quiet: bool,
     verbose: bool,
@@ -144,6 +157,8 @@ def split(
             extra_rules=rules,
             check=False if no_check else check,
             lengths=lengths,
+            strict=strict,
+            tune=tune,
             plan=plan,
             progress=progress,
         )

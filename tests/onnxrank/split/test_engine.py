@@ -376,6 +376,84 @@ def test_options_that_there_are_not(options: Mapping[str, Any], says: str) -> No
         Options(**options)
 
 
+def test_branches_read_the_state(tmp_path: Path) -> None:
+    """A tensor that is handed over has its new name inside the bodies of nodes, too."""
+    g = Graph(17)
+    user, item, flag = g.input("user", ["N", 4]), g.input("item", ["N", 4]), g.input("flag", ["N", 1], BOOL)
+    tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(4, 4))))
+    some = g.op("ReduceMax", g.op("Cast", flag, to=INT64), keepdims=0)
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(op, [tower, item], [f"{name}_result"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_result", FLOAT, ["N", 4])],
+        )
+        for name, op in (("then", "Add"), ("else", "Mul"))
+    }
+    g.op("If", g.op("Cast", some, to=BOOL), **branches)
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 4])
+    model = g.model()
+    split(model, tmp_path / "out", request=["user"], check="quick")
+    for flagged in (True, False):
+        items = {"item": numbers(3, 4, seed=6), "flag": np.full((3, 1), flagged)}
+        want = run(model, {"user": np.repeat(numbers(1, 4), 3, 0), **items})["score"]
+        got = _scores(tmp_path / "out", {"user": numbers(1, 4)}, items)["score"]
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+@pytest.mark.parametrize("ir", [3, 8])
+@pytest.mark.parametrize("state", ["named", "packed"])
+def test_old_models(tmp_path: Path, opset: int, ir: int, state: str) -> None:
+    """Before IR version 4 every initializer is an input, too."""
+    model = ranker_model()
+    model.ir_version = ir
+    model.opset_import[0].version = opset
+    if ir < 4:
+        model.graph.input.extend(
+            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+        )
+    _split(model, tmp_path / "out", state=state)
+    whole, request, candidates = feeds(5)
+    got = _scores(tmp_path / "out", request, candidates)["score"]
+    np.testing.assert_array_equal(got, run(model, whole)["score"])
+
+
+def test_constants_that_callers_may_replace_stay_so(tmp_path: Path) -> None:
+    model = ranker_model()
+    bias = onnx.numpy_helper.from_array(np.array([2.0], np.float32), "temperature")
+    model.graph.initializer.append(bias)
+    model.graph.input.append(helper.make_tensor_value_info("temperature", FLOAT, [1]))
+    model.graph.node[-1].output[0] = "logit"
+    model.graph.node.append(helper.make_node("Mul", ["logit", "temperature"], ["score"]))
+    made = _split(model, tmp_path / "out")
+    assert "temperature" in [i.name for i in made.candidate.graph.input]
+    whole, request, candidates = feeds(5)
+    for given in ({}, {"temperature": np.array([3.0], np.float32)}):
+        got = _scores(tmp_path / "out", request, {**candidates, **given})["score"]
+        np.testing.assert_array_equal(got, run(model, {**whole, **given})["score"])
+
+
+def test_a_failing_pair_is_cut_down_and_blamed(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(ranker_model(), path)
+    split(path, tmp_path / "out", request=["user"], check="quick")
+    _spoil(tmp_path / "out", "candidate")
+    options = Checks(level="quick", bisect=True, save_failing=tmp_path / "case")
+    found = verify(path, tmp_path / "out", options)
+    assert not found.passed and found.culprit is not None and (tmp_path / "case" / "repro.py").exists()
+
+
+def test_a_plan_says_how_the_model_is_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(ranker_model(), path)
+    result = onnxrank.optimize(path, request=["user"], check=False)
+    made = split(path, tmp_path / "out", plan=result.plan, check="quick")
+    assert made.contract["optimize"]["plan"] == result.plan.stored()
+
+
 # --- external data ---------------------------------------------------------------------------------------------------
 
 
