@@ -97,13 +97,14 @@ def _backends(packages: Path, into: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, cache: int = 16 << 20, place: Path = PLACE) -> Iterator[Client]:
+def serving(repository: Path, cache: int = 16 << 20, place: Path = PLACE, explicit: bool = False) -> Iterator[Client]:
     """Serves a repository.
 
     Args:
         repository: The folder of models.
         cache: Bytes of the response cache.
         place: The environment.
+        explicit: Whether `Client.load` may replace models while the server runs.
 
     Raises:
         Missing: Triton cannot be had here, or does not take the repository.
@@ -135,6 +136,7 @@ def serving(repository: Path, cache: int = 16 << 20, place: Path = PLACE) -> Ite
             "--http-address=127.0.0.1",
             f"--http-port={port}",
             "--exit-on-error=true",
+            *(["--model-control-mode=explicit", "--load-model=*"] if explicit else []),
         ]
         with open(log, "wb") as out:
             server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
@@ -230,6 +232,18 @@ class Client:
             out[o["name"]] = np.frombuffer(data[at : at + count], _TYPES[o["datatype"]]).reshape(o["shape"])
             at += count
         return out
+
+    def load(self, model: str) -> None:
+        """Loads a model again from its folder.
+
+        Raises:
+            Refused: The server does not.
+        """
+        self._connection.request("POST", f"/v2/repository/models/{model}/load", b"")
+        answer = self._connection.getresponse()
+        data = answer.read()
+        if answer.status != 200:
+            raise Refused(data.decode("utf-8", "replace"))
 
     def statistics(self, model: str) -> dict[str, int]:
         """How often a model ran, and how often its cache answered instead."""

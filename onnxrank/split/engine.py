@@ -436,7 +436,7 @@ class Job:
         }
         models = {"request": request, "candidate": candidate}
         name = options.name or formats.name_of(self.loaded.path)
-        where = formats.places(options.format, name)
+        where = formats.places(options.format, name, number)
         digests = {p: hashlib.sha256(d).hexdigest() for p, d in data.items()}
         agreed = contract.contract(
             self.result.report.version,

@@ -19,10 +19,16 @@ def name_of(path: Path | None) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-") or "ranker"
 
 
-def places(form: str, name: str) -> dict[str, str]:
-    """Where the two models lie."""
+def places(form: str, name: str, version: int) -> dict[str, str]:
+    """Where the two models lie.
+
+    Args:
+        form: The format.
+        name: What they are called.
+        version: Version of the state.
+    """
     if form == "triton":
-        return {part: f"{name}_{part}/1/model.onnx" for part in ("request", "candidate")}
+        return {part: triton.place(f"{name}_{part}", version) for part in ("request", "candidate")}
     return {part: f"{part}.onnx" for part in ("request", "candidate")}
 
 

@@ -166,7 +166,7 @@ def _model(home: Path, model: _Model) -> _Findings:
         yield 1, 'neither backend: "onnxruntime" nor a platform is given'
     elif (backend or "onnxruntime") != "onnxruntime" or (platform or "onnxruntime_onnx") != "onnxruntime_onnx":
         other = config.where("backend" if backend else "platform")
-        if (home / model.name / "1" / "model.onnx").exists():
+        if any((home / model.name).glob("*/*.onnx")):
             yield other, f"{backend or platform!r} does not run ONNX models: onnxruntime does"
         return
     try:

@@ -19,6 +19,15 @@ TYPES = {
 """Triton's names of element types, by the contract's."""
 
 
+def place(name: str, version: int) -> str:
+    """Where a model lies.
+
+    Triton's version of a model is that of the state: it is part of the key of the response cache, so that a request
+    model that is replaced while the server runs does not find answers of the one before.
+    """
+    return f"{name}/{max(version, 1)}/model.onnx"
+
+
 def configs(name: str, contract: Mapping[str, Any]) -> dict[str, str]:
     """The repository's configurations, by place.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -38,13 +39,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 
 @contextmanager
-def _served(repository: Path) -> Iterator[Client]:
+def _served(repository: Path, explicit: bool = False) -> Iterator[Client]:
     """Triton with a repository; where there is no Triton, the test is skipped with the reason."""
     try:
         install()
     except Missing as e:
         pytest.skip(str(e))
-    with serving(repository) as found:
+    with serving(repository, explicit=explicit) as found:
         yield found
 
 
@@ -123,6 +124,58 @@ def test_what_triton_refuses(client: Client) -> None:
         client.infer("ctr", request)
     with pytest.raises(Refused):
         client.infer("ctr", {"user": np.repeat(request["user"], 3, 0), **candidates})
+
+
+def test_a_client_that_leaves(client: Client) -> None:
+    whole, request, candidates = feeds(2000, 77)
+    for _ in range(5):
+        gone = Client(client.port)
+        gone.ready()  # connects
+        body = b'{"inputs": []}'
+        gone._connection.request("POST", "/v2/models/ctr/infer", body, {"Content-Length": str(len(body) + 100)})
+        gone.close()
+    got = client.infer("ctr", {**request, **candidates})["score"]
+    np.testing.assert_array_equal(got, run(ranker_model(), whole)["score"])
+
+
+def test_models_that_are_replaced_under_load(tmp_path: Path) -> None:
+    """In between, and from a cache of before, scores are those of one of the two models as a whole, or NaN."""
+    old, new = ranker_model(), ranker_model(20)  # other weights, and other ones of the user
+    how, out = Options("triton", name="ctr"), tmp_path / "out"
+    split(old, out, request=["user"], options=how)
+    done, odd = threading.Event(), []
+    seen = {"old": 0, "new": 0, "NaN": 0, "refused": 0}
+
+    def ask(worker: int) -> None:
+        with closing(Client(port)) as own:
+            k = worker
+            while not done.is_set():
+                k += 1
+                whole, request, candidates = feeds(4, k % 6)
+                try:
+                    got = own.infer("ctr", {**request, **candidates})["score"]
+                except Refused:  # while the one's state does not have the other's name or shape
+                    seen["refused"] += 1
+                    continue
+                kind = next((n for n, m in models.items() if np.array_equal(got, run(m, whole)["score"])), "NaN")
+                seen[kind] += 1
+                if kind == "NaN" and not np.isnan(got).all():
+                    odd.append((k, got))
+
+    models = {"old": old, "new": new}
+    with _served(out, explicit=True) as client, ThreadPoolExecutor(4) as pool:
+        port = client.port
+        working = [pool.submit(ask, w) for w in range(4)]
+        time.sleep(1)
+        split(new, out, request=["user"], options=how)
+        for name in ("ctr_request", "ctr_candidate", "ctr"):
+            client.load(name)
+            time.sleep(0.5)
+        time.sleep(1)
+        done.set()
+        for w in working:
+            w.result()
+    assert odd == [] and seen["old"] and seen["new"], seen
 
 
 def test_the_repository_of_the_readme(tmp_path: Path) -> None:

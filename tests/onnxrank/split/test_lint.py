@@ -72,7 +72,7 @@ def both(*edits: Edit) -> Edit:
 
 def away(place: str) -> Edit:
     def edit(repository: Path) -> None:
-        target = repository / place
+        (target,) = repository.glob(place)
         if target.is_dir():
             shutil.rmtree(target)
         else:
@@ -85,8 +85,8 @@ R, C, E = "ctr_request", "ctr_candidate", "ctr"
 STATE = "state_matmul_6_matmul"
 WRONG: dict[str, tuple[Edit, str, int | None, str]] = {
     "no configuration": (away(f"{R}/config.pbtxt"), R, 1, "is missing: Triton would make one up"),
-    "no version": (away(f"{R}/1"), R, None, "no version of the model is there"),
-    "no model": (away(f"{R}/1/model.onnx"), R, 4, "does not exist"),
+    "no version": (away(f"{R}/[1-9]*"), R, None, "no version of the model is there"),
+    "no model": (away(f"{R}/[1-9]*/model.onnx"), R, 4, "does not exist"),
     "another file": (swap(R, "model.onnx", "ranker.onnx"), R, 4, "ranker.onnx does not exist"),
     "an open brace": (add(R, "parameters {"), R, 22, "is not closed"),
     "no colon": (swap(R, "max_batch_size: 0", "max_batch_size 0"), R, 6, "needs a colon"),
