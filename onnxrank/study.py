@@ -155,6 +155,11 @@ class Study:
         """The nodes that join a history and candidates along an axis of symbolic length, by their places."""
         return segments.sequences(self.model, self.facts, self._candidate())
 
+    @cached_property
+    def fixed_sequences(self) -> list[int]:
+        """The nodes that do so along an axis of a fixed length, where positions attend to each other."""
+        return segments.sequences(self.model, self.facts, self._candidate(), fixed=True)
+
     def _candidate(self) -> frozenset[str]:
         """The inputs that may differ between candidates."""
         return frozenset(i.name for i in self.declared if i.role.level != "request")
