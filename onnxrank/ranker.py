@@ -33,6 +33,7 @@ _MAGIC = b"ONRS"
 _FORMAT = 1
 _HEAD = struct.Struct("<4sIq")  # magic, format, version of the state
 _ALIGN = 8
+_LONG_KEY = 1024  # bytes
 
 
 class StateError(ValueError):
@@ -298,8 +299,8 @@ class Ranker:
         Args:
             request: Inputs of the request model, one row.
             candidates: Inputs of the candidate model, a row per candidate.
-            key: What the state is kept under, if not a hash of the request's own inputs: requests that differ in any
-                of these must have different keys.
+            key: What the state is kept under, if not by the request's own inputs: requests that differ in any of these
+                must have different keys.
 
         Returns:
             The outputs by name.
@@ -317,7 +318,7 @@ class Ranker:
             key: As for `score`.
         """
         feed = _picked(request, self._request_inputs, "request")
-        return self.cache.get(_digest(feed) if key is None else key, lambda: self._made(feed))
+        return self.cache.get(_key(feed) if key is None else key, lambda: self._made(feed))
 
     def prepare(self, request: Arrays, key: Hashable | None = None) -> Future[State]:
         """Has the state of a request made in another thread, while candidates are still being looked for.
@@ -376,12 +377,11 @@ def _picked(given: Arrays, names: Iterable[str], model: str) -> dict[str, NDArra
         raise ValueError(f"the {model} model's input {e.args[0]!r} is missing; it takes {list(names)}") from None
 
 
-def _digest(feed: Arrays) -> bytes:
-    """What tells requests apart: a hash of names, types, shapes and entries."""
-    found = hashlib.blake2b(digest_size=32)
-    for name, data in feed.items():
-        data = np.ascontiguousarray(data)
-        entries = repr(data.tolist()).encode() if data.dtype.hasobject else data.tobytes()
-        found.update(f"{name}\0{data.dtype.str}\0{data.shape}\0{len(entries)}\0".encode())
-        found.update(entries)
-    return found.digest()
+def _key(feed: Arrays) -> Hashable:
+    """What tells requests apart: types, shapes and entries of their inputs; a hash of these where they are many."""
+    entries = b"".join(repr(d.tolist()).encode() if d.dtype.hasobject else d.tobytes() for d in feed.values())
+    if len(entries) > _LONG_KEY:
+        entries = hashlib.blake2b(entries, digest_size=32).digest()
+    # Shapes and, of texts, lengths: entries that are joined must not be taken for others.
+    told = [(d.dtype.char, d.shape, len(repr(d.tolist())) if d.dtype.hasobject else 0) for d in feed.values()]
+    return entries, tuple(told)

@@ -40,6 +40,8 @@ FORMS = ("named", "packed")
 DTYPES = ("float32", "float16")
 _CALL = 1e-5
 """Seconds that a second call of the runtime takes."""
+_WEIGHT = 1e-10
+"""Seconds per byte of the weights of a product, which one row has to read as a whole."""
 _FETCH = 5e-6
 """Seconds to find a state that is there, besides its bytes."""
 _LEAST_GAIN = 0.2
@@ -295,6 +297,13 @@ class Job:
                     return False
         return True
 
+    def _seconds(self, k: int, shapes: cost.Shapes) -> float:
+        """Predicted time of a step of the request. It has one row, so a product takes the time to read its weights."""
+        node = self.model.graph.node[k]
+        held = [shapes.initializers[i] for i in node.input if i in shapes.initializers]
+        weights = sum(map(prod, held)) if cost.node_macs(node, shapes) else 0
+        return cost.node_seconds(node, shapes) + 4 * weights * _WEIGHT
+
     def _problem(self, shapes: cost.Shapes, bounded: bool) -> Problem:
         nodes, levels = self.model.graph.node, self.levels
         given = set(levels.inputs)
@@ -303,7 +312,7 @@ class Job:
         steps = []
         held: dict[str, int | None] = dict.fromkeys(levels.inputs)
         for k in levels.request:
-            seconds = None if graph.is_random(nodes[k]) else cost.node_seconds(nodes[k], shapes)
+            seconds = None if graph.is_random(nodes[k]) else self._seconds(k, shapes)
             own = tuple(o for o in nodes[k].output if o)
             steps.append(Step(tuple(sorted(graph.reads(nodes[k]) & given)), own, seconds))
             held |= dict.fromkeys(own)
@@ -494,7 +503,7 @@ class Job:
         where: Mapping[str, str],
     ) -> Report:
         nodes, shapes, before = self.model.graph.node, self._shapes, self.result.report
-        inside = {self.levels.request[k] for k in self.cut.request}
+        inside, once = {self.levels.request[k] for k in self.cut.request}, set(self.levels.request)
         late = [k for k in self.levels.request if k not in inside]
         held = {"request": sorted(inside), "candidate": [*late, *self.levels.candidate]}
 
@@ -505,12 +514,12 @@ class Job:
                 len(models[name].graph.node),
                 graph.parameters(models[name]),
                 sum(cost.node_macs(nodes[k], shapes) for k in held[name]),
-                sum(cost.node_seconds(nodes[k], shapes) for k in held[name]),
+                sum(self._seconds(k, shapes) if k in once else cost.node_seconds(nodes[k], shapes) for k in held[name]),
                 weight[name],
             )
 
         request, candidate = part("request"), part("candidate")
-        sunk = [Sunk(label(nodes[k]), nodes[k].op_type, cost.node_seconds(nodes[k], shapes)) for k in late]
+        sunk = [Sunk(label(nodes[k]), nodes[k].op_type, self._seconds(k, shapes)) for k in late]
         state = self._state(inside)
         fewer = (i.name for i in self.study.declared if i.name in self.levels.inputs)
         self.notes += [] if any(fewer) else ["the request model takes no input"]
@@ -556,7 +565,7 @@ class Job:
                     self._handed_bytes(t, self._shapes),
                     self._handed_bytes(t, self._longest) if self._bounded(t.tensor) else None,
                     sum(cost.node_macs(nodes[k], self._shapes) for k in behind),
-                    sum(cost.node_seconds(nodes[k], self._shapes) for k in behind),
+                    sum(self._seconds(k, self._shapes) for k in behind),
                 )
             )
         return out

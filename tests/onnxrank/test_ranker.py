@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 from split_models import feeds, ranker_model
 
-from onnxrank.ranker import Ranker, State, StateCache, StateError, pack, unpack
+from onnxrank.ranker import Ranker, State, StateCache, StateError, _key, pack, unpack
 from onnxrank.split import Options, split
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -88,6 +88,28 @@ def test_different_requests_have_different_states(folder: Path, model: ModelProt
     # The caller's own key stands for whatever is given.
     first = ranker.state(feeds(1, 1)[1], key="someone")
     assert ranker.state(feeds(1, 2)[1], key="someone") is first
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_keys_differ_where_requests_do(data: st.DataObject) -> None:
+    """Joined entries of several inputs are not taken for others, whatever their types, shapes and lengths."""
+
+    def request() -> dict[str, np.ndarray[Any, Any]]:
+        out = {}
+        for name in ("a", "b"):
+            shape = data.draw(st.sampled_from([(0,), (1, 1), (2,), (1, 2), (2, 1), (300,)]))
+            kind = data.draw(st.sampled_from(["int64", "int32", "float32", "object"]))
+            values = np.random.default_rng(data.draw(st.integers(0, 2))).integers(0, 2, shape)
+            out[name] = np.array(values.astype(str), object) if kind == "object" else values.astype(kind)
+        return out
+
+    one, other = request(), request()
+    same = all(
+        one[n].dtype == other[n].dtype and one[n].shape == other[n].shape and (one[n] == other[n]).all() for n in one
+    )
+    assert (_key(one) == _key(other)) == same and hash(_key(one)) is not None
+    assert _key({n: np.asfortranarray(v) for n, v in one.items()}) == _key(one)
 
 
 def test_the_cache_is_bounded_in_bytes(folder: Path) -> None:
