@@ -46,6 +46,8 @@ _FETCH = 5e-6
 """Seconds to find a state that is there, besides its bytes."""
 _LEAST_GAIN = 0.2
 """Share of a request's time that a state must save for two models to be advised."""
+_LEAST_SAVED = 5e-5
+"""Seconds that it must save: less is lost in what a server does besides."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -578,7 +580,7 @@ def _advice(request: Part, candidate: Part, sunk: Sequence[Sunk], size: int, usu
     miss = one + size * PRICE + _FETCH + _CALL
     told = f"at N = {usual} a request is predicted to take {_us(one)} in one file, {_us(hit)} with a state that is "
     told += f"there and {_us(miss)} without"
-    if one - hit > max(_LEAST_GAIN * one, 2 * _CALL):
+    if one - hit > max(_LEAST_GAIN * one, _LEAST_SAVED):
         return Advice(2, f"two files pay where requests come again: {told}", hit, miss, one)
     return Advice(1, f"one file is simpler, and about as fast: {told}", hit, miss, one)
 
