@@ -356,6 +356,7 @@ class Job:
         self._prepared: list[Site] = []
         self._others: list[Refusal] = []
         self._ways: list[_Way] = []
+        self._found: tuple[Form, ...] = ()
         self._kept = False
         self._without: frozenset[str] = frozenset()
 
@@ -431,10 +432,13 @@ class Job:
         """Takes the form that costs least at the expected number of candidates."""
         original, seconds = self._original, self._before()
         assert original is not None
+        self._found = tuple(found)
         # Of forms that are all out the last is the plainest.
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
         self.full = next(f for f in found if f.study is chosen.study)
-        way = next(w for w in self._ways if chosen.study in (w.base, w.written_out))
+        self.form = chosen
+        way = self._way()
+        assert way is not None
         tried, done = {k for w in self._ways for k in w.places}, way.done if chosen.study is not way.base else ()
         self._prepared = preparing_sites(plan.SEGMENTS, original, tried, way.places)
         self._prepared += preparing_sites(plan.WRITTEN_OUT, way.base, way.could, done)
@@ -523,10 +527,14 @@ class Job:
                 self.report.changed = False
                 raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", self.report)
             self.options.say("looking for what fails the check")
-            guilty = self._culprit(found)
-            if guilty is None:
-                break
-            self._retreat(guilty, "check", failure(found))
+            way = self._way()
+            if way is not None and way.places and not self._held(way.base.model, gate.failing_candidates(found)).passed:
+                self._join(way, "check", failure(found))
+            else:
+                guilty = self._culprit(found)
+                if guilty is None:
+                    break
+                self._retreat(guilty, "check", failure(found))
             if not self.pays():
                 self.form = None
                 return
@@ -580,6 +588,20 @@ class Job:
         self.report.retreats.append(Retreat(guilty.rule, guilty.node, cause, reason))
         self.notes.append(f"{guilty} was left out: {reason}")
         self._take(self.form.leaving(guilty.without(self.form.choice)))
+
+    def _way(self) -> _Way | None:
+        """The way that the form belongs to; None where a plan is replayed."""
+        assert self.form is not None
+        study = self.form.study
+        return next((w for w in self._ways if study in (w.base, w.written_out)), None)
+
+    def _join(self, way: _Way, cause: str, reason: str) -> None:
+        """Leaves sequences as they are joined, and goes on with the rest."""
+        assert self._original is not None
+        nodes = self._original.model.graph.node
+        self.report.retreats += [Retreat(plan.SEGMENTS, label(nodes[k]), cause, reason) for k in way.places]
+        self.notes.append(f"sequences were left as they are joined: {reason}")
+        self.choose([f for f in self._found if f.study not in (way.base, way.written_out)])
 
     def _give_up(self, cause: str, reason: str) -> None:
         """Leaves the model alone after all."""
