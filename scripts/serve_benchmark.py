@@ -359,9 +359,8 @@ def main() -> int:
     trace = Trace(study, _lengths(given.length), (low, high))
     rows: list[Row] = []
     left = int(given.no_original)
-    print(
-        f"{'':<12} {'':<10} hits  cl            {'p50 ms':>9}{'p99 ms':>9}{'hit':>9}{'miss':>9}{'best':>9}{'hit':>9}{'miss':>9} wrong"
-    )
+    heads = "".join(f"{what:>9}" for what in ("p50 ms", "p99 ms", "hit", "miss", "best", "hit", "miss"))
+    print(f"{'':<23} hits  cl            {heads} wrong")
     with tempfile.TemporaryDirectory() as folder:
         home, one = Path(folder), str(Path(folder, "one.onnx"))
         result = onnxrank.optimize(given.model, roles=roles, candidates=(low, high))
