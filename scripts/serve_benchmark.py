@@ -34,9 +34,9 @@ from onnxrank import model as files
 from onnxrank.facts import Setting
 from onnxrank.ranker import Ranker
 from onnxrank.roles import load_spec, resolve
-from onnxrank.split import Options, split
-from onnxrank.split import contract as contracts
-from onnxrank.split import triton as configs
+from onnxrank.splitting import Options, split
+from onnxrank.splitting import contract as contracts
+from onnxrank.splitting import triton as configs
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
 

@@ -22,7 +22,7 @@ def lint(ctx: click.Context, repository: str, quiet: bool, verbose: bool) -> Non
     """
     begin(ctx, quiet, verbose)
 
-    from onnxrank.split.lint import lint as run
+    from onnxrank.splitting.lint import lint as run
     from onnxrank.writers import printable
 
     found = run(repository)

@@ -138,8 +138,8 @@ def split(
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).", ctx)
 
-    from onnxrank.split import Options
-    from onnxrank.split import split as run
+    from onnxrank.splitting import Options
+    from onnxrank.splitting import split as run
 
     SPLIT.check(report, [source])
     style = Style(verbose=verbose)

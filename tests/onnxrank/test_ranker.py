@@ -20,7 +20,7 @@ from onnx import ModelProto
 from split_models import feeds, ranker_model
 
 from onnxrank.ranker import Ranker, State, StateCache, StateError, _key, pack, unpack
-from onnxrank.split import Options, split
+from onnxrank.splitting import Options, split
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

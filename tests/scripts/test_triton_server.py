@@ -18,8 +18,8 @@ from split_models import feeds, history_model, numbers, ranker_model
 from triton_server import Client, Missing, Refused, install, serving
 
 from onnxrank import cli
-from onnxrank.split import Options, split
-from onnxrank.split.lint import lint
+from onnxrank.splitting import Options, split
+from onnxrank.splitting.lint import lint
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from onnxrank import feeds as declared
 from onnxrank import model as files
 from onnxrank import pipeline
 from onnxrank.errors import UsageError
-from onnxrank.plan import SEGMENTS
+from onnxrank.plans import SEGMENTS
 from onnxrank.roles import resolve
 from onnxrank.segments import spans
 from onnxrank.study import Study

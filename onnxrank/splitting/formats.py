@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxrank import ranker
-from onnxrank.split import python_module, triton
+from onnxrank.splitting import python_module, triton
 
 FORMATS = ("plain", "python", "triton")
 

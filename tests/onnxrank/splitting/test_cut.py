@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxrank.split.cut import PRICE, Cut, Impossible, Problem, Step, cost, divided, least
+from onnxrank.splitting.cut import PRICE, Cut, Impossible, Problem, Step, cost, divided, least
 
 
 def _every(problem: Problem) -> Iterator[Cut]:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxrank.formats import PLAIN, Style
-from onnxrank.split.report import Report
+from onnxrank.splitting.report import Report
 from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human
 
 _MOST = 12

@@ -25,12 +25,12 @@ from onnxrank.extents import Expr
 from onnxrank.facts import settings
 from onnxrank.feeds import Maker, describe
 from onnxrank.graphs import names_in
-from onnxrank.plan import Plan, label
+from onnxrank.plans import Plan, label
 from onnxrank.roles import Roles
-from onnxrank.split import contract, folder, formats, graph
-from onnxrank.split.cut import PRICE, Cut, Impossible, Problem, Step, divided, least
-from onnxrank.split.graph import Handed, Layout
-from onnxrank.split.report import Advice, Part, Report, StateTensor, Sunk
+from onnxrank.splitting import contract, folder, formats, graph
+from onnxrank.splitting.cut import PRICE, Cut, Impossible, Problem, Step, divided, least
+from onnxrank.splitting.graph import Handed, Layout
+from onnxrank.splitting.report import Advice, Part, Report, StateTensor, Sunk
 from onnxrank.study import Study
 from onnxrank.verify import Engine, failure, gate, sizes
 from onnxrank.verify import Options as Checks

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxrank.split.pbtxt import Malformed, Message, parse
-from onnxrank.split.triton import quoted
+from onnxrank.splitting.pbtxt import Malformed, Message, parse
+from onnxrank.splitting.triton import quoted
 
 
 def _plain(m: Message) -> list[tuple[str, object]]:

@@ -22,8 +22,8 @@ from split_models import feeds, history_model, numbers, ranker_model
 import onnxrank
 from onnxrank import halves, ranker
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
-from onnxrank.split import Options, Split, split
-from onnxrank.split.engine import Job
+from onnxrank.splitting import Options, Split, split
+from onnxrank.splitting.engine import Job
 from onnxrank.verify import Options as Checks
 from onnxrank.verify import verify
 from onnxrank.writers import to_json
@@ -135,7 +135,7 @@ def _spoil(folder: Path, part: str) -> None:
     t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t) * np.float32(1.5), t.name))
     onnx.save(model, folder / f"{part}.onnx")
     contract = json.loads((folder / "contract.json").read_text())
-    from onnxrank.split.folder import digest
+    from onnxrank.splitting.folder import digest
 
     contract["models"][part]["sha256"] = digest(folder / f"{part}.onnx")
     (folder / "contract.json").write_text(json.dumps(contract))

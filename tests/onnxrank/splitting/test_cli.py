@@ -109,6 +109,11 @@ def test_help() -> None:
         assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True).returncode == 0
 
 
+def test_the_function_is_not_hidden_by_a_module() -> None:
+    code = "import onnxrank, onnxrank.splitting.engine as e; assert onnxrank.split is onnxrank.split is e.split"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_every_field_of_the_schemas_is_described() -> None:
     home = Path(onnxrank.__file__).parent
     for name in ("split", "contract"):

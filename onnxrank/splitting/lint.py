@@ -17,9 +17,9 @@ from onnx import ModelProto
 from onnxrank import model as files
 from onnxrank.errors import OnnxrankError, UsageError
 from onnxrank.feeds import graph_inputs
-from onnxrank.split import contract
-from onnxrank.split.pbtxt import Malformed, Message, parse
-from onnxrank.split.triton import CONFIG, TYPES
+from onnxrank.splitting import contract
+from onnxrank.splitting.pbtxt import Malformed, Message, parse
+from onnxrank.splitting.triton import CONFIG, TYPES
 
 _FIELDS = set(
     """name platform backend runtime version_policy max_batch_size input output batch_input batch_output optimization

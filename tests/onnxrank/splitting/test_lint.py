@@ -12,8 +12,8 @@ from helpers import INT64, Graph
 from split_models import history_model, ranker_model
 
 from onnxrank.errors import UsageError
-from onnxrank.split import Options, split
-from onnxrank.split.lint import Finding, lint
+from onnxrank.splitting import Options, split
+from onnxrank.splitting.lint import Finding, lint
 
 Edit = Callable[[Path], None]
 

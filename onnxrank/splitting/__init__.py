@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxrank.split.engine import Options, Split, split
-from onnxrank.split.report import Report
+from onnxrank.splitting.engine import Options, Split, split
+from onnxrank.splitting.report import Report
 
 __all__ = ["Options", "Report", "Split", "split"]

@@ -17,7 +17,7 @@ from onnxrank import ranker
 from onnxrank.errors import UsageError
 from onnxrank.feeds import graph_inputs
 from onnxrank.halves import type_name
-from onnxrank.split.graph import Handed, Layout
+from onnxrank.splitting.graph import Handed, Layout
 
 _ALIGN = 8
 _HEAD = 16

@@ -16,7 +16,7 @@ from programs import program
 
 from onnxrank import halves
 from onnxrank.errors import NothingApplied, UsageError
-from onnxrank.split import Options, split
+from onnxrank.splitting import Options, split
 
 SEEDS, STEPS = st.integers(0, 1 << 32), st.integers(1, 20)
 EXAMPLES = settings(
