@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from onnxrank.cli.compress import compress
 from onnxrank.cli.inspect import inspect
 from onnxrank.cli.optimize import optimize
 from onnxrank.cli.profile import profile
@@ -40,7 +41,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (optimize, verify, profile, inspect, list_rules):
+for _command in (optimize, compress, verify, profile, inspect, list_rules):
     cli.add_command(_command)
 
 

@@ -222,13 +222,14 @@ class _Job:
             self._joined(runner, outputs)
             stats, kept = self._statistics(runner, base, outputs)
             search = Search(
-                base, self.loaded.size + self._external(), stats, kept, runner, o.limits,
+                self.original.finished(), base, self.loaded.size + self._external(), stats, kept, runner, o.limits,
                 [m for m in o.methods if m != PACK], o.sites, (o.size, o.latency), o.refit, self.loaded.sha256,
                 bool(report.packed), self._rows_of(runner, base), o.say,
             )  # fmt: skip
             made = self._follow(search) if o.plan is not None else self._search(search)
             report.points = search.points
             report.refusals = search.refusals
+            report.stopped = "plan" if o.plan is not None else search.stopped
             made = self._gate(runner, search, made)
             report.points[0] = replace(report.points[0], bytes=search.size)
         report.plan = made.plan
@@ -387,8 +388,7 @@ class _Job:
         if unknown:
             raise UsageError(f"The plan names the method {unknown[0]!r}, which there is not.")
         search.refit = plan.refit
-        first = search.made(Plan(self.loaded.sha256, pack=plan.pack))
-        search.note(first, Step("", ()))
+        first = search.begin()
         made = search.made(replace(plan, sequential=False, refit=False))
         if plan.sequential:
             made = search.sequential(made)
@@ -425,7 +425,7 @@ class _Job:
                 f"the gate did not let the last {left} steps pass, so they were taken back; intervals are at "
                 f"{100 * limits.level:.4g} % since it was asked {report.tries} times"
             )
-            del search.points[at + 1 :]
+            del search.points[len(search.points) - left :]
         return history[at]
 
     def _asked(

@@ -26,7 +26,7 @@ _LARGEST_HALF = 65504.0
 _TABLE = 127
 _LAYER = 63
 """Largest whole numbers. Two products of 255 and 63 fit into 16 bits, so that no kernel of any processor saturates."""
-_SMALL = 1024
+_SMALL = 256
 """Entries of a constant below which fewer bytes are not worth a node."""
 
 
@@ -233,7 +233,7 @@ def _half_error(net: Network, site: Site, _: int, stats: Statistics) -> float:
 def _int8_table_offers(net: Network, site: Table, stats: Statistics) -> Sequence[int]:
     data = net.array(site.weight)
     assert data is not None
-    if data.size < _SMALL or site.shape[0] < 16:
+    if data.size < _SMALL or site.shape[0] < 32:
         raise Refused(f"{site.shape[0]} rows are too few to be worth scales")
     if net.opset < 13:
         raise Refused(f"scales per column need opset 13, and the model has {net.opset}")
@@ -285,7 +285,7 @@ def _int8_table_error(net: Network, site: Table, _: int, stats: Statistics) -> f
 
 
 def _int8_offers(net: Network, site: Product, stats: Statistics) -> Sequence[int]:
-    if site.shape[0] * site.shape[1] < 4 * _SMALL:
+    if site.shape[0] * site.shape[1] < 16 * _SMALL:
         raise Refused(f"a layer of {site.shape[0]} x {site.shape[1]} is too small to gain from whole numbers")
     data = net.array(site.weight)
     assert data is not None

@@ -6,6 +6,7 @@ put other nodes in the place of one. Nothing is looked up by the spelling of a n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,12 +123,12 @@ class Network:
         self._held = {t.name: t for t in graph.initializer if t.name not in replaceable}
         self.maker = {o: n for n in self.nodes for o in n.output if o}
         self.readers: dict[str, list[NodeProto]] = {}
-        self._inner: set[str] = set()
+        self.inner: set[str] = set()
         for n in self.nodes:
             for i in dict.fromkeys(n.input):
                 self.readers.setdefault(i, []).append(n)
             for g in subgraphs(n):
-                self._inner |= captured(g)
+                self.inner |= captured(g)
         self.outputs = {o.name for o in graph.output}
 
     # --- what is there ----------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Network:
     def alone(self, tensor: str) -> NodeProto | None:
         """The only node that reads a tensor, once; None where there are others, or callers or inner graphs read it."""
         readers = self.readers.get(tensor, [])
-        if len(readers) != 1 or tensor in self.outputs or tensor in self._inner:
+        if len(readers) != 1 or tensor in self.outputs or tensor in self.inner:
             return None
         return readers[0] if list(readers[0].input).count(tensor) == 1 else None
 
@@ -217,7 +218,7 @@ class Network:
             [
                 Table(label(nodes[0]), weight, self.array(weight).shape, tuple(nodes))  # type: ignore[union-attr]
                 for weight, nodes in found.items()
-                if weight not in other | self.outputs | self._inner
+                if weight not in other | self.outputs | self.inner
             ]
         )
 
@@ -310,7 +311,7 @@ class Network:
         whole.CopyFrom(self.model)
         whole.graph.node.extend(self.nodes)
         out = live(whole)
-        read = {i for n in out.graph.node for i in n.input} | {o.name for o in out.graph.output} | self._inner
+        read = {i for n in out.graph.node for i in n.input} | {o.name for o in out.graph.output} | self.inner
         listed = {i.name for i in out.graph.input}
         kept = [t for t in out.graph.initializer if t.name in read or t.name in listed]
         if len(kept) < len(out.graph.initializer):
@@ -336,7 +337,8 @@ def parameters(model: ModelProto) -> int:
     """Number of floats and quantised numbers among the constants: all but indices."""
     held = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, TensorProto.STRING)
     kept = [t for t in model.graph.initializer if t.data_type not in held]
-    return sum(int(np.prod(list(t.dims), dtype=np.int64)) for t in kept)
+    total: int = sum(math.prod(t.dims) for t in kept)
+    return total
 
 
 def _distinct(sites: list[Any]) -> list[Any]:

@@ -76,6 +76,8 @@ class Report:
         requests: Their requests.
         points: The original first, then the model after every step that was accepted.
         outcomes: What the gate found on rows that nothing was fitted to, by output.
+        stopped: Why the search ended: `targets` were reached, what may be lost (`loss`) was used up, or there were no more
+            `options`; `plan` where none was made.
         tries: How many models the gate was asked about.
         packed: What did nothing and was packed away, a sentence each.
         refusals: Where methods left sites alone.
@@ -95,6 +97,7 @@ class Report:
     requests: dict[str, int] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     outcomes: tuple[Outcome, ...] = ()
+    stopped: str = "options"
     tries: int = 0
     packed: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -140,6 +143,7 @@ class Report:
             "points": [asdict(p) for p in self.points],
             "front": self.front,
             "outcomes": [asdict(o) for o in self.outcomes],
+            "stopped": self.stopped,
             "tries": self.tries,
             "packed": self.packed,
             "refusals": [asdict(r) for r in self.refusals],

@@ -96,6 +96,7 @@ class Search:
     """Finds what to do at which site.
 
     Attributes:
+        original: The original.
         base: The original, with what does nothing packed away.
         size: Bytes of the original.
         stats: What the calibration rows gave.
@@ -111,6 +112,7 @@ class Search:
         say: Told what is being done.
     """
 
+    original: ModelProto
     base: Network
     size: int
     stats: Statistics
@@ -128,8 +130,12 @@ class Search:
     refusals: list[Refusal] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     history: list[Made] = field(default_factory=list)
+    stopped: str = "options"
 
     def __post_init__(self) -> None:
+        self._empty = Plan(self.sha256, pack=self.pack)
+        self._whole = len(self.base.finished().SerializeToString())
+        self._seconds = 1.0
         self.all = named(self.base)
         self.found = {n: s for n, s in self.all.items() if not self.sites or any(fnmatchcase(n, p) for p in self.sites)}
         if self.sites and not self.found:
@@ -228,49 +234,61 @@ class Search:
         return out
 
     def options(self) -> list[Option]:
-        """Everything that may be done, each tried alone."""
+        """Everything that may be done.
+
+        Each method is tried alone. Of two that follow each other the error is taken to be the sum of both: it decides
+        the order only.
+        """
         out = []
-        whole = len(self.base.finished().SerializeToString())
-        empty = Plan(self.sha256, pack=self.pack)
-        timed = self.targets[1] is not None or self.targets[0] is None
         for name, site in self.found.items():
             self.say(f"trying {name}")
+            alone: dict[tuple[str, int], Option] = {}
             for chain in self.chains(site):
                 step = Step(name, chain)
+                known = [alone.get(link) for link in chain] if len(chain) > 1 else []
                 try:
-                    model = self.build(replace(empty, steps=(step,))).finished()
-                    saved = whole - len(model.SerializeToString())
-                    gain = 0.0
-                    with self.runner.session(model) as session:
-                        scores = self.runner.scores(session, self.kept.outputs)
-                        if timed and isinstance(site, Product):
-                            turns = self.runner.race([ORIGINAL, session], self.kept.feed, _TIMED)
-                            gain = float(np.median(turns[0] - turns[1]))
+                    model = self.build(replace(self._empty, steps=(step,))).finished()
+                    saved = self._whole - len(model.SerializeToString())
+                    found = None if len(chain) > 1 else self._alone(step, model, saved)
                 except Refused as e:
                     self.refusals.append(Refusal(name, step.told, str(e)))
                     continue
                 except ModelError as e:
                     self.refusals.append(Refusal(name, step.told, f"onnxruntime does not run it: {e}"))
                     continue
-                error = self.off(scores)
-                if not math.isfinite(error):
+                if len(chain) > 1 and all(o is not None for o in known):
+                    parts = [o for o in known if o is not None]
+                    # The second works on what is left of the site only; what it saves in time is not known.
+                    found = Option(step, sum(o.error for o in parts), saved, parts[0].seconds)
+                if found is None:
+                    continue
+                if not math.isfinite(found.error):
                     self.refusals.append(Refusal(name, step.told, "its scores are no numbers"))
                     continue
-                out.append(Option(step, error, saved, gain))
+                alone |= {chain[0]: found} if len(chain) == 1 else {}
+                out.append(found)
         return out
+
+    def _alone(self, step: Step, model: ModelProto, saved: int) -> Option:
+        """Runs a model in which one thing was done."""
+        gain = 0.0
+        with self.runner.session(model) as session:
+            error = self.off(self.runner.scores(session, self.kept.outputs))
+            if (self.targets[1] is not None or self.targets[0] is None) and isinstance(self.all[step.site], Product):
+                turns = self.runner.race([ORIGINAL, session], self.kept.feed, _TIMED)
+                gain = self._seconds - float(np.median(turns[1] / turns[0])) * self._seconds
+        return Option(step, error, saved, gain)
 
     # --- the search -------------------------------------------------------------------------------------------
 
     def run(self) -> Made:
         """Goes on until the targets are reached or the loss is used up; returns the last model that was kept."""
-        now = Made(Plan(self.sha256, pack=self.pack), self.base.finished(), (), 0.0)
-        now = self.made(now.plan)
-        self.note(now, Step("", ()))
-        self.history = [now]
+        now = self.begin()
         if not self.passes(now):
             return now
+        first = self.points[0].speed
+        self._seconds = seconds = first.seconds if first is not None else 1.0
         left = self.options()
-        seconds = self.points[0].speed.seconds if self.points[0].speed else 1.0
         held: dict[str, Option] = {}
         tried: set[Step] = set()
         while left and not self.reached():
@@ -295,8 +313,19 @@ class Search:
                 self.history.append(now)
                 self.note(now, option.step)
             else:
+                self.stopped = "loss"
                 # What is expected to be worse at the same site need not be tried.
                 left = [o for o in left if o.step.site != option.step.site or o.error < option.error]
+        self.stopped = "targets" if self.reached() else self.stopped
+        return now
+
+    def begin(self) -> Made:
+        """The model before anything is compressed; with the original, where something was packed away."""
+        now = self.made(self._empty)
+        self.note(replace(now, model=self.original), Step("", ()))
+        if self.pack:
+            self.note(now, Step("all layers", (("pack", 0),)))
+        self.history = [now]
         return now
 
     def passes(self, made: Made) -> bool:
