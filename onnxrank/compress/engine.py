@@ -25,7 +25,7 @@ from onnxrank.compress.plan import Plan, Step
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
 from onnxrank.compress.runner import ORIGINAL, Runner
-from onnxrank.compress.search import Kept, Made, Search, gemm_bias
+from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
 from onnxrank.compress.statistics import Moments, Statistics
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import ModelError, UsageError
@@ -37,8 +37,6 @@ DEFAULT = ("fp16-tables", "low-rank", "int8-tables", "int8", "fp16", "pca-tables
 NAMES = (*METHODS, PACK)
 _SUMS = "sums"
 _TRIES = 3
-_RECORD = "onnxrank.compress"
-"""Key, in a model's metadata, of what was done to it."""
 _MOST_BYTES = 1 << 31
 
 
@@ -62,6 +60,7 @@ class Options:
         allow_contrib: Whether operators of onnxruntime's own may be written.
         plan: Decisions to follow instead of searching.
         choice: Most calibration rows that models are tried on.
+        seconds: Time for timing one model.
         jobs: Processes.
         timeout: Seconds for one step of a model.
         memory: Bytes of address space of each process.
@@ -86,6 +85,7 @@ class Options:
     allow_contrib: bool = False
     plan: Plan | None = None
     choice: int = 32768
+    seconds: float = 0.5
     jobs: int = 1
     timeout: float = 120.0
     memory: int | None = None
@@ -224,19 +224,18 @@ class _Job:
             search = Search(
                 self.original.finished(), base, self.loaded.size + self._external(), stats, kept, runner, o.limits,
                 [m for m in o.methods if m != PACK], o.sites, (o.size, o.latency), o.refit, self.loaded.sha256,
-                bool(report.packed), self._rows_of(runner, base), o.say,
+                bool(report.packed), self._rows_of(runner, base), self._macs(runner), o.seconds, o.say,
             )  # fmt: skip
             made = self._follow(search) if o.plan is not None else self._search(search)
             report.points = search.points
             report.refusals = search.refusals
             report.stopped = "plan" if o.plan is not None else search.stopped
             made = self._gate(runner, search, made)
-            report.points[0] = replace(report.points[0], bytes=search.size)
         report.plan = made.plan
         report.changed = report.verdict == "passed" and bool(made.plan.steps or report.packed)
         if not report.changed:
             return Result(self.loaded.proto, report, self.loaded)
-        return Result(self._signed(made), report, self.loaded)
+        return Result(signed(made.model, made.plan), report, self.loaded)
 
     def _external(self) -> int:
         """Bytes of the tensors in external data."""
@@ -282,7 +281,13 @@ class _Job:
         o = self.options
         o.say("statistics")
         products, tables = base.products(), base.tables()
-        sums = {f"p:{k}:{j}": [y] for k, p in enumerate(products) for j, y in enumerate(p.outputs)}
+        # Where a layer adds what is computed, what it gives does not tell the product: its inputs do.
+        indirect = [base.adds_computed(p) for p in products]
+        sums = {
+            f"p:{k}:{j}": [t]
+            for k, p in enumerate(products)
+            for j, t in enumerate(p.inputs if indirect[k] else p.outputs)
+        }
         wanted = {"low-rank"} & {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
         sums = sums if wanted else {}
         ids: dict[str, list[Any]] = {f"t:{k}": [list(t.ids), t.shape[0]] for k, t in enumerate(tables)}
@@ -314,7 +319,7 @@ class _Job:
             for j in range(len(p.nodes)):
                 m = found[f"p:{k}:{j}"]
                 assert isinstance(m, Moments)
-                m = m if vector is None else m.less(vector)
+                m = m.through(base.matrix(p)) if indirect[k] else m if vector is None else m.less(vector)
                 total = m if total is None else total + m
             assert total is not None
             moments[p.name] = total
@@ -365,6 +370,11 @@ class _Job:
         with runner.session(base.finished(), tensors) as session:
             shapes = runner.shapes(session, self.data.sample(self.options.candidates), tensors)
         return {s: sum(math.prod(shapes[t][:-1]) for t in ts) for s, ts in names.items()}
+
+    def _macs(self, runner: Runner) -> int:
+        """Multiply-adds of the original's layers."""
+        rows = self._rows_of(runner, self.original)
+        return sum(rows[p.name] * p.shape[0] * p.shape[1] for p in self.original.products())
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
@@ -465,19 +475,6 @@ class _Job:
             )
             for n in outputs
         )
-
-    def _signed(self, made: Made) -> ModelProto:
-        """The compressed model, with what was done in its metadata."""
-        import json
-
-        out = ModelProto()
-        out.CopyFrom(made.model)
-        kept = [p for p in out.metadata_props if p.key != _RECORD]
-        del out.metadata_props[:]
-        out.metadata_props.extend(kept)
-        record = {"version": self.report.version, "plan": made.plan.to_dict(), "loss": self.options.limits.loss}
-        out.metadata_props.add(key=_RECORD, value=json.dumps(record, sort_keys=True, separators=(",", ":")))
-        return out
 
 
 def _with_identities(base: Network, fed: Mapping[str, Any]) -> ModelProto:

@@ -70,7 +70,7 @@ class Inside:
         given = feeds if kept is None else self._kept[kept]
         made: dict[str, list[NDArray[Any]]] = {n: [] for n in names}
         for feed in given:
-            for name, value in runtime.run(self._sessions[session], feed, names).items():
+            for name, value in self._run(session, feed, names).items():
                 made[name].append(value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1))
         return {n: np.concatenate(v) for n, v in made.items()}
 
@@ -95,9 +95,7 @@ class Inside:
         ids = dict.fromkeys([t for ts, _ in lookups.values() for t in ts])
         made: dict[str, list[NDArray[Any]]] = {n: [] for n in outputs}
         for feed in feeds:
-            out = runtime.run(
-                self._sessions[session], feed, [*tensors, *ids, *(o for o in outputs if o not in tensors)]
-            )
+            out = self._run(session, feed, [*tensors, *ids, *(o for o in outputs if o not in tensors)])
             for site, names in products.items():
                 for name in names:
                     found = Moments.of(out[name])
@@ -120,7 +118,7 @@ class Inside:
 
     def depths(self, session: str, feed: Feed, names: Sequence[str]) -> dict[str, list[int]]:
         """Shapes of tensors on one request."""
-        return {n: list(v.shape) for n, v in runtime.run(self._sessions[session], feed, names).items()}
+        return {n: list(v.shape) for n, v in self._run(session, feed, names).items()}
 
     def crossed(self, seen: str, wanted: str, kept: str, x: Sequence[str], y: Sequence[str]) -> dict[str, Any]:
         """Moments of what a layer of one model sees, and with what that of another gives, over kept requests.
@@ -135,8 +133,8 @@ class Inside:
         inner = outer = None
         both: Any = 0.0
         for feed in self._kept[kept]:
-            a = runtime.run(self._sessions[seen], feed, list(dict.fromkeys(x)))
-            b = runtime.run(self._sessions[wanted], feed, list(y))
+            a = self._run(seen, feed, list(dict.fromkeys(x)))
+            b = self._run(wanted, feed, list(y))
             for one, other in zip(x, y, strict=True):
                 p = a[one].reshape(-1, a[one].shape[-1]).astype(np.float64)
                 q = b[other].reshape(-1, b[other].shape[-1]).astype(np.float64)
@@ -150,6 +148,10 @@ class Inside:
             "wanted": {"count": outer.count, "total": outer.total, "squares": outer.squares},
             "both": both,
         }
+
+    def _run(self, session: str, feed: Feed, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Some tensors of a session; onnxruntime itself gives all outputs where none are named."""
+        return runtime.run(self._sessions[session], feed, names) if names else {}
 
     def race(self, sessions: Sequence[str], feed: Feed, seconds: float) -> NDArray[np.float64]:
         """Times sessions in turns on one request.

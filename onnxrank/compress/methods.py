@@ -136,13 +136,18 @@ def factor(net: Network, site: Product, first: Floats, second: Floats, shift: Fl
         inner = net.fresh(f"{node.output[0]}.low")
         one = net.node(method, "MatMul", [node.input[0], names[0]], [inner])
         if node.op_type == "Gemm":
-            bias = net.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(site.shape[1], kind)
-            if bias is None:
-                raise Refused("its bias is computed")
-            total = (bias.astype(np.float64).reshape(-1) + shift).astype(kind)
-            vector = net.constant(np.broadcast_to(total, (site.shape[1],)), f"{node.output[0]}.bias")
+            given = node.input[2] if len(node.input) > 2 else ""
+            bias = net.array(given) if given else np.zeros(site.shape[1], kind)
+            made = [one]
+            if bias is not None:
+                total = (bias.astype(np.float64).reshape(-1) + shift).astype(kind)
+                vector = net.constant(np.broadcast_to(total, (site.shape[1],)), f"{node.output[0]}.bias")
+            else:  # what is added is computed, for one row as a rule
+                vector = net.fresh(f"{node.output[0]}.shifted")
+                constant = net.constant(shift.astype(kind), f"{node.output[0]}.shift")
+                made.append(net.node(method, "Add", [given, constant], [vector]))
             two = net.node(method, "Gemm", [inner, names[1], vector], [node.output[0]])
-            net.replace(node, [one, two])
+            net.replace(node, [*made, two])
         else:
             held = net.bias(node, site.shape[1])
             two = net.node(method, "MatMul", [inner, names[1]], [node.output[0]])

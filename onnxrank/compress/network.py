@@ -6,7 +6,6 @@ put other nodes in the place of one. Nothing is looked up by the spelling of a n
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -228,6 +227,13 @@ class Network:
         assert data is not None
         return data.T if site.flipped else data
 
+    def adds_computed(self, site: Product) -> bool:
+        """Whether a node of a layer adds what is computed itself, as candidate-level parts of divided layers do."""
+        return any(
+            n.op_type == "Gemm" and len(n.input) > 2 and n.input[2] and self.array(n.input[2]) is None
+            for n in site.nodes
+        )
+
     def bias(self, node: NodeProto, width: int) -> Bias | None:
         """The constant vector that is added to what a product gives, where nothing else reads it before."""
         if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
@@ -303,7 +309,7 @@ class Network:
     @property
     def opset(self) -> int:
         """Version of ONNX's own operators."""
-        return max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        return int(max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")))
 
     def finished(self) -> ModelProto:
         """The model without what nothing reads any more."""
@@ -337,8 +343,7 @@ def parameters(model: ModelProto) -> int:
     """Number of floats and quantised numbers among the constants: all but indices."""
     held = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, TensorProto.STRING)
     kept = [t for t in model.graph.initializer if t.data_type not in held]
-    total: int = sum(math.prod(t.dims) for t in kept)
-    return total
+    return sum(int(np.prod(t.dims)) for t in kept)
 
 
 def _distinct(sites: list[Any]) -> list[Any]:

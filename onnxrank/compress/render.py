@@ -106,14 +106,15 @@ class _Printer:
                 continue
             cells = [told(p), human(p.bytes, "B"), human(p.macs), "" if p.speed is None else micro(p.speed.seconds)]
             cells += ["" if p.speed is None else f"{p.speed.ratio:.2f}{self.to.times}"]
-            cells += ["" if p.auc is None else f"{max(-p.auc[1], 0):.5f}"]
+            cells += ["" if p.auc is None else f"{max(-p.auc[1], 0.0) + 0.0:.5f}"]
             cells += ["" if p.overlap is None else f"{p.overlap:.3f}"]
             cells += [change(p.auc), f"{p.logit_error:.4f}"] if verbose else []
             table.add_row(*(self.to.text(c) for c in cells))
         self.to.show(table)
         self.to.item(
-            "AUC falls: at most by so much, by the unfavourable end of the 95 % interval; top 10: share of each request's "
-            "best candidates that stayed" + ("." if verbose else "; steps that others beat in both are left out."),
+            "AUC falls: at most by so much, by the unfavourable end of the 95 % interval; top 10: share of each "
+            "request's best candidates that stayed"
+            + ("." if verbose else "; steps that others beat in both are left out."),
             "", 0,
         )  # fmt: skip
 

@@ -76,8 +76,8 @@ class Report:
         requests: Their requests.
         points: The original first, then the model after every step that was accepted.
         outcomes: What the gate found on rows that nothing was fitted to, by output.
-        stopped: Why the search ended: `targets` were reached, what may be lost (`loss`) was used up, or there were no more
-            `options`; `plan` where none was made.
+        stopped: Why the search ended: `targets` were reached, what may be lost (`loss`) was used up, or there were no
+            more `options`; `plan` where none was made.
         tries: How many models the gate was asked about.
         packed: What did nothing and was packed away, a sentence each.
         refusals: Where methods left sites alone.

@@ -9,6 +9,7 @@ what is kept.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,8 @@ Floats = NDArray[np.float64]
 Chain = tuple[tuple[str, int], ...]
 _LEAST = 1e-3
 """Share of the model that a step must save to be worth trying."""
-_TIMED = 0.25  # seconds for the time of one model
-_FINAL = 1.5  # and of the last one
+_RECORD = "onnxrank.compress"
+"""Key, in a model's metadata, of what was done to it."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class Search:
         refit: Whether last layers are fitted again.
         sha256: Hash of the original.
         pack: Whether something was packed away.
+        macs: Rows that each layer and table of the base works on, by name.
+        before: Multiply-adds of the original.
+        seconds: Time for timing one model.
         say: Told what is being done.
     """
 
@@ -126,6 +130,8 @@ class Search:
     sha256: str
     pack: bool
     macs: Mapping[str, int]
+    before: int
+    seconds: float
     say: Callable[[str], None]
     refusals: list[Refusal] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
@@ -275,7 +281,7 @@ class Search:
         with self.runner.session(model) as session:
             error = self.off(self.runner.scores(session, self.kept.outputs))
             if (self.targets[1] is not None or self.targets[0] is None) and isinstance(self.all[step.site], Product):
-                turns = self.runner.race([ORIGINAL, session], self.kept.feed, _TIMED)
+                turns = self.runner.race([ORIGINAL, session], self.kept.feed, self.seconds / 2)
                 gain = self._seconds - float(np.median(turns[1] / turns[0])) * self._seconds
         return Option(step, error, saved, gain)
 
@@ -363,18 +369,19 @@ class Search:
 
     # --- what was reached -------------------------------------------------------------------------------------
 
-    def note(self, made: Made, step: Step, final: bool = False) -> None:
+    def note(self, made: Made, step: Step) -> None:
         """Adds a model to the points of the report, with its time."""
         with self.runner.session(made.model) as session:
-            turns = self.runner.race([ORIGINAL, session], self.kept.feed, _FINAL if final else 2 * _TIMED)
+            turns = self.runner.race([ORIGINAL, session], self.kept.feed, self.seconds)
         took = Speed(*speed(turns))
         aucs = [c for o in made.outcomes if (c := o.criterion("auc")) is not None]
         kept = [c for o in made.outcomes if (c := o.criterion("overlap")) is not None]
         worst = min(aucs, key=lambda c: c.low, default=None)
         self.points.append(
             Point(
-                step.told, step.site, len(made.model.SerializeToString(deterministic=True)), parameters(made.model),
-                self.cost(made.plan), took, made.error,
+                step.told, step.site,
+                len(signed(made.model, made.plan).SerializeToString()) if step.chain else self.size,
+                parameters(made.model), self.cost(made.plan) if step.chain else self.before, took, made.error,
                 None if worst is None else (worst.value, worst.low, worst.high),
                 min((c.value for c in kept), default=None),
             )
@@ -402,7 +409,7 @@ class Search:
         The better of the two models is returned.
         """
         low = {s.site: s for s in made.plan.by_site.values() if s.chain[0][0] == "low-rank"}
-        order = [n for n in (p.name for p in self.base.products()) if n in low]
+        order = [p.name for p in self.base.products() if p.name in low and not self.base.adds_computed(p)]
         maps: dict[str, Fitted] = {}
         with self.runner.session(self.base.finished(), [t for n in order for t in self._tensors(n)[1]]) as right:
             for name in order:
@@ -425,6 +432,19 @@ class Search:
         site = self.found[name]
         assert isinstance(site, Product)
         return list(site.inputs), list(site.outputs)
+
+
+def signed(model: ModelProto, plan: Plan) -> ModelProto:
+    """A compressed model with what was done in its metadata."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    kept = [p for p in out.metadata_props if p.key != _RECORD]
+    del out.metadata_props[:]
+    out.metadata_props.extend(kept)
+    done = {s.site: s.told for s in plan.steps}
+    record = {"source_sha256": plan.model_sha256, "pack": plan.pack, "done": done}
+    out.metadata_props.add(key=_RECORD, value=json.dumps(record, sort_keys=True, separators=(",", ":")))
+    return out
 
 
 def named(net: Network) -> dict[str, Site]:

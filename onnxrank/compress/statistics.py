@@ -48,6 +48,11 @@ class Moments:
             self.count, self.total - self.count * v, self.squares - off - off.T + self.count * np.outer(v, v)
         )
 
+    def through(self, matrix: NDArray[Any]) -> Moments:
+        """Those of the rows multiplied by a matrix `[width, outputs]`."""
+        w = matrix.astype(np.float64)
+        return Moments(self.count, self.total @ w, w.T @ self.squares @ w)
+
     @property
     def mean(self) -> Floats:
         """The mean row."""

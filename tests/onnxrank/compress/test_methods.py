@@ -24,6 +24,7 @@ FORMS = {
     "Add from the left": "p = MatMul(x, W) y = Add(b, p)",
     "Gemm": "y = Gemm(x, W, b)",
     "Gemm without bias": "y = Gemm(x, W)",
+    "Gemm, bias computed": "c = Mul(b, b) y = Gemm(x, W, c)",
     "Gemm flipped": "y = Gemm<transB=1>(x, V, b)",
     "transposed": "t = Transpose<perm=[1,0]>(V) p = MatMul(x, t) y = Add(p, b)",
     "read twice": "p = MatMul(x, W) q = Add(p, b) r = Relu(p) y = Add(q, r)",
