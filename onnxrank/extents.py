@@ -227,6 +227,17 @@ def _extreme(op: str, a: int | Expr, b: int | Expr) -> int | Expr:
     return ordered[0] if len(ordered) == 1 else Expr((((Call(op, tuple(ordered)),), 1),))
 
 
+def is_cut_of(size: int | Expr, whole: int | Expr) -> bool:
+    """Whether an extent is another one, cut to some constants of at least 1: `min(whole, c)`.
+
+    Where numpy's broadcasting allows both beside each other, they are equal: a tensor cut to fewer entries, but for 1,
+    does not fit, and one that is cut to a single entry is broadcast to the whole.
+    """
+    args = _operands("min", size)
+    others = [a for a in args if a != whole]
+    return 0 < len(others) < len(args) and all(isinstance(a, int) and a >= 1 for a in others)
+
+
 def _operands(op: str, size: int | Expr) -> tuple[int | Expr, ...]:
     """The operands of an extent that is a call of a function itself."""
     if isinstance(size, Expr) and len(size.terms) == 1:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
 from onnx import ModelProto, NodeProto
 
 from onnxrank import cost, facts
-from onnxrank.plan import ALWAYS, LEAVE, TAKE, WRITTEN_OUT, Alternative, Choice, Place, Site, label
+from onnxrank.plan import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.rewrite import Refusal, Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
@@ -220,18 +220,19 @@ def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span
     return out
 
 
-def written_out_sites(study: Study, fused: Collection[str], done: Collection[str]) -> list[Site]:
-    """Sites of the fused operators that could be divided by level, were they written out as their steps.
+def preparing_sites(kind: str, study: Study, places: Iterable[int], done: Collection[int]) -> list[Site]:
+    """Sites of what may be done before any rule looks at a model.
 
     Args:
-        study: What is known of the original as it is.
-        fused: Their first outputs.
-        done: Those of the ones that are.
+        kind: `SEGMENTS` or `WRITTEN_OUT`.
+        study: What is known of the model before that.
+        places: The nodes where it may be done.
+        done: Those of them where it is.
     """
+    nodes = study.model.graph.node
     return [
-        Site(Place(WRITTEN_OUT, k), label(n), n.op_type, (), TAKE if n.output[0] in done else LEAVE)
-        for k, n in enumerate(study.model.graph.node)
-        if n.output and n.output[0] in fused
+        Site(Place(kind, k), label(nodes[k]), nodes[k].op_type, (), TAKE if k in done else LEAVE)
+        for k in sorted(places)
     ]
 
 

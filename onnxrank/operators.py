@@ -180,6 +180,7 @@ def broadcast(shapes: Sequence[Shape]) -> list[int | Expr | None]:
     out: list[int | Expr | None] = []
     for k in range(rank):
         found = {s[k - rank + len(s)] for s in shapes if k >= rank - len(s)} - {1}
+        found -= {n for n in found if any(ex.is_cut_of(n, other) for other in found)}
         out.append(1 if not found else next(iter(found)) if len(found) == 1 else None)
     return out
 

@@ -19,7 +19,7 @@ from onnxrank import model as files
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
-from onnxrank.forms import Form, forms, report_candidates, written_out_sites
+from onnxrank.forms import Form, forms, preparing_sites, report_candidates
 from onnxrank.fused import Unsupported
 from onnxrank.operators import domain_of, operator
 from onnxrank.plan import Measured, Plan, Site, label
@@ -28,7 +28,7 @@ from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
-from onnxrank.study import Study
+from onnxrank.study import Study, fit
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES
 from onnxrank.verify import failure, gate, sizes
@@ -304,6 +304,23 @@ def new_report(loaded: files.LoadedModel, options: Options, roles: Roles) -> Rep
 
 
 @dataclass
+class _Way:
+    """A model that rules may look at: the original, or with its sequences taken apart.
+
+    Attributes:
+        base: What is known of it.
+        written_out: The same with fused operators written out.
+        could: Those that hold several levels, by their places in `base`.
+        done: Those of them that can be written out.
+    """
+
+    base: Study
+    written_out: Study
+    could: frozenset[int] = frozenset()
+    done: frozenset[int] = frozenset()
+
+
+@dataclass
 class Job:
     """One run of `optimize` on a model, a step a method, in their order.
 
@@ -331,17 +348,17 @@ class Job:
         self.form: Form | None = None
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
-        self._fused: list[Site] = []
+        self._original: Study | None = None
+        self._prepared: list[Site] = []
         self._others: list[Refusal] = []
-        self._written: set[str] = set()
-        self._could: set[str] = set()
+        self._ways: list[_Way] = []
         self._kept = False
         self._without: frozenset[str] = frozenset()
 
     def studied(self) -> bool:
         """Derives the original's shapes; whether it can be rewritten at all."""
         self.options.say("deriving shapes")
-        study = self.study = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
+        study = self.study = self._original = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
         self.notes += [study.facts.note] if study.facts.note else []
         served = sizes.spans(study.symbols, self.options.lengths or {})
         self.report.lengths = {sizes.name_of(s): span for s, span in served.items()}
@@ -354,45 +371,68 @@ class Job:
     def candidates(self) -> list[Form]:
         """The ways to rewrite the model, those with all rules first."""
         assert self.study is not None
+        self.options.say("rewriting")
+        found = self._forms(self.study)
+        if self.study.sequences:
+            try:
+                found = self._forms(self.study.divided(self.study.sequences)) + found
+            except ModelError as e:
+                self.notes.append(f"a sequence of symbolic length is not taken apart: {e}")
+        return found
+
+    def _forms(self, study: Study) -> list[Form]:
+        """The ways to rewrite a model as it is, and with fused operators written out that hold several levels."""
         o = self.options
-        o.say("rewriting")
-        plain = found = forms(self.study, o.rules, o.interface, o.guard, o.span)
+        way = _Way(study, study)
+        self._ways.append(way)
+        plain = found = forms(study, o.rules, o.interface, o.guard, o.span)
+        written: set[str] = set()
         refused: set[str] = set()
         for _ in range(_MOST_WRITINGS):  # what one is written out as may bring several levels to the next one
-            fused = {*self._written, *found[0].rewrite.rw.fused} - refused
-            if fused == self._written:
+            fused = {*written, *found[0].rewrite.rw.fused} - refused
+            if fused == written:
                 break
             try:
-                found = forms(self.study.written_out(fused), o.rules, o.interface, o.guard, o.span)
-                self._written = fused
+                found = forms(study.written_out(fused), o.rules, o.interface, o.guard, o.span)
+                written, way.written_out = fused, found[0].study
             except Unsupported as e:
                 refused.add(e.output)
-                self._not_written([e.output], str(e))
+                self._not_written(study, [e.output], str(e))
             except ModelError as e:
-                self._not_written(fused, str(e))
+                self._not_written(study, fused, str(e))
                 break
-        self._could = self._written | refused
+        nodes = study.model.graph.node
+        way.could = frozenset(k for k, n in enumerate(nodes) if n.output and n.output[0] in written | refused)
+        way.done = frozenset(k for k in way.could if nodes[k].output[0] in written)
         return plain if found is plain else found + plain
 
-    def _not_written(self, outputs: Collection[str], why: str) -> None:
+    def _not_written(self, study: Study, outputs: Collection[str], why: str) -> None:
         """Says why fused operators, known by their first outputs, are left as they are."""
-        assert self.study is not None
-        found = {n.op_type for n in self.study.model.graph.node if n.output and n.output[0] in outputs}
+        found = {n.op_type for n in study.model.graph.node if n.output and n.output[0] in outputs}
         what = " and ".join(sorted({"fused attention" if "Attention" in op else op for op in found}))
         self.notes.append(f"{what} is left as it is, though its operands hold several levels: {why}")
 
     def choose(self, found: Sequence[Form]) -> None:
         """Takes the form that costs least at the expected number of candidates."""
-        assert self.study is not None
-        original = self.study
-        before = cost.shapes_of(original.model, original.facts, original.input_extents(), self.options.usual)
-        seconds = _seconds(original.model, before)
+        original, seconds = self._original, self._before()
+        assert original is not None
         # Of forms that are all out the last is the plainest.
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
         self.full = next(f for f in found if f.study is chosen.study)
-        done = self._written if chosen.study is not original else ()
-        self._fused = written_out_sites(original, self._could, done)
+        way = next(w for w in self._ways if chosen.study in (w.base, w.written_out))
+        sequences, done = original.sequences, way.done if chosen.study is not way.base else ()
+        self._prepared = preparing_sites(
+            plan.SEGMENTS, original, sequences, sequences if way.base is not original else ()
+        ) + preparing_sites(plan.WRITTEN_OUT, way.base, way.could, done)
         self._take(chosen)
+
+    def _before(self) -> Callable[[int], float]:
+        """Predicted time of the original, by the number of candidates."""
+        study = self._original
+        assert study is not None
+        return _seconds(
+            study.model, cost.shapes_of(study.model, study.facts, study.input_extents(), self.options.usual)
+        )
 
     def _take(self, form: Form) -> None:
         """Goes on with a form, and says what was left alone."""
@@ -415,7 +455,7 @@ class Job:
             return False
         n = self.options.usual
         original, made = self.form.study.model, self.form.model
-        before, after = cost.seconds(original.graph, self.form.original_shapes(n)), self.form.time(n)
+        before, after = self._before()(n), self.form.time(n)
         if made is not None and _operators(made) == _operators(original) and isclose(before, after):
             self.notes.append("the rewritten model would do the same work in another order, so it was not taken")
             return False
@@ -435,11 +475,9 @@ class Job:
         study = self.study
         assert study is not None
         self.options.say("rewriting")
-        self._fused = [s for s in found.sites if s.place.rule == plan.WRITTEN_OUT]
-        _fit(self._fused, study)
-        if found.written_out:
-            study = study.written_out([study.model.graph.node[s.place.index].output[0] for s in found.written_out])
-        _fit([s for s in found.sites if s.place.rule != plan.WRITTEN_OUT], study)
+        self._prepared = list(found.preparation)
+        study = study.prepared(self._prepared)
+        fit([s for s in found.sites if s.place.rule not in plan.PREPARING], study)
         o = self.options
         self.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
         self.measured = found.measured
@@ -605,7 +643,7 @@ class Job:
             roles=self.roles.to_dict(),
             offered=self.options.names,
             rules=tuple(dict.fromkeys(rules)),
-            sites=() if form is None else (*self._fused, *form.sites),
+            sites=() if form is None else (*self._prepared, *form.sites),
             changed=form is not None,
             measured=self.measured,
         )
@@ -653,10 +691,7 @@ class Job:
         self.report.after = cost.by_level(made.graph, shapes)
         self.report.rules = self._uses()
         self.report.size_after = made.ByteSize()
-        before = form.original_shapes(self.options.usual)
-        self.report.predictions = _predictions(
-            _seconds(form.study.model, before), _seconds(form.model, shapes), self.measured
-        )
+        self.report.predictions = _predictions(self._before(), _seconds(form.model, shapes), self.measured)
         return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
     def unchanged(self) -> Result:
@@ -670,19 +705,6 @@ class Job:
 def _operators(model: ModelProto) -> Counter[str]:
     """How often each operator occurs."""
     return Counter(operator(n) for n in model.graph.node)
-
-
-def _fit(sites: Iterable[Site], study: Study) -> None:
-    """Holds the sites of a plan against a model's nodes.
-
-    Raises:
-        UsageError: They are not there.
-    """
-    nodes = study.model.graph.node
-    for s in sites:
-        k = s.place.index
-        if not 0 <= k < len(nodes) or (label(nodes[k]), nodes[k].op_type) != (s.node, s.op):
-            raise UsageError(f"the plan does not fit the model: it has no {s.op} {s.node!r} at place {k}")
 
 
 def _suspects(form: Form) -> list[str]:

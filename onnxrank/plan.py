@@ -20,6 +20,10 @@ ALWAYS = ("movement", "broadcast")
 """Rules by which entries are followed: without them no other can be applied, so plans list only where they are not."""
 WRITTEN_OUT = "fused"
 """In the place of a rule: a fused operator of the original, which may be written out as its steps."""
+SEGMENTS = "segments"
+"""In the place of a rule: where the original joins a sequence of symbolic length, which may be taken apart."""
+PREPARING = (SEGMENTS, WRITTEN_OUT)
+"""What is decided before any rule looks at the model, in this order."""
 
 
 def label(node: NodeProto) -> str:
@@ -55,8 +59,8 @@ class Place:
 
     Attributes:
         rule: The rule.
-        index: The node, by its place among those of the original with functions inlined and fused operators written
-            out as the plan says.
+        index: The node, by its place among those of the original with functions inlined, sequences taken apart and
+            fused operators written out as the plan says.
         step: Which of the rule's decisions at the node; rules that take nodes make one.
     """
 
@@ -137,6 +141,11 @@ class Plan:
     measured: tuple[Measured, ...] = ()
 
     @property
+    def preparation(self) -> tuple[Site, ...]:
+        """What is decided before any rule looks at the model."""
+        return tuple(s for s in self.sites if s.place.rule in PREPARING)
+
+    @property
     def written_out(self) -> tuple[Site, ...]:
         """The fused operators that are written out."""
         return tuple(s for s in self.sites if s.place.rule == WRITTEN_OUT and s.taken)
@@ -144,8 +153,8 @@ class Plan:
     def choice(self) -> Choice:
         """What a rewrite asks in order to do the same again."""
         return Choice(
-            left=frozenset(s.place for s in self.sites if not s.taken and s.place.rule != WRITTEN_OUT),
-            replayed={s.place: s.chosen for s in self.sites if s.place.rule != WRITTEN_OUT},
+            left=frozenset(s.place for s in self.sites if not s.taken and s.place.rule not in PREPARING),
+            replayed={s.place: s.chosen for s in self.sites if s.place.rule not in PREPARING},
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
+from onnxrank import extents as ex
 from onnxrank.emit import Emitter
 from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
@@ -33,6 +34,7 @@ from onnxrank.values import (
     Abstract,
     Affine,
     Codes,
+    Dim,
     Dims,
     Level,
     Source,
@@ -421,6 +423,34 @@ class Rewrite:
             source = self.sources.add(physical, made.dtype, name, part=self.is_part([part]))
             group.put(out, codes_of(source))
         return self.tidy(made.dims, made.dtype, out)
+
+    def fitted(self, values: Sequence[Value]) -> list[Value]:
+        """Operands to be broadcast, with one name for extents that are equal wherever the model runs.
+
+        A table of positions that is cut to `min(L, c)` rows has L of them where it is added to L rows
+        (`extents.is_cut_of`).
+        """
+        rank = max(v.rank for v in values)
+        names: dict[int, dict[Dim, Dim]] = {}
+        for k in range(rank):
+            found = {v.dims[k - rank] for v in values if v.rank >= rank - k} - {()}
+            sizes = {d: self.facts.size_of(d) for d in found} if len(found) > 1 else {}
+            names[k - rank] = {
+                d: whole for d in sizes for whole in sizes if len(whole) == 1 and ex.is_cut_of(sizes[d], sizes[whole])
+            }
+        return [self._named(v, names) for v in values] if any(names.values()) else list(values)
+
+    def _named(self, value: Value, names: Mapping[int, Mapping[Dim, Dim]]) -> Value:
+        """A value with other names for some extents, by axes counted from the last."""
+        dims = tuple(names[k - value.rank].get(d, d) for k, d in enumerate(value.dims))
+        if dims == value.dims:
+            return value
+        if value.whole is None:
+            raise Unrepresentable("extents of several names in a tensor of several parts")
+        held = self.present(value)
+        axes = zip(value.dims, dims, strict=True)
+        present = {s for d, new in axes if not held.isdisjoint(symbols([d])) for s in symbols([new])}
+        return self.new(dims, value.dtype, present, self.layout.name_of(value.whole))
 
     def _is_empty(self, name: str) -> bool:
         """Whether an original tensor has an axis without entries, whatever the symbols are."""

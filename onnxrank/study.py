@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import facts, feeds, operators
+from onnxrank import facts, feeds, operators, segments
 from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.fused import written_out
 from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
-from onnxrank.plan import label
+from onnxrank.plan import PREPARING, SEGMENTS, Site, label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (
@@ -147,9 +150,75 @@ class Study:
             raise ModelError(stray.reason)
         return made
 
+    @cached_property
+    def sequences(self) -> list[int]:
+        """The nodes that join a history and candidates along an axis of symbolic length, by their places."""
+        return segments.sequences(self.model, self.facts, self._candidate())
+
+    def _candidate(self) -> frozenset[str]:
+        """The inputs that may differ between candidates."""
+        return frozenset(i.name for i in self.declared if i.role.level != "request")
+
+    def divided(self, places: Sequence[int]) -> Study:
+        """The same of a model in which sequences, known by the places of the nodes that join them, are taken apart.
+
+        Raises:
+            ModelError: The model does not run that way, or a run contradicts what was derived of it.
+        """
+        graph = self.model.graph
+        replaced = files.overridable(self.model)
+        stored = {t.name: t for t in graph.initializer if t.name not in replaced}
+
+        def data(name: str) -> NDArray[Any] | None:
+            if name in stored:
+                return facts.constant_data(stored[name], self.loaded.folder)
+            dims, found = self.facts.folded.get(name, ((), None))
+            return None if symbols(dims) else found
+
+        types = {t.name: t.data_type for t in graph.initializer} | {i.name: i.dtype for i in self.declared}
+        inputs = {i.name: i.dims for i in self.declared}
+        model = segments.divided(self.model, self.facts, types | self.dtypes, inputs, self._candidate(), data, places)
+        made = Study(model, self.roles, self.loaded)
+        stray = made.contradicted()
+        if stray is not None:
+            raise ModelError(stray.reason)
+        return made
+
+    def prepared(self, sites: Sequence[Site]) -> Study:
+        """The same after the steps of a plan that come before all rules (`Plan.preparation`).
+
+        Raises:
+            UsageError: The sites are not those of the model.
+            Unsupported: A fused operator cannot be written out.
+            ModelError: The model does not run that way, or a run contradicts what was derived of it.
+        """
+        study = self
+        for kind in PREPARING:
+            own = [s for s in sites if s.place.rule == kind]
+            fit(own, study)
+            places = [s.place.index for s in own if s.taken]
+            if places and kind == SEGMENTS:
+                study = study.divided(places)
+            elif places:
+                study = study.written_out([study.model.graph.node[k].output[0] for k in places])
+        return study
+
     def input_extents(self) -> dict[str, tuple[facts.Extent, ...]]:
         """Extents of the inputs."""
         return {i.name: extents_of(i.dims) for i in self.declared}
+
+
+def fit(sites: Iterable[Site], study: Study) -> None:
+    """Holds the sites of a plan against a model's nodes.
+
+    Raises:
+        UsageError: They are not there.
+    """
+    nodes = study.model.graph.node
+    for s in sites:
+        k = s.place.index
+        if not 0 <= k < len(nodes) or (label(nodes[k]), nodes[k].op_type) != (s.node, s.op):
+            raise UsageError(f"the plan does not fit the model: it has no {s.op} {s.node!r} at place {k}")
 
 
 def _shown(dims: Dims) -> str:

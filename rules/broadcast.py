@@ -96,6 +96,7 @@ def elementwise(rw: Rewrite, op: str, values: Sequence[Value], output: str) -> V
 
 
 def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present: list[int], dtype: int) -> Value:
+    values = rw.fitted(values)
     dims = broadcast_dims([v.dims for v in values])
     same = _neutral(node, values, dims)
     if same is not None:
@@ -417,6 +418,8 @@ def add(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     a, b = (rw.unless_sum(o) for o in operands if o is not None)
     if a.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return None
+    if isinstance(a, Value) and isinstance(b, Value):
+        a, b = rw.fitted([a, b])
     dims = broadcast_dims([a.dims, b.dims])
     alone = [len(rw.readers(i)) == 1 for i in node.input]
     waits = any(single and (isinstance(v, Sum) or _pending(rw, v)) for single, v in zip(alone, (a, b), strict=True))

@@ -22,22 +22,16 @@ from onnx import NodeProto, TensorProto
 from onnxrank import runtime
 from onnxrank.operators import operator
 from onnxrank.rewrite import RESHAPES, Rewrite, Rule
+from onnxrank.segments import spans
 from onnxrank.values import HOLE, Abstract, Level, Value, extents
 
 from . import attention
 from .broadcast import attribute, elementwise
 
 _LARGEST = 1 << 22
-_GAPS = {int(TensorProto.FLOAT16): 1e4}
-"""How far below a visible key a masked one must be; other types have more room."""
-_GAP = 1e6
 _RESHAPES = RESHAPES | {"Identity", "Dropout"}
 _SCORES = {"MatMul", "Einsum"}
 _ON_SCORES = {*_RESHAPES, "Transpose", "Cast", "Add", "Sub", "Where", "Mul", "Div"}
-_PRECISION = {int(TensorProto.FLOAT16): 2.0**-10, int(TensorProto.BFLOAT16): 2.0**-7, int(TensorProto.DOUBLE): 2.0**-52}
-_MARGIN = 1e4
-"""How many steps of the type, at the size of what is added to scores, a masked key must be below a visible one."""
-
 Interval = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Least and greatest value of every entry; truth is 0 or 1."""
 
@@ -58,11 +52,7 @@ def softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return None
     low, high = (np.broadcast_to(part, extents(x.dims)) for part in found)
     seen = low.max(-1, keepdims=True)
-    # Where much is added to all keys of a row, scores and smaller gaps are rounded away.
-    step = _PRECISION.get(x.dtype, 2.0**-23) * _MARGIN
-    with np.errstate(invalid="ignore"):
-        gap = np.maximum(_GAPS.get(x.dtype, _GAP), np.abs(seen) * step)
-        hidden = (high == -np.inf) | (seen - high >= gap)
+    hidden = spans.hides(x.dtype, high, seen)
     hidden &= kinds & mixed[..., None]
     if not hidden.any():
         if (high < 0).any() or (low < 0).any():

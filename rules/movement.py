@@ -290,16 +290,17 @@ def _concat_sums(rw: Rewrite, node: NodeProto, operands: list[Value | Sum]) -> l
 
 
 def _concat_symbolic(rw: Rewrite, node: NodeProto, values: list[Value], axis: int) -> list[Abstract] | None:
-    """Along an extent that is not constant, only tensors of one level can be joined as they are."""
+    """Along an extent that is not constant: whole tensors, each with all rows that any of them has."""
     known = rw.facts.dims(node.output[0])
     if known is None or any(map(is_candidate_symbol, symbols(v.dims[axis] for v in values))):
         return None
     dims = (*values[0].dims[:axis], known[axis], *values[0].dims[axis + 1 :])
     values = [rw.held(v, symbols([v.dims[axis]])) for v in values]
     held = {s for v in values for s in rw.present(v)}
-    if not all(v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) for v in values):
-        raise Unrepresentable("joins levels along an extent that is not constant")
-    return rw.keep(node, [rw.tensor(v) for v in values], [dims], held | set(symbols([known[axis]])))
+    if len({any(map(is_candidate_symbol, rw.present(v))) for v in values}) > 1:
+        rw.refuse("movement", "it joins levels along an extent that is not constant, so all of it has all rows")
+    names = [rw.rows_along(v, held) for v in values]
+    return rw.keep(node, names, [dims], held | set(symbols([known[axis]])))
 
 
 def pad(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

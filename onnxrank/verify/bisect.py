@@ -126,14 +126,11 @@ class _Trial:
             raise ModelError(f"the rules cannot be applied: {e}") from e
 
     def _studied(self) -> Study:
-        """The original, with those fused operators written out that the contract's plan names."""
+        """The original, prepared as the contract's plan says."""
         loaded = self.engine.original.loaded
         study = Study(flattened(loaded.proto), self.engine.roles, loaded)
-        nodes = study.model.graph.node
         try:
-            places = [s.place.index for s in Plan.from_contract(self.stored).written_out]
-            outputs = [nodes[k].output[0] for k in places if 0 <= k < len(nodes) and nodes[k].output]
-            return study.written_out(outputs) if outputs else study
+            return study.prepared(Plan.from_contract(self.stored).preparation)
         except (UsageError, Unsupported):  # of another version, or edited
             return study
 

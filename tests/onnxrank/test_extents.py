@@ -119,6 +119,13 @@ def test_bounds() -> None:
     assert ex.is_zero(N) is None and ex.is_zero(N + 1) is False and ex.is_zero(N - N) is True
 
 
+def test_extents_cut_to_constants() -> None:
+    assert ex.is_cut_of(ex.minimum(L + 1, 80), L + 1) and ex.is_cut_of(ex.minimum(ex.minimum(L, 80), 9), L)
+    assert not ex.is_cut_of(ex.minimum(L, N), L), "N may be 0, or 1, where L is not"
+    assert not ex.is_cut_of(L, L) and not ex.is_cut_of(ex.minimum(L, 80), N) and not ex.is_cut_of(80, L)
+    assert not ex.is_cut_of(ex.minimum(L, 0), L)
+
+
 def test_truth_of_an_expression_is_not_guessed() -> None:
     with pytest.raises(Unproved, match="whether N is 0"):
         bool(N)

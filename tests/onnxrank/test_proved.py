@@ -199,6 +199,22 @@ def test_target_attention_of_some_parts(parts: str) -> None:
     right_everywhere(model, ["h"])
 
 
+@pytest.mark.parametrize("table", [512, 64])
+@pytest.mark.parametrize("add", ["k1 = Add(k0, p)", "k1 = Add(p, k0)", "q = Neg(p) k1 = Sub(k0, q)"])
+def test_positions_cut_to_the_length_are_the_requests(add: str, table: int) -> None:
+    """What is cut to `min(L, 64)` rows has L of them wherever it is added to L rows."""
+    model = text_graph(
+        "(int64[N,L] h, float[N,16] c) => (float[N,1] y) { a1 = Constant<value_ints=[1]>()"
+        " a2 = Constant<value_ints=[2]>() k0 = Gather(E, h) sh = Shape(h) n = Slice(sh, a1, a2)"
+        f" z = Constant<value_ints=[0]>() p = Slice(P, z, n, z) {add} k2 = MatMul(k1, T) kr = Relu(k2)"
+        " q1 = Unsqueeze(c, a2) s = MatMul(kr, q1) t = ReduceSum<keepdims=0>(s, a1) y = Identity(t) }",
+        P=whole(table, 16, seed=3), **TABLE,
+    )  # fmt: skip
+    result = right_everywhere(model, ["h"])
+    assert not [r for r in result.report.refusals if "extents" in r.reason]
+    assert result.report.macs_after < result.report.macs_before / 10
+
+
 @pytest.mark.parametrize("positions", ["table", "range"])
 def test_positions_of_a_history(positions: str) -> None:
     how = {

@@ -1,0 +1,399 @@
+"""Tensors in segments: cutting them, joining them again, and writing copies of a node for every segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from onnxrank import extents as ex
+from onnxrank.emit import Emitter
+from onnxrank.extents import Expr
+from onnxrank.facts import Facts
+from onnxrank.graphs import captured, names_in, subgraphs
+from onnxrank.layout import Layout
+from onnxrank.operators import operator
+from onnxrank.segments import spans
+from onnxrank.segments.spans import BOOLEAN, UNKNOWN, Known, Size, Span
+from onnxrank.values import Dims, Sources, canonical, symbols
+
+Sizes = tuple[Size, ...]
+Index = tuple[int, ...]
+Data = Callable[[str], "NDArray[Any] | None"]
+
+_MOST_CONSTANT = 1 << 20
+
+
+class Left(Exception):
+    """An operator that is left to the sequence as a whole."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment of a tensor.
+
+    Attributes:
+        name: Its tensor; None for zeros that nobody has written.
+        known: What is known of its entries.
+        score: The same of what is added to the product in it, where it is scores of attention.
+        candidate: Whether it may differ between candidates.
+        joint: Where softmax went over several segments at once: that tensor, and which of them it holds.
+    """
+
+    name: str | None
+    known: Known = UNKNOWN
+    score: Known | None = None
+    candidate: bool = True
+    joint: tuple[str, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the original graph.
+
+    Attributes:
+        sizes: Its shape.
+        cuts: Per axis the extents of its segments; one for an axis that is whole.
+        parts: Per segment, by its number along every axis, what holds it.
+        dtype: Element type.
+    """
+
+    sizes: Sizes
+    cuts: tuple[Sizes, ...]
+    parts: Mapping[Index, Part]
+    dtype: int
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return len(self.cuts)
+
+    @property
+    def divided(self) -> bool:
+        """Whether it is in several segments."""
+        return len(self.parts) > 1
+
+    def sizes_of(self, index: Index) -> Sizes:
+        """Shape of a segment."""
+        return tuple(c[k] for c, k in zip(self.cuts, index, strict=True))
+
+    def own(self, index: Index) -> Index:
+        """The number of the segment that belongs to one of a tensor this one is broadcast to."""
+        mine = index[len(index) - self.rank :]
+        return tuple(k if len(c) > 1 else 0 for c, k in zip(self.cuts, mine, strict=True))
+
+    def at(self, index: Index) -> Part:
+        """The segment that belongs to one of a tensor this one is broadcast to."""
+        return self.parts[self.own(index)]
+
+
+def indices(cuts: Iterable[Sizes]) -> Iterator[Index]:
+    """The numbers of all segments."""
+    return product(*(range(len(c)) for c in cuts))
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    """The sum of extents."""
+    out: Size = 0
+    for n in sizes:
+        out = out + n
+    return out
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Value of a node's attribute."""
+    found = next((a for a in node.attribute if a.name == name), None)
+    return default if found is None else helper.get_attribute_value(found)
+
+
+def depends(model: ModelProto, inputs: Iterable[str]) -> set[str]:
+    """The tensors whose entries some inputs may change; what their extents change does not count."""
+    out = set(inputs)
+    for node in model.graph.node:
+        read = {*node.input, *(c for g in subgraphs(node) for c in captured(g))}
+        if not read.isdisjoint(out) and operator(node) not in ("Shape", "Size"):
+            out.update(o for o in node.output if o)
+    return out
+
+
+class Division:
+    """A graph whose sequences are being taken apart.
+
+    Args:
+        model: The model.
+        facts: Its shapes and constants.
+        dtypes: Element type per tensor, where known.
+        inputs: Shapes of its inputs.
+        candidate: Inputs that may differ between candidates.
+        data: Entries of constants; None for what is none.
+        places: The nodes that join a sequence, by their places.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        facts: Facts,
+        dtypes: Mapping[str, int],
+        inputs: Mapping[str, Dims],
+        candidate: frozenset[str],
+        data: Data,
+        places: Sequence[int],
+    ) -> None:
+        graph = model.graph
+        self.model, self.facts, self.data = model, facts, data
+        self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self.emit = Emitter(names_in(graph), self.opset)
+        self.tensors: dict[str, Tensor] = {}
+        self.seen: dict[str, Span] = {}
+        """What is known of tensors that are left as they are."""
+        self._dtypes, self._inputs = dtypes, inputs
+        self._layout = Layout(Sources(), self.emit, facts.expressions)
+        # Rows are counted by inputs that have them whatever becomes of the others.
+        for name in sorted(inputs, key=lambda n: n not in candidate):
+            for axis, d in enumerate(inputs[name]):
+                held = next((f for f in d if isinstance(f, int)), 1)
+                if len(symbols([d])) == 1:
+                    self._layout.extent_of.setdefault(symbols([d])[0], (name, axis, held))
+        self._depends = depends(model, candidate)
+        self._stored = {t.name: tuple(t.dims) for t in graph.initializer}
+        self._cut: dict[tuple[str, tuple[Sizes, ...], int, Sizes], Tensor] = {}
+        self._written: set[str] = set()
+        self.totals: dict[Size, Sizes] = {}
+        """Per length of a sequence the lengths of its segments."""
+        for k in places:
+            node = graph.node[k]
+            axis = attribute(node, "axis", 0) % len(facts.sizes[node.output[0]])
+            cut = tuple(self.sizes(i)[axis] for i in node.input)
+            self.totals.setdefault(total(cut), cut)
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def sizes(self, name: str) -> Sizes:
+        """Shape of an original tensor.
+
+        Raises:
+            Left: It is not proved.
+        """
+        found = self.facts.sizes.get(name, self._stored.get(name))
+        if found is None and name in self._inputs:
+            found = tuple(self.facts.size_of(d) for d in self._inputs[name])
+        if found is None or any(s in self.facts.opaque for n in found for s in ex.symbols_of(n)):
+            raise Left
+        return tuple(found)
+
+    def dtype(self, name: str) -> int:
+        """Element type of an original tensor; 0 if it is not known."""
+        return self._dtypes.get(name, 0)
+
+    def tensor(self, name: str) -> Tensor:
+        """An original tensor, in segments or whole."""
+        if name not in self.tensors:
+            sizes = self.sizes(name)
+            part = Part(name, self.known(name), None, name in self._depends)
+            cuts = tuple((n,) for n in sizes)
+            self.tensors[name] = Tensor(sizes, cuts, {(0,) * len(sizes): part}, self.dtype(name))
+        return self.tensors[name]
+
+    def operands(self, node: NodeProto) -> list[Tensor | None]:
+        """A node's operands; None for what is left out."""
+        return [self.tensor(i) if i else None for i in node.input]
+
+    def touched(self, name: str) -> bool:
+        """Whether a tensor is in segments, or is one of another tensor."""
+        made = self.tensors.get(name)
+        return made is not None and (made.divided or next(iter(made.parts.values())).name != name)
+
+    def rest(self, node: NodeProto) -> list[str]:
+        """Names of a node's operands but the first.
+
+        Raises:
+            Left: One of them is not there as a whole.
+        """
+        if any(self.touched(i) for i in node.input[1:]):
+            raise Left
+        return list(node.input[1:])
+
+    def known(self, name: str) -> Known:
+        """What is known of a tensor that is there as a whole."""
+        if name in self.seen:
+            return spans.of(self.seen[name])
+        data = self.data(name)
+        unknown = BOOLEAN if self.dtype(name) == TensorProto.BOOL else UNKNOWN
+        if data is None or not data.size or data.size > _MOST_CONSTANT or data.dtype.kind not in "biuf":
+            return unknown
+        low, high = data.min(), data.max()
+        if low != low or high != high:
+            return unknown
+        kind = float if data.dtype.kind == "f" else int
+        return spans.of(Span(kind(low), kind(high)))
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def name(self, tensor: Tensor, index: Index) -> str:
+        """The tensor of a segment, zeros written out."""
+        held = tensor.parts[index].name
+        return self.zeros(tensor, index) if held is None else held
+
+    def zeros(self, tensor: Tensor, index: Index) -> str:
+        """Zeros of a segment's shape."""
+        return self.emit.add("Expand", [self.zero(tensor.dtype), self.vector(tensor.sizes_of(index))])
+
+    def zero(self, dtype: int) -> str:
+        """The number 0."""
+        return self.emit.constant(np.zeros((), helper.tensor_dtype_to_np_dtype(dtype)))
+
+    def vector(self, sizes: Sequence[Size]) -> str:
+        """A shape as an int64 vector."""
+        dims = []
+        for n in sizes:
+            c, found = self.facts.extent(n)
+            whole = n if len(found) > 1 else None
+            dims.append(canonical([self.facts.symbol_of(whole)] if isinstance(whole, Expr) else [c, *found]))
+        return self._layout.shape_vector(tuple(dims))
+
+    def scalar(self, size: Size) -> str:
+        """An extent as a scalar."""
+        if not isinstance(size, Expr):
+            return self.emit.constant(np.array(size, np.int64))
+        return self.emit.add("Reshape", [self.vector((size,)), self.emit.constant(np.zeros(0, np.int64))])
+
+    def positions(self, start: Size, count: Size) -> str:
+        """`[start, ..., start + count - 1]`."""
+        if not isinstance(start, Expr) and not isinstance(count, Expr):
+            return self.emit.constant(np.arange(start, start + count, dtype=np.int64))
+        if count == 1:
+            return self.vector((start,))
+        ends = [self.scalar(start), self.scalar(start + count), self.emit.constant(np.array(1, np.int64))]
+        return self.emit.add("Range", ends)
+
+    def made(self, output: str, cuts: Sequence[Sizes], parts: Mapping[Index, Part]) -> Tensor:
+        """An original tensor of which all segments are there.
+
+        Raises:
+            Left: They do not have the shape that is proved of it.
+        """
+        sizes = self.sizes(output)
+        if tuple(map(total, cuts)) != sizes:
+            raise Left
+        return Tensor(sizes, tuple(cuts), parts, self.dtype(output))
+
+    def copies(
+        self,
+        node: NodeProto,
+        cuts: Sequence[Sizes],
+        operands: Callable[[Index], Sequence[str]],
+        candidate: Callable[[Index], bool],
+        known: Callable[[Index], tuple[Known, Known | None]] = lambda _: (UNKNOWN, None),
+    ) -> Tensor:
+        """A copy of a node for every segment of its result.
+
+        Args:
+            node: The node.
+            cuts: How its result is cut.
+            operands: The copy's inputs.
+            candidate: Whether a segment may differ between candidates.
+            known: What is known of a segment, and of what it adds to scores.
+        """
+        (output,) = (o for o in node.output if o)
+        parts = {}
+        for i in indices(cuts):
+            entries, score = known(i)
+            if entries.all.number == 0:
+                parts[i] = Part(None, entries, score, False)
+                continue
+            made = self.copy(node, operands(i), i)
+            parts[i] = Part(made, entries, score, candidate(i))
+        return self.made(output, cuts, parts)
+
+    def copy(self, node: NodeProto, operands: Sequence[str], index: Index) -> str:
+        """A copy of a node that reads other tensors; the name of what it makes."""
+        output = next(o for o in node.output if o)
+        made = self.emit.fresh(f"{output}/segment{''.join(map(str, index))}")
+        self.emit.copy(node, operands, [made])
+        return made
+
+    def along(self, node: NodeProto, x: Tensor, cuts: Sequence[Sizes], others: Sequence[str]) -> Tensor:
+        """A copy per segment of an operator whose result is divided as its operand is, axes in order."""
+        own = dict(zip(indices(cuts), sorted(x.parts), strict=True))
+        return self.copies(node, cuts, lambda i: [self.name(x, own[i]), *others], lambda i: x.parts[own[i]].candidate)
+
+    def moves(self, node: NodeProto, x: Tensor, order: Sequence[int | None], others: Sequence[str]) -> Tensor:
+        """A copy per segment of an operator that puts axes elsewhere.
+
+        Args:
+            node: The operator.
+            x: Its operand.
+            order: Per axis of the result the axis that it was; None for a new one.
+            others: The node's further inputs.
+        """
+        places = {x.rank - 1 - a: len(order) - 1 - k for k, a in enumerate(order) if a is not None}
+
+        def own(i: Index) -> Index:
+            at = {a: k for a, k in zip(order, i, strict=True) if a is not None}
+            return tuple(at.get(a, 0) for a in range(x.rank))
+
+        def known(i: Index) -> tuple[Known, Known | None]:
+            p = x.parts[own(i)]
+            return p.known.moved(places), None if p.score is None else p.score.moved(places)
+
+        return self.copies(
+            node,
+            [x.cuts[a] if a is not None else (1,) for a in order],
+            lambda i: [self.name(x, own(i)), *others],
+            lambda i: x.parts[own(i)].candidate,
+            known,
+        )
+
+    # --- cutting and joining -----------------------------------------------------------------------------------------
+
+    def cut(self, name: str, tensor: Tensor, axis: int, cut: Sizes) -> Tensor:
+        """A tensor with an axis, whole so far, in segments; positions that are not there fail at run time.
+
+        Args:
+            name: The original tensor.
+            tensor: It, cut along other axes perhaps.
+            axis: The axis.
+            cut: Lengths of the segments.
+
+        Raises:
+            Left: It is in other segments.
+        """
+        if tensor.cuts[axis] == cut:
+            return tensor
+        if len(tensor.cuts[axis]) > 1:
+            raise Left
+        key = (name, tensor.cuts, axis, cut)
+        if key not in self._cut:
+            starts = [total(cut[:k]) for k in range(len(cut))]
+            at = [self.positions(start, n) for start, n in zip(starts, cut, strict=True)]
+            parts = {}
+            for i, part in tensor.parts.items():
+                known = part.known if part.known.all.fixed else UNKNOWN
+                for k, positions in enumerate(at):
+                    made = self.emit.add("Gather", [self.name(tensor, i), positions], {"axis": axis})
+                    parts[(*i[:axis], k, *i[axis + 1 :])] = Part(made, known.anywhere(), None, part.candidate)
+            sizes = (*tensor.sizes[:axis], total(cut), *tensor.sizes[axis + 1 :])
+            self._cut[key] = Tensor(sizes, (*tensor.cuts[:axis], cut, *tensor.cuts[axis + 1 :]), parts, tensor.dtype)
+        return self._cut[key]
+
+    def join(self, name: str) -> None:
+        """Joins a tensor's segments again, under its own name."""
+        if not self.touched(name) or name in self._written:
+            return
+        self._written.add(name)
+        made = self.tensors[name]
+        rows = {i: self.name(made, i) for i in made.parts}
+        axes = [k for k, c in enumerate(made.cuts) if len(c) > 1]
+        if not axes:
+            self.emit.add("Identity", list(rows.values()), output=name)
+        for axis in axes[::-1]:
+            joined: dict[Index, list[str]] = {}
+            for i in sorted(rows):
+                joined.setdefault((*i[:axis], 0, *i[axis + 1 :]), []).append(rows[i])
+            output = name if axis == axes[0] else None
+            rows = {i: self.emit.add("Concat", names, {"axis": axis}, output=output) for i, names in joined.items()}

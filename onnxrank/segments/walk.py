@@ -1,0 +1,107 @@
+"""The walk over a graph that takes its sequences apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx import ModelProto, NodeProto
+
+from onnxrank import extents as ex
+from onnxrank.extents import Expr
+from onnxrank.facts import Facts
+from onnxrank.graphs import captured, live, subgraphs
+from onnxrank.operators import operator
+from onnxrank.segments import steps
+from onnxrank.segments.division import Data, Division, Left, Tensor, attribute, depends
+from onnxrank.values import Dims, is_candidate_symbol
+
+_MOST_SEGMENTS = 8
+
+
+def sequences(model: ModelProto, facts: Facts, candidate: frozenset[str]) -> list[int]:
+    """The nodes that join what candidates change and what they do not along an axis of symbolic length.
+
+    Args:
+        model: The model.
+        facts: Its shapes.
+        candidate: Inputs that may differ between candidates.
+
+    Returns:
+        Their places.
+    """
+    changed = depends(model, candidate)
+    return [k for k, node in enumerate(model.graph.node) if _joins(node, facts, changed)]
+
+
+def _joins(node: NodeProto, facts: Facts, changed: set[str]) -> bool:
+    if operator(node) != "Concat" or len(node.input) > _MOST_SEGMENTS or len({i in changed for i in node.input}) < 2:
+        return False
+    sizes = facts.sizes.get(node.output[0], ())
+    if not sizes or not facts.opaque.keys().isdisjoint(s for n in sizes for s in ex.symbols_of(n)):
+        return False
+    size = sizes[attribute(node, "axis", 0) % len(sizes)]
+    return isinstance(size, Expr) and not any(map(is_candidate_symbol, size.symbols))
+
+
+def divided(
+    model: ModelProto,
+    facts: Facts,
+    dtypes: Mapping[str, int],
+    inputs: Mapping[str, Dims],
+    candidate: frozenset[str],
+    data: Data,
+    places: Sequence[int],
+) -> ModelProto:
+    """A model with its sequences in segments; what cannot be followed reads them joined again.
+
+    Args:
+        model: The model, functions inlined.
+        facts: Its shapes and constants.
+        dtypes: Element type per tensor, where known.
+        inputs: Shapes of its inputs.
+        candidate: Inputs that may differ between candidates.
+        data: Entries of constants; None for what is none.
+        places: The nodes that join a sequence (`sequences`).
+    """
+    try:
+        d = Division(model, facts, dtypes, inputs, candidate, data, places)
+    except Left:
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:], out.graph.value_info[:]
+    for node in model.graph.node:
+        d.emit.hint = next((o for o in node.output if o), node.name)
+        made = _step(d, node)
+        if made is None:
+            for name in (*node.input, *(c for g in subgraphs(node) for c in captured(g))):
+                d.join(name)
+            steps.note(d, node)
+        else:
+            d.tensors[node.output[0]] = made
+        out.graph.node.extend(e.proto for e in d.emit.nodes)
+        d.emit.nodes.clear()
+        if made is None:
+            out.graph.node.append(node)
+    for o in model.graph.output:
+        d.join(o.name)
+    out.graph.node.extend(e.proto for e in d.emit.nodes)
+    made = live(out)
+    read = {i for n in made.graph.node for i in n.input}
+    made.graph.initializer.extend(t for name, t in d.emit.initializers.items() if name in read)
+    return made
+
+
+def _step(d: Division, node: NodeProto) -> Tensor | None:
+    """What a node makes, segment by segment; None if it is left as it is."""
+    op = operator(node)
+    if len([o for o in node.output if o]) != 1 or not node.output[0] or subgraphs(node):
+        return None
+    mine = any(d.touched(i) for i in node.input)
+    step = steps.STEPS.get(op) if mine else steps.SOURCES.get(op)
+    try:
+        if step is None or not (mine or any(n in d.totals for n in d.sizes(node.output[0]))):
+            return None
+        return step(d, node)
+    except (Left, ex.Unproved):
+        return None

@@ -1,0 +1,359 @@
+"""Sequences of symbolic length taken apart: same scores, one level per tensor, masks that are proved or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import sequences as sq
+from helpers import Given, Graph, candidate, feeds, operators, patterns, request, rewritten, run, session
+from onnx import ModelProto, TensorProto, helper
+from sequences import FAR, INF, LENGTHS, D, Sequence
+
+import onnxrank
+from onnxrank import feeds as declared
+from onnxrank import model as files
+from onnxrank.errors import UsageError
+from onnxrank.plan import SEGMENTS
+from onnxrank.roles import resolve
+from onnxrank.study import Study
+
+COUNTS = (1, 3, 33)
+
+
+def study_of(model: ModelProto, given: list[Given]) -> Study:
+    return Study(model, resolve(declared.describe(model), request=patterns(given)), files.load(model))
+
+
+def divided(model: ModelProto, given: list[Given]) -> ModelProto:
+    study = study_of(model, given)
+    assert study.sequences
+    return study.divided(study.sequences).model
+
+
+def assert_equal(
+    before: ModelProto, after: ModelProto, given: list[Given], tolerance: float, cut: bool = False
+) -> None:
+    """Holds one model against the other, at lengths and numbers beyond those that are measured."""
+    a, b = session(before), session(after)
+    for n in COUNTS:
+        for length in LENGTHS:
+            old, new = feeds(given, n, lengths={"L": length})
+            try:
+                wanted = run(a, old)
+            except Exception:
+                assert not length, "the original must run"
+                continue
+            for name, got in run(b, new if cut else old).items():
+                scale = max(1.0, float(np.nanmax(np.abs(wanted[name]), initial=0.0)))
+                what = f"{name} at N = {n}, L = {length}"
+                assert got.shape == wanted[name].shape, what
+                np.testing.assert_allclose(got, wanted[name], rtol=0, atol=tolerance * scale, err_msg=what)
+
+
+# --- operators -----------------------------------------------------------------------------------------------------
+
+Build = Callable[[Sequence], str]
+
+
+def _op(kind: str, **attrs: object) -> Build:
+    return lambda s: s.graph.op(kind, s.tokens, **attrs)
+
+
+def _split_heads(s: Sequence) -> str:
+    g = s.graph
+    shape = g.op("Concat", g.ints(-1), g.on_axes("Unsqueeze", s.size, [0]), g.ints(2, D // 2), axis=0)
+    return g.op(
+        "Reshape", g.op("Transpose", g.op("Reshape", s.tokens, shape), perm=[0, 2, 1, 3]), g.ints(0, 2, -1, D // 2)
+    )
+
+
+def _scores(s: Sequence) -> str:
+    return s.graph.op("MatMul", s.tokens, s.graph.op("Transpose", s.tokens, perm=[0, 2, 1]))
+
+
+def _pooled(s: Sequence) -> str:
+    g = s.graph
+    return g.op("MatMul", g.op("Softmax", _scores(s), axis=-1), s.tokens)
+
+
+def _positions(s: Sequence) -> str:
+    table = s.graph.const(np.arange(80 * D).reshape(80, D))
+    return s.graph.op("Add", s.tokens, s.graph.op("Gather", table, s.at))
+
+
+def _cut_positions(s: Sequence) -> str:
+    g = s.graph
+    table = g.const(np.arange(80 * D).reshape(80, D))
+    cut = g.op("Slice", table, g.ints(0), g.on_axes("Unsqueeze", s.size, [0]), g.ints(0))
+    return g.op("Add", s.tokens, cut)
+
+
+def _lookup(s: Sequence) -> str:
+    g = s.graph
+    ids = g.op("Cast", g.op("Abs", g.op("Gather", s.tokens, g.const(0, np.int64), axis=2)), to=int(TensorProto.INT64))
+    return g.op("Gather", g.const(np.arange(5 * D).reshape(5, D)), ids)
+
+
+def _einsum(s: Sequence) -> str:
+    g = s.graph
+    scores = g.op("Einsum", s.tokens, s.tokens, equation="bid,bjd->bij")
+    return g.op("Einsum", g.op("Softmax", scores, axis=-1), s.tokens, equation="bij,bjd->bid")
+
+
+def _mean_of_others(s: Sequence) -> str:
+    return s.graph.op("Sub", s.tokens, s.graph.on_axes("ReduceMean", s.tokens, [1], keepdims=1))
+
+
+def _second_sequence(s: Sequence) -> str:
+    g = s.graph
+    return g.op("Add", g.op("Concat", "h", g.op("Neg", "c"), axis=1), s.tokens)
+
+
+def _from_outside(s: Sequence) -> str:
+    g = s.graph
+    s.given.append(candidate("w", "L", D))
+    other = g.op("Concat", s.given[-1].declare(g), "c", axis=1)
+    return g.op("Mul", s.tokens, other)
+
+
+def _appended(s: Sequence) -> str:
+    return s.graph.op("Concat", s.tokens, s.graph.op("Neg", "c"), axis=1)
+
+
+FOLLOWED: dict[str, Build] = {
+    "relu": _op("Relu"),
+    "where": lambda s: s.graph.op(
+        "Where", s.graph.op("Greater", s.tokens, s.graph.const(0.0)), s.tokens, s.graph.const(2.0)
+    ),
+    "clip": lambda s: s.graph.op("Clip", s.tokens, s.graph.const(-1.0), s.graph.const(1.0)),
+    "fc": lambda s: sq.fc(s, s.tokens),
+    "norm": lambda s: sq.norm(s, s.tokens),
+    "softmax over entries": _op("Softmax", axis=-1),
+    "softmax over tokens": _op("Softmax", axis=1),
+    "transpose": _op("Transpose", perm=[2, 1, 0]),
+    "unsqueeze": lambda s: s.graph.on_axes("Unsqueeze", s.tokens, [1]),
+    "squeeze": lambda s: s.graph.on_axes("Squeeze", s.graph.on_axes("Unsqueeze", s.tokens, [0]), [0]),
+    "heads": _split_heads,
+    "scores": _scores,
+    "attention": _pooled,
+    "einsum": _einsum,
+    "positions": _positions,
+    "cut positions": _cut_positions,
+    "lookup": _lookup,
+    "last": lambda s: s.graph.op("Gather", s.tokens, s.graph.const(-1, np.int64), axis=1),
+    "last ones": lambda s: s.graph.op("Gather", s.tokens, s.graph.ints(-1, -1), axis=1),
+    "all but the last": lambda s: s.graph.op("Slice", s.tokens, s.graph.ints(0), s.graph.ints(-1), s.graph.ints(1)),
+    "slice of the last": lambda s: s.graph.op(
+        "Slice", s.tokens, s.graph.ints(-1), s.graph.ints(1 << 40), s.graph.ints(1)
+    ),
+    "slice of entries": lambda s: s.graph.op("Slice", s.tokens, s.graph.ints(1), s.graph.ints(3), s.graph.ints(2)),
+    "mean over tokens": _mean_of_others,
+    "sum over tokens": lambda s: s.graph.on_axes("ReduceSum", s.tokens, [1, 2], keepdims=0),
+    "largest entry": lambda s: s.graph.on_axes("ReduceMax", s.tokens, [2], keepdims=0),
+    "a second sequence": _second_sequence,
+    "a sequence of other levels": _from_outside,
+    "one more": _appended,
+    "joined entries": lambda s: s.graph.op("Concat", s.tokens, s.graph.op("Neg", s.tokens), axis=2),
+}
+JOINING = {"softmax over tokens", "one more"}
+"""What joins segments by itself."""
+LEFT: dict[str, Build] = {
+    "cumsum": lambda s: s.graph.op("CumSum", s.tokens, s.graph.const(1, np.int64)),
+    "largest token": lambda s: s.graph.on_axes("ReduceMax", s.tokens, [1], keepdims=0),
+    "second to last": lambda s: s.graph.op("Gather", s.tokens, s.graph.const(-2, np.int64), axis=1),
+    "all but the first": lambda s: s.graph.op(
+        "Slice", s.tokens, s.graph.ints(1), s.graph.ints(1 << 40), s.graph.ints(1)
+    ),
+    "merged": lambda s: s.graph.op("Reshape", s.tokens, s.graph.ints(-1, D)),
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["history first", "candidate first"])
+@pytest.mark.parametrize("name", [*FOLLOWED, *LEFT])
+def test_operators(name: str, first: bool) -> None:
+    s = sq.sequence(first)
+    out = {**FOLLOWED, **LEFT}[name](s)
+    s.graph.output(out, None)
+    model = s.graph.model()
+    made = divided(model, s.given)
+    assert_equal(model, made, s.given, 1e-6)
+    if name in FOLLOWED.keys() - JOINING and not first:
+        joined = [n for n in made.graph.node if n.op_type == "Concat" and set(n.input) >= {"h", "c"}]
+        assert not joined, "no operator reads the whole sequence"
+
+
+def test_the_candidate_first() -> None:
+    s = sq.sequence(first=True)
+    s.graph.output(s.graph.op("Gather", s.tokens, s.graph.const(0, np.int64), axis=1), None)
+    made = divided(s.graph.model(), s.given)
+    assert [i for n in made.graph.node for i in n.input if i in ("h", "c")] == ["c"]
+
+
+def test_a_tensor_that_is_one_segment_is_an_output() -> None:
+    s = sq.sequence()
+    kept = s.graph.op("Slice", s.tokens, s.graph.ints(0), s.graph.ints(-1), s.graph.ints(1))
+    s.graph.output(kept, None)
+    s.graph.output(s.tokens, None)
+    model = s.graph.model()
+    assert_equal(model, divided(model, s.given), s.given, 0.0)
+
+
+def test_bodies_read_what_is_joined_again() -> None:
+    s = sq.sequence()
+    x = s.graph.op("Relu", s.tokens)
+    bodies = []
+    for op in ("Neg", "Abs"):
+        out = helper.make_tensor_value_info(f"y_{op}", TensorProto.FLOAT, None)
+        bodies.append(helper.make_graph([helper.make_node(op, [x], [out.name])], op, [], [out]))
+    positive = s.graph.op("Greater", s.graph.on_axes("ReduceSum", "c", [0, 1, 2], keepdims=0), s.graph.const(0.0))
+    s.graph.output(s.graph.op("If", positive, then_branch=bodies[0], else_branch=bodies[1]), ["N", "T", D])
+    model = s.graph.model()
+    assert_equal(model, divided(model, s.given), s.given, 0.0)
+
+
+def test_what_is_no_such_sequence() -> None:
+    for given in ([request("h", "L", D), request("c", 1, D)], [request("h", 5, D), candidate("c", 1, D)]):
+        g = Graph()
+        h, c = (i.declare(g) for i in given)
+        g.output(g.op("Add", g.op("Concat", h, c, axis=1), candidate("x", 1, D).declare(g)), None)
+        assert study_of(g.model(), [*given, candidate("x", 1, D)]).sequences == []
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def attended(mask: Callable[[Sequence], Callable[[str], str] | None], layers: int = 2, own: int = 1) -> Sequence:
+    s = sq.sequence(own=own)
+    x, put = s.tokens, mask(s)
+    for layer in range(layers):
+        x = s.graph.op("Add", x, sq.attention(s, sq.norm(s, x), put, 2, layer))
+    s.graph.output(s.graph.op("Gather", x, s.graph.const(-1, np.int64), axis=1), ["N", D])
+    return s
+
+
+def _padded(fill: float, inner: float) -> Callable[[Sequence], Callable[[str], str]]:
+    def put(s: Sequence) -> Callable[[str], str]:
+        causal, pad = sq.causal(s, inner), s.graph.on_axes("Unsqueeze", sq.padding(s, fill), [1])
+        return lambda x: s.graph.op("Add", causal(x), pad)
+
+    return put
+
+
+def _self_seen(s: Sequence) -> Callable[[str], str]:
+    """Causal and padding in one finite mask that leaves every token itself."""
+    g = s.graph
+    empty = g.op("Less", g.on_axes("Unsqueeze", sq.padding(s, -1.0), [1]), g.const(0.0))
+    other = g.op("Not", g.op("Equal", s.at, s.rows))
+    hidden = g.op("Or", g.op("Greater", s.at, s.rows), g.op("And", empty, other))
+    return lambda x: g.op("Where", hidden, g.const(FAR), x)
+
+
+def _given_by_caller(s: Sequence) -> Callable[[str], str]:
+    s.given.append(request("mask", "L", "L"))
+    mask = s.given[-1].declare(s.graph)
+    rows = s.graph.op("Pad", mask, s.graph.ints(0, 0, 0, 0, s.own, s.own))
+    return lambda x: s.graph.op("Add", x, s.graph.on_axes("Unsqueeze", rows, [1]))
+
+
+def _weak(s: Sequence) -> Callable[[str], str]:
+    return sq.causal(s, -10.0)
+
+
+def _earlier(s: Sequence) -> Callable[[str], str]:
+    """Hides earlier tokens: the candidate is seen by all."""
+    later = s.graph.op("Less", s.at, s.rows)
+    return lambda x: s.graph.op("Where", later, s.graph.const(INF), x)
+
+
+HIDING = {
+    **{
+        f"{how} {fill}": (lambda s, how=how, fill=fill: sq.causal(s, fill, how))
+        for how in sq.WAYS
+        for fill in (INF, FAR)
+    },
+    "with padding": _padded(FAR, INF),
+    "rows see themselves": _self_seen,
+}
+SHOWING = {
+    "no mask": lambda s: None,
+    "weak": _weak,
+    "of earlier tokens": _earlier,
+    "finite, with padding": _padded(FAR, FAR),
+    "of the caller": _given_by_caller,
+}
+
+
+@pytest.mark.parametrize("own", [1, 2])
+@pytest.mark.parametrize("name", [*HIDING, *SHOWING])
+def test_masks(name: str, own: int) -> None:
+    s = attended({**HIDING, **SHOWING}[name], own=own)
+    model = s.graph.model()
+    made = divided(model, s.given)
+    assert_equal(model, made, s.given, 2e-6)
+    result = rewritten(model, request=patterns(s.given))
+    assert_equal(model, result.model, s.given, 2e-6, cut=result.changed)
+    share = result.report.macs_after / result.report.macs_before
+    if name in HIDING:
+        assert share < 0.25, "the history is encoded once"
+    elif own == 1:
+        assert share > 0.25
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_models(seed: int) -> None:
+    check_random_model(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(100, 500, 50))
+def test_more_random_models(start: int) -> None:
+    for seed in range(start, start + 50):
+        check_random_model(seed)
+
+
+def check_random_model(seed: int) -> None:
+    graph, given = sq.random_model(seed)
+    model = graph.model()
+    assert_equal(model, divided(model, given), given, 5e-6)
+    for interface in ("request", "same"):
+        result = rewritten(model, request=patterns(given), interface=interface)
+        assert_equal(model, result.model, given, 5e-6, cut=result.changed and interface == "request")
+
+
+# --- plans ---------------------------------------------------------------------------------------------------------
+
+
+def test_plans_say_what_was_taken_apart_and_replay_it(tmp_path: Path) -> None:
+    s = attended(lambda s: sq.causal(s))
+    onnx.save(s.graph.model(), tmp_path / "m.onnx")
+    result = rewritten(tmp_path / "m.onnx", request=patterns(s.given))
+    (site,) = [p for p in result.plan.sites if p.place.rule == SEGMENTS]
+    assert (site.op, site.chosen) == ("Concat", "take")
+    again = onnxrank.optimize(tmp_path / "m.onnx", plan=result.plan, check=False)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+    assert "Concat" not in operators(result.model) or not any(
+        set(n.input) >= {"h", "c"} for n in result.model.graph.node
+    )
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    s = attended(lambda s: sq.causal(s))
+    onnx.save(s.graph.model(), tmp_path / "m.onnx")
+    result = rewritten(tmp_path / "m.onnx", request=patterns(s.given))
+    g = Graph()
+    given = [request("u", D), candidate("c", D)]
+    g.output(g.op("Add", *(i.declare(g) for i in given)), None)
+    other = study_of(g.model(), given)
+    with pytest.raises(UsageError, match="does not fit"):
+        other.prepared(result.plan.preparation)
+
+
+def test_the_check_passes_at_all_lengths() -> None:
+    s = attended(lambda s: sq.causal(s), layers=3)
+    model = s.graph.model()
+    result = onnxrank.optimize(model, request=patterns(s.given), check="full", strict=True)
+    assert result.changed
