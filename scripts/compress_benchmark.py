@@ -6,13 +6,15 @@
     python scripts/compress_benchmark.py ranks trained/0/dcnv2_parallel.onnx     # ways to lower a rank, and int8
     python scripts/compress_benchmark.py tables models/onnx                      # fp16-tables on every model
     python scripts/compress_benchmark.py pack                                    # half the units masked
+    python scripts/compress_benchmark.py scale models/trained/dcnv2_parallel.onnx rows.parquet   # 10 million rows
 
-All ratios of one row are measured in one run, models in turns on one thread.
+All ratios of one row are measured in one run, models in turns on one thread, whose own time is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from onnx import ModelProto, helper, numpy_helper
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itertools
+import json
 
 import onnxrank
 from models.spec import InputSpec, sample
@@ -140,9 +143,9 @@ def times(one: ModelProto, other: ModelProto, feed: dict[str, Any], seconds: flo
         def run(_: int, made: Any = made, given: Any = given) -> float:
             import time
 
-            start = time.perf_counter()
+            start = time.thread_time()
             made.run(None, given)
-            return time.perf_counter() - start
+            return time.thread_time() - start
 
         runs.append(run)
     first_turns, second_turns = np.median(interleave(runs, seconds).seconds, axis=2)
@@ -339,6 +342,51 @@ def packed() -> None:
               f"{speed[2]:.2f}) |")  # fmt: skip
 
 
+# --- many rows ----------------------------------------------------------------------------------------------------
+
+
+def memory_of(root: int) -> int:
+    """Bytes that a process and those that it started hold: proportional shares, where the system tells them."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    total = 0
+    for pid in parents:
+        up = pid
+        while up not in (root, 0, 1) and up in parents:
+            up = parents[up]
+        if up == root:
+            with contextlib.suppress(OSError):
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += sum(int(x.split()[1]) << 10 for x in rollup.splitlines() if x.startswith("Pss:"))
+    return total
+
+
+def scale(path: Path, rows: int, data: Path) -> None:
+    """Compresses by so many rows, and tells time and memory of all processes."""
+    import subprocess
+    import time
+
+    if not data.exists():
+        planted.write_requests(data, specs_of(path), rows // 32, 32, 900, 0)
+    start, most = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as where:
+        report = Path(where) / "report.json"
+        command = [sys.executable, "-m", "onnxrank.cli", "compress", str(path), str(Path(where) / "out.onnx"), "--data",
+                   str(data), "--labels", "label", "--size", "2x", "--report", str(report), "-q"]  # fmt: skip
+        process = subprocess.Popen(command)
+        while process.poll() is None:
+            most = max(most, memory_of(process.pid))
+            time.sleep(0.5)
+        found = json.loads(report.read_text())
+    size = data.stat().st_size / 1e6
+    print(
+        f"{found['rows']} rows, {size:.0f} MB of Parquet: {found['verdict']}, {found['reached']['size']:.2f}x smaller"
+    )
+    print(f"{time.monotonic() - start:.0f} s, at most {most / 1e9:.2f} GB in all processes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -356,6 +404,10 @@ def main() -> None:
     p.add_argument("folder", type=Path)
     p.add_argument("--seconds", type=float, default=1.0)
     commands.add_parser("pack")
+    p = commands.add_parser("scale")
+    p.add_argument("model", type=Path)
+    p.add_argument("data", type=Path, help="Parquet; made if it is not there")
+    p.add_argument("--rows", type=int, default=10_000_000)
     args = parser.parse_args()
     if args.command == "whole":
         whole(args.folders, args.requests, args.sequential)
@@ -365,6 +417,8 @@ def main() -> None:
         ranks(args.model, args.requests, args.least)
     elif args.command == "tables":
         tables(args.folder, args.seconds)
+    elif args.command == "scale":
+        scale(args.model, args.rows, args.data)
     else:
         packed()
 

@@ -328,6 +328,28 @@ def _int8(net: Network, site: Product, _: int, stats: Statistics) -> list[Site]:
     return []
 
 
+def _int8_fused(net: Network, site: Product, _: int, stats: Statistics) -> list[Site]:
+    """The same as one operator of onnxruntime's own."""
+    weight = net.matrix(site)
+    scales = column_scales(weight, _LAYER)
+    name = net.constant(_quantised(weight, scales, _LAYER), f"{site.weight}.int8")
+    scale = net.constant(scales, f"{site.weight}.scale")
+    zero = net.constant(np.zeros(site.shape[1], np.int8), f"{site.weight}.zero")
+    net.uses("com.microsoft", 1)
+    for node in site.nodes:
+        given = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+        bias = net.array(given) if given else None
+        y = node.output[0]
+        held = [given] if bias is not None and bias.shape == (site.shape[1],) else []
+        plain = net.fresh(f"{y}.plain") if given and not held else y
+        operands = [node.input[0], name, scale, zero, *held]
+        made = [net.node("int8-fused", "DynamicQuantizeMatMul", operands, [plain], domain="com.microsoft")]
+        if plain != y:
+            made.append(net.node("int8-fused", "Add", [plain, given], [y]))
+        net.replace(node, made)
+    return []
+
+
 def _int8_error(net: Network, site: Product, _: int, stats: Statistics) -> float:
     weight = net.matrix(site).astype(np.float64)
     scales = column_scales(weight, _LAYER)
@@ -490,6 +512,12 @@ METHODS: Mapping[str, Method] = {
             "x W -> s_x s_W (q(x) - z) q(W), inputs quantised as they come, weights with a scale per output",
             "dynamic quantisation, which onnxruntime fuses into DynamicQuantizeMatMul",
             False, False, Product, _int8_offers, _int8, _int8_error,
+        ),
+        Method(
+            "int8-fused",
+            "x W -> s_x s_W (q(x) - z) q(W), by DynamicQuantizeMatMul of com.microsoft",
+            "as int8, for runtimes that do not fuse it: one operator of onnxruntime's own",
+            False, True, Product, _int8_offers, _int8_fused, _int8_error,
         ),
         Method(
             "fp16",

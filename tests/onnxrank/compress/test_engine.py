@@ -278,6 +278,7 @@ def test_nothing_to_do_gives_the_bytes_of_the_model(
     ("args", "message"),
     [
         (("--methods", "magic"), "'magic' is not known"),
+        (("--methods", "int8-fused"), "allow that with --allow-contrib"),
         (("--size", "big"), "not a ratio"),
         (("--size", "0.5x"), "not a ratio"),
         (("--labels", "nothing"), "nothing named 'nothing'"),

@@ -124,19 +124,21 @@ def test_chain_of_factors_in_fewer_bytes() -> None:
     assert run(made, {"x": x}) == pytest.approx(y, abs=0.02 * float(np.abs(y).max()))
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-fused"])
 @pytest.mark.parametrize("form", FORMS)
-def test_int8(form: str) -> None:
+def test_int8(form: str, name: str) -> None:
     model, x = layer(form, 96, 64), inputs(inner=96, rank=96)
     net = Network(model)
     (site,) = net.products()
     estimate = METHODS["int8"].error(net, site, 0, Statistics())
-    METHODS["int8"].apply(net, site, 0, Statistics())
+    METHODS[name].apply(net, site, 0, Statistics())
     made = net.finished()
     onnx.checker.check_model(made)
     y = run(model, {"x": x})
     off = float(np.sqrt(((run(made, {"x": x}) - y) ** 2).mean() / y.var()))
     assert 0.001 < off < 0.03 and off < 3 * estimate
-    assert {o.domain for o in made.opset_import} == {""}
+    assert {o.domain for o in made.opset_import} == ({""} if name == "int8" else {"", "com.microsoft"})
+    assert METHODS[name].contrib == (name == "int8-fused")
 
 
 def test_int8_saturates_nowhere() -> None:
@@ -326,4 +328,4 @@ def test_reduced_rank_regression_beats_the_projection_on_other_inputs() -> None:
 def test_methods_say_what_they_are() -> None:
     for m in METHODS.values():
         assert "->" in m.identity or m.name == "sparse-tables"
-        assert len(m.source) > 20 and not m.contrib and m.takes in (Product, Table)
+        assert len(m.source) > 20 and m.takes in (Product, Table)
