@@ -2,6 +2,7 @@
 
     python scripts/planted.py train trained/0 && python scripts/planted.py train trained/1 --seed 1 ...
     python scripts/compress_benchmark.py whole trained/0 trained/1 trained/2     # size and accuracy, by model and seed
+    python scripts/compress_benchmark.py mlps trained/0                          # low rank alone
     python scripts/compress_benchmark.py latency trained/0                       # over the optimised models
     python scripts/compress_benchmark.py ranks trained/0/dcnv2_parallel.onnx     # ways to lower a rank, and int8
     python scripts/compress_benchmark.py tables models/onnx                      # fp16-tables on every model
@@ -113,6 +114,31 @@ def whole(folders: list[Path], count: int, sequential: bool) -> None:
                 options = Options(size=3.0, labels=labels, choice=16384, sequential=sequential)
                 result = compress(path, data, options, spec=load_spec(str(roles_file(path))))
                 print(f"| {path.stem}, {seed} | {row(result)} |", flush=True)
+
+
+def mlps(folders: list[Path], count: int) -> None:
+    """Low rank alone, in the layers of MLPs behind the first one, until what may be lost is used up."""
+    print("| model, seed | weights of these layers | AUC (lower end) | top 10 | faster | gate |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as where:
+        for seed, folder in enumerate(folders):
+            for path in sorted(folder.glob("*.onnx")):
+                several = [p for p in Network(onnx.load(path)).products() if min(p.shape) >= 100]
+                sites = [p for p in several if p.shape[0] == max(q.shape[0] for q in several)]
+                data, labels = requests(path, Path(where), count, 500 + seed)
+                names = tuple(p.name for p in sites)
+                options = Options(size=99.0, labels=labels, choice=16384, methods=("low-rank",), sites=names)
+                result = compress(path, data, options, spec=load_spec(str(roles_file(path))))
+                plan = result.report.plan
+                assert plan is not None
+                left = 0
+                for p in sites:
+                    step = plan.by_site.get(p.name)
+                    left += math.prod(p.shape) if step is None else step.chain[0][1] * sum(p.shape)
+                less = sum(math.prod(p.shape) for p in sites) / left
+                shapes = ", ".join(f"{a} x {b}" for a, b in (p.shape for p in sites))
+                cells = row(result).split(" | ")[2:]
+                print(f"| {path.stem}, {seed} ({shapes}) | {less:.2f}x fewer | {' | '.join(cells)} |", flush=True)
 
 
 def latency(folders: list[Path], count: int) -> None:
@@ -390,7 +416,7 @@ def scale(path: Path, rows: int, data: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("whole", "latency"):
+    for name in ("whole", "latency", "mlps"):
         p = commands.add_parser(name)
         p.add_argument("folders", nargs="+", type=Path)
         p.add_argument("--requests", type=int, default=6000)
@@ -411,6 +437,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "whole":
         whole(args.folders, args.requests, args.sequential)
+    elif args.command == "mlps":
+        mlps(args.folders, args.requests)
     elif args.command == "latency":
         latency(args.folders, args.requests)
     elif args.command == "ranks":
