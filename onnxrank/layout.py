@@ -7,7 +7,7 @@ the layout has no structure, one Gather over the flattened entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from math import prod
 
@@ -354,9 +354,9 @@ class Layout:
         # Factors of the source in its own order, each with the target axis it becomes.
         factors: list[tuple[Factor, int | str]] = []
         left = list(axes)
-        for f in (f for d in have for f in d):
+        for f, label in _labelled(f for d in have for f in d):
             if isinstance(f, str):
-                factors.append((f, f))
+                factors.append((f, label))
                 continue
             need = f
             while need > 1:
@@ -365,9 +365,11 @@ class Layout:
                 a = left.pop(0)
                 need //= at.shape[a]
                 factors.append((at.shape[a], a))
-        order: list[int | str] = []
-        for axis, d in enumerate(dims):
-            order += [f if isinstance(f, str) else axis for f in d]
+        wanted = [(f, axis) for axis, d in enumerate(dims) for f in d]
+        named = _labelled(f for f, _ in wanted)
+        order: list[int | str] = [
+            label if isinstance(f, str) else axis for (f, axis), (_, label) in zip(wanted, named, strict=True)
+        ]
         labels = [label for _, label in factors]
         if sorted(map(str, labels)) != sorted(map(str, order)):
             return None
@@ -408,7 +410,9 @@ class Layout:
         total = prod(extents(have))
         flat: Dims = (*syms, (total,) if total > 1 else ())
         factors = stream(have)
-        order = [factors.index(s) for (s,) in syms] + [k for k, f in enumerate(factors) if isinstance(f, int)]
+        labels = [label for _, label in _labelled(factors)]
+        own = [labels.index(label) for _, label in _labelled(s for (s,) in syms)]
+        order = own + [k for k, f in enumerate(factors) if isinstance(f, int)]
         if order != sorted(order):
             split: Dims = tuple((f,) for f in factors)
             name, have = self._permuted(name, have, split, order)
@@ -581,6 +585,14 @@ class Layout:
             raise Unrepresentable(f"{call} of a number that may be negative")
         op = "Div" if call.op == "//" else "Mod"
         return self.emit.add(op, [self._computed(a) for a in call.args], hint="extent")
+
+
+def _labelled(factors: Iterable[Factor]) -> list[tuple[Factor, str]]:
+    """Factors with names of their own: those of one symbol, as in `[L, L]`, keep their order."""
+    out: list[tuple[Factor, str]] = []
+    for f in factors:
+        out.append((f, f"{f}.{sum(g == f for g, _ in out)}"))
+    return out
 
 
 def _grid(numbers: Codes, dims: Dims) -> tuple[int, int, Codes] | None:

@@ -40,6 +40,8 @@ __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rule
 _LEAST_GAIN = 0.97
 """A predicted ratio of times below this is a loss; predictions are a little too careful with small models."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
+_MUCH = 0.05
+"""Share of the multiply-adds from which on it is worth trying another way."""
 _MOST_ROUNDS = 2
 """How many rules are left out for the sake of time before the model as a whole is left alone."""
 _MOST_WRITINGS = 8
@@ -310,12 +312,14 @@ class _Way:
     Attributes:
         base: What is known of it.
         written_out: The same with fused operators written out.
+        places: The nodes of the original whose sequences are taken apart.
         could: Those that hold several levels, by their places in `base`.
         done: Those of them that can be written out.
     """
 
     base: Study
     written_out: Study
+    places: Sequence[int] = ()
     could: frozenset[int] = frozenset()
     done: frozenset[int] = frozenset()
 
@@ -373,17 +377,28 @@ class Job:
         assert self.study is not None
         self.options.say("rewriting")
         found = self._forms(self.study)
-        if self.study.sequences:
+        places = list(self.study.sequences)
+        if self.study.fixed_sequences and self._loses(found[0]):
+            places = sorted({*places, *self.study.fixed_sequences})
+        if places:
             try:
-                found = self._forms(self.study.divided(self.study.sequences)) + found
+                found = self._forms(self.study.divided(places), places) + found
             except ModelError as e:
-                self.notes.append(f"a sequence of symbolic length is not taken apart: {e}")
+                self.notes.append(f"a sequence of the history and the candidate is not taken apart: {e}")
         return found
 
-    def _forms(self, study: Study) -> list[Form]:
+    def _loses(self, form: Form) -> bool:
+        """Whether much that is the request's is done for every candidate."""
+        if form.model is None:
+            return True
+        shapes = form.shapes(self.options.usual)
+        lost = sum(r.lost for r in remarks.remarks(form, self.options.usual))
+        return lost > _MUCH * sum(c.macs for c in cost.by_level(form.model.graph, shapes).values())
+
+    def _forms(self, study: Study, places: Sequence[int] = ()) -> list[Form]:
         """The ways to rewrite a model as it is, and with fused operators written out that hold several levels."""
         o = self.options
-        way = _Way(study, study)
+        way = _Way(study, study, places)
         self._ways.append(way)
         plain = found = forms(study, o.rules, o.interface, o.guard, o.span)
         written: set[str] = set()
@@ -420,10 +435,9 @@ class Job:
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
         self.full = next(f for f in found if f.study is chosen.study)
         way = next(w for w in self._ways if chosen.study in (w.base, w.written_out))
-        sequences, done = original.sequences, way.done if chosen.study is not way.base else ()
-        self._prepared = preparing_sites(
-            plan.SEGMENTS, original, sequences, sequences if way.base is not original else ()
-        ) + preparing_sites(plan.WRITTEN_OUT, way.base, way.could, done)
+        tried, done = {k for w in self._ways for k in w.places}, way.done if chosen.study is not way.base else ()
+        self._prepared = preparing_sites(plan.SEGMENTS, original, tried, way.places)
+        self._prepared += preparing_sites(plan.WRITTEN_OUT, way.base, way.could, done)
         self._take(chosen)
 
     def _before(self) -> Callable[[int], float]:

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import facts, feeds, operators, segments
+from onnxrank import facts, feeds, operators, segments, selections
 from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
@@ -51,15 +51,19 @@ class Study:
             raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
         self.model = live(model)
         self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
-        resolved = resolve_ifs(self.model, self.facts)
+        resolved = self._resolved()
         while resolved is not None:
             self.model = resolved
             self.facts = facts.derive(resolved, self.input_extents(), loaded.folder)
-            resolved = resolve_ifs(self.model, self.facts)
+            resolved = self._resolved()
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self.contradiction = self._confirm()
+
+    def _resolved(self) -> ModelProto | None:
+        """The model without what constants decide: branches, and selections by masks; None where there is none."""
+        return resolve_ifs(self.model, self.facts) or selections.resolved(self.model, self.facts)
 
     def _confirm(self) -> facts.Contradiction | None:
         """Runs the model and holds every derived shape against the measured one.
@@ -154,6 +158,11 @@ class Study:
     def sequences(self) -> list[int]:
         """The nodes that join a history and candidates along an axis of symbolic length, by their places."""
         return segments.sequences(self.model, self.facts, self._candidate())
+
+    @cached_property
+    def fixed_sequences(self) -> list[int]:
+        """The nodes that do so along an axis of a fixed length, where positions attend to each other."""
+        return segments.sequences(self.model, self.facts, self._candidate(), fixed=True)
 
     def _candidate(self) -> frozenset[str]:
         """The inputs that may differ between candidates."""

@@ -337,6 +337,12 @@ def expand(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         return [rw.moved(x, dims, wide)]
     if x.whole is not None and extents(dims) == extents(old) and rank == x.rank:
         return [Value(dims, x.dtype, x.whole)]
+    if x.whole is not None and len(set(symbols(dims))) < len(symbols(dims)):
+        # An axis that is there twice, as in a mask of queries and keys, cannot be followed entry by entry.
+        held = rw.present(x) | {s for s in symbols(dims) if symbols(dims).count(s) > 1}
+        physical, wanted = keep_symbols(old, rw.present(x)), keep_symbols(dims, held)
+        lifted = rw.layout.reshape(rw.tensor(x), x.whole.dims, physical)
+        return [rw.new(dims, x.dtype, held, rw.layout.expand(lifted, physical, wanted))]
     return [rw.tidy(dims, x.dtype, wide(x.codes))]
 
 

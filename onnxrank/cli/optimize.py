@@ -47,11 +47,12 @@ from onnxrank.formats import OPTIMIZE, Style, check_file, put
 @click.option(
     "--tune",
     type=click.FloatRange(0, 3600),
-    default=0.0,
-    show_default="0, not at all",
+    default=2.0,
+    show_default=True,
+    envvar="ONNXRANK_TUNE",
     metavar="SECONDS",
-    help="Time original and result in turns, and take back what is not faster. The bytes then depend on the machine: "
-    "--plan-out keeps what was decided.",
+    help="Time original and result in turns, for about so long, and take back what is not faster; 0 for not at all. "
+    "What was measured may decide the bytes: --plan-out keeps it. Also from the variable ONNXRANK_TUNE.",
 )
 @click.option("--plan-out", metavar="FILE", help="Write every decision as JSON, for --plan.")
 @click.option(

@@ -19,7 +19,7 @@ from onnxrank.graphs import captured, names_in, subgraphs
 from onnxrank.layout import Layout
 from onnxrank.operators import operator
 from onnxrank.segments import spans
-from onnxrank.segments.spans import BOOLEAN, UNKNOWN, Known, Size, Span
+from onnxrank.segments.spans import ANY, BOOLEAN, UNKNOWN, Known, Size, Span
 from onnxrank.values import Dims, Sources, canonical, symbols
 
 Sizes = tuple[Size, ...]
@@ -121,6 +121,21 @@ def depends(model: ModelProto, inputs: Iterable[str]) -> set[str]:
     return out
 
 
+def _known_of(data: NDArray[Any]) -> Known:
+    """What is known of a constant's entries."""
+    if not data.size or data.size > _MOST_CONSTANT or data.dtype.kind not in "biuf":
+        return UNKNOWN
+    square = data.ndim > 1 and data.shape[-1] == data.shape[-2]
+    found = [_span(data), _span(data.diagonal(axis1=-2, axis2=-1)) if square else _span(data)]
+    return Known(*found)
+
+
+def _span(data: NDArray[Any]) -> Span:
+    low, high = data.min(), data.max()
+    kind = float if data.dtype.kind == "f" else int
+    return ANY if low != low or high != high else Span(kind(low), kind(high))
+
+
 class Division:
     """A graph whose sequences are being taken apart.
 
@@ -162,6 +177,7 @@ class Division:
         self._depends = depends(model, candidate)
         self._stored = {t.name: tuple(t.dims) for t in graph.initializer}
         self._cut: dict[tuple[str, tuple[Sizes, ...], int, Sizes], Tensor] = {}
+        self._constants: dict[str, NDArray[Any]] = {}
         self._written: set[str] = set()
         self.totals: dict[Size, Sizes] = {}
         """Per length of a sequence the lengths of its segments."""
@@ -223,14 +239,9 @@ class Division:
         if name in self.seen:
             return spans.of(self.seen[name])
         data = self.data(name)
-        unknown = BOOLEAN if self.dtype(name) == TensorProto.BOOL else UNKNOWN
-        if data is None or not data.size or data.size > _MOST_CONSTANT or data.dtype.kind not in "biuf":
-            return unknown
-        low, high = data.min(), data.max()
-        if low != low or high != high:
-            return unknown
-        kind = float if data.dtype.kind == "f" else int
-        return spans.of(Span(kind(low), kind(high)))
+        if data is None:
+            return BOOLEAN if self.dtype(name) == TensorProto.BOOL else UNKNOWN
+        return _known_of(data)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -370,16 +381,25 @@ class Division:
         key = (name, tensor.cuts, axis, cut)
         if key not in self._cut:
             starts = [total(cut[:k]) for k in range(len(cut))]
-            at = [self.positions(start, n) for start, n in zip(starts, cut, strict=True)]
             parts = {}
             for i, part in tensor.parts.items():
-                known = part.known if part.known.all.fixed else UNKNOWN
-                for k, positions in enumerate(at):
-                    made = self.emit.add("Gather", [self.name(tensor, i), positions], {"axis": axis})
-                    parts[(*i[:axis], k, *i[axis + 1 :])] = Part(made, known.anywhere(), None, part.candidate)
+                for k, (start, n) in enumerate(zip(starts, cut, strict=True)):
+                    parts[(*i[:axis], k, *i[axis + 1 :])] = self._stretch(self.name(tensor, i), part, axis, start, n)
             sizes = (*tensor.sizes[:axis], total(cut), *tensor.sizes[axis + 1 :])
             self._cut[key] = Tensor(sizes, (*tensor.cuts[:axis], cut, *tensor.cuts[axis + 1 :]), parts, tensor.dtype)
         return self._cut[key]
+
+    def _stretch(self, name: str, part: Part, axis: int, start: Size, count: Size) -> Part:
+        """Some positions of a tensor, of which entries are known where it is a constant."""
+        data = self._constants.get(name, self.data(name))
+        if data is not None and not isinstance(start, Expr) and not isinstance(count, Expr):
+            block = data.take(np.arange(start, start + count), axis)
+            made = self.emit.constant(block)
+            self._constants[made] = block
+            return Part(made, _known_of(block), None, False)
+        made = self.emit.add("Gather", [name, self.positions(start, count)], {"axis": axis})
+        known = part.known if part.known.all.fixed else UNKNOWN
+        return Part(made, known.anywhere(), None, part.candidate)
 
     def join(self, name: str) -> None:
         """Joins a tensor's segments again, under its own name."""

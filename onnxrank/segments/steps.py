@@ -49,7 +49,7 @@ def elementwise(d: Division, node: NodeProto) -> Tensor:
         others = d.rest(node)
         x = d.tensor(node.input[0])
         return d.copies(node, x.cuts, lambda i: [d.name(x, i), *others], lambda i: x.parts[i].candidate)
-    given = d.operands(node)
+    given = [None if t is None else _opened(d, name, t) for name, t in zip(node.input, d.operands(node), strict=True)]
     sizes = d.sizes(node.output[0])
     cuts: list[Sizes] = [(n,) for n in sizes]
     for t in given:
@@ -67,6 +67,21 @@ def elementwise(d: Division, node: NodeProto) -> Tensor:
         lambda i: _entries(node, [t.at(i) for t in held], [c[k] for c, k in zip(cuts, i, strict=True)][::-1]),
     )
     return _picked(operands, made) if operator(node) == "Where" else made
+
+
+def _opened(d: Division, name: str, tensor: Tensor) -> Tensor:
+    """A constant of queries and keys, such as a causal mask, cut along both; other operands as they are."""
+    if is_mask(d, name):
+        for k, n in enumerate(tensor.sizes):
+            if n in d.totals:
+                tensor = d.cut(name, tensor, k, d.totals[n])
+    return tensor
+
+
+def is_mask(d: Division, name: str) -> bool:
+    """Whether a tensor is a constant with two axes as long as a sequence."""
+    data = d.data(name)
+    return data is not None and sum(n in d.totals for n in data.shape) > 1
 
 
 def _fitted(d: Division, name: str, tensor: Tensor, cuts: Sequence[Sizes]) -> Tensor:
@@ -184,10 +199,10 @@ def _cast(to: int, x: Known) -> Known:
 
 
 def _product(x: Sequence[Known]) -> Known:
-    """Entries times a number; 0 times what is not known may be no number."""
+    """Entries times a number; a mask of 0 hides what it is multiplied with, as a weight of 0 does in a product."""
     numbers = [k.all.number for k in x]
     if 0.0 in numbers:
-        return ZERO if all(n is not None and abs(n) != inf for n in numbers) else UNKNOWN
+        return ZERO if not any(n is not None and abs(n) == inf for n in numbers) else UNKNOWN
     factor, other = (numbers[0], x[1]) if numbers[0] is not None else (numbers[1], x[0])
     return UNKNOWN if factor is None else other.map(lambda a: a.times(factor))
 
@@ -604,20 +619,73 @@ def slice_(d: Division, node: NodeProto) -> Tensor:
     if len(on) != 1 or (steps is not None and int(steps[0]) != 1):
         raise Left
     (axis,) = cut
-    segments, size = x.cuts[axis], sizes[axis]
-    found: list[int] = []
-    if starts is not None and int(starts[0]) == 0:
-        found = next((list(range(k)) for k in range(1, len(segments) + 1) if total(segments[:k]) == size), [])
-    elif ends is not None and int(ends[0]) >= _END:
-        every = list(range(len(segments)))
-        found = next((every[k:] for k in every if total(segments[k:]) == size), [])
-    if not found:
-        raise Left
-    cuts = (*x.cuts[:axis], tuple(segments[k] for k in found), *x.cuts[axis + 1 :])
-    parts = {i: x.parts[(*i[:axis], found[i[axis]], *i[axis + 1 :])] for i in indices(cuts)}
-    if len(found) < len(segments):
-        parts = {i: replace(p, joint=None) for i, p in parts.items()}
+    found = _stretches(x.cuts[axis], sizes[axis], starts, ends)
+    cuts = (*x.cuts[:axis], tuple(n for _, _, n in found), *x.cuts[axis + 1 :])
+    parts = {}
+    for i in indices(cuts):
+        k, start, n = found[i[axis]]
+        own = (*i[:axis], k, *i[axis + 1 :])
+        part = x.parts[own]
+        if n != x.cuts[axis][k]:
+            at = [d.emit.constant(np.array([v])) for v in (start, start + n, axis)]
+            part = Part(d.emit.add("Slice", [d.name(x, own), *at]), UNKNOWN, None, part.candidate)
+        parts[i] = replace(part, joint=None)
     return d.made(node.output[0], cuts, parts)
+
+
+def _stretches(segments: Sizes, size: Size, starts: Any, ends: Any) -> list[tuple[int, int, Size]]:
+    """What a slice takes of each segment that it takes something of.
+
+    Args:
+        segments: Lengths of the segments.
+        size: Length of the slice.
+        starts: Where it starts, an array of one number; None if that is computed.
+        ends: Where it ends.
+
+    Returns:
+        The segments, each with the first position that is taken and how many are.
+
+    Raises:
+        Left: That cannot be told.
+    """
+    if starts is not None and ends is not None and all(isinstance(n, int) for n in segments):
+        out: list[tuple[int, int, Size]] = []
+        at = 0
+        taken = range(int(total(segments)))[int(starts[0]) : int(ends[0])]  # type: ignore[arg-type]
+        for k, n in enumerate(segments):
+            assert isinstance(n, int)
+            low, high = max(taken.start, at), min(taken.stop, at + n)
+            out += [(k, low - at, high - low)] if low < high else []
+            at += n
+        if out:
+            return out
+    elif starts is not None and int(starts[0]) == 0:
+        for k in range(1, len(segments) + 1):
+            if total(segments[:k]) == size:
+                return [(j, 0, segments[j]) for j in range(k)]
+    elif ends is not None and int(ends[0]) >= _END:
+        for k in range(len(segments)):
+            if total(segments[k:]) == size:
+                return [(j, 0, segments[j]) for j in range(k, len(segments))]
+    raise Left
+
+
+def split(d: Division, node: NodeProto) -> list[Tensor]:
+    """Split along an axis that is whole."""
+    x, others, shapes = d.tensor(node.input[0]), d.rest(node), [d.sizes(o) for o in node.output]
+    axis = attribute(node, "axis", 0) % x.rank
+    if len(x.cuts[axis]) > 1:
+        raise Left
+    parts: list[dict[Index, Part]] = [{} for _ in shapes]
+    for i, part in x.parts.items():
+        names = [d.emit.fresh(f"{o}/segment{''.join(map(str, i))}") for o in node.output]
+        d.emit.copy(node, [d.name(x, i), *others], names)
+        for into, name in zip(parts, names, strict=True):
+            into[i] = Part(name, UNKNOWN, None, part.candidate)
+    return [
+        d.made(o, [*x.cuts[:axis], (shape[axis],), *x.cuts[axis + 1 :]], into)
+        for o, shape, into in zip(node.output, shapes, parts, strict=True)
+    ]
 
 
 def concat(d: Division, node: NodeProto) -> Tensor:
@@ -654,7 +722,11 @@ def shape(d: Division, node: NodeProto) -> Tensor:
     return Tensor((len(wanted),), ((len(wanted),),), {(0,): made}, TensorProto.INT64)
 
 
-Step = Callable[[Division, NodeProto], Tensor]
+Step = Callable[[Division, NodeProto], "Tensor | list[Tensor]"]
+MASKED = frozenset({"Add", "And", "Mul", "Or", "Sub", "Where"})
+"""What constant masks are put together with others by."""
+SEVERAL = frozenset({"Split"})
+"""What has several results."""
 SOURCES: Mapping[str, Step] = {
     "Concat": concat,
     "Range": range_,
@@ -677,6 +749,7 @@ STEPS: Mapping[str, Step] = {
     "Trilu": trilu,
     "Gather": gather,
     "Slice": slice_,
+    "Split": split,
     "Concat": concat,
     "Shape": shape,
 }

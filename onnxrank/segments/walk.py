@@ -18,29 +18,40 @@ from onnxrank.values import Dims, is_candidate_symbol
 _MOST_SEGMENTS = 8
 
 
-def sequences(model: ModelProto, facts: Facts, candidate: frozenset[str]) -> list[int]:
+def sequences(model: ModelProto, facts: Facts, candidate: frozenset[str], fixed: bool = False) -> list[int]:
     """The nodes that join what candidates change and what they do not along an axis of symbolic length.
 
     Args:
         model: The model.
         facts: Its shapes.
         candidate: Inputs that may differ between candidates.
+        fixed: Whether to look for lengths that are numbers instead, of what is multiplied with itself later.
 
     Returns:
         Their places.
     """
-    changed = depends(model, candidate)
-    return [k for k, node in enumerate(model.graph.node) if _joins(node, facts, changed)]
+    changed, nodes = depends(model, candidate), model.graph.node
+    found = [k for k, node in enumerate(nodes) if _joins(node, facts, changed, fixed)]
+    return [k for k in found if _meets_itself(model, nodes[k].output[0])] if fixed else found
 
 
-def _joins(node: NodeProto, facts: Facts, changed: set[str]) -> bool:
+def _joins(node: NodeProto, facts: Facts, changed: set[str], fixed: bool) -> bool:
+    """Whether a node joins levels along an axis of symbolic length, or a fixed one."""
     if operator(node) != "Concat" or len(node.input) > _MOST_SEGMENTS or len({i in changed for i in node.input}) < 2:
         return False
     sizes = facts.sizes.get(node.output[0], ())
     if not sizes or not facts.opaque.keys().isdisjoint(s for n in sizes for s in ex.symbols_of(n)):
         return False
     size = sizes[attribute(node, "axis", 0) % len(sizes)]
-    return isinstance(size, Expr) and not any(map(is_candidate_symbol, size.symbols))
+    if not isinstance(size, Expr):
+        return fixed
+    return not fixed and not any(map(is_candidate_symbol, size.symbols))
+
+
+def _meets_itself(model: ModelProto, name: str) -> bool:
+    """Whether both operands of a product come from a tensor, as those of attention do."""
+    behind = depends(model, [name])
+    return any(operator(n) in ("MatMul", "Einsum") and len(behind.intersection(n.input)) == 2 for n in model.graph.node)
 
 
 def divided(
@@ -78,7 +89,7 @@ def divided(
                 d.join(name)
             steps.note(d, node)
         else:
-            d.tensors[node.output[0]] = made
+            d.tensors.update(zip(node.output, made, strict=False))
         out.graph.node.extend(e.proto for e in d.emit.nodes)
         d.emit.nodes.clear()
         if made is None:
@@ -92,16 +103,17 @@ def divided(
     return made
 
 
-def _step(d: Division, node: NodeProto) -> Tensor | None:
+def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:
     """What a node makes, segment by segment; None if it is left as it is."""
     op = operator(node)
-    if len([o for o in node.output if o]) != 1 or not node.output[0] or subgraphs(node):
+    if (op not in steps.SEVERAL and any(node.output[1:])) or not all(node.output[:1]) or subgraphs(node):
         return None
-    mine = any(d.touched(i) for i in node.input)
+    mine = any(d.touched(i) or (op in steps.MASKED and steps.is_mask(d, i)) for i in node.input)
     step = steps.STEPS.get(op) if mine else steps.SOURCES.get(op)
     try:
         if step is None or not (mine or any(n in d.totals for n in d.sizes(node.output[0]))):
             return None
-        return step(d, node)
+        made = step(d, node)
+        return made if isinstance(made, list) else [made]
     except (Left, ex.Unproved):
         return None

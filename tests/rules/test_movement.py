@@ -174,3 +174,24 @@ def test_nothing_moved_without_levels() -> None:
     result = optimised(g, given)
     assert {"Transpose", "Flatten"} <= set(operators(result.model))
     assert onnxrank.optimize(result.model, check=False).model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_a_mask_of_queries_and_keys_is_expanded_to_heads_once_per_request() -> None:
+    given = [request("h", "L", 4), candidate("c", 4)]
+    g = Graph()
+    h, c = (i.declare(g) for i in given)
+    size = g.op("Shape", h, start=1, end=2)
+    shape = g.op("Concat", g.ints(0), size, g.ints(2, 2), axis=0)
+    q, k, v = (
+        g.op("Transpose", g.op("Reshape", g.op("MatMul", h, g.const(whole_numbers(4, 4, seed=s))), shape), perm=order)
+        for s, order in ((1, [0, 2, 1, 3]), (2, [0, 2, 3, 1]), (3, [0, 2, 1, 3]))
+    )
+    at = g.op("Range", g.const(0, np.int64), g.op("Squeeze", size), g.const(1, np.int64))
+    mask = g.op("Greater", at, g.on_axes("Unsqueeze", at, [1]))
+    target = g.op("Concat", g.op("Shape", c, start=0, end=1), g.ints(2), size, size, axis=0)
+    hidden = g.op("Expand", g.on_axes("Unsqueeze", mask, [0, 1]), target)
+    weights = g.op("Where", hidden, g.const(0.0), g.op("MatMul", q, k))
+    out = g.op("Reshape", g.op("Transpose", g.op("MatMul", weights, v), perm=[0, 2, 1, 3]), g.ints(0, -1, 4))
+    g.output(g.op("Mul", g.on_axes("ReduceSum", out, [1], keepdims=0), c), ["N", 4])
+    result = optimised(g, given, lengths=[{"L": n} for n in (0, 1, 2, 9, 61)])
+    assert result.report.after["candidate"].macs == 0

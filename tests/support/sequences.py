@@ -43,10 +43,10 @@ class Sequence:
         return self.graph.on_axes("Unsqueeze", self.at, [1])
 
 
-def sequence(first: bool = False, own: int = 1, opset: int = 17) -> Sequence:
+def sequence(first: bool = False, own: int = 1, opset: int = 17, length: int | str = "L") -> Sequence:
     """Tokens of the history and of the candidate, or the other way round."""
     g = Graph(opset)
-    given = [request("h", "L", D), candidate("c", own, D), request("seen", "L")]
+    given = [request("h", length, D), candidate("c", own, D), request("seen", length)]
     h, c, _ = (i.declare(g) for i in given)
     return Sequence(g, g.op("Concat", *((c, h) if first else (h, c)), axis=1), given, own)
 
@@ -94,6 +94,20 @@ def attention(s: Sequence, x: str, mask: Callable[[str], str] | None, heads: int
     if heads > 1:
         out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(0, -1, D))
     return out
+
+
+def pointwise_attention(s: Sequence, x: str, masked: str, seed: int = 0) -> str:
+    """Attention whose weights are an activation of each score, `silu(q k) / T`, under a causal mask."""
+    g = s.graph
+    q, k, v = (fc(s, x, seed=seed + j) for j in range(3))
+    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 2, 1]))
+    weights = g.op("Div", g.op("Mul", scores, g.op("Sigmoid", scores)), g.op("Cast", s.size, to=1))
+    earlier = g.op("LessOrEqual", s.at, s.rows)
+    if masked == "chosen":
+        weights = g.op("Where", earlier, weights, g.const(0.0))
+    else:
+        weights = g.op("Mul", weights, g.op("Cast", earlier, to=1))
+    return g.op("MatMul", weights, v)
 
 
 def norm(s: Sequence, x: str) -> str:

@@ -324,6 +324,63 @@ def check_random_model(seed: int) -> None:
         assert_equal(model, result.model, given, 5e-6, cut=result.changed and interface == "request")
 
 
+@pytest.mark.parametrize("length", ["L", 12])
+@pytest.mark.parametrize("masked", ["chosen", "multiplied"])
+def test_attention_without_softmax(masked: str, length: int | str) -> None:
+    s = sq.sequence(length=length)
+    x = s.tokens
+    for layer in range(2):
+        x = s.graph.op("Add", x, sq.pointwise_attention(s, sq.norm(s, x), masked, layer))
+    s.graph.output(s.graph.op("Gather", x, s.graph.const(-1, np.int64), axis=1), ["N", D])
+    model = s.graph.model()
+    result = rewritten(model, request=patterns(s.given))
+    assert_equal(model, result.model, s.given, 2e-6, cut=True)
+    assert result.report.macs_after < 0.25 * result.report.macs_before, "the history is encoded once"
+    assert any(p.place.rule == SEGMENTS and p.taken for p in result.plan.sites)
+
+
+def _lengths_of_requests(s: Sequence, length: int) -> str:
+    """A causal mask of constants and the request's padding, expanded to heads as exporters do."""
+    g = s.graph
+    count = g.on_axes("ReduceSum", g.op("Cast", g.op("Greater", "seen", g.const(0.0)), to=1), [1], keepdims=1)
+    causal = g.const(np.tril(np.ones((length + 1, length + 1), bool)), bool)
+    within = g.op("Less", g.const(np.arange(length + 1)), g.on_axes("Unsqueeze", count, [1]))
+    mine = g.const(np.eye(length + 1, dtype=bool), bool)
+    shown = g.op("Or", g.op("And", causal, within), mine)
+    shape = g.op("Concat", g.op("Shape", "c", end=1), g.ints(2, length + 1, length + 1), axis=0)
+    return g.op("Not", g.op("Expand", g.on_axes("Unsqueeze", shown, [1]), shape))
+
+
+def test_constant_masks_with_lengths_of_requests() -> None:
+    length = 12
+    s = sq.sequence(length=length)
+    hidden = _lengths_of_requests(s, length)
+    x = s.tokens
+    for layer in range(2):
+        put = lambda t: s.graph.op("Where", hidden, s.graph.const(FAR), t)  # noqa: E731
+        x = s.graph.op("Add", x, sq.attention(s, sq.norm(s, x), put, 2, layer))
+    s.graph.output(s.graph.op("Gather", x, s.graph.const(-1, np.int64), axis=1), ["N", D])
+    model = s.graph.model()
+    result = rewritten(model, request=patterns(s.given))
+    assert_equal(model, result.model, s.given, 2e-6, cut=True)
+    assert result.report.macs_after < 0.25 * result.report.macs_before
+
+
+@pytest.mark.parametrize(("start", "end"), [(-3, 1 << 40), (2, -1), (0, 5), (9, 13), (-1, 1 << 40), (12, 13)])
+def test_some_positions_of_a_fixed_sequence(start: int, end: int) -> None:
+    s = sq.sequence(length=12)
+    g = s.graph
+    kept = g.op("Slice", s.tokens, g.ints(start), g.ints(end), g.ints(1))
+    scores = g.op("MatMul", kept, g.op("Transpose", s.tokens, perm=[0, 2, 1]))
+    g.output(g.on_axes("ReduceSum", scores, [1], keepdims=0), None)
+    model = g.model()
+    study = study_of(model, s.given)
+    assert study.fixed_sequences and not study.sequences
+    made = study.divided(study.fixed_sequences).model
+    assert_equal(model, made, s.given, 1e-6)
+    assert not [n for n in made.graph.node if n.op_type == "Concat" and set(n.input) >= {"h", "c"}]
+
+
 # --- plans ---------------------------------------------------------------------------------------------------------
 
 
