@@ -18,7 +18,7 @@ from onnxrank import feeds, workers
 from onnxrank import model as files
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import METHODS
+from onnxrank.compress.methods import METHODS, MIXING
 from onnxrank.compress.network import Network, Product, Site
 from onnxrank.compress.packing import pack
 from onnxrank.compress.plan import Plan, Step
@@ -421,6 +421,8 @@ class _Job:
         original: tuple[Any, ...] | None = None
         while True:
             report.tries += 1
+            if _mixes(history[at].plan):  # as it will be served: requests of their own
+                self.data.joined = False
             o.say("the gate")
             original, report.outcomes = self._asked(runner, history[at].model, search.kept.outputs, limits, original)
             report.verdict = gate.together(report.outcomes)
@@ -429,6 +431,11 @@ class _Job:
                 break
             at //= 2
             limits = replace(limits, level=1 - (1 - limits.level) / 2)
+        if _mixes(history[at].plan):
+            report.notes.append(
+                "int8 rounds the inputs of layers in the range of all candidates of a run, so a score depends a little "
+                "on the other candidates; the gate scored every request by itself"
+            )
         if at < len(history) - 1:
             left = len(history) - 1 - at
             report.notes.append(
@@ -475,6 +482,11 @@ class _Job:
             )
             for n in outputs
         )
+
+
+def _mixes(plan: Plan) -> bool:
+    """Whether scores depend on the other rows of a run."""
+    return any(name in MIXING for step in plan.by_site.values() for name, _ in step.chain)
 
 
 def _with_identities(base: Network, fed: Mapping[str, Any]) -> ModelProto:

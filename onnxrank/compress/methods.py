@@ -540,3 +540,6 @@ METHODS: Mapping[str, Method] = {
     )
 }  # fmt: skip
 """All methods that choose a format or rank for a site; `pack`, which needs no choice, is in `packing.py`."""
+
+MIXING = frozenset({"int8", "int8-fused"})
+"""Methods by which a score depends a little on the other rows of a run: inputs are rounded in the range of them all."""

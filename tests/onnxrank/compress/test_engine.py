@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,31 @@ def test_sites_are_chosen_by_name(data: Path) -> None:
     found = compress(DLRM, data, options(sites=("*top.2*",), methods=("fp16", "fp16-tables", "low-rank")))
     assert found.report.plan is not None
     assert set(found.report.plan.by_site) == {"/top/top.2/Gemm"}
+
+
+def test_the_gate_scores_requests_by_themselves_where_rows_are_rounded_together(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxrank.compress.requests import GATE, Batch, Requests
+
+    feeds: list[tuple[int, int]] = []
+    batches = Requests.batches
+
+    def watched(self: Requests, only: str | None = None) -> Iterator[Batch]:
+        for b in batches(self, only):
+            if only == GATE:
+                feeds.append((len(b.feeds), len(b.names)))
+            yield b
+
+    monkeypatch.setattr(Requests, "batches", watched)
+    site = "/top/top.2/Gemm"
+    found = compress(DLRM, data, options(methods=("int8",), sites=(site,)))
+    assert found.passed and found.report.plan is not None and found.report.plan.by_site[site].chain == (("int8", 0),)
+    assert feeds and all(a == b for a, b in feeds) and any("other candidates" in n for n in found.report.notes)
+    feeds.clear()
+    found = compress(DLRM, data, options(methods=("fp16",), sites=(site,)))
+    # One batch is scored either way, to see whether rows of several requests may be scored in one run.
+    assert found.passed and sum(a == b for a, b in feeds) <= 1 < sum(a == 1 for a, _ in feeds)
 
 
 def test_optimised_models_are_compressed_by_the_requests_of_the_original(data: Path, tmp_path: Path) -> None:
