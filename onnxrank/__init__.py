@@ -9,22 +9,47 @@ from importlib.util import spec_from_file_location
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxrank.analysis import Analysis, analyse
     from onnxrank.inspection.engine import inspect
-    from onnxrank.pipeline import Result, optimize
+    from onnxrank.pieces import emit, gate, plan
+    from onnxrank.pipeline import Result, optimize, read
+    from onnxrank.plans import Plan
     from onnxrank.profiling.engine import profile
     from onnxrank.rewrite import Rewrite, Rule
     from onnxrank.roles import Roles
 
-__all__ = ["Result", "Rewrite", "Roles", "Rule", "inspect", "optimize", "profile"]
+__all__ = [
+    "Analysis",
+    "Plan",
+    "Result",
+    "Rewrite",
+    "Roles",
+    "Rule",
+    "analyse",
+    "emit",
+    "gate",
+    "inspect",
+    "optimize",
+    "plan",
+    "profile",
+    "read",
+]
 
 _HOME = {
+    "Analysis": "analysis",
+    "Plan": "plan",
     "Result": "pipeline",
     "Rewrite": "rewrite",
     "Roles": "roles",
     "Rule": "rewrite",
+    "analyse": "analysis",
+    "emit": "pieces",
+    "gate": "pieces",
     "inspect": "inspection.engine",
     "optimize": "pipeline",
+    "plan": "pieces",
     "profile": "profiling.engine",
+    "read": "pipeline",
 }
 
 

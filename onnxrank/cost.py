@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -10,30 +10,20 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.extents import evaluate
 from onnxrank.facts import Facts
+from onnxrank.graphs import attribute
+from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
 
+_COUNTED = Trait.PRODUCT | Trait.RECURRENT
+_NEWEST = 1 << 30
+"""A version of a domain that no operator is younger than."""
 _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
-MATRIX_PRODUCTS = frozenset(
-    """MatMul Gemm FusedMatMul FusedGemm MatMulInteger QLinearMatMul QGemm DynamicQuantizeMatMul
-    MatMulIntegerToFloat LinearRegressor""".split()
-)
-"""Products of matrices whose first operand is the first input."""
-_PRODUCTS = MATRIX_PRODUCTS | {"Conv", "Einsum", "Attention", "MultiHeadAttention"}
-_RECURRENT = {"GRU", "LSTM", "RNN"}
-_FREE = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
-_FUNCTIONS = set(
-    """Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish FastGelu
-    BiasGelu""".split()
-)
-_ROWWISE = {"Softmax", "LogSoftmax", "LayerNormalization", "SkipLayerNormalization", "RMSNormalization"}
-_BOOLEAN = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"}
-_INDICES = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
 _WIDTHS = {
     kind: helper.tensor_dtype_to_np_dtype(kind).itemsize
     for kind in TensorProto.DataType.values()
@@ -151,109 +141,67 @@ class Shapes:
         return any(is_candidate_symbol(s) for _, syms in found for s in syms)
 
 
-def _attribute(node: NodeProto, name: str, default: int = 0) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
 def node_macs(node: NodeProto, shapes: Shapes) -> int:
     """Multiply-adds of the matrix products of one node; 0 for other operators and unknown shapes."""
     return _macs(node, shapes.shape)
 
 
 def _macs(node: NodeProto, shape: ShapeOf) -> int:
-    op = node.op_type
-    if op not in _PRODUCTS | _RECURRENT:
+    entry = find(node)
+    if entry is None or entry.macs is None:
         return 0
-    x = [shape(i) if i else None for i in node.input]
-    if op in MATRIX_PRODUCTS:
-        out, a = shape(node.output[0]), x[0]
-        if out is None or a is None:
-            return 0
-        return prod(out) * (a[-2] if _attribute(node, "transA") and len(a) > 1 else a[-1])
-    if op == "Conv":
-        out, w = shape(node.output[0]), x[1]
-        return 0 if out is None or w is None else prod(out) * prod(w[1:])
-    if op == "Einsum":
-        if len(node.input) < 2 or any(s is None for s in x):
-            return 0
-        equation = next(helper.get_attribute_value(a) for a in node.attribute if a.name == "equation").decode()
-        size: dict[str, int] = {}
-        for term, s in zip(equation.replace(" ", "").split("->")[0].split(","), x, strict=True):
-            for c, n in zip(term, s or (), strict=False):
-                size[c] = max(size.get(c, 1), n)
-        return prod(size.values())
-    if op in _RECURRENT:
-        sequence, weights, again = (*x, None, None, None)[:3]
-        if sequence is None or weights is None or again is None:
-            return 0
-        return prod(sequence[:2]) * (prod(weights) + prod(again))
-    return _attention_macs(node, x)
-
-
-def _attention_macs(node: NodeProto, x: Sequence[tuple[int, ...] | None]) -> int:
-    """Of fused attention: both products of every head, and the projections where the operator makes them."""
-    queries, second = (*x, None, None)[:2]
-    if queries is None or second is None:
-        return 0
-    if node.domain == "com.microsoft" and node.op_type == "Attention":
-        # Of `[batch, length, width]`, by weights `[width, 3 * hidden]` of queries, keys and values.
-        *batch, length, _ = queries
-        return prod(queries) * second[-1] + 2 * prod(batch) * length * length * (second[-1] // 3)
-    values = x[2] if len(x) > 2 and x[2] is not None else second
-    # Of every query with every key, and of every weight with every value; `[..., heads, length, size]` or merged.
-    rows, keys = prod(queries[:-1]), second[-2]
-    return rows * keys * queries[-1] + rows * keys * values[-1]
+    return entry.macs(node, [shape(i) if i else None for i in node.input], shape(node.output[0]))
 
 
 def node_bytes(node: NodeProto, shapes: Shapes) -> int:
     """Bytes that a node writes."""
-    if node.op_type in _FREE:
+    if Trait.FREE in traits(node):
         return 0
     return sum(shapes.width(o) * prod(s) for o in node.output if o and (s := shapes.shape(o)) is not None)
 
 
 def billed(node: NodeProto, shapes: Shapes) -> Bill:
     """What a node is billed for."""
-    op, shape = node.op_type, shapes.shape
-    if op in _FREE:
+    op, what, shape = operator(node), traits(node), shapes.shape
+    if Trait.FREE in what:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
     written = node_bytes(node, shapes)
-    if op in _PRODUCTS | _RECURRENT:
+    if what & _COUNTED:
         first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
         stack = max((prod(s[:-2]) for s in (first, second) if s is not None), default=1)
-        both = op in ("MatMul", "FusedMatMul") and second is not None and prod(second[:-2]) > 1
-        if op == "FusedGemm":  # as what it was made of, which the runtime fuses when it loads the model
+        both = op in ("MatMul", "com.microsoft::FusedMatMul") and second is not None and prod(second[:-2]) > 1
+        if op == "com.microsoft::FusedGemm":  # as what it was made of, which the runtime fuses when it loads the model
             return Bill("product", 2 * written, 0, _macs(node, shape), 2)
         return Bill("stack" if both else "product", written, stack if both else 0, _macs(node, shape))
     if out is None or not node.input:
         return Bill("other", written)
     entries = prod(out)
     first = shape(node.input[0]) or ()
-    if op in ("Gather", "Slice", "Concat", "Split", "Expand"):
-        if op == "Gather" and _attribute(node, "axis") % max(1, len(first)) == 0:
+    if Trait.PICK in what:
+        if op == "Gather" and attribute(node, "axis", 0) % max(1, len(first)) == 0:
             return Bill("elementwise", written)  # rows of a table: as fast as any other step that writes them
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
         return Bill(kinds.get(op, "copy"), written, _runs(node, first, out))
     if op == "Transpose":
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(len(out)))[::-1])
+        order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
         return Bill("transpose" if run == 1 else "exchange", written, entries // max(1, run))
-    if op in _FUNCTIONS:
+    if Trait.FUNCTION in what:
         return Bill("function", written)
-    if op in _ROWWISE:
+    if Trait.ROWS in what:
         return Bill("softmax", written, entries // max(1, out[-1] if out else 1))
     return Bill("elementwise", written)
 
 
 def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
     """In how many pieces data movement copies, at least."""
-    op, entries = node.op_type, prod(out)
+    op, entries = operator(node), prod(out)
     rank = len(first) or 1
     if op in ("Gather", "Concat", "Split"):
-        axis = _attribute(node, "axis") % rank
+        axis = attribute(node, "axis", 0) % rank
         if op == "Gather":
             return entries // max(1, prod(first[axis + 1 :]))
         return prod(first[:axis]) * len(node.input if op == "Concat" else node.output)
@@ -283,35 +231,31 @@ def types_of(graph: GraphProto) -> dict[str, int]:
     out = {t.name: t.data_type for t in [*graph.initializer, *(s.values for s in graph.sparse_initializer)]}
     out |= {i.name: i.type.tensor_type.elem_type for i in [*graph.input, *graph.value_info, *graph.output]}
     for node in graph.node:
-        op = node.op_type
-        if op in ("Cast", "Constant", "ConstantOfShape"):
-            given = next((a for a in node.attribute if a.name in ("to", "value")), None)
-            made = TensorProto.FLOAT if given is None else given.i or given.t.data_type
-        elif op in _INDICES:
-            made = TensorProto.INT64
-        elif op in _BOOLEAN:
-            made = TensorProto.BOOL
-        else:
-            operands = node.input[1:] if op in ("Where", "CastLike", "DequantizeLinear", "OneHot") else node.input
-            made = next((out[i] for i in operands if i in out), TensorProto.FLOAT)
-        for name in node.output:
-            out.setdefault(name, made)
+        stored = next((a.t.data_type for a in node.attribute if a.name == "value" and a.HasField("t")), None)
+        for k, name in enumerate(node.output):
+            if name not in out:
+                out[name] = stored or element_type(node, k, _NEWEST, out) or TensorProto.FLOAT
     return out
+
+
+def by_rows(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[NodeProto, str]]:
+    """The nodes of a graph with how often each runs as it stands: per candidate where its result has rows of them."""
+    fixed = set(shapes.initializers)
+    for node in graph.node:
+        level = "request"
+        if any(o and shapes.per_candidate(o) for o in node.output):
+            level = "candidate"
+        elif all(not i or i in fixed for i in node.input) and Trait.EXTENTS not in traits(node):
+            level = "constant"
+            fixed |= set(node.output)
+        yield node, level
 
 
 def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
     """Costs of a graph by level of its nodes."""
     totals = {level: [0, 0, 0, 0] for level in ("constant", "request", "candidate")}
-    fixed = set(shapes.initializers)
     seen: set[str] = set()
-    for node in graph.node:
-        if any(o and shapes.per_candidate(o) for o in node.output):
-            level = "candidate"
-        elif all(not i or i in fixed for i in node.input) and node.op_type not in ("Shape", "Size"):
-            level = "constant"
-            fixed |= set(node.output)
-        else:
-            level = "request"
+    for node, level in by_rows(graph, shapes):
         t = totals[level]
         t[0] += 1
         for i in node.input:

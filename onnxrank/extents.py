@@ -192,14 +192,6 @@ def bounds(size: int | Expr) -> tuple[float, float]:
     return low, high
 
 
-def is_zero(size: int | Expr) -> bool | None:
-    """Whether an extent is 0 for all values of the symbols (True), for none (False), or for some (None)."""
-    if not isinstance(size, Expr):
-        return size == 0
-    low, high = bounds(size)
-    return False if low > 0 or high < 0 else None
-
-
 def minimum(a: int | Expr, b: int | Expr) -> int | Expr:
     """The smaller of two extents."""
     return _extreme("min", a, b)

@@ -25,6 +25,7 @@ from onnxrank import runtime, shapes
 from onnxrank.errors import ModelError
 from onnxrank.extents import Expr
 from onnxrank.graphs import captured, subgraphs
+from onnxrank.operators import Trait, traits
 from onnxrank.values import CANDIDATES, Dim, Dims, canonical, is_candidate_symbol
 from onnxrank.workers import RemoteSession
 
@@ -33,9 +34,6 @@ Extent = tuple[int, tuple[str, ...]]
 
 _MARK = "::onnxrank/shape"
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.training"}
-_SEQUENCES = {"SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceMap", "SplitToSequence",
-              "Optional", "ZipMap"}  # fmt: skip
-"""Operators that make sequences, maps or optionals."""
 
 
 @dataclass(frozen=True)
@@ -263,9 +261,9 @@ class Contradiction:
 def _not_tensors(model: ModelProto) -> set[str]:
     """Sequences, maps and optionals, which have no shape."""
     nodes = list(model.graph.node)
-    out = {o for n in nodes if n.op_type in _SEQUENCES for o in n.output}
-    kinds = {n.op_type for n in nodes} | {n.op_type for node in nodes for g in subgraphs(node) for n in g.node}
-    if kinds & _SEQUENCES:
+    out = {o for n in nodes if Trait.SEQUENCE in traits(n) for o in n.output}
+    inner = [n for node in nodes for g in subgraphs(node) for n in g.node]
+    if any(Trait.SEQUENCE in traits(n) for n in (*nodes, *inner)):
         with contextlib.suppress(Exception):  # what cannot be inferred is known by its operator only
             model = onnx.shape_inference.infer_shapes(model)
     described = [*model.graph.output, *model.graph.value_info]

@@ -6,36 +6,38 @@ following every entry of every input through casts, offsets and data movement to
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from onnxrank.emit import Emitter
-from onnxrank.facts import Facts, Setting
-from onnxrank.graphs import subgraphs
-from onnxrank.operators import domain_of
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.facts import Setting
+from onnxrank.flow import Given, Walk
+from onnxrank.graphs import attribute, subgraphs
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
+from onnxrank.transfers import uniform
 from onnxrank.values import (
     CANDIDATES,
-    Abstract,
+    HOLE,
+    MAX_ENTRIES,
     Codes,
     Dims,
-    Value,
-    broadcast_dims,
+    Level,
+    Sources,
+    Unrepresentable,
     canonical,
     codes_of,
     extents,
+    is_candidate_symbol,
     offsets,
     source_numbers,
     symbols,
-    view,
-    with_extents,
 )
 
 Feed = dict[str, NDArray[Any]]
@@ -107,6 +109,23 @@ def inputs(model: ModelProto, roles: Roles) -> list[Input]:
             else:
                 dims.append((f"S:{d or f'{info.name}.{axis}'}",))
         out.append(Input(info.name, info.elem_type, tuple(dims), role))
+    return out
+
+
+def levels(declared: Sequence[Input]) -> dict[str, Given]:
+    """Shapes and levels of inputs, as their roles say."""
+    out: dict[str, Given] = {}
+    for i in declared:
+        rows = any(map(is_candidate_symbol, symbols(i.dims)))
+        each = Level.CANDIDATE if rows else Level.REQUEST
+        if i.role.level == "mixed":
+            found = np.full(extents(i.dims), each, np.int8)
+            found[(slice(None),) * i.mixed_axis + (list(i.role.request),)] = Level.REQUEST
+        else:
+            found = uniform(
+                Level.REQUEST if i.role.level == "request" and i.role.candidate_axis is not None else each, i.dims
+            )
+        out[i.name] = i.dims, found
     return out
 
 
@@ -217,20 +236,28 @@ def divided(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]]) -> Feed
 
 
 class _Lookups:
-    """Follows input entries to the lookups that they index."""
+    """Follows input entries to the lookups that they index.
 
-    def __init__(self, declared: Sequence[Input]) -> None:
+    Args:
+        declared: The inputs.
+        flow: What is known of the tensors.
+    """
+
+    def __init__(self, declared: Sequence[Input], flow: Walk) -> None:
         self.bounds: Ranges = {}
+        self.codes: dict[str, Codes] = {}
+        """Of tensors that hold entries of inputs, or such with a number added, which ones."""
+        self._flow, self._sources = flow, Sources()
         self._entry: dict[int, str] = {}
         self._derived: dict[int, list[tuple[Codes, NDArray[np.float64]]]] = {}
         for i in declared:
             shape = extents(i.dims)
             whole = np.full(shape, np.dtype(helper.tensor_dtype_to_np_dtype(i.dtype)).kind in "iu")
             self.bounds[i.name] = (np.full(shape, -np.inf), np.full(shape, np.inf), whole)
-
-    def own(self, number: int, name: str) -> None:
-        """Registers the source that holds an input's entries."""
-        self._entry[number] = name
+            source = self._sources.add(i.dims, i.dtype, i.name)
+            self._entry[source.number] = i.name
+            with contextlib.suppress(Unrepresentable):
+                self.codes[i.name] = codes_of(source)
 
     def limit(self, codes: Codes, low: float, high: float) -> None:
         """Notes that entries must lie in `[low, high)`; infinite bounds note only that they are whole numbers."""
@@ -251,156 +278,152 @@ class _Lookups:
                 delta = shift.reshape(-1)[where]
                 self._limit(parents.reshape(-1)[where], low[at] - delta, high[at] - delta)
 
-    def rule(self) -> Rule:
-        """Transfer rules that only follow."""
-        return Rule("lookups", "", "", "", "", "", "exact", {
-            "Cast": self._cast,
-            "Add": self._shift,
-            "Sub": self._shift,
-            **{op: self._pass for op in ("Identity", "Where", "Mul", "Max", "Min", "Abs", "Clip", "Relu")},
-            "GRU": self._recur,
-            "LSTM": self._recur,
-            "RNN": self._recur,
-            "Gather": self._gather,
-            "GatherND": self._gather_nd,
-        })  # fmt: skip
+    def step(self, node: NodeProto) -> None:
+        """One node: limits what it looks up, and follows entries through it."""
+        how = self._STEPS.get(operator(node))
+        if how is not None:
+            how(self, node)
+        if node.output[:1] and node.output[0] not in self.codes:
+            self._move(node)
 
-    def _cast(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-        x = rw.value(node, 0)
-        to = next(a.i for a in node.attribute if a.name == "to")
+    def _move(self, node: NodeProto) -> None:
+        """Data movement; entries that come from no input are holes."""
+        if not any(i in self.codes for i in node.input):
+            return
+        for name, m in zip(node.output, self._flow.moves_of(node) or (), strict=False):
+            held = list(node.input) if m.joins else node.input[:1]
+            shapes = [self._flow.shape_of(i) for i in held]
+            if name and any(i in self.codes for i in held) and all(d is not None for d in shapes):
+                whole = [self.codes.get(i, np.full(extents(d or ()), HOLE)) for i, d in zip(held, shapes, strict=True)]
+                if prod(extents(m.dims)) <= MAX_ENTRIES:
+                    self.codes[name] = m.take(*whole)
+
+    def _kind(self, name: str) -> str:
+        """Kind of a tensor's type, as numpy's letter for it."""
+        dtype = self._flow.type_of(name)
+        return np.dtype(helper.tensor_dtype_to_np_dtype(dtype)).kind if dtype else ""
+
+    def _constant(self, name: str) -> NDArray[Any] | None:
+        dims = self._flow.shape_of(name)
+        return None if dims is None or symbols(dims) else self._flow.data_of(name)
+
+    def _cast(self, node: NodeProto) -> None:
+        codes = self.codes.get(node.input[0])
+        if codes is None:
+            return
+        to = attribute(node, "to")
         if np.dtype(helper.tensor_dtype_to_np_dtype(to)).kind in "iu":
-            self.limit(x.codes, -np.inf, np.inf)
-        return [x]
+            self.limit(codes, -np.inf, np.inf)
+        self.codes[node.output[0]] = codes
 
-    def _shift(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    def _shift(self, node: NodeProto) -> None:
         for k in (0, 1):
-            data = rw.array(node, 1 - k)
-            if data is None or data.dtype.kind not in "iu" or (node.op_type == "Sub" and k):
+            if node.input[k] not in self.codes:
                 continue
-            sign = -1.0 if node.op_type == "Sub" else 1.0
-            return self._follow(rw, node, [(rw.value(node, k), sign * data.astype(np.float64))])
-        return None
+            data = self._constant(node.input[1 - k])
+            if data is None or data.dtype.kind not in "iu" or (operator(node) == "Sub" and k):
+                continue
+            sign = -1.0 if operator(node) == "Sub" else 1.0
+            return self._follow(node, [(node.input[k], sign * data.astype(np.float64))])
 
-    def _pass(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    def _pass(self, node: NodeProto) -> None:
         """Operators that give one of their operands, or 0: whole numbers in a range stay in it."""
-        values = [rw.value(node, k) for k, i in enumerate(node.input) if i and rw.array(node, k) is None]
-        kinds = [np.dtype(helper.tensor_dtype_to_np_dtype(v.dtype)).kind for v in values]
-        if not values or any(k not in "iub" for k in kinds):
-            return None
-        return self._follow(rw, node, [(v, np.zeros(())) for v, k in zip(values, kinds, strict=True) if k != "b"])
+        if self.codes.keys().isdisjoint(node.input):
+            return
+        given = [i for i in node.input if i and self._constant(i) is None]
+        if all(self._kind(i) in tuple("iub") for i in given):
+            self._follow(node, [(i, np.zeros(())) for i in given if self._kind(i) != "b"])
 
-    def _follow(
-        self, rw: Rewrite, node: NodeProto, parents: list[tuple[Value, NDArray[np.float64]]]
-    ) -> list[Abstract] | None:
-        found = rw.facts.extents.get(node.output[0])
-        if found is None or not parents:
-            return None
-        dims = broadcast_dims([v.dims for v, _ in parents])
-        shape = np.broadcast_shapes(extents(dims), *(shift.shape for _, shift in parents))
-        if len(shape) != len(dims):
-            return None
-        dims = with_extents(dims, shape)
-        made = rw.new(dims, parents[0][0].dtype, symbols(dims), "derived")
-        assert made.whole is not None
-        self._derived[made.whole.number] = [
-            (
-                np.broadcast_to(v.codes.reshape((1,) * (len(shape) - v.rank) + v.codes.shape), shape),
-                np.broadcast_to(shift, shape),
-            )
-            for v, shift in parents
-        ]
-        return [view(dims, made.dtype, codes_of(made.whole))]
+    def _follow(self, node: NodeProto, parents: list[tuple[str, NDArray[np.float64]]]) -> None:
+        """Entries that are those of others with numbers added."""
+        dims = self._flow.shape_of(node.output[0])
+        own = [(self.codes[i], shift) for i, shift in parents if i in self.codes]
+        if dims is None or not own or prod(extents(dims)) > MAX_ENTRIES:
+            return
+        shape = extents(dims)
+        source = self._sources.add(dims, TensorProto.INT64, node.output[0])
+        try:
+            self._derived[source.number] = [
+                (np.broadcast_to(codes, shape), np.broadcast_to(shift, shape)) for codes, shift in own
+            ]
+        except ValueError:  # another layout than that of the operands
+            return
+        self.codes[node.output[0]] = codes_of(source)
 
-    def _recur(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-        if len(node.input) > 4 and node.input[4]:
-            steps = extents(rw.value(node, 0).dims)[0]
-            self.limit(rw.value(node, 4).codes, 1, steps + 1)
-        return None
+    def _recur(self, node: NodeProto) -> None:
+        dims = self._flow.shape_of(node.input[0])
+        if len(node.input) > 4 and node.input[4] in self.codes and dims is not None:
+            self.limit(self.codes[node.input[4]], 1, extents(dims)[0] + 1)
 
-    def _gather(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        self.look_up(rw, rw.value(node, 0), rw.value(node, 1), axis)
-        return None
+    def _gather(self, node: NodeProto) -> None:
+        axis = attribute(node, "axis", 0)
+        self.look_up(node.input[0], node.input[1], axis)
 
-    def _gather_nd(self, rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-        ids = rw.value(node, 1)
-        if extents(ids.dims)[-1] == 1:
-            self.look_up(rw, rw.value(node, 0), ids, 0)
-        return None
+    def _gather_nd(self, node: NodeProto) -> None:
+        ids = self._flow.shape_of(node.input[1])
+        if ids is not None and extents(ids)[-1] == 1:
+            self.look_up(node.input[0], node.input[1], 0)
 
-    def look_up(self, rw: Rewrite, table: Value, ids: Value, axis: int) -> None:
+    def look_up(self, table: str, ids: str, axis: int) -> None:
         """Notes that ids are positions along an axis of a table."""
-        d = table.dims[axis % table.rank]
-        if not symbols([d]) and (ids.whole is None or ids.whole.load is None):
-            self.limit(ids.codes, 0, extents((d,))[0])
+        dims = self._flow.shape_of(table)
+        if dims is None or ids not in self.codes:
+            return
+        d = dims[axis % len(dims)]
+        if not symbols([d]):
+            self.limit(self.codes[ids], 0, extents((d,))[0])
+
+    _STEPS: ClassVar[dict[str, Callable[[_Lookups, NodeProto], None]]] = {
+        "Cast": _cast,
+        "Add": _shift,
+        "Sub": _shift,
+        **dict.fromkeys(("Where", "Mul", "Max", "Min", "Abs", "Clip", "Relu"), _pass),
+        **dict.fromkeys(("GRU", "LSTM", "RNN"), _recur),
+        "Gather": _gather,
+        "GatherND": _gather_nd,
+    }
+    """What is done at an operator; all others move entries, or end them."""
 
 
-_SAME_ENTRIES = {"Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose", "Slice", "Expand"}
-"""Operators whose result holds entries of their first input, wherever and however often."""
-
-
-def _bodies(lookups: _Lookups, rw: Rewrite, graph: GraphProto, ids: Mapping[str, frozenset[str]]) -> None:
+def _bodies(lookups: _Lookups, graph: GraphProto, ids: Mapping[str, frozenset[str]]) -> None:
     """Limits ids that are looked up in the body of a control-flow node, as EmbeddingBag is exported.
 
     Args:
         lookups: Receives the limits.
-        rw: Values of the tensors outside.
         graph: The body.
         ids: Tensors outside whose entries a tensor of the surrounding bodies holds.
     """
     known = dict(ids)
 
     def origins(name: str) -> frozenset[str]:
-        return known.get(name, frozenset({name}) if name in rw.values else frozenset())
+        return known.get(name, frozenset({name}) if name in lookups.codes else frozenset())
 
     for node in graph.node:
-        if domain_of(node):
-            continue
-        if node.op_type == "Gather":
-            table = rw.values.get(node.input[0])
+        what = traits(node)
+        if operator(node) == "Gather":
+            axis = attribute(node, "axis", 0)
             for origin in origins(node.input[1]):
-                found = rw.values[origin]
-                if isinstance(found, Value) and isinstance(table, Value):
-                    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                    lookups.look_up(rw, table, found, axis)
-        if node.op_type in _SAME_ENTRIES or node.op_type == "Gather":
+                lookups.look_up(node.input[0], origin, axis)
+        if what & (Trait.MOVEMENT | Trait.CAST) and operator(node) != "Concat":
             known[node.output[0]] = origins(node.input[0])
         for inner in subgraphs(node):
-            _bodies(lookups, rw, inner, known)
+            _bodies(lookups, inner, known)
 
 
-def find_ranges(
-    model: ModelProto,
-    declared: Sequence[Input],
-    facts: Facts,
-    folder: str | os.PathLike[str] | None,
-    dtypes: dict[str, int],
-    movement: Rule,
-) -> Ranges:
+def find_ranges(declared: Sequence[Input], flow: Walk, nodes: Sequence[NodeProto]) -> Ranges:
     """Value ranges of every input entry: declared ones first, then those of the tables that it looks up.
 
     Args:
-        model: The model.
-        declared: Its inputs.
-        facts: Shapes, measured with zeros for inputs.
-        folder: Where its external data lies.
-        dtypes: Element types of tensors.
-        movement: The rule that follows data movement.
+        declared: The inputs.
+        flow: What is known of the tensors.
+        nodes: The nodes, in their order.
     """
-    lookups = _Lookups(declared)
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    rw = Rewrite(facts, (lookups.rule(), movement), Emitter((), opset), dtypes, keep_moves=False)
-    for i in declared:
-        source = rw.sources.add(i.dims, i.dtype, i.name)
-        lookups.own(source.number, i.name)
-        rw.values[i.name] = Value(i.dims, i.dtype, source)
-    rw.declare_initializers(model, folder)
-    for s in {s for i in declared for s in symbols(i.dims)}:
-        rw.layout.extent_of[s] = (declared[0].name, 0, 1)  # nothing written here is ever run
-    rw.interpret(model.graph.node)
-    for node in model.graph.node:
+    lookups = _Lookups(declared, flow)
+    for node in nodes:
+        lookups.step(node)
+    for node in nodes:
         for body in subgraphs(node):
-            _bodies(lookups, rw, body, {})
+            _bodies(lookups, body, {})
     out: Ranges = {}
     for i in declared:
         low, high, whole = lookups.bounds[i.name]

@@ -9,7 +9,8 @@ from functools import cached_property
 from onnx import ModelProto, NodeProto
 
 from onnxrank import cost, facts
-from onnxrank.plan import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
+from onnxrank.plans import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
+from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
@@ -239,9 +240,3 @@ def preparing_sites(kind: str, study: Study, places: Iterable[int], done: Collec
 def fewest(span: tuple[int, int]) -> int:
     """The number of candidates at which no form may be slower than the original: a quarter of the least expected."""
     return max(1, span[0] // 4)
-
-
-def report_candidates(span: tuple[int, int]) -> int:
-    """The number of candidates that costs are told for: the geometric middle of the range."""
-    middle: float = (span[0] * span[1]) ** 0.5
-    return round(middle)

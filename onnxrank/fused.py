@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank.emit import Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.facts import Extent
+from onnxrank.graphs import versions
 from onnxrank.operators import matmul_order
 
 Extents = tuple[Extent, ...]
@@ -66,7 +67,7 @@ def written_out(
     del out.graph.node[:]
     taken = {*(t.name for t in model.graph.initializer), *(i.name for i in model.graph.input)}
     taken |= {o for n in model.graph.node for o in n.output}
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = versions(model)[""]
     emit = Emitter(taken, opset)
     for node in model.graph.node:
         if node.output and node.output[0] in outputs:

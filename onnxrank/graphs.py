@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from typing import Any
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Value of an attribute of a node."""
+    found = next((a for a in node.attribute if a.name == name), None)
+    return default if found is None else helper.get_attribute_value(found)
+
+
+def domain(name: str) -> str:
+    """A domain as it is compared: ONNX's own, which has two names, is empty."""
+    return "" if name == "ai.onnx" else name
+
+
+def versions(model: ModelProto) -> dict[str, int]:
+    """The version of each domain that a model imports."""
+    return {domain(o.domain): o.version for o in model.opset_import}
 
 
 def names_in(graph: GraphProto) -> set[str]:

@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from onnxrank.emit import Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.extents import Call, Expr, bounds
 from onnxrank.values import (
     HOLE,

@@ -12,21 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
 from onnxrank.facts import Facts
-from onnxrank.graphs import captured, subgraphs
-from onnxrank.operators import operator
+from onnxrank.graphs import attribute, captured, subgraphs
+from onnxrank.operators import Trait, Use, find, operator, traits
 
 Needs = dict[int, NDArray[np.int64]]
-
-_SAME_SHAPE = set(
-    """Abs Ceil Celu Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log Mish Neg Not Reciprocal
-    Relu Selu Sigmoid Sign Sin Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Cast Dropout Add Sub Mul Div Pow
-    Max Min Where PRelu And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual Clip
-    com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu""".split()
-)
-_PER_ROW = {"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"}
 
 
 def positions_needed(
@@ -92,10 +84,6 @@ def _union(a: Needs | None, b: Needs | None) -> Needs | None:
     return out or None
 
 
-def _attribute(node: NodeProto, name: str, default: int) -> int:
-    return next((int(helper.get_attribute_value(a)) for a in node.attribute if a.name == name), default)
-
-
 def _through(
     node: NodeProto,
     k: int,
@@ -106,14 +94,14 @@ def _through(
     opset: int,
 ) -> Needs | None:
     """What the node reads of its k-th input when `mine` is read of its first output; None for everything."""
-    op, name = operator(node), node.input[k]
+    op, what, name = operator(node), traits(node), node.input[k]
     rank = _rank(name, facts, shapes)
     if rank is None:
         return None
     if op == "Gather" and k == 0:
         if node.input[1] not in constants:
             return None
-        axis = _attribute(node, "axis", 0) % rank
+        axis = attribute(node, "axis", 0) % rank
         n = _extent(name, axis, facts)
         if n is None:
             return None
@@ -127,7 +115,7 @@ def _through(
     out_rank = _rank(node.output[0], facts, shapes)
     if out_rank is None:
         return None
-    if op in _SAME_SHAPE:
+    if Trait.ELEMENTWISE in what or op == "Dropout":
         shift = out_rank - rank
         out = {}
         for axis, at in mine.items():
@@ -135,20 +123,30 @@ def _through(
             if n is not None and n > 1 and n == _extent(node.output[0], axis, facts):
                 out[axis - shift] = at
         return out or None
-    if op in _PER_ROW and k == 0:
-        axis = _attribute(node, "axis", 1 if opset < 13 and op in ("Softmax", "LogSoftmax") else -1) % rank
-        return {a: at for a, at in mine.items() if a < axis} or None
+    if Trait.NORMALISATION in what and k == 0:
+        core = _axes(node, name, facts, opset)
+        return None if core is None else {a: at for a, at in mine.items() if a < min(core, default=0)} or None
     if op == "Transpose":
-        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(rank))[::-1])
+        perm = attribute(node, "perm") or list(range(rank))[::-1]
         return {perm[a]: at for a, at in mine.items()} or None
-    if op in ("Squeeze", "Unsqueeze", "Reshape", "Flatten") and k == 0:
+    if Trait.FREE in what and k == 0:
         return _same_axes(node, mine, facts, rank, out_rank)
     if op in ("MatMul", "Gemm"):
-        if k == 0 and not any(a.name == "transA" and a.i for a in node.attribute):
+        if k == 0 and not attribute(node, "transA"):
             shift = out_rank - rank
             return {a - shift: at for a, at in mine.items() if shift <= a < out_rank - 1} or None
         return None
     return None
+
+
+def _axes(node: NodeProto, name: str, facts: Facts, opset: int) -> list[int] | None:
+    """The axes that a normalisation takes in together; None where that is not known."""
+    entry, sizes = find(node), facts.sizes.get(name)
+    rank = _rank(name, facts, {})
+    if entry is None or entry.axes is None or rank is None:
+        return None
+    use = Use(node, opset, [sizes or (0,) * rank], [None] * len(node.input))
+    return [a % rank for a in entry.axes(use)]
 
 
 def _same_axes(node: NodeProto, mine: Needs, facts: Facts, rank: int, out_rank: int) -> Needs | None:

@@ -1,15 +1,18 @@
-"""The registry of operators: what each one does to shapes, and to tensors that are computed from shapes.
+"""The registry of operators: what each one is, and does to shapes, entries, levels and costs.
 
 An entry is found by domain and operator (`find`). Where an operator has no entry, onnx's own inference for that
-operator is asked; what neither knows is opaque, and whoever depends on it is left alone.
+operator is asked for shapes; what neither knows is opaque, and whoever depends on it is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import Flag, auto
+from functools import cache, reduce
 from math import prod
-from typing import Any
+from operator import or_
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -17,8 +20,14 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import extents as ex
+from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.graphs import attribute, domain
 from onnxrank.model import sparse_data
+from onnxrank.values import Dim, Dims, Unrepresentable
+
+if TYPE_CHECKING:
+    from onnxrank.facts import Facts
 
 Shape = tuple[int | Expr, ...]
 Partial = Sequence[int | Expr | None]
@@ -100,8 +109,7 @@ class Use:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Value of an attribute."""
-        found = next((a for a in self.node.attribute if a.name == name), None)
-        return default if found is None else helper.get_attribute_value(found)
+        return attribute(self.node, name, default)
 
     def has(self, k: int) -> bool:
         """Whether the k-th input is given."""
@@ -150,8 +158,170 @@ class Use:
         return int(self.attribute("axis", default)) % max(rank, 1)
 
 
+@dataclass(frozen=True)
+class Placed(Use):
+    """One use of an operator whose operands have factored shapes, as rewrites and the analysis know them.
+
+    Attributes:
+        dims: Factored shapes of the operands; None where nothing is known of one.
+        facts: Proved shapes.
+        data: Entries of an operand that is a constant without symbolic extents; None for others.
+    """
+
+    dims: Sequence[Dims | None] = ()
+    facts: Facts | None = None
+    data: Callable[[int], NDArray[Any] | None] = lambda k: None
+
+    def dim(self, k: int) -> Dims:
+        """Factored shape of the k-th input.
+
+        Raises:
+            Unrepresentable: It is not known.
+        """
+        found = self.dims[k] if k < len(self.dims) else None
+        if found is None:
+            raise Unrepresentable(f"the shape of input {k} is not known")
+        return found
+
+    def shape(self, k: int) -> Shape:
+        """Shape of the k-th input.
+
+        Raises:
+            Unproved: It is not known.
+        """
+        found = self.dims[k] if k < len(self.dims) else None
+        if found is None:
+            raise Unproved(f"the shape of input {k}")
+        return tuple(self.size(d) for d in found)
+
+    def value(self, k: int) -> Known:
+        """Entries of the k-th input.
+
+        Raises:
+            Unproved: It is not a constant.
+        """
+        found = self.array(k)
+        if found is None:
+            raise Unproved(f"the entries of input {k}")
+        return constant(found)
+
+    def array(self, k: int) -> NDArray[Any] | None:
+        """Entries of the k-th input if it is a constant without symbolic extents."""
+        return self.data(k) if self.has(k) else None
+
+    def constants(self, k: int, attribute: str) -> list[int] | None:
+        """Whole numbers that are an attribute in old opsets and an input in new ones; None if they are no constants."""
+        given = self.attribute(attribute)
+        if given is not None:
+            return [int(i) for i in given]
+        found = self.array(k)
+        return None if found is None else [int(i) for i in found.reshape(-1)]
+
+    @property
+    def targets(self) -> list[Sequence[moves.Extent] | None]:
+        """Proved extents of the outputs; None where not even the number of dimensions is."""
+        assert self.facts is not None
+        return [self.facts.extents.get(o) for o in self.node.output]
+
+    def target(self, k: int) -> Sequence[moves.Extent]:
+        """Proved extents of an output.
+
+        Raises:
+            Unrepresentable: Not even the number of dimensions is proved.
+        """
+        found = self.targets[k]
+        if found is None:
+            raise Unrepresentable(f"the shape of {self.node.output[k]} is not known")
+        return found
+
+    def sizes(self, k: int) -> Shape:
+        """Proved extents of an output as expressions."""
+        assert self.facts is not None
+        return self.facts.sizes[self.node.output[k]]
+
+    def known(self, k: int) -> Dims:
+        """An output's shape with each extent as one factor."""
+        self.target(k)
+        assert self.facts is not None
+        found = self.facts.dims(self.node.output[k])
+        assert found is not None
+        return found
+
+    def size(self, dim: Dim) -> int | Expr:
+        """A factored extent as an expression."""
+        assert self.facts is not None
+        return self.facts.size_of(dim)
+
+
+@dataclass(frozen=True)
+class Flow(Placed):
+    """One use of an operator in the analysis: what is known of its operands, entry by entry.
+
+    Attributes:
+        entry: The operator.
+        level: Levels of an operand, in the shape of its constant extents.
+        zero: Entries of an operand that are 0 for sure; None where none is known to be.
+        hidden: Of a Softmax along an axis, the scores that a mask hides for sure from rows that have others; None if
+            there are none.
+    """
+
+    entry: Operator = field(default_factory=lambda: Operator())
+    level: Callable[[int], NDArray[np.int8]] = lambda k: np.zeros((), np.int8)
+    zero: Callable[[int], NDArray[np.bool_] | None] = lambda k: None
+    hidden: Callable[[int], NDArray[np.bool_] | None] = lambda axis: None
+
+    def core(self) -> Sequence[int] | None:
+        """The axes of the first operand that are taken in together; None where they are computed."""
+        if self.entry.axes is None:
+            return None
+        try:
+            return self.entry.axes(self)
+        except Unproved:
+            return None
+
+
 Shaper = Callable[[Use], "list[Partial | None]"]
 Valuer = Callable[[Use], "list[Known | None]"]
+
+
+class Trait(Flag):
+    """What an operator is; whoever has to know asks the registry, never the operator's name."""
+
+    NONE = 0
+    ELEMENTWISE = auto()
+    """An entry of the result is computed from the entries in its place, operands broadcast as numpy does."""
+    MOVEMENT = auto()
+    """Results hold entries of the operands in other places, and nothing else."""
+    FREE = auto()
+    """Entries stay in their order, or are constants, so that nothing is done at run time."""
+    PICK = auto()
+    """Movement or look-up that copies some entries of one tensor, or of several, side by side."""
+    LOOKUP = auto()
+    """Entries of the first operand at positions that the second one holds."""
+    PRODUCT = auto()
+    """A sum of products, which counts as multiply-adds."""
+    MATRIX = auto()
+    """A product of two matrices, or stacks of them, the first of which is the first input."""
+    RECURRENT = auto()
+    """Steps along a sequence, with products in each."""
+    REDUCTION = auto()
+    """Entries along some axes are taken in together: sums, extrema, pools, running sums."""
+    NORMALISATION = auto()
+    """The shape stays, and every entry depends on all those along some axes."""
+    FUNCTION = auto()
+    """An elementwise function that takes a runtime longer than arithmetic does."""
+    ROWS = auto()
+    """A normalisation whose time goes by rows."""
+    EXTENTS = auto()
+    """Reads the shape of its operand, not its entries."""
+    RANDOM = auto()
+    """Two runs may give different results."""
+    IMAGES = auto()
+    """Rows lie along the first axis, and everything behind it is taken in together."""
+    CAST = auto()
+    """Entries in another type."""
+    SEQUENCE = auto()
+    """Gives sequences, maps or optionals, which have no shape."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +331,29 @@ class Operator:
     Attributes:
         shape: Shapes of its outputs; None asks onnx's own inference.
         value: Its outputs where all operands are constants or extents.
-        random: Whether two runs may give different results.
         like: Input whose element type its outputs have, where onnx has no schema of it.
+        traits: What it is.
+        move: What it moves where, if it only moves entries.
+        axes: The axes of its first operand that it takes in together, for reductions and normalisations.
+        levels: Levels of its results, where they do not follow from the traits.
+        factors: Of a product, the inputs that are multiplied; its weights may also be in attributes.
+        macs: Multiply-adds of its products, from the shapes of its operands and of its first output.
     """
 
     shape: Shaper | None = None
     value: Valuer | None = None
-    random: bool = False
     like: int = 0
+    traits: Trait = Trait.NONE
+    move: moves.Mover | None = None
+    axes: Callable[[Use], Sequence[int]] | None = None
+    levels: transfers.Transfer | None = None
+    factors: tuple[int, ...] = (0, 1)
+    macs: Callable[[NodeProto, Sequence[tuple[int, ...] | None], tuple[int, ...] | None], int] | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether two runs may give different results."""
+        return Trait.RANDOM in self.traits
 
 
 # --- broadcasting ----------------------------------------------------------------------------------------------------
@@ -782,21 +967,25 @@ def _quantised(shape: Shaper, first: int = 0) -> Shaper:
     return shaped
 
 
+def _reduced_axes(since: int) -> Callable[[Use], list[int]]:
+    """The axes of a reduction, which are an input from an opset on."""
+
+    def axes(u: Use) -> list[int]:
+        rank = len(u.shape(0))
+        given = u.integers(1, "axes") if u.opset >= since else u.attribute("axes")
+        if not given:
+            return [] if u.attribute("noop_with_empty_axes", 0) else list(range(rank))
+        return sorted({int(a) % rank for a in given})
+
+    return axes
+
+
 def _reduction(since: int) -> Shaper:
     """A reduction whose axes are an input from an opset on."""
+    axes = _reduced_axes(since)
 
     def shape(u: Use) -> list[Partial | None]:
-        have = u.shape(0)
-        axes = u.integers(1, "axes") if u.opset >= since else u.attribute("axes")
-        keep = bool(u.attribute("keepdims", 1))
-        if not axes:
-            if axes is not None and u.attribute("noop_with_empty_axes", 0):
-                return [have]
-            if axes is None and u.attribute("noop_with_empty_axes", 0):
-                return [have]
-            gone = set(range(len(have)))
-        else:
-            gone = {int(a) % len(have) for a in axes}
+        gone, have, keep = axes(u), u.shape(0), bool(u.attribute("keepdims", 1))
         return [[1 if k in gone else n for k, n in enumerate(have) if keep or k not in gone]]
 
     return shape
@@ -813,10 +1002,9 @@ def _reduced(since: int, do: Callable[[Any, Any], Any]) -> Valuer:
         shape = _whole(found)
         if x.dtype.kind not in "iu":
             raise Unproved("numbers that are no extents")
-        axes = u.integers(1, "axes") if u.opset >= since else u.attribute("axes")
-        if not axes and u.attribute("noop_with_empty_axes", 0):
+        gone = set(_reduced_axes(since)(u))
+        if not gone and u.attribute("noop_with_empty_axes", 0):
             return [x]
-        gone = {int(a) % max(len(x.shape), 1) for a in axes} if axes else set(range(len(x.shape)))
         if any(isinstance(x.shape[a], Expr) for a in gone):
             raise Unproved("a symbolic axis")
         order = [k for k in range(x.data.ndim) if k not in gone] + sorted(gone)
@@ -957,22 +1145,18 @@ def _cum_sum_entries(u: Use) -> list[Known | None]:
     return [constant(np.cumsum(x.data, int(axis.data), dtype=x.dtype))]
 
 
-_ELEMENTWISE_UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu
-    HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
-    Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Softmax LogSoftmax Hardmax LpNormalization
-    BatchNormalization InstanceNormalization GroupNormalization MeanVarianceNormalization LRN Clip CumSum Trilu
-    Dropout QuantizeLinear DequantizeLinear RMSNormalization ScatterND ScatterElements Scatter CastLike
-    ReverseSequence EyeLike""".split()
-_BROADCASTING = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual
-    Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor""".split()
+_SAME = """CastLike Clip Softmax LogSoftmax Hardmax LpNormalization BatchNormalization InstanceNormalization
+    GroupNormalization MeanVarianceNormalization LRN CumSum Trilu QuantizeLinear DequantizeLinear RMSNormalization
+    ScatterND ScatterElements Scatter ReverseSequence EyeLike RandomNormalLike RandomUniformLike Bernoulli""".split()
+"""Operators whose result has their first operand's shape."""
 _REDUCTIONS = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
     ReduceSumSquare""".split()
 
 
 def _registry() -> dict[tuple[str, str], Operator]:
     """All entries."""
-    own: dict[str, Operator] = {op: Operator(_same) for op in _ELEMENTWISE_UNARY}
-    own |= {op: Operator(_elementwise) for op in _BROADCASTING}
+    own = {op: Operator(_elementwise) for op in _TRAITS[Trait.ELEMENTWISE].split() if "::" not in op}
+    own |= {op: Operator(_same) for op in _SAME}
     own |= {op: Operator(_reduction(18)) for op in _REDUCTIONS}
     boolean = np.dtype(bool)
     inf = float("inf")
@@ -1044,8 +1228,6 @@ def _registry() -> dict[tuple[str, str], Operator]:
         "GRU": Operator(_recurrent),
         "LSTM": Operator(_recurrent),
         "RNN": Operator(_recurrent),
-        **{op: Operator(random=True) for op in ("RandomNormal", "RandomUniform", "Multinomial")},
-        **{op: Operator(_same, random=True) for op in ("RandomNormalLike", "RandomUniformLike", "Bernoulli")},
     }
     out = {("", op): entry for op, entry in own.items()}
     for op in ("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "FusedGelu", "BiasSoftmax", "Inverse"):
@@ -1071,7 +1253,230 @@ def _registry() -> dict[tuple[str, str], Operator]:
     out["ai.onnx.ml", "LinearRegressor"] = Operator(lambda u: [[u.shape(0)[0], int(u.attribute("targets", 1))]])
     out["com.microsoft", "Attention"] = Operator(_attention)
     out["com.microsoft", "MultiHeadAttention"] = Operator(_multi_head_attention)
+    for name in dict.fromkeys(
+        [*(op for ops in _TRAITS.values() for op in ops.split()), *_MOVES, *_AXES, *_LEVELS, *_MACS]
+    ):
+        domain, _, op = name.rpartition("::")
+        entry = out.get((domain, op), Operator())
+        traits = [trait for trait, ops in _TRAITS.items() if name in ops.split()]
+        out[domain, op] = replace(
+            entry,
+            traits=reduce(or_, traits, Trait.NONE),
+            move=_MOVES.get(name),
+            axes=_AXES.get(name),
+            levels=_LEVELS.get(name),
+            factors=_FACTORS.get(name, (0, 1)),
+            macs=_MACS.get(name),
+        )
     return out
+
+
+# --- what operators are ----------------------------------------------------------------------------------------------
+
+_TRAITS = {
+    Trait.ELEMENTWISE: """
+        Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
+        Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
+        Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal
+        Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike
+        com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu""",
+    Trait.FUNCTION: """
+        Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish com.microsoft::Gelu
+        com.microsoft::FastGelu com.microsoft::BiasGelu""",
+    Trait.CAST: "Cast CastLike",
+    Trait.SEQUENCE: """
+        SequenceEmpty SequenceConstruct SequenceInsert SequenceErase SequenceMap SplitToSequence Optional
+        ai.onnx.ml::ZipMap""",
+    Trait.MOVEMENT: """
+        Reshape Flatten Squeeze Unsqueeze Identity Transpose Slice Split Concat Expand Tile Gather GatherND""",
+    Trait.FREE: "Constant Identity Reshape Flatten Squeeze Unsqueeze",
+    Trait.PICK: "Gather Slice Concat Split Expand",
+    Trait.LOOKUP: "Gather GatherND GatherElements",
+    Trait.MATRIX: """
+        MatMul Gemm MatMulInteger QLinearMatMul com.microsoft::FusedMatMul com.microsoft::FusedGemm com.microsoft::QGemm
+        com.microsoft::DynamicQuantizeMatMul com.microsoft::MatMulIntegerToFloat com.microsoft::TransposeMatMul
+        com.microsoft::FusedMatMulActivation ai.onnx.ml::LinearRegressor""",
+    Trait.PRODUCT: """
+        MatMul Gemm MatMulInteger QLinearMatMul com.microsoft::FusedMatMul com.microsoft::FusedGemm com.microsoft::QGemm
+        com.microsoft::DynamicQuantizeMatMul com.microsoft::MatMulIntegerToFloat com.microsoft::TransposeMatMul
+        com.microsoft::FusedMatMulActivation com.microsoft::MatMulNBits ai.onnx.ml::LinearRegressor
+        Conv ConvTranspose ConvInteger QLinearConv com.microsoft::FusedConv com.microsoft.nchwc::Conv Einsum Attention
+        com.microsoft::Attention com.microsoft::MultiHeadAttention""",
+    Trait.RECURRENT: "GRU LSTM RNN",
+    Trait.REDUCTION: """
+        ReduceSum ReduceMean ReduceSumSquare ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum
+        ReduceLogSumExp CumSum ArgMax ArgMin GlobalAveragePool GlobalMaxPool GlobalLpPool AveragePool MaxPool LpPool""",
+    Trait.NORMALISATION: """
+        Softmax LogSoftmax Hardmax LayerNormalization RMSNormalization BatchNormalization InstanceNormalization
+        GroupNormalization LpNormalization MeanVarianceNormalization LRN SimplifiedLayerNormalization
+        com.microsoft::SkipLayerNormalization com.microsoft::SkipSimplifiedLayerNormalization""",
+    Trait.ROWS: """
+        Softmax LogSoftmax LayerNormalization RMSNormalization com.microsoft::SkipLayerNormalization""",
+    Trait.EXTENTS: "Shape Size",
+    Trait.RANDOM: "RandomNormal RandomUniform Multinomial RandomNormalLike RandomUniformLike Bernoulli",
+    Trait.IMAGES: """
+        Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool DepthToSpace
+        SpaceToDepth InstanceNormalization GroupNormalization LRN""",
+}
+"""Operators by what they are; each is in all the lines that hold for it."""
+
+_MOVES: dict[str, moves.Mover] = {
+    "Reshape": moves.reshape,
+    "Flatten": moves.reshape,
+    "Squeeze": moves.squeeze,
+    "Unsqueeze": moves.unsqueeze,
+    "Identity": moves.identity,
+    "Transpose": moves.transpose,
+    "Slice": moves.slice_,
+    "Split": moves.split,
+    "Concat": moves.concat,
+    "Expand": moves.expand,
+    "Tile": moves.tile,
+    "Gather": moves.gather,
+    "GatherND": moves.gather_nd,
+}
+
+
+def _from_axis(default: int) -> Callable[[Use], Sequence[int]]:
+    """All axes from the attribute on."""
+    return lambda u: range(u.axis(default, len(u.shape(0))), len(u.shape(0)))
+
+
+def _one_axis(default: int) -> Callable[[Use], Sequence[int]]:
+    """The axis of the attribute."""
+    return lambda u: [u.axis(default, len(u.shape(0)))]
+
+
+def _softmax_axes(u: Use) -> Sequence[int]:
+    return _one_axis(-1)(u) if u.opset >= 13 else _from_axis(1)(u)
+
+
+_AXES: dict[str, Callable[[Use], Sequence[int]]] = {
+    **{op: _softmax_axes for op in ("Softmax", "LogSoftmax", "Hardmax")},
+    **{op: _from_axis(-1) for op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")},
+    "LpNormalization": _one_axis(-1),
+    "MeanVarianceNormalization": lambda u: u.attribute("axes", [0, 2, 3]),
+    **{op: _reduced_axes(18) for op in _REDUCTIONS},
+    "ReduceSum": _reduced_axes(13),
+    "ArgMax": _one_axis(0),
+    "ArgMin": _one_axis(0),
+    "TopK": _one_axis(-1),
+    "CumSum": lambda u: u.integers(1, "axis") or [],
+}
+_LEVELS: dict[str, transfers.Transfer] = {
+    **{op: transfers.kept_zero for op in ("Cast", "Trilu")},
+    **{op: transfers.kept for op in ("QuantizeLinear", "DequantizeLinear")},
+    "com.microsoft::BiasGelu": transfers.elementwise,
+    "BatchNormalization": transfers.batch_normalised,
+    "Where": transfers.where,
+    "Dropout": transfers.dropout,
+    "Softmax": transfers.softmax,
+    "CumSum": transfers.normalised,
+    "Hardmax": transfers.normalised,
+    "TopK": transfers.top_k,
+    "Pad": transfers.pad,
+    "Concat": transfers.concat,
+    "Slice": transfers.slice_,
+    "Gather": transfers.gather,
+    "GatherND": transfers.gather_nd,
+    "GatherElements": transfers.gather_elements,
+    "OneHot": transfers.one_hot,
+    "Conv": transfers.conv,
+    "MatMul": transfers.mat_mul,
+    "MatMulInteger": transfers.mat_mul,
+    "com.microsoft::MatMulIntegerToFloat": transfers.mat_mul,
+    "com.microsoft::FusedMatMul": lambda f: transfers.mat_mul(
+        f, [matmul_order(f.node, k, len(f.dim(k))) for k in (0, 1)]
+    ),
+    "QLinearMatMul": transfers.quantised,
+    "Gemm": transfers.gemm,
+    "com.microsoft::FusedGemm": transfers.gemm,
+    "Einsum": transfers.einsum,
+    "ai.onnx.ml::LinearRegressor": transfers.linear,
+    **{
+        op: transfers.whole_rows
+        for op in ("Attention", "com.microsoft::Attention", "com.microsoft::MultiHeadAttention")
+    },
+    **{op: transfers.recurrent for op in ("GRU", "LSTM", "RNN")},
+    "com.microsoft::SkipLayerNormalization": transfers.skip_normalised,
+    "com.microsoft::SkipSimplifiedLayerNormalization": transfers.skip_normalised,
+}
+
+_FACTORS = {
+    **dict.fromkeys(("QLinearMatMul", "com.microsoft::QGemm", "QLinearConv"), (0, 3)),
+    "ai.onnx.ml::LinearRegressor": (0,),
+}
+Extents = tuple[int, ...]
+
+
+def _matrix_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    a = x[0]
+    if out is None or a is None:
+        return 0
+    turned = attribute(node, "transA") and len(a) > 1
+    return prod(out) * (a[-2] if turned else a[-1])
+
+
+def _conv_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    return 0 if out is None or x[1] is None else prod(out) * prod(x[1][1:])
+
+
+def _einsum_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    if len(node.input) < 2 or any(s is None for s in x):
+        return 0
+    equation = attribute(node, "equation").decode()
+    size: dict[str, int] = {}
+    for term, s in zip(equation.replace(" ", "").split("->")[0].split(","), x, strict=True):
+        for c, n in zip(term, s or (), strict=False):
+            size[c] = max(size.get(c, 1), n)
+    return prod(size.values())
+
+
+def _recurrent_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    sequence, weights, again = (*x, None, None, None)[:3]
+    if sequence is None or weights is None or again is None:
+        return 0
+    return prod(sequence[:2]) * (prod(weights) + prod(again))
+
+
+def _packed_attention_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    """Of `[batch, length, width]`, by weights `[width, 3 * hidden]` of queries, keys and values; both products."""
+    rows, weights = (*x, None, None)[:2]
+    if rows is None or weights is None:
+        return 0
+    *batch, length, _ = rows
+    return prod(rows) * weights[-1] + 2 * prod(batch) * length * length * (weights[-1] // 3)
+
+
+def _attention_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    """Of every query with every key, and of every weight with every value; `[..., heads, length, size]` or merged."""
+    queries, keys = (*x, None, None)[:2]
+    if queries is None or keys is None:
+        return 0
+    values = x[2] if len(x) > 2 and x[2] is not None else keys
+    return prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+
+_MACS = {
+    **{op: _matrix_macs for op in _TRAITS[Trait.MATRIX].split()},
+    **{op: _conv_macs for op in ("Conv", "com.microsoft::FusedConv", "com.microsoft.nchwc::Conv")},
+    "Einsum": _einsum_macs,
+    **{op: _recurrent_macs for op in _TRAITS[Trait.RECURRENT].split()},
+    "com.microsoft::Attention": _packed_attention_macs,
+    "Attention": _attention_macs,
+    "com.microsoft::MultiHeadAttention": _attention_macs,
+}
+
+
+def having(traits: Trait) -> list[str]:
+    """The operators of the registry that have all of some traits, as `operator` names them."""
+    return [f"{d}::{op}" if d else op for (d, op), entry in REGISTRY.items() if traits in entry.traits]
+
+
+def traits(node: NodeProto) -> Trait:
+    """What a node's operator is; nothing, where the registry has no entry of it."""
+    entry = find(node)
+    return Trait.NONE if entry is None else entry.traits
 
 
 def _absolute(a: int | Expr) -> int | Expr:
@@ -1102,9 +1507,6 @@ def _ordered(do: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return folded
 
 
-REGISTRY = _registry()
-
-
 def operator(node: NodeProto) -> str:
     """The key of a node's operator: its type alone for ONNX's own, `domain::Type` for any other domain.
 
@@ -1116,7 +1518,7 @@ def operator(node: NodeProto) -> str:
 
 def domain_of(node: NodeProto) -> str:
     """A node's domain; ONNX's own is empty."""
-    return "" if node.domain == "ai.onnx" else str(node.domain)
+    return domain(node.domain)
 
 
 def find(node: NodeProto) -> Operator | None:
@@ -1133,23 +1535,37 @@ def element_type(node: NodeProto, k: int, version: int, types: Mapping[str, int]
         version: Version of its domain.
         types: Element types of its operands, as far as they are known.
     """
-    domain = domain_of(node)
-    if not onnx.defs.has(node.op_type, version, domain):
+    given = _type_names(node.op_type, version, domain_of(node))
+    if given is None:
         entry = find(node)
         if entry is None or entry.like >= len(node.input):
             return None
         return types.get(node.input[entry.like])
-    schema = onnx.defs.get_schema(node.op_type, version, domain)
+    inputs, outputs = given
     own = next((a for a in node.attribute if a.name in ("to", "dtype")), None)
     if own is not None and own.i:
         return int(own.i)
-    kind = schema.outputs[min(k, len(schema.outputs) - 1)].type_str
+    kind = outputs[min(k, len(outputs) - 1)]
     if kind.startswith("tensor("):
         return _KINDS.get(kind)
     for at, name in enumerate(node.input):
-        if name in types and schema.inputs[min(at, len(schema.inputs) - 1)].type_str == kind:
+        if name in types and inputs[min(at, len(inputs) - 1)] == kind:
             return types[name]
     return None
 
 
+@cache
+def _type_names(op: str, version: int, domain: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """What onnx's schema calls the types of an operator's inputs and outputs; None where it has none."""
+    if not onnx.defs.has(op, version, domain):
+        return None
+    schema = onnx.defs.get_schema(op, version, domain)
+    only = {c.type_param_str: c.allowed_type_strs[0] for c in schema.type_constraints if len(c.allowed_type_strs) == 1}
+    inputs, outputs = ([only.get(x.type_str, x.type_str) for x in side] for side in (schema.inputs, schema.outputs))
+    return tuple(inputs), tuple(outputs)
+
+
 _KINDS = {f"tensor({kind.lower()})": int(number) for kind, number in TensorProto.DataType.items()}
+
+
+REGISTRY = _registry()

@@ -14,16 +14,17 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import cost, feeds, plan, remarks, tune, workers
+from onnxrank import cost, feeds, plans, remarks, tune, workers
 from onnxrank import model as files
+from onnxrank.analysis import Analysis
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.facts import Setting
-from onnxrank.forms import Form, forms, preparing_sites, report_candidates
+from onnxrank.forms import Form, forms, preparing_sites
 from onnxrank.fused import Unsupported
 from onnxrank.operators import domain_of, operator
-from onnxrank.plan import Measured, Plan, Site, label
-from onnxrank.report import Prediction, Report, Retreat
+from onnxrank.plans import Measured, Plan, Site, label
+from onnxrank.report import Prediction, Report, Retreat, report_candidates
 from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
@@ -147,7 +148,7 @@ def optimize(
         CheckFailed: With `strict` or `plan`: the rewritten model does not give the original's scores.
         EnvironmentProblem: onnxruntime is missing, or memory ran out.
     """
-    span, how = _span(candidates), "standard" if check is True else check
+    span, how = span_of(candidates), "standard" if check is True else check
     options = Options(interface, guard, span, check=how, lengths=lengths, strict=strict, tune=tune, progress=progress)
     if check:
         workers.warm()
@@ -163,15 +164,8 @@ def optimize(
     use = (given, options.interface, options.span, options.names, options.lengths or {})
     if contract is not None and roles is None and is_done(contract, described(loaded), *use):
         return left_alone(loaded, options, given)
-    job = Job(loaded, given, options, notes)
-    if not job.studied():
-        return job.unchanged()
-    job.choose(job.candidates())
-    if not job.pays():
-        return job.unchanged()
-    job.check()
-    job.measure()
-    return job.result()
+    passes = [STUDY, REWRITE, *([CHECK] if options.check else []), *([TIME] if options.tune else [])]
+    return Job(loaded, given, options, notes).run(passes)
 
 
 @dataclass(frozen=True)
@@ -231,7 +225,12 @@ class Options:
         return report_candidates(self.span)
 
 
-def _span(candidates: int | tuple[int, int]) -> tuple[int, int]:
+def span_of(candidates: int | tuple[int, int]) -> tuple[int, int]:
+    """Least and most candidates expected.
+
+    Raises:
+        UsageError: It is no number or range of such.
+    """
     span = (candidates, candidates) if isinstance(candidates, int) else candidates
     if span[0] < 1 or span[1] < span[0]:
         raise UsageError(f"candidates {candidates!r} is not a number of at least 1 or a range of such")
@@ -305,6 +304,23 @@ def new_report(loaded: files.LoadedModel, options: Options, roles: Roles) -> Rep
 # --- the steps -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A step of `optimize`.
+
+    Attributes:
+        name: What is said while it runs.
+        policy: What it may do to the model: `none`, `exact` for what gives the same scores but for rounding and is
+            checked, or `undo` for what only takes back.
+        run: Goes on from a job's model, analysis, options and report, which it changes; whether there is anything to
+            go on with, or the original has to be kept.
+    """
+
+    name: str
+    policy: str
+    run: Callable[[Job], bool]
+
+
 @dataclass
 class _Way:
     """A model that rules may look at: the original, or with its sequences taken apart.
@@ -326,13 +342,14 @@ class _Way:
 
 @dataclass
 class Job:
-    """One run of `optimize` on a model, a step a method, in their order.
+    """One run of `optimize` on a model: what its passes hand on. A step is a method, in their order.
 
     Attributes:
         loaded: The original.
         roles: Roles of its inputs.
         options: What the caller chose.
         notes: Anything worth knowing, a sentence each.
+        known: What is known of the original's tensors, where somebody has analysed it already.
         report: What was done so far.
         study: What is known of the original, in the form that is rewritten.
         form: The way that was chosen to rewrite it.
@@ -344,6 +361,7 @@ class Job:
     roles: Roles
     options: Options
     notes: list[str] = field(default_factory=list)
+    known: Analysis | None = None
 
     def __post_init__(self) -> None:
         self.report = new_report(self.loaded, self.options, self.roles)
@@ -356,13 +374,23 @@ class Job:
         self._prepared: list[Site] = []
         self._others: list[Refusal] = []
         self._ways: list[_Way] = []
+        self._found: tuple[Form, ...] = ()
         self._kept = False
         self._without: frozenset[str] = frozenset()
 
+    def run(self, passes: Iterable[Pass]) -> Result:
+        """Goes through passes, as far as they leave anything to go on with."""
+        for step in passes:
+            self.options.say(step.name)
+            if not step.run(self):
+                return self.unchanged()
+        return self.result()
+
     def studied(self) -> bool:
         """Derives the original's shapes; whether it can be rewritten at all."""
-        self.options.say("deriving shapes")
-        study = self.study = self._original = Study(files.flattened(self.loaded.proto), self.roles, self.loaded)
+        if self.known is None:
+            self.known = Analysis(Study(files.flattened(self.loaded.proto), self.roles, self.loaded))
+        study = self.study = self._original = self.known.study
         self.notes += [study.facts.note] if study.facts.note else []
         served = sizes.spans(study.symbols, self.options.lengths or {})
         self.report.lengths = {sizes.name_of(s): span for s, span in served.items()}
@@ -372,10 +400,14 @@ class Job:
         self.report.refusals = [stray] if stray is not None else []
         return stray is None
 
+    def rewritten(self) -> bool:
+        """Rewrites the model in the way that costs least; whether anything applied, and pays."""
+        self.choose(self.candidates())
+        return self.pays()
+
     def candidates(self) -> list[Form]:
         """The ways to rewrite the model, those with all rules first."""
         assert self.study is not None
-        self.options.say("rewriting")
         found = self._forms(self.study)
         places = list(self.study.sequences)
         if self.study.fixed_sequences and self._loses(found[0]):
@@ -431,13 +463,16 @@ class Job:
         """Takes the form that costs least at the expected number of candidates."""
         original, seconds = self._original, self._before()
         assert original is not None
+        self._found = tuple(found)
         # Of forms that are all out the last is the plainest.
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
         self.full = next(f for f in found if f.study is chosen.study)
-        way = next(w for w in self._ways if chosen.study in (w.base, w.written_out))
+        self.form = chosen
+        way = self._way()
+        assert way is not None
         tried, done = {k for w in self._ways for k in w.places}, way.done if chosen.study is not way.base else ()
-        self._prepared = preparing_sites(plan.SEGMENTS, original, tried, way.places)
-        self._prepared += preparing_sites(plan.WRITTEN_OUT, way.base, way.could, done)
+        self._prepared = preparing_sites(plans.SEGMENTS, original, tried, way.places)
+        self._prepared += preparing_sites(plans.WRITTEN_OUT, way.base, way.could, done)
         self._take(chosen)
 
     def _before(self) -> Callable[[int], float]:
@@ -480,18 +515,19 @@ class Job:
             return False
         return True
 
-    def follow(self, found: Plan) -> None:
-        """Rewrites the model as a plan says.
+    def follow(self, found: Plan) -> bool:
+        """Rewrites the model as a plan says; whether that changes anything.
 
         Raises:
             UsageError: The plan does not fit the model or the rules.
         """
         study = self.study
         assert study is not None
-        self.options.say("rewriting")
+        if not found.changed:
+            return False
         self._prepared = list(found.preparation)
         study = study.prepared(self._prepared)
-        fit([s for s in found.sites if s.place.rule not in plan.PREPARING], study)
+        fit([s for s in found.sites if s.place.rule not in plans.PREPARING], study)
         o = self.options
         self.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
         self.measured = found.measured
@@ -504,33 +540,38 @@ class Job:
                 f"the plan cannot be replayed: at node {node!r} rule {lost[0][0].rule!r} does something else by now; "
                 f"the plan was made by onnxrank {found.made_by}, with its rules"
             )
+        return True
 
-    def check(self) -> None:
-        """Holds the result against the original, and takes back what does not pass.
+    def check(self) -> bool:
+        """Holds the result against the original, and takes back what does not pass; whether anything is left.
 
         Raises:
             CheckFailed: With `strict`: it does not pass as it is.
             ModelError: It cannot be checked.
         """
         if not self.options.check:
-            return
-        self.options.say("checking")
+            return True
         for _ in range(_MOST_RETREATS):
             found = self._gated()
             if found.passed:
-                return
+                return True
             if self.options.strict:
                 self.report.changed = False
                 raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", self.report)
             self.options.say("looking for what fails the check")
-            guilty = self._culprit(found)
-            if guilty is None:
-                break
-            self._retreat(guilty, "check", failure(found))
+            way = self._way()
+            if way is not None and way.places and not self._held(way.base.model, gate.failing_candidates(found)).passed:
+                self._join(way, "check", failure(found))
+            else:
+                guilty = self._culprit(found)
+                if guilty is None:
+                    break
+                self._retreat(guilty, "check", failure(found))
             if not self.pays():
                 self.form = None
-                return
+                return False
         self._give_up("check", failure(found))
+        return False
 
     def _gated(self) -> verdicts.Report:
         """What holding the result against the original finds."""
@@ -581,25 +622,38 @@ class Job:
         self.notes.append(f"{guilty} was left out: {reason}")
         self._take(self.form.leaving(guilty.without(self.form.choice)))
 
+    def _way(self) -> _Way | None:
+        """The way that the form belongs to; None where a plan is replayed."""
+        assert self.form is not None
+        study = self.form.study
+        return next((w for w in self._ways if study in (w.base, w.written_out)), None)
+
+    def _join(self, way: _Way, cause: str, reason: str) -> None:
+        """Leaves sequences as they are joined, and goes on with the rest."""
+        assert self._original is not None
+        nodes = self._original.model.graph.node
+        self.report.retreats += [Retreat(plans.SEGMENTS, label(nodes[k]), cause, reason) for k in way.places]
+        self.notes.append(f"sequences were left as they are joined: {reason}")
+        self.choose([f for f in self._found if f.study not in (way.base, way.written_out)])
+
     def _give_up(self, cause: str, reason: str) -> None:
         """Leaves the model alone after all."""
         self.report.retreats.append(Retreat("", None, cause, reason))
         self.notes.append(f"the rewritten model was given up, so the original is kept: {reason}")
         self.form = None
 
-    def measure(self) -> None:
-        """Times original and result in turns, and takes back what is not faster."""
+    def measure(self) -> bool:
+        """Times original and result in turns, and takes back what is not faster; whether anything is left."""
         if not self.options.tune or self.form is None:
-            return
-        self.options.say("timing")
+            return self.form is not None
         race = self._race()
         try:
             self.measured, self._without = self._timed(race, self.form, 0.5), self.form.choice.without
-            if tune.faster(self.measured):
-                return
-            self._slower(race, self.form)
+            if not tune.faster(self.measured):
+                self._slower(race, self.form)
         except ModelError as e:
             self._give_up("tune", f"it could not be timed: {e}")
+        return self.form is not None
 
     def _slower(self, race: tune.Race, form: Form) -> None:
         """Leaves out the rules without which the result is faster; the model, where that is no help."""
@@ -716,6 +770,12 @@ class Job:
         return Result(self.loaded.proto, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
 
+STUDY = Pass("deriving shapes", "none", Job.studied)
+REWRITE = Pass("rewriting", "exact", Job.rewritten)
+CHECK = Pass("checking", "undo", Job.check)
+TIME = Pass("timing", "undo", Job.measure)
+
+
 def _operators(model: ModelProto) -> Counter[str]:
     """How often each operator occurs."""
     return Counter(operator(n) for n in model.graph.node)
@@ -728,7 +788,7 @@ def _suspects(form: Form) -> list[str]:
         for r in form.rules
         if form.uses(r.name) or any(s.place.rule == r.name and s.taken for s in form.rewrite.decisions())
     ]
-    used = [name for name in dict.fromkeys(used) if name not in plan.ALWAYS]
+    used = [name for name in dict.fromkeys(used) if name not in plans.ALWAYS]
     formed = [r.name for r in form.rules if r.forms is not None and r.name in used]
     return list(dict.fromkeys([*formed, *(s for s in tune.SUSPECTS if s in used), *used]))
 
@@ -792,7 +852,7 @@ def replayed_options(
         given,
         interface=found.interface,
         guard=found.guard,
-        span=_span(found.candidates),
+        span=span_of(found.candidates),
         rules=rules,
         offered=found.offered,
         strict=True,
@@ -822,12 +882,8 @@ def replay(
     roles = Roles.from_dict(found.roles)
     if any(told) and not same_roles(roles_of(loaded, *told)[0], roles):
         raise UsageError("the plan was made for other roles than those given: leave them out, or the plan")
-    job = Job(loaded, roles, options)
-    if not job.studied() or not found.changed:
-        return job.unchanged()
-    job.follow(found)
-    job.check()
-    return job.result()
+    follow = Pass(REWRITE.name, REWRITE.policy, lambda job: job.follow(found))
+    return Job(loaded, roles, options).run([STUDY, follow, *([CHECK] if options.check else [])])
 
 
 def runtime_domain_only(model: ModelProto) -> bool:

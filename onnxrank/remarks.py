@@ -1,7 +1,8 @@
 """Why work for the request alone is still done for every candidate: a remark at every such place.
 
 Rules remark on what they look at and leave alone. This pass comes after a rewrite and does not ask the rules: it holds
-what was written for each product, sum, normalisation and recurrent layer against what its operands' levels ask for.
+what was written for each product, sum, normalisation and recurrent layer against what its operands' levels, by the
+analysis, ask for.
 Where more is done per candidate, and no rule has said why, the cause is looked for: a decision by cost, an operator or
 a shape that is not known, or a layout. A node that no rule follows is told once, with what is lost behind it.
 """
@@ -15,34 +16,19 @@ from math import prod
 from onnx import NodeProto
 
 from onnxrank import cost
-from onnxrank.forms import Form, fewest, report_candidates
+from onnxrank.analysis import Analysis
+from onnxrank.forms import Form, fewest
 from onnxrank.graphs import captured, subgraphs
-from onnxrank.levels import entry_levels, once_share
-from onnxrank.operators import operator
-from onnxrank.plan import ALWAYS, LEAVE, Alternative, Site, label
+from onnxrank.operators import Trait, operator, traits
+from onnxrank.plans import ALWAYS, LEAVE, Alternative, Site, label
+from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, opaque_reason
 from onnxrank.values import Level, is_candidate_symbol, symbols
 
 MODEL = "model"
 """In the place of a rule: the model as a whole."""
-PRODUCTS = frozenset(
-    """MatMul Gemm MatMulInteger QLinearMatMul Conv ConvTranspose ConvInteger QLinearConv Einsum Attention
-    com.microsoft::FusedMatMul com.microsoft::FusedGemm com.microsoft::FusedConv com.microsoft::QGemm
-    com.microsoft::MatMulNBits com.microsoft::DynamicQuantizeMatMul com.microsoft::MatMulIntegerToFloat
-    com.microsoft::Attention com.microsoft::MultiHeadAttention""".split()
-)
-SUMS = frozenset(
-    """ReduceSum ReduceMean ReduceSumSquare ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum
-    ReduceLogSumExp CumSum ArgMax ArgMin GlobalAveragePool GlobalMaxPool AveragePool MaxPool LpPool""".split()
-)
-NORMALISATIONS = frozenset(
-    """Softmax LogSoftmax Hardmax LayerNormalization RMSNormalization BatchNormalization InstanceNormalization
-    GroupNormalization LpNormalization MeanVarianceNormalization LRN SimplifiedLayerNormalization
-    com.microsoft::SkipLayerNormalization com.microsoft::SkipSimplifiedLayerNormalization""".split()
-)
-RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
-_WEIGHTED = PRODUCTS | RECURRENT
-_PLACES = _WEIGHTED | SUMS | NORMALISATIONS
+_WEIGHTED = Trait.PRODUCT | Trait.RECURRENT
+_PLACES = _WEIGHTED | Trait.REDUCTION | Trait.NORMALISATION
 _SLACK = 1e-6
 
 
@@ -135,6 +121,7 @@ class _Search:
 
     def __init__(self, form: Form, candidates: int) -> None:
         self.form, self.candidates, self.rw = form, candidates, form.rewrite.rw
+        self.known = Analysis(form.study)
         self.nodes: Sequence[NodeProto] = form.study.model.graph.node
         self.before = [form.original_shapes(n) for n in (1, 2)]
         # Where an extent is not proved that may depend on candidates, it is taken for their number.
@@ -155,7 +142,7 @@ class _Search:
             if operands not in seen:  # a product may be written twice, alone and with an addend
                 self._macs[e.origin] = self._macs.get(e.origin, 0) + self._products(e.proto, self.after)
             seen.add(operands)
-            if operator(e.proto) in _PLACES - _WEIGHTED:
+            if traits(e.proto) & _PLACES and not traits(e.proto) & _WEIGHTED:
                 here = self._read(e.proto, self.after)
                 self._entries[e.origin] = max(self._entries.get(e.origin, 0), here)
 
@@ -176,14 +163,13 @@ class _Search:
     def places(self) -> Iterator[Place]:
         """Where more is done per candidate than need be."""
         for k, node in enumerate(self.nodes):
-            found = self._place(k, node) if operator(node) in _PLACES and node.input else None
+            found = self._place(k, node) if traits(node) & _PLACES and node.input else None
             if found is not None and found.lost > _SLACK * found.work:
                 yield found
 
     def _place(self, k: int, node: NodeProto) -> Place | None:
         """What a node does; None where it has nothing that is the same for all candidates."""
-        operands = [self.rw.values[i] for i in node.input if i in self.rw.values]
-        if not any(Level.REQUEST in self.rw.levels(v) for v in operands):
+        if not any(map(self._held_apart, node.input)):
             return None
         work = self._products(node, self.before)
         if work > 0:
@@ -191,23 +177,30 @@ class _Search:
                 return None  # its products are made in another order, which costs less
             done = self._macs.get(k, 0) if self.after else work
             return Place(k, work, self._share(node) * work, done)
-        if operator(node) in _WEIGHTED or node.input[0] not in self.rw.values:
+        if traits(node) & _WEIGHTED or not self._held_apart(node.input[0]):
             return None
-        work = self._read(node, self.before)
-        levels = entry_levels(self.rw, self.rw.values[node.input[0]])
+        work, levels = self._read(node, self.before), self.known.levels(node.input[0])
         if work <= 0 or not (levels == Level.REQUEST).any():
             return None
         done = self._entries.get(k, 0) if self.after else work
         return Place(k, work, float((levels < Level.CANDIDATE).mean()) * work, done)
 
+    def _held_apart(self, name: str) -> bool:
+        """Whether the result has request-level entries of a tensor apart from others.
+
+        Where those that there are were made for every candidate before, that is told of the node that does it.
+        """
+        value = self.rw.values.get(name)
+        return value is not None and Level.REQUEST in self.rw.levels(value)
+
     def _share(self, node: NodeProto) -> float:
         """Share of a product's multiply-adds that are the same for all candidates."""
-        share = once_share(self.rw, node)
-        rest = [self.rw.values[i] for i in node.input[1:] if i in self.rw.values]
-        if share or operator(node) in ("MatMul", "Gemm") or any(self.rw.level(v) > Level.CONSTANT for v in rest):
+        share = self.known.once_share(node)
+        rest = [self.known.level(i) for i in node.input[1:] if i in self.known.tensors]
+        if share or Trait.MATRIX in traits(node) or any(level > Level.CONSTANT for level in rest):
             return share
         # Of weights with entries of several levels: what of them meets those of the request.
-        return float((entry_levels(self.rw, self.rw.values[node.input[0]]) < Level.CANDIDATE).mean())
+        return float((self.known.levels(node.input[0]) < Level.CANDIDATE).mean())
 
     # --- telling ---------------------------------------------------------------------------------------------------
 
@@ -218,7 +211,7 @@ class _Search:
         told = {r.node for r in found}
         for p in self.places():
             node = self.nodes[p.index]
-            lost[label(node)] = p.lost if operator(node) in _WEIGHTED else 0
+            lost[label(node)] = p.lost if traits(node) & _WEIGHTED else 0
             if label(node) not in told:
                 found.append(self._remark(p, node))
         for k, sites in sorted(self.decided.items()):
@@ -250,13 +243,13 @@ class _Search:
         left = [r for r in rules if any(p.rule == r.name and p.index == place.index for p in self.form.choice.left)]
         if left:
             return Refusal(left[0].name, label(node), node.op_type, "it was left out at this node")
-        if operator(node) not in _WEIGHTED:
+        if not traits(node) & _WEIGHTED:
             reason = "it takes in request-level and candidate-level entries together, and no rule divides that"
             if rules:
                 return Refusal(rules[0].name, label(node), node.op_type, _stated(reason, rules[0].refuses))
             return Refusal(made[0], label(node), node.op_type, reason)
         reason = "its request-level entries do not lie in blocks that can be taken apart from the others"
-        made_of = [symbols(self.rw.values[o].dims) for o in node.output if o in self.rw.values]
+        made_of = [symbols(self.known.tensors[o].dims) for o in node.output if o]
         if any(len(set(syms)) < len(syms) for syms in made_of):
             reason = "it makes a tensor that has candidates along two axes, which is written as a whole"
         return Refusal(made[0], label(node), node.op_type, reason)
@@ -275,7 +268,7 @@ class _Search:
         for o in node.output:
             if o in facts.unknown:
                 return f"the number of dimensions of {o!r} is not proved ({facts.unknown[o]})"
-            for s in symbols(self.rw.values[o].dims) if o in self.rw.values else ():
+            for s in symbols(self.known.tensors[o].dims) if o else ():
                 if s in facts.opaque:
                     return f"an extent of {o!r} is not proved ({facts.opaque[s][1]})"
         return opaque_reason(operator(node), self._is_known(node))
@@ -302,11 +295,11 @@ class _Search:
             share, barrier = max((behind[i] for i in node.input if i in behind), default=(0.0, -1))
             if not share:
                 continue
-            if operator(node) in _WEIGHTED:
+            if traits(node) & _WEIGHTED:
                 out[barrier] = out.get(barrier, 0) + share * self._guess(node)
             if by_candidate.isdisjoint(node.output):
                 behind.update(dict.fromkeys(node.output, (1.0, barrier)))
-            elif operator(node) not in _PLACES and share < 1 and self._same_shape(node):
+            elif not traits(node) & _PLACES and share < 1 and self._same_shape(node):
                 behind.update(dict.fromkeys(node.output, (share, barrier)))
         return out
 
@@ -333,7 +326,7 @@ class _Search:
         """Tensors whose entries depend on the candidates' data, by the graph alone."""
         out = {i.name for i in self.form.study.declared if i.role.level != "request"}
         for node in self.nodes:
-            if operator(node) not in ("Shape", "Size") and not out.isdisjoint(self._reads(node)):
+            if Trait.EXTENTS not in traits(node) and not out.isdisjoint(self._reads(node)):
                 out.update(o for o in node.output if o)
         return out
 
@@ -349,13 +342,12 @@ class _Search:
         """Share of a node's result that would be the same for all candidates, if it went entry by entry."""
         if not self._same_shape(node):
             return 0.0
-        value = self.rw.values[node.input[0]]
-        return float((entry_levels(self.rw, value) < Level.CANDIDATE).mean())
+        return float((self.known.levels(node.input[0]) < Level.CANDIDATE).mean())
 
     def _same_shape(self, node: NodeProto) -> bool:
         """Whether a node's result has its first operand's shape."""
         known = self.rw.facts.extents
-        shape = known.get(node.input[0]) if node.input and node.input[0] in self.rw.values else None
+        shape = known.get(node.input[0]) if node.input and node.input[0] in self.known.tensors else None
         return shape is not None and bool(node.output) and known.get(node.output[0]) == shape
 
 

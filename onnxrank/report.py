@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +9,12 @@ from onnxrank.rewrite import Refusal
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; it changes when a field goes or changes its meaning, not when one is added."""
+
+
+def report_candidates(span: tuple[int, int]) -> int:
+    """The number of candidates that costs are told for: the geometric middle of the range."""
+    middle: float = (span[0] * span[1]) ** 0.5
+    return round(middle)
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.usual = round(math.sqrt(self.candidates[0] * self.candidates[1]))
+        self.usual = report_candidates(self.candidates)
 
     @property
     def macs_before(self) -> int:

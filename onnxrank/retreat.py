@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from onnxrank.plan import ALWAYS, Choice, Site
+from onnxrank.plans import ALWAYS, Choice, Site
 
 MOST_TRIES = 64
 """Results that are tried in one search."""

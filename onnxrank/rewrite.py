@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from onnxrank import extents as ex
-from onnxrank.emit import Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
 from onnxrank.graphs import captured, rename_captured, subgraphs
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
 from onnxrank.operators import operator
-from onnxrank.plan import LEAVE, TAKE, Alternative, Choice, Place, Site, label
+from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.uses import Uses
 from onnxrank.values import (
     CANDIDATES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,6 +89,8 @@ def session(
     """
     ort = onnxruntime()
     check_provider(provider)
+    if provider == "cuda":
+        _find_libraries(ort)
     options = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
@@ -121,6 +125,13 @@ def session(
             "installed but does not work here (see its driver and libraries), so nothing can be said of it."
         )
     return made
+
+
+def _find_libraries(ort: Any) -> None:
+    """Loads CUDA's libraries from where pip has put them, which is not where the system looks for libraries."""
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says so, too
+            ort.preload_dlls()
 
 
 def _no_memory(e: BaseException) -> bool:

@@ -18,8 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
-from onnxrank.graphs import captured, subgraphs
-from onnxrank.operators import Known, Operator, Shape, Use, constant, domain_of, find
+from onnxrank.graphs import captured, subgraphs, versions
+from onnxrank.operators import Known, Operator, Shape, Trait, Use, constant, domain_of, find
 
 _LARGEST = 1 << 24
 """Bytes of the largest tensor of constants that is computed here."""
@@ -102,7 +102,7 @@ class _Walk:
         self.out = Derivation()
         self.out.shapes.update(inputs)
         self.out.shapes.update({name: tuple(shape) for name, (shape, _, _) in loads.items() if name not in inputs})
-        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self.opsets = versions(model)
         self.types: dict[str, int] = {t.name: t.data_type for t in model.graph.initializer}
         self.types |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
         self._inferred: dict[str, TypeProto] | None = None
@@ -134,7 +134,7 @@ class _Walk:
         names = [o for o in node.output if o]
         if names and all(o in self.given for o in names):
             values = [constant(self.given[o]) if o else None for o in node.output]
-        elif self._from_constants(node):
+        elif self._from_constants(node, entry):
             if entry is not None and entry.value is not None and not entry.random:
                 with contextlib.suppress(Unproved, ArithmeticError, IndexError, TypeError, ValueError):
                     values = entry.value(use)
@@ -171,9 +171,9 @@ class _Walk:
         """Whether an extent may depend on the number of candidates."""
         return any(s.startswith(self.rows) for s in ex.symbols_of(size))
 
-    def _from_constants(self, node: NodeProto) -> bool:
+    def _from_constants(self, node: NodeProto, entry: Operator | None) -> bool:
         """Whether a node reads extents and small constants alone."""
-        if node.op_type in ("Shape", "Size") and not domain_of(node):
+        if entry is not None and Trait.EXTENTS in entry.traits:
             return node.input[0] in self.out.shapes
         inner = {c for g in subgraphs(node) for c in captured(g)}
         return all(not i or i in self.out.values or self._small(i) for i in {*node.input, *inner})

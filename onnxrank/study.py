@@ -16,9 +16,10 @@ from onnxrank import model as files
 from onnxrank.culprit import culprit
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import Facts
+from onnxrank.flow import Walk
 from onnxrank.fused import written_out
-from onnxrank.graphs import dangling, live, names_in, rename_captured, subgraphs
-from onnxrank.plan import PREPARING, SEGMENTS, Site, label
+from onnxrank.graphs import attribute, dangling, live, names_in, rename_captured, subgraphs, versions
+from onnxrank.plans import PREPARING, SEGMENTS, Site, label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (
@@ -37,6 +38,7 @@ class Study:
     """What is known of the original: its nodes with extents resolved, inputs, shapes, constants and types.
 
     Attributes:
+        flow: How often the entries of every tensor need be made.
         contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
     """
 
@@ -58,6 +60,7 @@ class Study:
             resolved = self._resolved()
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
+        self.flow = Walk(self.model, feeds.levels(self.declared), self.facts, loaded.folder, self.dtypes)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self.contradiction = self._confirm()
 
@@ -119,9 +122,7 @@ class Study:
         return f"{name} makes onnxruntime fail{f' at node {node}' if node else ''}: its process {e}."
 
     def _ranges(self) -> feeds.Ranges:
-        from onnxrank.rules import movement
-
-        return feeds.find_ranges(self.model, self.declared, self.facts, self.loaded.folder, self.dtypes, movement.RULE)
+        return feeds.find_ranges(self.declared, self.flow, self.model.graph.node)
 
     def contradicted(self) -> Refusal | None:
         """Why nothing may be rewritten, where a run contradicted what was derived."""
@@ -247,14 +248,14 @@ def element_types(model: ModelProto) -> dict[str, int]:
     leave those of the model that they were given.
     """
     out = _inferred_types(model)
-    versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+    imported = versions(model)
     known = {t.name: t.data_type for t in model.graph.initializer}
     known |= {s.values.name: s.values.data_type for s in model.graph.sparse_initializer}
     known |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input} | out
     for node in model.graph.node:
         for k, name in enumerate(node.output):
             if name and name not in known:
-                made = operators.element_type(node, k, versions.get(operators.domain_of(node), 1), known)
+                made = operators.element_type(node, k, imported.get(operators.domain_of(node), 1), known)
                 if made is not None:
                     out[name] = known[name] = made
     return out
@@ -282,7 +283,7 @@ def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
     for k, node in enumerate(model.graph.node):
         if node.op_type == "If" and node.input[0] in found.folded:
             name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
-            chosen[k] = next(a.g for a in node.attribute if a.name == name)
+            chosen[k] = attribute(node, name)
     if not chosen:
         return None
     out = ModelProto()

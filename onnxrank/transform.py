@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, facts, feeds, needed, runtime
+from onnxrank import cost, facts, feeds, runtime
 from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
-from onnxrank.emit import Emitted, Emitter
+from onnxrank.emitter import Emitted, Emitter
 from onnxrank.errors import ModelError
-from onnxrank.graphs import captured, names_in, rename_captured, subgraphs
-from onnxrank.plan import LEAVE, Choice, Place, Site, label
+from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
+from onnxrank.plans import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule, SiteFailed
 from onnxrank.study import Study, extents_of
@@ -72,7 +72,7 @@ class Transformation:
         graph = study.model.graph
         self._overridable = files.overridable(study.model)
         self._own_names = names_in(graph)
-        opset = next(o.version for o in study.model.opset_import if o.domain in ("", "ai.onnx"))
+        opset = versions(study.model)[""]
         self.emit = Emitter(self._own_names, opset)
         outputs = frozenset(o.name for o in graph.output)
         self.rw = Rewrite(
@@ -85,14 +85,7 @@ class Transformation:
             choice=choice or Choice(),
         )
         if self.rw.uses("select"):
-            constants = {n: v[1] for n, v in study.facts.folded.items()}
-            constants |= {t.name: facts.constant_data(t, study.loaded.folder) for t in graph.initializer
-                          if t.data_type == TensorProto.INT64 and t.ByteSize() < 1 << 20
-                          and t.name not in self._overridable}  # fmt: skip
-            shapes = {t.name: tuple(t.dims) for t in graph.initializer}
-            self.rw.needed = needed.positions_needed(
-                graph.node, [o.name for o in graph.output], study.facts, shapes, constants, opset
-            )
+            self.rw.needed = study.flow.needs
         self.inputs: list[onnx.ValueInfoProto] = []
         self.notes: list[str] = []
         self._extents: dict[str, tuple[facts.Extent, ...]] = {}

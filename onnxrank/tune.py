@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from onnxrank import workers
 from onnxrank.model import LoadedModel
-from onnxrank.plan import Measured
+from onnxrank.plans import Measured
 from onnxrank.runtime import Feeds
 from onnxrank.turns import RESOLUTION, ratio
 

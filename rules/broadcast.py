@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from onnxrank.operators import matmul_order, operator
+from onnxrank.graphs import attribute as attribute
+from onnxrank.operators import Trait, having, matmul_order, operator
 from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
@@ -44,14 +45,7 @@ from onnxrank.values import (
 
 from . import fold
 
-UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
-    HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
-    Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast""".split()
-BINARY = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
-    Min Mod Mul Or PRelu Pow Sub Sum Where Xor Clip CastLike""".split()
-CONTRIB = ["com.microsoft::Gelu", "com.microsoft::FastGelu", "com.microsoft::QuickGelu"]
-IMAGES = """Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool LpPool GlobalLpPool DepthToSpace
-    SpaceToDepth InstanceNormalization GroupNormalization LRN""".split()
+ELEMENTWISE = having(Trait.ELEMENTWISE)
 _LARGEST_SCALED = 1 << 18
 _COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
 _FIRST_DECIDES = {"PRelu"}
@@ -69,7 +63,7 @@ def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
     if operator(node) in _BOOLEAN:
         return int(TensorProto.BOOL)
     if operator(node) == "Cast":
-        return int(next(a.i for a in node.attribute if a.name == "to"))
+        return int(attribute(node, "to"))
     if operator(node) in ("Where", "CastLike", "DequantizeLinear"):
         return values[1].dtype
     return rw.dtype(node.output[0], values[0].dtype)
@@ -555,14 +549,6 @@ def _match(index: Any, out: Codes) -> Any:
     return index if index is Ellipsis else tuple(index[: out.ndim])
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """Value of an attribute."""
-    for a in node.attribute:
-        if a.name == name:
-            return helper.get_attribute_value(a)
-    return default
-
-
 def is_square(rw: Rewrite, node: NodeProto) -> bool:
     """Whether a node squares its first input."""
     if operator(node) == "Pow":
@@ -836,7 +822,7 @@ RULE = Rule(
     refuses="Operators that are not known, or known to mix rows: they run on all rows, as before.",
     exactness="exact",
     operators={
-        **{op: pointwise for op in (*UNARY, *BINARY, *CONTRIB)},
+        **dict.fromkeys(ELEMENTWISE, pointwise),
         "Add": _sum,
         "Sub": _sum,
         "QuantizeLinear": _quantise,
@@ -853,7 +839,7 @@ RULE = Rule(
         "ArgMax": _arg,
         "ArgMin": _arg,
         "TopK": _topk,
-        **{op: _batch_first for op in IMAGES},
+        **dict.fromkeys(having(Trait.IMAGES), _batch_first),
         "BatchNormalization": _batch_norm,
         "Dropout": _dropout,
         "Gather": lookup,

@@ -43,14 +43,14 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import BINARY, CONTRIB, UNARY, batches_agree, elementwise, mark_unread
+from .broadcast import ELEMENTWISE, batches_agree, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
-_BLOCKWISE = {*UNARY, *BINARY, *CONTRIB}
+_BLOCKWISE = frozenset(ELEMENTWISE)
 _MOST_HEADS = 16
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
-from onnxrank.plan import LEAVE, TAKE, Alternative
+from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import LARGE, Rewrite, Rule, Weights
 from onnxrank.values import (
     CANDIDATES,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import onnxrank
-from onnxrank.plan import Plan
+from onnxrank.plans import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "plan.md"

@@ -1,4 +1,4 @@
-"""`inspect`: runs the engine of `optimize` without writing, and puts together what it learned."""
+"""`inspect`: what the analysis says of a model, and what the engine of `optimize` would save, which writes nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto
 
 from onnxrank import cost, feeds, pipeline
 from onnxrank import model as files
+from onnxrank.analysis import Analysis
 from onnxrank.contract import RULE, find_roles, stored_contract
 from onnxrank.errors import OnnxrankError, UsageError
 from onnxrank.facts import Extent
@@ -31,9 +32,8 @@ from onnxrank.inspection.report import (
     Refused,
     Tensor,
 )
-from onnxrank.levels import entry_levels, once_share
-from onnxrank.plan import label
-from onnxrank.rewrite import Refusal, Rewrite, Rule
+from onnxrank.plans import label
+from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputRole, format_ranges
 from onnxrank.ruleset import choose_rules
 from onnxrank.scopes import scope_of
@@ -100,7 +100,7 @@ def inspect(
     assert result.study is not None
     found = _Findings(result, result.study)
     tried: dict[str, _Tried] = {}
-    if lifts and found.rw is not None:
+    if lifts and result.form is not None:
         say("trying inputs as request-level")
         rules = choose_rules(select, ignore, extra_rules)
         tried, note = _try_all(result, result.study, rules)
@@ -144,10 +144,10 @@ def dims_text(extents: Sequence[Extent]) -> tuple[str, ...]:
 
 
 class _Findings:
-    """Reads one run of the engine.
+    """Puts together the analysis and one run of the engine.
 
     Attributes:
-        rw: The abstract values; None where the engine did not get that far.
+        known: What is known of the tensors; None where nothing can be relied on.
         shapes: Shapes at the expected number of candidates.
         links: Who makes and reads what.
         tensors: All tensors of the original.
@@ -158,10 +158,9 @@ class _Findings:
     def __init__(self, result: pipeline.Result, study: Study) -> None:
         self.result, self.study = result, study
         self.graph = study.model.graph
-        # Whatever it costs, and whether or not it was taken: levels are a matter of what is proved.
-        known = result.full if result.full is not None and result.full.model is not None else result.form
-        self.rw: Rewrite | None = known.rewrite.rw if known is not None else None
-        n = pipeline.report_candidates(result.report.candidates)
+        # Where a run contradicted a derived shape nothing is known.
+        self.known: Analysis | None = Analysis(study) if study.contradiction is None else None
+        n = result.report.usual
         self.shapes = cost.shapes_of(study.model, study.facts, study.input_extents(), n)
         few = [cost.shapes_of(study.model, study.facts, study.input_extents(), k) for k in (1, 2)]
         self._macs = [[cost.node_macs(node, s) for s in few] for node in self.graph.node]
@@ -176,7 +175,7 @@ class _Findings:
         form = self.result.form
         if form is None or not self.result.changed:
             return []
-        n = pipeline.report_candidates(self.result.report.candidates)
+        n = self.result.report.usual
         return form.rewrite.savings(self.shapes, form.shapes(n))
 
     def _tensors(self) -> list[Tensor]:
@@ -186,15 +185,14 @@ class _Findings:
 
     def _tensor(self, name: str) -> Tensor:
         extents = self.shapes.facts.extents.get(name) or self.shapes.inputs.get(name) or ()
-        value = self.rw.values.get(name) if self.rw is not None else None
-        if self.rw is None or value is None:
+        if self.known is None or name not in self.known.tensors:
             level = "candidate" if self.shapes.per_candidate(name) else "request"
             return Tensor(name, dims_text(extents), level, float(level == "request"))
-        level, once, blocks = summed_up(entry_levels(self.rw, value))
+        level, once, blocks = summed_up(self.known.levels(name))
         return Tensor(name, dims_text(extents), level, round(once, 6), blocks)
 
     def _once(self, node: Any) -> float:
-        return once_share(self.rw, node) if self.rw is not None else 0.0
+        return self.known.once_share(node) if self.known is not None else 0.0
 
     def _once_macs(self, k: int) -> tuple[float, float]:
         """Multiply-adds of a node in the block ideal: per request, and per candidate."""
@@ -253,7 +251,7 @@ class _Findings:
     def ideal(self) -> Ideal:
         costs = [self._once_macs(k) for k in range(len(self.graph.node))]
         once, each = (sum(c[part] for c in costs) for part in (0, 1))
-        n = pipeline.report_candidates(self.result.report.candidates)
+        n = self.result.report.usual
         return Ideal(round(once), round(each), round(once + n * each))
 
     def layers(self) -> tuple[Layer, ...]:
@@ -312,15 +310,11 @@ class _Findings:
         form = self.result.form
         if form is None or not self.result.changed:
             return ()
-        shapes = form.shapes(pipeline.report_candidates(self.result.report.candidates))
-        constant = set(shapes.initializers)
+        shapes = form.shapes(self.result.report.usual)
         out = []
-        for node, e in zip(self.result.model.graph.node, form.rewrite.emitted(), strict=True):
-            rows = any(o and shapes.per_candidate(o) for o in node.output)
-            if all(not i or i in constant for i in node.input) and not rows and node.op_type not in ("Shape", "Size"):
-                constant.update(node.output)
-            level = "candidate" if rows else "constant" if constant.issuperset(node.output) else "request"
-            macs = cost.node_macs(node, shapes)
+        graph = self.result.model.graph
+        for (node, level), e in zip(cost.by_rows(graph, shapes), form.rewrite.emitted(), strict=True):
+            rows, macs = level == "candidate", cost.node_macs(node, shapes)
             rule = next((p.value for p in node.metadata_props if p.key == RULE), e.rule or "")
             out.append(
                 Node(
@@ -387,7 +381,7 @@ def _try_all(result: pipeline.Result, study: Study, rules: Sequence[Rule]) -> tu
             continue
         form = _form_if(study, i, rules, report.interface, report.candidates)
         if form is not None and form.model is not None:
-            shapes = form.shapes(pipeline.report_candidates(report.candidates))
+            shapes = form.shapes(report.usual)
             macs = sum(cost.node_macs(n, shapes) for n in form.model.graph.node)
             still = frozenset((r.rule, r.node) for r in form.rewrite.rw.refusals)
             out[i.name] = _Tried((report.macs_after - macs) / report.macs_before, still)
@@ -408,7 +402,7 @@ def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
     if slope <= 0:
         return None
     at = 1 + math.ceil((new[0] - old[0]) / slope)
-    return at if at > pipeline.report_candidates(result.report.candidates) else None
+    return at if at > result.report.usual else None
 
 
 def _form_if(

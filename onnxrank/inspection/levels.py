@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from onnxrank.inspection.report import Block
-from onnxrank.levels import Levels
 from onnxrank.roles import format_ranges
+from onnxrank.transfers import Levels, is_uniform
 from onnxrank.values import Level, split_axis
 
 NAMES = {Level.UNREAD: "unread", Level.CONSTANT: "constant", Level.REQUEST: "request", Level.CANDIDATE: "candidate"}
@@ -20,7 +20,7 @@ def summed_up(levels: Levels) -> tuple[str, float, tuple[Block, ...]]:
     low, high = int(read.min()), int(read.max())
     once = float((levels < Level.CANDIDATE).mean())
     level = NAMES[Level(high)] if high < Level.CANDIDATE or low == high else "mixed"
-    if levels.strides == (0,) * levels.ndim or (levels == levels.flat[0]).all():
+    if is_uniform(levels) or (levels == levels.flat[0]).all():
         return level, once, ()
     found = split_axis(levels.astype(np.int64))
     if found is None:

@@ -12,13 +12,18 @@ from onnxrank import cost
 from onnxrank.feeds import Input
 from onnxrank.inspection.report import Sequence as SequenceInput
 from onnxrank.inspection.report import Table
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.study import Study
 from onnxrank.values import is_candidate_symbol, symbols
 
-_WITHIN = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose", "Clip", "Where", "Max", "Min"}
+_WITHIN = Trait.MOVEMENT | Trait.CAST
 """Operators that ids pass on their way to a table without being taken apart."""
-_READERS = """GRU LSTM RNN Scan Loop Softmax MatMul Gemm Einsum Attention MultiHeadAttention ReduceSum ReduceMean
-ReduceMax ReduceMin TopK Conv LayerNormalization CumSum""".split()
+_CHOOSE = {"Clip", "Where", "Max", "Min"}
+"""Such that may replace an id by another."""
+_APART = {"Slice", "Split", "Concat", "Gather", "GatherND"}
+"""Movement that takes a sequence apart, or joins it with another."""
+_READERS = Trait.PRODUCT | Trait.RECURRENT | Trait.REDUCTION | Trait.NORMALISATION
+_ALSO_READ = {"Scan", "Loop", "TopK"}
 _FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
@@ -92,7 +97,7 @@ def _rows(shapes: cost.Shapes, name: str) -> int:
 def _lookups(nodes: Iterable[NodeProto], tables: set[str]) -> Iterable[tuple[str, str]]:
     """Tables and the ids that are looked up in them."""
     for node in nodes:
-        if node.op_type in ("Gather", "GatherND") and node.input[0] in tables and node.input[1] not in tables:
+        if operator(node) in ("Gather", "GatherND") and node.input[0] in tables and node.input[1] not in tables:
             yield node.input[0], node.input[1]
 
 
@@ -129,13 +134,19 @@ def _looked_up(name: str, links: Links, tables: set[str]) -> list[tuple[NodeProt
     while stack:
         current = stack.pop()
         for node in links.read_by.get(current, []):
-            if node.op_type == "Gather" and node.input[1] == current and node.input[0] in tables:
+            if operator(node) == "Gather" and node.input[1] == current and node.input[0] in tables:
                 out.append((node, node.input[0]))
-            elif node.op_type in _WITHIN:
+            elif _passes(node):
                 fresh = [o for o in node.output if o and o not in seen]
                 seen.update(fresh)
                 stack += fresh
     return out
+
+
+def _passes(node: NodeProto) -> bool:
+    """Whether ids that a node reads are among those that it gives, in their order."""
+    op = operator(node)
+    return op in _CHOOSE or (bool(traits(node) & _WITHIN) and op not in _APART)
 
 
 def _readers(begin: Sequence[str], links: Links) -> tuple[str, ...]:
@@ -144,7 +155,7 @@ def _readers(begin: Sequence[str], links: Links) -> tuple[str, ...]:
     stack, seen = list(begin), set(begin)
     while stack:
         for node in links.read_by.get(stack.pop(0), []):
-            if node.op_type in _READERS:
+            if traits(node) & _READERS or operator(node) in _ALSO_READ:
                 out.append(node.op_type)
                 continue
             fresh = [o for o in node.output if o and o not in seen]

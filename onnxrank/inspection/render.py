@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from onnxrank.formats import PLAIN, Style
 from onnxrank.render import shown_nodes, told_lost
+from onnxrank.report import report_candidates
 from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, percent, three
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def verdict(found: Inspection, times: str) -> str:
     if not found.result:
         return "optimize would change nothing."
     saved = f"{percent(1 - found.macs_after / found.macs_before)} of MACs" if found.macs_before else "no MACs"
-    expected = math.sqrt(found.candidates[0] * found.candidates[1])
+    expected = report_candidates(found.candidates)
     at = min(found.predictions, key=lambda p: abs(math.log(p.candidates / expected)))
     return f"optimize would save {saved}: predicted {three(at.ratio)}{times} at N = {at.candidates}."
 
@@ -173,7 +174,7 @@ class _Printer:
     def head(self) -> None:
         f = self.found
         low, high = f.candidates
-        n = str(low) if low == high else f"{round(math.sqrt(low * high))} ({low}..{high})"
+        n = str(low) if low == high else f"{report_candidates(f.candidates)} ({low}..{high})"
         self.to.line(f.source or "model in memory", 0)
         self.to.item(f"onnxrank {f.version}, {count(len(f.nodes), 'node')}, costs of one request at N = {n}", indent=0)
 

@@ -15,6 +15,7 @@ from onnx import ModelProto
 
 from onnxrank import feeds, runtime, workers
 from onnxrank import model as files
+from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, UsageError
 from onnxrank.facts import Setting
@@ -25,8 +26,7 @@ from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
 from onnxrank.profiling.sessions import Requests, Target, environment
 from onnxrank.roles import InputInfo, InputRole, Roles
 from onnxrank.study import Study
-from onnxrank.transform import Transformation
-from onnxrank.values import CANDIDATES, Level
+from onnxrank.values import CANDIDATES
 from onnxrank.verify.compare import gap as gap_between
 
 DEFAULT_CANDIDATES = (1, 32, 128, 512, 2048)
@@ -367,7 +367,11 @@ def _kernels(
         known = study
         if subject.loaded is not study.loaded:
             known = Study(subject.working, _roles_of(subject, study, roles), subject.loaded)
-        once = request_level(known)
+        stray = known.contradicted()
+        if stray is not None:
+            raise ModelError(stray.reason)
+        analysis = Analysis(known)
+        once = {name: analysis.is_once(name) for name in analysis.tensors}
     except OnnxrankError as e:
         note = f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
     moved = subject.contract is not None and "broadcast" in subject.contract.get("rules", {})
@@ -390,19 +394,3 @@ def _roles_of(subject: _Subject, study: Study, roles: Roles) -> Roles:
             once = i.name.endswith(".request") or i.name in roles.inputs
             out[i.name] = InputRole(i.name, "request" if once else "candidate", None if once else 0)
     return Roles(out)
-
-
-def request_level(study: Study) -> dict[str, bool]:
-    """Per tensor of a model whether it is the same for all candidates.
-
-    Raises:
-        ModelError: The model cannot be followed.
-    """
-    from onnxrank.ruleset import choose_rules
-
-    made = Transformation(study, choose_rules(None, (), ()), "request", False, 512)
-    try:
-        made.run()
-    except Exception as e:
-        raise ModelError(f"the model cannot be followed: {runtime.first_line(e)}") from e
-    return {name: made.rw.level(value) <= Level.REQUEST for name, value in made.rw.values.items()}

@@ -21,7 +21,7 @@ from onnx import ModelProto
 
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
-from onnxrank.plan import label
+from onnxrank.plans import label
 from onnxrank.profiling.report import Kernel, Kernels, Share
 from onnxrank.profiling.sessions import Requests, Runner, Target, open_session
 from onnxrank.runtime import PROVIDERS

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import extents as ex
-from onnxrank.emit import Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import captured, names_in, subgraphs
+from onnxrank.graphs import attribute, captured, names_in, subgraphs, versions
 from onnxrank.layout import Layout
 from onnxrank.operators import operator
 from onnxrank.segments import spans
@@ -105,12 +105,6 @@ def total(sizes: Iterable[Size]) -> Size:
     return out
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """Value of a node's attribute."""
-    found = next((a for a in node.attribute if a.name == name), None)
-    return default if found is None else helper.get_attribute_value(found)
-
-
 def depends(model: ModelProto, inputs: Iterable[str]) -> set[str]:
     """The tensors whose entries some inputs may change; what their extents change does not count."""
     out = set(inputs)
@@ -161,7 +155,7 @@ class Division:
     ) -> None:
         graph = model.graph
         self.model, self.facts, self.data = model, facts, data
-        self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self.opset = versions(model)[""]
         self.emit = Emitter(names_in(graph), self.opset)
         self.tensors: dict[str, Tensor] = {}
         self.seen: dict[str, Span] = {}

@@ -13,9 +13,10 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr
+from onnxrank.graphs import attribute
 from onnxrank.operators import operator
 from onnxrank.segments import spans
-from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, attribute, indices, total
+from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices, total
 from onnxrank.segments.spans import BOOLEAN, UNKNOWN, ZERO, Known, Size, Span
 
 _UNARY = frozenset(

@@ -9,10 +9,10 @@ from onnx import ModelProto, NodeProto
 from onnxrank import extents as ex
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import captured, live, subgraphs
+from onnxrank.graphs import attribute, captured, live, subgraphs
 from onnxrank.operators import operator
 from onnxrank.segments import steps
-from onnxrank.segments.division import Data, Division, Left, Tensor, attribute, depends
+from onnxrank.segments.division import Data, Division, Left, Tensor, depends
 from onnxrank.values import Dims, is_candidate_symbol
 
 _MOST_SEGMENTS = 8

@@ -17,7 +17,7 @@ from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
 from onnxrank.fused import Unsupported
 from onnxrank.model import flattened
-from onnxrank.plan import Choice, Plan, Site, label
+from onnxrank.plans import Choice, Plan, Site, label
 from onnxrank.retreat import GaveUp, Search, order
 from onnxrank.rewrite import Rule, SiteFailed
 from onnxrank.study import Study

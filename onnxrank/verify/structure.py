@@ -12,7 +12,7 @@ from onnxrank import feeds, runtime
 from onnxrank.contract import CONTRACT, stored_contract
 from onnxrank.graphs import subgraphs
 from onnxrank.model import LoadedModel
-from onnxrank.plan import label
+from onnxrank.plans import label
 from onnxrank.verify.pairing import Binding
 from onnxrank.verify.report import Report
 

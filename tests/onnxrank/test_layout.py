@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from onnxrank import extents as ex
-from onnxrank.emit import Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.layout import Layout
 from onnxrank.values import (
     CANDIDATES,

@@ -19,9 +19,9 @@ from onnx import NodeProto
 
 import onnxrank
 from onnxrank import Result
-from onnxrank.operators import operator
-from onnxrank.plan import label
-from onnxrank.remarks import NORMALISATIONS, SUMS, Place, by_loss, places
+from onnxrank.operators import Trait, having, operator
+from onnxrank.plans import label
+from onnxrank.remarks import Place, by_loss, places
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import load_spec
 from onnxrank.values import CANDIDATES, Level, extents, symbols
@@ -31,6 +31,7 @@ FILES = sorted(p.name for p in MODELS.glob("*.onnx"))
 EXAMPLES = settings(
     max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
+COUNTED = {"MatMul", "Gemm", *having(Trait.REDUCTION), *having(Trait.NORMALISATION)}
 LENGTH = 3
 WIDTH = 64
 
@@ -54,7 +55,7 @@ def entries_per_candidate(result: Result, given: Any, at: Mapping[str, int]) -> 
     Counted by running the result for 5 and for 6 candidates.
     """
     assert result.form is not None
-    kinds = {"MatMul", "Gemm"} | SUMS | NORMALISATIONS
+    kinds = COUNTED
     session = exposed(result.model)
     sizes = []
     for n in (5, 6):
@@ -101,7 +102,7 @@ def test_none_is_silent(writer: Any, seed: int, steps: int) -> None:
     entries, found = entries_per_candidate(result, made_up.inputs, at), found_places(result)
     decided = {p.index for p, s in result.form.rewrite.rw.decided.items() if s.taken}
     for k, node in enumerate(result.form.study.model.graph.node):
-        if operator(node) not in {"MatMul", "Gemm"} | SUMS | NORMALISATIONS or not node.input or k in decided:
+        if operator(node) not in COUNTED or not node.input or k in decided:
             continue
         wanted = asked_for(result, node)
         if wanted is None:

@@ -16,7 +16,7 @@ import onnxrank
 from onnxrank import cli, pipeline, retreat
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed
-from onnxrank.plan import Choice, Place, Site
+from onnxrank.plans import Choice, Place, Site
 from onnxrank.retreat import GaveUp, Search
 
 LAYERS = ("first", "second", "third")

@@ -15,7 +15,7 @@ import onnxrank
 from onnxrank import pipeline, tune
 from onnxrank.contract import stored_contract
 from onnxrank.errors import UsageError
-from onnxrank.plan import Measured
+from onnxrank.plans import Measured
 from onnxrank.roles import resolve
 from onnxrank.verify import gate
 

@@ -22,7 +22,19 @@ from onnxrank.pipeline import Study, Transformation
 from onnxrank.rewrite import Rewrite
 from onnxrank.roles import resolve
 from onnxrank.ruleset import choose_rules
-from onnxrank.values import HOLE, Abstract, Affine, Dims, Level, Sum, Unrepresentable, Value, extents, symbols
+from onnxrank.values import (
+    HOLE,
+    Abstract,
+    Affine,
+    Dims,
+    Level,
+    Sum,
+    Unrepresentable,
+    Value,
+    extents,
+    is_candidate_symbol,
+    symbols,
+)
 
 Feed = dict[str, NDArray[Any]]
 FLOAT, INT64, BOOL = int(TensorProto.FLOAT), int(TensorProto.INT64), int(TensorProto.BOOL)
@@ -332,7 +344,7 @@ def witness(made: Transformation, feed: Mapping[str, NDArray[Any]], setting: Set
         tolerance: Allowed difference in units of the tensor's scale; the runtime may round rows differently.
     """
     seen = run(exposed(made.study.model), feed)
-    count = 0
+    count = levels_hold(made.study, seen, setting, tolerance)
     for name, data in seen.items():
         value = made.rw.values.get(name)
         if value is None or not isinstance(data, np.ndarray) or data.dtype == object:
@@ -366,6 +378,49 @@ def witness(made: Transformation, feed: Mapping[str, NDArray[Any]], setting: Set
                 count += 1
                 data = made.rw.sources.constants(keys[0]).astype(np.float64)
                 _equal(entries, np.broadcast_to(data, entries.shape), tolerance * scale, (name, "constant"))
+    return count
+
+
+def levels_hold(study: Study, seen: Mapping[str, Any], setting: Setting, tolerance: float) -> int:
+    """Holds the analysis against tensors of a run: what is made once for all candidates is the same for all.
+
+    Args:
+        study: What is known of the original.
+        seen: The tensors.
+        setting: The values of the symbols in the run.
+        tolerance: Allowed difference in units of the tensor's scale.
+
+    Returns:
+        How many entries were compared.
+    """
+    count = 0
+    for name, data in seen.items():
+        found = study.flow.tensors[name]
+        numbers = isinstance(data, np.ndarray) and data.dtype != object
+        if not numbers or set(symbols(found.dims)) - setting.symbols.keys():
+            continue
+        rows, entries = _by_symbol(data, found.dims, setting)
+        scale = float(np.nanmax(np.abs(entries[np.isfinite(entries)]), initial=0.0))
+        levels = np.broadcast_to(found.levels, extents(found.dims)).reshape(-1)
+        once = entries[..., (levels == Level.REQUEST) | (levels == Level.CONSTANT)]
+        for axis, s in enumerate(rows):
+            if is_candidate_symbol(s):
+                count += once.shape[-1]
+                first = np.broadcast_to(once.take([0], axis), once.shape)
+                _equal(once, first, tolerance * scale, (name, "level", s))
+        known = study.flow.data_of(name)
+        if known is not None and known.dtype.kind in "biuf":
+            same = np.broadcast_to(known.reshape(-1).astype(np.float64), entries.shape)
+            _equal(entries, same, tolerance * scale, (name, "constant"))
+        zeros = study.flow.zeros.get(name)
+        if zeros is not None:
+            nothing = entries[..., zeros.reshape(-1)]
+            _equal(nothing, np.zeros_like(nothing), 0.0, (name, "zero"))
+        low, high = study.flow.interval(name)
+        if (np.isfinite(low) | np.isfinite(high)).any() and not np.isnan(entries).any():
+            low, high = (np.broadcast_to(b, extents(found.dims)).reshape(-1) for b in (low, high))
+            slack = 1e-5 * max(scale, 1.0)
+            assert ((entries >= low - slack) & (entries <= high + slack)).all(), (name, "interval")
     return count
 
 

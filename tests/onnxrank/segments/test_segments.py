@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -16,9 +17,11 @@ from sequences import FAR, INF, LENGTHS, D, Sequence
 import onnxrank
 from onnxrank import feeds as declared
 from onnxrank import model as files
+from onnxrank import pipeline
 from onnxrank.errors import UsageError
-from onnxrank.plan import SEGMENTS
+from onnxrank.plans import SEGMENTS
 from onnxrank.roles import resolve
+from onnxrank.segments import spans
 from onnxrank.study import Study
 
 COUNTS = (1, 3, 33)
@@ -414,3 +417,23 @@ def test_the_check_passes_at_all_lengths() -> None:
     model = s.graph.model()
     result = onnxrank.optimize(model, request=patterns(s.given), check="full", strict=True)
     assert result.changed
+
+
+def test_what_fails_the_check_is_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in what takes sequences apart costs what it saves, and nothing else."""
+    s = attended(lambda s: sq.causal(s, -1.0), layers=1)
+    user = request("u", 8)
+    s.given.append(user)
+    g = s.graph
+    tower = g.op("MatMul", user.declare(g), g.const(np.ones((8, 64))))
+    g.output(g.op("Sigmoid", g.op("Add", tower, g.op("MatMul", "c_row", g.const(np.ones((D, 64)))))), ["N", 64])
+    g.nodes.insert(0, helper.make_node("Squeeze", ["c", g.ints(1)], ["c_row"]))
+    model = g.model()
+    monkeypatch.setattr(spans, "hides", lambda *_: True)
+    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+        result = onnxrank.optimize(model, request=patterns(s.given))
+    assert [r.rule for r in result.report.retreats] == [SEGMENTS]
+    assert result.changed, "the tower still runs once"
+    assert_equal(model, result.model, s.given, 2e-6, cut=True)
+    (site,) = [p for p in result.plan.sites if p.place.rule == SEGMENTS]
+    assert site.chosen == "leave"

@@ -16,7 +16,7 @@ import onnxrank
 from onnxrank import cli
 from onnxrank.contract import CONTRACT, stored_contract
 from onnxrank.errors import ModelError, UsageError
-from onnxrank.plan import LEAVE, TAKE, Alternative, Choice, Place, Plan, Site
+from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Plan, Site
 from onnxrank.roles import load_spec
 
 NAMES = ["dcnv2_parallel", "din", "mmoe", "field_attention", "hadamard_pairs", "history_transformer"]
