@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.layers import Fields, Ranker, dense, mlp
+from models.layers import Fields, Ranker, dense, ids, mlp
 
 
 class DLRM(Ranker):
@@ -41,6 +41,40 @@ class DLRM(Ranker):
     def forward(self, user_dense: Tensor, *inputs: Tensor) -> Tensor:
         """Returns click probabilities [N, 1]."""
         x = self.bottom(user_dense)
-        t = torch.cat([x.unsqueeze(1), self.fields(inputs)], dim=1)
+        return self.interact(x, self.fields(inputs))
+
+    def interact(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """Scores [N, 1] of the bottom's output [N, dim] and the embeddings [N, fields, dim]."""
+        t = torch.cat([x.unsqueeze(1), embeddings], dim=1)
         gram = torch.bmm(t, t.transpose(1, 2))
         return torch.sigmoid(self.top(torch.cat([x, gram[:, self.rows, self.columns]], dim=1)))
+
+
+class DLRMBags(DLRM):
+    """Several ids per field, summed by EmbeddingBag, with one table for each field."""
+
+    scales: ClassVar = {
+        "small": dict(user=3, item=2, user_dense=4, vocab=50, dim=8, bottom=(), top=(16,), bag=3),
+        "industrial": dict(user=18, item=8, user_dense=13, vocab=1000, dim=64, bottom=(64,), top=(512, 256), bag=4),
+    }
+
+    def __init__(self, bag: int, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        user, item = self.fields.user_count, self.fields.item_count
+        vocab, dim = sizes["vocab"], sizes["dim"]
+        del self.fields
+        self.tables = nn.ModuleList(Bags(vocab, dim) for _ in range(user + item))
+        names = [f"user_{i}" for i in range(user)] + [f"item_{i}" for i in range(item)]
+        self.specs = [dense("user_dense", sizes["user_dense"]), *(ids(name, vocab, bag) for name in names)]
+
+    def forward(self, user_dense: Tensor, *inputs: Tensor) -> Tensor:
+        """Returns click probabilities [N, 1]."""
+        x = self.bottom(user_dense)
+        return self.interact(x, torch.stack([table(i) for table, i in zip(self.tables, inputs, strict=True)], dim=1))
+
+
+class Bags(nn.EmbeddingBag):
+    """A table whose rows are summed over the ids of a bag, [N, bag] to [N, dim]."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__(rows, dim, mode="sum")

@@ -171,6 +171,18 @@ class SelfAttention(nn.Module):
         return self.out(context.reshape(-1, x.shape[1], self.heads * self.head_dim))
 
 
+class RMSNorm(nn.Module):
+    """Root mean square normalisation, written out since not every exporter knows an operator for it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divides [..., dim] by the root of its mean square."""
+        return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * self.weight
+
+
 def initialise(module: Ranker, seed: int) -> None:
     """Sets reproducible random weights under which activations stay of order one, and eval mode.
 
@@ -189,7 +201,7 @@ def initialise(module: Ranker, seed: int) -> None:
                     normal(value, part.std)
                     if part.padding_idx is not None:
                         value[part.padding_idx] = 0.0
-                elif isinstance(part, (nn.LayerNorm, nn.BatchNorm1d)):
+                elif isinstance(part, (nn.LayerNorm, nn.BatchNorm1d, RMSNorm)):
                     normal(value, 0.2, 1.0 if name == "weight" else 0.0)
                 elif isinstance(part, nn.PReLU):
                     value.fill_(0.25)
@@ -197,7 +209,7 @@ def initialise(module: Ranker, seed: int) -> None:
                     normal(value, 0.1)
                 else:
                     # torch layers keep [out, in, ...]; free parameters here are [..., in, out].
-                    layer = isinstance(part, (nn.Linear, nn.GRU, nn.Conv1d))
+                    layer = isinstance(part, (nn.Linear, nn.GRU, nn.GRUCell, nn.Conv1d))
                     fan_in = math.prod(value.shape[1:]) if layer else value.shape[-2]
                     normal(value, fan_in**-0.5)
             if isinstance(part, nn.BatchNorm1d):

@@ -178,6 +178,8 @@ class Analysis:
 def _matrix_share(node: NodeProto, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     a, b = (x.transpose(matmul_order(node, k, x.ndim)) if x.ndim > 1 else x for k, x in enumerate((a, b)))
     a, b = a[None, :] if a.ndim == 1 else a, b[:, None] if b.ndim == 1 else b
+    if not (a.size and b.size):
+        return 0.0  # a product of no entries
     rows, columns = a.mean(-2), b.mean(-1)  # per inner position, the share that is the same
     if rows.shape[-1] != columns.shape[-1]:
         return 0.0  # an inner axis that is factored differently

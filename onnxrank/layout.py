@@ -124,7 +124,7 @@ class Layout:
         small = keep_symbols(with_extents(dims, reduced.shape), held)
         if small != dims:
             return self.expand(self._make(reduced, small), small, dims)
-        if all(s.level is Level.CONSTANT for s in found):
+        if all(s.level is Level.CONSTANT and not s.rounded for s in found):
             return self.emit.constant(self.sources.constants(codes).reshape(extents(dims)))
         if len(found) == 1:
             return self._from_one(found[0], codes, dims)

@@ -858,7 +858,7 @@ class Rewrite:
         """A constant: the user's own nodes if these make it from constants, else new data."""
         dims, data = self.facts.folded[name]
         dtype = self.dtype(name, helper.np_dtype_to_tensor_dtype(data.dtype))
-        write = None
+        write, rounded = None, False
         operands = [self.values.get(i) for i in node.input if i]
         own = all(
             isinstance(v, Value) and v.whole is not None and v.whole.level is Level.CONSTANT and v.whole.name != ""
@@ -866,6 +866,9 @@ class Rewrite:
         )
         if not symbols(dims) and own and operator(node) not in ("Shape", "Size") and not subgraphs(node):
             origin = self.emit.origin
+            rounded = operator(node) in _LINEAR or any(
+                isinstance(v, Value) and v.whole is not None and v.whole.rounded for v in operands
+            )
 
             def write() -> str:
                 before = self.emit.origin, self.emit.rule
@@ -879,7 +882,7 @@ class Rewrite:
                         self._journal.put(made.whole, "name", o)
                 return name
 
-        source = self.sources.add(keep_symbols(dims, ()), dtype, load=lambda: data, write=write)
+        source = self.sources.add(keep_symbols(dims, ()), dtype, load=lambda: data, write=write, rounded=rounded)
         return Value(dims, dtype, source)
 
     # --- groups ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from onnxrank.facts import Facts
 from onnxrank.flow import Walk
 from onnxrank.fused import written_out
 from onnxrank.graphs import attribute, dangling, live, names_in, rename_captured, subgraphs, versions
+from onnxrank.loops import without_loops
 from onnxrank.plans import PREPARING, SEGMENTS, Site, label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
@@ -65,8 +66,12 @@ class Study:
         self.contradiction = self._confirm()
 
     def _resolved(self) -> ModelProto | None:
-        """The model without what constants decide: branches, and selections by masks; None where there is none."""
-        return resolve_ifs(self.model, self.facts) or selections.resolved(self.model, self.facts)
+        """The model without what constants decide: branches, selections by masks, loops; None where there is none."""
+        return (
+            resolve_ifs(self.model, self.facts)
+            or selections.resolved(self.model, self.facts)
+            or without_loops(self.model, self.facts)
+        )
 
     def _confirm(self) -> facts.Contradiction | None:
         """Runs the model and holds every derived shape against the measured one.

@@ -226,6 +226,7 @@ class Source:
         pull: The same for a sum of products that was put off.
         scaled: Gives, for a product not written yet, the product times (True) or divided by (False) a scalar constant.
         folded: Whether weights are made of it per request.
+        rounded: Whether a constant is a product of others that the graph makes itself, which its data give rounded.
     """
 
     number: int
@@ -245,6 +246,7 @@ class Source:
     pull: Callable[[str, int], list[Source]] | None = None
     scaled: Callable[[str, bool], Source] | None = None
     folded: bool = False
+    rounded: bool = False
 
     @property
     def is_open(self) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from exports import FILES, FOLDER, QUICK, every_export
 from helpers import FLOAT, Feed, Graph, rewritten, run, session, transformation, witness
 from onnx import inliner
 
@@ -25,10 +26,6 @@ from onnxrank.feeds import describe
 from onnxrank.pipeline import CONTRACT, Transformation
 from onnxrank.roles import Roles
 from onnxrank.verify import Options, verify
-
-FOLDER = Path(__file__).resolve().parents[2] / "models" / "onnx"
-FILES = [p.name for p in sorted(FOLDER.glob("*.onnx"))]
-every_model = pytest.mark.parametrize("name", FILES)
 
 
 def spec(name: str) -> dict[str, Any]:
@@ -70,13 +67,13 @@ def close(a: Feed, b: Feed) -> None:
         )
 
 
-@every_model
+@every_export
 def test_every_model_changes(name: str) -> None:
     """The other tests say something only of a model that was rewritten."""
     assert optimised(name).changed
 
 
-@every_model
+@every_export
 def test_signature_of_outputs(name: str) -> None:
     """Names, order, types, shapes and symbolic dims of the outputs; of the inputs under `same`."""
     original = onnx.load(FOLDER / name)
@@ -86,7 +83,7 @@ def test_signature_of_outputs(name: str) -> None:
     assert [(i.name, i.type) for i in same.input] == [(i.name, i.type) for i in original.graph.input]
 
 
-@every_model
+@every_export
 def test_scores(name: str) -> None:
     """The same scores, measured as the check does."""
     roles = Roles.from_dict(optimised(name).report.roles)
@@ -133,7 +130,7 @@ def without_candidates() -> dict[str, list[Any]]:
 
 
 @pytest.mark.slow
-@every_model
+@every_export
 def test_no_candidates(name: str) -> None:
     """Without candidates there are no scores, where the original gives none."""
     want, *got = without_candidates()[name]
@@ -145,7 +142,7 @@ def test_no_candidates(name: str) -> None:
     assert got == [want]
 
 
-@every_model
+@every_export
 def test_idempotent(name: str) -> None:
     """There is nothing left to do on a result."""
     made = optimised(name).model
@@ -154,7 +151,7 @@ def test_idempotent(name: str) -> None:
     assert again.model.SerializeToString() == made.SerializeToString()
 
 
-@every_model
+@every_export
 def test_idempotent_without_its_contract(name: str) -> None:
     """Nobody says that it was optimised before: all the same next to nothing is left to gain."""
     made = onnx.ModelProto()
@@ -186,7 +183,7 @@ def test_deterministic() -> None:
     assert cached == here
 
 
-@every_model
+@every_export
 def test_candidates_do_not_meet(name: str) -> None:
     """Permuting, duplicating, dropping and appending candidates does the same to their scores."""
     after = sessions(name)[1]
@@ -201,7 +198,7 @@ def test_candidates_do_not_meet(name: str) -> None:
 
 
 @pytest.mark.slow
-@every_model
+@every_export
 def test_same_interface(name: str) -> None:
     """The old inputs give the old scores; rows of one request-level input that differ give NaN."""
     made = session(optimised(name, "same").model)
@@ -218,7 +215,7 @@ def test_same_interface(name: str) -> None:
         assert all(np.isnan(score).all() for score in got.values()), role.name
 
 
-@every_model
+@every_export
 def test_untouched_parts(name: str) -> None:
     """Nodes and initializers that no rule touched, versions and metadata are the original's."""
     original, made = onnx.load(FOLDER / name), optimised(name).model
@@ -251,7 +248,7 @@ def test_untouched_parts(name: str) -> None:
 def test_most_nodes_stay() -> None:
     """A model's nodes keep their names and outputs wherever nothing had to change: the diff is small."""
     share = []
-    for name in FILES:
+    for name in QUICK:
         original, made = onnx.load(FOLDER / name), optimised(name).model
         own = {(n.name, tuple(n.output)) for n in original.graph.node}
         share.append(np.mean([(n.name, tuple(n.output)) in own for n in made.graph.node]))
@@ -282,7 +279,7 @@ def adversarial(name: str, rows: Feed, kind: str) -> Feed:
     return out
 
 
-@every_model
+@every_export
 def test_claims_have_a_witness(name: str) -> None:
     """What is said not to vary is seen not to vary, in the original."""
     made = rewrite(name)

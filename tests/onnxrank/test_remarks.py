@@ -12,6 +12,7 @@ import lengths
 import numpy as np
 import programs
 import pytest
+from exports import every_export
 from helpers import Graph, candidate, exposed, feeds, patterns, request, rewritten, run, whole_numbers
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -27,7 +28,6 @@ from onnxrank.roles import load_spec
 from onnxrank.values import CANDIDATES, Level, extents, symbols
 
 MODELS = Path(__file__).resolve().parents[2] / "models" / "onnx"
-FILES = sorted(p.name for p in MODELS.glob("*.onnx"))
 EXAMPLES = settings(
     max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -124,7 +124,7 @@ def optimised_export(name: str) -> Result:
     return onnxrank.optimize(MODELS / name, spec=spec, check=False)
 
 
-@pytest.mark.parametrize("name", FILES)
+@every_export
 def test_exports(name: str) -> None:
     """Every place has its remark, and those that cost most come first."""
     result = optimised_export(name)

@@ -1267,3 +1267,26 @@ def test_metadata_survives() -> None:
     relu = after["/m/Relu/r"]
     assert relu.doc_string == "made by Relu" and relu.metadata_props[0].value == "Relu"
     assert made.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def test_a_product_of_constants_is_not_rounded() -> None:
+    """Positions through a layer, added to two levels in another rank: made by the graph, as in the original."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 6, 16] user, float[N, 1, 8] item) => (float[N, 6, 1] y) {
+            at = MatMul(P, Q)
+            a = MatMul(user, U)
+            b = MatMul(item, W)
+            q = Add(b, at)
+            s = Add(q, a)
+            t = Tanh(s)
+            y = MatMul(t, V)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"P": (6, 8), "Q": (8, 32), "U": (16, 32), "W": (8, 32), "V": (32, 1)}
+    for name, shape in shapes.items():
+        data = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(data, name))
+    made = onnxrank.optimize(model, request=["user"], check="quick")
+    assert made.changed and not made.report.retreats

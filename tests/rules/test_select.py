@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import textform
 from helpers import Graph, candidate, optimised, request, rules, whole_numbers
+from modelkit import compare
 
 N = 512
 GIVEN = [request("h", 7, 4), candidate("c", 1, 4)]
@@ -141,3 +143,25 @@ def test_positions_behind_an_axis_that_went(kind: str) -> None:
     total = g.op("ReduceMax", picked, axes=[0, 1], keepdims=0)
     g.output(g.op("Add", u, g.op("Unsqueeze", total, g.const([1], np.int64))), ["N", 2])
     optimised(g, given, counts=(1, 2, 5))
+
+
+@pytest.mark.parametrize(
+    "step",
+    """MeanVarianceNormalization<axes=[2]>(r) LpNormalization(r) Hardmax(r) LogSoftmax(r) Acos(r) IsNaN(r) Sum(r,r,r)
+    Mod<fmod=1>(r,r) Round(r) Mean(r,r) InstanceNormalization(r,five,five) LayerNormalization(r,three)""".split(),
+)
+@pytest.mark.parametrize("position", [-1, 2])
+def test_through_whatever_treats_positions_independently(step: str, position: int) -> None:
+    """Demanded positions are followed by what operators are, whether or not anything is gained."""
+    model = textform.parse(f"""\
+(float[N,4,3] user, float[N,1,3] item) => (float[N,3] y)
+<int64 at = {{{position}}}, float[5] five, float[3] three> {{
+  x = Concat<axis = 1>(user, item)
+  r = Relu(x)
+  s = {step}
+  t = Cast<to = 1>(s)
+  y = Gather<axis = 1>(t, at)
+}}""")
+    result = textform.rewritten(model)
+    compare(model, result)
+    assert result.changed or position == -1
