@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank.graphs import captured, live, names_in, subgraphs
 from onnxrank.model import flattened, overridable, tensor_data
-from onnxrank.plan import label
+from onnxrank.plans import label
 
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 _RULE = "onnxrank.compress"
