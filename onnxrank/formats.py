@@ -237,6 +237,10 @@ PROFILE = Kind(
     ),
     "onnxrank.profiling.render:show",
 )
+COMPRESS = Kind(
+    (_page("compress.page"), _JSON, _text("compress.render"), _markdown("compress.render")),
+    "onnxrank.compress.render:show",
+)
 VERIFY = Kind(
     (
         _text("verify.reports.text"),

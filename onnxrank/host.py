@@ -28,6 +28,7 @@ from onnxrank.model import flattened
 from onnxrank.turns import interleave
 
 if TYPE_CHECKING:
+    from onnxrank.compress.inside import Inside
     from onnxrank.profiling.bench import Bench
     from onnxrank.verify.truth import Truth
 
@@ -44,6 +45,7 @@ class Host:
         self._sessions: dict[str, Any] = {}
         self._truths: dict[str, Truth] = {}
         self._bench: Bench | None = None
+        self._inside: Inside | None = None
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -260,6 +262,19 @@ class Host:
             self._bench = Bench(self._models)
         return DO[what](self._bench, **arguments)
 
+    def compress(self, what: str, **arguments: Any) -> Any:
+        """Has this process do something for `compress`.
+
+        Args:
+            what: Name of a method of `compress.inside.Inside`.
+            **arguments: Its arguments.
+        """
+        from onnxrank.compress.inside import DO, Inside
+
+        if self._inside is None:
+            self._inside = Inside(self._models)
+        return DO[what](self._inside, **arguments)
+
     def expose(self, key: str, of: str, names: Sequence[str]) -> None:
         """Makes a model of which further tensors are outputs: `key`, from the model `of`."""
         flat, folder = self._flattened(of)
@@ -313,7 +328,7 @@ _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
         Host.reset, Host.limit, Host.model, Host.split, Host.check, Host.study, Host.open, Host.close, Host.run,
-        Host.race, Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
+        Host.race, Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available, Host.compress,
     )
 }  # fmt: skip
 """What may be asked for."""

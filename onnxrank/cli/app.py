@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from onnxrank.cli.compress import compress
 from onnxrank.cli.inspect import inspect
 from onnxrank.cli.lint import lint
 from onnxrank.cli.optimize import optimize
@@ -42,7 +43,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (optimize, split, lint, verify, profile, inspect, list_rules):
+for _command in (optimize, split, lint, compress, verify, profile, inspect, list_rules):
     cli.add_command(_command)
 
 
