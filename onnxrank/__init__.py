@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxrank.profiling.engine import profile
     from onnxrank.rewrite import Rewrite, Rule
     from onnxrank.roles import Roles
+    from onnxrank.splitting.engine import split
 
 __all__ = [
     "Analysis",
@@ -33,6 +34,7 @@ __all__ = [
     "plan",
     "profile",
     "read",
+    "split",
 ]
 
 _HOME = {
@@ -50,6 +52,7 @@ _HOME = {
     "plan": "pieces",
     "profile": "profiling.engine",
     "read": "pipeline",
+    "split": "splitting.engine",
 }
 
 

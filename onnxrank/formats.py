@@ -222,6 +222,7 @@ def _markdown(module: str, styled: bool = True) -> Format:
 _JSON = Format("json", "onnxrank.writers:to_json", (".json",))
 
 OPTIMIZE = Kind((_JSON, _text("render"), _markdown("render")), "onnxrank.render:show")
+SPLIT = Kind((_JSON, _text("splitting.render"), _markdown("splitting.render")), "onnxrank.splitting.render:show")
 INSPECT = Kind(
     (_page("inspection.page"), _JSON, _text("inspection.render"), _markdown("inspection.render")),
     "onnxrank.inspection.render:show",
@@ -235,6 +236,10 @@ PROFILE = Kind(
         _markdown("profiling.render"),
     ),
     "onnxrank.profiling.render:show",
+)
+COMPRESS = Kind(
+    (_page("compress.page"), _JSON, _text("compress.render"), _markdown("compress.render")),
+    "onnxrank.compress.render:show",
 )
 VERIFY = Kind(
     (

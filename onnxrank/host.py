@@ -21,13 +21,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from onnxrank import runtime, wire, workers
+from onnxrank import halves, runtime, wire, workers
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
 from onnxrank.graphs import live
 from onnxrank.model import flattened
 from onnxrank.turns import interleave
 
 if TYPE_CHECKING:
+    from onnxrank.compress.inside import Inside
     from onnxrank.profiling.bench import Bench
     from onnxrank.verify.truth import Truth
 
@@ -40,9 +41,11 @@ class Host:
     def __init__(self) -> None:
         self._models: dict[str, tuple[ModelProto, str | None]] = {}
         self._flat: dict[str, ModelProto] = {}
+        self._splits: dict[str, str] = {}
         self._sessions: dict[str, Any] = {}
         self._truths: dict[str, Truth] = {}
         self._bench: Bench | None = None
+        self._inside: Inside | None = None
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -75,6 +78,15 @@ class Host:
             data = Path(data).read_bytes()
         self._models[key] = (ModelProto.FromString(data), folder)
         self._flat.pop(key, None)
+
+    def split(self, key: str, folder: str) -> None:
+        """Has sessions of a model run the two models that it stands for, where they compute in their own precision.
+
+        Args:
+            key: The model.
+            folder: Where the contract of the two lies.
+        """
+        self._splits[key] = folder
 
     def check(self, key: str) -> dict[str, str]:
         """What ONNX's own checker objects to: `error`, and `inference`, what only its strict shape inference does."""
@@ -142,11 +154,18 @@ class Host:
             exact = truth.Truth(wide, folder, truth.INEXACT if precision == "exact" else ())
             self._truths[session] = exact
             return {"how": exact.how}
-        model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
         settings = {"use_tf32": str(int(tf32))} if provider == "cuda" else {}
-        made = runtime.session(
-            model, folder, provider=provider, settings=settings, optimise=level == "all", threads=threads
-        )
+        how: dict[str, Any] = {
+            "provider": provider,
+            "settings": settings,
+            "optimise": level == "all",
+            "threads": threads,
+        }
+        if precision == "own" and key in self._splits:
+            made: Any = halves.Pair(self._splits[key], **how)
+        else:
+            model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
+            made = runtime.session(model, folder, **how)
         made.disable_fallback()  # from a provider that fails while it runs
         self._sessions[session] = made
         return {"how": "onnxruntime"}
@@ -243,6 +262,19 @@ class Host:
             self._bench = Bench(self._models)
         return DO[what](self._bench, **arguments)
 
+    def compress(self, what: str, **arguments: Any) -> Any:
+        """Has this process do something for `compress`.
+
+        Args:
+            what: Name of a method of `compress.inside.Inside`.
+            **arguments: Its arguments.
+        """
+        from onnxrank.compress.inside import DO, Inside
+
+        if self._inside is None:
+            self._inside = Inside(self._models)
+        return DO[what](self._inside, **arguments)
+
     def expose(self, key: str, of: str, names: Sequence[str]) -> None:
         """Makes a model of which further tensors are outputs: `key`, from the model `of`."""
         flat, folder = self._flattened(of)
@@ -295,8 +327,8 @@ def _as_array(value: Any) -> NDArray[Any] | None:
 _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
-        Host.reset, Host.limit, Host.model, Host.check, Host.study, Host.open, Host.close, Host.run, Host.race,
-        Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
+        Host.reset, Host.limit, Host.model, Host.split, Host.check, Host.study, Host.open, Host.close, Host.run,
+        Host.race, Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available, Host.compress,
     )
 }  # fmt: skip
 """What may be asked for."""

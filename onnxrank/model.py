@@ -63,6 +63,7 @@ class LoadedModel:
         sha256: Hash of the file's bytes, or of the serialised proto.
         size: Number of these bytes.
         external: Files with external data in use, relative to `folder`, sorted.
+        split: The folder of the two models that this one stands for; None for a model of its own.
     """
 
     proto: ModelProto
@@ -71,6 +72,7 @@ class LoadedModel:
     sha256: str
     size: int
     external: tuple[str, ...]
+    split: Path | None = None
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

@@ -440,10 +440,10 @@ class Job:
 
     def _loses(self, form: Form) -> bool:
         """Whether much that is the request's is done for every candidate."""
-        if form.model is None:
-            return True
-        shapes = form.shapes(self.options.usual)
         lost = sum(r.lost for r in remarks.remarks(form, self.options.usual))
+        if form.model is None or not form.changed:
+            return lost > _MUCH * self.report.macs_before
+        shapes = form.shapes(self.options.usual)
         return lost > _MUCH * sum(c.macs for c in cost.by_level(form.model.graph, shapes).values())
 
     def _forms(self, study: Study, places: Sequence[int] = ()) -> list[Form]:

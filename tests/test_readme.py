@@ -86,6 +86,30 @@ def test_serving(folder: Path) -> None:
     assert f"# {inputs}" in code and scores == "[(512, 1), (512, 1)]"
 
 
+def _split(folder: Path, form: str) -> None:
+    """Runs the README's commands that divide a model in this format, but for those that need a server."""
+    text = (ROOT / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"^```\n(onnxrank split .*?)^```$", text, re.DOTALL | re.MULTILINE) if form in b)
+    for command in block.splitlines():
+        if command.startswith("onnxrank"):
+            shell(command, folder)
+
+
+def test_two_models_and_the_module_that_serves_them(folder: Path) -> None:
+    _split(folder, "--format python")
+    (code,) = [b for b in blocks("python") if "from ranker import Ranker" in b]
+    code += "print(sorted((k, v.shape) for k, v in scores.items()), ranker.cache.counters.hits)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("[('task_0', (512, 1)), ('task_1', (512, 1))] ")
+    assert "misses=1" in done.stdout
+
+
+def test_a_model_repository(folder: Path) -> None:
+    _split(folder, "--format triton")
+    assert (folder / "repository" / "ctr" / "config.pbtxt").exists()
+
+
 def test_quick_start_is_two_lines_and_its_output() -> None:
     """`.ci/run` takes the second line from here; the output shown is what the first one prints."""
     text = (ROOT / "README.md").read_text()

@@ -14,10 +14,13 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from onnxrank.cli.compress import compress
 from onnxrank.cli.inspect import inspect
+from onnxrank.cli.lint import lint
 from onnxrank.cli.optimize import optimize
 from onnxrank.cli.profile import profile
 from onnxrank.cli.rules import list_rules
+from onnxrank.cli.split import split
 from onnxrank.cli.verify import verify
 from onnxrank.errors import EnvironmentProblem, OnnxrankError, UsageError
 
@@ -40,7 +43,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (optimize, verify, profile, inspect, list_rules):
+for _command in (optimize, split, lint, compress, verify, profile, inspect, list_rules):
     cli.add_command(_command)
 
 

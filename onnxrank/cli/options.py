@@ -115,14 +115,14 @@ ROLE_OPTIONS = (
         help="Recorded requests: an array per input, and request_id. Instead of roles.",
     ),
 )
-REWRITE_OPTIONS = (
-    click.option(
-        "--interface",
-        type=click.Choice(["request", "same"]),
-        default="request",
-        show_default=True,
-        help="request: request-level inputs take one row. same: the signature does not change.",
-    ),
+INTERFACE_OPTION = click.option(
+    "--interface",
+    type=click.Choice(["request", "same"]),
+    default="request",
+    show_default=True,
+    help="request: request-level inputs take one row. same: the signature does not change.",
+)
+RULE_OPTIONS = (
     click.option(
         "--candidates",
         callback=_span,
@@ -139,6 +139,7 @@ REWRITE_OPTIONS = (
     ),
     click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable."),
 )
+REWRITE_OPTIONS = (INTERFACE_OPTION, *RULE_OPTIONS)
 OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print more, every step, and tracebacks of internal errors."),

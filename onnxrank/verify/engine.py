@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from onnxrank import halves, runtime, workers
 from onnxrank import model as files
-from onnxrank import runtime, workers
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.feeds import Ranges
@@ -55,7 +55,7 @@ def verify(
 
     Args:
         original: The model that is right by definition: a path, or a model in memory.
-        optimized: The model under test.
+        optimized: The model under test, or the folder that `split` wrote.
         options: Choices; the defaults if None.
         progress: Called with what is being done.
 
@@ -69,7 +69,8 @@ def verify(
     """
     workers.warm(2)
     chosen = options or Options()
-    first, second = files.load(original), files.load(optimized)
+    first = files.load(original)
+    second = halves.load(optimized) if halves.is_split(optimized) else files.load(optimized)
     with Engine(first, second, chosen, progress) as engine:
         return engine.run()
 
@@ -120,6 +121,7 @@ class Engine:
         self.points: list[Point] = []
         self.condition = Condition(self)
         self.coarse: np.dtype[Any] | None = None
+        self.rounds_weights = False
         self.step = 0.0
         self._good = False
 
@@ -568,9 +570,9 @@ class Engine:
     def _measure(self) -> None:
         """Finds what differences are held against, from what was run so far."""
         report = self.report
-        coarse = (
-            np.dtype(np.float16) if structure.changes_precision(self.original.proto, self.optimized.proto) else None
-        )
+        self.rounds_weights = structure.changes_precision(self.original.proto, self.optimized.proto)
+        rounds = self.rounds_weights or halves.rounds_state(self.optimized.loaded)
+        coarse = np.dtype(np.float16) if rounds else None
         self.coarse = coarse
         steps = any(structure.quantises(s.proto) for s in self.sides)
         if steps:
@@ -588,7 +590,7 @@ class Engine:
         report, samples = self.report, self.samples
         self.held = judge.measures(samples, self.coarse, self.step)
         if self.truth:
-            if self.coarse is None:
+            if not self.rounds_weights:
                 self.file("algebra", self.condition.excused(judge.algebra(samples), self.points))
             else:
                 self._rounded_algebra()

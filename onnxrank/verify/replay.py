@@ -202,7 +202,7 @@ class _Totals:
         for key, m in new.items():
             old = [self._held[k] for k in (key, (key[0], "random", key[2])) if k in self._held]
             self._held[key] = Measure(*(max([x, *(getattr(o, n) for o in old)]) for n, x in vars(m).items()))
-        cases = [] if engine.coarse is not None else judge.algebra(done.samples)
+        cases = [] if engine.rounds_weights else judge.algebra(done.samples)
         cases += judge.rounding(done.samples, self._held, engine.options.tolerance)
         order, ranks = judge.ranked(done.samples, self._held, engine.options.top_k)
         self._merge(ranks)

@@ -66,6 +66,8 @@ class Side:
             self._there, self._done = set(), {}
             self._worker.call("limit", self.timeout, memory=self._memory)
             place(self._worker, MODEL, self.loaded.proto, self.loaded.folder, self.timeout)
+            if self.loaded.split is not None:
+                self._worker.call("split", self.timeout, key=MODEL, folder=str(self.loaded.split))
         return self._worker
 
     def close(self, good: bool = True) -> None:

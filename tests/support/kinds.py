@@ -35,7 +35,8 @@ LEFT_OUT = {
     ),
     **dict.fromkeys(
         f"""Attention ConvInteger ConvTranspose DepthToSpace Optional QLinearConv SequenceEmpty SequenceErase
-        SequenceMap SpaceToDepth ai.onnx.ml::ZipMap com.microsoft.nchwc::Conv {MS}::FusedConv {MS}::MatMulNBits""".split(),
+        SequenceMap SpaceToDepth ai.onnx.ml::ZipMap com.microsoft.nchwc::Conv {MS}::FusedConv
+        {MS}::MatMulNBits""".split(),
         "nothing writes it yet: node tests and saved models hold it (scripts/node_tests.py, variants.py)",
     ),
     "Scatter": "opset 11, the oldest of the programs, does not have it any more",

@@ -1,0 +1,358 @@
+"""A model that is being compressed: its constants, products and tables, and small changes to its graph.
+
+`Network` holds a copy of the model, functions inlined. Methods ask it what reads and what gives a tensor, and have it
+put other nodes in the place of one. Nothing is looked up by the spelling of a name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnxrank.graphs import captured, live, names_in, subgraphs
+from onnxrank.model import flattened, overridable, tensor_data
+from onnxrank.plans import label
+
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+_RULE = "onnxrank.compress"
+"""Key, in a node's metadata, of the method that made it."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A constant vector that is added to what a product gives.
+
+    Attributes:
+        node: The node that adds it: the product itself, or the addition behind it.
+        place: Which input of that node it is.
+    """
+
+    node: NodeProto
+    place: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a constant matrix, at every node that reads the matrix.
+
+    Attributes:
+        name: The first node's name, which is what `--sites` matches.
+        weight: The matrix's tensor.
+        shape: Inputs and outputs of the layer.
+        nodes: The products.
+        flipped: Whether the matrix is stored outputs first.
+    """
+
+    name: str
+    weight: str
+    shape: tuple[int, int]
+    nodes: tuple[NodeProto, ...]
+    flipped: bool
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the products give, biases of Gemm included."""
+        return tuple(n.output[0] for n in self.nodes)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What is multiplied."""
+        return tuple(n.input[0] for n in self.nodes)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table: a constant whose rows are looked up.
+
+    Attributes:
+        name: The first lookup's name, which is what `--sites` matches.
+        weight: The table's tensor.
+        shape: Rows and width.
+        nodes: The lookups.
+    """
+
+    name: str
+    weight: str
+    shape: tuple[int, int]
+    nodes: tuple[NodeProto, ...]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """What is looked up."""
+        return tuple(n.input[1] for n in self.nodes)
+
+
+Site = Product | Table
+
+
+class Network:
+    """A model under change.
+
+    Args:
+        model: The model; it is copied.
+        folder: Where its external data lies; tensors in it are read into the copy.
+    """
+
+    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
+        flat = flattened(model)
+        self.model = ModelProto()
+        self.model.CopyFrom(live(flat))
+        for t in self.model.graph.initializer:
+            if t.data_location == TensorProto.EXTERNAL:
+                t.CopyFrom(numpy_helper.from_array(tensor_data(t, folder), t.name))
+        self._taken = names_in(self.model.graph)
+        self.nodes = [NodeProto.FromString(n.SerializeToString()) for n in self.model.graph.node]
+        del self.model.graph.node[:]
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._index()
+
+    def copy(self) -> Network:
+        """Another one, to be changed on its own."""
+        return Network(self.finished())
+
+    def _index(self) -> None:
+        graph = self.model.graph
+        replaceable = overridable(self.model)
+        self._held = {t.name: t for t in graph.initializer if t.name not in replaceable}
+        self.maker = {o: n for n in self.nodes for o in n.output if o}
+        self.readers: dict[str, list[NodeProto]] = {}
+        self.inner: set[str] = set()
+        for n in self.nodes:
+            for i in dict.fromkeys(n.input):
+                self.readers.setdefault(i, []).append(n)
+            for g in subgraphs(n):
+                self.inner |= captured(g)
+        self.outputs = {o.name for o in graph.output}
+
+    # --- what is there ----------------------------------------------------------------------------------------
+
+    def array(self, name: str) -> NDArray[Any] | None:
+        """A constant: an initializer, a Constant, or one of them transposed, cast or passed on; None for others."""
+        if name in self._arrays:
+            return self._arrays[name]
+        found = self._folded(name)
+        if found is not None:
+            self._arrays[name] = found
+        return found
+
+    def _folded(self, name: str) -> NDArray[Any] | None:
+        if name in self._held:
+            return tensor_data(self._held[name])
+        node = self.maker.get(name)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "Constant":
+            a = node.attribute[0]
+            if a.name == "value":
+                return tensor_data(a.t)
+            if a.name in ("value_float", "value_floats"):
+                return np.array(helper.get_attribute_value(a), np.float32)
+            return np.array(helper.get_attribute_value(a), np.int64) if a.name in ("value_int", "value_ints") else None
+        if node.op_type in ("Transpose", "Identity", "Cast"):
+            inner = self.array(node.input[0])
+            if inner is None or node.op_type == "Identity":
+                return inner
+            if node.op_type == "Cast":
+                to = next(a.i for a in node.attribute if a.name == "to")
+                return inner.astype(helper.tensor_dtype_to_np_dtype(to)) if to in FLOATS else None
+            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+            return np.transpose(inner, order)
+        return None
+
+    def alone(self, tensor: str) -> NodeProto | None:
+        """The only node that reads a tensor, once; None where there are others, or callers or inner graphs read it."""
+        readers = self.readers.get(tensor, [])
+        if len(readers) != 1 or tensor in self.outputs or tensor in self.inner:
+            return None
+        return readers[0] if list(readers[0].input).count(tensor) == 1 else None
+
+    def products(self) -> list[Product]:
+        """All products of computed values with constant matrices, in the graph's order."""
+        found: dict[str, list[NodeProto]] = {}
+        for n in self.nodes:
+            if n.domain in ("", "ai.onnx") and n.op_type in ("MatMul", "Gemm") and len(n.input) > 1:
+                if self._is_layer(n):
+                    found.setdefault(n.input[1], []).append(n)
+        out = []
+        for weight, nodes in found.items():
+            data = self.array(weight)
+            assert data is not None
+            flips = {bool(attribute(n, "transB")) for n in nodes}
+            if len(flips) == 1:
+                (flipped,) = flips
+                rows, columns = data.shape[::-1] if flipped else data.shape
+                out.append(Product(label(nodes[0]), weight, (rows, columns), tuple(nodes), flipped))
+        return _distinct(out)
+
+    def _is_layer(self, node: NodeProto) -> bool:
+        data = self.array(node.input[1])
+        if data is None or data.ndim != 2 or data.dtype not in (np.float32, np.float64):
+            return False
+        if self.array(node.input[0]) is not None:
+            return False
+        plain = [("alpha", 1.0), ("beta", 1.0)]
+        return node.op_type == "MatMul" or (
+            not attribute(node, "transA") and all(attribute(node, k, v) == v for k, v in plain)
+        )
+
+    def tables(self) -> list[Table]:
+        """All constants whose rows computed ids look up, in the graph's order."""
+        found: dict[str, list[NodeProto]] = {}
+        other: set[str] = set()
+        for n in self.nodes:
+            if n.op_type == "Gather" and n.domain in ("", "ai.onnx") and not attribute(n, "axis"):
+                data = self.array(n.input[0])
+                if data is not None and data.ndim == 2 and self.array(n.input[1]) is None:
+                    if data.dtype in (np.float32, np.float64):
+                        found.setdefault(n.input[0], []).append(n)
+                        continue
+            other.update(n.input)
+        return _distinct(
+            [
+                Table(label(nodes[0]), weight, self.array(weight).shape, tuple(nodes))  # type: ignore[union-attr]
+                for weight, nodes in found.items()
+                if weight not in other | self.outputs | self.inner
+            ]
+        )
+
+    def matrix(self, site: Product) -> NDArray[Any]:
+        """A layer's weights `[inputs, outputs]`."""
+        data = self.array(site.weight)
+        assert data is not None
+        return data.T if site.flipped else data
+
+    def adds_computed(self, site: Product) -> bool:
+        """Whether a node of a layer adds what is computed itself, as candidate-level parts of divided layers do."""
+        return any(
+            n.op_type == "Gemm" and len(n.input) > 2 and n.input[2] and self.array(n.input[2]) is None
+            for n in site.nodes
+        )
+
+    def bias(self, node: NodeProto, width: int) -> Bias | None:
+        """The constant vector that is added to what a product gives, where nothing else reads it before."""
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            return Bias(node, 2) if self._is_vector(node.input[2], width) else None
+        after = self.alone(node.output[0])
+        if after is None or after.op_type != "Add" or after.domain not in ("", "ai.onnx"):
+            return None
+        place = 1 - list(after.input).index(node.output[0])
+        return Bias(after, place) if self._is_vector(after.input[place], width) else None
+
+    def _is_vector(self, name: str, width: int) -> bool:
+        data = self.array(name)
+        return data is not None and data.size == width and data.shape[-1:] == (width,)
+
+    # --- changes ----------------------------------------------------------------------------------------------
+
+    def fresh(self, hint: str) -> str:
+        """A name that nothing has yet."""
+        name, k = hint, 0
+        while name in self._taken:
+            k += 1
+            name = f"{hint}_{k}"
+        self._taken.add(name)
+        return name
+
+    def constant(self, data: NDArray[Any], hint: str) -> str:
+        """Adds an initializer and returns its name."""
+        name = self.fresh(hint)
+        tensor = numpy_helper.from_array(np.ascontiguousarray(data), name)
+        self.model.graph.initializer.append(tensor)
+        self._held[name] = self.model.graph.initializer[-1]
+        return name
+
+    def node(self, method: str, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
+        """Makes a node that says which method made it; `replace` puts it into the graph."""
+        domain = attributes.pop("domain", "")
+        made = helper.make_node(op, inputs, outputs, self.fresh(f"{outputs[0]}/{op}"), domain=domain, **attributes)
+        made.metadata_props.add(key=_RULE, value=method)
+        return made
+
+    def replace(self, old: NodeProto, made: Sequence[NodeProto]) -> None:
+        """Puts nodes in the place of one; the last of them gives what it gave."""
+        place = next(k for k, n in enumerate(self.nodes) if n is old)
+        self.nodes[place : place + 1] = made
+        self.renewed()
+
+    def renewed(self) -> None:
+        """Looks at the nodes again, after inputs of theirs were changed in place."""
+        self._arrays.clear()
+        self._index()
+
+    def set_bias(self, bias: Bias, data: NDArray[Any]) -> None:
+        """Has another vector added."""
+        node = bias.node
+        old = self.array(node.input[bias.place])
+        assert old is not None
+        node.input[bias.place] = self.constant(data.reshape(old.shape).astype(old.dtype), f"{node.output[0]}.bias")
+        self.renewed()
+
+    def add_bias(self, node: NodeProto, data: NDArray[Any], method: str) -> None:
+        """Has a vector added behind a product that has none."""
+        inner = self.fresh(f"{node.output[0]}.plain")
+        made = NodeProto.FromString(node.SerializeToString())
+        made.output[0] = inner
+        vector = self.constant(data, f"{node.output[0]}.bias")
+        self.replace(node, [made, self.node(method, "Add", [inner, vector], [node.output[0]])])
+
+    def uses(self, domain: str, version: int) -> None:
+        """Says that operators of a domain are used."""
+        if all(o.domain != domain for o in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(domain, version))
+
+    @property
+    def opset(self) -> int:
+        """Version of ONNX's own operators."""
+        return int(max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")))
+
+    def finished(self) -> ModelProto:
+        """The model without what nothing reads any more."""
+        whole = ModelProto()
+        whole.CopyFrom(self.model)
+        whole.graph.node.extend(self.nodes)
+        out = live(whole)
+        read = {i for n in out.graph.node for i in n.input} | {o.name for o in out.graph.output} | self.inner
+        listed = {i.name for i in out.graph.input}
+        kept = [t for t in out.graph.initializer if t.name in read or t.name in listed]
+        if len(kept) < len(out.graph.initializer):
+            del out.graph.initializer[:]
+            out.graph.initializer.extend(kept)
+        made = {o for n in out.graph.node for o in n.output}
+        known = [v for v in out.graph.value_info if v.name in made]
+        if len(known) < len(out.graph.value_info):
+            del out.graph.value_info[:]
+            out.graph.value_info.extend(known)
+        return out
+
+
+def attribute(node: NodeProto, name: str, default: float = 0) -> float:
+    """A numeric attribute of a node."""
+    for a in node.attribute:
+        if a.name == name:
+            return float(helper.get_attribute_value(a))
+    return default
+
+
+def parameters(model: ModelProto) -> int:
+    """Number of floats and quantised numbers among the constants: all but indices."""
+    held = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, TensorProto.STRING)
+    kept = [t for t in model.graph.initializer if t.data_type not in held]
+    return sum(int(np.prod(t.dims)) for t in kept)
+
+
+def _distinct(sites: list[Any]) -> list[Any]:
+    """Sites with names of their own: further ones of a name get a number."""
+    from dataclasses import replace
+
+    seen: dict[str, int] = {}
+    out = []
+    for s in sites:
+        seen[s.name] = seen.get(s.name, 0) + 1
+        out.append(s if seen[s.name] == 1 else replace(s, name=f"{s.name}#{seen[s.name]}"))
+    return out

@@ -1,0 +1,467 @@
+"""Which method at which site: greedy by what is saved for the error it brings, every step measured on the whole model.
+
+Each option is tried alone first. Its error is the mean square by which the model's logits move, which adds up nearly
+over sites, because what different layers get wrong has little to do with each other. The next step is always the one
+that saves most for the error it is expected to add. It is then made, in the model as it stands, with the last layers
+fitted again, and kept only if the scores still pass on the calibration rows: what was expected decides the order, never
+what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxrank.compress import gate
+from onnxrank.compress.gate import Limits, Outcome
+from onnxrank.compress.methods import METHODS, Refused
+from onnxrank.compress.network import Network, Product, Site, Table, parameters
+from onnxrank.compress.plan import Plan, Step
+from onnxrank.compress.refit import heads, refit
+from onnxrank.compress.report import Point, Refusal, Speed
+from onnxrank.compress.runner import ORIGINAL, Runner, speed
+from onnxrank.compress.statistics import Fitted, Statistics, reduced_rank
+from onnxrank.errors import ModelError, UsageError
+from onnxrank.feeds import Feed
+
+Floats = NDArray[np.float64]
+Chain = tuple[tuple[str, int], ...]
+_LEAST = 1e-3
+"""Share of the model that a step must save to be worth trying."""
+_RECORD = "onnxrank.compress"
+"""Key, in a model's metadata, of what was done to it."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to change one site, tried alone.
+
+    Attributes:
+        step: What is done.
+        error: Mean square by which logits move, relative to their variance.
+        bytes: What the model loses in size.
+        seconds: And in time of one request; 0 where that was not asked for.
+    """
+
+    step: Step
+    error: float
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class Made:
+    """A compressed model, measured on the calibration rows.
+
+    Attributes:
+        plan: What was done.
+        model: The model.
+        outcomes: What the gate would say, were these rows its own; empty where it was not asked.
+        error: Root of the mean square by which logits move, relative to their spread.
+    """
+
+    plan: Plan
+    model: ModelProto
+    outcomes: tuple[Outcome, ...]
+    error: float
+
+
+@dataclass
+class Kept:
+    """Calibration rows that models are tried on.
+
+    Attributes:
+        outputs: Names of outputs that are scores.
+        original: The original's, by output, `[R]`.
+        request: Number of the request of every row.
+        labels: Per output, `[R]`; None where it has none.
+        feed: One request with the usual number of candidates, for times.
+    """
+
+    outputs: tuple[str, ...]
+    original: Mapping[str, Floats]
+    request: NDArray[np.int64]
+    labels: Mapping[str, Floats | None]
+    feed: Feed
+
+
+@dataclass
+class Search:
+    """Finds what to do at which site.
+
+    Attributes:
+        original: The original.
+        base: The original, with what does nothing packed away.
+        size: Bytes of the original.
+        stats: What the calibration rows gave.
+        kept: Rows to try models on.
+        runner: Runs models; has the original's session.
+        limits: What may be lost.
+        methods: Names of the methods that are allowed.
+        sites: Patterns on names of sites; all if there are none.
+        targets: Ratios of size and time to reach; None for none.
+        refit: Whether last layers are fitted again.
+        sha256: Hash of the original.
+        pack: Whether something was packed away.
+        macs: Rows that each layer and table of the base works on, by name.
+        before: Multiply-adds of the original.
+        seconds: Time for timing one model.
+        say: Told what is being done.
+    """
+
+    original: ModelProto
+    base: Network
+    size: int
+    stats: Statistics
+    kept: Kept
+    runner: Runner
+    limits: Limits
+    methods: Sequence[str]
+    sites: Sequence[str]
+    targets: tuple[float | None, float | None]
+    refit: bool
+    sha256: str
+    pack: bool
+    macs: Mapping[str, int]
+    before: int
+    seconds: float
+    say: Callable[[str], None]
+    refusals: list[Refusal] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    history: list[Made] = field(default_factory=list)
+    stopped: str = "options"
+
+    def __post_init__(self) -> None:
+        self._empty = Plan(self.sha256, pack=self.pack)
+        self._whole = len(self.base.finished().SerializeToString())
+        self._seconds = 1.0
+        self.all = named(self.base)
+        self.found = {n: s for n, s in self.all.items() if not self.sites or any(fnmatchcase(n, p) for p in self.sites)}
+        if self.sites and not self.found:
+            raise UsageError(
+                f"No layer or table is named {' or '.join(map(repr, self.sites))}. There are: "
+                f"{', '.join(sorted(self.all)[:12]) or 'none'}."
+            )
+
+    # --- making a model ---------------------------------------------------------------------------------------
+
+    def build(self, plan: Plan, stats: Statistics | None = None) -> Network:
+        """The model that a plan makes, its last layers as they were.
+
+        Raises:
+            UsageError: The plan names what is not there.
+            Refused: A method leaves a site alone.
+        """
+        net = self.base.copy()
+        here = named(net)
+        for step in plan.by_site.values():
+            if step.site not in here:
+                raise UsageError(f"The plan names the site {step.site!r}, which this model does not have.")
+        for step in plan.by_site.values():
+            sites: list[Site] = [here[step.site]]
+            for name, parameter in step.chain:
+                method = METHODS[name]
+                if any(not isinstance(s, method.takes) for s in sites):
+                    raise UsageError(f"The plan has {name} at {step.site!r}, which is not of the kind that it takes.")
+                sites = [t for s in sites for t in method.apply(net, s, parameter, stats or self.stats)]
+        return net
+
+    def scored(self, model: ModelProto, expose: Sequence[str] = ()) -> dict[str, Floats]:
+        """What a model gives on the kept rows."""
+        with self.runner.session(model, expose) as session:
+            return self.runner.scores(session, [*self.kept.outputs, *dict.fromkeys(expose)])
+
+    def off(self, scores: Mapping[str, Floats]) -> float:
+        """Mean square by which logits move, relative to their variance, in the mean over outputs."""
+        found = []
+        for name in self.kept.outputs:
+            a, b = self.kept.original[name], scores[name][:, 0]
+            odds = _probabilities(a)
+            z = gate.logits(a, odds)
+            found.append(float(((gate.logits(b, odds) - z) ** 2).mean() / (z.var() or 1.0)))
+        return float(np.mean(found))
+
+    def made(self, plan: Plan, stats: Statistics | None = None) -> Made:
+        """Makes a model and measures it on the kept rows, its last layers fitted again where that helps."""
+        net = self.build(plan, stats)
+        model = net.finished()
+        if self.refit and plan.steps:
+            several = [h for h in heads(net) if h.output in self.kept.outputs]
+            scores = self.scored(model, [h.inputs for h in several])
+            before = self.off(scores)
+            again = Network(model)
+            for h in [h for h in heads(again) if h.output in self.kept.outputs]:
+                a = self.kept.original[h.output]
+                odds = _probabilities(a)
+                off = gate.logits(a, odds) - gate.logits(scores[h.output][:, 0], odds)
+                if h.inputs in scores:
+                    refit(again, h, scores[h.inputs], off)
+            fitted = again.finished()
+            after = self.scored(fitted)
+            if self.off(after) < before:
+                model, scores, plan = fitted, after, replace(plan, refit=True)
+        else:
+            scores = self.scored(model)
+        return Made(plan, model, self.judged(scores), math.sqrt(self.off(scores)))
+
+    def judged(self, scores: Mapping[str, Floats]) -> tuple[Outcome, ...]:
+        """What the gate would say of scores on the kept rows."""
+        k = self.kept
+        return tuple(
+            gate.judge(gate.Scores(k.original[n], scores[n][:, 0], k.request, k.labels[n]), self.limits, n)
+            for n in k.outputs
+        )
+
+    # --- options ---------------------------------------------------------------------------------------------
+
+    def chains(self, site: Site) -> list[Chain]:
+        """What may be tried at a site: each method alone, and fewer columns in fewer bytes."""
+        single: list[Chain] = []
+        for name in self.methods:
+            method = METHODS[name]
+            if not isinstance(site, method.takes):
+                continue
+            try:
+                single += [((name, k),) for k in method.offers(self.base, site, self.stats)]
+            except Refused as e:
+                self.refusals.append(Refusal(site.name, name, str(e)))
+        out = list(single)
+        second = ("fp16", "int8") if isinstance(site, Product) else ("fp16-tables", "int8-tables")
+        for chain in single:
+            if chain[0][0] in ("low-rank", "pca-tables"):
+                out += [(*chain, (name, 0)) for name in second if name in self.methods]
+        return out
+
+    def options(self) -> list[Option]:
+        """Everything that may be done.
+
+        Each method is tried alone. Of two that follow each other the error is taken to be the sum of both: it decides
+        the order only.
+        """
+        out = []
+        for name, site in self.found.items():
+            self.say(f"trying {name}")
+            alone: dict[tuple[str, int], Option] = {}
+            for chain in self.chains(site):
+                step = Step(name, chain)
+                known = [alone.get(link) for link in chain] if len(chain) > 1 else []
+                try:
+                    model = self.build(replace(self._empty, steps=(step,))).finished()
+                    saved = self._whole - len(model.SerializeToString())
+                    found = None if len(chain) > 1 else self._alone(step, model, saved)
+                except Refused as e:
+                    self.refusals.append(Refusal(name, step.told, str(e)))
+                    continue
+                except ModelError as e:
+                    self.refusals.append(Refusal(name, step.told, f"onnxruntime does not run it: {e}"))
+                    continue
+                if len(chain) > 1 and all(o is not None for o in known):
+                    parts = [o for o in known if o is not None]
+                    # The second works on what is left of the site only; what it saves in time is not known.
+                    found = Option(step, sum(o.error for o in parts), saved, parts[0].seconds)
+                if found is None:
+                    continue
+                if not math.isfinite(found.error):
+                    self.refusals.append(Refusal(name, step.told, "its scores are no numbers"))
+                    continue
+                alone |= {chain[0]: found} if len(chain) == 1 else {}
+                out.append(found)
+        return out
+
+    def _alone(self, step: Step, model: ModelProto, saved: int) -> Option:
+        """Runs a model in which one thing was done."""
+        gain = 0.0
+        with self.runner.session(model) as session:
+            error = self.off(self.runner.scores(session, self.kept.outputs))
+            if (self.targets[1] is not None or self.targets[0] is None) and isinstance(self.all[step.site], Product):
+                turns = self.runner.race([ORIGINAL, session], self.kept.feed, self.seconds / 2)
+                gain = self._seconds - float(np.median(turns[1] / turns[0])) * self._seconds
+        return Option(step, error, saved, gain)
+
+    # --- the search -------------------------------------------------------------------------------------------
+
+    def run(self) -> Made:
+        """Goes on until the targets are reached or the loss is used up; returns the last model that was kept."""
+        now = self.begin()
+        if not self.passes(now):
+            return now
+        first = self.points[0].speed
+        self._seconds = seconds = first.seconds if first is not None else 1.0
+        left = self.options()
+        held: dict[str, Option] = {}
+        tried: set[Step] = set()
+        while left and not self.reached():
+            best = max(
+                ((self._worth(o, held.get(o.step.site), seconds), k) for k, o in enumerate(left)), default=(0.0, -1)
+            )
+            if best[0] <= 0:
+                break
+            option = left.pop(best[1])
+            if option.step in tried:
+                continue
+            tried.add(option.step)
+            steps = (*(s for s in now.plan.steps if s.site != option.step.site), option.step)
+            self.say(f"{option.step.told} at {option.step.site}")
+            try:
+                made = self.made(replace(now.plan, steps=steps, refit=False))
+            except (Refused, ModelError) as e:
+                self.refusals.append(Refusal(option.step.site, option.step.told, str(e)))
+                continue
+            if self.passes(made):
+                now, held[option.step.site] = made, option
+                self.history.append(now)
+                self.note(now, option.step)
+            else:
+                self.stopped = "loss"
+                # What is expected to be worse at the same site need not be tried.
+                left = [o for o in left if o.step.site != option.step.site or o.error < option.error]
+        self.stopped = "targets" if self.reached() else self.stopped
+        return now
+
+    def begin(self) -> Made:
+        """The model before anything is compressed; with the original, where something was packed away."""
+        now = self.made(self._empty)
+        self.note(replace(now, model=self.original), Step("", ()))
+        if self.pack:
+            self.note(now, Step("all layers", (("pack", 0),)))
+        self.history = [now]
+        return now
+
+    def passes(self, made: Made) -> bool:
+        """Whether the scores on the kept rows keep all limits."""
+        return gate.together(made.outcomes) == "passed"
+
+    def reached(self) -> bool:
+        """Whether every target is reached; never without targets."""
+        size, latency = self.targets
+        last = self.points[-1]
+        if size is None and latency is None:
+            return False
+        small = size is None or self.size / last.bytes >= size
+        fast = latency is None or (last.speed is not None and last.speed.ratio >= latency)
+        return small and fast
+
+    def _worth(self, option: Option, held: Option | None, seconds: float) -> float:
+        """What a step saves for the error that it adds."""
+        size, latency = self.targets
+        last = self.points[-1]
+        wants_size = size is None or self.size / last.bytes < size
+        wants_time = latency is None or last.speed is None or last.speed.ratio < latency
+        if size is None and latency is not None:
+            wants_size = False
+        if latency is None and size is not None:
+            wants_time = False
+        saved = 0.0
+        if wants_size:
+            saved += (option.bytes - (held.bytes if held else 0)) / self.size
+        if wants_time:
+            saved += (option.seconds - (held.seconds if held else 0.0)) / seconds
+        if saved < _LEAST:
+            return 0.0
+        return saved / max(option.error - (held.error if held else 0.0), 1e-9)
+
+    # --- what was reached -------------------------------------------------------------------------------------
+
+    def note(self, made: Made, step: Step) -> None:
+        """Adds a model to the points of the report, with its time."""
+        with self.runner.session(made.model) as session:
+            turns = self.runner.race([ORIGINAL, session], self.kept.feed, self.seconds)
+        took = Speed(*speed(turns))
+        aucs = [c for o in made.outcomes if (c := o.criterion("auc")) is not None]
+        kept = [c for o in made.outcomes if (c := o.criterion("overlap")) is not None]
+        worst = min(aucs, key=lambda c: c.low, default=None)
+        self.points.append(
+            Point(
+                step.told, step.site,
+                len(signed(made.model, made.plan).SerializeToString()) if step.chain else self.size,
+                parameters(made.model), self.cost(made.plan) if step.chain else self.before, took, made.error,
+                None if worst is None else (worst.value, worst.low, worst.high),
+                min((c.value for c in kept), default=None),
+            )
+        )  # fmt: skip
+
+    def cost(self, plan: Plan) -> int:
+        """Multiply-adds of the layers and tables of a plan's model."""
+        total = 0
+        for name, site in self.all.items():
+            rows = self.macs.get(name, 0)
+            inner, outer = site.shape
+            step = plan.by_site.get(name)
+            rank = next((k for m, k in step.chain if m in ("low-rank", "pca-tables")), None) if step else None
+            if isinstance(site, Table):
+                total += rows * rank * outer if rank is not None else 0
+            else:
+                total += rows * (inner * outer if rank is None else rank * (inner + outer))
+        return total
+
+    # --- sequentially ------------------------------------------------------------------------------------------
+
+    def sequential(self, made: Made) -> Made:
+        """Fits layers of low rank to what they see in the compressed model, one behind the other.
+
+        The better of the two models is returned.
+        """
+        low = {s.site: s for s in made.plan.by_site.values() if s.chain[0][0] == "low-rank"}
+        order = [p.name for p in self.base.products() if p.name in low and not self.base.adds_computed(p)]
+        maps: dict[str, Fitted] = {}
+        with self.runner.session(self.base.finished(), [t for n in order for t in self._tensors(n)[1]]) as right:
+            for name in order:
+                x, y = self._tensors(name)
+                self.say(f"fitting {name} to what it sees")
+                model = self.build(made.plan, replace(self.stats, maps=maps)).finished()
+                with self.runner.session(model, x) as session:
+                    seen, wanted, both = self.runner.crossed(session, right, x, y)
+                site = self.found[name]
+                assert isinstance(site, Product)
+                vector = gemm_bias(self.base, site)
+                if vector is not None:
+                    both = both - np.outer(seen.total, vector)
+                    wanted = wanted.less(vector)
+                maps[name] = reduced_rank(seen, both, wanted, low[name].chain[0][1])
+        better = self.made(replace(made.plan, sequential=True, refit=False), replace(self.stats, maps=maps))
+        return better if better.error < made.error and self.passes(better) else made
+
+    def _tensors(self, name: str) -> tuple[list[str], list[str]]:
+        site = self.found[name]
+        assert isinstance(site, Product)
+        return list(site.inputs), list(site.outputs)
+
+
+def signed(model: ModelProto, plan: Plan) -> ModelProto:
+    """A compressed model with what was done in its metadata."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    kept = [p for p in out.metadata_props if p.key != _RECORD]
+    del out.metadata_props[:]
+    out.metadata_props.extend(kept)
+    done = {s.site: s.told for s in plan.steps}
+    record = {"source_sha256": plan.model_sha256, "pack": plan.pack, "done": done}
+    out.metadata_props.add(key=_RECORD, value=json.dumps(record, sort_keys=True, separators=(",", ":")))
+    return out
+
+
+def named(net: Network) -> dict[str, Site]:
+    """All sites of a model by name, tables first."""
+    several: list[Site] = [*net.tables(), *net.products()]
+    return {s.name: s for s in several}
+
+
+def gemm_bias(net: Network, site: Product) -> Floats | None:
+    """The bias within a layer's nodes, where they have one and the same; None where they have none."""
+    for node in site.nodes:
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            data = net.array(node.input[2])
+            if data is not None:
+                return np.broadcast_to(data.astype(np.float64).reshape(-1), (site.shape[1],))
+    return None
+
+
+def _probabilities(scores: Floats) -> bool:
+    return bool((scores >= 0).all() and (scores <= 1).all())

@@ -1,0 +1,589 @@
+"""`split`: rewrites a model, cuts it in two, holds both together against the original, and writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
+
+from onnxrank import cost, halves, pipeline, ranker
+from onnxrank import model as files
+from onnxrank.contract import roles_again, stored_contract
+from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
+from onnxrank.extents import Expr
+from onnxrank.facts import settings
+from onnxrank.feeds import Maker, describe
+from onnxrank.graphs import names_in
+from onnxrank.plans import Plan, label
+from onnxrank.roles import Roles
+from onnxrank.splitting import contract, folder, formats, graph
+from onnxrank.splitting.cut import PRICE, Cut, Impossible, Problem, Step, divided, least
+from onnxrank.splitting.graph import Handed, Layout
+from onnxrank.splitting.report import Advice, Part, Report, StateTensor, Sunk
+from onnxrank.study import Study
+from onnxrank.verify import Engine, failure, gate, sizes
+from onnxrank.verify import Options as Checks
+from onnxrank.workers import RemoteSession
+
+FORMS = ("named", "packed")
+DTYPES = ("float32", "float16")
+_CALL = 1e-5
+"""Seconds that a second call of the runtime takes."""
+_WEIGHT = 1e-10
+"""Seconds per byte of the weights of a product, which one row has to read as a whole."""
+_FETCH = 5e-6
+"""Seconds to find a state that is there, besides its bytes."""
+_LEAST_GAIN = 0.2
+"""Share of a request's time that a state must save for two models to be advised."""
+_LEAST_SAVED = 5e-5
+"""Seconds that it must save: less is lost in what a server does besides."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of `split` may choose about the two models.
+
+    Attributes:
+        format: `plain`, `python` or `triton`.
+        state: `named`: a tensor each. `packed`: one vector of floats.
+        dtype: `float32`, or `float16` for floats that are rounded on the way.
+        most: Bytes that the state may have at most, at the longest lengths served; None for no limit.
+        guard: Whether the candidate model takes the version of the state, and gives NaN for another than its own.
+        name: What the models are called; None for the file's name.
+
+    Raises:
+        UsageError: A value is not one that there is.
+    """
+
+    format: str = "plain"
+    state: str = "named"
+    dtype: str = "float32"
+    most: int | None = None
+    guard: bool = True
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("format", self.format, formats.FORMATS),
+            ("state", self.state, FORMS),
+            ("state dtype", self.dtype, DTYPES),
+        ):
+            if value not in known:
+                raise UsageError(f"the {what} {value!r} is not known; use {', '.join(map(repr, known))}")
+        if self.most is not None and self.most < 1:
+            raise UsageError(f"a state of at most {self.most} bytes cannot be")
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise UsageError(f"the name {self.name!r} holds other signs than letters, digits, _, - and .")
+
+
+@dataclass
+class Split:
+    """Two models made of one.
+
+    Attributes:
+        request: The request model.
+        candidate: The candidate model.
+        contract: What `contract.json` says.
+        report: What was done.
+    """
+
+    request: ModelProto
+    candidate: ModelProto
+    contract: dict[str, Any]
+    report: Report
+
+
+def split(
+    model: str | os.PathLike[str] | ModelProto,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    options: Options | None = None,
+    roles: Roles | None = None,
+    request: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    infer_from: Mapping[str, NDArray[Any]] | None = None,
+    candidates: int | tuple[int, int] = 512,
+    select: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    extra_rules: Sequence[str | os.PathLike[str]] = (),
+    check: bool | str = True,
+    lengths: Mapping[str, tuple[int, int]] | None = None,
+    strict: bool = False,
+    tune: float = 0.0,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Split:
+    """Makes two models of a ranking model: one that runs once per request, and one that runs on its result.
+
+    The model is optimised first. Both models together are held against the original before anything is written.
+
+    Args:
+        model: A path, or a model in memory.
+        out: Folder for the models and their contract; None writes nothing.
+        options: Choices about the two models; the defaults if None.
+        roles: Which inputs are request-level; or give `request`, `spec` or `infer_from`.
+        request: Patterns on input names, and columns, that are request-level.
+        spec: A roles file's content.
+        infer_from: Recorded requests to infer the roles from.
+        candidates: Expected number of candidates per request, or its range.
+        select: Names of the rules to use; None for all.
+        ignore: Names of rules to leave out.
+        extra_rules: Python files with a `RULES` sequence of further rules.
+        check: Whether to hold the models against the original, or how thoroughly, as for `optimize`.
+        lengths: Least and most of the inputs' symbolic lengths.
+        strict: Whether a rewriting that does not pass its check is an error instead of taken back in part.
+        tune: Seconds to time original and rewritten model in turns, as for `optimize`; 0 for none.
+        plan: A plan of the rewriting, or its file.
+        progress: Called with the name of each stage.
+
+    Returns:
+        The models and the report.
+
+    Raises:
+        UsageError: Roles or options are wrong, the folder cannot be written, or no state is as small as asked for.
+        ModelError: The model is invalid or not supported.
+        NothingApplied: No part of the model depends on the request alone.
+        CheckFailed: Both models together do not give the original's scores; nothing was written.
+        EnvironmentProblem: onnxruntime is missing, memory or space ran out.
+    """
+    chosen = options or Options()
+    say = progress or (lambda stage: None)
+    source = None if isinstance(model, ModelProto) else Path(model)
+    place = None if out is None else folder.check(out, source)
+    result = pipeline.optimize(
+        model,
+        roles=roles,
+        request=request,
+        spec=spec,
+        infer_from=infer_from,
+        interface="request",
+        candidates=candidates,
+        select=select,
+        ignore=ignore,
+        extra_rules=extra_rules,
+        check=check,
+        lengths=lengths,
+        strict=strict,
+        tune=tune,
+        plan=plan,
+        progress=progress,
+    )
+    say("cutting")
+    job = Job(result, chosen)
+    with folder.staged(place) as stage:
+        made = job.write(stage)
+        if check:
+            say("checking both models together")
+            level = "standard" if check is True else check
+            job.check(stage, level, lengths or {}, made.report)
+        if place is not None:
+            folder.take_place(stage, place)
+            made.report.output = os.fspath(out) if out is not None else None
+    return made
+
+
+class Job:
+    """One run of `split`, after the rewriting.
+
+    Args:
+        result: What the rewriting gave.
+        options: Choices.
+
+    Raises:
+        NothingApplied: No part of the model depends on the request alone.
+        ModelError: A run contradicts what was derived of the rewritten model.
+        UsageError: No state is as asked for.
+    """
+
+    def __init__(self, result: pipeline.Result, options: Options) -> None:
+        self.result, self.options = result, options
+        self.loaded = result.loaded
+        self.notes: list[str] = []
+        proto, self.roles, self.contract = self._base()
+        self.study = Study(files.flattened(proto), self.roles, replace(self.loaded, proto=proto, path=None))
+        stray = self.study.contradicted()
+        if stray is not None:
+            raise ModelError(f"The model cannot be cut: {stray.reason}.")
+        self.model = self.study.model
+        if any(name.startswith(ranker.VERSION) for name in names_in(self.model.graph)):
+            raise ModelError(f"The model has tensors called {ranker.VERSION!r}, which is what split adds. Rename them.")
+        self.levels = graph.levels(self.model, self.roles)
+        if not self.levels.request:
+            raise NothingApplied("No part of the model depends on the request alone, so there is nothing to divide.")
+        self.cut = self._cut()
+        self.layout = self._layout()
+        self._check_size()
+
+    def _base(self) -> tuple[ModelProto, Roles, dict[str, Any]]:
+        """The model that is cut, roles of its inputs, and the contract of how it was made."""
+        result, report = self.result, self.result.report
+        made = result.model
+        told = {
+            "version": report.version,
+            "source_sha256": self.loaded.sha256,
+            "interface": "request",
+            "candidates": list(report.candidates),
+            "roles": report.roles,
+            "rules": {},
+        }
+        stored = stored_contract(made)
+        if stored is not None:
+            return made, roles_again(describe(made), stored), stored
+        form = result.form
+        if not result.changed and form is not None and form.model is not None and not report.retreats:
+            # It would not pay in one file; with a state that is there already it may.
+            self.notes.append("the rewritten model would not be faster in one file; in two its request side is kept")
+            told["rules"] = {name: len(at) for name, at in form.rewrite.sites().items()}
+            return form.model, roles_again(describe(form.model), told), told
+        # As it is: what takes a row per candidate is candidate-level, whatever its rows hold.
+        plain = {
+            name: role if role.level == "request" and role.candidate_axis is None else replace(role, level="candidate")
+            for name, role in Roles.from_dict(report.roles).inputs.items()
+        }
+        return made, Roles({n: replace(r, request=(), axis=None, ranges=()) for n, r in plain.items()}), told
+
+    # --- the cut -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        known = {sizes.name_of(s) for s in sizes.lengths_of(self.study.symbols)}
+        return sizes.spans(self.study.symbols, {k: v for k, v in self.result.report.lengths.items() if k in known})
+
+    @cached_property
+    def _shapes(self) -> cost.Shapes:
+        """Shapes at the usual number of candidates and usual lengths."""
+        study = self.study
+        usual = self.result.report.usual
+        found = cost.shapes_of(study.model, study.facts, study.input_extents(), usual)
+        lengths = {s: min(max(cost.LENGTH, low), high) for s, (low, high) in self._spans.items()}
+        return replace(found, symbols={**found.symbols, **lengths})
+
+    @cached_property
+    def _longest(self) -> cost.Shapes:
+        """Shapes at the longest lengths served."""
+        most = {s: high for s, (_, high) in self._spans.items()}
+        return replace(self._shapes, symbols={**self._shapes.symbols, **most})
+
+    @cached_property
+    def _types(self) -> dict[str, int]:
+        return self.study.dtypes | {i.name: i.dtype for i in self.study.declared}
+
+    def _bytes(self, name: str, shapes: cost.Shapes) -> int | None:
+        """Size of a tensor; None if no state can hold it."""
+        kind, shape = self._types.get(name), shapes.shape(name)
+        found = None if kind is None else halves.type_name(kind)
+        if found is None or shape is None:
+            return None
+        width = 2 if found == "float32" and self.options.dtype == "float16" else np.dtype(found).itemsize
+        return prod(shape) * width
+
+    def _bounded(self, name: str) -> bool:
+        """Whether a tensor's extents follow from lengths of inputs."""
+        facts = self.study.facts
+        for _, symbols in facts.extents.get(name) or self.study.input_extents().get(name) or ():
+            for s in symbols:
+                known = facts.expressions.get(s)
+                if s not in self._spans and (known is None or not known.symbols <= self._spans.keys()):
+                    return False
+        return True
+
+    def _seconds(self, k: int, shapes: cost.Shapes) -> float:
+        """Predicted time of a step of the request. It has one row, so a product takes the time to read its weights."""
+        node = self.model.graph.node[k]
+        held = [shapes.initializers[i] for i in node.input if i in shapes.initializers]
+        weights = sum(map(prod, held)) if cost.node_macs(node, shapes) else 0
+        return cost.node_seconds(node, shapes) + 4 * weights * _WEIGHT
+
+    def _problem(self, shapes: cost.Shapes, bounded: bool) -> Problem:
+        nodes, levels = self.model.graph.node, self.levels
+        given = set(levels.inputs)
+        for k in levels.request:
+            given |= {o for o in nodes[k].output if o}
+        steps = []
+        held: dict[str, int | None] = dict.fromkeys(levels.inputs)
+        for k in levels.request:
+            seconds = None if graph.is_random(nodes[k]) else self._seconds(k, shapes)
+            own = tuple(o for o in nodes[k].output if o)
+            steps.append(Step(tuple(sorted(graph.reads(nodes[k]) & given)), own, seconds))
+            held |= dict.fromkeys(own)
+        for name in held:
+            held[name] = self._bytes(name, shapes) if not bounded or self._bounded(name) else None
+        return Problem(steps, held, levels.wanted)
+
+    def _cut(self) -> Cut:
+        """The cheapest cut; the cheapest of those that are small enough, where that is asked for."""
+        problem = self._problem(self._shapes, False)
+        try:
+            found = least(problem)
+            if self.options.most is None:
+                return found
+            most = self._problem(self._longest, True)
+            price = PRICE
+            while True:
+                found = least(most, price)
+                if found.bytes <= self.options.most:
+                    return divided(problem, found.request)
+                if price > 1.0:
+                    raise UsageError(
+                        f"No state is as small as {self.options.most} bytes: it has {found.bytes} at least, at the "
+                        "longest lengths served (--length says which these are)."
+                    )
+                price *= 2
+        except Impossible as e:
+            why = "of which nothing limits the size, or which is" if self.options.most is not None else "which is"
+            raise ModelError(
+                f"The model cannot be cut: the state would have to hold {e.tensor!r}, {why} no tensor of numbers whose "
+                "type and number of axes are known."
+            ) from e
+
+    def _layout(self) -> Layout:
+        names = graph.state_names(self.model, self.cut.state)
+        tensors = [Handed(t, names[t], self._types[t], self._extents(t, names[t])) for t in self.cut.state]
+        half = self.options.dtype == "float16"
+        large = self._beyond_half(tensors) if half else frozenset()
+        if self.options.state == "named":
+            shown = ", ".join(map(repr, sorted(large)))
+            self.notes += [f"{shown} stays float32: it has values that 16 bits do not hold"] if large else []
+            return Layout(contract.ordered(tensors), None, half, large)
+        if large:
+            raise UsageError(
+                f"The state cannot be packed in 16 bits: {min(large)!r} has values that these do not hold. Use --state "
+                "named, which leaves it as it is, or --state-dtype float32."
+            )
+        contract.check_packable(tensors)
+        taken = names_in(self.model.graph) | set(names.values())
+        vector = next(n for n in ("state", *(f"state_{k}" for k in range(len(taken) + 1))) if n not in taken)
+        return Layout(tuple(tensors), vector, half)
+
+    def _beyond_half(self, tensors: Sequence[Handed]) -> frozenset[str]:
+        """Tensors that have finite values beyond the range of 16 bits, as masks have, for some inputs that are tried.
+
+        Raises:
+            ModelError: The model does not run.
+        """
+        floats = tuple(t for t in tensors if t.type == TensorProto.FLOAT)
+        if not floats:
+            return frozenset()
+        inside = frozenset(self.levels.request[k] for k in self.cut.request)
+        request, _ = graph.divide(self.model, self.levels, inside, Layout(floats))
+        declared, most = self.study.declared, float(np.finfo(np.float16).max)
+        # Ids of 0 are padding in many models, and a mask shows where there is some.
+        makers = [self.study.maker, Maker(declared, None, 0), Maker(declared, None, 1)]
+        found: set[str] = set()
+        with RemoteSession(request, self.loaded.folder) as session:
+            for k, setting in enumerate(settings(self.study.symbols)):
+                for maker in makers if not k else makers[:2]:
+                    try:
+                        made = session.run(maker(setting))
+                    except ModelError:
+                        if maker is self.study.maker:
+                            raise
+                        continue
+                    found |= {t.tensor for t in floats if (np.isfinite(v := made[t.name]) & (np.abs(v) > most)).any()}
+        return frozenset(found)
+
+    def _handed_type(self, t: Handed) -> str:
+        """The type in which a tensor is handed over, by numpy's name."""
+        return halves.type_name(self.layout.kind if self.layout.packed else self.layout.type_of(t)) or ""
+
+    def _handed_bytes(self, t: Handed, shapes: cost.Shapes) -> int:
+        """The size in which a tensor is handed over."""
+        return prod(shapes.shape(t.tensor) or ()) * np.dtype(self._handed_type(t)).itemsize
+
+    def _check_size(self) -> None:
+        """Holds the state as it is handed over against its limit: in what form that is, the cut did not know.
+
+        Raises:
+            UsageError: It is too large.
+        """
+        size = sum(self._handed_bytes(t, self._longest) for t in self.layout.tensors)
+        if self.options.most is not None and size > self.options.most:
+            raise UsageError(
+                f"The state has {size} bytes as it is handed over ({self.options.state}, {self.options.dtype}), and "
+                f"may have {self.options.most}."
+            )
+
+    def _extents(self, tensor: str, name: str) -> tuple[int | str, ...]:
+        """A tensor's extents: numbers, or what they are called."""
+        found = self.study.facts.sizes.get(tensor)
+        if found is None:
+            expressions = [c if not s else s[0] for c, s in self.study.input_extents()[tensor]]
+            return tuple(sizes.name_of(e) if isinstance(e, str) else e for e in expressions)
+        out: list[int | str] = []
+        for axis, size in enumerate(found):
+            known = isinstance(size, Expr) and size.symbols <= self._spans.keys()
+            out.append(size if isinstance(size, int) else str(size).replace("S:", "") if known else f"{name}.{axis}")
+        return tuple(out)
+
+    # --- the two models ----------------------------------------------------------------------------------------------
+
+    def write(self, stage: Path) -> Split:
+        """Makes the models and writes everything to a folder."""
+        levels, options = self.levels, self.options
+        inside = frozenset(levels.request[k] for k in self.cut.request)
+        request, candidate = graph.divide(self.model, levels, inside, self.layout)
+        told = contract.state(self.layout)
+        number = contract.version(request, told, self.loaded.folder)
+        if options.guard:
+            graph.say_version(request, number)
+            unguarded = graph.guard(candidate, number)
+            if unguarded:
+                shown = ", ".join(map(repr, unguarded))
+                self.notes.append(f"the version of the state does not guard {shown}, which cannot be NaN")
+        data = {
+            p: m.SerializeToString(deterministic=True) for p, m in zip(halves.PARTS, (request, candidate), strict=True)
+        }
+        models = {"request": request, "candidate": candidate}
+        name = options.name or formats.name_of(self.loaded.path)
+        where = formats.places(options.format, name, number)
+        digests = {p: hashlib.sha256(d).hexdigest() for p, d in data.items()}
+        agreed = contract.contract(
+            self.result.report.version,
+            number,
+            options.guard,
+            told,
+            {p: (where[p], digests[p], models[p]) for p in halves.PARTS},
+            self.result.report.roles,
+            self.loaded.sha256,
+            self.contract,
+        )
+        folder.put(stage, {where[p]: data[p] for p in halves.PARTS})
+        written = [where[p] for p in halves.PARTS]
+        for p in halves.PARTS:
+            used = sorted({e.value for t in files.tensors(models[p]) for e in t.external_data if e.key == "location"})
+            written += folder.share(stage, os.path.dirname(where[p]), used, self.loaded)
+        extra = formats.files(options.format, name, agreed)
+        folder.put(stage, extra)
+        written = list(dict.fromkeys([*written, *extra]))
+        agreed["files"] = {f: folder.digest(stage / f) for f in written}
+        folder.put(stage, {ranker.CONTRACT_FILE: (json.dumps(agreed, indent=2) + "\n").encode()})
+        report = self._report(agreed, models, digests, {p: len(d) for p, d in data.items()}, where)
+        report.files = [*written, ranker.CONTRACT_FILE]
+        return Split(request, candidate, agreed, report)
+
+    def check(self, stage: Path, level: str, lengths: Mapping[str, tuple[int, int]], report: Report) -> None:
+        """Holds both models together against the original.
+
+        Raises:
+            CheckFailed: They do not give its scores.
+        """
+        study = self.result.study
+        known = None
+        if study is not None and study.maker.ranges is not None:
+            known = (study.maker.ranges, study.symbols)
+        roles = Roles.from_dict(self.result.report.roles)
+        span = self.result.report.candidates
+        options = Checks(roles=roles, level=level, lengths=lengths, span=span)
+        with Engine(self.loaded, halves.load(stage), options, known=known) as engine:
+            found = engine.run()
+        report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
+        if not found.passed:
+            half = " The state is rounded to 16 bits; use --state-dtype float32." if self.layout.half else ""
+            raise CheckFailed(f"Both models together did not pass their check: {failure(found)}{half}")
+        report.notes += [f.message for f in found.findings if f.severity != "error" and f.message not in report.notes]
+
+    # --- reporting ---------------------------------------------------------------------------------------------------
+
+    def _report(
+        self,
+        agreed: Mapping[str, Any],
+        models: Mapping[str, ModelProto],
+        digests: Mapping[str, str],
+        weight: Mapping[str, int],
+        where: Mapping[str, str],
+    ) -> Report:
+        nodes, shapes, before = self.model.graph.node, self._shapes, self.result.report
+        inside, once = {self.levels.request[k] for k in self.cut.request}, set(self.levels.request)
+        late = [k for k in self.levels.request if k not in inside]
+        held = {"request": sorted(inside), "candidate": [*late, *self.levels.candidate]}
+
+        def part(name: str) -> Part:
+            return Part(
+                where[name],
+                digests[name],
+                len(models[name].graph.node),
+                graph.parameters(models[name]),
+                sum(cost.node_macs(nodes[k], shapes) for k in held[name]),
+                sum(self._seconds(k, shapes) if k in once else cost.node_seconds(nodes[k], shapes) for k in held[name]),
+                weight[name],
+            )
+
+        request, candidate = part("request"), part("candidate")
+        sunk = [Sunk(label(nodes[k]), nodes[k].op_type, self._seconds(k, shapes)) for k in late]
+        state = self._state(inside)
+        fewer = (i.name for i in self.study.declared if i.name in self.levels.inputs)
+        self.notes += [] if any(fewer) else ["the request model takes no input"]
+        return Report(
+            before.version,
+            before.source,
+            before.source_sha256,
+            before.candidates,
+            before.usual,
+            dict(before.lengths),
+            self.options.format,
+            self.options.state,
+            self.options.dtype,
+            agreed[ranker.VERSION],
+            self.options.guard,
+            state,
+            request,
+            candidate,
+            sunk,
+            _advice(request, candidate, sunk, sum(t.bytes for t in state), before.usual),
+            {r.name: r.sites for r in before.rules},
+            notes=[*before.notes, *self.notes],
+        )
+
+    def _state(self, inside: set[int]) -> list[StateTensor]:
+        nodes = self.model.graph.node
+        maker = {o: k for k in inside for o in nodes[k].output if o}
+        out = []
+        for t in self.layout.tensors:
+            behind: set[int] = set()
+            line = [t.tensor]
+            while line:
+                k = maker.get(line.pop())
+                if k is not None and k not in behind:
+                    behind.add(k)
+                    line += graph.reads(nodes[k])
+            out.append(
+                StateTensor(
+                    t.name,
+                    t.tensor,
+                    self._handed_type(t),
+                    t.shape,
+                    self._handed_bytes(t, self._shapes),
+                    self._handed_bytes(t, self._longest) if self._bounded(t.tensor) else None,
+                    sum(cost.node_macs(nodes[k], self._shapes) for k in behind),
+                    sum(self._seconds(k, self._shapes) for k in behind),
+                )
+            )
+        return out
+
+
+def _advice(request: Part, candidate: Part, sunk: Sequence[Sunk], size: int, usual: int) -> Advice:
+    """Whether two models pay, by what is predicted of them."""
+    one = request.seconds + candidate.seconds
+    hit = candidate.seconds + size * PRICE + _FETCH
+    miss = one + size * PRICE + _FETCH + _CALL
+    told = f"at N = {usual} a request is predicted to take {_us(one)} in one file, {_us(hit)} with a state that is "
+    told += f"there and {_us(miss)} without"
+    if one - hit > max(_LEAST_GAIN * one, _LEAST_SAVED):
+        return Advice(2, f"two files pay where requests come again: {told}", hit, miss, one)
+    return Advice(1, f"one file is simpler, and about as fast: {told}", hit, miss, one)
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs"

@@ -1,0 +1,409 @@
+"""Serves one trace of requests by the original, by one optimised file, and by two models with a cache of states.
+
+python scripts/serve_benchmark.py MODEL --roles ROLES [--length L=128] [--triton] [--json FILE]
+
+Users of the trace are Zipf-distributed, and so many that the hit rate of an unbounded cache is the one asked for.
+Numbers of candidates are log-uniform. Variants take turns in pieces of the trace, so that a machine that does other
+things too slows all of them; with one number of candidates (--candidates 64..64) the best times say what the models
+take. Every score is held against the original's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+import onnxrank
+from onnxrank import feeds
+from onnxrank import model as files
+from onnxrank.facts import Setting
+from onnxrank.ranker import Ranker
+from onnxrank.roles import load_spec, resolve
+from onnxrank.splitting import Options, split
+from onnxrank.splitting import contract as contracts
+from onnxrank.splitting import triton as configs
+from onnxrank.study import Study
+from onnxrank.values import CANDIDATES
+
+Arrays = dict[str, NDArray[Any]]
+_PIECE = 40
+"""Requests that a variant serves before it is another's turn."""
+_FAR = 1e-4
+"""Largest difference of a score, of the output's scale, that is none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: what is the user's, what is the candidates', and what the original takes."""
+
+    user: int
+    once: Arrays
+    many: Arrays
+    whole: Arrays
+
+
+@dataclass
+class Row:
+    """What one variant did with one trace."""
+
+    runtime: str
+    variant: str
+    hit_rate: float
+    concurrency: int
+    requests: int
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+    best_ms: float = 0.0
+    best_hit_ms: float | None = None
+    best_miss_ms: float | None = None
+    p50_hit_ms: float | None = None
+    p50_miss_ms: float | None = None
+    request_executions: int | None = None
+    cache_hits: int | None = None
+    wrong: int = 0
+
+
+# --- the trace -------------------------------------------------------------------------------------------------------
+
+
+def users(count: int, rate: float, rng: np.random.Generator) -> list[int]:
+    """Users of a trace, Zipf-distributed, of whom a share comes again."""
+    if rate <= 0:
+        return list(range(count))
+    low, high = 1, 1 << 24
+    while low < high:  # more users, fewer that come again
+        middle = (low + high) // 2
+        found = _drawn(count, middle, np.random.default_rng(0))
+        low, high = (middle + 1, high) if 1 - len(set(found)) / count > rate else (low, middle)
+    return _drawn(count, low, rng)
+
+
+def _drawn(count: int, most: int, rng: np.random.Generator) -> list[int]:
+    """Users out of a number of them, the k-th as often as 1 / k."""
+    # The inverse of the distribution, as if users were a continuum: exact enough, and quick for millions.
+    return [int(u) for u in np.floor((most + 1) ** rng.random(count) - 1)]
+
+
+class Trace:
+    """Requests for a model.
+
+    Args:
+        study: What is known of it.
+        lengths: Extents of its lengths.
+        span: Least and most candidates.
+        seed: Of everything.
+    """
+
+    def __init__(self, study: Study, lengths: Mapping[str, int], span: tuple[int, int], seed: int = 0) -> None:
+        self._study, self._span, self._seed = study, span, seed
+        unknown = {s.removeprefix("S:") for s in study.symbols if s != CANDIDATES}
+        self._symbols = {f"S:{name}": lengths.get(name, 32) for name in unknown}
+
+    def make(self, count: int, rate: float) -> list[Request]:
+        """So many requests, of which a share is of users that came before."""
+        rng = np.random.default_rng(self._seed)
+        low, high = np.log(self._span[0]), np.log(self._span[1])
+        sizes = np.exp(rng.uniform(low, high, count)).round().astype(int)
+        return [
+            self._request(u, int(n), k) for k, (u, n) in enumerate(zip(users(count, rate, rng), sizes, strict=True))
+        ]
+
+    def _request(self, user: int, n: int, k: int) -> Request:
+        maker, declared = self._study.maker, self._study.declared
+        candidates = maker(Setting({**self._symbols, CANDIDATES: n}, seed=50_000_000 + k))
+        own = feeds.divided(declared, maker(Setting({**self._symbols, CANDIDATES: 1}, seed=user)))
+        many = feeds.divided(declared, candidates)
+        once, whole = {}, {}
+        for i in declared:
+            if i.role.level == "mixed":
+                raise SystemExit("inputs of several levels are not part of this benchmark")
+            if i.role.level == "candidate":
+                whole[i.name] = many[i.name]
+                continue
+            once[i.name] = whole[i.name] = own[i.name]
+            if i.role.candidate_axis is not None:
+                whole[i.name] = np.repeat(own[i.name], n, i.role.candidate_axis)
+        return Request(user, once, {name: many[name] for name in many if name not in once}, whole)
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+Serve = Callable[[Request], Arrays]
+
+
+@dataclass
+class Variant:
+    """One way to serve requests.
+
+    Attributes:
+        name: What it is called.
+        client: Makes what one client calls.
+        counted: How often the request model ran and how often it did not have to, if that is known.
+    """
+
+    name: str
+    client: Callable[[], Serve]
+    counted: Callable[[], tuple[int, int]] | None = None
+    seconds: list[float] = field(default_factory=list)
+    hits: list[bool] = field(default_factory=list)
+    busy: float = 0.0
+    wrong: int = 0
+    before: tuple[int, int] = (0, 0)
+
+
+def _session(source: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def plain(original: str, one: str, two: Path) -> list[Variant]:
+    """The variants in onnxruntime itself."""
+    sessions, ranker = [_session(original), _session(one)], Ranker(two)
+    names = [o.name for o in sessions[0].get_outputs()]
+
+    def run(session: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
+        return dict(zip(names, session.run(names, feed), strict=True))
+
+    def counted() -> tuple[int, int]:
+        return ranker.cache.counters.misses, ranker.cache.counters.hits
+
+    return [
+        Variant("original", lambda: lambda r: run(sessions[0], r.whole)),
+        Variant("one file", lambda: lambda r: run(sessions[1], {**r.once, **r.many})),
+        Variant("two files", lambda: lambda r: ranker.score(r.once, r.many), counted),
+    ]
+
+
+@contextmanager
+def served(original: str, one: str, repository: Path, name: str) -> Iterator[list[Variant]]:
+    """The variants in Triton, on loopback; `repository` holds the two models and gets the others."""
+    import onnx
+    from triton_server import Client, serving
+
+    for other, path in ((f"{name}_original", original), (f"{name}_one", one)):
+        graph = onnx.load(path).graph
+        inputs, outputs = ([contracts.described(v) for v in values] for values in (graph.input, graph.output))
+        text = configs.model(other, inputs, outputs, 2)
+        (repository / other / "1").mkdir(parents=True, exist_ok=True)
+        (repository / other / "1" / "model.onnx").write_bytes(Path(path).read_bytes())
+        (repository / other / configs.CONFIG).write_text(text)
+    with ExitStack() as open_, serving(repository, cache=256 << 20) as first:
+
+        def client(model: str, parts: Callable[[Request], Arrays]) -> Callable[[], Serve]:
+            def connect() -> Serve:
+                own = open_.enter_context(closing(Client(first.port)))
+                return lambda r: own.infer(model, parts(r))
+
+            return connect
+
+        def counted() -> tuple[int, int]:
+            found = first.statistics(f"{name}_request")
+            return found["executions"], found["hits"]
+
+        yield [
+            Variant("original", client(f"{name}_original", lambda r: r.whole)),
+            Variant("one file", client(f"{name}_one", lambda r: {**r.once, **r.many})),
+            Variant("two files", client(name, lambda r: {**r.once, **r.many}), counted),
+        ]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def race(variants: Sequence[Variant], trace: Sequence[Request], wanted: Sequence[Arrays], clients: int) -> None:
+    """Has every variant serve the trace, in turns."""
+    serves = [[v.client() for _ in range(clients)] for v in variants]
+    largest = max(trace, key=lambda r: next(iter(r.many.values())).size)
+    for own in serves:
+        for serve in own:
+            serve(largest)
+    for v in variants:
+        v.before = v.counted() if v.counted is not None else (0, 0)
+    # Whoever warmed up is known by now.
+    seen = {largest.user}
+    repeats = []
+    for r in trace:
+        repeats.append(r.user in seen)
+        seen.add(r.user)
+    with ThreadPoolExecutor(clients) as pool:
+        for k, start in enumerate(range(0, len(trace), _PIECE)):
+            order = list(range(len(variants)))
+            for j in order[k % len(order) :] + order[: k % len(order)]:
+                _piece(
+                    pool, variants[j], serves[j], range(start, min(start + _PIECE, len(trace))), trace, wanted, repeats
+                )
+
+
+def _piece(
+    pool: ThreadPoolExecutor,
+    variant: Variant,
+    serves: Sequence[Serve],
+    which: range,
+    trace: Sequence[Request],
+    wanted: Sequence[Arrays],
+    repeats: Sequence[bool],
+) -> None:
+    places, lock = iter(which), threading.Lock()
+
+    def work(serve: Serve) -> list[tuple[int, float, Arrays]]:
+        done = []
+        while True:
+            with lock:
+                k = next(places, None)
+            if k is None:
+                return done
+            begin = time.perf_counter()
+            got = serve(trace[k])
+            done.append((k, time.perf_counter() - begin, got))
+
+    begin = time.perf_counter()
+    found = [d for part in pool.map(work, serves) for d in part]
+    variant.busy += time.perf_counter() - begin
+    for k, seconds, got in found:
+        variant.seconds.append(seconds)
+        variant.hits.append(repeats[k])
+        variant.wrong += not _same(got, wanted[k])
+
+
+def _same(got: Arrays, want: Arrays) -> bool:
+    return all(
+        got[name].shape == v.shape and np.all(np.abs(got[name] - v) <= _FAR * max(1e-6, np.abs(v).max(initial=0.0)))
+        for name, v in want.items()
+    )
+
+
+def summary(runtime: str, variant: Variant, rate: float, clients: int) -> Row:
+    """A variant's row."""
+    ms = sorted(1e3 * s for s in variant.seconds)
+    by = {h: [1e3 * s for s, hit in zip(variant.seconds, variant.hits, strict=True) if hit == h] for h in (True, False)}
+    split_, ran, hits = variant.counted is not None, None, None
+    if variant.counted is not None:
+        ran, hits = (after - before for before, after in zip(variant.before, variant.counted(), strict=True))
+    return Row(
+        runtime,
+        variant.name,
+        rate,
+        clients,
+        len(ms),
+        len(ms) / variant.busy,
+        statistics.median(ms),
+        ms[min(len(ms) - 1, int(0.99 * len(ms)))],
+        ms[0],
+        min(by[True]) if split_ and by[True] else None,
+        min(by[False]) if split_ and by[False] else None,
+        statistics.median(by[True]) if split_ and by[True] else None,
+        statistics.median(by[False]) if split_ and by[False] else None,
+        ran,
+        hits,
+        variant.wrong,
+    )
+
+
+def _shown(row: Row) -> str:
+    def number(value: float | None) -> str:
+        return f"{'-':>9}" if value is None else f"{value:9.3f}"
+
+    counts = "" if row.request_executions is None else f"  {row.request_executions} ran, {row.cache_hits} hits"
+    times = "".join(map(number, (row.p50_ms, row.p99_ms, row.p50_hit_ms, row.p50_miss_ms)))
+    times += "".join(map(number, (row.best_ms, row.best_hit_ms, row.best_miss_ms)))
+    return (
+        f"{row.runtime:<12} {row.variant:<10} {row.hit_rate:4.0%} {row.concurrency:3d} {row.per_second:9.0f}/s"
+        f"{times} {row.wrong:5d}{counts}"
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _lengths(texts: Sequence[str]) -> dict[str, int]:
+    return {name: int(n) for name, _, n in (t.rpartition("=") for t in texts)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--roles", type=Path)
+    parser.add_argument("--request", action="append", default=[])
+    parser.add_argument("--requests", type=int, default=600, help="requests of each trace")
+    parser.add_argument("--candidates", default="8..512")
+    parser.add_argument("--hits", type=_numbers, default=[0, 50, 90], help="hit rates in per cent")
+    parser.add_argument("--clients", type=_numbers, default=[1])
+    parser.add_argument("--length", action="append", default=[], metavar="NAME=N")
+    parser.add_argument("--no-original", action="store_true", help="leave the original out, which takes longest")
+    parser.add_argument("--triton", action="store_true", help="in Triton too: see scripts/triton_server.py")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    low, high = (int(n) for n in given.candidates.split(".."))
+    spec = None if given.roles is None else load_spec(given.roles)
+    loaded = files.load(given.model)
+    roles = resolve(feeds.describe(loaded.proto), request=given.request, spec=spec)
+    study = Study(files.flattened(loaded.proto), roles, loaded)
+    trace = Trace(study, _lengths(given.length), (low, high))
+    rows: list[Row] = []
+    left = int(given.no_original)
+    heads = "".join(f"{what:>9}" for what in ("p50 ms", "p99 ms", "hit", "miss", "best", "hit", "miss"))
+    print(f"{'':<23} hits  cl            {heads} wrong")
+    with tempfile.TemporaryDirectory() as folder:
+        home, one = Path(folder), str(Path(folder, "one.onnx"))
+        result = onnxrank.optimize(given.model, roles=roles, candidates=(low, high))
+        result.save(one)
+        report = split(given.model, home / "two", roles=roles, candidates=(low, high)).report
+        for rate in given.hits:
+            requests = trace.make(given.requests, rate / 100)
+            first = _session(str(given.model))
+            names = [o.name for o in first.get_outputs()]
+            wanted = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
+            for clients in given.clients:
+                # A cache and a server of their own, so that no trace finds what another one left.
+                rows += _measured(
+                    "onnxruntime", plain(str(given.model), one, home / "two")[left:], requests, wanted, rate, clients
+                )
+                if given.triton:
+                    place = home / f"repository-{rate}-{clients}"
+                    how = Options("triton", name="ranker")
+                    split(given.model, place, options=how, roles=roles, candidates=(low, high), check=False)
+                    with served(str(given.model), one, place, "ranker") as variants:
+                        rows += _measured("triton", variants[left:], requests, wanted, rate, clients)
+    if given.json is not None:
+        about = {
+            "model": given.model.name,
+            "state_bytes": report.state_bytes,
+            "advice": report.advice.files,
+            "lengths": _lengths(given.length),
+            "candidates": [low, high],
+            "onnxruntime": onnxruntime.__version__,
+        }
+        given.json.write_text(json.dumps({**about, "rows": [vars(r) for r in rows]}, indent=2) + "\n")
+    return int(any(r.wrong for r in rows))
+
+
+def _measured(
+    runtime: str, variants: Sequence[Variant], requests: list[Request], wanted: list[Arrays], rate: int, clients: int
+) -> list[Row]:
+    race(variants, requests, wanted, clients)
+    rows = [summary(runtime, v, rate / 100, clients) for v in variants]
+    for row in rows:
+        print(_shown(row), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
