@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import moves
+from onnxrank.errors import ModelError
 from onnxrank.extents import is_cut_of
 from onnxrank.values import (
     Dim,
@@ -50,12 +51,22 @@ class Made:
     zeros: Zeros | None = None
 
 
+_MOST = 1 << 60
+"""Entries that no machine holds."""
+
 Transfer = Callable[["Flow"], "list[Made] | None"]
 
 
 def uniform(level: int, dims: Dims) -> Levels:
-    """One level for all entries, which takes no memory."""
-    return np.broadcast_to(np.int8(level), extents(dims))
+    """One level for all entries, which takes no memory.
+
+    Raises:
+        ModelError: No tensor can have the shape.
+    """
+    shape = extents(dims)
+    if min(shape, default=0) < 0 or prod(shape) > _MOST:
+        raise ModelError(f"a tensor has the shape {list(shape)}, which none can have")
+    return np.broadcast_to(np.int8(level), shape)
 
 
 def is_uniform(levels: Levels) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
+import kinds
 import lengths
 import numpy as np
 import onnx
@@ -71,7 +72,7 @@ def test_no_rewrite_knows_more(name: str) -> None:
 @given(seed=SEEDS, steps=STEPS)
 def test_no_rewrite_along_lengths_knows_more(seed: int, steps: int) -> None:
     """Programs of many more operators, along axes of symbolic length; and what is said of them holds."""
-    made_up = lengths.program(seed, steps)
+    made_up = kinds.program(seed, steps)
     note(lengths.text(made_up.model))
     try:
         made = transformation(made_up.model, request=patterns(made_up.inputs))

@@ -755,8 +755,9 @@ def test_form_by_what_scales(by: str) -> None:
 
 
 @pytest.mark.parametrize("also", [False, True])
-def test_read_by_an_output(also: bool) -> None:
+def test_read_by_an_output(also: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that the caller reads are needed side by side."""
+    monkeypatch.setattr(pipeline, "_MUCH", float("inf"))  # fields are not taken apart as a sequence is
     given, g, x, z = squares(5, 2)
     p = g.op("Softmax", z, axis=-1)
     g.output(p, ["N", 7, 7])

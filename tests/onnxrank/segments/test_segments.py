@@ -412,6 +412,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
         other.prepared(result.plan.preparation)
 
 
+@pytest.mark.slow
 def test_the_check_passes_at_all_lengths() -> None:
     s = attended(lambda s: sq.causal(s), layers=3)
     model = s.graph.model()
@@ -431,7 +432,7 @@ def test_what_fails_the_check_is_joined_again(monkeypatch: pytest.MonkeyPatch) -
     model = g.model()
     monkeypatch.setattr(spans, "hides", lambda *_: True)
     with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
-        result = onnxrank.optimize(model, request=patterns(s.given))
+        result = onnxrank.optimize(model, request=patterns(s.given), check="quick")
     assert [r.rule for r in result.report.retreats] == [SEGMENTS]
     assert result.changed, "the tower still runs once"
     assert_equal(model, result.model, s.given, 2e-6, cut=True)
