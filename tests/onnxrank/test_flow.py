@@ -62,6 +62,7 @@ def hold_against(made: Transformation) -> None:
         assert not worse.any(), (name, found.opaque, np.unique(ours), np.unique(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_no_rewrite_knows_more(name: str) -> None:
     spec = load_spec(MODELS / f"{name.split('.')[0]}.roles.yaml")

@@ -73,6 +73,7 @@ def test_every_model_changes(name: str) -> None:
     assert optimised(name).changed
 
 
+@pytest.mark.slow
 @every_export
 def test_signature_of_outputs(name: str) -> None:
     """Names, order, types, shapes and symbolic dims of the outputs; of the inputs under `same`."""
@@ -279,6 +280,7 @@ def adversarial(name: str, rows: Feed, kind: str) -> Feed:
     return out
 
 
+@pytest.mark.slow
 @every_export
 def test_claims_have_a_witness(name: str) -> None:
     """What is said not to vary is seen not to vary, in the original."""

@@ -124,6 +124,7 @@ def optimised_export(name: str) -> Result:
     return onnxrank.optimize(MODELS / name, spec=spec, check=False)
 
 
+@pytest.mark.slow
 @every_export
 def test_exports(name: str) -> None:
     """Every place has its remark, and those that cost most come first."""

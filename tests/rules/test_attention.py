@@ -289,6 +289,7 @@ def test_no_heads(bias: bool, shuffled: int | None) -> None:
     assert rules(held(f.g, f.given))["attention"] >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["Mul", "Div"])
 @pytest.mark.parametrize("what", ["query", "key", "scores"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -298,6 +299,7 @@ def test_scaling(what: str, op: str, bias: bool) -> None:
     assert "attention" in rules(held(f.g, f.given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("behind", ["relu", "none"])
 def test_two_layers(layout: str, behind: str) -> None:

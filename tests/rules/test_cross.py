@@ -181,6 +181,7 @@ def test_only_nonlinear_readers() -> None:
     assert "cross" not in rules(optimised(made.g, made.given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("users", "items"), [(1, 1), (1, 6), (6, 1), (2, 2)])
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -223,6 +224,7 @@ def test_gated(gate: str, form: str) -> None:
             optimised(g, made.given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("seed", range(10))
 def test_any_stack(seed: int, form: str) -> None:

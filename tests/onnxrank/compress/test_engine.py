@@ -141,6 +141,7 @@ def test_plans_that_are_none(data_: dict[str, Any], message: str) -> None:
         Plan.from_dict(data_)
 
 
+@pytest.mark.slow
 def test_plans_of_others(result: Any, data: Path) -> None:
     plan = result.report.plan
     for wrong, message in (
@@ -157,6 +158,7 @@ def run(*args: object) -> int:
     return main([str(a) for a in args])
 
 
+@pytest.mark.slow
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page, plan = (tmp_path / n for n in ("out.onnx", "page.html", "plan.json"))
     code = run("compress", DLRM, out, "--data", data, "--labels", "label", "--roles", ROLES, "--size", "1.5x",
@@ -178,6 +180,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, code: int, *args: obj
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_gate_refuses_a_layer_of_rank_1(
     data: Path, tmp_path: Path, result: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +237,7 @@ def test_calibration_rows_may_not_be_the_gates(
     assert "is the same as one of" in said
 
 
+@pytest.mark.slow
 def test_gate_data_of_its_own(data: Path, tmp_path: Path) -> None:
     other = recorded(tmp_path / "gate.npz", 300, seed=700)
     found = compress(DLRM, data, options(gate_data=other, methods=("fp16",)))
@@ -263,6 +267,7 @@ def test_without_labels_it_says_what_it_was_held_against(data: Path, tmp_path: P
     assert "against the original's scores only" in COMPRESS.render(found.report, "markdown")
 
 
+@pytest.mark.slow
 def test_nothing_to_do_gives_the_bytes_of_the_model(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,12 +306,14 @@ def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "do not exist" in refused(capsys, tmp_path / "o.onnx", 2, "--data", tmp_path / "none.npz")
 
 
+@pytest.mark.slow
 def test_sites_are_chosen_by_name(data: Path) -> None:
     found = compress(DLRM, data, options(sites=("*top.2*",), methods=("fp16", "fp16-tables", "low-rank")))
     assert found.report.plan is not None
     assert set(found.report.plan.by_site) == {"/top/top.2/Gemm"}
 
 
+@pytest.mark.slow
 def test_the_gate_scores_requests_by_themselves_where_rows_are_rounded_together(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +339,7 @@ def test_the_gate_scores_requests_by_themselves_where_rows_are_rounded_together(
     assert found.passed and sum(a == b for a, b in feeds) <= 1 < sum(a == 1 for a, _ in feeds)
 
 
+@pytest.mark.slow
 def test_optimised_models_are_compressed_by_the_requests_of_the_original(data: Path, tmp_path: Path) -> None:
     from onnxrank.roles import load_spec
 
@@ -366,6 +374,7 @@ def test_optimised_models_with_divided_inputs(tmp_path: Path) -> None:
     assert found.passed and found.report.changed and found.report.rows["gate"] > 1000
 
 
+@pytest.mark.slow
 def test_guarded_models_are_run_request_by_request(data: Path, tmp_path: Path) -> None:
     """With the signature kept, rows of several users in one run give NaN."""
     from onnxrank.roles import load_spec
@@ -411,6 +420,7 @@ def test_several_outputs_each_with_labels(tmp_path: Path) -> None:
     assert [o.basis for o in again.report.outcomes] == ["labels", "original"]
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same(data: Path) -> None:
     one, two = (
         compress(DLRM, data, options(methods=("low-rank",), sites=("*top.2*",), jobs=j, size=9.0)) for j in (1, 2)
@@ -419,6 +429,7 @@ def test_several_processes_find_the_same(data: Path) -> None:
     assert one.report.points[-1].logit_error == pytest.approx(two.report.points[-1].logit_error, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fitting_in_sequence_is_no_worse(data: Path) -> None:
     how = {"methods": ("low-rank",), "limits": Limits(loss=0.05, overlap=0.5, rmse=1.0), "refit": False, "size": 9.0}
     plain = compress(DLRM, data, options(**how))

@@ -59,6 +59,7 @@ def requests(name: str) -> Requests:
     return Requests(onnx.load(MODELS / name), yaml.safe_load(roles(name).read_text()))
 
 
+@pytest.mark.slow
 @every_export
 def test_macs_are_those_that_a_run_counts(name: str) -> None:
     shown = found(name)
@@ -70,6 +71,7 @@ def test_macs_are_those_that_a_run_counts(name: str) -> None:
     assert sum(n.bytes for n in shown.nodes) == sum(c.bytes for c in shown.before.values())
 
 
+@pytest.mark.slow
 @every_export
 def test_the_predicted_saving_is_what_optimize_achieves(name: str) -> None:
     shown = found(name)

@@ -162,6 +162,7 @@ def test_data_that_does_not_fit(tmp_path: Path, change: Any, words: str) -> None
         check(tmp_path / "r.npz")
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK nonsense")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
