@@ -163,7 +163,7 @@ def test_idempotent_without_its_contract(name: str) -> None:
     again = onnxrank.optimize(made, roles=roles_again(describe(made), contract), check=False)
     if again.changed:
         before, after = again.report.macs_before, again.report.macs_after
-        assert 0 < before - after < 1e-3 * before
+        assert 0 <= before - after < 1e-3 * before
 
 
 def digests() -> dict[str, str]:
