@@ -152,6 +152,7 @@ class Engine:
         self._environment()
         fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
         self._tables()
+        self._trusted_rows()
         self.say("checking the structure")
         loads = self._check() and fed
         if loads:
@@ -302,6 +303,23 @@ class Engine:
             self.report.unseen.append(
                 f"rows of the {what} {shown} that no generated id met: the optimized model has none of its type, shape "
                 "and content"
+            )
+
+    def _trusted_rows(self) -> None:
+        """Tells of requests that the roles rule out although the second model takes them."""
+        if self.known is not None:  # by whoever rewrote the model, and put its guard there
+            return
+        whole = [
+            i.name
+            for i in self.binding.declared
+            if i.role.level != "candidate" and i.role.candidate_axis is not None
+            if (i.name, False) in self.binding.sources.values()
+        ]
+        if whole:
+            shown = ", ".join(map(repr, whole[:4])) + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
+            self.report.unseen.append(
+                f"calls whose rows differ where roles say that they are the same: the optimized model takes all rows "
+                f"of {shown}"
             )
 
     def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
@@ -491,8 +509,7 @@ class Engine:
                 continue
             pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
             for k in self.shared:
-                if p.candidates == 0 and not self.declares(k, a[k]) and a[k].shape != b[k].shape:
-                    self.malformed(k, a[k])
+                if p.candidates == 0 and self.vacuous(k, a[k], b[k]):
                     continue
                 truth = pair[0][k] if pair is not None else None  # type: ignore[index]
                 raised = pair[1][k] if pair is not None else None  # type: ignore[index]
@@ -548,8 +565,37 @@ class Engine:
             model="original",
         )
 
+    def vacuous(self, name: str, a: NDArray[Any], b: NDArray[Any], lengths: str = "") -> bool:
+        """Whether an output says nothing where there are no candidates, or nothing along a length; told, if so.
+
+        That is where the original breaks its own promise of a shape; and where neither model gives any entry, for then
+        their extents are all that can differ: a `Reshape` takes a computed extent of 0 for that of its operand, and
+        fused kernels forget rows.
+
+        Args:
+            name: The output.
+            a: What the original gives.
+            b: What the other model gives.
+            lengths: The lengths that are 0; empty where it is the candidates.
+        """
+        if a.shape == b.shape:
+            return False
+        if not self.declares(name, a):
+            self.malformed(name, a, lengths)
+            return True
+        if a.size or b.size or not self.declares(name, b):
+            return False
+        self.report.find(
+            "rounding",
+            "empty",
+            f"With {lengths or 'no candidates'} no entries are left of {name!r}: the original gives {list(a.shape)}, "
+            f"the optimized model {list(b.shape)}.",
+            "note",
+        )
+        return True
+
     def declares(self, name: str, data: NDArray[Any]) -> bool:
-        """Whether an output of the original has the shape that the original declares."""
+        """Whether an output has the shape that the original declares."""
         info = next(o for o in self.original.proto.graph.output if o.name == name)
         dims = info.type.tensor_type.shape.dim
         return len(dims) == data.ndim and all(

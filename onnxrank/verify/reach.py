@@ -97,8 +97,7 @@ class Reach:
         for (point, pairs), truth in zip(ran, truths, strict=True):
             for provider, a, b in pairs:
                 for k in engine.shared:
-                    if _empty(point) and not engine.declares(k, a[k]) and a[k].shape != b[k].shape:
-                        engine.malformed(k, a[k], _lengths(point))
+                    if _empty(point) and engine.vacuous(k, a[k], b[k], _lengths(point)):
                         continue
                     pair = (truth[0][k], truth[1][k]) if truth is not None else (None, None)
                     engine.samples.append(

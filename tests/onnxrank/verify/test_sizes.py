@@ -250,3 +250,32 @@ def test_no_steps_in_a_reduction_that_gives_nothing_a_wrong_shape() -> None:
     report = verify(g.model(), result.model)
     assert report.passed, report.errors
     assert any("With L = 0 the original gives" in f.message for f in report.findings)
+
+
+def _row_of_a_product(n: int) -> ModelProto:
+    """A score `[1, M, N]` of a Reshape that takes extents of 0 for those of its operand, and a second one."""
+    g = Graph(17)
+    user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
+    count = g.op("Gather", g.op("Shape", item), g.ints(0))
+    wide = g.op("Expand", g.op("Unsqueeze", item, g.ints(2)), g.op("Concat", g.ints(1, 1), count, axis=0))
+    shape = g.op("Concat", g.ints(1), g.op("Mul", count, g.ints(n)), count, axis=0)
+    g.op("Reshape", wide, shape)
+    g.nodes[-1].output[0] = "flat"
+    g.output("flat", [1, "M", "N"])
+    g.op("MatMul", g.op("Mul", user, item), g.const(np.ones((4, 1))))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 1])
+    return g.model()
+
+
+def test_nothing_of_two_shapes() -> None:
+    """Without candidates the original's Reshape copies an extent, and no model has an entry: that is told, no more."""
+    result = rewritten(_row_of_a_product(4), request=["user"])
+    other = onnx.ModelProto()
+    other.CopyFrom(result.model)
+    for node in other.graph.node:
+        if node.op_type == "Reshape":
+            node.attribute.append(onnx.helper.make_attribute("allowzero", 1))
+    report = verify(_row_of_a_product(4), other)
+    assert report.passed, report.errors
+    assert any("no entries are left of 'flat'" in f.message for f in report.findings)
