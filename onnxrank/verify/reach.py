@@ -222,10 +222,10 @@ class Reach:
             if isinstance(b, ModelError):
                 # Kernels that give nothing the wrong shape may pass it to others that do not take it.
                 odd = next((k for k in engine.shared if _empty(p) and not engine.declares(k, a[k])), None)
-                if odd is None:
-                    self._optimized(p, b, provider, patience)
-                else:
+                if odd is not None:
                     engine.malformed(odd, a[odd], _lengths(p))
+                elif not _empty(p) or not engine.excused(p, b, provider, _lengths(p)):
+                    self._optimized(p, b, provider, patience)
                 return None
             if 0 in p.size.lengths.values() and not self._determined(p, a, provider):
                 return None

@@ -901,7 +901,9 @@ def swapped_histories() -> Pair:
         a, b = g.input("seen", [rows, "L"], INT64), g.input("bought", [rows, "L"], INT64)
         item = g.input("item", ["N", 4])
         table = g.const(_weights(500, 4, seed=1))
-        means = [g.on_axes("ReduceMean", g.op("Gather", table, x), [1], keepdims=0) for x in ((b, a) if wrong else (a, b))]
+        means = [
+            g.on_axes("ReduceMean", g.op("Gather", table, x), [1], keepdims=0) for x in ((b, a) if wrong else (a, b))
+        ]
         g.op("MatMul", g.op("Mul", g.op("Sub", *means), item), g.const(_weights(4, 1)))
         g.nodes[-1].output[0] = "score"
         g.output("score", ["N", 1])

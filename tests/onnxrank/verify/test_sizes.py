@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,46 @@ def test_nothing_of_two_shapes() -> None:
     report = verify(_row_of_a_product(4), other)
     assert report.passed, report.errors
     assert any("no entries are left of 'flat'" in f.message for f in report.findings)
+
+
+def _least_of_each(plain: bool) -> ModelProto:
+    """Least numbers beside all of them; not `plain`: put together along the other axis."""
+    g = Graph(20)
+    x = g.input("x", ["N", 4, 3])
+    parts = [g.on_axes("ReduceMin", x, [-1], keepdims=0), g.op("Flatten", x, axis=1)]
+    if plain:
+        g.op("Concat", *parts, axis=1)
+    else:
+        turned = [g.op("Transpose", part, perm=[1, 0]) for part in parts]
+        g.op("Transpose", g.op("Concat", *turned, axis=0), perm=[1, 0])
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 16])
+    return g.model()
+
+
+def _product(plain: bool) -> ModelProto:
+    """A product of the transposed input; not `plain`: one that onnxruntime fuses with the transposition."""
+    g = Graph(17)
+    x, weight = g.input("x", ["N", 4, 3]), g.const(np.arange(8.0).reshape(4, 2))
+    if plain:
+        g.op("Einsum", x, weight, equation="ncb,cz->nbz")
+    else:
+        g.op("MatMul", g.op("Transpose", x, perm=[0, 2, 1]), weight)
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 3, 2])
+    return g.model()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_least_of_each, "inside the original it gives"),
+        (_product, "without its optimisations it gives what the original gives"),
+    ],
+)
+def test_runtime_that_fails_without_candidates(make: Callable[[bool], ModelProto], words: str) -> None:
+    """Of nothing onnxruntime's kernels make wrong shapes, and its fused ones fail: no fault of a model."""
+    report = verify(make(True), make(False))
+    assert report.passed, report.errors
+    (found,) = (f for f in report.findings if f.kind == "runtime" and "does not run the optimized" in f.message)
+    assert words in found.message and found.severity == "warning"
