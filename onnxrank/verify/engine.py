@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import halves, runtime, workers
+from onnxrank import baked, halves, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
@@ -340,16 +340,36 @@ class Engine:
         """Ranges of the original's inputs, and the symbols of their shapes."""
         if self.known is not None:
             return self.known[0], list(self.known[1])
-        loaded = self.original.loaded
         try:
-            made = self.original.call(
-                "study", key=MODEL, roles=found.roles.to_dict(), sha256=loaded.sha256, size=loaded.size
-            )
+            made = self._studied(found)
         except Crashed as e:
             raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
         if made["note"]:
             raise ModelError(f"The models cannot be compared: {made['note']}.")
         return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
+
+    def _studied(self, found: Terms) -> dict[str, Any]:
+        """What the original's process finds out: at the second model's declared lengths, if it runs at no others."""
+        loaded = self.original.loaded
+        about = {"key": MODEL, "roles": found.roles.to_dict(), "sha256": loaded.sha256, "size": loaded.size}
+        try:
+            return dict(self.original.call("study", **about))
+        except Crashed:
+            raise
+        except ModelError:
+            fixed = baked.declared_by(loaded, found.roles, self.optimized.proto)
+            if fixed is None:
+                raise
+        self.original.replace(fixed)
+        self.binding = bind(fixed.proto, self.optimized.proto, found.roles)
+        made = dict(self.original.call("study", **about))
+        self.report.find(
+            "structure",
+            "contract",
+            "The original runs at no lengths but those that the optimized model declares, so it was compared there.",
+            "note",
+        )
+        return made
 
     def _extents(self) -> None:
         """What is served: lengths and numbers of candidates."""
