@@ -54,6 +54,17 @@ def test_parts() -> None:
     assert truth.run({"item": weights(2, 4)}, names)[names[0]].shape == (2, 1)
 
 
+def test_scales_stay_wide() -> None:
+    """What quantising gives as float32 by definition goes on in float64, between two parts too."""
+    g = Graph(17)
+    parts = g.ops("DynamicQuantizeLinear", 3, g.input("item", ["N", 4]))
+    wide = g.op("DequantizeLinear", *parts)
+    g.output(wide, ["N", 4])
+    g.output(g.op("Where", g.op("Greater", wide, g.const(1e9)), g.const(0.0), wide), ["N", 4])
+    first, second = Truth(g.model()).run({"item": weights(5, 4)}).values()
+    np.testing.assert_array_equal(first, second)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.torchscript.onnx")), ids=lambda p: p.name)
 def test_every_model_loads(path: object) -> None:
     """No committed ranker is left to the reference evaluator as a whole."""
