@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank.emitter import Emitter
+from onnxrank.emitter import Emitter, emitter_for, replaced
 from onnxrank.facts import Extent
-from onnxrank.graphs import versions
 from onnxrank.operators import matmul_order
 
 Extents = tuple[Extent, ...]
@@ -62,26 +61,19 @@ def written_out(
     Raises:
         Unsupported: One of them does something that is not known here.
     """
-    out = ModelProto()
-    out.CopyFrom(model)
-    del out.graph.node[:]
-    taken = {*(t.name for t in model.graph.initializer), *(i.name for i in model.graph.input)}
-    taken |= {o for n in model.graph.node for o in n.output}
-    opset = versions(model)[""]
-    emit = Emitter(taken, opset)
-    for node in model.graph.node:
-        if node.output and node.output[0] in outputs:
-            try:
-                _Steps(emit, node, extents, dtypes, constants).write()
-            except Unsupported as e:
-                e.output = node.output[0]
-                raise
-            out.graph.node.extend(e.proto for e in emit.nodes)
-            emit.nodes.clear()
-        else:
-            out.graph.node.append(node)
-    out.graph.initializer.extend(emit.initializers.values())
-    return out
+    emit = emitter_for(model)
+
+    def write(node: NodeProto) -> bool:
+        if not node.output or node.output[0] not in outputs:
+            return False
+        try:
+            _Steps(emit, node, extents, dtypes, constants).write()
+        except Unsupported as e:
+            e.output = node.output[0]
+            raise
+        return True
+
+    return replaced(model, emit, write)
 
 
 class _Steps:
