@@ -320,6 +320,10 @@ class Trait(Flag):
     """Rows lie along the first axis, and everything behind it is taken in together."""
     CAST = auto()
     """Entries in another type."""
+    BOOLEAN = auto()
+    """Gives conditions."""
+    COMPARISON = auto()
+    """Conditions on which of two numbers is the greater."""
     SEQUENCE = auto()
     """Gives sequences, maps or optionals, which have no shape."""
 
@@ -1284,6 +1288,8 @@ _TRAITS = {
         Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish com.microsoft::Gelu
         com.microsoft::FastGelu com.microsoft::BiasGelu""",
     Trait.CAST: "Cast CastLike",
+    Trait.BOOLEAN: "And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor",
+    Trait.COMPARISON: "Equal Greater GreaterOrEqual Less LessOrEqual",
     Trait.SEQUENCE: """
         SequenceEmpty SequenceConstruct SequenceInsert SequenceErase SequenceMap SplitToSequence Optional
         ai.onnx.ml::ZipMap""",

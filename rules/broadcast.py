@@ -15,7 +15,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.graphs import attribute as attribute
-from onnxrank.operators import Trait, having, matmul_order, operator
+from onnxrank.operators import Trait, having, matmul_order, operator, traits
 from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
@@ -58,12 +58,11 @@ _NORMALISE = {
     *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
 }
 """Operators that keep the shape, and whose axis is an attribute, the last one if there is none."""
-_BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 
 
 def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
     """Element type of an elementwise operator's result."""
-    if operator(node) in _BOOLEAN:
+    if Trait.BOOLEAN in traits(node):
         return int(TensorProto.BOOL)
     if operator(node) == "Cast":
         return int(attribute(node, "to"))
