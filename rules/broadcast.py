@@ -856,8 +856,14 @@ def _one_hot(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rw.keep(node, [rw.tensor(rw.value(node, k)) for k in range(3)], [dims], rw.present(ids))
 
 
-def _attention(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Fused attention: rows on axis 0 of every input; all request-level or all with full rows."""
+def _rotary(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """RotaryEmbedding, as a whole."""
+    note_fused(rw, node, range(len(node.input)))
+    return _whole_rows(rw, node)
+
+
+def _whole_rows(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Fused attention and its like: rows on axis 0 of every input; all request-level or all with full rows."""
     values = [rw.value(node, k) for k, i in enumerate(node.input) if i]
     if len([o for o in node.output if o]) > 1 or any(rw.level(v) is Level.CANDIDATE for v in values):
         return None
@@ -907,12 +913,13 @@ RULE = Rule(
         "GatherElements": _gather_elements,
         "OneHot": _one_hot,
         "MatMul": _matmul,
-        "Attention": _attention,
+        "Attention": _whole_rows,
         "com.microsoft::FusedGemm": _fused_gemm,
         "com.microsoft::FusedMatMul": _fused_matmul,
         "com.microsoft::SkipLayerNormalization": _skip_norm,
+        **dict.fromkeys(("RotaryEmbedding", "com.microsoft::RotaryEmbedding"), _rotary),
         "com.microsoft::BiasGelu": _last_axes(1),
-        "com.microsoft::Attention": _attention,
-        "com.microsoft::MultiHeadAttention": _attention,
+        "com.microsoft::Attention": _whole_rows,
+        "com.microsoft::MultiHeadAttention": _whole_rows,
     },
 )
