@@ -42,7 +42,7 @@ def onnxrank(p: Pair) -> bool:
 def declares(p: Pair, words: str) -> bool:
     """Whether `verify` passes a pair, and says what it did not look at."""
     found = verify(p.original, p.optimized, Options(roles=p.roles))
-    return found.passed and any(words in line for line in found.unseen)
+    return found.passed and any(words in f.message for f in found.findings)
 
 
 def onnxsim(p: Pair) -> bool:

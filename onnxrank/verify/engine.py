@@ -320,9 +320,12 @@ class Engine:
         ]
         if whole:
             shown = ", ".join(map(repr, whole[:4])) + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
-            self.report.unseen.append(
-                f"calls whose rows differ where roles say that they are the same: the optimized model takes all rows "
-                f"of {shown}"
+            self.report.find(
+                "structure",
+                "contract",
+                "Calls whose rows differ where roles say that they are the same were not looked at: the optimized "
+                f"model takes all rows of {shown}.",
+                "note",
             )
 
     def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
