@@ -137,12 +137,12 @@ def _asked(
 ) -> Iterator[tuple[int | Expr, int]]:
     """Extents, and the numbers of entries that a node takes along them."""
     shapes = [sizes.get(i) for i in node.input]
-    if not shapes or shapes[0] is None:
+    if len(shapes) < 2 or shapes[0] is None:
         return
     if operator(node) == "Reshape":
         asked = prod(n for n in constants.get(node.input[1], ()) if n > 0)
         yield product(shapes[0]), asked
-    elif operator(node) in ("MatMul", "Gemm") and shapes[1]:
+    elif operator(node) in ("MatMul", "Gemm") and shapes[0] and shapes[1]:
         yield shapes[0][-1], next((n for n in shapes[1][-2:][:1] if isinstance(n, int)), 0)
     elif Trait.ELEMENTWISE in traits(node):
         for a, b in itertools.permutations([s for s in shapes if s is not None], 2):

@@ -171,7 +171,13 @@ def derive(
 
 
 def _bytes(t: TensorProto, dims: Sequence[int]) -> int:
-    """Size of a tensor's entries."""
+    """Size of a tensor's entries.
+
+    Raises:
+        ModelError: It has an element type that there is not.
+    """
+    if t.data_type not in helper.get_all_tensor_dtypes():
+        raise ModelError(f"initializer {t.name!r} has element type {t.data_type}, which ONNX does not have")
     return prod(dims) * max(1, np.dtype(helper.tensor_dtype_to_np_dtype(t.data_type)).itemsize)
 
 

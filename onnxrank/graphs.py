@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -59,6 +59,20 @@ def dangling(model: ModelProto) -> tuple[NodeProto, str] | None:
             if name and name not in known:
                 return node, name
         known.update(node.output)
+    return None
+
+
+def incomplete(model: ModelProto) -> NodeProto | None:
+    """A node of the main graph with fewer inputs than its operator takes."""
+    opsets = versions(model)
+    node: NodeProto
+    for node in model.graph.node:
+        try:
+            schema = defs.get_schema(node.op_type, opsets.get(domain(node.domain), 1), domain(node.domain))
+        except defs.SchemaError:
+            continue
+        if len(node.input) < schema.min_input:
+            return node
     return None
 
 

@@ -244,7 +244,7 @@ class _Walk:
             found = onnx.shape_inference.infer_node_outputs(
                 schema, node, types, data, opset_imports=list(self.model.opset_import), ir_version=self.model.ir_version
             )
-        except (RuntimeError, ValueError, TypeError):
+        except Exception:  # a damaged node: whatever onnx stumbles over, nothing is known then
             return [None] * len(node.output)
         out: list[Any] = []
         for o in node.output:

@@ -19,7 +19,17 @@ from onnxrank.errors import DoesNotRun, ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.flow import Walk
 from onnxrank.fused import written_out
-from onnxrank.graphs import attribute, dangling, live, names_in, rename_captured, renamed, subgraphs, versions
+from onnxrank.graphs import (
+    attribute,
+    dangling,
+    incomplete,
+    live,
+    names_in,
+    rename_captured,
+    renamed,
+    subgraphs,
+    versions,
+)
 from onnxrank.loops import without_loops
 from onnxrank.plans import PREPARING, SEGMENTS, Site, label
 from onnxrank.rewrite import Refusal
@@ -63,6 +73,9 @@ class Study:
         lost = dangling(model)
         if lost is not None:
             raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
+        short = incomplete(model)
+        if short is not None:
+            raise ModelError(f"node {label(short)!r} ({short.op_type}) has fewer inputs than its operator takes")
         self.model = live(self._out_of_the_way(model))
         self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
         resolved = self._resolved()

@@ -663,9 +663,13 @@ class Engine:
     def _misshapen(self, p: Point) -> str:
         """Which tensor inside the original has not the shape that ONNX gives it on a request; empty if all have."""
         model = files.without_external(files.flattened(self.original.proto))
+        try:
+            inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+        except Exception:  # whatever it stumbles over, nothing is known then
+            return ""
         shapes = {
             v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
-            for v in onnx.shape_inference.infer_shapes(model).graph.value_info
+            for v in inferred
             if v.type.tensor_type.HasField("shape")
         }
         made = [o for n in live(model).graph.node for o in n.output if o in shapes]

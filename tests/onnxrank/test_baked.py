@@ -71,6 +71,25 @@ def test_two_that_contradict() -> None:
         onnxrank.optimize(model, request=["hist"])
 
 
+@pytest.mark.parametrize("op", ["Reshape", "Gather", "Tile", "MatMul"])
+def test_damaged_nodes(op: str) -> None:
+    """A node that lacks an input is refused by name."""
+    model = baked("rows left open")
+    node = next((n for n in model.graph.node if n.op_type == op), model.graph.node[-1])
+    node.op_type = op
+    del node.input[1:]
+    with pytest.raises(ModelError, match="has fewer inputs than its operator takes"):
+        onnxrank.optimize(model, request=["hist"], check=False)
+
+
+def test_no_element_type() -> None:
+    """An initializer of no type is refused by name."""
+    model = baked("product")
+    model.graph.initializer[0].data_type = 0
+    with pytest.raises(ModelError, match="has element type 0, which ONNX does not have"):
+        onnxrank.optimize(model, request=["hist"])
+
+
 @pytest.mark.slow
 def test_export(tmp_path: Path) -> None:
     """`view(-1, 50 * d)` under a dynamic axis, as torch exports it."""
