@@ -91,6 +91,9 @@ def known(shape: Sequence[int | Expr], data: NDArray[Any], dtype: np.dtype[Any])
     return Known(tuple(shape), data, dtype)
 
 
+_MOST_DIMENSIONS = 64
+
+
 @dataclass(frozen=True)
 class Use:
     """One use of an operator: its node, and what is known of its operands.
@@ -547,6 +550,13 @@ def _size_entries(u: Use) -> list[Known | None]:
     return [known((), out, np.dtype(np.int64))]
 
 
+def _unknown(count: int) -> Partial:
+    """So many extents that are not known, as far as a tensor of a damaged model can have them."""
+    if count > _MOST_DIMENSIONS:
+        raise Unproved(f"{count} dimensions")
+    return [None] * count
+
+
 def _reshape(u: Use) -> list[Partial | None]:
     have = u.shape(0)
     rank = u.shape(1)
@@ -554,7 +564,7 @@ def _reshape(u: Use) -> list[Partial | None]:
         return [None]
     found = u.values[1] if len(u.values) > 1 else None
     if found is None:
-        return [[None] * rank[0]]
+        return [_unknown(rank[0])]
     target: list[int | Expr | None] = list(found.sizes())
     whole = bool(u.attribute("allowzero", 0))
     unknown = [k for k, n in enumerate(target) if not isinstance(n, Expr) and n == -1]
@@ -818,7 +828,7 @@ def _expand(u: Use) -> list[Partial | None]:
         return [None]
     found = u.values[1]
     if found is None:
-        return [[None] * max(len(have), length[0])]
+        return [_unknown(max(len(have), length[0]))]
     return [broadcast([have, tuple(found.sizes())])]
 
 
@@ -848,7 +858,7 @@ def _constant_of_shape(u: Use) -> list[Partial | None]:
     found = u.values[0]
     if isinstance(length[0], Expr):
         return [None]
-    return [[None] * length[0] if found is None else list(found.sizes())]
+    return [_unknown(length[0]) if found is None else list(found.sizes())]
 
 
 def _constant_of_shape_entries(u: Use) -> list[Known | None]:

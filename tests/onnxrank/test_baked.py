@@ -11,7 +11,7 @@ from helpers import INT64, Graph, run
 from onnx import ModelProto
 
 import onnxrank
-from onnxrank import cli
+from onnxrank import cli, facts
 from onnxrank.errors import ModelError
 from onnxrank.verify import verify
 
@@ -88,6 +88,19 @@ def test_no_element_type() -> None:
     model.graph.initializer[0].data_type = 0
     with pytest.raises(ModelError, match="has element type 0, which ONNX does not have"):
         onnxrank.optimize(model, request=["hist"])
+
+
+@pytest.mark.parametrize("op", ["Reshape", "Expand", "ConstantOfShape"])
+def test_endless_dimensions(op: str) -> None:
+    """A tensor that claims to be a shape of a billion extents takes no memory."""
+    g = Graph(17)
+    shape, item = g.input("shape", [1 << 30], INT64), g.input("item", ["N", 4])
+    x = g.op(op, shape) if op == "ConstantOfShape" else g.op(op, item, shape)
+    g.outputs.append(onnx.helper.make_empty_tensor_value_info(x))
+    graph = onnx.helper.make_graph(g.nodes, "g", g.inputs, g.outputs, g.initializers)
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    found = facts.derive(made, {"shape": ((1 << 30, ()),), "item": ((1, ("N",)), (4, ()))}, None)
+    assert "dimensions" in found.unknown[x]
 
 
 @pytest.mark.slow
