@@ -62,6 +62,11 @@ def dangling(model: ModelProto) -> tuple[NodeProto, str] | None:
     return None
 
 
+def names_given(graph: GraphProto) -> set[str]:
+    """Names of all that a graph's nodes, inputs and initializers give."""
+    return _given(graph) | {o for n in graph.node for o in n.output}
+
+
 def incomplete(model: ModelProto) -> NodeProto | None:
     """A node of the main graph with fewer inputs than its operator takes."""
     opsets = versions(model)

@@ -24,6 +24,7 @@ from onnxrank.graphs import (
     dangling,
     incomplete,
     live,
+    names_given,
     names_in,
     rename_captured,
     renamed,
@@ -73,6 +74,10 @@ class Study:
         lost = dangling(model)
         if lost is not None:
             raise ModelError(f"node {label(lost[0])!r} reads {lost[1]!r}, which no input, initializer or node gives")
+        made = names_given(model.graph)
+        unmade = next((o.name for o in model.graph.output if o.name not in made), None)
+        if unmade is not None:
+            raise ModelError(f"output {unmade!r} is no input, initializer or result of a node")
         short = incomplete(model)
         if short is not None:
             raise ModelError(f"node {label(short)!r} ({short.op_type}) has fewer inputs than its operator takes")

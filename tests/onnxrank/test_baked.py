@@ -90,6 +90,14 @@ def test_no_element_type() -> None:
         onnxrank.optimize(model, request=["hist"])
 
 
+def test_output_of_nothing() -> None:
+    """An output that no node gives is refused by name."""
+    model = baked("product")
+    model.graph.output[0].name = "z"
+    with pytest.raises(ModelError, match="output 'z' is no input, initializer or result"):
+        onnxrank.optimize(model, request=["hist"], check=False)
+
+
 @pytest.mark.parametrize("op", ["Reshape", "Expand", "ConstantOfShape"])
 def test_endless_dimensions(op: str) -> None:
     """A tensor that claims to be a shape of a billion extents takes no memory."""
