@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from onnxrank import feeds
+from onnxrank import baked, feeds
 from onnxrank import model as files
 from onnxrank.contract import find_roles, stored_contract
-from onnxrank.errors import ModelError
+from onnxrank.errors import DoesNotRun, ModelError
 from onnxrank.extents import Expr
 from onnxrank.flow import Tensor
 from onnxrank.graphs import attribute
@@ -64,7 +64,13 @@ def analyse(
         contract = None if request or spec is not None else stored_contract(loaded.proto)
         inputs = feeds.describe(loaded.proto)
         roles, _ = find_roles(inputs, contract, request=request, spec=spec, infer_from=infer_from)
-    study = Study(files.flattened(loaded.proto), roles, loaded)
+    try:
+        study = Study(files.flattened(loaded.proto), roles, loaded)
+    except DoesNotRun:
+        found = baked.with_lengths(loaded, roles)
+        if found is None:
+            raise
+        study = Study(files.flattened(found[0].proto), roles, found[0])
     stray = study.contradicted()
     if stray is not None:
         raise ModelError(stray.reason)

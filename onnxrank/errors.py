@@ -40,6 +40,10 @@ class ModelError(OnnxrankError):
     exit_code = 3
 
 
+class DoesNotRun(ModelError):
+    """The runtime does not run the model on inputs of its roles."""
+
+
 class OutOfMemory(ModelError):
     """The model needs more memory than its process may use."""
 

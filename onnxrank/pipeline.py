@@ -14,11 +14,11 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import cost, feeds, plans, remarks, tune, workers
+from onnxrank import baked, cost, feeds, plans, remarks, tune, workers
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
-from onnxrank.errors import CheckFailed, ModelError, UsageError
+from onnxrank.errors import CheckFailed, DoesNotRun, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, preparing_sites
 from onnxrank.fused import Unsupported
@@ -31,7 +31,7 @@ from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
 from onnxrank.study import Study, fit
 from onnxrank.transform import Transformation
-from onnxrank.values import CANDIDATES
+from onnxrank.values import CANDIDATES, symbols
 from onnxrank.verify import failure, gate, sizes
 from onnxrank.verify import report as verdicts
 from onnxrank.verify.options import CHECKS
@@ -166,7 +166,16 @@ def optimize(
     if contract is not None and roles is None and is_done(contract, described(loaded), *use):
         return left_alone(loaded, options, given)
     passes = [STUDY, REWRITE, *([CHECK] if options.check else []), *([TIME] if options.tune else [])]
-    return Job(loaded, given, options, notes).run(passes)
+    try:
+        return Job(loaded, given, options, notes).run(passes)
+    except DoesNotRun:
+        known = baked.with_lengths(loaded, given)
+        if known is None:
+            raise
+    fixed, note = known
+    free = {sizes.name_of(s) for i in feeds.inputs(fixed.proto, given) for s in symbols(i.dims)}
+    left = {name: span for name, span in (lengths or {}).items() if name in free}
+    return Job(fixed, given, replace(options, lengths=left), [*notes, note]).run(passes)
 
 
 @dataclass(frozen=True)

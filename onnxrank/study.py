@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 from onnxrank import cost, facts, feeds, operators, segments, selections
 from onnxrank import model as files
 from onnxrank.culprit import culprit
-from onnxrank.errors import ModelError, UsageError
+from onnxrank.errors import DoesNotRun, ModelError, UsageError
 from onnxrank.facts import Facts
 from onnxrank.flow import Walk
 from onnxrank.fused import written_out
@@ -138,7 +138,7 @@ class Study:
         if isinstance(problem, Crashed):
             raise ModelError(self._crash(problem)) from problem
         shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
-        raise ModelError(
+        raise DoesNotRun(
             f"the model does not run at several numbers of candidates with inputs of these roles: {shown}. {problem}. "
             "If it is a static batch export, export it again with a dynamic one (torch: dynamic_axes or "
             "dynamic_shapes; tf2onnx: a batch of None); if an input takes values of its own, give their range in a "

@@ -403,7 +403,13 @@ class _OpenSum(DeferredMatMul, OpenProduct):
 def contract(
     rw: Rewrite, x: Value, axis: int, weight: Weights, write: WeightedProduct, rule: str, unread: Any = None
 ) -> Abstract:
-    """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum."""
+    """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum.
+
+    Raises:
+        Unrepresentable: The axis is not known to have as many entries as the matrix has rows.
+    """
+    if x.dims[axis] != canonical([len(weight.data)]):
+        raise Unrepresentable("a product along an axis whose extent is not constant")
 
     def one(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
         if piece.fold is not None:

@@ -1,7 +1,12 @@
-"""Runs the wrong models of the test suite through the checks of other tools, at their defaults, and prints a table.
+"""Runs the wrong models of the test suite through `verify` and the checks of other tools, at their defaults, and prints
+a table.
 
+    python scripts/verifiers.py --tools onnxrank
     pip install onnxsim onnxslim polygraphy hypothesis pytest -e '.[cpu]'
     python scripts/verifiers.py 2> /dev/null
+
+A model that is right by its contract, and wrong only for calls that this rules out, is `declared` where the report says
+that those were not looked at.
 
 Every tool gets the original and the other model. onnxsim refuses symbolic dims unless shapes are given, so it gets 1
 for them, which the others take by themselves. A tool that does not take a right model cannot tell wrong ones of that
@@ -10,6 +15,7 @@ ranker apart either; such rankers are counted as `cannot`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -31,6 +37,12 @@ from onnxrank.verify import Options, verify
 
 def onnxrank(p: Pair) -> bool:
     return verify(p.original, p.optimized, Options(roles=p.roles)).passed
+
+
+def declares(p: Pair, words: str) -> bool:
+    """Whether `verify` passes a pair, and says what it did not look at."""
+    found = verify(p.original, p.optimized, Options(roles=p.roles))
+    return found.passed and any(words in line for line in found.unseen)
 
 
 def onnxsim(p: Pair) -> bool:
@@ -78,6 +90,9 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
     tools = {"onnxrank": onnxrank, "onnxsim": onnxsim, "onnxslim": onnxslim, "Polygraphy": polygraphy}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=tools, default=[*tools])
+    tools = {t: tools[t] for t in parser.parse_args().tools}
     rankers = sorted({m.ranker for m in MUTANTS} - {"by hand"})
     right = {(t, r): passes(tool, pair(r)) for t, tool in tools.items() for r in rankers}
     width = max(len(m.name) for m in MUTANTS)
@@ -85,6 +100,7 @@ def main() -> int:
     caught = dict.fromkeys(tools, 0)
     missed = dict.fromkeys(tools, 0)
     cannot = dict.fromkeys(tools, 0)
+    declared = dict.fromkeys(tools, 0)
     for m in MUTANTS:
         made = m.pair()
         cells = []
@@ -92,6 +108,9 @@ def main() -> int:
             if m.ranker != "by hand" and not right[t, m.ranker]:
                 cannot[t] += 1
                 cells.append("cannot")
+            elif m.declared and tool is onnxrank and declares(made, m.declared):
+                declared[t] += 1
+                cells.append("declared")
             elif passes(tool, made):
                 missed[t] += 1
                 cells.append("missed")
@@ -99,11 +118,11 @@ def main() -> int:
                 caught[t] += 1
                 cells.append("caught")
         print(f"{m.name:{width}}  " + "  ".join(f"{c:>10}" for c in cells), flush=True)
-    for name, counts in (("caught", caught), ("missed", missed), ("cannot", cannot)):
+    for name, counts in (("caught", caught), ("declared", declared), ("missed", missed), ("cannot", cannot)):
         print(f"{name + f' of {len(MUTANTS)}':{width}}  " + "  ".join(f"{counts[t]:>10}" for t in tools))
     taken = {t: sum(right[t, r] for r in rankers) for t in tools}
     print(f"{f'right models taken of {len(rankers)}':{width}}  " + "  ".join(f"{taken[t]:>10}" for t in tools))
-    return 0 if not missed["onnxrank"] and taken["onnxrank"] == len(rankers) else 1
+    return 0 if not missed.get("onnxrank") and taken.get("onnxrank", len(rankers)) == len(rankers) else 1
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import halves, runtime, workers
+from onnxrank import baked, halves, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.feeds import Ranges
+from onnxrank.graphs import live
 from onnxrank.values import CANDIDATES
-from onnxrank.verify import judge, sizes, structure, tables
+from onnxrank.verify import compare, judge, sizes, structure, tables
 from onnxrank.verify.condition import Condition
 from onnxrank.verify.inputs import ORDINARY, POISONED
 from onnxrank.verify.judge import Sample
@@ -31,7 +33,7 @@ from onnxrank.verify.points import MOST_ODD, Point, generate, weight
 from onnxrank.verify.reach import MOST_BYTES, Reach, lacks_memory
 from onnxrank.verify.relations import relate
 from onnxrank.verify.report import Case, Report, Severity
-from onnxrank.verify.side import MODEL, Side, open_both, run_both
+from onnxrank.verify.side import MODEL, Side, open_both, run_both, run_once
 from onnxrank.verify.sizes import Span
 from onnxrank.verify.words import count, sentence, worst
 from onnxrank.workers import Crashed, Outputs
@@ -39,6 +41,7 @@ from onnxrank.workers import Crashed, Outputs
 Progress = Callable[[str], None]
 _TRUTH = "float64"
 _ROUNDED = "rounded"
+_INSIDE = "inside"
 _RANKED = 1024
 """Candidates up to which the order is looked at in requests beyond the ordinary ones, at the level `full`."""
 _STEP = 2.0**-7
@@ -152,6 +155,7 @@ class Engine:
         self._environment()
         fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
         self._tables()
+        self._trusted_rows()
         self.say("checking the structure")
         loads = self._check() and fed
         if loads:
@@ -304,6 +308,23 @@ class Engine:
                 "and content"
             )
 
+    def _trusted_rows(self) -> None:
+        """Tells of requests that the roles rule out although the second model takes them."""
+        if self.known is not None:  # by whoever rewrote the model, and put its guard there
+            return
+        whole = [
+            i.name
+            for i in self.binding.declared
+            if i.role.level != "candidate" and i.role.candidate_axis is not None
+            if (i.name, False) in self.binding.sources.values()
+        ]
+        if whole:
+            shown = ", ".join(map(repr, whole[:4])) + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
+            self.report.unseen.append(
+                f"calls whose rows differ where roles say that they are the same: the optimized model takes all rows "
+                f"of {shown}"
+            )
+
     def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
         """Has a model do something; a crash becomes a finding, and None is returned."""
         try:
@@ -319,16 +340,36 @@ class Engine:
         """Ranges of the original's inputs, and the symbols of their shapes."""
         if self.known is not None:
             return self.known[0], list(self.known[1])
-        loaded = self.original.loaded
         try:
-            made = self.original.call(
-                "study", key=MODEL, roles=found.roles.to_dict(), sha256=loaded.sha256, size=loaded.size
-            )
+            made = self._studied(found)
         except Crashed as e:
             raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
         if made["note"]:
             raise ModelError(f"The models cannot be compared: {made['note']}.")
         return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
+
+    def _studied(self, found: Terms) -> dict[str, Any]:
+        """What the original's process finds out: at the second model's declared lengths, if it runs at no others."""
+        loaded = self.original.loaded
+        about = {"key": MODEL, "roles": found.roles.to_dict(), "sha256": loaded.sha256, "size": loaded.size}
+        try:
+            return dict(self.original.call("study", **about))
+        except Crashed:
+            raise
+        except ModelError:
+            fixed = baked.declared_by(loaded, found.roles, self.optimized.proto)
+            if fixed is None:
+                raise
+        self.original.replace(fixed)
+        self.binding = bind(fixed.proto, self.optimized.proto, found.roles)
+        made = dict(self.original.call("study", **about))
+        self.report.find(
+            "structure",
+            "contract",
+            "The original runs at no lengths but those that the optimized model declares, so it was compared there.",
+            "note",
+        )
+        return made
 
     def _extents(self) -> None:
         """What is served: lengths and numbers of candidates."""
@@ -482,6 +523,8 @@ class Engine:
                 self._crash("rounding", self.optimized, doing, b)
                 continue
             if isinstance(b, ModelError):
+                if not p.candidates and self.excused(p, b, provider):
+                    continue
                 self.report.find(
                     "rounding",
                     "run",
@@ -491,8 +534,7 @@ class Engine:
                 continue
             pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
             for k in self.shared:
-                if p.candidates == 0 and not self.declares(k, a[k]) and a[k].shape != b[k].shape:
-                    self.malformed(k, a[k])
+                if p.candidates == 0 and self.vacuous(k, a[k], b[k]):
                     continue
                 truth = pair[0][k] if pair is not None else None  # type: ignore[index]
                 raised = pair[1][k] if pair is not None else None  # type: ignore[index]
@@ -548,8 +590,96 @@ class Engine:
             model="original",
         )
 
+    def vacuous(self, name: str, a: NDArray[Any], b: NDArray[Any], lengths: str = "") -> bool:
+        """Whether an output says nothing where there are no candidates, or nothing along a length; told, if so.
+
+        That is where the original breaks its own promise of a shape; and where neither model gives any entry, for then
+        their extents are all that can differ: a `Reshape` takes a computed extent of 0 for that of its operand, and
+        fused kernels forget rows.
+
+        Args:
+            name: The output.
+            a: What the original gives.
+            b: What the other model gives.
+            lengths: The lengths that are 0; empty where it is the candidates.
+        """
+        if a.shape == b.shape:
+            return False
+        if not self.declares(name, a):
+            self.malformed(name, a, lengths)
+            return True
+        if a.size or b.size or not self.declares(name, b):
+            return False
+        self.report.find(
+            "rounding",
+            "empty",
+            f"With {lengths or 'no candidates'} no entries are left of {name!r}: the original gives {list(a.shape)}, "
+            f"the optimized model {list(b.shape)}.",
+            "note",
+        )
+        return True
+
+    def excused(self, p: Point, why: ModelError, provider: str, lengths: str = "") -> bool:
+        """Whether a failure without candidates, or with nothing along a length, is the runtime's fault; told, if so.
+
+        It is where a kernel gives a tensor inside the original another shape than ONNX does, so that it was no run of
+        that model; and where the second model gives what the original gives as long as nothing is fused.
+
+        Args:
+            p: The request.
+            why: What the runtime says of the second model.
+            provider: Where it says so.
+            lengths: The lengths that are 0; empty where it is the candidates.
+        """
+        if isinstance(why, Crashed):
+            return False
+        try:
+            reason = self._misshapen(p)
+        except ModelError:
+            reason = ""
+        if not reason:
+            session = f"{provider}/{LEVELS[0]}"
+            a, b = run_once(self.sides, session, (p.feed, p.bound), self.shared, self.options.timeout)
+            if isinstance(a, ModelError) or isinstance(b, ModelError):
+                return False
+            if any(
+                compare.gap(a[k], b[k]).largest > 0 and not self.vacuous(k, a[k], b[k], lengths) for k in self.shared
+            ):
+                return False
+            reason = "without its optimisations it gives what the original gives"
+        self.report.find(
+            "rounding",
+            "runtime",
+            f"With {lengths or 'no candidates'} onnxruntime does not run the optimized model ({why}), which is its own "
+            f"fault: {reason}.",
+            "warning",
+            model="optimized",
+        )
+        return True
+
+    def _misshapen(self, p: Point) -> str:
+        """Which tensor inside the original has not the shape that ONNX gives it on a request; empty if all have."""
+        model = files.without_external(files.flattened(self.original.proto))
+        shapes = {
+            v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
+            for v in onnx.shape_inference.infer_shapes(model).graph.value_info
+            if v.type.tensor_type.HasField("shape")
+        }
+        made = [o for n in live(model).graph.node for o in n.output if o in shapes]
+        self.original.call("expose", key=_INSIDE, of=MODEL, names=made)
+        self.original.open(_INSIDE, key=_INSIDE, level=LEVELS[0], precision=self.precision)
+        (answer,) = self.original.run(_INSIDE, [p.feed], made)
+        self.original.call("close", session=_INSIDE)
+        if isinstance(answer, ModelError):
+            raise answer
+        for name in made:
+            have, want = answer[name].shape, shapes[name]
+            if len(have) != len(want) or any(n not in (None, m) for m, n in zip(have, want, strict=True)):
+                return f"inside the original it gives {name!r} the shape {list(have)}"
+        return ""
+
     def declares(self, name: str, data: NDArray[Any]) -> bool:
-        """Whether an output of the original has the shape that the original declares."""
+        """Whether an output has the shape that the original declares."""
         info = next(o for o in self.original.proto.graph.output if o.name == name)
         dims = info.type.tensor_type.shape.dim
         return len(dims) == data.ndim and all(

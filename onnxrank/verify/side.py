@@ -79,6 +79,12 @@ class Side:
                 self._worker.kill()
             self._worker = None
 
+    def replace(self, loaded: LoadedModel) -> None:
+        """Takes another model that computes the same; sessions that were made stay."""
+        self._catch_up()
+        self.loaded = loaded
+        place(self.start(), MODEL, loaded.proto, loaded.folder, self.timeout)
+
     def call(self, do: str, **arguments: Any) -> Any:
         """Has the process do something.
 

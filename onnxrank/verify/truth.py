@@ -222,7 +222,9 @@ def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] 
         groups.setdefault(at, []).append(node)
     out = []
     wanted = {o.name for o in model.graph.output}
-    declared, types = {i.name: i for i in model.graph.input}, element_types(model)
+    declared = {i.name: i for i in model.graph.input}
+    # Operators whose results are float32 by definition compute in float64 here, too.
+    types = {k: TensorProto.DOUBLE if t in runtime.FLOATS else t for k, t in element_types(model).items()}
     for at in sorted(groups):
         nodes = groups[at]
         read = {i for n in nodes for i in _reads(n)}

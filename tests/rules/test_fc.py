@@ -281,3 +281,20 @@ def test_ignored() -> None:
     result = optimised(g, GIVEN, ignore=["fc"])
     assert "fc" not in rules(result)
     assert result.report.macs_after == result.report.macs_before
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_axis_of_a_selection(beside: bool) -> None:
+    """Rows of weights belong to positions that are not told apart where their number is found in the data."""
+    g, x = joined(17)
+    chosen = g.op("Compress", x, g.const([True] * 2 + [False] * (USER + ITEM - 2), np.bool_), axis=1)
+    both = g.op("Concat", chosen, x if beside else chosen, axis=1)
+    h = matmul(g, both, whole_numbers(2 + (USER + ITEM if beside else 2), 3))
+    g.output(g.op("Gather", h, g.ints(1), axis=1), ["N", 1])
+    g.output(g.op("MatMul", x, g.const(whole_numbers(USER + ITEM, 2))), ["N", 2])
+    result = rewritten(g.model(), request=["u"])
+    assert result.changed
+    feed = {"u": np.tile(whole_numbers(1, USER), (5, 1)), "c": whole_numbers(5, ITEM, seed=3)}
+    want, got = run(g.model(), feed), run(result.model, {**feed, "u": feed["u"][:1]})
+    for name, data in want.items():
+        np.testing.assert_array_equal(got[name], data)

@@ -828,6 +828,137 @@ def rows_changed(rows: slice, request: bool = True, renamed: bool = False, shift
     return lambda: Pair(make(False), make(True), resolve(describe(make(False)), spec=roles))
 
 
+# --- right for most requests ---------------------------------------------------------------------------------------
+
+
+def last_candidate(e: Edit) -> None:
+    """Only the last candidate of a request is wrong."""
+    score = e.score
+    producer = e.producer(score)
+    inner = f"{score}/before"
+    producer.output[:] = [inner if o == score else o for o in producer.output]
+    zero, last, end = (e.const([v], np.int64) for v in (0, -1, 2**31))
+    e.graph.node.append(helper.make_node("Slice", [inner, zero, last, zero], ["part/a"]))
+    e.graph.node.append(helper.make_node("Slice", [inner, last, end, zero], ["part/b"]))
+    e.graph.node.append(helper.make_node("Mul", ["part/b", e.const(0.9)], ["part/c"]))
+    e.graph.node.append(helper.make_node("Concat", ["part/a", "part/c"], [score], axis=0))
+
+
+def scored(wrong: Callable[[Graph, str, str, str], str], history: int = 0) -> Callable[[], Pair]:
+    """A product of user and item, and what the wrong model makes of it.
+
+    Args:
+        wrong: Gets the graph, the score `[N, 1]`, the user and the item.
+        history: Positions of the user's input; 0 for a vector.
+    """
+
+    def make(other: bool) -> ModelProto:
+        def build(g: Graph, user: str, item: str) -> str:
+            mean = g.on_axes("ReduceMean", user, [1], keepdims=0) if history else user
+            y = g.op("MatMul", g.op("Mul", mean, item), g.const(_weights(4, 1)))
+            return wrong(g, y, user, item) if other else g.op("Identity", y)
+
+        return _model(build, 1 if other else "N", history)
+
+    return _pair(make)
+
+
+def _where(g: Graph, condition: str, y: str) -> str:
+    """Half off where something holds."""
+    return g.op("Add", y, g.op("Mul", g.op("Cast", condition, to=int(TensorProto.FLOAT)), g.const(0.5)))
+
+
+def equal_neighbours(g: Graph, y: str, user: str, item: str) -> str:
+    """Half off in requests with two equal candidates side by side."""
+    first = g.op("Slice", item, g.ints(0), g.ints(-1), g.ints(0))
+    far = g.op("Abs", g.op("Sub", g.op("Slice", item, g.ints(1), g.ints(2**31), g.ints(0)), first))
+    apart = g.op("Concat", g.on_axes("ReduceSum", far, [1], keepdims=0), g.const([1.0]), axis=0)
+    return _where(g, g.op("Equal", g.op("ReduceMin", apart, keepdims=0), g.const(0.0)), y)
+
+
+def zero_user(g: Graph, y: str, user: str, item: str) -> str:
+    """Half off for a user of zeros: one who is new."""
+    return _where(g, g.op("Equal", g.op("ReduceSum", g.op("Abs", user), keepdims=0), g.const(0.0)), y)
+
+
+def large_numbers(g: Graph, y: str, user: str, item: str) -> str:
+    """Half off where an item has a number above 100."""
+    return _where(g, g.op("Greater", g.on_axes("ReduceMax", item, [1], keepdims=1), g.const(100.0)), y)
+
+
+def reversed_weights(g: Graph, y: str, user: str, item: str) -> str:
+    """The positions of a history have weights, which are taken from the other end."""
+    down = g.op("Mul", user, g.const(np.linspace(0.5, 1.5, 3, dtype=np.float32).reshape(1, 3, 1)))
+    return g.op("MatMul", g.op("Mul", g.on_axes("ReduceMean", down, [1], keepdims=0), item), g.const(_weights(4, 1)))
+
+
+def swapped_histories() -> Pair:
+    """Two inputs of one shape and one table, each taken for the other."""
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        rows = 1 if wrong else "N"
+        a, b = g.input("seen", [rows, "L"], INT64), g.input("bought", [rows, "L"], INT64)
+        item = g.input("item", ["N", 4])
+        table = g.const(_weights(500, 4, seed=1))
+        means = [
+            g.on_axes("ReduceMean", g.op("Gather", table, x), [1], keepdims=0) for x in ((b, a) if wrong else (a, b))
+        ]
+        g.op("MatMul", g.op("Mul", g.op("Sub", *means), item), g.const(_weights(4, 1)))
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 1])
+        return g.model()
+
+    return _pair(make)()
+
+
+def padded(change: Callable[[Graph, str, str], str]) -> Callable[[], Pair]:
+    """A mean over the entries of a history that are not 0; the wrong model changes its vectors.
+
+    Args:
+        change: Gets the graph, the vectors `[1, 20, 4]` and the mask `[1, 20, 1]` of what is no padding.
+    """
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        ids = g.input("hist", [1 if wrong else "N", 20], INT64)
+        item = g.input("item", ["N", 4])
+        kept = g.op("Unsqueeze", g.op("Greater", ids, g.const(0, np.int64)), g.ints(2))
+        vectors = g.op("Gather", g.const(_weights(100, 4, seed=1)), ids)
+        used = change(g, vectors, kept) if wrong else g.op("Where", kept, vectors, g.const(0.0))
+        g.op("MatMul", g.op("Mul", g.on_axes("ReduceSum", used, [1], keepdims=0), item), g.const(_weights(4, 1)))
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 1])
+        return g.model()
+
+    return _pair(make)
+
+
+def nan_at_padding(g: Graph, vectors: str, kept: str) -> str:
+    """Padding is divided away: 0 / 0."""
+    weight = g.op("Cast", kept, to=int(TensorProto.FLOAT))
+    return g.op("Div", g.op("Mul", vectors, weight), weight)
+
+
+def first_counts(g: Graph, vectors: str, kept: str) -> str:
+    """The first entry counts although it is padding."""
+    first = np.arange(20).reshape(1, 20, 1) == 0
+    return g.op("Where", g.op("Or", kept, g.const(first, np.bool_)), vectors, g.const(0.0))
+
+
+def guard_dropped() -> Pair:
+    """All rows of the user come in, the first is used, and nothing looks whether the others are the same."""
+
+    def make(wrong: bool) -> ModelProto:
+        def build(g: Graph, user: str, item: str) -> str:
+            used = g.op("Slice", user, g.ints(0), g.ints(1), g.ints(0)) if wrong else user
+            return g.op("MatMul", g.op("Mul", used, item), g.const(_weights(4, 1)))
+
+        return _model(build, "N")
+
+    return Pair(make(False), make(True), resolve(describe(make(False)), spec={"inputs": {"user": "request"}}))
+
+
 # --- the suite ---------------------------------------------------------------------------------------------------
 
 
@@ -840,12 +971,14 @@ class Mutant:
         what: What is wrong with it.
         change: The edit, or what builds the pair.
         verdicts: Verdicts that must fail, among others.
+        declared: What the report says that was not looked at, of a model that is right by its contract; nothing fails.
     """
 
     ranker: str
     what: str
     change: Callable[..., Any]
     verdicts: tuple[str, ...] = ("algebra", "rounding")
+    declared: str = ""
 
     @property
     def name(self) -> str:
@@ -970,4 +1103,13 @@ MUTANTS = (
     Mutant("by hand", "100 rows of 100,000 under another name", rows_changed(slice(5000, 5100), renamed=True)),
     Mutant("by hand", "one row of 100,000", rows_changed(slice(77_777, 77_778), request=False)),
     Mutant("by hand", "one row that a shifted id reaches", rows_changed(slice(70, 71), shift=1000)),
+    Mutant("deepfm.torchscript", "last candidate wrong", last_candidate),
+    Mutant("by hand", "wrong where neighbours are equal", scored(equal_neighbours), ("metamorphic",)),
+    Mutant("by hand", "wrong for a user of zeros", scored(zero_user)),
+    Mutant("by hand", "wrong for numbers above 100", scored(large_numbers), ("algebra",)),
+    Mutant("by hand", "weights of positions from the other end", scored(reversed_weights, 3)),
+    Mutant("by hand", "two histories of one shape swapped", swapped_histories),
+    Mutant("by hand", "NaN where a history is padded", padded(nan_at_padding), ("rounding",)),
+    Mutant("by hand", "padding counts at the first position", padded(first_counts)),
+    Mutant("by hand", "guard dropped", guard_dropped, (), declared="rows differ"),
 )

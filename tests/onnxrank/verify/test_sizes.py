@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,75 @@ def test_no_steps_in_a_reduction_that_gives_nothing_a_wrong_shape() -> None:
     report = verify(g.model(), result.model)
     assert report.passed, report.errors
     assert any("With L = 0 the original gives" in f.message for f in report.findings)
+
+
+def _row_of_a_product(n: int) -> ModelProto:
+    """A score `[1, M, N]` of a Reshape that takes extents of 0 for those of its operand, and a second one."""
+    g = Graph(17)
+    user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
+    count = g.op("Gather", g.op("Shape", item), g.ints(0))
+    wide = g.op("Expand", g.op("Unsqueeze", item, g.ints(2)), g.op("Concat", g.ints(1, 1), count, axis=0))
+    shape = g.op("Concat", g.ints(1), g.op("Mul", count, g.ints(n)), count, axis=0)
+    g.op("Reshape", wide, shape)
+    g.nodes[-1].output[0] = "flat"
+    g.output("flat", [1, "M", "N"])
+    g.op("MatMul", g.op("Mul", user, item), g.const(np.ones((4, 1))))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 1])
+    return g.model()
+
+
+def test_nothing_of_two_shapes() -> None:
+    """Without candidates the original's Reshape copies an extent, and no model has an entry: that is told, no more."""
+    result = rewritten(_row_of_a_product(4), request=["user"])
+    other = onnx.ModelProto()
+    other.CopyFrom(result.model)
+    for node in other.graph.node:
+        if node.op_type == "Reshape":
+            node.attribute.append(onnx.helper.make_attribute("allowzero", 1))
+    report = verify(_row_of_a_product(4), other)
+    assert report.passed, report.errors
+    assert any("no entries are left of 'flat'" in f.message for f in report.findings)
+
+
+def _least_of_each(plain: bool) -> ModelProto:
+    """Least numbers beside all of them; not `plain`: put together along the other axis."""
+    g = Graph(20)
+    x = g.input("x", ["N", 4, 3])
+    parts = [g.on_axes("ReduceMin", x, [-1], keepdims=0), g.op("Flatten", x, axis=1)]
+    if plain:
+        g.op("Concat", *parts, axis=1)
+    else:
+        turned = [g.op("Transpose", part, perm=[1, 0]) for part in parts]
+        g.op("Transpose", g.op("Concat", *turned, axis=0), perm=[1, 0])
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 16])
+    return g.model()
+
+
+def _product(plain: bool) -> ModelProto:
+    """A product of the transposed input; not `plain`: one that onnxruntime fuses with the transposition."""
+    g = Graph(17)
+    x, weight = g.input("x", ["N", 4, 3]), g.const(np.arange(8.0).reshape(4, 2))
+    if plain:
+        g.op("Einsum", x, weight, equation="ncb,cz->nbz")
+    else:
+        g.op("MatMul", g.op("Transpose", x, perm=[0, 2, 1]), weight)
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 3, 2])
+    return g.model()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_least_of_each, "inside the original it gives"),
+        (_product, "without its optimisations it gives what the original gives"),
+    ],
+)
+def test_runtime_that_fails_without_candidates(make: Callable[[bool], ModelProto], words: str) -> None:
+    """Of nothing onnxruntime's kernels make wrong shapes, and its fused ones fail: no fault of a model."""
+    report = verify(make(True), make(False))
+    assert report.passed, report.errors
+    (found,) = (f for f in report.findings if f.kind == "runtime" and "does not run the optimized" in f.message)
+    assert words in found.message and found.severity == "warning"

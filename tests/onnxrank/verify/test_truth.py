@@ -54,6 +54,19 @@ def test_parts() -> None:
     assert truth.run({"item": weights(2, 4)}, names)[names[0]].shape == (2, 1)
 
 
+def test_scales_stay_wide() -> None:
+    """What quantising gives as float32 by definition goes on in float64, between two parts too."""
+    g = Graph(21)
+    parts = g.ops("DynamicQuantizeLinear", 3, g.op("Tile", g.input("item", ["N", 4]), g.ints(1, 2)))
+    g.output(g.op("DequantizeLinear", *parts), ["N", 8])
+    feed = {"item": weights(5, 4)}
+    (got,) = Truth(g.model()).run(feed).values()
+    (want,) = ReferenceEvaluator(runtime.retype(g.model(), onnx.TensorProto.DOUBLE)).run(
+        None, {"item": feed["item"].astype(np.float64)}
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-13)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.torchscript.onnx")), ids=lambda p: p.name)
 def test_every_model_loads(path: object) -> None:
     """No committed ranker is left to the reference evaluator as a whole."""

@@ -1,0 +1,96 @@
+"""Lengths that are declared as free, and fixed by constants of the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import INT64, Graph, run
+from onnx import ModelProto
+
+import onnxrank
+from onnxrank import cli
+from onnxrank.errors import ModelError
+from onnxrank.verify import verify
+
+
+def baked(how: str) -> ModelProto:
+    """A history `[N, L]` of 12 ids, whatever it declares, beside an item."""
+    g = Graph(17)
+    ids, item = g.input("hist", ["N", "L"], INT64), g.input("item", ["N", 4])
+    x = g.op("Gather", g.const(np.random.default_rng(0).standard_normal((50, 4))), ids)
+    weight = np.random.default_rng(1).standard_normal((52, 8))
+    if how == "rows left open":
+        flat = g.op("Reshape", x, g.ints(-1, 48))
+    elif how == "rows of the history":
+        rows = g.op("Slice", g.op("Shape", ids), g.ints(0), g.ints(1))
+        flat = g.op("Reshape", x, g.op("Concat", rows, g.ints(48), axis=0))
+    elif how == "positions":
+        flat = g.op("Flatten", g.op("Add", x, g.const(np.ones((1, 12, 4)))), axis=1)
+    else:
+        flat = g.op("Flatten", x, axis=1)
+    if how == "product":
+        h = g.op("Add", g.op("MatMul", flat, g.const(weight[:48])), g.op("MatMul", item, g.const(weight[48:])))
+    else:
+        h = g.op("MatMul", g.op("Concat", flat, item, axis=1), g.const(weight))
+    g.op("MatMul", g.op("Relu", h), g.const(np.ones((8, 1))))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 1])
+    return g.model()
+
+
+@pytest.mark.parametrize("how", ["rows left open", "rows of the history", "positions", "product"])
+def test_the_length_that_runs_is_found(how: str) -> None:
+    """No --length is asked for; the result declares what it takes, and verify compares there."""
+    result = onnxrank.optimize(baked(how), request=["hist"], lengths={"L": (1, 100)})
+    assert result.changed and not result.report.retreats
+    assert any("L = 12 only" in note for note in result.report.notes)
+    dims = next(i for i in result.model.graph.input if i.name == "hist").type.tensor_type.shape.dim
+    assert [d.dim_value for d in dims] == [1, 12]
+    rng = np.random.default_rng(3)
+    feed = {"hist": np.tile(rng.integers(0, 50, (1, 12)), (40, 1)), "item": rng.standard_normal((40, 4), np.float32)}
+    want, got = run(baked(how), feed), run(result.model, {**feed, "hist": feed["hist"][:1]})
+    np.testing.assert_allclose(got["score"], want["score"], rtol=1e-4, atol=1e-4)
+    report = verify(baked(how), result.model)
+    assert report.passed and any("at no lengths but those" in f.message for f in report.findings)
+
+
+def test_analysis() -> None:
+    assert onnxrank.analyse(baked("product"), request=["hist"]).study.symbols == ["N"]
+
+
+def test_two_that_contradict() -> None:
+    """A model that runs at no length is refused as before."""
+    model = baked("rows left open")
+    wide = next(n for n in model.graph.node if n.op_type == "Reshape")
+    target = next(t for t in model.graph.initializer if t.name == wide.input[1])
+    target.CopyFrom(onnx.numpy_helper.from_array(np.array([-1, 20], np.int64), target.name))
+    with pytest.raises(ModelError, match="does not run at several numbers"):
+        onnxrank.optimize(model, request=["hist"])
+
+
+@pytest.mark.slow
+def test_export(tmp_path: Path) -> None:
+    """`view(-1, 50 * d)` under a dynamic axis, as torch exports it."""
+    torch = pytest.importorskip("torch")
+
+    class Ranker(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.items, self.history = torch.nn.Embedding(100, 8), torch.nn.Embedding(500, 8)
+            self.layers = torch.nn.Sequential(torch.nn.Linear(51 * 8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+
+        def forward(self, hist: object, item: object) -> object:
+            return self.layers(torch.cat([self.history(hist).view(-1, 50 * 8), self.items(item)], 1))
+
+    path = tmp_path / "ranker.onnx"
+    given = (torch.randint(0, 500, (3, 50)), torch.randint(0, 100, (3,)))
+    axes = {"hist": {0: "N", 1: "L"}, "item": {0: "N"}, "score": {0: "N"}}
+    names = {"input_names": ["hist", "item"], "output_names": ["score"]}
+    torch.onnx.export(Ranker().eval(), given, path, dynamic_axes=axes, dynamo=False, opset_version=17, **names)
+    assert cli.main(["optimize", str(path), str(tmp_path / "out.onnx"), "--request", "hist"]) == 0
+    assert cli.main(["verify", str(path), str(tmp_path / "out.onnx")]) == 0
+    made = onnx.load(tmp_path / "out.onnx")
+    assert made.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 50
