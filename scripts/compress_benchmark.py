@@ -40,9 +40,9 @@ from onnxrank import runtime
 from onnxrank.compress import gate
 from onnxrank.compress.engine import Options, Result, compress
 from onnxrank.compress.methods import METHODS, factor, subspace
-from onnxrank.compress.network import Network, Product
-from onnxrank.compress.packing import pack
 from onnxrank.compress.statistics import Moments, Statistics, reduced_rank
+from onnxrank.network import Network, Product
+from onnxrank.packing import pack
 from onnxrank.roles import load_spec
 from onnxrank.turns import interleave, ratio
 from onnxrank.verify.ranking import order

@@ -19,8 +19,6 @@ from onnxrank import model as files
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
 from onnxrank.compress.methods import METHODS, MIXING
-from onnxrank.compress.network import Network, Product, Site
-from onnxrank.compress.packing import pack
 from onnxrank.compress.plan import Plan, Step
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
@@ -29,6 +27,8 @@ from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
 from onnxrank.compress.statistics import Moments, Statistics
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import ModelError, UsageError
+from onnxrank.network import Network, Product, Site
+from onnxrank.packing import pack
 from onnxrank.roles import Roles
 
 PACK = "pack"
@@ -214,7 +214,7 @@ class _Job:
         base = self.original
         if PACK in o.methods or (o.plan is not None and o.plan.pack):
             base = self.original.copy()
-            report.packed = pack(base)
+            report.packed = [str(p) for p in pack(base)]
         with Runner(o.jobs, o.timeout, o.memory) as runner:
             runner.load(ORIGINAL, self.original.finished())
             runner.open(ORIGINAL, ORIGINAL)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.compress.network import Network, Product, Site, Table
 from onnxrank.compress.statistics import Moments, Statistics
+from onnxrank.network import Network, Product, Site, Table
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
@@ -159,18 +159,12 @@ def factor(net: Network, site: Product, first: Floats, second: Floats, shift: Fl
             elif np.abs(shift).max() > 0:
                 net.add_bias(two, shift.astype(kind), method)
         made_first.append(one)
-        made_second.append(net.maker[two.output[0]] if two.op_type == "Gemm" else _product_behind(net, two))
+        made_second.append(two)
     rank = first.shape[1]
     return [
         Product(f"{site.name}.0", names[0], (site.shape[0], rank), tuple(made_first), False),
         Product(f"{site.name}.1", names[1], (rank, site.shape[1]), tuple(made_second), False),
     ]
-
-
-def _product_behind(net: Network, node: Any) -> Any:
-    """The product that stands for one to which a bias was added."""
-    found = net.maker[node.output[0]]
-    return net.maker[found.input[0]] if found.op_type == "Add" and found.input[0] in net.maker else found
 
 
 def _low_rank_error(net: Network, site: Product, rank: int, stats: Statistics) -> float:

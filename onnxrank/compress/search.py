@@ -22,7 +22,6 @@ from onnx import ModelProto
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
 from onnxrank.compress.methods import METHODS, Refused
-from onnxrank.compress.network import Network, Product, Site, Table, parameters
 from onnxrank.compress.plan import Plan, Step
 from onnxrank.compress.refit import heads, refit
 from onnxrank.compress.report import Point, Refusal, Speed
@@ -30,6 +29,7 @@ from onnxrank.compress.runner import ORIGINAL, Runner, speed
 from onnxrank.compress.statistics import Fitted, Statistics, reduced_rank
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.feeds import Feed
+from onnxrank.network import Network, Product, Site, Table, parameters
 
 Floats = NDArray[np.float64]
 Chain = tuple[tuple[str, int], ...]

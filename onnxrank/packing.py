@@ -6,23 +6,31 @@
 - A unit that reads nothing (its column is 0) is a constant, which is added to the next layer's bias.
 
 Scores stay what they are but for rounding. A layer is packed only where all that reads it is known: a tensor that is an
-output, or is read by anything else than per-unit functions and layers, stays as it is.
+output, or is read by anything else than per-unit functions and layers, stays as it is. `compress` packs what it can;
+`optimize` by sites of its plan, with stricter bounds, since nobody gives it labels to see a loss by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.compress.network import Network, Product, Site, attribute
+from onnxrank.graphs import attribute
+from onnxrank.network import Network, Product, Site
 
 Floats = NDArray[np.float64]
+UNITS, WEIGHTS = 0, 1
+"""What is packed at a layer: the units behind it, or its own weights."""
 TINY = 2.0**-50
 """Share of a layer's largest weight below which a weight is 0: it moves no sum by as much as rounding does."""
+LEAST = 2.0**-100
+"""Where no labels show a loss, weights must be below this as well: times an input of a million they are 1e-24."""
+LARGEST = 2.0**64
+"""Inputs up to this must leave a unit finite that is dropped: 0 times infinity is no 0."""
 
 
 def _sigmoid(x: Floats) -> Floats:
@@ -47,6 +55,28 @@ _BINARY: dict[str, Callable[[Floats, Floats], Floats]] = {
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What was packed at a layer.
+
+    Attributes:
+        index: The layer's node, by its place in the model as it was given.
+        kind: `UNITS` or `WEIGHTS`.
+        name: The layer's name.
+        count: How many.
+    """
+
+    index: int
+    kind: int
+    name: str
+    count: int
+
+    def __str__(self) -> str:
+        if self.kind == UNITS:
+            return f"{self.count} units behind {self.name} did nothing"
+        return f"{self.count} weights of {self.name} are too small to be told from 0"
+
+
+@dataclass(frozen=True)
 class _Run:
     """What lies between a layer and those that read it.
 
@@ -59,39 +89,74 @@ class _Run:
     readers: tuple[Product, ...]
 
 
-def pack(net: Network) -> list[str]:
-    """Packs away, in place, what does nothing; says what, a sentence each."""
-    said = _flushed(net)
-    packed: dict[str, int] = {}
-    while (found := _once(net)) is not None:
-        name, count = found
-        packed[name] = packed.get(name, 0) + count
-    return said + [f"{n} units behind {name} did nothing" for name, n in packed.items()]
-
-
-def _flushed(net: Network) -> list[str]:
-    """Makes tiny weights 0."""
-    said = []
+def pack(net: Network) -> list[Packed]:
+    """Packs away, in place, what does nothing, tables' weights included; says what."""
     sites: list[Site] = [*net.products(), *net.tables()]
-    for site in sites:
-        data = net.array(site.weight)
-        assert data is not None
-        tiny = (data != 0) & (np.abs(data) < TINY * np.abs(data).max(initial=0))
-        if not tiny.any():
-            continue
+    return _packed(net, [(s, TINY * _largest(net, s)) for s in sites], lambda _: True)
+
+
+def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> list[Packed]:
+    """The same at some places only, and only what needs no labels to be seen to do nothing.
+
+    Args:
+        net: The model.
+        places: Nodes, by their places in the model, each with what may be packed there; None for all.
+    """
+    at = {id(n): k for k, n in enumerate(net.nodes)}
+    free = places is None
+
+    def allowed(kind: int, site: Site) -> bool:
+        return free or (at[id(site.nodes[0])], kind) in (places or ())
+
+    products = net.products()
+    tiny = [
+        (p, min(LEAST, TINY * _largest(net, p)))
+        for p in products
+        if allowed(WEIGHTS, p) and _run(net, p, products) is not None
+    ]
+    return _packed(net, tiny, lambda p: allowed(UNITS, p))
+
+
+def _largest(net: Network, site: Site) -> float:
+    data = net.array(site.weight)
+    assert data is not None
+    return float(np.abs(data).max(initial=0))
+
+
+def _packed(net: Network, tiny: Sequence[tuple[Site, float]], allowed: Callable[[Product], bool]) -> list[Packed]:
+    at = {id(n): k for k, n in enumerate(net.nodes)}
+    out = []
+    for site, bound in tiny:
+        count = _flush(net, site, bound)
+        if count:
+            out.append(Packed(at[id(site.nodes[0])], WEIGHTS, site.name, count))
+    found: dict[int, Packed] = {}
+    while (units := _once(net, allowed)) is not None:
+        site, count = units
+        k = at[id(site.nodes[0])]
+        before = found.get(k)
+        found[k] = Packed(k, UNITS, site.name, count + (before.count if before else 0))
+    return out + list(found.values())
+
+
+def _flush(net: Network, site: Site, bound: float) -> int:
+    """Makes weights below a bound 0; returns how many there were."""
+    data = net.array(site.weight)
+    assert data is not None
+    tiny = (data != 0) & (np.abs(data) < bound)
+    if tiny.any():
         name = net.constant(np.where(tiny, data.dtype.type(0), data), f"{site.weight}.flushed")
         for node in site.nodes:
             node.input[1 if isinstance(site, Product) else 0] = name
         net.renewed()
-        said.append(f"{int(tiny.sum())} weights of {site.name} are too small to be told from 0")
-    return said
+    return int(tiny.sum())
 
 
-def _once(net: Network) -> tuple[str, int] | None:
-    """Packs one layer; its name and how many units went, or None where there is none."""
+def _once(net: Network, allowed: Callable[[Product], bool]) -> tuple[Product, int] | None:
+    """Packs one layer; the layer and how many units went, or None where there is none."""
     products = net.products()
     for site in products:
-        run = _run(net, site, products)
+        run = _run(net, site, products) if allowed(site) else None
         if run is None:
             continue
         weight = net.matrix(site)
@@ -103,7 +168,7 @@ def _once(net: Network) -> tuple[str, int] | None:
         if not keep.any():  # a layer of no units is no layer
             keep[0] = True
             constant[0] = False
-        if keep.all():
+        if keep.all() or not _stay_finite(net, site, run, unread & ~keep):
             continue
         if constant.any():
             value = _constants(net, site, run)
@@ -111,15 +176,23 @@ def _once(net: Network) -> tuple[str, int] | None:
                 continue
             for r in run.readers:
                 _add(net, r, value[constant] @ net.matrix(r)[constant].astype(np.float64))
-            # Layers to which a bias was added are new nodes.
-            now = {p.weight: p for p in net.products()}
-            run = _Run(run.nodes, tuple(now[r.weight] for r in run.readers))
         for r in run.readers:
             _weights(net, r, net.matrix(r)[keep])
         _weights(net, site, weight[:, keep])
         _vectors(net, site, run, keep)
-        return site.name, int((~keep).sum())
+        return site, int((~keep).sum())
     return None
+
+
+def _stay_finite(net: Network, site: Product, run: _Run, units: NDArray[np.bool_]) -> bool:
+    """Whether units give finite numbers for all inputs that are not enormous."""
+    value = LARGEST * np.abs(net.matrix(site)[:, units].astype(np.float64)).sum(axis=0)
+    for node, place in _places(site, run):
+        data = net.array(node.input[place])
+        assert data is not None
+        wide = np.broadcast_to(np.abs(data.astype(np.float64).reshape(-1)), len(units))[units]
+        value = value * np.maximum(wide, 1) + wide
+    return bool((value < np.finfo(net.matrix(site).dtype).max).all())
 
 
 def _run(net: Network, site: Product, products: list[Product]) -> _Run | None:
@@ -214,8 +287,8 @@ def _weights(net: Network, site: Product, matrix: NDArray[np.float32]) -> None:
     net.renewed()
 
 
-def _vectors(net: Network, site: Product, run: _Run, keep: NDArray[np.bool_]) -> None:
-    """Cuts the constants per unit: the layer's own bias, and those of the functions behind it."""
+def _places(site: Product, run: _Run) -> list[tuple[NodeProto, int]]:
+    """Where constants per unit are read: the layer's own bias, and those of the functions behind it."""
     first = site.nodes[0]
     places = [(first, 2)] if first.op_type == "Gemm" and len(first.input) > 2 and first.input[2] else []
     tensor = first.output[0]
@@ -223,7 +296,12 @@ def _vectors(net: Network, site: Product, run: _Run, keep: NDArray[np.bool_]) ->
         if n.op_type in _BINARY:
             places.append((n, _other(n, tensor)))
         tensor = n.output[0]
-    for node, place in places:
+    return places
+
+
+def _vectors(net: Network, site: Product, run: _Run, keep: NDArray[np.bool_]) -> None:
+    """Cuts the constants per unit."""
+    for node, place in _places(site, run):
         data = net.array(node.input[place])
         assert data is not None
         if data.size == len(keep) and data.size > 1:

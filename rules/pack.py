@@ -1,0 +1,23 @@
+"""`pack`: units and weights that do nothing are packed away.
+
+The work is done by `onnxrank.packing`, before any other rule looks at the model; this module names and explains it.
+"""
+
+from __future__ import annotations
+
+from onnxrank.packing import TINY
+from onnxrank.plans import PACK
+from onnxrank.rewrite import Rule
+
+RULE = Rule(
+    name=PACK,
+    title="Packs away units that nobody reads or that read nothing, and weights too small to be told from 0.",
+    identity="f(x W + b) V = f(x W_k + b_k) V_k + f(b_c) V_c, for k the units left and c the constant ones",
+    source="onnxrank",
+    legal="Between a MatMul or Gemm with constant weights and the layers that read it there are only functions of one "
+    f"unit each. Weights count as 0 below 2^-100 and {TINY:.1e} of the largest of their layer.",
+    refuses="Units that are an output or read by anything else, weights that several layers share, units that may "
+    "become infinite, and tables.",
+    exactness="reassociates",
+    operators={},
+)
