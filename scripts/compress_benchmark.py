@@ -3,6 +3,7 @@
     python scripts/planted.py train trained/0 && python scripts/planted.py train trained/1 --seed 1 ...
     python scripts/compress_benchmark.py whole trained/0 trained/1 trained/2     # size and accuracy, by model and seed
     python scripts/compress_benchmark.py mlps trained/0                          # low rank alone
+    python scripts/compress_benchmark.py finetune trained/0 --fewer 3.79 20      # low rank alone, trained again
     python scripts/compress_benchmark.py latency trained/0                       # over the optimised models
     python scripts/compress_benchmark.py ranks trained/0/dcnv2_parallel.onnx     # ways to lower a rank, and int8
     python scripts/compress_benchmark.py tables models/onnx                      # fp16-tables on every model
@@ -40,7 +41,9 @@ from onnxrank import runtime
 from onnxrank.compress import gate
 from onnxrank.compress.engine import Options, Result, compress
 from onnxrank.compress.methods import METHODS, factor, subspace
-from onnxrank.compress.statistics import Moments, Statistics, reduced_rank
+from onnxrank.compress.plan import Plan, Step, Tuning
+from onnxrank.compress.statistics import Fitted, Moments, Statistics, reduced_rank
+from onnxrank.model import load
 from onnxrank.network import Network, Product
 from onnxrank.packing import pack
 from onnxrank.roles import load_spec
@@ -141,6 +144,37 @@ def mlps(folders: list[Path], count: int) -> None:
                 print(f"| {path.stem}, {seed} ({shapes}) | {less:.2f}x fewer | {' | '.join(cells)} |", flush=True)
 
 
+def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int) -> None:
+    """The same layers with so many fewer weights: as they are fitted, trained, and trained with a ReLU between."""
+    print(
+        "| model, seed | fewer | how | AUC (lower, upper end) | log loss | top 10 | gate |\n|---|---|---|---|---|---|---|"
+    )
+    ways = {"fitted": None, "trained": Tuning(epochs), "trained, ReLU": Tuning(epochs, relu=True)}
+    with tempfile.TemporaryDirectory() as where:
+        for seed, folder in enumerate(folders):
+            for path in sorted(folder.glob("*.onnx")):
+                net = Network(onnx.load(path))
+                pack(net)
+                several = [p for p in net.products() if min(p.shape) >= 64]
+                data, labels = requests(path, Path(where), count, 500 + seed)
+                sha = load(path).sha256
+                for share, (how, tuning) in itertools.product(fewer, ways.items()):
+                    ranks = {p.name: max(1, int(math.prod(p.shape) / share / sum(p.shape))) for p in several}
+                    steps = tuple(Step(name, (("low-rank", k),)) for name, k in ranks.items())
+                    plan = Plan(sha, steps, pack=True, finetune=tuning)
+                    options = Options(labels=labels, choice=16384, seconds=0.1, plan=plan)
+                    report = compress(path, data, options, spec=load_spec(str(roles_file(path)))).report
+                    several_found = [{c.name: c for c in o.criteria} for o in report.outcomes]
+                    c = min(several_found, key=lambda f: f["auc"].low)
+                    auc, lost = c["auc"], c["log_loss"]
+                    interval = f"{auc.value:+.5f} ({auc.low:+.5f}, {auc.high:+.5f})"
+                    print(
+                        f"| {path.stem}, {seed} | {share:g}x | {how} | {interval} | {lost.value:+.5f} "
+                        f"| {c['overlap'].value:.4f} | {report.verdict} |",
+                        flush=True,
+                    )
+
+
 def latency(folders: list[Path], count: int) -> None:
     """Time over the optimised model at N = 512."""
     print("| model, seed | optimised over original | size | weights | AUC (lower end) | top 10 | faster | gate |")
@@ -204,10 +238,9 @@ def factored(net: Network, site: Product, how: str, rank: int, x: Floats, right:
     if how == "AFM":
         y = Moments.of(right)
         basis = subspace(y)[1][:, :rank]
-        factor(net, site, weight @ basis, basis.T, y.mean - basis @ (basis.T @ y.mean), how)
+        factor(net, site, Fitted(rank, weight @ basis, basis.T, y.mean - basis @ (basis.T @ y.mean)), how)
     elif how == "sequential":
-        fitted = reduced_rank(Moments.of(x), x.T @ right, Moments.of(right), rank)
-        factor(net, site, fitted.first, fitted.second, fitted.shift, how)
+        factor(net, site, reduced_rank(Moments.of(x), x.T @ right, Moments.of(right), rank), how)
     else:
         gram = x.T @ x / len(x)
         if how == "SVD":
@@ -219,7 +252,7 @@ def factored(net: Network, site: Product, how: str, rank: int, x: Floats, right:
         left = scale if how == "ASVD" else scale.T
         u, s, vt = np.linalg.svd(left @ weight, full_matrices=False)
         first = np.linalg.solve(left, u[:, :rank] * s[:rank])
-        factor(net, site, first, vt[:rank], none, how)
+        factor(net, site, Fitted(rank, first, vt[:rank], none), how)
 
 
 def ranks(path: Path, count: int, least: int) -> None:
@@ -422,6 +455,11 @@ def main() -> None:
         p.add_argument("--requests", type=int, default=6000)
         if name == "whole":
             p.add_argument("--sequential", action="store_true")
+    p = commands.add_parser("finetune")
+    p.add_argument("folders", nargs="+", type=Path)
+    p.add_argument("--requests", type=int, default=6000)
+    p.add_argument("--fewer", nargs="+", type=float, default=[3.79], help="how many times fewer weights")
+    p.add_argument("--epochs", type=int, default=5)
     p = commands.add_parser("ranks")
     p.add_argument("model", type=Path)
     p.add_argument("--requests", type=int, default=3000)
@@ -439,6 +477,8 @@ def main() -> None:
         whole(args.folders, args.requests, args.sequential)
     elif args.command == "mlps":
         mlps(args.folders, args.requests)
+    elif args.command == "finetune":
+        finetune(args.folders, args.requests, args.fewer, args.epochs)
     elif args.command == "latency":
         latency(args.folders, args.requests)
     elif args.command == "ranks":
