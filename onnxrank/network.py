@@ -6,6 +6,7 @@ gives a tensor, and have it put other nodes in the place of one. Nothing is look
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -169,6 +170,15 @@ class Network:
             return np.transpose(inner, attribute(node, "perm"))
         return None
 
+    def _entries(self, name: str) -> int:
+        """Number of entries of the initializer that a tensor is, or is made of; 0 where it is made of none."""
+        while name not in self._held:
+            node = self.maker.get(name)
+            if node is None or node.op_type not in ("Transpose", "Identity", "Cast"):
+                return 0
+            name = node.input[0]
+        return math.prod(self._held[name].dims)
+
     def alone(self, tensor: str) -> NodeProto | None:
         """The only node that reads a tensor, once; None where there are others, or callers or inner graphs read it."""
         readers = self.readers.get(tensor, [])
@@ -205,11 +215,17 @@ class Network:
             not attribute(node, "transA") and all(attribute(node, k, v) == v for k, v in plain)
         )
 
-    def tables(self) -> list[Table]:
-        """All constants whose rows computed ids look up, in the graph's order."""
+    def tables(self, most: int | None = None) -> list[Table]:
+        """All constants whose rows computed ids look up, in the graph's order.
+
+        Args:
+            most: Entries above which a table is left where it is, unread.
+        """
         found: dict[str, list[NodeProto]] = {}
         other: set[str] = set()
         for n in self.nodes:
+            if most is not None and n.op_type == "Gather" and self._entries(n.input[0]) > most:
+                continue
             if n.op_type == "Gather" and n.domain in ("", "ai.onnx") and not attribute(n, "axis"):
                 data = self.array(n.input[0])
                 if data is not None and data.ndim == 2 and self.array(n.input[1]) is None:

@@ -21,6 +21,7 @@ from onnx import NodeProto
 
 from onnxrank.graphs import attribute
 from onnxrank.network import Network, Product, Site
+from onnxrank.operators import Trait, traits
 
 Floats = NDArray[np.float64]
 UNITS, WEIGHTS = 0, 1
@@ -29,6 +30,8 @@ TINY = 2.0**-50
 """Share of a layer's largest weight below which a weight is 0: it moves no sum by as much as rounding does."""
 LEAST = 2.0**-100
 """Where no labels show a loss, weights must be below this as well: times an input of a million they are 1e-24."""
+MOST = 1 << 24
+"""Entries of a table that are looked at where nobody asked for anything to be given up."""
 LARGEST = 2.0**64
 """Inputs up to this must leave a unit finite that is dropped: 0 times infinity is no 0."""
 
@@ -52,6 +55,11 @@ _BINARY: dict[str, Callable[[Floats, Floats], Floats]] = {
     "PRelu": lambda x, c: np.where(x < 0, c * x, x),
 }
 """The same with a constant per unit as the second operand."""
+_SMOOTH = frozenset(
+    {*_UNARY, *_BINARY, "BatchNormalization", "Clip", "Einsum", "Elu", "Erf", "Gelu", "Gemm", "HardSigmoid", "MatMul"}
+    | {"ReduceMean", "ReduceSum", "Softmax", "Softplus", "Sum"}
+)
+"""What makes no more of a small difference than its operands are large, beside what only moves entries."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,11 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
     def allowed(kind: int, site: Site) -> bool:
         return free or (at[id(site.nodes[0])], kind) in (places or ())
 
-    products = net.products()
+    sites: list[Site] = [*net.products(), *net.tables(MOST)]
     tiny = [
-        (p, min(LEAST, TINY * _largest(net, p)))
-        for p in products
-        if allowed(WEIGHTS, p) and _run(net, p, products) is not None
+        (s, min(LEAST, TINY * _largest(net, s)))
+        for s in sites
+        if allowed(WEIGHTS, s) and all(_is_smooth(net, n.output[0]) for n in s.nodes)
     ]
     return _packed(net, tiny, lambda p: allowed(UNITS, p))
 
@@ -137,6 +145,25 @@ def _packed(net: Network, tiny: Sequence[tuple[Site, float]], allowed: Callable[
         before = found.get(k)
         found[k] = Packed(k, UNITS, site.name, count + (before.count if before else 0))
     return out + list(found.values())
+
+
+def _is_smooth(net: Network, tensor: str) -> bool:
+    """Whether a small difference stays small up to the next layers: nothing divides by it, normalises or compares."""
+    layers = {id(n) for p in net.products() for n in p.nodes}
+    waiting, seen = [tensor], {tensor}
+    while waiting:
+        at = waiting.pop()
+        if at in net.inner:
+            return False
+        for node in net.readers.get(at, []):
+            if id(node) in layers and at not in node.input[1:]:
+                continue
+            own = node.domain in ("", "ai.onnx")
+            if not (own and node.op_type in _SMOOTH) and not traits(node) & Trait.MOVEMENT:
+                return False
+            waiting += [o for o in node.output if o not in seen]
+            seen.update(node.output)
+    return True
 
 
 def _flush(net: Network, site: Site, bound: float) -> int:

@@ -3,11 +3,11 @@
     python scripts/planted.py train trained/0 && python scripts/planted.py train trained/1 --seed 1 ...
     python scripts/compress_benchmark.py whole trained/0 trained/1 trained/2     # size and accuracy, by model and seed
     python scripts/compress_benchmark.py mlps trained/0                          # low rank alone
-    python scripts/compress_benchmark.py finetune trained/0 --fewer 3.79 20      # low rank alone, trained again
+    python scripts/compress_benchmark.py finetune trained/0 --fewer 3.79 20      # low rank, and trained behind it
     python scripts/compress_benchmark.py latency trained/0                       # over the optimised models
     python scripts/compress_benchmark.py ranks trained/0/dcnv2_parallel.onnx     # ways to lower a rank, and int8
     python scripts/compress_benchmark.py tables models/onnx                      # fp16-tables on every model
-    python scripts/compress_benchmark.py pack                                    # half the units masked
+    python scripts/compress_benchmark.py pack                                    # what does nothing, by optimize
     python scripts/compress_benchmark.py scale models/trained/dcnv2_parallel.onnx rows.parquet   # 10 million rows
 
 All ratios of one row are measured in one run, models in turns on one thread, whose own time is counted.
@@ -146,9 +146,8 @@ def mlps(folders: list[Path], count: int) -> None:
 
 def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int) -> None:
     """The same layers with so many fewer weights: as they are fitted, trained, and trained with a ReLU between."""
-    print(
-        "| model, seed | fewer | how | AUC (lower, upper end) | log loss | top 10 | gate |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model, seed | fewer | how | AUC (lower, upper end) | log loss | top 10 | gate |")
+    print("|---|---|---|---|---|---|---|")
     ways = {"fitted": None, "trained": Tuning(epochs), "trained, ReLU": Tuning(epochs, relu=True)}
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
@@ -387,18 +386,28 @@ def masked() -> Iterator[tuple[str, ModelProto]]:
 
 
 def packed() -> None:
-    print("| MLP, half its units masked | weights left | largest difference | faster |\n|---|---|---|---|")
+    """Half the units masked, and weights that weight decay has left; by `optimize`, with that rule and without."""
+    print("| model | weights left | largest difference | faster |\n|---|---|---|---|")
     for name, model in masked():
-        net = Network(model)
-        pack(net)
-        made = net.finished()
-        x = np.random.default_rng(1).normal(size=(512, model.graph.input[0].type.tensor_type.shape.dim[1].dim_value))
-        feed = {"x": x.astype(np.float32)}
-        a, b = (runtime.run(runtime.session(m), feed)["y"] for m in (model, made))
-        sizes = [sum(math.prod(t.dims) for t in m.graph.initializer) for m in (model, made)]
-        speed = times(model, made, feed)
-        print(f"| {name} | {sizes[1] / sizes[0]:.2f} | {np.abs(a - b).max():.1e} | {speed[0]:.2f}x ({speed[1]:.2f}, "
-              f"{speed[2]:.2f}) |")  # fmt: skip
+        how: dict[str, Any] = {"request": ["x[0:64]"], "interface": "same", "guard": False}
+        made = onnxrank.optimize(model, select=["pack"], **how).model
+        width = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+        x = np.random.default_rng(1).normal(size=(512, width)).astype(np.float32)
+        x[:, :64] = x[0, :64]
+        pack_row(f"{name}, half its units masked", model, made, {"x": x})
+    for path in sorted((Path(__file__).resolve().parents[1] / "models" / "trained").glob("*.onnx")):
+        how = {"spec": load_spec(str(roles_file(path))), "interface": "same", "guard": False}
+        without, made = (onnxrank.optimize(path, ignore=left, **how).model for left in (["pack"], []))
+        pack_row(f"{path.stem} of models/trained, optimised", without, made, sample(specs_of(path), 512))
+
+
+def pack_row(name: str, model: ModelProto, made: ModelProto, feed: dict[str, Any]) -> None:
+    output = model.graph.output[0].name
+    a, b = (runtime.run(runtime.session(m), feed)[output] for m in (model, made))
+    sizes = [sum(math.prod(t.dims) for t in m.graph.initializer) for m in (model, made)]
+    speed = times(model, made, feed)
+    fast = f"{speed[0]:.2f}x ({speed[1]:.2f}, {speed[2]:.2f})"
+    print(f"| {name} | {sizes[1] / sizes[0]:.2f} | {np.abs(a - b).max():.1e} | {fast} |", flush=True)
 
 
 # --- many rows ----------------------------------------------------------------------------------------------------

@@ -82,6 +82,33 @@ def test_weights_of_decay() -> None:
     compare(model, result)
 
 
+@pytest.mark.parametrize(
+    ("between", "packed"),
+    [("s = Relu(g)", 1), ("q = Sigmoid(g) s = Concat<axis=1>(q, g)", 1), ("q = ReduceL2(g) s = Div(g, q)", 0),
+     ("s = LayerNormalization(g, c)", 0), ("q = Mul(g, g) z = Sqrt(q) s = Div(g, z)", 0)],
+)  # fmt: skip
+def test_weights_that_a_norm_may_bring_back_stay(between: str, packed: int) -> None:
+    """Divided by their own length, numbers of 1e-40 would be like any others."""
+    w = weights()
+    w["V"][::3, ::5] = 1e-40
+    if "Concat" in between:
+        w["H"] = np.concatenate([w["H"], w["H"]])
+    assert len(sites(optimised(graph(TEXT % BODY.replace("s = Relu(g)", between), **w), request=["user"]))) == packed
+
+
+def test_rows_of_tables() -> None:
+    """Rows that nothing trains decay, too; of tables that are large nothing is read."""
+    w = weights()
+    w["D"] = np.random.default_rng(1).normal(size=(40, 8)).astype(np.float32)
+    w["D"][7:] = 1e-41
+    text = "(float[N,8] user, int64[N] item) => (float[N,1] y) { e = Gather(D, item) x = Concat<axis=1>(user, e) %s }"
+    model = graph(text % BODY, **w)
+    assert [(s.op, s.place.step) for s in sites(optimised(model, request=["user"]))] == [("Gather", packing.WEIGHTS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "MOST", 300)
+        assert not sites(optimised(model, request=["user"]))
+
+
 def test_small_weights_of_a_layer_in_small_units_stay() -> None:
     """What is small next to the others of its layer only is data, and so are others that are all small."""
     w = weights()

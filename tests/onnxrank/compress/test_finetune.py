@@ -137,10 +137,11 @@ OPERATORS = {
     "functions": "a = Sigmoid(g) d = Tanh(g) e = LeakyRelu<alpha=0.3>(g) f = PRelu(g, s) l = Softmax(g) m = Elu(g)"
     " o = Softplus(g) p = Sum(a, d, e, f, l, m, o) k = Clip(p, low, high)",
     "normalised": "a = LayerNormalization(g, s, c) d = Exp(a) e = Sqrt(d) f = Log(e) l = Neg(f)"
-    " m = Abs(l) o = Erf(m) p = Pow(o, two) q = Reciprocal(two) t = Div(p, q) k = BatchNormalization(t, s, c, c, s2)",
-    "selection": "a = Greater(r, r2) d = Where(a, g, r) e = Einsum<equation=\"ab,b->ab\">(d, s) n = Shape(g) f = Expand(e, n)"
-    " l = Cast<to=1>(f) k = Identity(l)",
-}  # fmt: skip
+    " m = Abs(l) o = Erf(m) p = Pow(o, two) q = Reciprocal(two) t = Div(p, q)"
+    " k = BatchNormalization(t, s, c, c, s2)",
+    "selection": 'a = Greater(r, r2) d = Where(a, g, r) e = Einsum<equation="ab,b->ab">(d, s)'
+    " n = Shape(g) f = Expand(e, n) l = Cast<to=1>(f) k = Identity(l)",
+}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
