@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +117,7 @@ class Network:
         self.nodes = list(self.model.graph.node)
         # Those of the model itself, which are never changed: they may be most of it.
         self.tensors = [_read(t, folder) if inside else t for t in source.graph.initializer]
+        self._resized: set[str] = set()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._index()
 
@@ -305,6 +306,10 @@ class Network:
         self._arrays.clear()
         self._index()
 
+    def resized(self, tensors: Iterable[str]) -> None:
+        """Says that tensors have another width now than the file declares."""
+        self._resized.update(tensors)
+
     def set_bias(self, bias: Bias, data: NDArray[Any]) -> None:
         """Has another vector added."""
         node = bias.node
@@ -340,7 +345,7 @@ class Network:
         read = {i for n in out.graph.node for i in n.input} | {o.name for o in out.graph.output} | self.inner
         listed = {i.name for i in out.graph.input}
         out.graph.initializer.extend(t for t in self.tensors if t.name in read or t.name in listed)
-        made = {o for n in out.graph.node for o in n.output}
+        made = {o for n in out.graph.node for o in n.output} - self._resized
         known = [v for v in out.graph.value_info if v.name in made]
         if len(known) < len(out.graph.value_info):
             del out.graph.value_info[:]

@@ -207,6 +207,7 @@ def _once(net: Network, allowed: Callable[[Product], bool]) -> tuple[Product, in
             _weights(net, r, net.matrix(r)[keep])
         _weights(net, site, weight[:, keep])
         _vectors(net, site, run, keep)
+        net.resized([site.nodes[0].output[0], *(o for n in run.nodes for o in n.output)])
         return site, int((~keep).sum())
     return None
 

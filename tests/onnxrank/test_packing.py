@@ -46,6 +46,16 @@ def test_unread_units_go() -> None:
     assert shapes(compare(graph(TEXT % BODY, **w), 1)) == [(10, 1), (12, 13), (13, 10)]
 
 
+def test_declared_widths_go_with_the_units() -> None:
+    """Exporters write shapes down; one that is no longer true keeps a model from being loaded."""
+    w = weights()
+    w["V"][[1, 4, 5]] = 0
+    model = onnx.shape_inference.infer_shapes(graph(TEXT % BODY, **w))
+    assert "h" in {v.name for v in model.graph.value_info}
+    made = compare(model, 1)
+    assert {v.name for v in made.graph.value_info} == {"g", "s"}
+
+
 def test_units_that_read_nothing_are_constants() -> None:
     w = weights()
     w["W"][:, [0, 7]] = 0
