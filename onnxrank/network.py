@@ -325,6 +325,31 @@ class Network:
         node.output[0] = inner
         self.replace(node, [node, self.node(method, "Add", [inner, vector], [given])])
 
+    def set_matrix(self, site: Product, matrix: NDArray[Any]) -> None:
+        """Gives a layer other weights `[inputs, outputs]`."""
+        name = self.constant(matrix.T if site.flipped else matrix, f"{site.weight}.packed")
+        for node in site.nodes:
+            node.input[1] = name
+        self.renewed()
+
+    def shift(self, site: Product, vector: NDArray[np.float64], method: str) -> None:
+        """Has a vector `[outputs]` added to what a layer of one node gives, in its bias if it has one."""
+        (node,) = site.nodes
+        if not np.abs(vector).max() > 0:
+            return
+        held = self.bias(node, site.shape[1])
+        kind = self.matrix(site).dtype
+        if held is not None:
+            old = self.array(held.node.input[held.place])
+            assert old is not None
+            self.set_bias(held, old.astype(np.float64).reshape(-1) + vector)
+        elif node.op_type == "Gemm" and (len(node.input) < 3 or not node.input[2]):
+            del node.input[2:]
+            node.input.append(self.constant(vector.astype(kind), f"{node.output[0]}.bias"))
+            self.renewed()
+        else:
+            self.add_bias(node, vector.astype(kind), method)
+
     def uses(self, domain: str, version: int) -> None:
         """Says that operators of a domain are used."""
         if all(o.domain != domain for o in self.model.opset_import):

@@ -4,6 +4,7 @@
   numbers, which processors take a hundred times longer for.
 - A unit that nothing behind it reads (its row of the next layer is 0) is dropped.
 - A unit that reads nothing (its column is 0) is a constant, which is added to the next layer's bias.
+- Columns of tables that are constant, or equal to others, go into the layers that read them (`columns.py`).
 
 Scores stay what they are but for rounding. A layer is packed only where all that reads it is known: a tensor that is an
 output, or is read by anything else than per-unit functions and layers, stays as it is. `compress` packs what it can;
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.columns import pack_columns
 from onnxrank.graphs import attribute
 from onnxrank.network import Network, Product, Site
 from onnxrank.operators import Trait, traits
 
 Floats = NDArray[np.float64]
-UNITS, WEIGHTS = 0, 1
-"""What is packed at a layer: the units behind it, or its own weights."""
+UNITS, WEIGHTS, COLUMNS = 0, 1, 2
+"""What is packed at a layer or table: the units behind it, its own weights, or columns."""
 TINY = 2.0**-50
 """Share of a layer's largest weight below which a weight is 0: it moves no sum by as much as rounding does."""
 LEAST = 2.0**-100
@@ -68,7 +70,7 @@ class Packed:
 
     Attributes:
         index: The layer's node, by its place in the model as it was given.
-        kind: `UNITS` or `WEIGHTS`.
+        kind: `UNITS`, `WEIGHTS` or `COLUMNS`.
         name: The layer's name.
         count: How many.
     """
@@ -81,6 +83,8 @@ class Packed:
     def __str__(self) -> str:
         if self.kind == UNITS:
             return f"{self.count} units behind {self.name} did nothing"
+        if self.kind == COLUMNS:
+            return f"{self.count} columns of {self.name} are constant or equal to others"
         return f"{self.count} weights of {self.name} are too small to be told from 0"
 
 
@@ -100,7 +104,7 @@ class _Run:
 def pack(net: Network) -> list[Packed]:
     """Packs away, in place, what does nothing, tables' weights included; says what."""
     sites: list[Site] = [*net.products(), *net.tables()]
-    return _packed(net, [(s, TINY * _largest(net, s)) for s in sites], lambda _: True)
+    return _packed(net, [(s, TINY * _largest(net, s)) for s in sites], None, lambda *_: True)
 
 
 def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> list[Packed]:
@@ -122,7 +126,7 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
         for s in sites
         if allowed(WEIGHTS, s) and all(_is_smooth(net, n.output[0]) for n in s.nodes)
     ]
-    return _packed(net, tiny, lambda p: allowed(UNITS, p))
+    return _packed(net, tiny, MOST, allowed)
 
 
 def _largest(net: Network, site: Site) -> float:
@@ -131,15 +135,20 @@ def _largest(net: Network, site: Site) -> float:
     return float(np.abs(data).max(initial=0))
 
 
-def _packed(net: Network, tiny: Sequence[tuple[Site, float]], allowed: Callable[[Product], bool]) -> list[Packed]:
+def _packed(
+    net: Network, tiny: Sequence[tuple[Site, float]], most: int | None, allowed: Callable[[int, Site], bool]
+) -> list[Packed]:
+    """Packs weights below their bounds, columns of tables of so many entries, and units, where that is allowed."""
     at = {id(n): k for k, n in enumerate(net.nodes)}
     out = []
     for site, bound in tiny:
         count = _flush(net, site, bound)
         if count:
             out.append(Packed(at[id(site.nodes[0])], WEIGHTS, site.name, count))
+    for table, count in pack_columns(net, most, lambda t: allowed(COLUMNS, t)):
+        out.append(Packed(at[id(table.nodes[0])], COLUMNS, table.name, count))
     found: dict[int, Packed] = {}
-    while (units := _once(net, allowed)) is not None:
+    while (units := _once(net, lambda p: allowed(UNITS, p))) is not None:
         site, count = units
         k = at[id(site.nodes[0])]
         before = found.get(k)
@@ -202,10 +211,10 @@ def _once(net: Network, allowed: Callable[[Product], bool]) -> tuple[Product, in
             if value is None:
                 continue
             for r in run.readers:
-                _add(net, r, value[constant] @ net.matrix(r)[constant].astype(np.float64))
+                net.shift(r, value[constant] @ net.matrix(r)[constant].astype(np.float64), "pack")
         for r in run.readers:
-            _weights(net, r, net.matrix(r)[keep])
-        _weights(net, site, weight[:, keep])
+            net.set_matrix(r, net.matrix(r)[keep])
+        net.set_matrix(site, weight[:, keep])
         _vectors(net, site, run, keep)
         net.resized([site.nodes[0].output[0], *(o for n in run.nodes for o in n.output)])
         return site, int((~keep).sum())
@@ -286,33 +295,6 @@ def _constants(net: Network, site: Product, run: _Run) -> Floats | None:
             value = _BINARY[n.op_type](value, other.astype(np.float64).reshape(-1))
         tensor = n.output[0]
     return value if np.isfinite(value).all() else None
-
-
-def _add(net: Network, site: Product, vector: Floats) -> None:
-    """Has a vector added to what a layer gives."""
-    node = site.nodes[0]
-    if not np.abs(vector).max() > 0:
-        return
-    held = net.bias(node, site.shape[1])
-    kind = net.matrix(site).dtype
-    if held is not None:
-        old = net.array(held.node.input[held.place])
-        assert old is not None
-        net.set_bias(held, old.astype(np.float64).reshape(-1) + vector)
-    elif node.op_type == "Gemm" and (len(node.input) < 3 or not node.input[2]):
-        del node.input[2:]
-        node.input.append(net.constant(vector.astype(kind), f"{node.output[0]}.bias"))
-        net.renewed()
-    else:
-        net.add_bias(node, vector.astype(kind), "pack")
-
-
-def _weights(net: Network, site: Product, matrix: NDArray[np.float32]) -> None:
-    """Gives a layer other weights `[inputs, outputs]`."""
-    name = net.constant(matrix.T if site.flipped else matrix, f"{site.weight}.packed")
-    for node in site.nodes:
-        node.input[1] = name
-    net.renewed()
 
 
 def _places(site: Product, run: _Run) -> list[tuple[NodeProto, int]]:

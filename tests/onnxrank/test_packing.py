@@ -168,3 +168,44 @@ def test_half_the_units_masked() -> None:
     before, after = (session(m).run(None, {"x": x})[0] for m in (model, net.finished()))
     assert after == pytest.approx(before, abs=1e-6)
     assert shapes(net.finished()) == [(64, 128), (128, 1), (128, 128)]
+
+
+TABLES = {
+    "one lookup": (
+        "e = Gather(D, i) x = Concat<axis=1>(u, e) h = MatMul(x, W) y = ReduceSum<keepdims=1>(h, one)", 14, 1),
+    "a bias, and two readers": (
+        "e = Gather(D, i) x = Concat<axis=-1>(e, u) h = Gemm(x, W, b) g = Gemm(e, V) k = Add(h, g)"
+        " y = ReduceSum<keepdims=1>(k, one)", 14, 1),
+    "several fields flat": (
+        "j = Concat<axis=1>(i2, i2) e = Gather(D, j) f = Reshape(e, flat) x = Concat<axis=1>(u, f) h = Gemm(x, W, b)"
+        " y = ReduceSum<keepdims=1>(h, one)", 22, 1),
+    "flattened": ("e = Gather(D, i2) f = Flatten(e) h = Gemm(f, V, b) y = ReduceSum<keepdims=1>(h, one)", 0, 1),
+    "read by a product of features": (
+        "e = Gather(D, i) q = Mul(e, e) x = Concat<axis=1>(u, e) h = MatMul(x, W) s = ReduceSum<keepdims=1>(q, one)"
+        " t = ReduceSum<keepdims=1>(h, one) y = Add(s, t)", 14, 0),
+    "an activation between": ("e = Gather(D, i) q = Relu(e) h = MatMul(q, V) y = ReduceSum<keepdims=1>(h, one)", 0, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_of_tables(name: str) -> None:
+    """Two columns are constant, one of them 0, and two are equal: three go, one of each constant and of the pair."""
+    body, rows, packed = TABLES[name]
+    rng = RNG(0)
+    held = {"D": (300, 8), "W": (rows, 5), "V": (8, 5), "b": (5,)}
+    w = {k: rng.normal(size=s).astype(np.float32) for k, s in held.items()}
+    w["D"][:, 2], w["D"][:, 5], w["D"][:, 7] = 0, 0.75, w["D"][:, 1]
+    w |= {"one": np.array([1]), "flat": np.array([-1, 16])}
+    text = f"(float[N,6] u, int64[N] i, int64[N,1] i2) => (float[N,1] y) {{ {body} }}"
+    model = graph(text, **{k: v for k, v in w.items() if f" {k})" in body or f" {k}," in body or f"({k}," in body})
+    net = Network(model)
+    told = [str(p) for p in pack(net)]
+    assert told == ["3 columns of e are constant or equal to others"] * packed
+    made = net.finished()
+    onnx.checker.check_model(made, full_check=True)
+    ids = rng.integers(0, 300, 40)
+    feed = {"u": rng.normal(size=(40, 6)).astype(np.float32), "i": ids, "i2": ids[:, None]}
+    before, after = (session(m).run(None, feed)[0] for m in (model, made))
+    assert after == pytest.approx(before, rel=1e-5, abs=1e-5)
+    if packed:
+        assert (300, 5) in shapes(made)
