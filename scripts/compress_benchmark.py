@@ -52,6 +52,8 @@ from onnxrank.verify.ranking import order
 from scripts import planted
 
 TASKS = {"mmoe": 2}
+MLPS = ("deep", "top", "mlp", "experts")
+"""Parts of the names of layers that are an MLP's."""
 Floats = NDArray[np.float64]
 
 
@@ -154,7 +156,7 @@ def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int) -
             for path in sorted(folder.glob("*.onnx")):
                 net = Network(onnx.load(path))
                 pack(net)
-                several = [p for p in net.products() if min(p.shape) >= 64]
+                several = [p for p in net.products() if min(p.shape) >= 32 and any(m in p.name for m in MLPS)]
                 data, labels = requests(path, Path(where), count, 500 + seed)
                 sha = load(path).sha256
                 for share, (how, tuning) in itertools.product(fewer, ways.items()):

@@ -89,6 +89,14 @@ def test_the_same_seed_gives_the_same_bytes(data: Path) -> None:
     assert one.SerializeToString() == two.SerializeToString() != other.SerializeToString()
 
 
+def test_what_does_not_pass_yet_may_be_better(data: Path) -> None:
+    """A plan may ask for ranks that lose too much; training is kept even where it cannot make up for all of that."""
+    strict = Limits(loss=1e-6, overlap=1.0)
+    result = made(ranker(), data, Tuning(5), rank=2, limits=strict)
+    assert result.report.verdict != "passed"
+    assert result.report.plan is not None and result.report.plan.finetune is not None
+
+
 def test_factors_are_kept_in_fewer_bytes_behind_it(data: Path) -> None:
     result = made(ranker(), data, Tuning(2), rank=12, then=(("fp16", 0),))
     assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in result.model.graph.initializer)
