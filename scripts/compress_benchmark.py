@@ -318,7 +318,7 @@ def ranks(path: Path, count: int, least: int) -> None:
 # --- tables in 16 bits --------------------------------------------------------------------------------------------
 
 
-def tables(folder: Path, seconds: float) -> None:
+def tables(folder: Path, seconds: float, requests: int) -> None:
     """fp16-tables on every model: bytes, order and time."""
     print("| model | table bytes | top 10 overlap | time of the original over its |\n|---|---|---|---|")
     worst_overlap, found_times = 1.0, []
@@ -337,7 +337,7 @@ def tables(folder: Path, seconds: float) -> None:
         kept = [t for t in made.graph.initializer if t.data_type == 10]
         shares = []
         one, other = (runtime.session(m, optimise=True) for m in (model, made))
-        for seed in range(200):
+        for seed in range(requests):
             feed = sample(specs, 64, seed)
             for a, b in zip(one.run(None, feed), other.run(None, feed), strict=True):
                 for before, after in zip(a.reshape(64, -1).T, b.reshape(64, -1).T, strict=True):
@@ -478,6 +478,7 @@ def main() -> None:
     p = commands.add_parser("tables")
     p.add_argument("folder", type=Path)
     p.add_argument("--seconds", type=float, default=1.0)
+    p.add_argument("--requests", type=int, default=200)
     commands.add_parser("pack")
     p = commands.add_parser("scale")
     p.add_argument("model", type=Path)
@@ -495,7 +496,7 @@ def main() -> None:
     elif args.command == "ranks":
         ranks(args.model, args.requests, args.least)
     elif args.command == "tables":
-        tables(args.folder, args.seconds)
+        tables(args.folder, args.seconds, args.requests)
     elif args.command == "scale":
         scale(args.model, args.rows, args.data)
     else:
