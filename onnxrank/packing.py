@@ -103,8 +103,7 @@ class _Run:
 
 def pack(net: Network) -> list[Packed]:
     """Packs away, in place, what does nothing, tables' weights included; says what."""
-    sites: list[Site] = [*net.products(), *net.tables()]
-    return _packed(net, [(s, TINY * _largest(net, s)) for s in sites], None, lambda *_: True)
+    return _packed(net, _tiny(net, None, np.inf), None, lambda *_: True)
 
 
 def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> list[Packed]:
@@ -120,19 +119,35 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
     def allowed(kind: int, site: Site) -> bool:
         return free or (at[id(site.nodes[0])], kind) in (places or ())
 
-    sites: list[Site] = [*net.products(), *net.tables(MOST)]
+    layers = {id(n) for p in net.products() for n in p.nodes}
     tiny = [
-        (s, min(LEAST, TINY * _largest(net, s)))
-        for s in sites
-        if allowed(WEIGHTS, s) and all(_is_smooth(net, n.output[0]) for n in s.nodes)
+        (site, bound)
+        for site, bound in _tiny(net, MOST, LEAST)
+        if allowed(WEIGHTS, site) and all(_is_smooth(net, n.output[0], layers) for n in site.nodes)
     ]
     return _packed(net, tiny, MOST, allowed)
 
 
-def _largest(net: Network, site: Site) -> float:
-    data = net.array(site.weight)
-    assert data is not None
-    return float(np.abs(data).max(initial=0))
+def _tiny(net: Network, most: int | None, least: float) -> list[tuple[Site, float]]:
+    """Layers and tables with weights that are too small, and what these are below.
+
+    Args:
+        net: The model.
+        most: Entries above which a table is not looked at.
+        least: What such weights are below in any case; where that is finite, of floats only that have no more digits.
+    """
+    out = []
+    sites: list[Site] = [*net.products(), *net.tables(most)]
+    for site in sites:
+        data = net.array(site.weight)
+        assert data is not None
+        if data.dtype != np.float32 and np.isfinite(least):
+            continue
+        size = np.abs(data)
+        bound = min(least, TINY * float(size.max(initial=0)))
+        if ((size > 0) & (size < bound)).any():
+            out.append((site, bound))
+    return out
 
 
 def _packed(
@@ -142,9 +157,7 @@ def _packed(
     at = {id(n): k for k, n in enumerate(net.nodes)}
     out = []
     for site, bound in tiny:
-        count = _flush(net, site, bound)
-        if count:
-            out.append(Packed(at[id(site.nodes[0])], WEIGHTS, site.name, count))
+        out.append(Packed(at[id(site.nodes[0])], WEIGHTS, site.name, _flush(net, site, bound)))
     for table, count in pack_columns(net, most, lambda t: allowed(COLUMNS, t)):
         out.append(Packed(at[id(table.nodes[0])], COLUMNS, table.name, count))
     found: dict[int, Packed] = {}
@@ -156,9 +169,14 @@ def _packed(
     return out + list(found.values())
 
 
-def _is_smooth(net: Network, tensor: str) -> bool:
-    """Whether a small difference stays small up to the next layers: nothing divides by it, normalises or compares."""
-    layers = {id(n) for p in net.products() for n in p.nodes}
+def _is_smooth(net: Network, tensor: str, layers: Collection[int]) -> bool:
+    """Whether a small difference stays small up to the next layers: nothing divides by it, normalises or compares.
+
+    Args:
+        net: The model.
+        tensor: What may differ.
+        layers: The nodes of layers, by their identity.
+    """
     waiting, seen = [tensor], {tensor}
     while waiting:
         at = waiting.pop()
@@ -176,15 +194,14 @@ def _is_smooth(net: Network, tensor: str) -> bool:
 
 
 def _flush(net: Network, site: Site, bound: float) -> int:
-    """Makes weights below a bound 0; returns how many there were."""
+    """Makes weights below a bound 0; returns how many there are."""
     data = net.array(site.weight)
     assert data is not None
     tiny = (data != 0) & (np.abs(data) < bound)
-    if tiny.any():
-        name = net.constant(np.where(tiny, data.dtype.type(0), data), f"{site.weight}.flushed")
-        for node in site.nodes:
-            node.input[1 if isinstance(site, Product) else 0] = name
-        net.renewed()
+    name = net.constant(np.where(tiny, data.dtype.type(0), data), f"{site.weight}.flushed")
+    for node in site.nodes:
+        node.input[1 if isinstance(site, Product) else 0] = name
+    net.renewed()
     return int(tiny.sum())
 
 

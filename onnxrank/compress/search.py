@@ -483,8 +483,8 @@ class Search:
             maps[name] = Fitted(before.rank, parts["first"], parts["second"], shift, parts.get("lift"))
         better = self.made(replace(made.plan, finetune=how, refit=False), replace(stats, maps=maps))
         better = replace(better, maps=maps)
-        kept = self.passes(better) or not self.passes(made)
-        return better if kept and better.standing > made.standing else made
+        passes = self.passes(better) or not self.passes(made)
+        return better if passes and better.standing > made.standing else made
 
     def _tensors(self, name: str) -> tuple[list[str], list[str]]:
         site = self.found[name]
