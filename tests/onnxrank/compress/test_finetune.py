@@ -39,15 +39,18 @@ def ranker(body: str = "g = Gemm(r, V, c)", head: str = "k = Relu(g)") -> ModelP
     return graph(HEAD % nodes, **{n: w for n, w in weights().items() if f"{n})" in nodes or f" {n}," in nodes})
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Requests whose labels are drawn from the ranker's own scores."""
+def recorded(model: ModelProto, path: Path) -> Path:
+    """Requests whose labels are drawn from a ranker's own scores."""
     x = RNG(1).normal(size=(ROWS, 16)).astype(np.float32)
-    (p,) = session(ranker()).run(None, {"x": x})
-    path = tmp_path_factory.mktemp("data") / "requests.npz"
+    (p,) = session(model).run(None, {"x": x})
     labels = (RNG(2).random(ROWS) < p[:, 0]).astype(np.int8)
     np.savez(path, x=x, label=labels, request_id=np.arange(ROWS) // 20)
     return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recorded(ranker(), tmp_path_factory.mktemp("data") / "requests.npz")
 
 
 def made(model: ModelProto, data: Path, how: Tuning | None, rank: int = 6, **more: Any) -> engine.Result:
@@ -87,6 +90,27 @@ def test_training_brings_back_what_was_lost(data: Path, relu: bool) -> None:
 def test_the_same_seed_gives_the_same_bytes(data: Path) -> None:
     one, two, other = (made(ranker(), data, Tuning(1, True, seed)).model for seed in (3, 3, 4))
     assert one.SerializeToString() == two.SerializeToString() != other.SerializeToString()
+
+
+@pytest.mark.slow
+def test_behind_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command; its plan does the same again."""
+    model = ranker()
+    u, d, v = np.linalg.svd(weights()["V"])
+    d[8:] *= 0.1  # a rank to lose
+    held = next(t for t in model.graph.initializer if t.name == "V")
+    held.CopyFrom(onnx.numpy_helper.from_array(((u * d) @ v).astype(np.float32), "V"))
+    onnx.save(model, tmp_path / "m.onnx")
+    data = recorded(model, tmp_path / "requests.npz")
+    limits = ["--max-loss", "0.1", "--min-overlap", "0.5", "--choice-rows", "2000"]
+    wanted = [str(data), "--labels", "label", "--methods", "low-rank", *limits]
+    made = [str(tmp_path / n) for n in ("out.onnx", "again.onnx", "plan.json")]
+    tune = ["--size", "1.2x", "--finetune-relu", "--epochs", "20", "--seed", "5", "--plan-out", made[2]]
+    assert main(["compress", str(tmp_path / "m.onnx"), made[0], "--data", *wanted, *tune]) == 0
+    assert "finetune" in capsys.readouterr().out
+    assert json.loads(Path(made[2]).read_text())["finetune"] == {"epochs": 20, "relu": True, "seed": 5}
+    assert main(["compress", str(tmp_path / "m.onnx"), made[1], "--data", *wanted, "--plan", made[2]]) == 0
+    assert Path(made[0]).read_bytes() == Path(made[1]).read_bytes()
 
 
 def test_what_does_not_pass_yet_may_be_better(data: Path) -> None:
