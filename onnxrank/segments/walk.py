@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from onnx import ModelProto, NodeProto
 
 from onnxrank import extents as ex
+from onnxrank.emitter import replaced
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import attribute, captured, live, subgraphs
+from onnxrank.graphs import attribute, captured, subgraphs
 from onnxrank.operators import operator
 from onnxrank.segments import steps
 from onnxrank.segments.division import Data, Division, Left, Tensor, depends
@@ -78,29 +79,24 @@ def divided(
         d = Division(model, facts, dtypes, inputs, candidate, data, places)
     except Left:
         return model
-    out = ModelProto()
-    out.CopyFrom(model)
-    del out.graph.node[:], out.graph.value_info[:]
-    for node in model.graph.node:
-        d.emit.hint = next((o for o in node.output if o), node.name)
+
+    def write(node: NodeProto) -> bool:
         made = _step(d, node)
         if made is None:
             for name in (*node.input, *(c for g in subgraphs(node) for c in captured(g))):
                 d.join(name)
             steps.note(d, node)
-        else:
-            d.tensors.update(zip(node.output, made, strict=False))
-        out.graph.node.extend(e.proto for e in d.emit.nodes)
-        d.emit.nodes.clear()
-        if made is None:
-            out.graph.node.append(node)
-    for o in model.graph.output:
-        d.join(o.name)
-    out.graph.node.extend(e.proto for e in d.emit.nodes)
-    made = live(out)
-    read = {i for n in made.graph.node for i in n.input}
-    made.graph.initializer.extend(t for name, t in d.emit.initializers.items() if name in read)
-    return made
+            return False
+        d.tensors.update(zip(node.output, made, strict=False))
+        return True
+
+    def finish() -> None:
+        for o in model.graph.output:
+            d.join(o.name)
+
+    out = replaced(model, d.emit, write, finish)
+    del out.graph.value_info[:]
+    return out
 
 
 def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:
