@@ -187,6 +187,11 @@ class Network:
             return None
         return readers[0] if list(readers[0].input).count(tensor) == 1 else None
 
+    def weights(self) -> int:
+        """Number of entries that are multiplied with, none of which has to be read for it."""
+        operands = {n.input[1] for n in self.nodes if n.op_type in ("MatMul", "Gemm") and len(n.input) > 1}
+        return sum(map(self._entries, operands))
+
     def products(self) -> list[Product]:
         """All products of computed values with constant matrices, in the graph's order."""
         found: dict[str, list[NodeProto]] = {}

@@ -34,6 +34,8 @@ LEAST = 2.0**-100
 """Where no labels show a loss, weights must be below this as well: times an input of a million they are 1e-24."""
 MOST = 1 << 24
 """Entries of a table that are looked at where nobody asked for anything to be given up."""
+MOST_WEIGHTS = 1 << 28
+"""Entries of all layers together above which that is not done at all: a model may be larger than memory."""
 LARGEST = 2.0**64
 """Inputs up to this must leave a unit finite that is dropped: 0 times infinity is no 0."""
 
@@ -113,6 +115,8 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
         net: The model.
         places: Nodes, by their places in the model, each with what may be packed there; None for all.
     """
+    if net.weights() > MOST_WEIGHTS:
+        return []
     at = {id(n): k for k, n in enumerate(net.nodes)}
     free = places is None
 

@@ -188,6 +188,11 @@ def test_bisect_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.culprit.rule, found.culprit.node) == (PACK, sites(made)[0].node)
 
 
+def test_large_models_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MOST_WEIGHTS", 16 * 64 + 64 * 64)
+    assert not sites(optimised(masked(), request=["user"]))
+
+
 def test_external_data(tmp_path: Path) -> None:
     onnx.save(masked(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     result = onnxrank.optimize(tmp_path / "m.onnx", request=["user"])
