@@ -100,7 +100,7 @@ class Form:
             model = other.run()
         except (SiteFailed, Unrepresentable):
             return None, []
-        return (model if other.sites() else None), other.decisions()
+        return (model if other.sites() or self.study.packed else None), other.decisions()
 
     def leaving(self, choice: Choice) -> Form:
         """The same with another choice; what was left alone stays so."""
@@ -120,7 +120,7 @@ class Form:
     @property
     def changed(self) -> bool:
         """Whether there is a result that differs from the original."""
-        return self.model is not None and bool(self.rewrite.sites())
+        return self.model is not None and bool(self.rewrite.sites() or self.study.packed)
 
     @property
     def refusals(self) -> list[Refusal]:

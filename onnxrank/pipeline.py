@@ -23,8 +23,9 @@ from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, preparing_sites
 from onnxrank.fused import Unsupported
 from onnxrank.operators import domain_of, find, operator
-from onnxrank.plans import Measured, Plan, Site, label
-from onnxrank.report import Prediction, Report, Retreat, report_candidates
+from onnxrank.packing import Packed
+from onnxrank.plans import LEAVE, TAKE, Choice, Measured, Place, Plan, Site, label
+from onnxrank.report import Prediction, Report, Retreat, RuleUse, report_candidates
 from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
@@ -381,6 +382,8 @@ class Job:
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
         self._original: Study | None = None
+        self._base: Study | None = None
+        self._unpacked: frozenset[Place] = frozenset()
         self._prepared: list[Site] = []
         self._others: list[Refusal] = []
         self._ways: list[_Way] = []
@@ -435,17 +438,38 @@ class Job:
 
     def candidates(self) -> list[Form]:
         """The ways to rewrite the model, those with all rules first."""
-        assert self.study is not None
-        found = self._forms(self.study)
-        places = list(self.study.sequences)
-        if self.study.fixed_sequences and self._loses(found[0]):
-            places = sorted({*places, *self.study.fixed_sequences})
+        study = self._base = self._packed()
+        self._ways = []
+        found = self._forms(study)
+        places = list(study.sequences)
+        if study.fixed_sequences and self._loses(found[0]):
+            places = sorted({*places, *study.fixed_sequences})
         if places:
             try:
-                found = self._forms(self.study.divided(places), places) + found
+                found = self._forms(study.divided(places), places) + found
             except ModelError as e:
                 self.notes.append(f"a sequence of the history and the candidate is not taken apart: {e}")
+        if study.packed:  # it pays by itself
+            o = self.options
+            found.append(Form(study, o.rules, o.interface, o.guard, o.span, Choice().leaving(rules=_optional(o.rules))))
         return found
+
+    def _packed(self) -> Study:
+        """The original with what does nothing packed away."""
+        study = self._original
+        assert study is not None
+        places = {(p.index, p.kind) for p in self._packing() if _place(p) not in self._unpacked}
+        try:
+            return study.pack(places) if places else study
+        except ModelError as e:
+            self.notes.append(f"what does nothing is not packed away: {e}")
+            self._unpacked = frozenset(map(_place, self._packing()))
+            return study
+
+    def _packing(self) -> Sequence[Packed]:
+        """What can be packed away, as far as rules are allowed."""
+        assert self._original is not None
+        return self._original.packable if any(r.name == plans.PACK for r in self.options.rules) else ()
 
     def _loses(self, form: Form) -> bool:
         """Whether much that is the request's is done for every candidate."""
@@ -489,8 +513,8 @@ class Job:
 
     def choose(self, found: Sequence[Form]) -> None:
         """Takes the form that costs least at the expected number of candidates."""
-        original, seconds = self._original, self._before()
-        assert original is not None
+        base, seconds = self._base, self._before()
+        assert base is not None and self._original is not None
         self._found = tuple(found)
         # Of forms that are all out the last is the plainest.
         chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
@@ -499,7 +523,18 @@ class Job:
         way = self._way()
         assert way is not None
         tried, done = {k for w in self._ways for k in w.places}, way.done if chosen.study is not way.base else ()
-        self._prepared = preparing_sites(plans.SEGMENTS, original, tried, way.places)
+        nodes = self._original.model.graph.node
+        self._prepared = [
+            Site(
+                _place(p),
+                label(nodes[p.index]),
+                nodes[p.index].op_type,
+                (),
+                LEAVE if _place(p) in self._unpacked else TAKE,
+            )
+            for p in self._packing()
+        ]
+        self._prepared += preparing_sites(plans.SEGMENTS, base, tried, way.places)
         self._prepared += preparing_sites(plans.WRITTEN_OUT, way.base, way.could, done)
         self._take(chosen)
 
@@ -531,7 +566,8 @@ class Job:
         n = self.options.usual
         original, made = self.form.study.model, self.form.model
         before, after = self._before()(n), self.form.time(n)
-        if made is not None and _operators(made) == _operators(original) and isclose(before, after):
+        same = made is not None and _operators(made) == _operators(original) and isclose(before, after)
+        if same and not self.form.study.packed:
             self.notes.append("the rewritten model would do the same work in another order, so it was not taken")
             return False
         if before < _LEAST_GAIN * after:
@@ -552,7 +588,9 @@ class Job:
         if not found.changed:
             return False
         self._prepared = list(found.preparation)
-        study = study.prepared(self._prepared)
+        packed = [s for s in self._prepared if s.place.rule == plans.PACK]
+        self._base = study.prepared(packed)
+        study = self._base.prepared([s for s in self._prepared if s not in packed])
         fit([s for s in found.sites if s.place.rule not in plans.PREPARING], study)
         o = self.options
         self.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
@@ -585,8 +623,10 @@ class Job:
                 self.report.changed = False
                 raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", self.report)
             self.options.say("looking for what fails the check")
-            way = self._way()
-            if way is not None and way.places and not self._held(way.base.model, gate.failing_candidates(found)).passed:
+            way, base, counts = self._way(), self._base, gate.failing_candidates(found)
+            if base is not None and base.packed and not self._held(base.model, counts).passed:
+                self._unpack(base, failure(found), counts)
+            elif way is not None and way.places and not self._held(way.base.model, counts).passed:
                 self._join(way, "check", failure(found))
             else:
                 guilty = self._culprit(found)
@@ -672,10 +712,33 @@ class Job:
         study = self.form.study
         return next((w for w in self._ways if study in (w.base, w.written_out)), None)
 
+    def _unpack(self, base: Study, reason: str, counts: Sequence[int]) -> None:
+        """Leaves what makes the check fail unpacked, and goes on with the rest."""
+        original = self._original
+        assert original is not None
+        nodes = original.model.graph.node
+
+        def made(choice: Choice) -> tuple[ModelProto, list[Site]]:
+            sites = [
+                Site(_place(p), label(nodes[p.index]), nodes[p.index].op_type, (), choice.at(_place(p)))
+                for p in base.packed
+            ]
+            return original.pack({(s.place.index, s.place.step) for s in sites if s.taken}).model, sites
+
+        try:
+            guilty = Search(made, lambda m: self._held(m, counts).passed).culprit(Choice(), [plans.PACK])
+        except GaveUp:
+            guilty = None
+        wrong = guilty.sites if guilty is not None and guilty.sites else made(Choice())[1]
+        self._unpacked |= {s.place for s in wrong}
+        self.report.retreats += [Retreat(plans.PACK, s.node, "check", reason) for s in wrong]
+        self.notes.append(f"{plans.PACK} was left out at {', '.join(dict.fromkeys(s.node for s in wrong))}: {reason}")
+        self.choose(self.candidates())
+
     def _join(self, way: _Way, cause: str, reason: str) -> None:
         """Leaves sequences as they are joined, and goes on with the rest."""
-        assert self._original is not None
-        nodes = self._original.model.graph.node
+        assert self._base is not None
+        nodes = self._base.model.graph.node
         self.report.retreats += [Retreat(plans.SEGMENTS, label(nodes[k]), cause, reason) for k in way.places]
         self.notes.append(f"sequences were left as they are joined: {reason}")
         self.choose([f for f in self._found if f.study not in (way.base, way.written_out)])
@@ -785,9 +848,14 @@ class Job:
         return made
 
     def _uses(self) -> list[Any]:
-        form, n = self.form, self.options.usual
-        assert form is not None
-        return form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
+        form, base, n = self.form, self._base, self.options.usual
+        assert form is not None and base is not None
+        uses: list[Any] = form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
+        if base.packed:
+            after = sum(c.macs for c in cost.by_level(base.model.graph, base.shapes(n)).values())
+            places = dict.fromkeys(p.name for p in base.packed)
+            uses.insert(0, RuleUse(plans.PACK, len(places), self.report.macs_before - after, tuple(places)))
+        return uses
 
     def _remark(self, form: Form | None) -> None:
         """Says of every place that was left alone why it was."""
@@ -800,7 +868,7 @@ class Job:
         if form is None or form.model is None:
             return self.unchanged()
         self._remark(form)
-        self.notes += form.rewrite.notes
+        self.notes += [*map(str, form.study.packed), *form.rewrite.notes]
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
         self.report.after = cost.by_level(made.graph, shapes)
@@ -821,6 +889,16 @@ STUDY = Pass("deriving shapes", "none", Job.studied)
 REWRITE = Pass("rewriting", "exact", Job.rewritten)
 CHECK = Pass("checking", "undo", Job.check)
 TIME = Pass("timing", "undo", Job.measure)
+
+
+def _place(packed: Packed) -> Place:
+    """Where something is packed away, as plans have it."""
+    return Place(plans.PACK, packed.index, packed.kind)
+
+
+def _optional(rules: Iterable[Rule]) -> list[str]:
+    """Names of the rules without which others can be applied."""
+    return [r.name for r in rules if r.name not in plans.ALWAYS]
 
 
 def _operators(model: ModelProto) -> Counter[str]:

@@ -22,7 +22,9 @@ WRITTEN_OUT = "fused"
 """In the place of a rule: a fused operator of the original, which may be written out as its steps."""
 SEGMENTS = "segments"
 """In the place of a rule: where the original joins a sequence of symbolic length, which may be taken apart."""
-PREPARING = (SEGMENTS, WRITTEN_OUT)
+PACK = "pack"
+"""The rule whose sites are units and weights that do nothing."""
+PREPARING = (PACK, SEGMENTS, WRITTEN_OUT)
 """What is decided before any rule looks at the model, in this order."""
 
 
@@ -59,8 +61,8 @@ class Place:
 
     Attributes:
         rule: The rule.
-        index: The node, by its place among those of the original with functions inlined, sequences taken apart and
-            fused operators written out as the plan says.
+        index: The node, by its place among those of the original with functions inlined, and packed, sequences taken
+            apart and fused operators written out as the plan says.
         step: Which of the rule's decisions at the node; rules that take nodes make one.
     """
 

@@ -211,12 +211,9 @@ def bayes_auc(probability: NDArray[np.float64], scores: NDArray[np.float64] | No
         probability: Of a click, `[R]`.
         scores: `[R]`.
     """
-    order = probability if scores is None else scores
-    _, back = np.unique(order, return_inverse=True)
-    positive = np.bincount(back, probability)
-    negative = np.bincount(back, 1 - probability)
-    below = np.cumsum(negative) - negative / 2
-    return float((positive * below).sum() / (positive.sum() * negative.sum()))
+    from onnxrank.compress.gate import soft_auc
+
+    return soft_auc(probability if scores is None else scores, probability)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
