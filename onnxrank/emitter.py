@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from onnxrank import surgery
 from onnxrank.journal import Journal
 from onnxrank.operators import operator
+from onnxrank.values import Origin
 
 
 @dataclass(eq=False)
@@ -54,6 +56,25 @@ class Emitter:
     def watched_by(self, journal: Journal) -> None:
         """Has a journal undo what is written."""
         journal.watch(self.nodes, self.initializers, self.op_of, self._taken, self._same, self._parts)
+
+    @contextmanager
+    def at(self, origin: Origin) -> Iterator[None]:
+        """Writes for another original node, and under another rule's name."""
+        before = self.origin, self.hint, self.rule
+        self.origin, self.hint, self.rule = origin.index, origin.hint, origin.rule
+        try:
+            yield
+        finally:
+            self.origin, self.hint, self.rule = before
+
+    @contextmanager
+    def under(self, rule: str | None) -> Iterator[None]:
+        """Writes under a rule's name."""
+        before, self.rule = self.rule, rule
+        try:
+            yield
+        finally:
+            self.rule = before
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet, close to `hint`."""
