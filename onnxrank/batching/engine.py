@@ -27,7 +27,6 @@ CALL = 1e-5
 """Seconds that a call of the runtime takes besides its nodes."""
 _POINTS = ((8, 64), (32, 16), (8, 512))
 """Numbers of requests and of candidates of each at which the report says what batching brings."""
-_LEAST_GAIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -181,22 +180,21 @@ class _Job:
 
     def _worth(self) -> list[str]:
         """What one call for several requests is predicted to bring against one after the other."""
-        study = self.study
-        levels = cost.by_rows(study.model.graph, study.shapes(2))
-        own = {node.name or node.output[0]: level for node, level in levels}
+        study, told = self.study, []
+        own = [(n, level) for n, level in cost.by_rows(study.model.graph, study.shapes(2)) if level != "constant"]
         points = dict.fromkeys([(self.options.requests, self.before.report.usual), *_POINTS])
-        told = []
         for r, n in points:
             one, many = study.shapes(n), study.shapes(r * n)
-            alone = batched = CALL
-            for node in study.model.graph.node:
-                level = own[node.name or node.output[0]]
+            alone = CALL + sum(cost.node_seconds(node, one) for node, _ in own)
+            together = CALL + cost.estimate(launches=self.graph.further)
+            for node, level in own:
                 seconds = cost.node_seconds(node, one)
-                alone += seconds
-                more = max(0.0, seconds - cost.CPU.launch) * (r - 1) if level == "request" else 0.0
-                batched += cost.node_seconds(node, many) if level == "candidate" else seconds + more
-            told.append(f"{r * alone / batched:.2f} at R = {r}, N = {n}")
-        return [f"one call is predicted to be faster than one per request by {', '.join(told)}: it pays with few candidates"]
+                # A step with a row per request takes its time per row, but for its launch.
+                once = seconds + max(0.0, seconds - cost.CPU.launch) * (r - 1)
+                together += cost.node_seconds(node, many) if level == "candidate" else once
+            told.append(f"{r * alone / together:.2f} at R = {r}, N = {n}")
+        most = ", ".join(told)
+        return [f"one call is predicted to be faster than one per request by {most}; it pays with few candidates"]
 
     def check(self, level: str, lengths: Mapping[str, tuple[int, int]]) -> None:
         """Holds the result against the original, as one request and several at once.

@@ -10,8 +10,8 @@ import onnx
 from onnx import ModelProto, NodeProto, helper
 
 from onnxrank import extents as ex
+from onnxrank import halves, runtime
 from onnxrank import model as files
-from onnxrank import runtime
 from onnxrank.batching import rules
 from onnxrank.batching.rows import NAMES, PADDED, Requests
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
@@ -33,6 +33,10 @@ _LARGE = 1 << 12
 """Entries of initializers that operators may read their options from."""
 
 
+_SMALL = 1 << 12
+"""Bytes of a constant up to which each branch of an `If` has its own: what is outside costs time at every run."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a model takes several requests.
@@ -46,6 +50,22 @@ class Shape:
     form: str = "lengths"
     name: str = NAMES["lengths"]
     guard: bool = True
+
+
+def _body(name: str, nodes: Sequence[NodeProto], outputs: Sequence[tuple[str, onnx.ValueInfoProto]]) -> onnx.GraphProto:
+    """A branch of an `If`."""
+    kinds = [helper.make_tensor_value_info(n, o.type.tensor_type.elem_type, None) for n, o in outputs]
+    return helper.make_graph(list(nodes), name, [], kinds)
+
+
+def _live(marked: Sequence[tuple[NodeProto, str | None]], wanted: set[str]) -> list[tuple[NodeProto, str | None]]:
+    """The nodes that some tensors depend on, in order."""
+    kept, needed = [], set(wanted)
+    for node, rule in reversed(marked):
+        if needed & set(node.output):
+            kept.append((node, rule))
+            needed |= {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
+    return kept[::-1]
 
 
 class Batch:
@@ -79,11 +99,13 @@ class Batch:
         self.notes: list[str] = []
         self.alone: list[str] = []
         """Nodes that run request by request."""
+        self.further = 0
+        """How many nodes several requests take beyond those of one."""
         self._varying: set[str] = set()
         self._stored = {t.name: t for t in graph.initializer}
         self._sparse = {t.values.name: t for t in graph.sparse_initializer}
         self._constants: dict[str, Known | None] = {}
-        self.requests = Requests(self.emit, shape.form, shape.name, None, ("", 0, 1))
+        self.requests = Requests(self.emit, shape.form, shape.name)
         self.writer = Writer(self.emit, self.layout, study.facts, self.requests)
         self._types = study.dtypes | {i.name: i.dtype for i in study.declared}
         self._types |= {t.name: t.data_type for t in graph.initializer}
@@ -124,8 +146,9 @@ class Batch:
             rows = Rows(False, 0, added=True) if axis is None else Rows(False, axis, 1, sizes[axis])
             tensor = Tensor(i.name, sizes, rows)
             _declare(made, [*made.type.tensor_type.shape.dim], rows, "requests")
-            if self.requests.once is None and rows.plain:
-                self.requests.once = i.name, rows.axis
+            if not isinstance(rows.inner, int):
+                raise ModelError(f"The rows of {i.name!r} have a length that varies.")
+            self.requests.once.append((i.name, rows.axis, rows.inner))
             self.tensors[i.name] = tensor
             self._lengths(i, i.name, rows)
             return
@@ -161,18 +184,17 @@ class Batch:
         _declare(made, dims, Rows(False, 0, added=True), "requests")
         if self.requests.width is None:
             self.requests.width = i.name, axis + 1
-        if self.requests.once is None:
-            self.requests.once = i.name, 0
+        self.requests.once.append((i.name, 0, 1))
         name = self.writer.transpose(i.name, [*range(1, axis + 1), 0, *range(axis + 1, len(sizes) + 1)])
         shape: list[Size | Count] = list(sizes)
         shape[axis] = Count(True)
         if all(isinstance(n, int) and n > 0 for k, n in enumerate(sizes) if k != axis):
             return self.writer.reshape(name, shape)
         parts = [
-            self.writer.vector(shape[:axis]), self.emit.add("Mul", [self.requests.count(), self.requests._most()]),
+            self.writer.vector(shape[:axis]), self.emit.add("Mul", [self.requests.count(), self.requests.most()]),
             self.writer.vector(shape[axis + 1 :]),
         ]  # fmt: skip
-        return self.emit.add("Reshape", [name, self.emit.add("Concat", parts, {"axis": 0})])
+        return self.writer.shaped(name, self.emit.add("Concat", parts, {"axis": 0}))
 
     def _lengths(self, i: Input, name: str, rows: Rows) -> None:
         """Notes where lengths can be read."""
@@ -324,7 +346,7 @@ class Batch:
         """An output of all candidates as `[requests, ..., candidates, ...]`."""
         assert t.rows is not None
         at, count = t.rows.axis, self.requests.count()
-        most = self.requests._most()
+        most = self.requests.most()
         if t.rows.outer != 1:
             raise ModelError("An output mixes candidates with other entries.")
         if t.rows.inner != 1:
@@ -332,11 +354,24 @@ class Batch:
             most = self.emit.add("Mul", [most, inner])
         parts = [*([self.writer.vector(t.sizes[:at])] if at else []), count, most]
         parts += [self.writer.vector(t.sizes[at + 1 :])] if at + 1 < t.rank else []
-        name = self.emit.add("Reshape", [t.name, self.emit.add("Concat", parts, {"axis": 0})])
+        name = self.writer.shaped(t.name, self.emit.add("Concat", parts, {"axis": 0}))
         return self.writer.transpose(name, [at, *range(at), *range(at + 1, t.rank + 1)])
 
     def _assembled(self, outputs: dict[str, str]) -> ModelProto:
+        """The model: one request by the nodes that it has for one, several by those for several."""
         base = self.study.model
+        alone = self.requests.alone()
+        several = [*self._named(outputs)]
+        flat = {t.name for t in self.given.values()} if self.shape.form == "triton" else set()
+        marked = [*((e.proto, e.rule) for e in self.emit.nodes), *((n, None) for n in several)]
+        live = _live(marked, {f"{name}/several" for name in outputs} | {alone} | flat)
+        first = _live(live, {alone} | flat)
+        self.further = max(0, len(live) - len(base.graph.node))
+        for node, rule in live:
+            if rule == "batch" and not any(p.key == RULE for p in node.metadata_props):
+                node.metadata_props.add(key=RULE, value="batch")
+        early = {n.output[0] for n, _ in first}
+        names = list(outputs)
         made = ModelProto()
         made.CopyFrom(base)
         graph = made.graph
@@ -345,41 +380,84 @@ class Batch:
         stale = [k for k, p in enumerate(made.metadata_props) if p.key == CONTRACT]
         for k in stale[::-1]:
             del made.metadata_props[k]
-        fed = {i.name for i in self.inputs}
-        last: list[NodeProto] = []
-        renamed: dict[str, str] = {}
-        makers = {o: e.proto for e in self.emit.nodes for o in e.proto.output}
-        for name, tensor in outputs.items():
-            if name == tensor:
+        graph.node.extend(n for n, _ in first)
+        infos = {o.name: o for o in base.graph.output}
+        branches = {
+            "then_branch": _body("one", self._one(names), [(f"{n}/one", infos[n]) for n in names]),
+            "else_branch": _body(
+                "several", [n for n, _ in live if n.output[0] not in early], [(f"{n}/several", infos[n]) for n in names]
+            ),
+        }
+        graph.node.append(helper.make_node("If", [alone], names, name="onnxrank/requests", **branches))
+        outside = {i for n in graph.node for i in n.input if i} | files.overridable(base)
+        inside = [captured(g) for g in subgraphs(graph.node[-1])]
+        read = outside.union(*inside)
+        for t in (*base.graph.initializer, *self.emit.initializers.values()):
+            if t.name not in read:
                 continue
-            if name in makers or name in fed:
-                renamed[name] = self.emit.fresh(f"{name}/requests")
-        for e in self.emit.nodes:
-            for field in (e.proto.input, e.proto.output):
-                for k, n in enumerate(field):
-                    field[k] = renamed.get(n, n)
-        for name, tensor in outputs.items():
-            if name != tensor:
-                last.append(helper.make_node("Identity", [renamed.get(tensor, tensor)], [name], name=f"{name}/identity"))
-        kept: list[NodeProto] = []
-        needed = set(outputs)
-        for node, rule in [*((e.proto, e.rule) for e in self.emit.nodes), *((n, None) for n in last)][::-1]:
-            if needed & set(node.output):
-                kept.append(node)
-                needed |= {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
-                if rule == "batch" and not any(p.key == RULE for p in node.metadata_props):
-                    node.metadata_props.add(key=RULE, value="batch")
-        graph.node.extend(kept[::-1])
-        read = needed | files.overridable(base)
-        graph.initializer.extend(t for t in base.graph.initializer if t.name in read)
-        graph.initializer.extend(t for name, t in self.emit.initializers.items() if name in read)
+            if t.name in outside or t.ByteSize() > _SMALL or t.external_data:
+                graph.initializer.append(t)
+                continue
+            for branch, own in zip(subgraphs(graph.node[-1]), inside, strict=True):
+                if t.name in own:
+                    branch.initializer.append(t)
         graph.sparse_initializer.extend(t for t in base.graph.sparse_initializer if t.values.name in read)
         graph.input.extend(self.inputs)
+        fed = {i.name for i in self.inputs}
         have = {t.name for t in graph.initializer}
         graph.input.extend(i for i in base.graph.input if i.name in have and i.name not in fed)
         for info in base.graph.output:
             graph.output.append(self._output(info))
         return made
+
+    def _named(self, outputs: dict[str, str]) -> list[NodeProto]:
+        """Gives outputs a name of their own: the model's are those of the `If`."""
+        names = {name: f"{name}/several" for name, tensor in outputs.items() if name == tensor}
+        own = {o for e in self.emit.nodes for o in e.proto.output}
+        hidden = {name: self.emit.fresh(f"{name}/rows") for name in outputs if name in own and name not in names}
+        for e in self.emit.nodes:
+            for field in (e.proto.input, e.proto.output):
+                for k, n in enumerate(field):
+                    field[k] = names.get(n, hidden.get(n, n))
+        return [
+            helper.make_node("Identity", [hidden.get(tensor, tensor)], [f"{name}/several"], name=f"{name}/several")
+            for name, tensor in outputs.items()
+            if name != tensor
+        ]
+
+    def _one(self, outputs: Sequence[str]) -> list[NodeProto]:
+        """The nodes for one request."""
+        before: list[NodeProto] = []
+        behind: list[NodeProto] = []
+        names: dict[str, str] = {}
+
+        def axis(to: list[NodeProto], op: str, name: str, result: str) -> None:
+            if self.emit.opset < 13:
+                to.append(helper.make_node(op, [name], [result], name=result, axes=[0]))
+            else:
+                to.append(helper.make_node(op, [name, self.emit.constant(np.array([0]))], [result], name=result))
+
+        def apart(t: Tensor) -> bool:
+            return t.rows is not None and (t.rows.added or (self.shape.form == PADDED and t.rows.each))
+
+        for name, t in self.given.items():
+            if apart(t):
+                names[name] = f"{name}/one"
+                axis(before, "Squeeze", name, names[name])
+            elif t.name != name:
+                names[name] = t.name
+        for name in outputs:
+            t = self.tensors[name]
+            if apart(t):
+                names[name] = f"{name}/plain"
+                axis(behind, "Unsqueeze", names[name], f"{name}/one")
+            elif self.shape.form == "triton" and t.each and t.axes > 1:
+                names[name] = f"{name}/plain"
+                flat = self.emit.constant(np.array([-1]))
+                behind.append(helper.make_node("Reshape", [names[name], flat], [f"{name}/one"], name=f"{name}/one"))
+            else:
+                names[name] = f"{name}/one"
+        return [*before, *(halves.renamed(n, names) for n in self.study.model.graph.node), *behind]
 
     def _output(self, info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
         """The description of an output."""

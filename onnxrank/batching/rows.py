@@ -38,16 +38,17 @@ class Requests:
         emit: Receives the nodes.
         form: How callers say which candidates are whose; one of `FORMS`, or `PADDED`.
         name: The input that says it.
-        once: A request-level input, and the axis along which it has a row per request; none in a model without any.
         many: A tensor and the axis along which it has a row per candidate, by how many entries each.
+        once: Request-level inputs, and the axis along which each has a row per request, by how many entries.
         record: Entries of the input behind `triton`'s shapes that are one candidate.
+        width: With `PADDED`: an input, and the axis of the candidates of a request.
     """
 
     emit: Emitter
     form: str
     name: str
-    once: tuple[str, int] | None
-    many: tuple[str, int, int]
+    many: tuple[str, int, int] = ("", 0, 1)
+    once: list[tuple[str, int, int]] = field(default_factory=list)
     record: int = 1
     width: tuple[str, int] | None = None
     _made: dict[object, str] = field(default_factory=dict)
@@ -95,19 +96,20 @@ class Requests:
 
     def candidates(self) -> str:
         """The number of candidates of all requests, int64 [1]."""
-        name, axis, each = self.many
-        count = self._extent(name, axis)
-        return self._add("Div", [count, self._const([each])]) if each > 1 else count
+        return self._rows(*self.many)
 
     def count(self) -> str:
         """The number of requests, int64 [1]."""
         if self.form == "index" or self.form == PADDED:
-            assert self.once is not None
-            return self._extent(*self.once)
+            return self._rows(*self.once[0])
         rows = self._extent(self.name, 0)
         return self._add("Sub", [rows, self._const([1])]) if self.form == "offsets" else rows
 
-    def _most(self) -> str:
+    def _rows(self, name: str, axis: int, each: int) -> str:
+        count = self._extent(name, axis)
+        return self._add("Div", [count, self._const([each])]) if each > 1 else count
+
+    def most(self) -> str:
         """With `PADDED`: candidates of every request, int64 [1]."""
         assert self.width is not None
         return self._extent(*self.width)
@@ -126,11 +128,31 @@ class Requests:
 
     def valid(self) -> str | None:
         """Whether what callers say adds up, bool [1]; None where there is nothing to be said."""
-        if self.form == PADDED:
-            return None
         if "valid" not in self._made:
-            self._made["valid"] = self._valid_index() if self.form == "index" else self._valid_lengths()
+            found = [self._valid_index()] if self.form == "index" else []
+            found += [self._valid_lengths()] if self.form not in ("index", PADDED) else []
+            if len(self.once) > (self.form in ("index", PADDED)):
+                rows = self._add("Concat", [self._rows(*i) for i in self.once], axis=0)
+                found.append(self._none(self._add("Not", [self._add("Equal", [rows, self.count()])])))
+            if not found:
+                return None
+            self._made["valid"] = found[0] if len(found) == 1 else self._add("And", found)
         return self._made["valid"]
+
+    def alone(self) -> str:
+        """Whether there is one request, which all candidates are of, bool []."""
+        if self.form == "index":
+            valid = self.valid()
+            assert valid is not None
+            return self._scalar(self._add("And", [valid, self._add("Equal", [self.count(), self._const([1])])]))
+        given, wanted = [self._rows(*i) for i in self.once], [self._const([1] * len(self.once))] * bool(self.once)
+        if self.form != PADDED:
+            first = self._add("Concat", [self._given() if self.form == "triton" else self.name, self._const([-1, -1])], axis=0)
+            given += [self._extent(self.name, 0), self._slice(first, 0, 2 if self.form == "offsets" else 1)]
+            wanted += [self._const([2, 0] if self.form == "offsets" else [1]), self.candidates()]
+        same = self._add("Equal", [self._add("Concat", x, axis=0) for x in (given, wanted)])
+        least = self.emit.reduce("ReduceMin", self._add("Cast", [same], to=int(TensorProto.INT32)), [0], False, hint="requests")
+        return self._add("Cast", [least], to=int(TensorProto.BOOL))
 
     def _valid_lengths(self) -> str:
         lengths, count = self._given(), self.candidates()
@@ -140,8 +162,6 @@ class Requests:
         if self.form == "offsets":
             start = self._add("Equal", [self._slice(self.name, 0, 1), self._const([0])])
             good = self._add("And", [good, start])
-        if self.once is not None:
-            good = self._add("And", [good, self._add("Equal", [self._extent(*self.once), self.count()])])
         return good
 
     def _valid_index(self) -> str:
@@ -161,8 +181,7 @@ class Requests:
         return self._made["lengths"]
 
     def _safe_lengths(self) -> str:
-        valid = self.valid()
-        assert valid is not None
+        valid = self._valid_lengths()
         first = self._add("Equal", [self._range(self.count()), self._const([0])])
         alone = self._add("Mul", [self._add("Cast", [first], to=int(TensorProto.INT64)), self.candidates()])
         return self._add("Where", [valid, self._given(), alone])
@@ -202,13 +221,12 @@ class Requests:
 
     def _index(self) -> str:
         if self.form == "index":
-            valid = self.valid()
-            assert valid is not None
+            valid = self._valid_index()
             return self._add("Where", [valid, self.name, self._zeros(self.candidates())])
         if self.form == PADDED:
             rows = self._add("Reshape", [self._range(self.count()), self._const([-1, 1])])
-            shape = self._add("Concat", [self.count(), self._most()], axis=0)
-            return self._add("Reshape", [self._add("Expand", [rows, shape]), self.candidates()])
+            shape = self._add("Concat", [self.count(), self.most()], axis=0)
+            return self._add("Reshape", [self._add("Expand", [rows, shape]), self._const([-1])])
         # Where a request begins that has candidates, the index goes up to its number from that of the one before.
         lengths = self._lengths()
         some = self._add("Greater", [lengths, self._const([0])])
@@ -238,8 +256,9 @@ class Requests:
 
     def _pack(self) -> str:
         if self.form == PADDED:
-            shape = self._add("Concat", [self.count(), self._most()], axis=0)
-            return self._add("Reshape", [self._range(self.candidates()), shape])
+            shape = self._add("Concat", [self.count(), self.most()], axis=0)
+            zero = {"allowzero": 1} if self.emit.opset >= 14 else {}
+            return self._add("Reshape", [self._range(self.candidates()), shape], **zero)
         lengths = self._add("Concat", [self._lengths(), self._const([0])], axis=0)
         most = self.emit.reduce("ReduceMax", lengths, [0], True, hint="requests")
         starts = self._add("Reshape", [self._starts(), self._const([-1, 1])])
@@ -259,5 +278,5 @@ class Requests:
 
     def _starts_of(self) -> str:
         if self.form == PADDED:
-            return self._add("Mul", [self._range(self.count()), self._most()])
+            return self._add("Mul", [self._range(self.count()), self.most()])
         return self._starts()

@@ -346,7 +346,7 @@ def _concat(site: Site) -> list[Tensor]:
         shape: list[Size | Count] = [1, *t.sizes] if extra else list(t.sizes)
         shape[rows.axis] = Count(False)
         names.append(writer.emit.add("Expand", [t.name, writer.vector(shape)]))
-    return site.same(names, rows, {"axis": axis + extra})
+    return site.same(names, rows, {"axis": axis + extra} if extra else None)
 
 
 def _off_rows(site: Site, x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -390,7 +390,7 @@ def _split(site: Site) -> list[Tensor]:
             return site.same([x.name], Rows(x.rows.each, axis, x.rows.outer // parts, x.rows.inner))
     x = _off_rows(site, x, [axis])
     assert x.rows is not None
-    return site.same(site.with_first(x.name), x.rows, {"axis": x.axis(axis)})
+    return site.same(site.with_first(x.name), x.rows, {"axis": x.axis(axis)} if x.rows.added else None)
 
 
 def _squeeze(site: Site) -> list[Tensor]:
@@ -426,7 +426,7 @@ def _gather(site: Site) -> list[Tensor]:
     assert x.rows is not None
     shift = ids.rank - 1 if not x.rows.added and axis < x.rows.axis else 0
     rows = Rows(x.rows.each, x.rows.axis + shift, x.rows.outer, x.rows.inner, x.rows.added)
-    return site.same([x.name, ids.name], rows, {"axis": x.axis(axis)})
+    return site.same([x.name, ids.name], rows, {"axis": x.axis(axis)} if x.rows.added else None)
 
 
 def _top_k(site: Site) -> list[Tensor]:
@@ -434,7 +434,7 @@ def _top_k(site: Site) -> list[Tensor]:
     axis = int(attribute(site.node, "axis", -1)) % x.rank
     x = _off_rows(site, x, [axis])
     assert x.rows is not None
-    return site.same(site.with_first(x.name), x.rows, {"axis": x.axis(axis)})
+    return site.same(site.with_first(x.name), x.rows, {"axis": x.axis(axis)} if x.rows.added else None)
 
 
 def _gather_elements(site: Site) -> list[Tensor]:

@@ -57,7 +57,11 @@ class Writer:
         if all(isinstance(n, Count) or (isinstance(n, int) and n > 0) for n in shape):
             if sum(isinstance(n, Count) for n in shape) <= 1:
                 return self.emit.add("Reshape", [name, self.constant([-1 if isinstance(n, Count) else n for n in shape])])
-        return self.emit.add("Reshape", [name, self.vector(shape)])
+        return self.shaped(name, self.vector(shape))
+
+    def shaped(self, name: str, shape: str) -> str:
+        """A tensor in a shape that is computed, in which 0 stands for no entries."""
+        return self.emit.add("Reshape", [name, shape], {"allowzero": 1} if self.emit.opset >= 14 else None)
 
     def vector(self, shape: Sequence[Size | Count]) -> str:
         """A shape as int64 [rank]."""

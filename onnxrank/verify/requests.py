@@ -62,18 +62,28 @@ class _Several:
     def __init__(self, engine: Engine, side: Side, told: Mapping[str, Any]) -> None:
         self.engine, self.side, self.told = engine, side, told
         self.provider = engine.options.providers[0]
-        self.session = _TRUTH if engine.truth else f"{self.provider}/{LEVELS[0]}"
+        self.level = ""
         self.maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.ranges)
 
     def run(self) -> None:
-        """Compares at every number of requests."""
-        how = {"precision": "double"} if self.engine.truth else self.engine.session(self.provider, LEVELS[0])
-        self.side.open(self.session, **how)
+        """Compares at every number of requests: in float64 where that can be, and as it is served."""
+        for level in dict.fromkeys([_TRUTH if self.engine.truth else LEVELS[0], LEVELS[-1]]):
+            self.level = level
+            how = {"precision": "double"} if level == _TRUTH else self.engine.session(self.provider, level)
+            self.side.open(self._session, **how)
+            self._run()
+
+    @property
+    def _session(self) -> str:
+        return _TRUTH if self.level == _TRUTH else f"{self.provider}/{self.level}"
+
+    def _run(self) -> None:
         cases: list[Case] = []
         for count in self.engine.options.requests:
             counts = self._counts(count)
             feeds = [self._feed(k, n) for k, n in enumerate(counts)]
-            answers = iter(self.engine.original.run(self.session, [f for f, _ in feeds if f is not None], self.engine.shared))
+            given = [f for f, _ in feeds if f is not None]
+            answers = iter(self.engine.original.run(self._session, given, self.engine.shared))
             wanted = [None if f is None else next(answers) for f, _ in feeds]
             bound = [b for _, b in feeds]
             cases += self._compared(f"{count} requests", bound, counts, wanted)
@@ -115,8 +125,8 @@ class _Several:
     ) -> list[Case]:
         if not any(counts):
             return []
-        where = Case("metamorphic", self.provider, self._level, name, sum(counts), _SEED, "", 0.0, 0.0, True)
-        (answer,) = self.side.run(self.session, [batches.joined(self.told, bound)], self.engine.shared)
+        where = Case("metamorphic", self.provider, self.level, name, sum(counts), _SEED, "", 0.0, 0.0, True)
+        (answer,) = self.side.run(self._session, [batches.joined(self.told, bound)], self.engine.shared)
         if isinstance(answer, ModelError):
             raise answer
         found = batches.parted(self.told, answer, counts)
@@ -139,10 +149,10 @@ class _Several:
         """Whether scores are NaN where what tells the requests apart contradicts itself."""
         stored = self.told.get("guard", True)
         feeds = batches.contradicting(self.told, batches.joined(self.told, bound)) if stored else []
-        where = Case("metamorphic", self.provider, self._level, "requests that do not add up", candidates, _SEED, "",
+        where = Case("metamorphic", self.provider, self.level, "requests that do not add up", candidates, _SEED, "",
                      0.0, 0.0, True)  # fmt: skip
         cases = []
-        for answer in self.side.run(self.session, feeds, self.engine.shared) if feeds else []:
+        for answer in self.side.run(self._session, feeds, self.engine.shared) if feeds else []:
             if isinstance(answer, ModelError):
                 continue
             for output, data in answer.items():
@@ -151,13 +161,9 @@ class _Several:
                     cases.append(replace(where, output=output, error=wrong, passed=not wrong))
         return cases
 
-    @property
-    def _level(self) -> str:
-        return _TRUTH if self.engine.truth else LEVELS[0]
-
     def _allowed(self, output: str, scale: float) -> float:
         m = self.engine.held.get((self.provider, ORDINARY, output))
-        if self.engine.truth:
+        if self.level == _TRUTH:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0
 
