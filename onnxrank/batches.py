@@ -15,10 +15,10 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from onnxrank.contract import CONTRACT, stored_contract
 from onnxrank.errors import ModelError
-from onnxrank.feeds import Feed
 from onnxrank.graphs import captured, rename_captured, subgraphs, versions
 from onnxrank.model import LoadedModel
 
+Feed = dict[str, NDArray[Any]]
 INTERFACES = ("batch", "padded")
 """Interfaces of several requests per call."""
 
@@ -208,7 +208,9 @@ class _Single:
             self._add(to, "Cast", [wide], result, to=int(TensorProto.INT32))
             return
         at = self._constant(to, f"{result}/axis", [how["axis"]])
-        count = self._add(to, "Gather", [shape, at], f"{result}/entries" if form != "lengths" or how["inner"] > 1 else result)
+        count = self._add(
+            to, "Gather", [shape, at], f"{result}/entries" if form != "lengths" or how["inner"] > 1 else result
+        )
         if how["inner"] > 1:
             each = self._constant(to, f"{result}/each", [how["inner"]])
             count = self._add(to, "Div", [count, each], f"{result}/count" if form != "lengths" else result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,7 +57,9 @@ class Options:
         if self.rows not in FORMS:
             raise UsageError(f"rows {self.rows!r} are not known; use {', '.join(map(repr, FORMS))}")
         if self.interface == PADDED and (self.rows != "lengths" or self.name is not None):
-            raise UsageError("with the interface 'padded' nothing tells requests apart: leave the rows and their name out")
+            raise UsageError(
+                "with the interface 'padded' nothing tells requests apart: leave the rows and their name out"
+            )
         if self.requests < 1:
             raise UsageError(f"{self.requests} requests per call cannot be")
 

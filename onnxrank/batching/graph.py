@@ -28,7 +28,6 @@ from onnxrank.plans import label
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES, Sources, extents, is_candidate_symbol, symbols
 
-LEAST_OPSET = 11
 _LARGE = 1 << 12
 """Entries of initializers that operators may read their options from."""
 
@@ -84,8 +83,6 @@ class Batch:
         self.study, self.axes, self.shape = study, axes, shape
         graph = study.model.graph
         opset = versions(study.model)[""]
-        if opset < LEAST_OPSET:
-            raise ModelError(f"Several requests per call need opset {LEAST_OPSET} or newer, and the model has {opset}.")
         taken = names_in(graph)
         if shape.name in taken and shape.form != PADDED:
             raise UsageError(f"The model has a tensor called {shape.name!r}: choose another name with --rows-name.")
@@ -161,7 +158,9 @@ class Batch:
         dims = [*made.type.tensor_type.shape.dim]
         if self.shape.form == "triton":
             if axis:
-                raise ModelError(f"Triton joins requests along the first axis, and candidates of {i.name!r} lie along another.")
+                raise ModelError(
+                    f"Triton joins requests along the first axis, and candidates of {i.name!r} lie along another."
+                )
             del made.type.tensor_type.shape.dim[:]
             made.type.tensor_type.shape.dim.add().dim_param = f"{i.name}.entries"
             name = i.name if len(sizes) == 1 else self.writer.reshape(i.name, tensor.shape())
@@ -293,7 +292,9 @@ class Batch:
     def _from_shapes(self, node: NodeProto, varying: set[str], moving: set[str]) -> bool:
         """Nodes that shapes are computed with; whether it is one."""
         outputs = [o for o in node.output if o]
-        if outputs and all(o in self.study.facts.folded and not symbols(self.study.facts.folded[o][0]) for o in outputs):
+        if outputs and all(
+            o in self.study.facts.folded and not symbols(self.study.facts.folded[o][0]) for o in outputs
+        ):
             for o in outputs:
                 data = self.study.facts.folded[o][1].reshape(
                     [n if isinstance(n, int) else 1 for n in self.study.facts.sizes[o]]
@@ -302,14 +303,16 @@ class Batch:
             return True
         if node.op_type == "Shape" and not node.domain:
             whole = self._tensor(node.input[0]).sizes
-            start, end = (next((a.i for a in node.attribute if a.name == n), d) for n, d in (("start", 0), ("end", len(whole))))
+            start, end = (
+                next((a.i for a in node.attribute if a.name == n), d) for n, d in (("start", 0), ("end", len(whole)))
+            )
             sizes = whole[start:end]
             if any(CANDIDATES in ex.symbols_of(n) for n in sizes):
                 self._varying |= set(outputs)
             else:
                 self.tensors[outputs[0]] = Tensor(self.writer.vector(sizes), (len(sizes),))
             return True
-        if varying and not moving and not (node.op_type in ("Expand",)):
+        if varying and not moving and node.op_type not in ("Expand",):
             self._varying |= set(outputs)
             return True
         return False
@@ -375,7 +378,14 @@ class Batch:
         made = ModelProto()
         made.CopyFrom(base)
         graph = made.graph
-        for part in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer, graph.sparse_initializer):
+        for part in (
+            graph.node,
+            graph.input,
+            graph.output,
+            graph.value_info,
+            graph.initializer,
+            graph.sparse_initializer,
+        ):
             del part[:]
         stale = [k for k, p in enumerate(made.metadata_props) if p.key == CONTRACT]
         for k in stale[::-1]:
@@ -479,9 +489,7 @@ class Batch:
         return made
 
 
-def _declare(
-    made: onnx.ValueInfoProto, dims: Sequence[onnx.TensorShapeProto.Dimension], rows: Rows, name: str
-) -> None:
+def _declare(made: onnx.ValueInfoProto, dims: Sequence[onnx.TensorShapeProto.Dimension], rows: Rows, name: str) -> None:
     """Gives a description the axis of the requests."""
     copied = [onnx.TensorShapeProto.Dimension.FromString(d.SerializeToString()) for d in dims]
     axis = onnx.TensorShapeProto.Dimension(dim_param=name)

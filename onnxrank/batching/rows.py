@@ -147,11 +147,15 @@ class Requests:
             return self._scalar(self._add("And", [valid, self._add("Equal", [self.count(), self._const([1])])]))
         given, wanted = [self._rows(*i) for i in self.once], [self._const([1] * len(self.once))] * bool(self.once)
         if self.form != PADDED:
-            first = self._add("Concat", [self._given() if self.form == "triton" else self.name, self._const([-1, -1])], axis=0)
+            first = self._add(
+                "Concat", [self._given() if self.form == "triton" else self.name, self._const([-1, -1])], axis=0
+            )
             given += [self._extent(self.name, 0), self._slice(first, 0, 2 if self.form == "offsets" else 1)]
             wanted += [self._const([2, 0] if self.form == "offsets" else [1]), self.candidates()]
         same = self._add("Equal", [self._add("Concat", x, axis=0) for x in (given, wanted)])
-        least = self.emit.reduce("ReduceMin", self._add("Cast", [same], to=int(TensorProto.INT32)), [0], False, hint="requests")
+        least = self.emit.reduce(
+            "ReduceMin", self._add("Cast", [same], to=int(TensorProto.INT32)), [0], False, hint="requests"
+        )
         return self._add("Cast", [least], to=int(TensorProto.BOOL))
 
     def _valid_lengths(self) -> str:
@@ -167,7 +171,11 @@ class Requests:
     def _valid_index(self) -> str:
         index = self.name
         odd = self._add(
-            "Or", [self._add("Less", [index, self._const([0])]), self._add("Not", [self._add("Less", [index, self.count()])])]
+            "Or",
+            [
+                self._add("Less", [index, self._const([0])]),
+                self._add("Not", [self._add("Less", [index, self.count()])]),
+            ],
         )
         later, earlier = self._slice(index, 1, np.iinfo(np.int64).max), self._slice(index, 0, -1)
         good = self._add("And", [self._none(odd), self._none(self._add("Less", [later, earlier]))])

@@ -178,11 +178,14 @@ def _along(site: Site) -> list[Tensor]:
             raise Impossible("it takes in candidates together")
         x = site.writer.leading(x)
     assert x.rows is not None
-    inputs, attributes = site.with_first(x.name), {}
+    inputs = site.with_first(x.name)
+    attributes: dict[str, Any] = {}
     if x.rows.added:
         inputs, attributes = _moved_axes(site, inputs, [x.axis(a) for a in axes])
     gone = 0 if len(site.sizes[0]) == x.rank else sum(a < x.rows.axis for a in axes)
-    return site.same(inputs, Rows(x.rows.each, x.rows.axis - gone, x.rows.outer, x.rows.inner, x.rows.added), attributes)
+    return site.same(
+        inputs, Rows(x.rows.each, x.rows.axis - gone, x.rows.outer, x.rows.inner, x.rows.added), attributes
+    )
 
 
 def _moved_axes(site: Site, inputs: list[str], axes: list[int]) -> tuple[list[str], dict[str, Any]]:
@@ -475,7 +478,9 @@ def _expand(site: Site) -> list[Tensor]:
     else:
         if x.rows is None:
             raise Impossible("its shape differs between requests")
-        names, rows = writer.aligned([x, Tensor("", sizes)], sizes) if x.rows.plain else ([], Rows(False, 0, added=True))
+        names, rows = (
+            writer.aligned([x, Tensor("", sizes)], sizes) if x.rows.plain else ([], Rows(False, 0, added=True))
+        )
         name = names[0] if names else writer.at(x, -(rank + 1), rank)
     target: list[Size | Count] = [1, *sizes] if rows.added else list(sizes)
     target[rows.axis] = 1
@@ -532,88 +537,85 @@ def matmul(site: Site, a: Tensor, b: Tensor, sizes: tuple[Size, ...], output: st
         place = fits[0] if fits else -(rank + 1)
         rows = Rows(False, max(rank + place, 0), added=not fits)
         return made(site.writer.at(a, place, rank), site.writer.at(b, place, rank), rows)
-    return _packed(site, a, b, sizes, output)
+    return _packed(site, a, b, sizes)
 
 
-def _packed(site: Site, a: Tensor, b: Tensor, sizes: tuple[Size, ...], output: str | None) -> Tensor:
+def _packed(site: Site, a: Tensor, b: Tensor, sizes: tuple[Size, ...]) -> Tensor:
     """A product of candidates with what their request gives: side by side per request, and back."""
-    writer, requests = site.writer, site.writer.requests
     many, once = (a, b) if a.each else (b, a)
-    assert many.rows is not None and once.rows is not None
-    place, rank = many.place, len(sizes)
+    assert many.rows is not None
+    place = many.place
     if many.rows.outer != 1 or place == (-1 if many is a else -2):
         raise Impossible("it adds up over candidates")
-    if place == (-2 if many is a else -1) and many.rank > 2:
-        if many is b or many.rows.inner != 1:
-            raise Impossible("candidates are columns of a stack of matrices")
-        return _packed_rows(site, many, once, sizes, output)
     if place == -1:
         raise Impossible("candidates are columns")
-    if place == -2:
-        left: list[Size] = [many.rows.inner, many.sizes[-1]]
-        right: list[Size] = list(once.sizes)
-        batch: list[Size] = [n for n in right[:-2]]
-    else:
-        if many.rows.inner != 1 or once.size(place) != 1:
-            raise Impossible("candidates lie together with other entries")
-        left = [n for k, n in enumerate(many.sizes) if k != many.rows.axis]
-        right = [n for k, n in enumerate(once.sizes) if k != once.rank + place]
-        batch = right[:-2]
-    if place == -2 and any(n != 1 for n in batch):
+    if place <= -3:
+        return _packed_stacks(site, many, once, sizes, many is a)
+    return _packed_matrix(site, many, once, sizes) if many.rank == 2 else _packed_rows(site, many, once, sizes)
+
+
+def _merging(site: Site, packed: str, weights: str, left: Sequence[Size], columns: Size) -> str:
+    """`[requests, most, *left]` times `[requests, left[-1], columns]`: one matrix per request."""
+    rows = int(np.prod([n for n in left[:-1] if isinstance(n, int)] or [1]))
+    shapes = [site.writer.constant([0, -1, *n]) for n in ((left[-1],), (rows, columns))]
+    flat = site.emit.add("Reshape", [packed, shapes[0]])
+    return site.emit.add("Reshape", [site.emit.add("MatMul", [flat, weights]), shapes[1]])
+
+
+def _packed_matrix(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...]) -> Tensor:
+    """A product of a matrix with a row, or several, per candidate."""
+    writer, requests, rank = site.writer, site.writer.requests, len(sizes)
+    assert many.rows is not None
+    inner, depth, columns = many.rows.inner, many.sizes[-1], once.sizes[-1]
+    if any(n != 1 for n in once.sizes[:-2]):
         raise Impossible("candidates are rows of one matrix, for several")
-    if place == -2:
-        right = right[-2:]
-    start = many.rows.axis
-    lead = writer.transpose(many.name, [start, *(k for k in range(many.rank) if k != start)])
-    if place == -2 and many.rows.inner != 1:
-        lead = writer.reshape(lead, [Count(True), *left])
-    own = writer.first(once)
-    flat = many is a and all(n == 1 for n in right[:-2]) and all(isinstance(n, int) for n in (*left, right[-1]))
-    back: list[Size]
-    if flat:
-        size = int(np.prod([n for n in left[:-1] if isinstance(n, int)] or [1]))
-        alone = place == -2 and many.rows.inner == 1
-        if not alone and size != 1:
-            packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
-            packed = site.emit.add("Reshape", [packed, writer.constant([0, -1, left[-1]])])
-        else:
-            lead = writer.reshape(lead, [Count(True), left[-1]]) if not alone else lead
-            packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
-        weights = own if len(once.sizes) == 2 else writer.reshape(own, [Count(False), *right[-2:]])
+    weights = writer.first(once)
+    if once.rank > 2:
+        weights = writer.reshape(weights, [Count(False), depth, columns])
+    lead = many.name if inner == 1 else writer.reshape(many.name, [Count(True), inner, depth])
+    packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
+    if inner == 1:
         product = site.emit.add("MatMul", [packed, weights])
-        if size != 1:
-            product = site.emit.add("Reshape", [product, writer.constant([0, -1, size, right[-1]])])
-        taken = site.emit.add("GatherND", [product, requests.unpack()])
-        out = Tensor("", sizes, Rows(True, rank + place, 1, many.rows.inner))
-        if place == -2 and size == 1 and rank == 2:
-            return Tensor(taken, sizes, out.rows)
-        back = [n for k, n in enumerate(sizes) if k != rank + place] if place != -2 else []
-        if place == -2:
-            return Tensor(writer.reshape(taken, out.shape()), sizes, out.rows)
-        whole = writer.reshape(taken, [Count(True), *back])
+    elif all(isinstance(n, int) for n in (inner, depth, columns)):
+        product = _merging(site, packed, weights, [inner, depth], columns)
     else:
-        packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
-        deep = max(len(left), len(right))
-        pad: list[Size | Count] = [Count(False), 1, *(1,) * (deep - len(right)), *right]
-        weights = writer.reshape(own, pad)
-        if len(left) < deep:
-            raise Impossible("a matrix of candidates for a stack of others")
-        operands = [packed, weights] if many is a else [weights, packed]
-        taken = site.emit.add("GatherND", [site.emit.add("MatMul", operands), requests.unpack()])
-        if place == -2:
-            out = Tensor("", sizes, Rows(True, rank + place, 1, many.rows.inner))
-            return Tensor(writer.reshape(taken, out.shape()), sizes, out.rows)
-        whole = taken
+        product = site.emit.add("MatMul", [packed, writer.reshape(weights, [Count(False), 1, depth, columns])])
+    taken = site.emit.add("GatherND", [product, requests.unpack()])
+    out = Tensor(taken, sizes, Rows(True, rank - 2, 1, inner))
+    return out if inner == 1 and rank == 2 else Tensor(writer.reshape(taken, out.shape()), sizes, out.rows)
+
+
+def _packed_stacks(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...], left: bool) -> Tensor:
+    """A product of stacks of matrices, one stack per candidate."""
+    writer, requests, rank = site.writer, site.writer.requests, len(sizes)
+    assert many.rows is not None
+    place, axis = many.place, many.rows.axis
+    if many.rows.inner != 1 or once.size(place) != 1:
+        raise Impossible("candidates lie together with other entries")
+    mine = [n for k, n in enumerate(many.sizes) if k != axis]
+    its = [n for k, n in enumerate(once.sizes) if k != once.rank + place]
+    if len(its) > len(mine):
+        raise Impossible("a matrix of candidates for a stack of others")
+    lead = writer.transpose(many.name, [axis, *(k for k in range(many.rank) if k != axis)])
+    packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
+    own = writer.first(once)
+    if left and all(n == 1 for n in its[:-2]) and all(isinstance(n, int) for n in (*mine, its[-1])):
+        product = _merging(site, packed, writer.reshape(own, [Count(False), *its[-2:]]), mine, its[-1])
+        taken = site.emit.add("GatherND", [product, requests.unpack()])
+        taken = writer.reshape(taken, [Count(True), *(n for k, n in enumerate(sizes) if k != rank + place)])
+    else:
+        own = writer.reshape(own, [Count(False), 1, *(1,) * (len(mine) - len(its)), *its])
+        product = site.emit.add("MatMul", [packed, own] if left else [own, packed])
+        taken = site.emit.add("GatherND", [product, requests.unpack()])
     at = rank + place
-    name = writer.transpose(whole, [*range(1, at + 1), 0, *range(at + 1, rank)])
-    return Tensor(name, sizes, Rows(True, at))
+    return Tensor(writer.transpose(taken, [*range(1, at + 1), 0, *range(at + 1, rank)]), sizes, Rows(True, at))
 
 
-def _packed_rows(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...], output: str | None) -> Tensor:
+def _packed_rows(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...]) -> Tensor:
     """A product of matrices with a row per candidate, one of a stack each, with others that the request gives."""
     writer, rank = site.writer, len(sizes)
     assert many.rows is not None
-    if once.rank > many.rank:
+    if once.rank > many.rank or many.rows.inner != 1:
         raise Impossible("a matrix of candidates for a stack of others")
     packed = site.emit.add("Gather", [many.name, writer.requests.pack()], {"axis": many.rows.axis})
     own = writer.first(once)

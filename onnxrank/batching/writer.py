@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
-from onnxrank import extents as ex
 from onnxrank.batching.rows import Requests
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
 from onnxrank.emitter import Emitter
@@ -56,7 +55,9 @@ class Writer:
         """A tensor in another shape."""
         if all(isinstance(n, Count) or (isinstance(n, int) and n > 0) for n in shape):
             if sum(isinstance(n, Count) for n in shape) <= 1:
-                return self.emit.add("Reshape", [name, self.constant([-1 if isinstance(n, Count) else n for n in shape])])
+                return self.emit.add(
+                    "Reshape", [name, self.constant([-1 if isinstance(n, Count) else n for n in shape])]
+                )
         return self.shaped(name, self.vector(shape))
 
     def shaped(self, name: str, shape: str) -> str:

@@ -167,8 +167,6 @@ class _Several:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0
 
-    def _place(
-        self, output: str, k: int, want: NDArray[Any], got: NDArray[Any], at: tuple[int, ...] | None
-    ) -> Place:
+    def _place(self, output: str, k: int, want: NDArray[Any], got: NDArray[Any], at: tuple[int, ...] | None) -> Place:
         shown = [f"{float(x[at]):.9g}" if at is not None else str(list(x.shape)) for x in (want, got)]
         return Place(output, at or (), at[0] if at else None, f"request {k}", *shown)
