@@ -126,9 +126,7 @@ class Trace:
         rng = np.random.default_rng(self._seed)
         low, high = np.log(self._span[0]), np.log(self._span[1])
         sizes = np.exp(rng.uniform(low, high, count)).round().astype(int)
-        return [
-            self.request(u, int(n), k) for k, (u, n) in enumerate(zip(users(count, rate, rng), sizes, strict=True))
-        ]
+        return [self.request(u, int(n), k) for k, (u, n) in enumerate(zip(users(count, rate, rng), sizes, strict=True))]
 
     def request(self, user: int, n: int, k: int) -> Request:
         """One request of a user, with so many candidates."""
@@ -264,7 +262,8 @@ def joined(path: Path, roles: Roles, points: Sequence[tuple[int, int]], how: Bat
     with tempfile.TemporaryDirectory() as folder:
         one, many = (str(Path(folder, f"{n}.onnx")) for n in ("one", "many"))
         for candidates in sorted({n for _, n in points}):
-            onnxrank.optimize(path, roles=roles, candidates=candidates, check=False).save(one)
+            result = onnxrank.optimize(path, roles=roles, candidates=candidates, check=False)
+            result.save(one)
             made = onnxrank.batch(path, options=how, roles=roles, candidates=candidates, check=False)
             made.save(many)
             told = batches.convention(made.model)
@@ -274,7 +273,8 @@ def joined(path: Path, roles: Roles, points: Sequence[tuple[int, int]], how: Bat
                 requests = [trace.request(k, candidates, k) for k in range(count)]
                 single = [{**r.once, **r.many} for r in requests]
                 call = batches.joined(told, single)
-                loop = [{k: f[k] for k in (i.name for i in alone.get_inputs())} for f in single]
+                # A model that would not gain with so few candidates is left as it is.
+                loop = single if result.changed else [r.whole for r in requests]
                 got = dict(zip(names, together.run(names, call), strict=True))
                 parts = batches.parted(told, got, [candidates] * count)
                 want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]

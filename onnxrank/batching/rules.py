@@ -562,9 +562,11 @@ def _merging(site: Site, packed: str, weights: str, left: Sequence[Size], column
     return site.emit.add("Reshape", [site.emit.add("MatMul", [flat, weights]), shapes[1]])
 
 
-def _packed_matrix(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...]) -> Tensor:
-    """A product of a matrix with a row, or several, per candidate."""
-    writer, requests, rank = site.writer, site.writer.requests, len(sizes)
+def _packed_matrix(
+    site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...], addend: Tensor | None = None
+) -> Tensor:
+    """A product of a matrix with a row, or several, per candidate; with a row of the request's added to all of them."""
+    writer, rank = site.writer, len(sizes)
     assert many.rows is not None
     inner, depth, columns = many.rows.inner, many.sizes[-1], once.sizes[-1]
     if any(n != 1 for n in once.sizes[:-2]):
@@ -573,21 +575,25 @@ def _packed_matrix(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ..
     if once.rank > 2:
         weights = writer.reshape(weights, [Count(False), depth, columns])
     lead = many.name if inner == 1 else writer.reshape(many.name, [Count(True), inner, depth])
-    packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
+    packed = writer.packed(lead, [depth] if inner == 1 else [inner, depth])
     if inner == 1:
         product = site.emit.add("MatMul", [packed, weights])
     elif all(isinstance(n, int) for n in (inner, depth, columns)):
         product = _merging(site, packed, weights, [inner, depth], columns)
     else:
         product = site.emit.add("MatMul", [packed, writer.reshape(weights, [Count(False), 1, depth, columns])])
-    taken = site.emit.add("GatherND", [product, requests.unpack()])
+    if addend is not None:
+        ones = [1] if inner == 1 else [1, 1]
+        row = writer.reshape(writer.first(addend), [Count(False), *ones, columns])
+        product = site.emit.add("Add", [product, row])
+    taken = writer.unpacked(product, [columns] if inner == 1 else [inner, columns])
     out = Tensor(taken, sizes, Rows(True, rank - 2, 1, inner))
     return out if inner == 1 and rank == 2 else Tensor(writer.reshape(taken, out.shape()), sizes, out.rows)
 
 
 def _packed_stacks(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...], left: bool) -> Tensor:
     """A product of stacks of matrices, one stack per candidate."""
-    writer, requests, rank = site.writer, site.writer.requests, len(sizes)
+    writer, rank = site.writer, len(sizes)
     assert many.rows is not None
     place, axis = many.place, many.rows.axis
     if many.rows.inner != 1 or once.size(place) != 1:
@@ -597,16 +603,16 @@ def _packed_stacks(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ..
     if len(its) > len(mine):
         raise Impossible("a matrix of candidates for a stack of others")
     lead = writer.transpose(many.name, [axis, *(k for k in range(many.rank) if k != axis)])
-    packed = site.emit.add("Gather", [lead, requests.pack()], {"axis": 0})
+    packed = writer.packed(lead, mine)
+    rest = [n for k, n in enumerate(sizes) if k != rank + place]
     own = writer.first(once)
     if left and all(n == 1 for n in its[:-2]) and all(isinstance(n, int) for n in (*mine, its[-1])):
         product = _merging(site, packed, writer.reshape(own, [Count(False), *its[-2:]]), mine, its[-1])
-        taken = site.emit.add("GatherND", [product, requests.unpack()])
-        taken = writer.reshape(taken, [Count(True), *(n for k, n in enumerate(sizes) if k != rank + place)])
+        taken = writer.reshape(writer.unpacked(product, [*mine[:-1], its[-1]]), [Count(True), *rest])
     else:
         own = writer.reshape(own, [Count(False), 1, *(1,) * (len(mine) - len(its)), *its])
         product = site.emit.add("MatMul", [packed, own] if left else [own, packed])
-        taken = site.emit.add("GatherND", [product, requests.unpack()])
+        taken = writer.unpacked(product, rest)
     at = rank + place
     return Tensor(writer.transpose(taken, [*range(1, at + 1), 0, *range(at + 1, rank)]), sizes, Rows(True, at))
 
@@ -650,6 +656,9 @@ def _gemm(site: Site) -> list[Tensor]:
         if fits and addend is not None and x.each and addend.each and addend.rows == x.rows:
             return site.same([x.name, b.name, addend.name], _kept(x))
     a, b = (_turned(site, t) if turn else t for t, turn in zip((a, b), turned, strict=True))
+    plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0
+    if c is not None and a.each and plain and _rides(a, b, c):
+        return [_packed_matrix(site, a, b, sizes, c)]
     product = matmul(site, a, b, sizes)
     product = _times(site, product, attribute(node, "alpha", 1.0))
     if c is None:
@@ -657,6 +666,13 @@ def _gemm(site: Site) -> list[Tensor]:
     c = _times(site, c, attribute(node, "beta", 1.0))
     names, rows = writer.aligned([product, c], sizes)
     return [Tensor(site.emit.add("Add", names), sizes, rows)]
+
+
+def _rides(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    """Whether an addend that the request gives is added where candidates meet weights that it gives."""
+    once = [t.rows is not None and not t.each for t in (b, c)]
+    whole = c.rank > 0 and c.sizes[-1] == b.sizes[-1] and c.size(-2) == 1
+    return all(once) and whole and a.rows is not None and a.rows.axis == 0 and a.rows.outer == 1
 
 
 def _kept(x: Tensor) -> Rows:

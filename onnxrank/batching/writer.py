@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from onnxrank.batching.rows import Requests
+from onnxrank.batching.rows import PADDED, Requests
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
 from onnxrank.emitter import Emitter
 from onnxrank.extents import Expr
@@ -166,6 +166,20 @@ class Writer:
         name = self.at(x, like.place, rank)
         axis = max(x.rank, -like.place) + like.place
         return self.emit.add("Gather", [name, self.requests.index(like.rows.outer, like.rows.inner)], {"axis": axis})
+
+    def packed(self, name: str, rest: Sequence[Size]) -> str:
+        """`[candidates, *rest]` as `[requests, most, *rest]`, the candidates of a request side by side."""
+        requests = self.requests
+        if requests.form != PADDED:
+            return self.emit.add("Gather", [name, requests.pack()], {"axis": 0})
+        parts = [requests.count(), requests.most(), self.vector(rest)]
+        return self.shaped(name, self.emit.add("Concat", parts, {"axis": 0}))
+
+    def unpacked(self, name: str, rest: Sequence[Size]) -> str:
+        """`[requests, most, *rest]` as `[candidates, *rest]`."""
+        if self.requests.form != PADDED:
+            return self.emit.add("GatherND", [name, self.requests.unpack()])
+        return self.reshape(name, [Count(True), *rest])
 
     def aligned(self, tensors: Sequence[Tensor], sizes: Sequence[Size]) -> tuple[list[str], Rows]:
         """Brings operands that are broadcast against each other to one place of the rows.

@@ -32,7 +32,9 @@ def _batch(model: ModelProto, request: str = "user", check: Any = False, **optio
     return batch(model, request=[request], check=check, options=Options(**options)).model
 
 
-def _requests(counts: list[int], once: str = "user", shape: tuple[int, ...] = (6,)) -> tuple[list[Arrays], list[Arrays]]:
+def _requests(
+    counts: list[int], once: str = "user", shape: tuple[int, ...] = (6,)
+) -> tuple[list[Arrays], list[Arrays]]:
     """Per request the inputs of the original, and of a model that takes one row of what is the request's."""
     whole, single = [], []
     for k, n in enumerate(counts):
