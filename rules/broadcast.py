@@ -15,7 +15,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.graphs import attribute as attribute
-from onnxrank.operators import Trait, having, matmul_order, operator
+from onnxrank.operators import Trait, having, matmul_order, operator, traits
 from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
@@ -58,12 +58,11 @@ _NORMALISE = {
     *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
 }
 """Operators that keep the shape, and whose axis is an attribute, the last one if there is none."""
-_BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 
 
 def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
     """Element type of an elementwise operator's result."""
-    if operator(node) in _BOOLEAN:
+    if Trait.BOOLEAN in traits(node):
         return int(TensorProto.BOOL)
     if operator(node) == "Cast":
         return int(attribute(node, "to"))
@@ -857,8 +856,14 @@ def _one_hot(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rw.keep(node, [rw.tensor(rw.value(node, k)) for k in range(3)], [dims], rw.present(ids))
 
 
-def _attention(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Fused attention: rows on axis 0 of every input; all request-level or all with full rows."""
+def _rotary(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """RotaryEmbedding, as a whole."""
+    note_fused(rw, node, range(len(node.input)))
+    return _whole_rows(rw, node)
+
+
+def _whole_rows(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Fused attention and its like: rows on axis 0 of every input; all request-level or all with full rows."""
     values = [rw.value(node, k) for k, i in enumerate(node.input) if i]
     if len([o for o in node.output if o]) > 1 or any(rw.level(v) is Level.CANDIDATE for v in values):
         return None
@@ -908,12 +913,13 @@ RULE = Rule(
         "GatherElements": _gather_elements,
         "OneHot": _one_hot,
         "MatMul": _matmul,
-        "Attention": _attention,
+        "Attention": _whole_rows,
         "com.microsoft::FusedGemm": _fused_gemm,
         "com.microsoft::FusedMatMul": _fused_matmul,
         "com.microsoft::SkipLayerNormalization": _skip_norm,
+        **dict.fromkeys(("RotaryEmbedding", "com.microsoft::RotaryEmbedding"), _rotary),
         "com.microsoft::BiasGelu": _last_axes(1),
-        "com.microsoft::Attention": _attention,
-        "com.microsoft::MultiHeadAttention": _attention,
+        "com.microsoft::Attention": _whole_rows,
+        "com.microsoft::MultiHeadAttention": _whole_rows,
     },
 )

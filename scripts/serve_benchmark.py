@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,18 +273,22 @@ def joined(path: Path, roles: Roles, points: Sequence[tuple[int, int]], how: Bat
             for count in (r for r, n in points if n == candidates):
                 requests = [trace.request(k, candidates, k) for k in range(count)]
                 single = [{**r.once, **r.many} for r in requests]
-                call = batches.joined(told, single)
                 # A model that would not gain with so few candidates is left as it is.
                 loop = single if result.changed else [r.whole for r in requests]
-                got = dict(zip(names, together.run(names, call), strict=True))
-                parts = batches.parted(told, got, [candidates] * count)
+                call = partial(together.run, names, batches.joined(told, single))
+                parts = batches.parted(told, dict(zip(names, call(), strict=True)), [candidates] * count)
                 want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
                 wrong = sum(not _same(p, w) for p, w in zip(parts, want, strict=True))
-                times = _in_turns(lambda: together.run(names, call), lambda: [alone.run(names, f) for f in loop])
-                rows.append(Joined(path.name, count, candidates, *times, times[1] / times[0], wrong))
-                print("{model:<40} {requests:3d} x {candidates:<4d} {call_us:9.0f} us {loop_us:9.0f} us {ratio:6.2f}x "
-                      "{wrong} wrong".format(**vars(rows[-1])), flush=True)  # fmt: skip
+                once, after = _in_turns(call, partial(_loop, alone, names, loop))
+                rows.append(Joined(path.name, count, candidates, once, after, after / once, wrong))
+                times = f"{once:9.0f} us {after:9.0f} us {after / once:6.2f}x {wrong} wrong"
+                print(f"{path.name:<40} {count:3d} x {candidates:<4d} {times}", flush=True)
     return rows
+
+
+def _loop(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Sequence[Arrays]) -> None:
+    for feed in feeds:
+        session.run(names, feed)
 
 
 def _in_turns(*runs: Callable[[], object]) -> tuple[float, ...]:
