@@ -1,5 +1,7 @@
-"""Models that take several requests per call, read back: their calling convention, requests brought into it, and one
-model of the same nodes for a single request, which everything that asks about one request works on.
+"""Models that take several requests per call, read back.
+
+Here are their calling convention, requests brought into it, and one model of the same nodes for a single request, which
+everything works on that asks about one request.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ def contradicting(told: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]) -> 
     return [{**feed, told["name"]: w.astype(given.dtype)} for w in wrong]
 
 
-# --- the model for one request -----------------------------------------------------------------------------------------
+# --- the model for one request ---------------------------------------------------------------------------------------
 
 
 def single(loaded: LoadedModel) -> LoadedModel:

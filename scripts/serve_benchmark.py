@@ -230,7 +230,7 @@ def served(original: str, one: str, repository: Path, name: str) -> Iterator[lis
         ]
 
 
-# --- several requests per call -----------------------------------------------------------------------------------------
+# --- several requests per call ---------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -155,7 +155,7 @@ def _one_by_one(site: Site) -> list[Tensor]:
     return [Tensor(o, s, Rows(False, 0, added=True)) for o, s in zip(node.output, site.sizes, strict=True)]
 
 
-# --- entries in their places -------------------------------------------------------------------------------------------
+# --- entries in their places -----------------------------------------------------------------------------------------
 
 
 def _elementwise(site: Site) -> list[Tensor]:

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxrank.cli.options import (
-<<<<<<< HEAD
     BATCH_OPTIONS,
-    CHECKS,
-    LENGTH_OPTION,
-=======
     CHECK_OPTIONS,
->>>>>>> main
     OUTPUT_OPTIONS,
     ROLE_OPTIONS,
     RULE_OPTIONS,
