@@ -1011,6 +1011,33 @@ def replay(
     return Job(loaded, roles, options).run([STUDY, follow, *([CHECK] if options.check else [])])
 
 
+def for_one(result: Result) -> tuple[ModelProto, Roles, dict[str, Any]]:
+    """The model for one request under the interface `request`, even where it would not pay by itself.
+
+    Returns:
+        The model, roles of its inputs, and its contract.
+    """
+    report, made = result.report, result.model
+    stored = stored_contract(made)
+    if stored is not None:
+        return made, roles_again(feeds.describe(made), stored), stored
+    form, study = result.form, result.study
+    if form is None or form.model is None or report.retreats:
+        assert study is not None
+        form = Form(study, (), "request", False, report.candidates)
+    if form.model is None:
+        raise ModelError("The model cannot be written with one row of what is request-level.")
+    told = {
+        "version": report.version,
+        "source_sha256": report.source_sha256,
+        "interface": "request",
+        "candidates": list(report.candidates),
+        "roles": report.roles,
+        "rules": {name: len(at) for name, at in form.rewrite.sites().items()},
+    }
+    return form.model, roles_again(feeds.describe(form.model), told), told
+
+
 def all_foreign(model: ModelProto) -> bool:
     """Whether all nodes are of other domains than the default one, and neither known nor functions of the model."""
     own = {(f.domain, f.name) for f in model.functions}
