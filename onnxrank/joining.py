@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
@@ -57,7 +58,9 @@ def joined(few: ModelProto, many: ModelProto, below: int, at: Count) -> ModelPro
     Returns:
         The model; None where the graphs cannot stand in one `If`.
     """
-    if versions(many)[""] < _LEAST_OPSET or few.graph.sparse_initializer or many.graph.sparse_initializer:
+    inputs, outputs = ([[v.name for v in getattr(m.graph, ends)] for m in (few, many)] for ends in ("input", "output"))
+    sparse = any(m.graph.sparse_initializer for m in (few, many))
+    if versions(many)[""] < _LEAST_OPSET or sparse or inputs[0] != inputs[1] or outputs[0] != outputs[1]:
         return None
     return _Join(few, many).model(below, at)
 
@@ -303,6 +306,7 @@ class _Join:
                 stored.append(own)
         outside = {i for n in nodes for i in _read(n)} | {o.name for o in self.base.graph.output}
         outside |= {i.name for i in self.base.graph.input}
+        stored = self._selected(stored, branches, outside)
         read = [{i for n in b.node for i in _read(n)} for b in branches]
         out = []
         for t in stored:
@@ -319,6 +323,59 @@ class _Join:
             elif homes or t.name in outside:
                 out.append(t)
         return out
+
+    def _selected(
+        self, stored: Sequence[TensorProto], branches: Sequence[GraphProto], outside: set[str]
+    ) -> list[TensorProto]:
+        """What is stored, without weights of the second branch that rows of the first one's make up.
+
+        These are selected from them by nodes that the runtime folds when it loads the model.
+        """
+        read = [{i for n in b.node for i in _read(n)} - outside for b in branches]
+        few, many = ([t for t in stored if t.name in own and _is_matrix(t)] for own in read)
+        nodes: list[NodeProto] = []
+        gone = set()
+        for part in many:
+            if part.name not in read[0]:
+                found = next((f for w in few if (f := self._selection(part, w)) is not None), None)
+                if found is not None:
+                    gone.add(part.name)
+                    nodes += found[0]
+                    branches[1].initializer.append(found[1])
+        kept = [*nodes, *branches[1].node]
+        del branches[1].node[:]
+        branches[1].node.extend(kept)
+        return [t for t in stored if t.name not in gone]
+
+    def _selection(self, part: TensorProto, whole: TensorProto) -> tuple[list[NodeProto], TensorProto] | None:
+        """Nodes that make one matrix of rows or columns of another one, and which those are; None if it has others."""
+        small, large = numpy_helper.to_array(part), numpy_helper.to_array(whole)
+        for turned in (False, True):
+            for axis in (0, 1):
+                at = _places(small.T if turned != (axis == 1) else small, large.T if axis else large)
+                if at is None:
+                    continue
+                picked, index = (_fresh(f"{part.name}/{what}", self.taken) for what in ("selected", "places"))
+                made = picked if turned else part.name
+                nodes = [helper.make_node("Gather", [whole.name, index], [made], axis=axis)]
+                if turned:
+                    nodes.append(helper.make_node("Transpose", [made], [part.name], perm=[1, 0]))
+                return nodes, numpy_helper.from_array(at, index)
+        return None
+
+
+def _is_matrix(t: TensorProto) -> bool:
+    """Whether a tensor is a matrix that it is worth not to store twice."""
+    return len(t.dims) == 2 and not (_is_small(t) or t.data_location == TensorProto.EXTERNAL)
+
+
+def _places(rows: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64] | None:
+    """Which rows of a matrix those of another one are; None if it has others."""
+    if rows.dtype != among.dtype or rows.shape[1] != among.shape[1] or len(rows) > len(among):
+        return None
+    known = {row.tobytes(): k for k, row in enumerate(among)}
+    found = [known.get(row.tobytes(), -1) for row in rows]
+    return None if -1 in found else np.array(found, np.int64)
 
 
 def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:

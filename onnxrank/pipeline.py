@@ -876,7 +876,7 @@ class Job:
         self.notes += form.rewrite.notes
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
-        self.report.after = cost.by_level(made.graph, shapes)
+        self.report.after = cost.by_level(form.model.graph, shapes)
         self.report.rules = self._uses()
         self.report.size_after = made.ByteSize()
         time = _line(form.time)
