@@ -46,6 +46,10 @@ _SMALL = 1 << 14
 """Bytes of a weight up to which both branches have it, if both multiply by it."""
 
 
+_TINY = 1 << 10
+"""Bytes of a part of a weight up to which it is stored beside the weight."""
+
+
 def joined(few: ModelProto, many: ModelProto, below: int, at: Count) -> ModelProto | None:
     """One model of two that compute the same from the same inputs.
 
@@ -332,7 +336,10 @@ class _Join:
         These are selected from them by nodes that the runtime folds when it loads the model.
         """
         read = [{i for n in b.node for i in _read(n)} - outside for b in branches]
-        few, many = ([t for t in stored if t.name in own and _is_matrix(t)] for own in read)
+        few, many = (
+            [t for t in stored if t.name in own and _is_matrix(t, least)]
+            for own, least in zip(read, (_SMALL, _TINY), strict=True)
+        )
         nodes: list[NodeProto] = []
         gone = set()
         for part in many:
@@ -364,9 +371,9 @@ class _Join:
         return None
 
 
-def _is_matrix(t: TensorProto) -> bool:
-    """Whether a tensor is a matrix that it is worth not to store twice."""
-    return len(t.dims) == 2 and not (_is_small(t) or t.data_location == TensorProto.EXTERNAL)
+def _is_matrix(t: TensorProto, least: int) -> bool:
+    """Whether a tensor is a matrix of more than some bytes, which are in the file."""
+    return len(t.dims) == 2 and t.data_location != TensorProto.EXTERNAL and t.ByteSize() > least
 
 
 def _places(rows: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64] | None:

@@ -89,7 +89,9 @@ def test_the_condition_is_made_of_extents_alone() -> None:
 def test_what_both_do_alike_stands_outside() -> None:
     made = both()
     outside = [n.op_type for n in made.graph.node]
-    assert outside == ["Gather", "Shape", "Gather", "Less", "If", "MatMul", "Relu", "MatMul"] or outside.count("If") == 1
+    assert (
+        outside == ["Gather", "Shape", "Gather", "Less", "If", "MatMul", "Relu", "MatMul"] or outside.count("If") == 1
+    )
     inside = [n.op_type for a in crossover(made).attribute for n in a.g.node]
     assert inside.count("MatMul") == 3
     assert "Relu" in inside  # a runtime fuses it with what is before it
