@@ -1,4 +1,4 @@
-"""Two models in one: the same scores at every number of candidates, nothing stored twice, a condition of three nodes."""
+"""Two models in one: the same scores at every N, nothing stored twice, a condition of three nodes."""
 
 from __future__ import annotations
 
