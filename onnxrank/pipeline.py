@@ -14,10 +14,11 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import baked, cost, feeds, plans, remarks, tune, workers
+from onnxrank import baked, cost, crossover, feeds, plans, remarks, tune, workers
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
+from onnxrank.crossover import Pair
 from onnxrank.errors import CheckFailed, DoesNotRun, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, preparing_sites
@@ -30,6 +31,7 @@ from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
+from onnxrank.runtime import Feeds
 from onnxrank.study import Study, fit
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES, symbols
@@ -366,6 +368,7 @@ class Job:
         form: The way that was chosen to rewrite it.
         full: The form with all rules.
         measured: What timing gave.
+        pair: That form, and another one for few candidates; None where it holds for any number.
     """
 
     loaded: files.LoadedModel
@@ -381,6 +384,7 @@ class Job:
         self.form: Form | None = None
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
+        self.pair: Pair | None = None
         self._original: Study | None = None
         self._base: Study | None = None
         self._unpacked: frozenset[Place] = frozenset()
@@ -391,7 +395,7 @@ class Job:
         self._kept = False
         self._without: frozenset[str] = frozenset()
         self._guilty: set[tuple[str, str]] = set()
-        self._emitted: tuple[Form, tuple[Measured, ...], ModelProto] | None = None
+        self._emitted: tuple[Form, Pair | None, tuple[Measured, ...], ModelProto] | None = None
 
     def run(self, passes: Iterable[Pass]) -> Result:
         """Goes through passes, as far as they leave anything to go on with."""
@@ -434,7 +438,7 @@ class Job:
         if not self.confirmed():
             return False
         self.choose(ways)
-        return self.pays()
+        return self.crosses() or self.pays()
 
     def candidates(self) -> list[Form]:
         """The ways to rewrite the model, those with all rules first."""
@@ -513,11 +517,15 @@ class Job:
 
     def choose(self, found: Sequence[Form]) -> None:
         """Takes the form that costs least at the expected number of candidates."""
-        base, seconds = self._base, self._before()
-        assert base is not None and self._original is not None
+        seconds = self._before()
         self._found = tuple(found)
         # Of forms that are all out the last is the plainest.
-        chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
+        self._choose(min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds)))
+
+    def _choose(self, chosen: Form) -> None:
+        """Goes on with one of the ways to rewrite the model."""
+        base, found, self.pair = self._base, self._found, None
+        assert base is not None and self._original is not None
         self.full = next(f for f in found if f.study is chosen.study)
         self.form = chosen
         way = self._way()
@@ -538,6 +546,27 @@ class Job:
         self._prepared += preparing_sites(plans.WRITTEN_OUT, way.base, way.could, done)
         self._take(chosen)
 
+    def crosses(self) -> bool:
+        """Whether a second plan for few candidates stands beside the one for many, where one alone is not enough."""
+        assert self.form is not None
+        before, n = self._before(), self.options.usual
+        kept = self.form.changed and before(n) >= _LEAST_GAIN * self.form.time(n)
+        pair = crossover.find(self._found, self.form.time if kept else before, before, self.options.span)
+        if pair is not None:
+            if pair.many is not self.form:
+                self._choose(pair.many)
+            self.pair = pair
+        return pair is not None
+
+    def _uncross(self, cause: str, reason: str) -> bool:
+        """Goes on with a single plan; whether there is one that pays."""
+        self.pair, self.measured = None, ()
+        self.report.retreats.append(Retreat(crossover.RULE, None, cause, reason))
+        self.notes.append(f"one plan was kept for any number of candidates: {reason}")
+        if self._found:
+            self.choose(self._found)
+        return self.pays()
+
     def _before(self) -> Callable[[int], float]:
         """Predicted time of the original, by the number of candidates."""
         study = self._original
@@ -547,6 +576,7 @@ class Job:
     def _take(self, form: Form) -> None:
         """Goes on with a form, and says what was left alone."""
         self.form, self.study = form, form.study
+        self.pair = self.pair and replace(self.pair, many=form)
         self._others = []
         assert self.full is not None
         for name in sorted(self.full.rewrite.rw.applied - form.rewrite.rw.applied):
@@ -596,7 +626,13 @@ class Job:
         self.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
         self.measured = found.measured
         self._take(self.full)
-        wanted, made = ({(s.place, s.chosen) for s in p.sites} for p in (found, self.plan()))
+        if found.few is not None:
+            rules = [r for r in o.rules if r.name in found.few.rules]
+            few = self.full.limited(rules, found.few.choice())
+            self.pair = Pair(few, self.full, found.few.below)
+        wanted, made = (
+            {(s.place, s.chosen) for s in (*p.sites, *(p.few.sites if p.few else ()))} for p in (found, self.plan())
+        )
         lost = sorted(wanted ^ made, key=lambda d: (d[0].index, d[0].rule))
         if lost:
             node = label(study.model.graph.node[lost[0][0].index])
@@ -623,6 +659,10 @@ class Job:
                 self.report.changed = False
                 raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", self.report)
             self.options.say("looking for what fails the check")
+            if self._few_fail(found):
+                if not self._uncross("check", failure(found)):
+                    return False
+                continue
             way, base, counts = self._way(), self._base, gate.failing_candidates(found)
             if base is not None and base.packed and not self._held(base.model, counts).passed:
                 self._unpack(base, failure(found), counts)
@@ -633,11 +673,16 @@ class Job:
                 if guilty is None:
                     break
                 self._retreat(guilty, "check", failure(found))
-            if not self.pays():
+            if self.pair is None and not self.pays():
                 self.form = None
                 return False
         self._give_up("check", failure(found))
         return False
+
+    def _few_fail(self, found: verdicts.Report) -> bool:
+        """Whether a result of two plans fails for few candidates, or not for a number of them alone."""
+        failed = [c.candidates for c in found.failed_cases]
+        return self.pair is not None and (not failed or min(failed) < self.pair.below)
 
     def _gated(self) -> verdicts.Report:
         """What holding the result against the original finds."""
@@ -747,7 +792,7 @@ class Job:
         """Leaves the model alone after all."""
         self.report.retreats.append(Retreat("", None, cause, reason))
         self.notes.append(f"the rewritten model was given up, so the original is kept: {reason}")
-        self.form = None
+        self.form = self.pair = None
 
     def measure(self) -> bool:
         """Times original and result in turns, and takes back what is not faster; whether anything is left."""
@@ -755,12 +800,31 @@ class Job:
             return self.form is not None
         race = self._race()
         try:
+            if self.pair is not None:
+                if self._pair_measured(race):
+                    return True
+                if not (self._uncross("tune", f"measured {tune.told(self.measured)} with two") and self.check()):
+                    self.form = None
+                    return False
             self.measured, self._without = self._timed(race, self.form, 0.5), self.form.choice.without
             if not tune.faster(self.measured):
                 self._slower(race, self.form)
         except ModelError as e:
             self._give_up("tune", f"it could not be timed: {e}")
         return self.form is not None
+
+    def _pair_measured(self, race: tune.Race) -> bool:
+        """Times two plans against each other, to see from where on which is faster; whether both together are."""
+        assert self.pair is not None
+        pair, study, loaded = self.pair, self.pair.many.study, self.loaded
+        points = pair.around(self.options.span)
+        feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in points)
+        assert pair.few.model is not None
+        times = self._timed(tune.Race(replace(loaded, proto=pair.few.model), points, feeds), pair.many, 0.25, feeds)
+        self.pair = pair.measured(times)
+        right = not self.options.check or self.pair.below == pair.below or self._gated().passed
+        self.measured = self._timed(race, pair.many, 0.25, made=self._written())
+        return right and tune.faster(self.measured)
 
     def _slower(self, race: tune.Race, form: Form) -> None:
         """Leaves out the rules without which the result is faster; the model, where that is no help."""
@@ -798,10 +862,19 @@ class Job:
         points = tune.points(self.options.span, self.options.usual)
         return tune.Race(self.loaded, points, tuple(study.maker(_setting(study, n)) for n in points))
 
-    def _timed(self, race: tune.Race, form: Form, share: float) -> tuple[Measured, ...]:
-        made = form.model
+    def _timed(
+        self,
+        race: tune.Race,
+        form: Form,
+        share: float,
+        feeds: Sequence[Feeds] | None = None,
+        made: ModelProto | None = None,
+    ) -> tuple[Measured, ...]:
+        """Times a form, or what is made of it, for a share of the time there is."""
+        made = made or form.model
         assert made is not None
-        return race.measure(made, [form.rewrite.translate(f) for f in race.feeds], share * self.options.tune)
+        feeds = feeds or [form.rewrite.translate(f) for f in race.feeds]
+        return race.measure(made, feeds, share * self.options.tune)
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
@@ -821,16 +894,17 @@ class Job:
             sites=() if form is None else (*self._prepared, *form.sites),
             changed=form is not None,
             measured=self.measured,
+            few=self.pair.stored() if self.pair is not None and form is not None else None,
         )
 
     def emitted(self) -> ModelProto:
         """The result with its contract."""
         form = self.form
         assert form is not None and form.model is not None
-        if self._emitted is not None and self._emitted[0] is form and self._emitted[1] == self.measured:
-            return self._emitted[2]
+        if self._emitted is not None and self._emitted[:3] == (form, self.pair, self.measured):
+            return self._emitted[3]
         made = ModelProto()
-        made.CopyFrom(form.model)
+        made.CopyFrom(self._written())
         contract = {
             "version": self.report.version,
             "source_sha256": self.loaded.sha256,
@@ -844,8 +918,16 @@ class Job:
         if self.report.lengths:
             contract["lengths"] = {name: list(span) for name, span in self.report.lengths.items()}
         made.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
-        self._emitted = form, self.measured, made
+        self._emitted = form, self.pair, self.measured, made
         return made
+
+    def _written(self) -> ModelProto:
+        """The result without its contract."""
+        assert self.form is not None
+        written = self.form.model if self.pair is None else self.pair.model()
+        if written is None:
+            raise UsageError("the plan cannot be replayed: its two ways cannot stand in one file any more")
+        return written
 
     def _uses(self) -> list[Any]:
         form, base, n = self.form, self._base, self.options.usual
@@ -871,10 +953,15 @@ class Job:
         self.notes += [*map(str, form.study.packed), *form.rewrite.notes]
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
-        self.report.after = cost.by_level(made.graph, shapes)
+        self.report.after = cost.by_level(form.model.graph, shapes)
         self.report.rules = self._uses()
         self.report.size_after = made.ByteSize()
-        self.report.predictions = _predictions(self._before(), form.time, self.measured)
+        time = _line(form.time)
+        if self.pair is not None:
+            self.report.below = self.pair.below
+            few, more, below = _line(self.pair.few.time), self.pair.overhead, self.pair.below
+            many, time = time, lambda n: (few if n < below else many)(n) + more
+        self.report.predictions = _predictions(_line(self._before()), time, self.measured)
         return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
     def unchanged(self) -> Result:
@@ -928,16 +1015,16 @@ def _seconds(model: ModelProto, shapes: Callable[[int], cost.Shapes]) -> Callabl
     return lambda n: cost.seconds(model.graph, shapes(n))
 
 
+def _line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
+    """Costs over the number of candidates, which are a line in it."""
+    low, high = cost_at(1), cost_at(2)
+    return lambda n: low + (n - 1) * (high - low)
+
+
 def _predictions(
-    before: Callable[[int], float], after: Callable[[int], float], measured: Iterable[Measured]
+    old: Callable[[int], float], new: Callable[[int], float], measured: Iterable[Measured]
 ) -> list[Prediction]:
-    """Predicted ratios over the number of candidates, and measured ones; costs are lines in it."""
-
-    def line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
-        low, high = cost_at(1), cost_at(2)
-        return lambda n: low + (n - 1) * (high - low)
-
-    old, new = line(before), line(after)
+    """Predicted ratios over the number of candidates, and measured ones."""
     seen = {m.candidates: (m.ratio, m.low, m.high) for m in measured}
     return [Prediction(n, round(old(n) / new(n), 3), *seen.get(n, ())) for n in sorted({*_SCAN, *seen})]
 

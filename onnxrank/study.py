@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import cost, facts, feeds, operators, segments, selections
+from onnxrank import cost, facts, feeds, joining, operators, segments, selections
 from onnxrank import model as files
 from onnxrank.contract import RULE
 from onnxrank.culprit import culprit
@@ -372,12 +372,17 @@ def _inferred_types(model: ModelProto) -> dict[str, int]:
 
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
-    """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch."""
+    """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch.
+
+    Of two plans of an earlier run, which give the same scores, that for many candidates is taken.
+    """
     chosen: dict[int, GraphProto] = {}
     for k, node in enumerate(model.graph.node):
         if node.op_type == "If" and node.input[0] in found.folded:
             name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
             chosen[k] = attribute(node, name)
+        elif joining.is_crossover(node):
+            chosen[k] = attribute(node, "else_branch")
     if not chosen:
         return None
     out = ModelProto()
