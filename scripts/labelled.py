@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -159,6 +161,27 @@ def arrays(specs: Sequence[InputSpec], rows: Arrays) -> Arrays:
     """What a model takes of rows."""
     none: Arrays = {k: np.zeros((len(rows["users"]), 1), np.int64) for k in ("dense", "history", "categories")}
     return planted.feed(specs, {**none, **rows})
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes a folder for runs of these settings, which several processes may fill at once.
+
+    Raises:
+        SystemExit: If it holds runs of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    told, text = folder / "settings.json", json.dumps(settings)
+    if not told.exists():
+        write(told, text)
+    if told.read_text() != text:
+        raise SystemExit(f"{told} has other settings: choose another folder, or remove it")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

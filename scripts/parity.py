@@ -90,11 +90,7 @@ def scores(model: Ranker, rows: planted.Arrays) -> Any:
 
 def train(folder: Path, data: labelled.Data, layers: Sequence[int], seeds: Sequence[int], settings: Any) -> None:
     """Trains what is not in the folder yet; with every DCNv2 an rDCN that starts from it, for one epoch."""
-    folder.mkdir(parents=True, exist_ok=True)
-    told = folder / "settings.json"
-    if told.exists() and json.loads(told.read_text()) != settings:
-        raise SystemExit(f"{told} has other settings: choose another folder, or remove it")
-    told.write_text(json.dumps(settings))
+    labelled.claim(folder, settings)
     for seed in seeds:
         for depth in layers:
             for kind in KINDS:
@@ -107,7 +103,7 @@ def train(folder: Path, data: labelled.Data, layers: Sequence[int], seeds: Seque
                     found["converted"] = data.auc(lambda rows, made=made: scores(made, rows))
                     continued(made, data, seed, 1, RATES["rdcn"] / 4, f"rDCN from it, {depth} layers, seed {seed}")
                     found["tuned"] = data.auc(lambda rows, made=made: scores(made, rows))
-                path.write_text(json.dumps(found))
+                labelled.write(path, json.dumps(found))
                 print(f"{path.stem}: AUC {found['auc']:.4f}, {found['seconds']} s", flush=True)
 
 

@@ -97,11 +97,7 @@ def trained(way: str, model: Ranker, seed: int, data: labelled.Data, checkpoint:
 
 def train(folder: Path, data: labelled.Data, seeds: Sequence[int], settings: Any) -> None:
     """Trains what is not in the folder yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    told = folder / "settings.json"
-    if told.exists() and json.loads(told.read_text()) != settings:
-        raise SystemExit(f"{told} has other settings: choose another folder, or remove it")
-    told.write_text(json.dumps(settings))
+    labelled.claim(folder, settings)
     for seed in seeds:
         for way in WAYS:
             path = folder / f"{way.replace(' ', '-')}.{seed}.json"
@@ -123,7 +119,7 @@ def train(folder: Path, data: labelled.Data, seeds: Sequence[int], settings: Any
                 torch.save(model.state_dict(), dense)
             if seed == seeds[0] and (way == "dense" or masks):
                 planted.export(model, model.specs, folder / f"{path.name.split('.')[0]}.onnx")
-            path.write_text(json.dumps({**found, "seconds": round(time.process_time() - begin, 1)}))
+            labelled.write(path, json.dumps({**found, "seconds": round(time.process_time() - begin, 1)}))
             checkpoint.unlink(missing_ok=True)
             print(f"{way}, seed {seed}: AUC {found['auc']:.4f} with {found['weights']:.1%} of the weights", flush=True)
 
@@ -285,7 +281,7 @@ def main() -> None:
         settings = {"data": str(options.data or "planted"), "best": data.best, "density": DENSITY, "dim": DIM,
                     "hidden": HIDDEN, "requests": REQUESTS, "epochs": EPOCHS, "rate": RATE,
                     "every": EVERY}  # fmt: skip
-        train(options.folder, data, options.seeds, json.loads(json.dumps(settings)))
+        train(options.folder, data, options.seeds, settings)
     elif options.command == "measure":
         measure(options.folder, options.candidates, options.seconds)
     else:
