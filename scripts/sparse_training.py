@@ -1,7 +1,7 @@
 """Training with a tenth of the weights: accuracy by kind of mask, and what masks are worth when the model runs.
 
     python scripts/sparse_training.py train out       # 7 models for each of 5 seeds, a file each: no run is made twice
-    python scripts/sparse_training.py measure out     # bytes, memory and time before and after `compress`
+    python scripts/sparse_training.py measure out     # bytes, memory and time before and after packing
     python scripts/sparse_training.py report out --figure scripts/figures/sparse_training.svg
 
     python scripts/sparse_training.py train mine --data rows.parquet --request 'user_*' --label click --seeds 0
@@ -14,6 +14,7 @@ and trained for another epoch then; a random mask that stays; and dynamic masks 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -37,6 +38,10 @@ from models.sparse_training import Entries, Rows, SparseTraining, Target, Units,
 from models.spec import sample
 from models.training import fit, settle
 from onnxrank import charts, runtime
+from onnxrank.compress.methods import METHODS, Refused
+from onnxrank.compress.network import Network
+from onnxrank.compress.packing import pack
+from onnxrank.compress.statistics import Statistics
 from onnxrank.turns import interleave, ratio
 from scripts import labelled, pictures, planted
 
@@ -134,27 +139,23 @@ def scores(model: Ranker, rows: planted.Arrays) -> Any:
 
 
 def measure(folder: Path, candidates: int, seconds: float) -> None:
-    """Bytes, memory and time of the dense model and of both kinds of dynamic masks, before and after `compress`."""
+    """Bytes, memory and time of the dense model and of both kinds of dynamic masks, before and after packing."""
     torch.manual_seed(0)
-    specs = build(WORLD_SIZES).specs
-    data = folder / "requests.parquet"
-    if not data.exists():
-        chunks = (WORLD.requests(1000, 32, seed=600 + k) for k in range(2))
-        planted.write_parquet(data, specs, chunks)
-    feed = sample(specs, candidates)
+    feed = sample(build(WORLD_SIZES).specs, candidates)
     files = {}
     for name in ("dense", "dynamic-structure", "dynamic-entries"):
         path = folder / f"{name}.long.onnx"
         _lengthened(folder / f"{name}.onnx", path)
         files[name] = path
         if name != "dense":
-            files[f"{name}, packed"] = _compressed(path, folder, data)
+            files[f"{name}, packed"] = _compressed(path)
     found: dict[str, Any] = {}
     runs = [_run(path, feed) for path in files.values()]
     rounds = np.median(interleave(runs, seconds).seconds, axis=2)
     for (name, path), times in zip(files.items(), rounds, strict=True):
         found[name] = {
             "bytes": path.stat().st_size,
+            "off": float(np.abs(_scores(path, feed) - _scores(Path(str(path).replace(".packed", "")), feed)).max()),
             "memory": resident(path, feed, folder),
             "milliseconds": 1e3 * float(np.median(times)),
             "faster": ratio(rounds[0], times),
@@ -176,16 +177,18 @@ def _lengthened(path: Path, out: Path) -> None:
     out.with_suffix("").with_suffix(".roles.yaml").write_text(path.with_suffix(".roles.yaml").read_text())
 
 
-def _compressed(path: Path, folder: Path, data: Path) -> Path:
-    """What `onnxrank compress` makes of a model; the model itself where there is nothing to do, or the gate says no."""
-    out, report = path.with_suffix(".packed.onnx"), path.with_suffix(".json")
-    command = [sys.executable, "-m", "onnxrank.cli", "compress", str(path), str(out), "--data", str(data), "--labels",
-               "label", "--methods", "pack,sparse-tables", "--size", "100x", "--report", f"json:{report}",
-               "-q"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"compress ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}", file=sys.stderr)
-    return out if out.exists() else path
+def _compressed(path: Path) -> Path:
+    """What `compress --methods pack,sparse-tables` makes of a model; both keep the scores, so no gate is asked."""
+    net = Network(onnx.load(path))
+    pack(net)
+    method = METHODS["sparse-tables"]
+    for table in net.tables():
+        with contextlib.suppress(Refused):
+            (kept,) = method.offers(net, table, Statistics())
+            method.apply(net, table, kept, Statistics())
+    out = path.with_suffix(".packed.onnx")
+    onnx.save(net.finished(), out)
+    return out
 
 
 def resident(path: Path, feed: planted.Arrays, folder: Path) -> int:
@@ -204,6 +207,10 @@ def resident(path: Path, feed: planted.Arrays, folder: Path) -> int:
     )
     command = [sys.executable, "-c", child, str(path), str(held)]
     return int(statistics.median(int(subprocess.check_output(command, text=True)) for _ in range(3)))
+
+
+def _scores(path: Path, feed: planted.Arrays) -> Any:
+    return runtime.run(runtime.session(onnx.load(path)), feed)["score"]
 
 
 def _run(path: Path, feed: planted.Arrays) -> Callable[[int], float]:
