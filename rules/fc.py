@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.operators import operator
@@ -23,11 +21,11 @@ from onnxrank.values import (
     Value,
     canonical,
     extended,
-    extents,
     is_candidate_symbol,
     symbols,
 )
 
+from . import stacks
 from .broadcast import attribute
 from .einsum import einsum
 from .products import contract, distribute, linear_last, linear_left, with_addend, worthwhile
@@ -41,24 +39,10 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if not worthwhile(rw, x, unread) and not _takes_bias(rw, node, x):
             return _plain(rw, node, rw.settle(x), weight.data.shape[1])
         return [linear_last(rw, x, weight, "fc", unread)]
-    left, y = rw.array(node, 0), rw.operand(node, 1)
-    if left is None or y is None or y.rank < 2 or left.ndim < 2 or not worthwhile(rw, y, unread):
-        return None
-    if left.ndim == 2:
-        turned = rw.weights(node, 0, turned=True)
-        return None if turned is None else [linear_left(rw, y, turned, unread)]
-    return _left_stack(rw, y, left)
-
-
-def _left_stack(rw: Rewrite, y: Abstract, left: NDArray[Any]) -> list[Abstract] | None:
-    """A stack of matrices on the left of one vector or matrix per row: one matrix of all their rows."""
-    if y.rank < left.ndim or any(d != () for d in y.dims[y.rank - left.ndim : -2]):
-        return None
-    stacked = left.reshape(-1, left.shape[-1])
-    made = linear_left(rw, y, Weights(np.ascontiguousarray(stacked.T)), None)
-    front = made.dims[: y.rank - left.ndim]
-    dims = (*front, *(canonical([n]) for n in left.shape[:-1]), made.dims[-1])
-    return [rw.moved(made, dims, lambda codes: codes.reshape(extents(dims)))]
+    turned, y = rw.weights(node, 0, turned=True), rw.operand(node, 1)
+    if turned is not None and y is not None and y.rank >= 2:
+        return [linear_left(rw, y, turned, unread)] if worthwhile(rw, y, unread) else None
+    return stacks.matmul(rw, node)
 
 
 def _takes_bias(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:

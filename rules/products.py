@@ -77,30 +77,34 @@ class Piece:
         whole[self.group.index] = np.broadcast_to(part, target.shape)
 
     def weights(self, rw: Rewrite, weight: Weights) -> str:
-        """The rows of a weight matrix that belong to the piece; rows of equal columns are added up.
+        """The rows of weights, in each matrix of a stack, that belong to the piece; those of equal columns are added.
 
         The addition is a node of constants, which the runtime folds: no weight is rounded here.
         """
-        count = self.codes.shape[-1]
+        count, axis = self.codes.shape[-1], weight.data.ndim - 2
         plain = len(np.unique(self.columns)) == len(self.members)
         if plain and count == len(self.members):
             order = np.empty(count, np.int64)
             order[self.columns] = self.members
-            return weight.rows(rw.emit, order)
-        if plain and weight.name is None:
+            return weight.part(rw.emit, axis, order).tensor(rw.emit)
+        if plain and weight.name is None and axis == 0:
             out = np.zeros((count, weight.data.shape[1]), weight.data.dtype)
             out[self.columns] = weight.data[self.members]
             return rw.emit.constant(out)
         chosen = np.zeros((count, len(self.members)), weight.data.dtype)
         chosen[self.columns, np.arange(len(self.members))] = 1
-        return rw.emit.add("MatMul", [rw.emit.constant(chosen), weight.rows(rw.emit, self.members)])
+        return rw.emit.add(
+            "MatMul", [rw.emit.constant(chosen), weight.part(rw.emit, axis, self.members).tensor(rw.emit)]
+        )
 
 
 _FEW = 3
 _MOST_PRODUCTS = 8
 
 
-def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False) -> Iterator[Piece]:
+def pieces(
+    rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False, stack: Sequence[int] = ()
+) -> Iterator[Piece]:
     """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
 
     Args:
@@ -110,6 +114,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = F
         width: Columns of the weights that the pieces are for, which may undo entries nobody asked for by 0 and fold
             products; 0 for other contractions.
         sums: Whether entries are added up, so that zeros may be left out.
+        stack: Axes of rows that have weights of their own, along which results vary where the operand does not.
 
     Raises:
         Unrepresentable: The levels follow no axis.
@@ -177,7 +182,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = F
             members = np.flatnonzero(signature == key)
             if level_of[members[0]] == Level.UNREAD:
                 continue
-            sub = cut_repeats(part[..., members], range(len(rows)))
+            sub = cut_repeats(part[..., members], [k for k in range(len(rows)) if k not in stack])
             flat = sub.reshape(-1, len(members))
             order = np.argsort(flat[0], kind="stable")
             ranked = flat[:, order]
@@ -259,6 +264,7 @@ def partials(
     weighted: bool = False,
     additive: bool = False,
     note: Callable[[Source, Piece], None] | None = None,
+    stack: Sequence[int] = (),
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
 
@@ -274,6 +280,8 @@ def partials(
         additive: Whether the contraction is a plain sum.
         note: Called with the result and the piece of each contraction.
         idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
+        stack: Other axes that have weights of their own: operands are cut along them where they do not vary, results
+            are not.
 
     Returns:
         Partial results, to be added up (or joined by the idempotent operation).
@@ -288,13 +296,14 @@ def partials(
     zero = rw.zero(x.dtype)
     terms: list[Codes] = []
     split = not rw.single_level(x)
-    for piece in pieces(rw, codes, dims, width if weighted else 0, sums=not idempotent):
+    apart = [a - (a > axis) for a in stack]
+    for piece in pieces(rw, codes, dims, width if weighted else 0, not idempotent, apart):
         if piece.slot == len(terms):
             terms.append(np.full(shape, HOLE if unread or idempotent else zero))
         small = piece.codes.shape[:-1]
         lowered = piece.level is Level.REQUEST and any(map(is_candidate_symbol, symbols(dims)))
         tag = "fold" if piece.fold else rule if split or lowered else None
-        if prod(small) < prod(shape[:-1]):
+        if prod(small) < prod(shape[:-1]) and not stack:
             tag = tag or ("select" if unread else "broadcast")
         if piece.fold is not None:
             made_dims, writer = write(piece, "", ())
@@ -304,7 +313,8 @@ def partials(
             linear = _summed(rw, piece, axis) if additive else None
             operand, own, at = _operand(piece, axis) if weighted else _moved(piece, axis)
             if linear is None:
-                name, physical = rw.layout.realise(operand, own)
+                operand = cut_repeats(operand, stack)
+                name, physical = rw.layout.realise(operand, with_extents(own, operand.shape))
                 made_dims, writer = write(piece, name, physical)
             else:
                 made_dims, writer = _postponed(rw, piece, operand, own, at, write)
