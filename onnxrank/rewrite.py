@@ -144,9 +144,9 @@ class Weights:
         return Weights(np.ascontiguousarray(self.data.take(index, axis)), name)
 
     def reshaped(self, emit: Emitter, shape: Sequence[int]) -> Weights:
-        """The same entries in another shape."""
+        """The same entries in a shape."""
         name = self.name
-        if name is not None:
+        if name is not None and self.data.shape != tuple(shape):
             name = emit.add("Reshape", [name, emit.constant(np.array(shape, np.int64))])
         return Weights(self.data.reshape(shape), name)
 
@@ -580,10 +580,13 @@ class Rewrite:
         data = self.array(node, k)
         if data is None or data.ndim != 2:
             return None
-        return self.arranged(node, k, [1, 0] if turned else [0, 1], data.shape[::-1] if turned else data.shape)
+        order = (1, 0) if turned else (0, 1)
+        return self.arranged(node, k, data.shape, order, [data.shape[a] for a in order])
 
-    def arranged(self, node: NodeProto, k: int, order: Sequence[int], shape: Sequence[int]) -> Weights:
-        """The k-th input, a constant, as weights: its axes in an order, and then of a shape."""
+    def arranged(
+        self, node: NodeProto, k: int, apart: Sequence[int], order: Sequence[int], shape: Sequence[int]
+    ) -> Weights:
+        """The k-th input, a constant, as weights: of a shape, the axes of that in an order, and of another shape."""
         data = self.array(node, k)
         assert data is not None
         name: str | None = node.input[k]
@@ -591,11 +594,10 @@ class Rewrite:
             made = self.producers[name]
             name = made.input[0] if made.input else None
         tensor = self.tensor(self.values[node.input[k]]) if name in self.producers else None
-        moved = np.ascontiguousarray(data.transpose(order))
-        if tensor is not None and list(order) != sorted(order):
-            tensor = self.emit.add("Transpose", [tensor], {"perm": list(order)})
-        out = Weights(moved, tensor)
-        return out if moved.shape == tuple(shape) else out.reshaped(self.emit, shape)
+        out = Weights(data, tensor).reshaped(self.emit, apart)
+        if out.name is not None and list(order) != sorted(order):
+            out = Weights(out.data, self.emit.add("Transpose", [out.name], {"perm": list(order)}))
+        return Weights(np.ascontiguousarray(out.data.transpose(order)), out.name).reshaped(self.emit, shape)
 
     def level(self, value: Abstract) -> Level:
         """Highest level of any entry."""

@@ -96,10 +96,11 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     weight, x, bias = rw.array(node, 1), rw.operand(node, 0), rw.array(node, 2)
     if weight is None or x is None or not worthwhile(rw, x, None) or prod(weight.shape[2:]) != 1:
         return None
-    if attribute(node, "group", 1) != 1 or any(s != 1 for s in attribute(node, "strides") or []):
+    if any(s != 1 for s in attribute(node, "strides") or []):
         return None
     if any(attribute(node, "pads") or []) or (len(node.input) > 2 and bias is None):
         return None
+    group = attribute(node, "group", 1)
     trail, width = (1,) * (weight.ndim - 2), weight.shape[0]
 
     def write(name: str, physical: Dims, w: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
@@ -117,10 +118,10 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     def one(v: Value) -> Abstract:
         return contract(rw, v, 1, matrix, write, "fc")
 
-    made = distribute(rw, x, 1, one)
-    if bias is None:
-        return [made]
-    return [rw.add([*rw.terms(made), rw.constant(bias.reshape(-1, *trail))], made.dims, made.dtype)]
+    made = [distribute(rw, x, 1, one)] if group == 1 else stacks.conv(rw, node, x, weight, group)
+    if bias is None or made is None:
+        return made
+    return [rw.add([*rw.terms(made[0]), rw.constant(bias.reshape(-1, *trail))], made[0].dims, made[0].dtype)]
 
 
 RULE = Rule(

@@ -9,14 +9,16 @@ each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.rewrite import Rewrite, Weights
-from onnxrank.values import Abstract, Affine, Codes, Dims, Sum, Value, canonical, constant_along, extents, symbols, view
+from onnxrank.values import Abstract, Codes, Dims, Sum, Value, canonical, constant_along, extents, symbols, view
 
 from . import fold
 from .products import (
@@ -32,54 +34,121 @@ from .products import (
 )
 
 
+@dataclass(frozen=True)
+class Stack:
+    """An operand of constants as a stack of matrices.
+
+    Attributes:
+        node: The node.
+        k: Which of its inputs.
+        shape: The shape that its axes below are those of; neighbouring axes of the input may be apart in it.
+        positions: The axes along which there is a matrix for each position.
+        inner: Those that are contracted.
+        outer: Those of the matrices' columns.
+    """
+
+    node: NodeProto
+    k: int
+    shape: tuple[int, ...]
+    positions: tuple[int, ...]
+    inner: tuple[int, ...]
+    outer: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Columns of each matrix."""
+        return prod(self.shape[a] for a in self.outer)
+
+    @property
+    def depth(self) -> int:
+        """Entries that each of them contracts."""
+        return prod(self.shape[a] for a in self.inner)
+
+    @property
+    def counts(self) -> list[int]:
+        """Positions, per axis."""
+        return [self.shape[a] for a in self.positions]
+
+    def weights(self, rw: Rewrite) -> Weights:
+        """All matrices, `[positions, K, columns]`."""
+        order = (*self.positions, *self.inner, *self.outer)
+        return rw.arranged(self.node, self.k, self.shape, order, (prod(self.counts), self.depth, self.width))
+
+    def side_by_side(self, rw: Rewrite) -> Weights:
+        """One matrix, `[K, positions * columns]`."""
+        order = (*self.inner, *self.positions, *self.outer)
+        return rw.arranged(self.node, self.k, self.shape, order, (self.depth, prod(self.counts) * self.width))
+
+
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """MatMul with a stack of constant matrices on either side."""
     for k in (1, 0):
-        weight, x = rw.array(node, k), rw.operand(node, 1 - k)
-        if weight is None or x is None or weight.ndim < 3 or x.rank < 2:
+        data, x, unread = rw.array(node, k), rw.operand(node, 1 - k), rw.needed.get(node.output[0], {})
+        if data is None or x is None or data.ndim < 3 or x.rank < 2:
             continue
-        rank = max(x.rank, weight.ndim)
-        lead, last = weight.ndim - 2, weight.ndim - 1
-        order = [*range(lead), lead, last] if k else [*range(lead), last, lead]
-        stack = {rank - weight.ndim + a: n for a, n in enumerate(weight.shape[:-2]) if n > 1}
-        return linear(rw, node, k, order, x, rank - (1 if k else 2), stack)
+        rank, lead = max(x.rank, data.ndim), data.ndim - 2
+        places = [a for a in range(lead) if data.shape[a] > 1]
+        shape = (*(data.shape[a] for a in places), *data.shape[lead:])
+        inner, outer = (len(places) + (0 if k else 1), len(places) + (1 if k else 0))
+        given = Stack(node, k, shape, tuple(range(len(places))), (inner,), (outer,))
+        return linear(rw, given, x, rank, rank - (1 if k else 2), [rank - data.ndim + a for a in places], unread)
     return None
 
 
 def linear(
-    rw: Rewrite, node: NodeProto, k: int, order: Sequence[int], x: Abstract, axis: int, stack: dict[int, int]
+    rw: Rewrite,
+    given: Stack,
+    x: Abstract,
+    rank: int,
+    axis: int,
+    places: Sequence[int],
+    unread: dict[int, NDArray[np.int64]],
 ) -> list[Abstract] | None:
     """Contracts an axis with a matrix of its own for every position of other axes.
 
     Args:
         rw: The rewrite.
-        node: The node.
-        k: Which of its inputs is the stack of matrices.
-        order: The order of that input's axes as `[stack..., contracted, columns]`.
-        x: The other operand; axes that it lacks are in front.
-        axis: Its contracted axis, counted with those.
-        stack: Its axes that have weights of their own, with their extents, in the order of the weights.
+        given: The matrices.
+        x: The other operand.
+        rank: Its rank; axes that it lacks are in front.
+        axis: Its contracted axis, one of the last two.
+        places: Its axes that have weights of their own, in the order of the weights' positions.
+        unread: Positions read per axis of the result, if not all.
 
     Returns:
         The result, with the columns in the place of the contracted axis; None where there is nothing to divide.
     """
-    unread, data = rw.needed.get(node.output[0], {}), rw.array(node, k)
-    if data is None or not worthwhile(rw, x, unread):
+    dims: Dims = ((),) * (rank - x.rank) + x.dims
+    if not worthwhile(rw, x, unread) or any(symbols([dims[a]]) for a in (axis, *places)):
         return None
-    x = rw.settle(x) if isinstance(x, Affine) or (isinstance(x, Sum) and fold.has_open(rw, x)) else x
-    rank = max(x.rank, 1 + max(axis, *stack, 0))
-    if x.rank < rank:
-        dims: Dims = ((),) * (rank - x.rank) + x.dims
-        x = rw.moved(x, dims, lambda codes: codes.reshape(extents(dims)))
-    if any(symbols([x.dims[a]]) for a in (axis, *stack)):
-        return None
-    inner, width = (data.shape[a] for a in order[-2:])
-    shape = (prod(stack.values()), inner, width)
+    x = rw.settle(x) if isinstance(x, Sum) and fold.has_open(rw, x) else rw.unless_sum(x)
+    x = rw.moved(x, dims, lambda codes: codes.reshape(extents(dims)))
+    stack = dict(zip(places, given.counts, strict=True))
     if all(t.codes.shape[a] == 1 or constant_along(t.codes, a) for t in rw.terms(x) for a in stack):
-        weight = rw.arranged(node, k, [order[-2], *order[:-2], order[-1]], (inner, shape[0] * width))
-        return [_joined(rw, x, axis, stack, weight, width)]
-    weight = rw.arranged(node, k, order, shape)
+        return [_joined(rw, x, axis, stack, given.side_by_side(rw), given.width)]
+    weight = given.weights(rw)
     return [distribute(rw, x, axis, lambda v: _contracted(rw, v, axis, stack, weight, unread))]
+
+
+def conv(rw: Rewrite, node: NodeProto, x: Abstract, weight: NDArray[Any], group: int) -> list[Abstract] | None:
+    """A convolution with kernel 1 by groups of channels: a linear map of its own for each group."""
+    apart = (group, weight.shape[0] // group, weight.shape[1])
+    given = Stack(node, 1, apart, (0,), (2,), (1,))
+    if x.rank < 3 or extents(x.dims)[1] != group * weight.shape[1] or symbols([x.dims[1]]):
+        return None
+    rest, inside = x.dims[2:], (canonical([group]), canonical([weight.shape[1]]))
+    order = [0, *range(3, x.rank + 1), 1, 2]
+    split: Dims = (x.dims[0], *inside, *rest)
+    moved: Dims = (x.dims[0], *rest, *inside)
+    unread: dict[int, NDArray[np.int64]] = {}
+    turned = rw.moved(rw.unless_sum(x), moved, lambda codes: codes.reshape(extents(split)).transpose(order))
+    made = linear(rw, given, turned, len(moved), len(moved) - 1, [len(moved) - 2], unread)
+    if made is None:
+        return None
+    channels = canonical([weight.shape[0]])
+    dims: Dims = (x.dims[0], channels, *rest)
+    back = [0, len(moved) - 2, len(moved) - 1, *range(1, len(moved) - 2)]
+    return [rw.moved(made[0], dims, lambda codes: codes.transpose(back).reshape(extents(dims)))]
 
 
 def _joined(rw: Rewrite, x: Abstract, axis: int, stack: dict[int, int], weight: Weights, width: int) -> Abstract:
