@@ -43,7 +43,7 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import mark_unread
+from .broadcast import elementwise, mark_unread
 
 
 @dataclass(frozen=True)
@@ -494,6 +494,52 @@ def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct
     return write
 
 
+def commuted(rw: Rewrite, x: Value, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
+    """A linear map of an axis, of which rows `t u` with a factor `t` per candidate become `t (u W)`.
+
+    Args:
+        rw: The rewrite.
+        x: The operand.
+        axis: The axis, along which the factor of a row is the same.
+        linear: The map of other values of the same shape; it gives 0 for rows that nobody reads.
+    """
+    found = _factors(rw, np.moveaxis(x.codes, axis, -1)) if x.whole is None or x.whole.is_open else None
+    if found is None:
+        return linear(x)
+    mask = np.moveaxis(found[0], -1, axis)
+    once, factor = (np.moveaxis(codes, -1, axis) for codes in found[1:])
+    own = rw.settle(linear(view(x.dims, x.dtype, once)))
+    rows = np.broadcast_to(mask, extents(own.dims))
+    kept = view(own.dims, x.dtype, np.where(rows, own.codes, HOLE))
+    by = view((*x.dims[:axis], (), *x.dims[axis + 1 :]), x.dtype, factor)
+    scaled = elementwise(rw, "Mul", [kept, by], rw.emit.fresh(f"{rw.emit.hint}/scaled")).codes
+    if rows.all():
+        return view(own.dims, x.dtype, scaled)
+    rest = linear(view(x.dims, x.dtype, np.where(mask, HOLE, x.codes)))
+    first, *others = rw.terms(rest)
+    return rw.add([view(own.dims, x.dtype, np.where(rows, scaled, first.codes)), *others], own.dims, x.dtype)
+
+
+def _factors(rw: Rewrite, codes: Codes) -> tuple[NDArray[np.bool_], Codes, Codes] | None:
+    """Rows that are one candidate-level factor times a request-level vector.
+
+    Returns:
+        Which, `[rows..., 1]`; their vectors, with holes in other rows; their factors, `[rows..., 1]`; None where there
+        are none, and for a single row, which folds.
+    """
+    rows = np.asarray(fold.is_open(rw, codes).all(-1))
+    if not rw.uses("fold") or rows.size < 2 or not rows.any():
+        return None
+    once, each = fold.expand(rw, codes[rows])
+    same = (each[..., 0] == each[:, :1, 0]).all(-1)
+    if once.shape[-1] > 1 or not same.any():
+        return None
+    vectors, factor = np.full(codes.shape, HOLE), np.full((*rows.shape, 1), HOLE)
+    vectors[rows] = np.where(same[:, None], once[..., 0], HOLE)
+    factor[rows] = np.where(same[:, None], each[:, :1, 0], HOLE)
+    return factor != HOLE, vectors, factor
+
+
 def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
     """A linear map of a pending sum: of each term, where that is less work than of the sum."""
     if isinstance(x, Sum):
@@ -553,7 +599,7 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
     def one(v: Value) -> Abstract:
         return contract(rw, v, axis, weight, right_product(rw, weight.data.shape[1], real), rule, unread)
 
-    return distribute(rw, x, axis, one)
+    return distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one))
 
 
 def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:

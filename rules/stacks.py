@@ -24,6 +24,7 @@ from . import fold
 from .products import (
     Piece,
     Product,
+    commuted,
     distribute,
     linear_last,
     linear_left,
@@ -127,7 +128,11 @@ def linear(
     if all(t.codes.shape[a] == 1 or constant_along(t.codes, a) for t in rw.terms(x) for a in stack):
         return [_joined(rw, x, axis, stack, given.side_by_side(rw), given.width)]
     weight = given.weights(rw)
-    return [distribute(rw, x, axis, lambda v: _contracted(rw, v, axis, stack, weight, unread))]
+
+    def one(v: Value) -> Abstract:
+        return _contracted(rw, v, axis, stack, weight, unread)
+
+    return [distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one))]
 
 
 def conv(rw: Rewrite, node: NodeProto, x: Abstract, weight: NDArray[Any], group: int) -> list[Abstract] | None:
