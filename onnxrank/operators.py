@@ -217,6 +217,12 @@ class Placed(Use):
         found = self.array(k)
         return None if found is None else [int(i) for i in found.reshape(-1)]
 
+    def entries(self, k: int) -> list[int | Expr] | None:
+        """Whole numbers that are constants or made of extents; None where they are not known."""
+        assert self.facts is not None
+        found = self.array(k)
+        return self.facts.entries.get(self.node.input[k]) if found is None else [int(i) for i in found.reshape(-1)]
+
     @property
     def targets(self) -> list[Sequence[moves.Extent] | None]:
         """Proved extents of the outputs; None where not even the number of dimensions is."""

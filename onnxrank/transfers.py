@@ -160,9 +160,9 @@ def concat(f: Flow) -> list[Made] | None:
     every = [f.dim(k) for k in range(len(f.node.input))]
     axis = f.axis(0, len(every[0]))
     along_axis = [d[axis] for d in every]
-    if not symbols(along_axis):
+    if not symbols(along_axis) or _has_rows(along_axis):
         return moved(f, moves.concat(f))
-    if _has_rows(along_axis) or len({d[:axis] + d[axis + 1 :] for d in every}) > 1:
+    if len({d[:axis] + d[axis + 1 :] for d in every}) > 1:
         return None
     dims = (*every[0][:axis], f.known(0)[axis], *every[0][axis + 1 :])
     return [Made(dims, joined(dims, [along(f.level(k), [axis]) for k in range(len(every))]))]

@@ -36,6 +36,7 @@ from onnxrank.values import (
     offsets,
     rectangles,
     source_numbers,
+    split_merged,
     symbols,
     view,
     with_extents,
@@ -317,11 +318,13 @@ class _Softmax:
         held = rw.sources.symbols(factor) | rw.sources.symbols(shared)
 
         def write() -> str:
-            names = [
-                rw.layout.realise(c, with_extents(dims, c.shape))[0]
-                for c in (factor, cut_repeats(shared, range(shared.ndim - 1)))
-            ]
-            return rw.emit.add("Mul", names)
+            # What lacks a factor of a merged dimension only broadcasts where it stands alone.
+            split = split_merged(dims)
+            lead = extents(split)[:-1]
+            each, once = (np.broadcast_to(c, (*shared.shape[:-1], c.shape[-1])) for c in (factor, shared))
+            parts = each.reshape(*lead, -1), cut_repeats(once.reshape(*lead, -1), range(len(lead)))
+            names = [rw.layout.realise(c, with_extents(split, c.shape))[0] for c in parts]
+            return rw.layout.reshape(rw.emit.add("Mul", names), keep_symbols(split, held), keep_symbols(dims, held))
 
         def linear() -> tuple[Codes, Codes]:
             return shared[..., None], np.broadcast_to(factor, shared.shape)[..., None]

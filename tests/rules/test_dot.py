@@ -284,10 +284,7 @@ def test_stack_with_weights_of_the_request(order: str, outer: str) -> None:
     if order:
         x = g.op("Gather", x, g.ints(*map(int, order)), axis=1)
     y = g.op("MatMul", x, w)
-    if outer == "MatMul":
-        y = g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(10, 3)))
-    else:
-        y = g.op(outer, y)
+    y = g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(10, 3))) if outer == "MatMul" else g.op(outer, y)
     g.output(y, ["N", 3] if outer == "MatMul" else ["N", 5, 1, 2])
     result = optimised(g, given, tolerance=1e-6 if outer == "Softmax" else 0)
     assert {"attention", "dot"} & set(rules(result))
