@@ -99,7 +99,7 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     unread = rw.needed.get(node.output[0])
     if not unread and _merges_differently(rw, values, dims):
         split = split_merged(dims)
-        apart = [_as_split(v, dims) for v in values]
+        apart = [as_split(v, dims) for v in values]
         made = _elementwise(rw, node, apart, present, dtype)
         assert made.dims == split
         return rw.tidy(dims, dtype, made.codes.reshape(extents(dims)))
@@ -164,7 +164,7 @@ def _repeats_differ(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> bool:
     return len(kinds) > 1
 
 
-def _as_split(value: Value, dims: Dims) -> Value:
+def as_split(value: Value, dims: Dims) -> Value:
     """An operand with the dimensions apart that are merged in the result."""
     own: list[Dim] = []
     for d, whole in zip(value.dims, dims[len(dims) - value.rank :], strict=True):

@@ -38,13 +38,14 @@ from onnxrank.values import (
     is_candidate_symbol,
     keep_symbols,
     rectangles,
+    split_merged,
     symbols,
     view,
     with_extents,
 )
 
 from . import fold
-from .broadcast import ELEMENTWISE, batches_agree, elementwise, mark_unread
+from .broadcast import ELEMENTWISE, as_split, batches_agree, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
@@ -152,6 +153,11 @@ def multiply(
         return [_product(rw, node, rw.settle(a), rw.settle(b), dims)]
     if a.dims[-1] == () and not unread and extents(a.dims)[-1] == extents(b.dims)[-2] == 1:
         return [elementwise(rw, "Mul", [rw.settle(a), rw.settle(b)], output)]
+    split = split_merged(dims[:-2])
+    if split != dims[:-2]:
+        read = {len(split) + 2 - k: unread[len(dims) - k] for k in (1, 2) if len(dims) - k in unread}
+        found = multiply(rw, _apart(a, dims), _apart(b, dims), output, rule, unread=read)
+        return None if found is None else [rw.moved(found[0], dims, lambda codes: codes.reshape(extents(dims)))]
     places = [({v.rank - k: p} if (p := unread.get(len(dims) - k)) is not None else {}) for v, k in ((a, 2), (b, 1))]
     left, right = operand(rw, a, places[0]), operand(rw, b, places[1])
     stack = extents(dims[:-2])
@@ -181,6 +187,15 @@ def multiply(
                 terms.append(np.full(extents(dims), HOLE if slot == 0 else blocks.zero))
             terms[slot][np.ix_(*box)] = term.codes
     return [rw.add([view(dims, a.dtype, t) for t in terms], dims, a.dtype)]
+
+
+def _apart(x: Value | Sum, dims: Dims) -> Value | Sum:
+    """An operand with those dimensions of its stack apart that are merged in the product."""
+    own = (*dims[:-2], (), ())
+    if isinstance(x, Value):
+        return as_split(x, own)
+    terms = [as_split(t, own) for t in x.terms]
+    return Sum(terms[0].dims, x.dtype, terms)
 
 
 def alike(kinds: NDArray[np.int64]) -> list[NDArray[np.int64]]:
