@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from onnxrank import surgery
+from onnxrank.graphs import live, names_in, versions
 from onnxrank.journal import Journal
 from onnxrank.operators import operator
+from onnxrank.values import Origin
 
 
 @dataclass(eq=False)
@@ -54,6 +57,25 @@ class Emitter:
     def watched_by(self, journal: Journal) -> None:
         """Has a journal undo what is written."""
         journal.watch(self.nodes, self.initializers, self.op_of, self._taken, self._same, self._parts)
+
+    @contextmanager
+    def at(self, origin: Origin) -> Iterator[None]:
+        """Writes for another original node, and under another rule's name."""
+        before = self.origin, self.hint, self.rule
+        self.origin, self.hint, self.rule = origin.index, origin.hint, origin.rule
+        try:
+            yield
+        finally:
+            self.origin, self.hint, self.rule = before
+
+    @contextmanager
+    def under(self, rule: str | None) -> Iterator[None]:
+        """Writes under a rule's name."""
+        before, self.rule = self.rule, rule
+        try:
+            yield
+        finally:
+            self.rule = before
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet, close to `hint`."""
@@ -132,10 +154,63 @@ class Emitter:
             self._same[key] = name
         return self._same[key]
 
-    def reduce(self, op: str, data: str, axes: Sequence[int], keepdims: bool, hint: str | None = None) -> str:
+    def reduce(
+        self,
+        op: str,
+        data: str,
+        axes: Sequence[int],
+        keepdims: bool,
+        *,
+        output: str | None = None,
+        hint: str | None = None,
+    ) -> str:
         """A reduction; `axes` is an input or an attribute depending on the opset."""
         since = 13 if op == "ReduceSum" else 18
         attrs: dict[str, Any] = {"keepdims": int(keepdims)}
+        inputs = [data]
         if self.opset >= since:
-            return self.add(op, [data, self.constant(np.array(axes, np.int64))], attrs, hint=hint)
-        return self.add(op, [data], attrs | {"axes": list(axes)}, hint=hint)
+            inputs.append(self.constant(np.array(axes, np.int64)))
+        else:
+            attrs["axes"] = list(axes)
+        return self.add(op, inputs, attrs, output=output, hint=hint)
+
+
+def emitter_for(model: ModelProto) -> Emitter:
+    """An emitter whose names are not those of a model."""
+    return Emitter(names_in(model.graph), versions(model)[""])
+
+
+def replaced(
+    model: ModelProto,
+    emit: Emitter,
+    write: Callable[[NodeProto], bool],
+    finish: Callable[[], None] = lambda: None,
+) -> ModelProto:
+    """A copy of a model in which other nodes stand in the place of some, without those that nobody needs any more.
+
+    Args:
+        model: The model.
+        emit: Receives the new nodes; `emitter_for(model)`.
+        write: Writes what is to stand before a node or in its place; called for each in order. Returns whether it goes.
+        finish: Writes what is to stand behind the last.
+    """
+    out = ModelProto()
+    out.CopyFrom(model)
+    del out.graph.node[:]
+
+    def flush() -> None:
+        out.graph.node.extend(e.proto for e in emit.nodes)
+        emit.nodes.clear()
+
+    for node in model.graph.node:
+        emit.hint = next((o for o in node.output if o), node.name)
+        goes = write(node)
+        flush()
+        if not goes:
+            out.graph.node.append(node)
+    finish()
+    flush()
+    made = live(out)
+    read = {i for n in made.graph.node for i in n.input}
+    made.graph.initializer.extend(t for name, t in emit.initializers.items() if name in read)
+    return made

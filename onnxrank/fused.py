@@ -14,16 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank.emitter import Emitter
+from onnxrank.emitter import Emitter, emitter_for, replaced
 from onnxrank.facts import Extent
-from onnxrank.graphs import versions
 from onnxrank.operators import matmul_order
 
 Extents = tuple[Extent, ...]
-SAVED = frozenset({"FusedGemm", "FusedMatMul", "SkipLayerNormalization"})
+SAVED = frozenset({"FusedGemm", "FusedMatMul", "SkipLayerNormalization", "RotaryEmbedding"})
 """What ONNX Runtime's optimiser makes of several operators."""
 OPERATORS = SAVED | {"Attention", "MultiHeadAttention"}
-"""The same, and fused attention of ONNX and of ONNX Runtime."""
+"""The same, and fused attention; these two and RotaryEmbedding are operators of ONNX, too."""
 ACTIVATIONS = {"Relu": (), "Sigmoid": (), "Tanh": (), "LeakyRelu": ("alpha",)}
 """What FusedGemm may apply to its product, with the attributes of that."""
 _MICROSOFT = "com.microsoft"
@@ -62,26 +61,19 @@ def written_out(
     Raises:
         Unsupported: One of them does something that is not known here.
     """
-    out = ModelProto()
-    out.CopyFrom(model)
-    del out.graph.node[:]
-    taken = {*(t.name for t in model.graph.initializer), *(i.name for i in model.graph.input)}
-    taken |= {o for n in model.graph.node for o in n.output}
-    opset = versions(model)[""]
-    emit = Emitter(taken, opset)
-    for node in model.graph.node:
-        if node.output and node.output[0] in outputs:
-            try:
-                _Steps(emit, node, extents, dtypes, constants).write()
-            except Unsupported as e:
-                e.output = node.output[0]
-                raise
-            out.graph.node.extend(e.proto for e in emit.nodes)
-            emit.nodes.clear()
-        else:
-            out.graph.node.append(node)
-    out.graph.initializer.extend(emit.initializers.values())
-    return out
+    emit = emitter_for(model)
+
+    def write(node: NodeProto) -> bool:
+        if not node.output or node.output[0] not in outputs:
+            return False
+        try:
+            _Steps(emit, node, extents, dtypes, constants).write()
+        except Unsupported as e:
+            e.output = node.output[0]
+            raise
+        return True
+
+    return replaced(model, emit, write)
 
 
 class _Steps:
@@ -120,6 +112,8 @@ class _Steps:
             self._gemm()
         elif self.node.op_type == "FusedMatMul":
             self._matmul()
+        elif self.node.op_type == "RotaryEmbedding":
+            self._rotary()
         elif self.node.domain != _MICROSOFT:
             self._onnx()
         elif self.node.op_type == "Attention":
@@ -167,6 +161,47 @@ class _Steps:
         inputs = [made, self.node.input[2], *filter(None, [self._name(3)])]
         attrs = {"axis": -1, "epsilon": self.given.get("epsilon", _EPSILON)}
         self.emit.add("LayerNormalization", inputs, attrs, output=outputs[0])
+
+    def _rotary(self) -> None:
+        """Pairs of entries turned by an angle per position, of ONNX since opset 23 and of ONNX Runtime."""
+        own, out = self.node.domain == _MICROSOFT, self.node.output[0]
+        self._only(4, ("interleaved", "num_heads", "rotary_embedding_dim", *(["scale"] if own else [])))
+        x, positions, *caches = (self._name(k) for k in ((0, 1, 2, 3) if own else (0, 3, 1, 2)))
+        if self.emit.opset < 13 or self.given.get("scale", 1.0) != 1:
+            raise Unsupported("it scales, or comes before opset 13")
+        if positions and len(self._extents(positions)) != 2:
+            raise Unsupported("its positions are an offset")
+        half, width = self._constant(self._extents(caches[0])[-1]), self._constant(self._extents(x)[-1])
+        beside = len(self._extents(x)) == 3
+        heads = (self.given.get("num_heads", 0) or width // (2 * half)) if beside else 1
+        if positions:
+            caches = [self.emit.add("Gather", [c, positions], {"axis": 0}) for c in caches]
+        cos, sin = (self.emit.add("Unsqueeze", [c, self._ints(2 if beside else 1)]) for c in caches)
+        if beside:
+            x = self.emit.add("Reshape", [x, self._ints(0, 0, heads, width // heads)])
+        turned = self._turned(x, cos, sin, half)
+        rest = width // heads - 2 * half
+        if rest:
+            turned = self.emit.add("Concat", [turned, self._part(x, 2 * half, 2 * half + rest, 1)], {"axis": -1})
+        shape = self._ints(0, 0, width) if beside else self._ints(0, 0, 0, width)
+        self.emit.add("Reshape", [turned, shape], output=out)
+
+    def _turned(self, x: str, cos: str, sin: str, half: int) -> str:
+        """The first `2 * half` entries of the last axis, turned: neighbours are a pair, or those of both halves."""
+        add, apart = self.emit.add, bool(self.given.get("interleaved", 0))
+        step = 2 if apart else 1
+        first = self._part(x, 0, 2 * half if apart else half, step)
+        second = self._part(x, 1 if apart else half, 2 * half, step)
+        real = add("Sub", [add("Mul", [first, cos]), add("Mul", [second, sin])])
+        imaginary = add("Add", [add("Mul", [first, sin]), add("Mul", [second, cos])])
+        if not apart:
+            return add("Concat", [real, imaginary], {"axis": -1})
+        pairs = [add("Unsqueeze", [t, self._ints(-1)]) for t in (real, imaginary)]
+        return add("Reshape", [add("Concat", pairs, {"axis": -1}), self._ints(0, 0, 0, 2 * half)])
+
+    def _part(self, x: str, start: int, end: int, step: int) -> str:
+        """Entries of the last axis."""
+        return self.emit.add("Slice", [x, *(self._ints(n) for n in (start, end, -1, step))])
 
     def _onnx(self) -> None:
         """The operator of ONNX, since opset 23."""

@@ -7,7 +7,8 @@ the layout has no structure, one Gather over the flattened entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from math import prod
 
@@ -22,6 +23,7 @@ from onnxrank.values import (
     Dims,
     Factor,
     Level,
+    Origin,
     Source,
     Sources,
     Unrepresentable,
@@ -51,10 +53,18 @@ class Layout:
         sources: The sources that codes refer to.
         emitter: Receives the nodes.
         expressions: What symbols stand for that are not extents of inputs.
+        writing: The context in which deferred tensors are written; the emitter's, at their origin, if not given.
     """
 
-    def __init__(self, sources: Sources, emitter: Emitter, expressions: Mapping[str, Expr]) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        emitter: Emitter,
+        expressions: Mapping[str, Expr],
+        writing: Callable[[Origin], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self.expressions = expressions
+        self.writing = writing or emitter.at
         self.sources = sources
         self.emit = emitter
         self.extent_of: dict[str, tuple[str, int, int]] = {}
@@ -64,12 +74,11 @@ class Layout:
         sources.journal.watch(self._done, self._reshaped)
 
     def name_of(self, source: Source) -> str:
-        """The source's tensor, written if it is a constant not in the graph yet."""
+        """The source's tensor, written if it is not in the graph yet."""
         if source.name is None:
-            if source.write is not None:
-                name = source.write()
-            elif source.product is not None:
-                name = source.product(None, ())
+            if source.deferred is not None:
+                with self.writing(source.origin):
+                    name = source.deferred.materialise()
             else:
                 name = self.emit.constant(source.data)
             self.sources.journal.put(source, "name", name)

@@ -6,17 +6,18 @@ candidates, the loop is one Reshape to `[rows / w, w, ...]` and one reduction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from onnxrank import extents as ex
+from onnxrank.emitter import Emitter, emitter_for, replaced
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import live, names_in
+from onnxrank.graphs import attribute, names_in, subgraphs, versions
+from onnxrank.operators import operator
 
 REDUCTIONS = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"})
 _SAME = frozenset({"Identity", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze"})
@@ -83,22 +84,19 @@ def without_loops(model: ModelProto, facts: Facts) -> ModelProto | None:
         facts: Its shapes and constants.
     """
     outer = _Outer(model, facts)
-    found = {k: bag for k, node in enumerate(model.graph.node) if (bag := _Loop(outer, node).bag()) is not None}
+    found = {id(node): bag for node in model.graph.node if (bag := _Loop(outer, node).bag()) is not None}
     if not found:
         return None
-    out = ModelProto()
-    out.CopyFrom(model)
-    del out.graph.node[:]
-    taken = names_in(model.graph)
+    emit = emitter_for(model)
     # A sequence is read by one ConcatFromSequence, which makes what the loop is replaced by.
     joined = {bag.result for bag in found.values()}
-    for k, node in enumerate(model.graph.node):
-        if k in found:
-            bag = found[k]
-            out.graph.node.extend(_written(bag, out.graph, node.name or bag.result, taken))
-        elif not joined & set(node.output):
-            out.graph.node.append(node)
-    return live(out)
+
+    def write(node: NodeProto) -> bool:
+        if id(node) in found:
+            _write(found[id(node)], emit)
+        return id(node) in found or not joined.isdisjoint(node.output)
+
+    return replaced(model, emit, write)
 
 
 @dataclass(frozen=True)
@@ -109,45 +107,21 @@ class _Bag:
         window: The rows of one iteration, reduced.
         rest: Extents of `window.data` behind the first.
         result: The tensor of all iterations' results.
-        version: The opset.
     """
 
     window: _Window
     rest: tuple[int, ...]
     result: str
-    version: int
 
 
-def _written(bag: _Bag, graph: GraphProto, hint: str, taken: set[str]) -> Iterator[NodeProto]:
-    def fresh(what: str) -> str:
-        name, count = f"{hint}/{what}", 1
-        while name in taken:
-            count += 1
-            name = f"{hint}/{what}.{count}"
-        taken.add(name)
-        return name
-
-    def constant(what: str, *numbers: int) -> str:
-        name = fresh(what)
-        graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
-        return name
-
+def _write(bag: _Bag, emit: Emitter) -> None:
     window, reduce = bag.window, bag.window.reduce
     assert reduce is not None
-    rows = fresh("rows")
-    shape = constant("shape", -1, window.width, *bag.rest)
-    yield helper.make_node("Reshape", [window.data, shape], [rows], name=rows)
+    shape = emit.constant(np.array([-1, window.width, *bag.rest], np.int64))
+    rows = emit.add("Reshape", [window.data, shape], hint=bag.result)
     if window.table is not None:
-        looked_up = fresh("lookup")
-        yield helper.make_node("Gather", [window.table, rows], [looked_up], name=looked_up, axis=0)
-        rows = looked_up
-    in_attribute = bag.version < (13 if reduce.op_type == "ReduceSum" else 18)
-    made = helper.make_node(reduce.op_type, [rows], [bag.result], name=hint, keepdims=0)
-    if in_attribute:
-        made.attribute.append(helper.make_attribute("axes", [1]))
-    else:
-        made.input.append(constant("axes", 1))
-    yield made
+        rows = emit.add("Gather", [window.table, rows], {"axis": 0}, hint=bag.result)
+    emit.reduce(operator(reduce), rows, [1], False, output=bag.result)
 
 
 class _Outer:
@@ -158,7 +132,7 @@ class _Outer:
         self.outputs = {o.name for o in model.graph.output}
         given = {i.name for i in model.graph.input}
         self.stored = {t.name: t for t in model.graph.initializer if t.name not in given}
-        self.version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self.version = versions(model)[""]
 
     @cached_property
     def made(self) -> dict[str, NodeProto]:
@@ -170,7 +144,7 @@ class _Outer:
         """Nodes by what they read."""
         out: dict[str, list[NodeProto]] = {}
         for n in self.model.graph.node:
-            for i in {*n.input, *(c for a in n.attribute if a.HasField("g") for c in names_in(a.g))}:
+            for i in {*n.input, *(c for g in subgraphs(n) for c in names_in(g))}:
                 out.setdefault(i, []).append(n)
         return out
 
@@ -189,18 +163,18 @@ class _Outer:
         if fixed is not None or node is None:
             return fixed
         sizes = self.facts.sizes.get(node.input[0]) if node.input else None
-        if node.op_type == "Size" and sizes is not None:
+        if operator(node) == "Size" and sizes is not None:
             return ex.product(sizes)
-        if node.op_type == "Shape" and sizes is not None and len(sizes) == 1 and self.facts.sizes.get(name) == (1,):
+        if operator(node) == "Shape" and sizes is not None and len(sizes) == 1 and self.facts.sizes.get(name) == (1,):
             return sizes[0]
-        if node.op_type == "Gather" and (source := self.made.get(node.input[0])) is not None:
+        if operator(node) == "Gather" and (source := self.made.get(node.input[0])) is not None:
             position, of = self.number(node.input[1]), self.facts.sizes.get(source.input[0]) if source.input else None
-            whole = source.op_type == "Shape" and not source.attribute
+            whole = operator(source) == "Shape" and not source.attribute
             if whole and of is not None and position is not None and -len(of) <= position < len(of):
                 return of[position]
-        if node.op_type in _SAME:
-            cast = next((a.i for a in node.attribute if a.name == "to"), TensorProto.INT64)
-            return self.amount(node.input[0]) if cast == TensorProto.INT64 else None
+        if operator(node) in _SAME:
+            whole = attribute(node, "to", TensorProto.INT64) == TensorProto.INT64
+            return self.amount(node.input[0]) if whole else None
         return None
 
     def count(self, name: str) -> int | Expr | None:
@@ -213,16 +187,16 @@ class _Outer:
         node = self.made.get(name)
         if node is None:
             return None
-        if node.op_type == "Range":
+        if operator(node) == "Range":
             first, step = self.number(node.input[0]), self.number(node.input[2])
             return None if first is None or step is None else _Line(first, step)
-        if node.op_type == "Identity":
+        if operator(node) == "Identity":
             return self.vector(node.input[0])
-        if node.op_type == "Concat" and len(node.input) == 2:
+        if operator(node) == "Concat" and len(node.input) == 2:
             line, count, last = self.vector(node.input[0]), self.count(node.input[0]), self.amount(node.input[1])
             goes_on = line is not None and count is not None and self.count(node.input[1]) == 1
             return line if goes_on and line and count is not None and last == line.first + line.step * count else None
-        if node.op_type == "Slice" and self.version >= 10 and len(node.input) >= 3:
+        if operator(node) == "Slice" and self.version >= 10 and len(node.input) >= 3:
             line, start = self.vector(node.input[0]), self.number(node.input[1])
             step = 1 if len(node.input) < 5 else self.number(node.input[4])
             if line is not None and start is not None and start >= 0 and step == 1:
@@ -244,9 +218,9 @@ class _Loop:
 
     def bag(self) -> _Bag | None:
         """What the loop does; None if that is not such a reduction, or not proved."""
-        if self.node.op_type != "Loop" or self.node.domain not in ("", "ai.onnx"):
+        if operator(self.node) != "Loop":
             return None
-        body = next(a.g for a in self.node.attribute if a.name == "body")
+        body = attribute(self.node, "body")
         self._enter(body)
         trip, condition, *carried = self.node.input
         position, again, *states = (i.name for i in body.input)
@@ -266,7 +240,7 @@ class _Loop:
         # The runs follow each other from the first row to the last.
         whole = collected.start == _Line(0, collected.width) and sizes[0] == collected.width * rounds
         ids = collected.table is None or not rest
-        return _Bag(collected, rest, result, self.outer.version) if whole and ids else None
+        return _Bag(collected, rest, result) if whole and ids else None
 
     def _counted(self, trip: str, condition: str, outs: list[str]) -> tuple[int | Expr | None, _Window | None, str]:
         """A number of iterations given beforehand, of which each gives one row."""
@@ -292,13 +266,13 @@ class _Loop:
         """A counter that runs from 0 to an extent, and a sequence that takes up a row at a time."""
         nothing = None, None, ""
         first = self.outer.made.get(condition)
-        if trip or len(carried) != 2 or len(outs) != 3 or first is None or first.op_type != "Less":
+        if trip or len(carried) != 2 or len(outs) != 3 or first is None or operator(first) != "Less":
             return nothing
         rounds = self.outer.amount(first.input[1])
         empty = self.outer.made.get(carried[1])
         if self.outer.number(carried[0]) != 0 or self.outer.number(first.input[0]) != 0 or empty is None:
             return nothing
-        if rounds is None or empty.op_type != "SequenceEmpty":
+        if rounds is None or operator(empty) != "SequenceEmpty":
             return nothing
         self.rounds = rounds
         self.known |= {states[0]: _Line(0, 1), states[1]: None}
@@ -311,8 +285,8 @@ class _Loop:
         if not isinstance(taken, _Collected) or self.outer.readers.get(counter) or len(readers) != 1:
             return nothing
         join, entry = readers[0], taken.entry
-        given = {a.name: a.i for a in join.attribute}
-        if join.op_type != "ConcatFromSequence" or given.get("axis") != 0 or given.get("new_axis"):
+        joins = operator(join) == "ConcatFromSequence" and attribute(join, "axis") == 0
+        if not joins or attribute(join, "new_axis", 0):
             return nothing
         if {counter, sequence} & self.outer.outputs or entry.reduce is None or not _keeps(entry.reduce):
             return nothing
@@ -338,9 +312,8 @@ class _Loop:
             stored = self.stored.get(name)
             fixed = self.outer.number(name) if stored is None else one_entry(stored)
             return None if fixed is None else _Line(fixed, 0)
-        if node.domain not in ("", "ai.onnx"):
-            return None
-        if node.op_type in REDUCTIONS:
+        op = operator(node)
+        if op in REDUCTIONS:
             return self._reduced(node)
         reader = {
             "Constant": self._constant,
@@ -351,11 +324,11 @@ class _Loop:
             "Slice": self._sliced,
             "Gather": self._gathered,
             "SequenceInsert": self._inserted,
-        }.get(node.op_type, self._same if node.op_type in _SAME else None)
+        }.get(op, self._same if op in _SAME else None)
         return None if reader is None else reader(node)
 
     def _constant(self, node: NodeProto) -> _Value | None:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        value = attribute(node, "value")
         fixed = None if value is None else one_entry(value)
         return None if fixed is None else _Line(fixed, 0)
 
@@ -365,11 +338,11 @@ class _Loop:
 
     def _same(self, node: NodeProto) -> _Value | None:
         found = self._value(node.input[0])
-        kind = next((a.i for a in node.attribute if a.name == "to"), None)
+        kind = attribute(node, "to")
         if kind == TensorProto.BOOL and isinstance(found, _Line) and found.step == 0:
             return _Flag(bool(found.first))
         if isinstance(found, _Window):
-            return found if node.op_type == "Identity" else None
+            return found if operator(node) == "Identity" else None
         return found if kind in (None, TensorProto.INT64, TensorProto.BOOL) else None
 
     def _added(self, node: NodeProto) -> _Value | None:
@@ -389,7 +362,7 @@ class _Loop:
         if not isinstance(condition, _Flag):
             return None
         name = "then_branch" if condition.value else "else_branch"
-        branch = next(a.g for a in node.attribute if a.name == name)
+        branch = attribute(node, name)
         if any(self._inside(o) for o in _given(branch)):
             return None  # two scopes with the same name
         self._enter(branch)
@@ -422,7 +395,7 @@ class _Loop:
         return entry if entry is not None else _Window(data, start, width)
 
     def _gathered(self, node: NodeProto) -> _Value | None:
-        if any(a.name == "axis" and a.i != 0 for a in node.attribute) or self._inside(node.input[0]):
+        if attribute(node, "axis", 0) != 0 or self._inside(node.input[0]):
             return None
         index = self._value(node.input[1])
         if isinstance(index, _Window) and index.table is None and index.reduce is None:
@@ -433,7 +406,7 @@ class _Loop:
         window = self._value(node.input[0])
         if not isinstance(window, _Window) or window.reduce is not None:
             return None
-        axes: list[int] | None = next((list(a.ints) for a in node.attribute if a.name == "axes"), None)
+        axes: list[int] | None = attribute(node, "axes")
         if len(node.input) > 1:
             line = self._line(node.input[1])
             axes = [line.first] if line is not None and line.step == 0 else None
@@ -457,7 +430,7 @@ def _given(graph: GraphProto) -> set[str]:
 
 def _keeps(reduce: NodeProto) -> bool:
     """Whether a reduction leaves an axis of one entry."""
-    return bool(next((a.i for a in reduce.attribute if a.name == "keepdims"), 1))
+    return bool(attribute(reduce, "keepdims", 1))
 
 
 def one_entry(tensor: TensorProto) -> int | None:

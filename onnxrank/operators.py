@@ -326,6 +326,10 @@ class Trait(Flag):
     """Rows lie along the first axis, and everything behind it is taken in together."""
     CAST = auto()
     """Entries in another type."""
+    BOOLEAN = auto()
+    """Gives conditions."""
+    COMPARISON = auto()
+    """Conditions on which of two numbers is the greater."""
     SEQUENCE = auto()
     """Gives sequences, maps or optionals, which have no shape."""
 
@@ -1255,6 +1259,7 @@ def _registry() -> dict[tuple[str, str], Operator]:
     out["", "DynamicQuantizeLinear"] = Operator(lambda u: [u.shape(0), (), ()])
     out["com.microsoft", "FusedGemm"] = Operator(_gemm)
     out["ai.onnx.ml", "LinearRegressor"] = Operator(lambda u: [[u.shape(0)[0], int(u.attribute("targets", 1))]])
+    out["com.microsoft", "RotaryEmbedding"] = Operator(_same)
     out["com.microsoft", "Attention"] = Operator(_attention)
     out["com.microsoft", "MultiHeadAttention"] = Operator(_multi_head_attention)
     for name in dict.fromkeys(
@@ -1288,6 +1293,8 @@ _TRAITS = {
         Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish com.microsoft::Gelu
         com.microsoft::FastGelu com.microsoft::BiasGelu""",
     Trait.CAST: "Cast CastLike",
+    Trait.BOOLEAN: "And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor",
+    Trait.COMPARISON: "Equal Greater GreaterOrEqual Less LessOrEqual",
     Trait.SEQUENCE: """
         SequenceEmpty SequenceConstruct SequenceInsert SequenceErase SequenceMap SplitToSequence Optional
         ai.onnx.ml::ZipMap""",
@@ -1397,10 +1404,8 @@ _LEVELS: dict[str, transfers.Transfer] = {
     "com.microsoft::FusedGemm": transfers.gemm,
     "Einsum": transfers.einsum,
     "ai.onnx.ml::LinearRegressor": transfers.linear,
-    **{
-        op: transfers.whole_rows
-        for op in ("Attention", "com.microsoft::Attention", "com.microsoft::MultiHeadAttention")
-    },
+    **{name: transfers.whole_rows for op in ("Attention", "RotaryEmbedding") for name in (op, f"com.microsoft::{op}")},
+    "com.microsoft::MultiHeadAttention": transfers.whole_rows,
     **{op: transfers.recurrent for op in ("GRU", "LSTM", "RNN")},
     "com.microsoft::SkipLayerNormalization": transfers.skip_normalised,
     "com.microsoft::SkipSimplifiedLayerNormalization": transfers.skip_normalised,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeVar
@@ -34,9 +35,13 @@ from onnxrank.values import (
     Abstract,
     Affine,
     Codes,
+    Deferred,
+    DeferredMatMul,
     Dim,
     Dims,
     Level,
+    Origin,
+    Selectable,
     Source,
     Sources,
     Sum,
@@ -251,7 +256,6 @@ class Rewrite:
 
     def __post_init__(self) -> None:
         self._settled: dict[int, tuple[Sum, Value]] = {}
-        self.made_later: dict[str, Value] = {}
         self.fused: list[str] = []
         self.taken: dict[int, tuple[str, str]] = {}
         self.decided: dict[Place, Site] = {}
@@ -259,7 +263,7 @@ class Rewrite:
         self.graph = Uses()
         self._index_of: dict[str, int] = {}
         self.sources = Sources()
-        self.layout = Layout(self.sources, self.emit, self.facts.expressions)
+        self.layout = Layout(self.sources, self.emit, self.facts.expressions, self.writing)
         self._claimed: dict[str, None] = {}
         self._depths: dict[str, int] = {}
         self._numbers: dict[tuple[int, int], int] = {}
@@ -267,7 +271,7 @@ class Rewrite:
         self._node = NodeProto()
         self._journal = self.sources.journal
         self.emit.watched_by(self._journal)
-        self._journal.watch(self._settled, self.made_later, self.decided, self._claimed, self._numbers, self._made_once)
+        self._journal.watch(self._settled, self.decided, self._claimed, self._numbers, self._made_once)
 
     @property
     def applied(self) -> set[str]:
@@ -344,7 +348,7 @@ class Rewrite:
         if isinstance(value, Affine):
             return [s for v in (value.base, value.scale) for s in self._put_off(v)]
         found = [value.whole] if value.whole is not None else self.sources.of(value.codes)
-        return [s for s in found if s.name is None and (s.write is not None or s.product is not None)]
+        return [s for s in found if s.offers(Deferred) is not None]
 
     def _made(
         self, index: int, node: NodeProto, rules: Sequence[tuple[Rule, Mapping[str, Transfer]]]
@@ -800,25 +804,45 @@ class Rewrite:
             self._numbers[value, dtype] = int(codes_of(source))
         return self._numbers[value, dtype]
 
-    def later(self, write: Callable[..., str], rule: str | None) -> Callable[..., str]:
-        """A writer that, whenever it is called, writes at the current node's place and under a rule's name."""
-        origin, hint = self.emit.origin, self.emit.hint
+    def defer(
+        self,
+        dims: Dims,
+        dtype: int,
+        deferred: Deferred,
+        rule: str | None,
+        *,
+        block: bool = False,
+        part: bool = False,
+    ) -> Source:
+        """A tensor that is written when somebody asks for it, for the current node.
 
-        def run(*args: Any) -> str:
-            before = self.emit.origin, self.emit.rule, self.emit.hint
-            self.emit.origin, self.emit.rule, self.emit.hint = origin, rule, hint
+        Args:
+            dims: Its physical shape.
+            dtype: Its element type.
+            deferred: How it is written.
+            rule: Name of the rule that it is accounted to; None for none.
+            block: As of `Source`.
+            part: As of `Source`.
+        """
+        origin = Origin(self.emit.origin, self.emit.hint, rule)
+        return self.sources.add(dims, dtype, deferred=deferred, origin=origin, block=block, part=part)
+
+    @contextmanager
+    def writing(self, origin: Origin) -> Iterator[None]:
+        """Writes what was deferred, where it belongs.
+
+        Raises:
+            SiteFailed: It fails where it should have been given up before.
+        """
+        with self.emit.at(origin):
             try:
-                return write(*args)
+                yield
             except (SiteFailed, Unrepresentable, OnnxrankError, MemoryError):
                 raise
             except Exception as e:
-                owner = self.taken.get(origin, (rule, TAKE))[0]
-                name = self.nodes[origin] if origin < len(self.nodes) else self._node
-                raise SiteFailed(origin, _internal(owner or "", label(name), e)) from e
-            finally:
-                self.emit.origin, self.emit.rule, self.emit.hint = before
-
-        return run
+                owner = self.taken.get(origin.index, (origin.rule or "", TAKE))[0]
+                node = self.nodes[origin.index] if origin.index < len(self.nodes) else self._node
+                raise SiteFailed(origin.index, _internal(owner, label(node), e)) from e
 
     def once(self, make: Callable[[], T]) -> Callable[[], T]:
         """A function that does its work when first called, and again where that was undone."""
@@ -845,6 +869,7 @@ class Rewrite:
         *,
         opaque: bool = False,
         dtype: int | None = None,
+        rule: str = "broadcast",
     ) -> list[Abstract]:
         """Keeps a node, reading the given tensors.
 
@@ -855,6 +880,7 @@ class Rewrite:
             present: Symbols along which the outputs vary.
             opaque: Whether nothing is claimed about the outputs.
             dtype: Element type of the outputs where the original graph does not say.
+            rule: Name of the rule that it is accounted to where it has fewer rows than before.
 
         Returns:
             The outputs' values.
@@ -866,9 +892,8 @@ class Rewrite:
             operand = self.values.get(node.input[0])
             if isinstance(operand, Value) and operand.whole is not None and operand.whole.name == inputs[0]:
                 self.layout.note_reshape(names[0], inputs[0], operand.whole.dims)
-        rule, self.emit.rule = self.emit.rule, "broadcast" if lowered else None
-        self.emit.copy(node, inputs, names)
-        self.emit.rule = rule
+        with self.emit.under(rule if lowered else None):
+            self.emit.copy(node, inputs, names)
         return [
             self.new(d, self.dtype(o, TensorProto.FLOAT if dtype is None else dtype), present, n)
             for o, n, d in zip(node.output, names, [*dims, *[()] * len(names)], strict=False)
@@ -878,31 +903,23 @@ class Rewrite:
         """A constant: the user's own nodes if these make it from constants, else new data."""
         dims, data = self.facts.folded[name]
         dtype = self.dtype(name, helper.np_dtype_to_tensor_dtype(data.dtype))
-        write, rounded = None, False
         operands = [self.values.get(i) for i in node.input if i]
         own = all(
             isinstance(v, Value) and v.whole is not None and v.whole.level is Level.CONSTANT and v.whole.name != ""
             for v in operands
         )
-        if not symbols(dims) and own and operator(node) not in ("Shape", "Size") and not subgraphs(node):
-            origin = self.emit.origin
-            rounded = operator(node) in _LINEAR or any(
-                isinstance(v, Value) and v.whole is not None and v.whole.rounded for v in operands
-            )
-
-            def write() -> str:
-                before = self.emit.origin, self.emit.rule
-                self.emit.origin, self.emit.rule = origin, None
-                inputs = [self.tensor(self.values[i]) if i else "" for i in node.input]
-                self.emit.copy(node, inputs, [self.claim(o) or o if o else "" for o in node.output])
-                self.emit.origin, self.emit.rule = before
-                for o in node.output:
-                    made = self.values.get(o)
-                    if isinstance(made, Value) and made.whole is not None:
-                        self._journal.put(made.whole, "name", o)
-                return name
-
-        source = self.sources.add(keep_symbols(dims, ()), dtype, load=lambda: data, write=write, rounded=rounded)
+        written = not symbols(dims) and own and operator(node) not in ("Shape", "Size") and not subgraphs(node)
+        rounded = operator(node) in _LINEAR or any(
+            isinstance(v, Value) and v.whole is not None and v.whole.rounded for v in operands
+        )
+        source = self.sources.add(
+            keep_symbols(dims, ()),
+            dtype,
+            load=lambda: data,
+            deferred=_OwnNode(self, node, name) if written else None,
+            origin=Origin(self.emit.origin, self.emit.hint),
+            rounded=written and rounded,
+        )
         return Value(dims, dtype, source)
 
     # --- groups ----------------------------------------------------------------------------------------------------
@@ -976,7 +993,7 @@ class Rewrite:
         for a in arrays:
             candidate = self.sources.levels(a) == Level.CANDIDATE
             found = [s for s in self.sources.of(a) if s.level is Level.CANDIDATE]
-            if len(found) > 1 and not all(s.part or (s.narrow is not None and s.name is None) for s in found):
+            if len(found) > 1 and not all(s.part or s.offers(Selectable) for s in found):
                 return [...]
             keys = keys * 1_000_003 + np.where(candidate, source_numbers(a) + 1, 0)
         if (keys == keys.flat[0]).all():
@@ -1019,14 +1036,15 @@ class Rewrite:
         out = codes.copy()
         numbers = source_numbers(codes)
         for s in self.sources.of(codes):
-            if s.narrow is None or s.name is not None:
+            product = s.offers(Selectable)
+            if product is None:
                 continue
             at = numbers == s.number
             width = extents(s.dims)[-1] if extents(s.dims)[-1] > 1 else s.size
             row, column = np.divmod(offsets(codes[at]), width)
             columns: NDArray[np.int64] = np.unique(column)
             if len(columns) < width:
-                cut = codes_of(s.narrow(columns)).reshape(-1)
+                cut = codes_of(product.select_columns(columns)).reshape(-1)
                 out[at] = cut[row * len(columns) + np.searchsorted(columns, column)]
         return out
 
@@ -1151,9 +1169,8 @@ class Rewrite:
 
     def _product_with(self, product: Source, name: str, have: Dims, physical: Dims) -> str | None:
         """A product with a tensor added to it on the way; both are given in one shape, the product has its own."""
-        assert product.product is not None
         if product.dims == physical:
-            return product.product(name, have)
+            return self._added_to(product, name, have)
         lead = next((k for k, d in enumerate(have) if d != ()), len(have))
         if have == physical:
             have, addend = product.dims, self.layout.reshape(name, have, product.dims)
@@ -1165,7 +1182,13 @@ class Rewrite:
             have, addend = product.dims[-1:], self.layout.reshape(name, have, product.dims[-1:])
         else:
             return None
-        return self.layout.reshape(product.product(addend, have), product.dims, physical)
+        return self.layout.reshape(self._added_to(product, addend, have), product.dims, physical)
+
+    def _added_to(self, product: Source, addend: str, have: Dims) -> str:
+        """A product that is not written yet with a tensor of its shape, or of a broadcast of it, added to it."""
+        assert isinstance(product.deferred, DeferredMatMul)
+        with self.writing(product.origin):
+            return product.deferred.materialise(addend, have)
 
     def tidy(self, dims: Dims, dtype: int, codes: Codes) -> Value:
         """A value from codes; recognised as one whole tensor where it is that."""
@@ -1175,6 +1198,31 @@ class Rewrite:
             if keep_symbols(dims, source.symbols) == source.dims and np.array_equal(codes, codes_of(source)):
                 return Value(dims, dtype, source)
         return view(dims, dtype, codes)
+
+
+@dataclass(eq=False)
+class _OwnNode(Deferred):
+    """A constant that the user's own node makes of other constants.
+
+    Attributes:
+        rw: The rewrite.
+        node: The node.
+        output: Which of its outputs.
+    """
+
+    rw: Rewrite
+    node: NodeProto
+    output: str
+
+    def materialise(self) -> str:
+        rw = self.rw
+        inputs = [rw.tensor(rw.values[i]) if i else "" for i in self.node.input]
+        rw.emit.copy(self.node, inputs, [rw.claim(o) or o if o else "" for o in self.node.output])
+        for o in self.node.output:
+            made = rw.values.get(o)
+            if isinstance(made, Value) and made.whole is not None:
+                rw.sources.journal.put(made.whole, "name", o)
+        return self.output
 
 
 def opaque_reason(op: str, known: bool) -> str:

@@ -95,11 +95,10 @@ class Transformation:
         """Rewrites the model."""
         graph = self.study.model.graph
         self.rw.declare_initializers(self.study.model, self.study.loaded.folder)
-        self.emit.rule = "interface"
         infos = {i.name: i for i in graph.input}
-        for i in self.study.declared:
-            self.rw.values[i.name] = self._input(i, infos[i.name])
-        self.emit.rule = None
+        with self.emit.under("interface"):
+            for i in self.study.declared:
+                self.rw.values[i.name] = self._input(i, infos[i.name])
         self.rw.interpret(graph.node)
         return self._assemble()
 
@@ -212,7 +211,8 @@ class Transformation:
         given = fed if self.interface == "same" else set()
         given |= {t.name for t in self.study.model.graph.initializer}
         made = [name if name in given else rw.full(name) for name in names]
-        valid = self._guards() if self.guard else None
+        with emit.under("interface"):
+            valid = self._guards() if self.guard else None
         if any(name in fed and tensor != name for name, tensor in zip(names, made, strict=True)):
             raise Unrepresentable("an output is an input, and cannot keep its name")
         final: dict[str, str] = {}
@@ -220,9 +220,8 @@ class Transformation:
             dtype = rw.values[name].dtype
             if valid is not None and dtype in runtime.FLOATS and name not in given:
                 nan = emit.constant(np.array(np.nan, rw.constant_type(dtype)))
-                emit.rule = "interface"
-                tensor = emit.add("Where", [valid, tensor, nan], hint=name)
-                emit.rule = None
+                with emit.under("interface"):
+                    tensor = emit.add("Where", [valid, tensor, nan], hint=name)
             final[name] = tensor
         for name, tensor in final.items():
             if tensor == name:
@@ -245,7 +244,6 @@ class Transformation:
     def _guards(self) -> str | None:
         """Whether all rows of every request-level input are equal, as a bool scalar."""
         emit = self.emit
-        emit.rule = "interface"
         parts: list[str] = []
         for i in self.study.declared:
             if i.role.level == "candidate" or i.role.candidate_axis is None:
@@ -276,9 +274,7 @@ class Transformation:
         total = parts[0]
         for p in parts[1:]:
             total = emit.add("Add", [total, p], hint="guard")
-        valid = emit.add("Equal", [total, emit.constant(np.array(0, np.int32))], hint="guard")
-        emit.rule = None
-        return valid
+        return emit.add("Equal", [total, emit.constant(np.array(0, np.int32))], hint="guard")
 
     # --- assembling ------------------------------------------------------------------------------------------------
 

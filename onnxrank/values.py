@@ -9,12 +9,13 @@ entries are request-level is read off the sources they come from.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +204,114 @@ def split_merged(dims: Dims) -> Dims:
     return tuple(part for d in dims for part in ([(f,) for f in d] if len(d) > 1 else [d]))
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What nodes are written for.
+
+    Attributes:
+        index: The original node that they belong to, by its place.
+        hint: What the names of their tensors are derived from.
+        rule: Name of the rule that they are accounted to; None for none.
+    """
+
+    index: int = 0
+    hint: str = ""
+    rule: str | None = None
+
+
+class Deferred(ABC):
+    """How a tensor is written that nobody has asked for yet.
+
+    What else can be asked of it before it is written, it says by the other classes below that it belongs to.
+    """
+
+    @abstractmethod
+    def materialise(self) -> str:
+        """Writes the tensor; gives its name.
+
+        Raises:
+            Unrepresentable: The layout of an operand cannot be written.
+        """
+
+
+class DeferredMatMul(Deferred):
+    """A matrix product that is not written yet: what is added to it can be added on the way.
+
+    Attributes:
+        dims: Its physical shape.
+    """
+
+    dims: Dims
+
+    @abstractmethod
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        """Writes the product, with a tensor added to it.
+
+        Args:
+            addend: The tensor; None for none.
+            have: Its physical shape, of which `dims` is a broadcast.
+        """
+
+
+class OpenProduct(Deferred):
+    """A sum of request-level times candidate-level entries.
+
+    A linear map behind it can take the request-level factors into its weights (`rules/fold.py`).
+    """
+
+    @abstractmethod
+    def factors(self) -> tuple[Codes, Codes]:
+        """Request-level and candidate-level factors of every entry, `[extents..., terms]` each."""
+
+
+class Multiplicable(Deferred):
+    """A tensor that can be multiplied with a matrix without being written."""
+
+    @abstractmethod
+    def then_matmul(self, weight: str, width: int) -> list[Source]:
+        """Multiplies with a matrix behind it.
+
+        Args:
+            weight: Name of the matrix, of a row for each entry.
+            width: Its number of columns.
+
+        Returns:
+            Tensors `[N, width]` whose sum is the product.
+        """
+
+
+class Selectable(Deferred):
+    """A product of which some columns can be made alone."""
+
+    @abstractmethod
+    def select_columns(self, columns: NDArray[np.int64]) -> Source:
+        """The same product with some of its columns only."""
+
+
+class Scalable(Deferred):
+    """A product that takes a number into its weights."""
+
+    @abstractmethod
+    def scale(self, number: str, times: bool) -> Source:
+        """The product times a scalar constant, or divided by it.
+
+        Args:
+            number: Name of the scalar.
+            times: Whether to multiply; divides if not.
+        """
+
+
+class AffineProduct(Deferred):
+    """A product with constants or request-level weights, for whom it pays to know those."""
+
+    @abstractmethod
+    def coefficients(self) -> tuple[Codes, Codes]:
+        """Weights and candidate-level entries of every column, `[columns, terms]` each."""
+
+
+Asked = TypeVar("Asked")
+
+
 @dataclass(eq=False)
 class Source:
     """A tensor of the new graph, or a constant.
@@ -214,17 +323,10 @@ class Source:
         level: Whether it is a constant, made once per request or per candidate.
         name: Tensor name; None while the tensor has not been written.
         load: Gives the entries of a constant.
-        write: Writes the tensor when it is first asked for.
-        product: Writes a matrix product, the named tensor of the given physical shape added to it.
+        deferred: How it is written when it is first asked for.
+        origin: What it is written for then.
         block: Whether it is a block of dot products, of which a part may be taken by weights of 0.
         part: Whether it is one of a few large tensors that were made apart, and are better not copied side by side.
-        linear: Gives, for a tensor not written yet, each entry as a sum of products: request-level and candidate-level
-            factors, `[extents..., terms]` each.
-        affine: The same for a matrix product not written yet, for whom it pays to know.
-        narrow: Gives the same product with some of its columns only.
-        again: Gives the product followed by another matrix: the tensor with that, and its number of columns.
-        pull: The same for a sum of products that was put off.
-        scaled: Gives, for a product not written yet, the product times (True) or divided by (False) a scalar constant.
         folded: Whether weights are made of it per request.
         rounded: Whether a constant is a product of others that the graph makes itself, which its data give rounded.
     """
@@ -235,28 +337,26 @@ class Source:
     level: Level
     name: str | None = None
     load: Callable[[], NDArray[Any]] | None = None
-    write: Callable[[], str] | None = None
-    product: Callable[[str | None, Dims], str] | None = None
+    deferred: Deferred | None = None
+    origin: Origin = Origin()
     block: bool = False
     part: bool = False
-    linear: Callable[[], tuple[Codes, Codes]] | None = None
-    affine: Callable[[], tuple[Codes, Codes]] | None = None
-    narrow: Callable[[NDArray[np.int64]], Source] | None = None
-    again: Callable[[str, int], Source] | None = None
-    pull: Callable[[str, int], list[Source]] | None = None
-    scaled: Callable[[str, bool], Source] | None = None
     folded: bool = False
     rounded: bool = False
+
+    def offers(self, kind: type[Asked]) -> Asked | None:
+        """What can be asked of the tensor, if that is of a kind and the tensor has not been written."""
+        return self.deferred if self.name is None and isinstance(self.deferred, kind) else None
 
     @property
     def is_open(self) -> bool:
         """Whether it is a sum of products that has not been written."""
-        return self.linear is not None and self.name is None
+        return self.offers(OpenProduct) is not None
 
     @property
     def is_pending(self) -> bool:
         """Whether it is a matrix product that has not been written, and could take an addend."""
-        return self.product is not None and self.name is None
+        return self.offers(DeferredMatMul) is not None
 
     @cached_property
     def data(self) -> NDArray[Any]:
@@ -409,27 +509,31 @@ class Sum:
 
 
 @dataclass(eq=False)
-class Affine:
+class Affine(ABC):
     """A normalised value kept apart from its normalisation: `scale * (base @ matrix) + shift` along the last axis.
 
     Attributes:
         base: Blocks along the last axis, of `K + k` entries.
-        fold: Writes `matrix @ W` and `shift @ W` (None for no shift) for the name of a weight matrix `W` of K rows.
         scale: One factor per row (last axis of extent 1).
-        whole: The value as the model computes it, for consumers that are not linear.
     """
 
     dims: Dims
     dtype: int
     base: Value
-    fold: Callable[[str], tuple[str, str | None]]
     scale: Value
-    whole: Callable[[], Value]
 
     @property
     def rank(self) -> int:
         """Number of dimensions."""
         return len(self.dims)
+
+    @abstractmethod
+    def fold(self, weight: str) -> tuple[str, str | None]:
+        """Writes `matrix @ W` and `shift @ W` (None for no shift) for the name of a weight matrix `W` of K rows."""
+
+    @abstractmethod
+    def whole(self) -> Value:
+        """The value as the model computes it, for consumers that are not linear."""
 
 
 Abstract = Value | Sum | Affine

@@ -13,6 +13,8 @@ is kept apart: with `m = max a` and `s = sum exp(a - m)`, `q ++ t = softmax(b ++
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ from onnxrank.values import (
     Codes,
     Dims,
     Level,
+    OpenProduct,
+    Scalable,
     Sum,
     Value,
     codes_of,
@@ -110,7 +114,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if unread:
         terms = [view(t.dims, t.dtype, mark_unread(t.codes, unread)) for t in terms]
     moving = [s for t in terms for s in rw.sources.of(t.codes) if s.level is Level.CANDIDATE]
-    if not any(s.scaled is not None and s.name is None for s in moving):
+    if not any(s.offers(Scalable) for s in moving):
         return None
     if not (reaches_softmax(rw, node.output[0]) or _leads_to_product(rw, node.output[0])):
         return None
@@ -135,9 +139,9 @@ def _times(rw: Rewrite, node: NodeProto, x: Value, factor: Value, place: int) ->
     numbers = source_numbers(x.codes)
     done = (x.codes == zero) | (x.codes == HOLE)
     for s in rw.sources.of(x.codes):
-        if s.scaled is not None and s.name is None:
+        if product := s.offers(Scalable):
             at = numbers == s.number
-            out[at] = codes_of(s.scaled(name, operator(node) == "Mul")).reshape(-1)[offsets(x.codes[at])]
+            out[at] = codes_of(product.scale(name, operator(node) == "Mul")).reshape(-1)[offsets(x.codes[at])]
             done |= at
     if not done.all():
         left = view(x.dims, x.dtype, np.where(done, HOLE, x.codes))
@@ -242,13 +246,11 @@ class _Softmax:
         if order is None or order[-1] != len(own) - 1:
             order = list(range(len(own)))
         lowered = rw.sources.levels(small).max() <= Level.REQUEST
-        rw.emit.rule = self.rule if lowered else None
-        name, physical = rw.layout.realise(small.transpose(order), tuple(own[k] for k in order))
-        made = rw.emit.add("Softmax", [name], {"axis": len(physical) - 1})
-        rw.emit.rule = None
-        return (
-            codes_of(rw.sources.add(physical, self.dtype, made, part=True)).transpose(np.argsort(order)).reshape(shape)
-        )
+        with rw.emit.under(self.rule if lowered else None):
+            name, physical = rw.layout.realise(small.transpose(order), tuple(own[k] for k in order))
+            made = rw.emit.add("Softmax", [name], {"axis": len(physical) - 1})
+        source = rw.sources.add(physical, self.dtype, made, part=True)
+        return codes_of(source).transpose(np.argsort(order)).reshape(shape)
 
     def merged(self, once: Codes, each: Codes, dims: Dims) -> tuple[Codes, Codes]:
         """Softmax over request-level scores `[rows..., A]` and candidate-level scores `[rows..., B]` together."""
@@ -256,21 +258,20 @@ class _Softmax:
         kind = rw.constant_type(self.dtype)
         small = cut_repeats(once, range(once.ndim - 1))
         own = with_extents(dims, small.shape)
-        emit.rule = self.rule
-        scores, physical = rw.layout.realise(small, own)
-        last, row = len(physical) - 1, (*physical[:-1], ())
-        top = emit.reduce("ReduceMax", scores, [last], True)
-        # All keys of a row may be at minus infinity.
-        least = np.array(float(ml_dtypes.finfo(kind).min), kind)  # type: ignore[no-untyped-call]
-        floor = top if self.plain_scores else emit.add("Max", [top, emit.constant(least)])
-        weights = emit.add("Exp", [emit.add("Sub", [scores, floor])])
-        total = emit.reduce("ReduceSum", weights, [last], True)
-        if self.plain_scores:
-            weights = emit.add("Div", [weights, total])
-            added = emit.add("Neg", [emit.add("Add", [top, emit.add("Log", [total])])])
-        else:
-            added = top
-        emit.rule = None
+        with emit.under(self.rule):
+            scores, physical = rw.layout.realise(small, own)
+            last, row = len(physical) - 1, (*physical[:-1], ())
+            top = emit.reduce("ReduceMax", scores, [last], True)
+            # All keys of a row may be at minus infinity.
+            least = np.array(float(ml_dtypes.finfo(kind).min), kind)  # type: ignore[no-untyped-call]
+            floor = top if self.plain_scores else emit.add("Max", [top, emit.constant(least)])
+            weights = emit.add("Exp", [emit.add("Sub", [scores, floor])])
+            total = emit.reduce("ReduceSum", weights, [last], True)
+            if self.plain_scores:
+                weights = emit.add("Div", [weights, total])
+                added = emit.add("Neg", [emit.add("Add", [top, emit.add("Log", [total])])])
+            else:
+                added = top
         shared = np.broadcast_to(codes_of(rw.sources.add(physical, self.dtype, weights)), once.shape)
         ahead = np.broadcast_to(codes_of(rw.sources.add(row, self.dtype, added)), (*once.shape[:-1], 1))
         sums = np.broadcast_to(codes_of(rw.sources.add(row, self.dtype, total)), (*once.shape[:-1], 1))
@@ -317,22 +318,38 @@ class _Softmax:
         rw = self.rw
         held = rw.sources.symbols(factor) | rw.sources.symbols(shared)
 
-        def write() -> str:
-            # What lacks a factor of a merged dimension only broadcasts where it stands alone.
-            split = split_merged(dims)
-            lead = extents(split)[:-1]
-            each, once = (np.broadcast_to(c, (*shared.shape[:-1], c.shape[-1])) for c in (factor, shared))
-            parts = each.reshape(*lead, -1), cut_repeats(once.reshape(*lead, -1), range(len(lead)))
-            names = [rw.layout.realise(c, with_extents(split, c.shape))[0] for c in parts]
-            return rw.layout.reshape(rw.emit.add("Mul", names), keep_symbols(split, held), keep_symbols(dims, held))
+        made = _SharedWeights(rw, dims, factor, shared)
+        return codes_of(rw.defer(keep_symbols(dims, held), self.dtype, made, None, part=True))
 
-        def linear() -> tuple[Codes, Codes]:
-            return shared[..., None], np.broadcast_to(factor, shared.shape)[..., None]
 
-        source = rw.sources.add(
-            keep_symbols(dims, held), self.dtype, write=rw.later(write, None), linear=linear, part=True
-        )
-        return codes_of(source)
+@dataclass(eq=False)
+class _SharedWeights(OpenProduct):
+    """Weights of keys that are the request's: what one candidate gives all of them, times what they share of it.
+
+    Attributes:
+        rw: The rewrite.
+        dims: Logical shape.
+        factor: Per query, what all of them have.
+        shared: Their own weights among each other.
+    """
+
+    rw: Rewrite
+    dims: Dims
+    factor: Codes
+    shared: Codes
+
+    def materialise(self) -> str:
+        # What lacks a factor of a merged dimension only broadcasts where it stands alone.
+        rw, split = self.rw, split_merged(self.dims)
+        lead = extents(split)[:-1]
+        each, once = (np.broadcast_to(c, (*self.shared.shape[:-1], c.shape[-1])) for c in (self.factor, self.shared))
+        parts = each.reshape(*lead, -1), cut_repeats(once.reshape(*lead, -1), range(len(lead)))
+        name = rw.emit.add("Mul", [rw.layout.realise(c, with_extents(split, c.shape))[0] for c in parts])
+        held = {s for c in parts for s in rw.sources.symbols(c)}
+        return rw.layout.reshape(name, keep_symbols(split, held), keep_symbols(self.dims, held))
+
+    def factors(self) -> tuple[Codes, Codes]:
+        return self.shared[..., None], np.broadcast_to(self.factor, self.shared.shape)[..., None]
 
 
 RULE = Rule(

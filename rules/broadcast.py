@@ -7,6 +7,7 @@ independently gives, on equal rows, equal rows, so it may run on one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -15,15 +16,17 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.graphs import attribute as attribute
-from onnxrank.operators import Trait, having, matmul_order, operator
+from onnxrank.operators import Trait, having, matmul_order, operator, traits
 from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
 from onnxrank.values import (
     HOLE,
     Abstract,
     Codes,
+    Deferred,
     Dim,
     Dims,
     Level,
+    OpenProduct,
     Source,
     Sum,
     Value,
@@ -56,12 +59,11 @@ _NORMALISE = {
     *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
 }
 """Operators that keep the shape, and whose axis is an attribute, the last one if there is none."""
-_BOOLEAN = set("""And Equal Greater GreaterOrEqual Less LessOrEqual Not Or Xor IsInf IsNaN""".split())
 
 
 def result_type(rw: Rewrite, node: NodeProto, values: Sequence[Value]) -> int:
     """Element type of an elementwise operator's result."""
-    if operator(node) in _BOOLEAN:
+    if Trait.BOOLEAN in traits(node):
         return int(TensorProto.BOOL)
     if operator(node) == "Cast":
         return int(attribute(node, "to"))
@@ -179,21 +181,41 @@ def _scaled(rw: Rewrite, node: NodeProto, values: Sequence[Value], dims: Dims, d
     low, high = sorted(values, key=rw.level)
     if (rw.level(low), rw.level(high)) != (Level.REQUEST, Level.CANDIDATE):
         return None
-    rank = len(dims)
+    held = rw.present(low) | rw.present(high)
+    made = _ScaledTensor(rw, node, values, (low, high), dims)
+    return Value(dims, dtype, rw.defer(keep_symbols(dims, held), dtype, made, None))
 
-    def linear() -> tuple[Codes, Codes]:
-        wide = [
-            np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in (low, high)
-        ]
-        return wide[0][..., None], wide[1][..., None]
 
-    def write() -> str:
-        name = rw.claim(node.output[0]) or rw.emit.fresh(node.output[0])
-        rw.emit.copy(node, [rw.tensor(v) for v in values], [name])
+@dataclass(eq=False)
+class _ScaledTensor(OpenProduct):
+    """The user's own Mul of two tensors.
+
+    Attributes:
+        rw: The rewrite.
+        node: The node.
+        values: Its operands.
+        by_level: The same, the request-level one first.
+        dims: Logical shape.
+    """
+
+    rw: Rewrite
+    node: NodeProto
+    values: Sequence[Value]
+    by_level: tuple[Value, Value]
+    dims: Dims
+
+    def materialise(self) -> str:
+        rw, output = self.rw, self.node.output[0]
+        name = rw.claim(output) or rw.emit.fresh(output)
+        rw.emit.copy(self.node, [rw.tensor(v) for v in self.values], [name])
         return name
 
-    held = rw.present(low) | rw.present(high)
-    return rw.new(dims, dtype, held, write=rw.later(write, None), linear=linear)
+    def factors(self) -> tuple[Codes, Codes]:
+        shape = extents(self.dims)
+        low, high = (
+            np.broadcast_to(v.codes.reshape((1,) * (len(shape) - v.rank) + v.codes.shape), shape) for v in self.by_level
+        )
+        return low[..., None], high[..., None]
 
 
 def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:
@@ -301,30 +323,15 @@ def _group(
     lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(group.dims))
     fewer = prod(extents(small)) < prod(shape)
 
-    def write() -> str:
-        names = [""] * len(node.input)
-        for k, part, rank in zip(present, parts, ranks, strict=True):
-            if k == 0 and operator(node) in _FIRST_DECIDES:
-                physical = keep_symbols(small, held)
-                names[k], _ = rw.layout.realise(np.broadcast_to(part, extents(small)), physical, full=True)
-                continue
-            part = cut_repeats(part)
-            lead = part.ndim - rank
-            if lead > 0 and all(n == 1 for n in part.shape[:lead]):
-                part = part.reshape(part.shape[lead:])
-            names[k], _ = rw.layout.realise(part, with_extents(dims[len(dims) - part.ndim :], part.shape))
-        name = rw.claim(node.output[0]) if whole else None
-        name = name or rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
-        rw.emit.copy(node, names, [name])
-        return name
-
-    writer = rw.later(write, "broadcast" if lowered or fewer else None)
-    linear = _open_product(rw, node, parts, extents(small)) if group.level is Level.CANDIDATE else None
-    part = rw.is_part(parts)
-    if linear is None:
-        source = rw.sources.add(keep_symbols(small, held), dtype, writer(), part=part)
+    opens = group.level is Level.CANDIDATE and _multiplies_levels(rw, node, parts, extents(small))
+    kind = _ProductOfEntries if opens else _NodeOfEntries
+    step = kind(rw, node, group.level, parts, ranks, present, dims, small, whole)
+    tag, part = "broadcast" if lowered or fewer else None, rw.is_part(parts)
+    if opens:
+        source = rw.defer(keep_symbols(small, held), dtype, step, tag, part=part)
     else:
-        source = rw.sources.add(keep_symbols(small, held), dtype, write=writer, linear=linear, part=part)
+        with rw.emit.under(tag):
+            source = rw.sources.add(keep_symbols(small, held), dtype, step.materialise(), part=part)
     codes = codes_of(source)
     made = np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape_now)
     return made.reshape(shape)
@@ -397,18 +404,65 @@ def _factors_first(rw: Rewrite, node: NodeProto, parts: list[Codes], dims: Dims)
     return [once.codes, factor.codes]
 
 
-def _open_product(
-    rw: Rewrite, node: NodeProto, parts: list[Codes], shape: tuple[int, ...]
-) -> Callable[[], tuple[Codes, Codes]] | None:
-    """The factors of a product of request-level with candidate-level entries."""
-    if operator(node) != "Mul" or len(parts) != 2 or not rw.uses("fold") or prod(shape) > _LARGEST_SCALED:
-        return None
-    low, high = (rw.sources.levels(p) for p in parts)
-    if low.max() > Level.REQUEST or low.max() == Level.CONSTANT or high.min() < Level.CANDIDATE:
-        return None
+@dataclass(eq=False)
+class _NodeOfEntries(Deferred):
+    """A node of the model over some of its entries.
 
-    def linear() -> tuple[Codes, Codes]:
-        once, each = (np.broadcast_to(p, shape) for p in parts)
+    Attributes:
+        rw: The rewrite.
+        node: The node.
+        level: The level of the entries.
+        parts: Codes of the operands.
+        ranks: Their ranks.
+        present: Which inputs of the node they are.
+        dims: Shape of what the operands are taken from.
+        small: Shape of the result, where it has several entries.
+        whole: Whether these are all entries, so that the tensor may keep its name.
+    """
+
+    rw: Rewrite
+    node: NodeProto
+    level: Level
+    parts: Sequence[Codes]
+    ranks: Sequence[int]
+    present: Sequence[int]
+    dims: Dims
+    small: Dims
+    whole: bool
+
+    def materialise(self) -> str:
+        rw, node = self.rw, self.node
+        names = [""] * len(node.input)
+        for k, part, rank in zip(self.present, self.parts, self.ranks, strict=True):
+            names[k] = (
+                self._decisive(part) if k == 0 and operator(node) in _FIRST_DECIDES else self._operand(part, rank)
+            )
+        name = rw.claim(node.output[0]) if self.whole else None
+        name = name or rw.emit.fresh(f"{node.output[0]}/{self.level.name.lower()}")
+        rw.emit.copy(node, names, [name])
+        return name
+
+    def _decisive(self, part: Codes) -> str:
+        """The operand that has the shape of the result."""
+        held = {s for p in self.parts for s in self.rw.sources.symbols(p)}
+        physical = keep_symbols(self.small, held)
+        return self.rw.layout.realise(np.broadcast_to(part, extents(self.small)), physical, full=True)[0]
+
+    def _operand(self, part: Codes, rank: int) -> str:
+        part = cut_repeats(part)
+        lead = part.ndim - rank
+        if lead > 0 and all(n == 1 for n in part.shape[:lead]):
+            part = part.reshape(part.shape[lead:])
+        own = with_extents(self.dims[len(self.dims) - part.ndim :], part.shape)
+        return self.rw.layout.realise(part, own)[0]
+
+
+class _ProductOfEntries(_NodeOfEntries, OpenProduct):
+    """A product of request-level with candidate-level entries."""
+
+    def factors(self) -> tuple[Codes, Codes]:
+        rw, shape = self.rw, extents(self.small)
+        once, each = (np.broadcast_to(p, shape) for p in self.parts)
         if not fold.is_open(rw, each).all():
             return once[..., None], each[..., None]
         # A product that was put off itself: its request-level factor takes the other.
@@ -417,9 +471,16 @@ def _open_product(
         values = [view(dims, rw.sources.of(each)[0].dtype, c) for c in (once, left[..., 0])]
         if left.shape[-1] > 1 or rw.sources.symbols(once) | rw.sources.symbols(left):
             return once[..., None], each[..., None]
-        return elementwise(rw, "Mul", values, rw.emit.fresh(f"{node.output[0]}/request")).codes[..., None], right
+        name = rw.emit.fresh(f"{self.node.output[0]}/request")
+        return elementwise(rw, "Mul", values, name).codes[..., None], right
 
-    return linear
+
+def _multiplies_levels(rw: Rewrite, node: NodeProto, parts: list[Codes], shape: tuple[int, ...]) -> bool:
+    """Whether a node multiplies request-level with candidate-level entries, and is better put off."""
+    if operator(node) != "Mul" or len(parts) != 2 or not rw.uses("fold") or prod(shape) > _LARGEST_SCALED:
+        return False
+    low, high = (rw.sources.levels(p) for p in parts)
+    return bool(low.max() == Level.REQUEST and high.min() == Level.CANDIDATE)
 
 
 def _neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | None:
@@ -548,13 +609,12 @@ def rowwise(
         part = cut_repeats(part, set(range(part.ndim)) - set(core))
         own = with_extents(group.dims, part.shape)
         kept = extended(own, rw.sources.symbols(part))
+        tag = "broadcast" if group.level is Level.REQUEST else None
         if operator(node) in _NORMALISE and core == [x.rank - 1] and len(kept) < x.rank:
-            rw.emit.rule = "broadcast" if group.level is Level.REQUEST else None
-            codes_made = _row_by_row(
-                rw, node, rest, part.reshape([part.shape[k] for k in kept]), tuple(own[k] for k in kept)
-            )
-            rw.emit.rule = None
-            group.put(out[0], codes_made.reshape(part.shape))
+            few = part.reshape([part.shape[k] for k in kept])
+            with rw.emit.under(tag):
+                made_rows = _row_by_row(rw, node, rest, few, tuple(own[k] for k in kept))
+            group.put(out[0], made_rows.reshape(part.shape))
             continue
         name, physical = rw.layout.realise(part, own)
         small = reshape(own)
@@ -563,14 +623,13 @@ def rowwise(
             made = rw.keep(node, [name, *rest], small, present)
             sources = [m.whole for m in made if isinstance(m, Value)]
         else:
-            rw.emit.rule = "broadcast" if group.level is Level.REQUEST else None
             names = [rw.emit.fresh(f"{o}/{group.level.name.lower()}") if o else "" for o in node.output]
-            rw.emit.copy(node, [name, *rest], names)
+            with rw.emit.under(tag):
+                rw.emit.copy(node, [name, *rest], names)
             sources = [
                 rw.sources.add(keep_symbols(d, present), rw.dtype(o, x.dtype), n)
                 for d, o, n in zip(small, node.output, names, strict=False)
             ]
-            rw.emit.rule = None
         for k, source in enumerate(sources):
             assert source is not None
             wide = with_extents(dims_out[k], extents(reshape(group.dims)[k]))
@@ -584,10 +643,12 @@ def _row_by_row(rw: Rewrite, node: NodeProto, rest: Sequence[str], codes: Codes,
     name, physical = rw.layout.realise(codes, dims)
     level = rw.sources.levels(codes).max()
     made = [rw.emit.fresh(f"{node.output[0]}/{Level(int(level)).name.lower()}")]
-    rw.emit.copy(node, [name, *rest], made)
-    for a in rw.emit.nodes[-1].proto.attribute:
+    own = NodeProto()
+    own.CopyFrom(node)
+    for a in own.attribute:
         if a.name == "axis":
             a.i = len(dims) - 1
+    rw.emit.copy(own, [name, *rest], made)
     dtype = rw.dtype(node.output[0], TensorProto.FLOAT)
     return codes_of(rw.sources.add(physical, dtype, made[0], part=rw.is_part([codes])))
 
@@ -692,13 +753,12 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         part = cut_repeats(group.take(ids.codes))
         name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))
         lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(ids.dims))
-        rw.emit.rule = "broadcast" if lowered else None
         whole = group.index is Ellipsis
         made = (rw.claim(node.output[0]) if whole else None) or rw.emit.fresh(
             f"{node.output[0]}/{group.level.name.lower()}"
         )
-        rw.emit.copy(node, [data, name], [made])
-        rw.emit.rule = None
+        with rw.emit.under("broadcast" if lowered else None):
+            rw.emit.copy(node, [data, name], [made])
         source = rw.sources.add((*physical, *keep_symbols(after, held)), dtype, made)
         codes = codes_of(source).reshape(part.shape + tail)
         wide = np.broadcast_to(codes, extents(group.dims) + tail)
@@ -844,8 +904,14 @@ def _one_hot(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rw.keep(node, [rw.tensor(rw.value(node, k)) for k in range(3)], [dims], rw.present(ids))
 
 
-def _attention(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Fused attention: rows on axis 0 of every input; all request-level or all with full rows."""
+def _rotary(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """RotaryEmbedding, as a whole."""
+    note_fused(rw, node, range(len(node.input)))
+    return _whole_rows(rw, node)
+
+
+def _whole_rows(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Fused attention and its like: rows on axis 0 of every input; all request-level or all with full rows."""
     values = [rw.value(node, k) for k, i in enumerate(node.input) if i]
     if len([o for o in node.output if o]) > 1 or any(rw.level(v) is Level.CANDIDATE for v in values):
         return None
@@ -895,12 +961,13 @@ RULE = Rule(
         "GatherElements": _gather_elements,
         "OneHot": _one_hot,
         "MatMul": _matmul,
-        "Attention": _attention,
+        "Attention": _whole_rows,
         "com.microsoft::FusedGemm": _fused_gemm,
         "com.microsoft::FusedMatMul": _fused_matmul,
         "com.microsoft::SkipLayerNormalization": _skip_norm,
+        **dict.fromkeys(("RotaryEmbedding", "com.microsoft::RotaryEmbedding"), _rotary),
         "com.microsoft::BiasGelu": _last_axes(1),
-        "com.microsoft::Attention": _attention,
-        "com.microsoft::MultiHeadAttention": _attention,
+        "com.microsoft::Attention": _whole_rows,
+        "com.microsoft::MultiHeadAttention": _whole_rows,
     },
 )

@@ -9,6 +9,8 @@ every one of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -19,8 +21,11 @@ from onnxrank.rewrite import MOVES, Rewrite, Rule
 from onnxrank.values import (
     CANDIDATES,
     Abstract,
+    AffineProduct,
     Codes,
     Level,
+    Multiplicable,
+    OpenProduct,
     Source,
     Sum,
     Value,
@@ -103,53 +108,91 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     left = np.concatenate([f[0] for f in factors if f is not None], 1)
     right = np.concatenate([f[1] for f in factors if f is not None], 1)
 
-    def linear() -> tuple[Codes, Codes]:
-        # Candidate-level entries along the rows: so they lie for the product with the next weights.
-        made = []
-        for part in np.split(left.T, np.flatnonzero(np.diff(source_numbers(left[0]))) + 1):
-            dims = (canonical([len(part)]), canonical([len(once)]))
-            coefficients, _ = rw.layout.realise(part, dims)
-            by, _ = rw.layout.realise(scale[once][None], ((), dims[1]))
-            source = rw.sources.add(dims, x.dtype, rw.emit.add("Mul", [coefficients, by]))
-            made.append(codes_of(source).reshape(part.shape))
-        codes = np.concatenate(made).T.reshape(*extents(lead.dims), -1)
-        return codes, right.reshape(codes.shape)
-
-    def write() -> str:
-        product = rw.settle(rw.add([part(t) for t in ahead], lead.dims, x.dtype))
-        return rw.emit.add("Mul", [rw.tensor(product), rw.tensor(lead)])
-
     products = [s for t in ahead for s in rw.sources.of(t) if s.level is Level.CANDIDATE]
-    simple = all(s.again is not None and s.size == len(once) for s in products)
-    simple = simple and all(np.array_equal(offsets(t), np.arange(len(once))) for t in ahead)
-
-    def pull(name: str, width: int) -> list[Source]:
-        by, _ = rw.layout.realise(scale[once][:, None], (canonical([len(once)]), ()))
-        scaled_by = rw.emit.add("Mul", [name, by])
-        return [s.again(scaled_by, width) for s in products if s.again is not None]
-
-    source = rw.sources.add(
-        lead.dims, x.dtype, write=rw.later(write, None), linear=rw.once(linear), pull=pull if simple else None
-    )
+    whole = all(s.size == len(once) for s in products)
+    whole = whole and all(np.array_equal(offsets(t), np.arange(len(once))) for t in ahead)
+    followed: list[Multiplicable] = [s.deferred for s in products if isinstance(s.deferred, Multiplicable)]
+    layer = _Layer(rw, lead, [part(t) for t in ahead], (left, right))
+    if whole and len(followed) == len(products):
+        layer = _WholeLayer(rw, lead, layer.products, layer.affine, followed)
+    source = rw.defer(lead.dims, x.dtype, layer, None)
     opened = np.full(len(scale), zero)
     opened[once] = codes_of(source).reshape(-1)
     return [Sum(x.dims, x.dtype, [view(x.dims, x.dtype, c.reshape(shape)) for c in (opened, plain)])]
+
+
+@dataclass(eq=False)
+class _Layer(OpenProduct):
+    """The request-level side of a cross layer: products of the candidate, scaled by what the request has there.
+
+    Attributes:
+        rw: The rewrite.
+        lead: The scale.
+        products: What is scaled: the sum of these.
+        affine: The same as coefficients and candidate-level entries, `[columns, terms]` each.
+    """
+
+    rw: Rewrite
+    lead: Value
+    products: Sequence[Value]
+    affine: tuple[Codes, Codes]
+
+    def __post_init__(self) -> None:
+        self._made = self.rw.once(self._factors)
+
+    def materialise(self) -> str:
+        rw = self.rw
+        made = rw.settle(rw.add(self.products, self.lead.dims, self.lead.dtype))
+        return rw.emit.add("Mul", [rw.tensor(made), rw.tensor(self.lead)])
+
+    def factors(self) -> tuple[Codes, Codes]:
+        return self._made()
+
+    def _factors(self) -> tuple[Codes, Codes]:
+        rw, scale, (left, right) = self.rw, self.lead.codes.reshape(-1), self.affine
+        # Candidate-level entries along the rows: so they lie for the product with the next weights.
+        made = []
+        for part in np.split(left.T, np.flatnonzero(np.diff(source_numbers(left[0]))) + 1):
+            dims = (canonical([len(part)]), canonical([len(scale)]))
+            coefficients, _ = rw.layout.realise(part, dims)
+            by, _ = rw.layout.realise(scale[None], ((), dims[1]))
+            source = rw.sources.add(dims, self.lead.dtype, rw.emit.add("Mul", [coefficients, by]))
+            made.append(codes_of(source).reshape(part.shape))
+        codes = np.concatenate(made).T.reshape(*extents(self.lead.dims), -1)
+        return codes, right.reshape(codes.shape)
+
+
+@dataclass(eq=False)
+class _WholeLayer(_Layer, Multiplicable):
+    """The same of whole products, into whose weights scale and another matrix can be multiplied.
+
+    Attributes:
+        followed: Those products.
+    """
+
+    followed: Sequence[Multiplicable]
+
+    def then_matmul(self, weight: str, width: int) -> list[Source]:
+        rw, scale = self.rw, self.lead.codes.reshape(-1, 1)
+        by, _ = rw.layout.realise(scale, (canonical([len(scale)]), ()))
+        scaled_by = rw.emit.add("Mul", [weight, by])
+        return [s for p in self.followed for s in p.then_matmul(scaled_by, width)]
 
 
 def _affine(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes] | None:
     """Entries of products that are not written yet, as sums of coefficients times candidate-level entries."""
     zero = rw.zero(rw.sources.of(codes)[0].dtype)
     found = [s for s in rw.sources.of(codes) if s.level is Level.CANDIDATE]
-    if any(s.affine is None or s.name is not None for s in found):
+    known_products = [(s, p) for s in found if (p := s.offers(AffineProduct))]
+    if len(known_products) < len(found):
         return None
     numbers = source_numbers(codes)
     known = np.isin(numbers, [s.number for s in found]) | (codes == zero)
     if not known.all():
         return None
     lefts, rights = [], []
-    for s in found:
-        assert s.affine is not None
-        a, b = s.affine()
+    for s, product in known_products:
+        a, b = product.coefficients()
         at = numbers == s.number
         left = np.full((len(codes), a.shape[1]), zero)
         right = np.repeat(b[:1], len(codes), 0)

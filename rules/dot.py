@@ -10,7 +10,6 @@ is selected of the result, a triangle say, folds into the weights of the layer t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -24,8 +23,10 @@ from onnxrank.values import (
     HOLE,
     Abstract,
     Codes,
+    DeferredMatMul,
     Dims,
     Level,
+    Scalable,
     Source,
     Sum,
     Unrepresentable,
@@ -293,9 +294,8 @@ class _Blocks:
         for at in places:
             a, b = self._part(self.left, at, i, inner), self._part(self.right, at, inner, j)
             cut = with_extents(own, ((1,) * len(stack) if each_head else stack) + extents(own[-2:]))
-            rw.emit.rule = self.rule if low or levels[0] != levels[1] else None
-            made = self._put_off(a, b, cut) or _product(rw, None, a, b, cut, self.output)
-            rw.emit.rule = None
+            with rw.emit.under(self.rule if low or levels[0] != levels[1] else None):
+                made = self._put_off(a, b, cut) or _product(rw, None, a, b, cut, self.output)
             wide = np.broadcast_to(made.codes, extents(cut))
             out[at or ...] = wide.reshape(wide.shape[-2:]) if at else wide
         return out
@@ -360,47 +360,108 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
         b = Value(b.dims[-2:], b.dtype, None, b.codes.reshape(b.codes.shape[-2:]))
         full[1] = False
 
-    def factors() -> list[str]:
-        return [rw.rows_along(v, held) if wide else rw.tensor(v) for v, wide in zip((a, b), full, strict=True)]
-
+    left, right = (_Operand(rw, v, held if wide else None) for v, wide in zip((a, b), full, strict=True))
     if node is not None:
-        (kept,) = rw.keep(node, factors(), [dims], held)
+        (kept,) = rw.keep(node, [left.write(), right.write()], [dims], held)
         return rw.settle(kept)
     shapes = [keep_symbols(v.dims, held if wide else rw.present(v)) for v, wide in zip((a, b), full, strict=True)]
     own = (*broadcast_dims([s[:-2] for s in shapes]), shapes[0][-2], shapes[1][-1])
-    source = _later(rw, own, a.dtype, factors, hint, scales=rw.level(b) <= Level.REQUEST)
+    kind = _ScalableBlock if rw.level(b) <= Level.REQUEST else _Block
+    source = kind(rw, own, a.dtype, left, right, hint, rw.emit.rule).source()
     return Value(whole, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole)))
 
 
-def _later(
-    rw: Rewrite, dims: Dims, dtype: int, factors: Callable[[], list[str]], hint: str, scales: bool = True
-) -> Source:
-    """A product that is written when somebody reads it.
+@dataclass(frozen=True)
+class _Operand:
+    """A value as an operand of a product.
 
-    Args:
+    Attributes:
+        rw: The rewrite.
+        value: The value.
+        held: The symbols along which it needs all rows; None where it needs no more than it has.
+    """
+
+    rw: Rewrite
+    value: Value
+    held: set[str] | None
+
+    def write(self) -> str:
+        """Writes it."""
+        return self.rw.tensor(self.value) if self.held is None else self.rw.rows_along(self.value, self.held)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Entries as a stack of matrices.
+
+    Attributes:
+        rw: The rewrite.
+        codes: The entries.
+        dims: Their shape.
+        hint: What to call it.
+        plain: Whether it is written in whatever way, without regard to what the runtime makes of a Transpose in it.
+    """
+
+    rw: Rewrite
+    codes: Codes
+    dims: Dims
+    hint: str
+    plain: bool = False
+
+    def write(self) -> str:
+        """Writes it."""
+        layout = self.rw.layout
+        return (
+            layout.realise(self.codes, self.dims)[0] if self.plain else layout.stack(self.codes, self.dims, self.hint)
+        )
+
+
+@dataclass(eq=False)
+class _Block(DeferredMatMul):
+    """A product of two computed operands.
+
+    Attributes:
         rw: The rewrite.
         dims: Its shape.
         dtype: Element type.
-        factors: Writes both operands.
+        left: The left operand.
+        right: The right operand.
         hint: What to call it.
-        scales: Whether a number that the product is multiplied with goes into the right operand.
+        rule: Name of the rule that it is accounted to.
+        factor: A scalar that the right operand is multiplied with (True) or divided by (False).
     """
-    rule = rw.emit.rule
 
-    def source(factor: tuple[str, bool] | None) -> Source:
-        def write(addend: str | None, have: Dims) -> str:
-            left, right = factors()
-            if factor is not None:
-                right = rw.emit.add("Mul" if factor[1] else "Div", [right, factor[0]], hint=hint)
-            if addend is not None and len(dims) == 2:
-                return rw.emit.add("Gemm", [left, right, addend], hint=hint)
-            return with_addend(rw, rw.emit.add("MatMul", [left, right], hint=hint), addend)
+    rw: Rewrite
+    dims: Dims
+    dtype: int
+    left: _Operand | _Stack
+    right: _Operand | _Stack
+    hint: str
+    rule: str | None
+    factor: tuple[str, bool] | None = None
 
-        scaled = None if factor or not scales else lambda name, times: source((name, times))
-        product = rw.later(write, rule)
-        return rw.sources.add(dims, dtype, block=True, part=True, product=product, scaled=scaled)
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        emit, left, right = self.rw.emit, self.left.write(), self.right.write()
+        if self.factor is not None:
+            number, times = self.factor
+            right = emit.add("Mul" if times else "Div", [right, number], hint=self.hint)
+        if addend is not None and len(self.dims) == 2:
+            return emit.add("Gemm", [left, right, addend], hint=self.hint)
+        return with_addend(self.rw, emit.add("MatMul", [left, right], hint=self.hint), addend)
 
-    return source(None)
+    def source(self) -> Source:
+        """The product as a tensor that is written when somebody reads it."""
+        return self.rw.defer(self.dims, self.dtype, self, self.rule, block=True, part=True)
+
+
+class _ScalableBlock(_Block, Scalable):
+    """A product whose right operand is made once per request, and can take a number."""
+
+    def scale(self, number: str, times: bool) -> Source:
+        scaled = _Block(
+            self.rw, self.dims, self.dtype, self.left, self.right, self.hint, self.rule, factor=(number, times)
+        )
+        return scaled.source()
 
 
 def _fewer(a: Value, b: Value, dims: Dims, held: set[str]) -> tuple[Value, Value, Dims]:
@@ -445,13 +506,10 @@ def _as_rows(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
     own_a = (*(canonical([n]) for n in shape_a[:-2]), canonical([rows, *lines]), a_dims[-1])
     own_b = (*(canonical([n]) for n in shape_b[:-2]), b_dims[-2], columns)
 
-    def factors() -> list[str]:
-        left = rw.layout.stack(stacked[0].reshape(shape_a), own_a, hint)
-        right = b_codes.reshape(shape_b)
-        # A length may be 0, and what onnxruntime takes into a MatMul then divides by it.
-        return [left, rw.layout.stack(right, own_b, hint) if symbols(own_b) else rw.layout.realise(right, own_b)[0]]
-
-    source = _later(rw, (*own_a[:-1], own_b[-1]), a.dtype, factors, hint)
+    left = _Stack(rw, stacked[0].reshape(shape_a), own_a, hint)
+    # A length may be 0, and what onnxruntime takes into a MatMul then divides by it.
+    right = _Stack(rw, b_codes.reshape(shape_b), own_b, hint, plain=not symbols(own_b))
+    source = _ScalableBlock(rw, (*own_a[:-1], own_b[-1]), a.dtype, left, right, hint, rw.emit.rule).source()
     stack_shape = np.broadcast_shapes(a_codes.shape[:-2], b_codes.shape[:-2])
     codes = codes_of(source).reshape(*stack_shape, a_codes.shape[-2], b_codes.shape[-1])
     return rw.tidy(dims, a.dtype, np.broadcast_to(codes, extents(dims)))

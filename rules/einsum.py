@@ -207,9 +207,8 @@ def _einsum_by_rows(
         name, physical = rw.layout.realise(part, own)
         made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
         operands = [name, rw.emit.constant(w)]
-        rw.emit.rule = "fc" if group.level is Level.REQUEST else None
-        rw.emit.copy(node, operands if k == 0 else operands[::-1], [made])
-        rw.emit.rule = None
+        with rw.emit.under("fc" if group.level is Level.REQUEST else None):
+            rw.emit.copy(node, operands if k == 0 else operands[::-1], [made])
         had = dict(zip(its, (canonical([n]) for n in w.shape), strict=True)) | dict(zip(mine, physical, strict=True))
         source = rw.sources.add(tuple(had[c] for c in out), x.dtype, made)
         at = tuple(chosen.get(c, slice(None)) for c in out)

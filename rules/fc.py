@@ -6,7 +6,7 @@ has one product with its entries side by side. The request-level product rides i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -16,6 +16,7 @@ from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule, Weights
 from onnxrank.values import (
     Abstract,
+    DeferredMatMul,
     Dims,
     Level,
     Value,
@@ -91,6 +92,31 @@ def gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return [rw.add([*rw.terms(made), rw.settle(bias)], made.dims, made.dtype)]
 
 
+@dataclass(eq=False)
+class _Conv(DeferredMatMul):
+    """A convolution with kernel 1.
+
+    Attributes:
+        rw: The rewrite.
+        name: Its operand.
+        weight: Name of its weights, `[channels, width]`.
+        kernel: Shape that the convolution takes these in, transposed.
+        dims: Shape of the result.
+    """
+
+    rw: Rewrite
+    name: str
+    weight: str
+    kernel: tuple[int, ...]
+    dims: Dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        emit = self.rw.emit
+        turned = emit.add("Transpose", [self.weight], {"perm": [1, 0]})
+        kernel = emit.add("Reshape", [turned, emit.constant(np.array(self.kernel, np.int64))])
+        return with_addend(self.rw, emit.add("Conv", [self.name, kernel]), addend)
+
+
 def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A convolution with kernel 1 is a linear map of the channels."""
     weight, x, bias = rw.array(node, 1), rw.operand(node, 0), rw.array(node, 2)
@@ -103,15 +129,8 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     group = attribute(node, "group", 1)
     trail, width = (1,) * (weight.ndim - 2), weight.shape[0]
 
-    def write(name: str, physical: Dims, w: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-        made: Dims = (physical[0], canonical([width]), *physical[2:])
-
-        def writer(addend: str | None, have: Dims) -> str:
-            turned = rw.emit.add("Transpose", [w], {"perm": [1, 0]})
-            shape = rw.emit.constant(np.array([width, -1, *trail], np.int64))
-            return with_addend(rw, rw.emit.add("Conv", [name, rw.emit.add("Reshape", [turned, shape])]), addend)
-
-        return made, writer
+    def write(name: str, physical: Dims, w: str) -> DeferredMatMul:
+        return _Conv(rw, name, w, (width, -1, *trail), (physical[0], canonical([width]), *physical[2:]))
 
     matrix = Weights(np.ascontiguousarray(weight.reshape(weight.shape[:2]).T))
 

@@ -13,7 +13,7 @@ where the number of positions differs from request to request).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -26,7 +26,10 @@ from onnxrank.rewrite import LARGE, Rewrite, Rule, Weights
 from onnxrank.values import (
     CANDIDATES,
     Codes,
+    DeferredMatMul,
     Dims,
+    Multiplicable,
+    OpenProduct,
     Source,
     Sum,
     Unrepresentable,
@@ -92,8 +95,8 @@ def expand(rw: Rewrite, codes: Codes) -> tuple[Codes, Codes]:
     one, zero = rw.one(sources[0].dtype), rw.zero(sources[0].dtype)
     found = []
     for source in sources:
-        if source.is_open and source.linear is not None:
-            found.append((source.number, *source.linear()))
+        if opened := source.offers(OpenProduct):
+            found.append((source.number, *opened.factors()))
     width = max([a.shape[-1] for _, a, _ in found], default=1)
     left = np.full((*codes.shape, width), zero)
     right = np.repeat(codes[..., None], width, -1)
@@ -233,42 +236,71 @@ def _regular(
     return np.concatenate([columns, plain]), fold
 
 
-def product(
-    rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64]
-) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-    """Writes a folded contraction.
+@dataclass(eq=False)
+class _FoldedProduct(DeferredMatMul):
+    """A folded contraction: candidate-level factors times weights made per request.
+
+    Attributes:
+        rw: The rewrite.
+        fold: What to fold.
+        weight: The weights.
+        members: Which of their rows belong to the folded columns.
+        dims: Shape of the result, `[N, rows * width]`; `[N, L * rows * width]` along a length L.
+    """
+
+    rw: Rewrite
+    fold: Fold
+    weight: Weights
+    members: NDArray[np.int64]
+    dims: Dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        rw, column = self.rw, self.dims[-1]
+        name = addend
+        if addend is not None:
+            lead = tuple(s for s in symbols(have) if is_candidate_symbol(s))
+            rest = canonical([*(s for s in symbols(have) if s not in lead), prod(extents(have))])
+            name = rw.layout.reshape(addend, have, (lead, rest))
+        for part in _by_tensor(self.fold, extents((column,))[0]):
+            count = canonical([len(part.basis)])
+            weights = matrix(rw, part, self.weight, self.members)
+            made, _ = rw.layout.realise(weights, (count, column), full=bool(self.fold.along))
+            basis, _ = rw.layout.realise(part.basis[None], ((CANDIDATES,), count))
+            name = rw.emit.add("Gemm", [basis, made, name]) if name else rw.emit.add("MatMul", [basis, made])
+        assert name is not None
+        return name
+
+
+class _FoldedRows(_FoldedProduct):
+    """The same where rows have entries of their own: `[rows, N, entries] @ [rows, entries, width]`."""
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        rw, fold, order = self.rw, self.fold, self.fold.order
+        assert order is not None
+        (rows, entries), width = order.shape, self.weight.data.shape[1]
+        stack = self.dims[:1]
+        codes = matrix(rw, fold, self.weight, self.members).reshape(len(fold.basis), rows, width)
+        own = codes[order, np.arange(rows)[:, None]]
+        made, _ = rw.layout.realise(own, (*stack, canonical([entries]), canonical([width])))
+        by_row = (*stack, (CANDIDATES,), canonical([entries]))
+        basis = rw.layout.stack(fold.basis[order].reshape(rows, 1, entries), by_row)
+        name = rw.emit.add("MatMul", [basis, made])
+        return name if addend is None else rw.emit.add("Add", [name, addend])
+
+
+def product(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64]) -> _FoldedProduct:
+    """A folded contraction.
 
     Args:
         rw: The rewrite.
         fold: What to fold.
         weight: The weights.
         members: Which of their rows belong to the folded columns.
-
-    Returns:
-        The result's physical shape, `[N, rows * width]` (`[rows, N, width]` where rows have entries of their own, and
-        `[N, L * rows * width]` along a length L), and its writer.
     """
     width, rows = weight.data.shape[1], fold.place.shape[1]
     if fold.order is not None:
-        return _row_by_row(rw, fold, weight, members, fold.order)
-    column = canonical([*fold.along, rows * width])
-    dims: Dims = ((CANDIDATES,), column)
-
-    def writer(addend: str | None, have: Dims) -> str:
-        name = addend
-        if addend is not None:
-            lead = tuple(s for s in symbols(have) if is_candidate_symbol(s))
-            rest = canonical([*(s for s in symbols(have) if s not in lead), prod(extents(have))])
-            name = rw.layout.reshape(addend, have, (lead, rest))
-        for part in _by_tensor(fold, rows * width):
-            count = canonical([len(part.basis)])
-            made, _ = rw.layout.realise(matrix(rw, part, weight, members), (count, column), full=bool(fold.along))
-            basis, _ = rw.layout.realise(part.basis[None], ((CANDIDATES,), count))
-            name = rw.emit.add("Gemm", [basis, made, name]) if name else rw.emit.add("MatMul", [basis, made])
-        assert name is not None
-        return name
-
-    return dims, writer
+        return _FoldedRows(rw, fold, weight, members, (canonical([rows]), (CANDIDATES,), canonical([width])))
+    return _FoldedProduct(rw, fold, weight, members, ((CANDIDATES,), canonical([*fold.along, rows * width])))
 
 
 def _by_tensor(fold: Fold, width: int) -> list[Fold]:
@@ -284,26 +316,6 @@ def _by_tensor(fold: Fold, width: int) -> list[Fold]:
         own = fold.coefficients[:, fold.place[at, 0]]
         out.append(replace(fold, coefficients=own, basis=fold.basis[at], place=np.arange(len(at))[:, None]))
     return out
-
-
-def _row_by_row(
-    rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64], order: NDArray[np.int64]
-) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-    """A product for each row, `[rows, N, entries] @ [rows, entries, width]`."""
-    (rows, entries), width = order.shape, weight.data.shape[1]
-    stack: Dims = (canonical([rows]),)
-    dims: Dims = (*stack, (CANDIDATES,), canonical([width]))
-
-    def writer(addend: str | None, have: Dims) -> str:
-        codes = matrix(rw, fold, weight, members).reshape(len(fold.basis), rows, width)
-        own = codes[order, np.arange(rows)[:, None]]
-        made, _ = rw.layout.realise(own, (*stack, canonical([entries]), canonical([width])))
-        by_row = (*stack, (CANDIDATES,), canonical([entries]))
-        basis = rw.layout.stack(fold.basis[order].reshape(rows, 1, entries), by_row)
-        name = rw.emit.add("MatMul", [basis, made])
-        return name if addend is None else rw.emit.add("Add", [name, addend])
-
-    return dims, writer
 
 
 def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64]) -> Codes:
@@ -427,49 +439,95 @@ def _merged(rw: Rewrite, a: Value, b: Value) -> Value:
     left, right = np.concatenate([la, lb], 1), np.concatenate([ra, rb], 1)
     made_dims = with_extents(a.dims, [len(columns) if n > 1 else 1 for n in shape])
 
-    def write() -> str:
-        names = [rw.layout.realise(p.reshape(extents(made_dims)), made_dims, full=True)[0] for p in parts]
-        return rw.emit.add("Add", names)
-
-    made = rw.sources.add(
-        made_dims,
-        dtype,
-        write=rw.later(write, None),
-        linear=lambda: (left.reshape(*extents(made_dims), -1), right.reshape(*extents(made_dims), -1)),
-        pull=_pull_both(rw, parts, dtype),
-    )
+    both_factors = left.reshape(*extents(made_dims), -1), right.reshape(*extents(made_dims), -1)
+    merged, owners = _Merged(rw, parts, made_dims, both_factors), _owners(rw, parts, dtype)
+    if owners:
+        merged = _MergedOwners(rw, parts, made_dims, both_factors, dtype, owners)
+    made = rw.defer(made_dims, dtype, merged, None)
     codes = np.full(a.codes.size, zero)
     codes[columns] = codes_of(made).reshape(-1)
     return view(a.dims, dtype, codes.reshape(shape))
 
 
-def _pull_both(rw: Rewrite, parts: Sequence[Codes], dtype: int) -> Callable[[str, int], list[Source]] | None:
-    """How to multiply the sum of two terms: each on its own."""
+@dataclass(eq=False)
+class _Merged(OpenProduct):
+    """The sum of two terms of products that were put off.
+
+    Attributes:
+        rw: The rewrite.
+        parts: The entries of both.
+        dims: Shape of the result.
+        made: Its factors.
+    """
+
+    rw: Rewrite
+    parts: Sequence[Codes]
+    dims: Dims
+    made: tuple[Codes, Codes]
+
+    def materialise(self) -> str:
+        shape = extents(self.dims)
+        names = [self.rw.layout.realise(p.reshape(shape), self.dims, full=True)[0] for p in self.parts]
+        return self.rw.emit.add("Add", names)
+
+    def factors(self) -> tuple[Codes, Codes]:
+        return self.made
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A tensor of which a term has all entries.
+
+    Attributes:
+        deferred: How it is multiplied.
+        codes: Its entries, in order.
+        order: Which of the term's entries they are.
+    """
+
+    deferred: Multiplicable
+    codes: Codes
+    order: NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class _MergedOwners(_Merged, Multiplicable):
+    """The same where each term is a tensor that can be multiplied: the sum is, each term on its own.
+
+    Attributes:
+        dtype: Element type.
+        owners: Those tensors.
+    """
+
+    dtype: int
+    owners: Sequence[_Owner]
+
+    def then_matmul(self, weight: str, width: int) -> list[Source]:
+        rw = self.rw
+        out: list[Source] = []
+        for owner in self.owners:
+            rows = rw.emit.add("Gather", [weight, rw.emit.constant(owner.order)], {"axis": 0})
+            known = _known(rw, owner.codes)
+            if known is None:
+                out += owner.deferred.then_matmul(rows, width)
+                continue
+            own = Weights(np.empty((len(owner.order), width), rw.constant_type(self.dtype)), rows)
+            made = product(rw, known, own, np.arange(len(owner.order)))
+            out.append(rw.defer(made.dims, self.dtype, made, "fold"))
+        return out
+
+
+def _owners(rw: Rewrite, parts: Sequence[Codes], dtype: int) -> list[_Owner]:
+    """The tensor behind each term; none where one is made of several, or cannot be multiplied."""
     zero = rw.zero(dtype)
-    owners: list[tuple[Source, Codes, NDArray[np.int64]]] = []
+    owners: list[_Owner] = []
     for p in parts:
         at = np.flatnonzero(p != zero)
         found = rw.sources.of(p[at])
-        if len(found) != 1 or found[0].pull is None or found[0].size != len(at):
-            return None
+        if len(found) != 1 or not isinstance(found[0].deferred, Multiplicable) or found[0].size != len(at):
+            return []
         order = at[np.argsort(p[at])]
-        owners.append((found[0], p[order], order))
-
-    def pull(name: str, width: int) -> list[Source]:
-        out: list[Source] = []
-        for source, codes, order in owners:
-            assert source.pull is not None
-            rows = rw.emit.add("Gather", [name, rw.emit.constant(order)], {"axis": 0})
-            known = _known(rw, codes)
-            if known is None:
-                out += source.pull(rows, width)
-                continue
-            weight = Weights(np.empty((len(order), width), rw.constant_type(dtype)), rows)
-            made, writer = product(rw, known, weight, np.arange(len(order)))
-            out.append(rw.sources.add(made, dtype, product=rw.later(writer, "fold")))
-        return out
-
-    return pull
+        owners.append(_Owner(found[0].deferred, p[order], order))
+    return owners
 
 
 def _known(rw: Rewrite, codes: Codes) -> Fold | None:
@@ -495,11 +553,14 @@ def pulled(rw: Rewrite, x: Sum, axis: int, weight: Weights) -> list[Value] | Non
     codes = np.moveaxis(x.terms[0].codes, axis, -1).reshape(-1, extents(x.dims)[axis])[0]
     columns = np.flatnonzero(codes != rw.zero(x.dtype))
     found = rw.sources.of(codes[columns])
-    if len(found) != 1 or found[0].pull is None or found[0].size != len(columns) or 4 * width > len(columns):
+    if len(found) != 1 or found[0].size != len(columns) or 4 * width > len(columns):
+        return None
+    opened = found[0].deferred
+    if not isinstance(opened, Multiplicable):
         return None
     order = columns[np.argsort(codes[columns])]
     dims = (*x.dims[:axis], canonical([width]), *x.dims[axis + 1 :])
-    made = found[0].pull(weight.rows(rw.emit, order), width)
+    made = opened.then_matmul(weight.rows(rw.emit, order), width)
     return [view(dims, x.dtype, codes_of(s).reshape(extents(dims))) for s in made]
 
 

@@ -36,10 +36,7 @@ def recurrent(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     inputs = {k: v if k in (1, 2, 3) else rw.held(v, along) for k, v in inputs.items()}
     x = inputs[0]
     names = [rw.tensor(inputs[k]) if k in inputs else "" for k in range(len(node.input))]
-    made = rw.keep(node, names, [outputs, states, states][: len(node.output)], rw.present(x))
-    for e in rw.emit.nodes[-1:]:
-        e.rule = "gru" if any(map(is_candidate_symbol, symbols(x.dims))) else None
-    return made
+    return rw.keep(node, names, [outputs, states, states][: len(node.output)], rw.present(x), rule="gru")
 
 
 RULE = Rule(

@@ -11,7 +11,7 @@ so the request-level product is made once. `d` is one more column of the candida
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,10 @@ _LEAST_SAVED = 500_000
 def normalised(
     rw: Rewrite,
     x: Value,
+    node: NodeProto,
     epsilon: float,
-    gamma: NDArray[Any] | None,
-    beta: NDArray[Any] | None,
-    whole: Callable[[], Value],
+    gamma: NDArray[Any] | None = None,
+    beta: NDArray[Any] | None = None,
 ) -> Affine | None:
     """LayerNorm over the last axis, if that has entries of exactly two levels."""
     if symbols(x.dims[-1:]):
@@ -73,31 +73,30 @@ def normalised(
     def constant(v: NDArray[Any]) -> str:
         return rw.emit.constant(np.ascontiguousarray(v, kind))
 
-    before, rw.emit.rule = rw.emit.rule, "norm"
-    add = rw.emit.add
-    means, centred, squares, shapes = [], [], [], []
-    for part in (first, second):
-        name, physical = rw.layout.realise(part.codes, part.dims)
-        axis = len(physical) - 1
-        means.append(rw.emit.reduce("ReduceMean", name, [axis], True))
-        centred.append(add("Sub", [name, means[-1]]))
-        squares.append(rw.emit.reduce("ReduceSumSquare", centred[-1], [axis], True))
-        shapes.append(physical)
-    # The means are rounded: what is left of them in the centred parts is taken into account.
-    rest = [rw.emit.reduce("ReduceMean", c, [len(s) - 1], True) for c, s in zip(centred, shapes, strict=True)]
-    apart = add("Sub", means)
-    left = add("Add", [add("Mul", [rest[1], scalar(q)]), add("Mul", [rest[0], scalar(p)])])
-    left = add("Div", [left, scalar(width)])
-    inner = [
-        add("Sub", [total, add("Mul", [add("Mul", [r, r]), scalar(n)])])
-        for total, r, n in zip(squares, rest, (p, q), strict=True)
-    ]
-    exact = add("Add", [add("Sub", [rest[0], rest[1]]), apart])
-    between = add("Div", [add("Mul", [add("Mul", [exact, exact]), scalar(p * q)]), scalar(width)])
-    total = add("Add", [add("Add", inner[::-1]), between])
-    variance = add("Add", [add("Div", [total, scalar(width)]), scalar(epsilon)])
-    scale = add("Reciprocal", [add("Sqrt", [variance])])
-    rw.emit.rule = before
+    with rw.emit.under("norm"):
+        add = rw.emit.add
+        means, centred, squares, shapes = [], [], [], []
+        for part in (first, second):
+            name, physical = rw.layout.realise(part.codes, part.dims)
+            axis = len(physical) - 1
+            means.append(rw.emit.reduce("ReduceMean", name, [axis], True))
+            centred.append(add("Sub", [name, means[-1]]))
+            squares.append(rw.emit.reduce("ReduceSumSquare", centred[-1], [axis], True))
+            shapes.append(physical)
+        # The means are rounded: what is left of them in the centred parts is taken into account.
+        rest = [rw.emit.reduce("ReduceMean", c, [len(s) - 1], True) for c, s in zip(centred, shapes, strict=True)]
+        apart = add("Sub", means)
+        left = add("Add", [add("Mul", [rest[1], scalar(q)]), add("Mul", [rest[0], scalar(p)])])
+        left = add("Div", [left, scalar(width)])
+        inner = [
+            add("Sub", [total, add("Mul", [add("Mul", [r, r]), scalar(n)])])
+            for total, r, n in zip(squares, rest, (p, q), strict=True)
+        ]
+        exact = add("Add", [add("Sub", [rest[0], rest[1]]), apart])
+        between = add("Div", [add("Mul", [add("Mul", [exact, exact]), scalar(p * q)]), scalar(width)])
+        total = add("Add", [add("Add", inner[::-1]), between])
+        variance = add("Add", [add("Div", [total, scalar(width)]), scalar(epsilon)])
+        scale = add("Reciprocal", [add("Sqrt", [variance])])
     rows = x.dims[:-1]
     base = np.zeros((*extents(rows), width + 2), np.int64)
     for part, name, physical in zip((first, second), centred, shapes, strict=True):
@@ -112,17 +111,84 @@ def normalised(
     balance = np.zeros((2, width))
     balance[0, first.members], balance[0, second.members] = q, -p
     balance[1] = -width
-
-    def fold(weight: str) -> tuple[str, str | None]:
-        # Nodes of constants, which the runtime folds when it loads the model: nothing is rounded here.
-        scaled = weight if gamma is None else add("Mul", [constant(gamma[:, None]), weight])
-        rows = add("Div", [add("MatMul", [constant(balance), scaled]), scalar(width)])
-        shift = None if beta is None else add("MatMul", [constant(beta), weight])
-        return add("Concat", [scaled, rows], {"axis": 0}), shift
-
     dims = (*rows, canonical([width + 2]))
     factor = rw.new((*rows, ()), x.dtype, held, scale)
-    return Affine(x.dims, x.dtype, view(dims, x.dtype, base), fold, factor, whole)
+    return _Normalised(x.dims, x.dtype, view(dims, x.dtype, base), factor, rw, node, balance, gamma, beta)
+
+
+@dataclass(eq=False)
+class _Kept(Affine):
+    """A value kept apart from its normalisation, behind some of the model's nodes.
+
+    Attributes:
+        rw: The rewrite.
+        node: The last of those nodes.
+    """
+
+    rw: Rewrite
+    node: NodeProto
+
+    def __post_init__(self) -> None:
+        self._whole = self.rw.once(self._make)
+
+    def whole(self) -> Value:
+        return self._whole()
+
+    def _make(self) -> Value:
+        over_last = operator(self.node) == "LayerNormalization"
+        made = rowwise(self.rw, self.node, [self.rank - 1]) if over_last else pointwise(self.rw, self.node)
+        assert made is not None
+        return self.rw.settle(made[0])
+
+
+@dataclass(eq=False)
+class _Normalised(_Kept):
+    """What a LayerNorm gives, of parts that are centred on their own.
+
+    Attributes:
+        balance: Rows for the distance between the means, and for what rounding left of the mean, times the width.
+        gamma: Factor per column; None for none.
+        beta: Summand per column; None for none.
+    """
+
+    balance: NDArray[Any]
+    gamma: NDArray[Any] | None
+    beta: NDArray[Any] | None
+
+    def fold(self, weight: str) -> tuple[str, str | None]:
+        """Nodes of constants, which the runtime folds when it loads the model: nothing is rounded here."""
+        add, kind = self.rw.emit.add, self.rw.constant_type(self.dtype)
+
+        def constant(v: NDArray[Any]) -> str:
+            return self.rw.emit.constant(np.ascontiguousarray(v, kind))
+
+        scaled = weight if self.gamma is None else add("Mul", [constant(self.gamma[:, None]), weight])
+        width = self.rw.emit.constant(np.array(self.balance.shape[1], kind))
+        rows = add("Div", [add("MatMul", [constant(self.balance), scaled]), width])
+        shift = None if self.beta is None else add("MatMul", [constant(self.beta), weight])
+        return add("Concat", [scaled, rows], {"axis": 0}), shift
+
+
+@dataclass(eq=False)
+class _Stepped(_Kept):
+    """The same behind a factor or a summand per column.
+
+    Attributes:
+        before: What it is applied to.
+        vector: The factors or summands.
+    """
+
+    before: Affine
+    vector: NDArray[Any]
+
+    def fold(self, weight: str) -> tuple[str, str | None]:
+        """Nodes of constants, as above."""
+        add, constant = self.rw.emit.add, self.rw.emit.constant
+        if operator(self.node) == "Mul":
+            return self.before.fold(add("Mul", [constant(self.vector[:, None]), weight]))
+        folded, shift = self.before.fold(weight)
+        mine = add("MatMul", [constant(self.vector), weight])
+        return folded, mine if shift is None else add("Add", [shift, mine])
 
 
 def worth_splitting(rw: Rewrite, x: Value, node: NodeProto) -> bool:
@@ -158,24 +224,11 @@ def layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if (beta is None and len(node.input) > 2 and node.input[2]) or not worth_splitting(rw, x, node):
         return None
 
-    def whole() -> Value:
-        return _made_later(rw, node, lambda: rowwise(rw, node, [x.rank - 1]))
-
     width = extents(x.dims)[-1]
     gamma = np.broadcast_to(gamma.reshape(-1), (width,))
     beta = None if beta is None else np.broadcast_to(beta.reshape(-1), (width,))
-    made = normalised(rw, x, attribute(node, "epsilon", 1e-5), gamma, beta, whole)
+    made = normalised(rw, x, node, attribute(node, "epsilon", 1e-5), gamma, beta)
     return None if made is None else [made]
-
-
-def _made_later(rw: Rewrite, node: NodeProto, make: Callable[[], list[Abstract] | None]) -> Value:
-    """Writes a node when its whole value is asked for after all; once."""
-    done = rw.made_later.get(node.output[0])
-    if done is None:
-        made = make()
-        assert made is not None
-        done = rw.made_later[node.output[0]] = rw.settle(made[0])
-    return done
 
 
 def divided(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -186,7 +239,7 @@ def divided(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x, epsilon = found
     if x.whole is not None or rw.single_level(x) or not worth_splitting(rw, x, node):
         return None
-    made = normalised(rw, x, epsilon, None, None, lambda: _made_later(rw, node, lambda: pointwise(rw, node)))
+    made = normalised(rw, x, node, epsilon)
     return None if made is None else [made]
 
 
@@ -231,25 +284,9 @@ def affine_step(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if isinstance(x, Affine) and data is not None and data.size in (1, data.shape[-1:] and data.shape[-1]):
             width = extents(x.dims)[-1]
             if data.size in (1, width):
-                return [_stepped(rw, node, x, np.ascontiguousarray(np.broadcast_to(data.reshape(-1), (width,))))]
+                vector = np.ascontiguousarray(np.broadcast_to(data.reshape(-1), (width,)))
+                return [_Stepped(x.dims, x.dtype, x.base, x.scale, rw, node, x, vector)]
     return None
-
-
-def _stepped(rw: Rewrite, node: NodeProto, x: Affine, vector: NDArray[Any]) -> Affine:
-    add = rw.emit.add
-
-    def times(w: str) -> tuple[str, str | None]:
-        return x.fold(add("Mul", [rw.emit.constant(vector[:, None]), w]))
-
-    def plus(w: str) -> tuple[str, str | None]:
-        folded, shift = x.fold(w)
-        mine = add("MatMul", [rw.emit.constant(vector), w])
-        return folded, mine if shift is None else add("Add", [shift, mine])
-
-    def whole() -> Value:
-        return _made_later(rw, node, lambda: pointwise(rw, node))
-
-    return Affine(x.dims, x.dtype, x.base, times if operator(node) == "Mul" else plus, x.scale, whole)
 
 
 def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -275,9 +312,8 @@ def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))
         own = [rw.emit.constant(np.ascontiguousarray(p[at])) for p in params if p is not None]
         made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
-        rw.emit.rule = "norm" if group.level is Level.REQUEST else None
-        rw.emit.copy(node, [name, *own], [made])
-        rw.emit.rule = None
+        with rw.emit.under("norm" if group.level is Level.REQUEST else None):
+            rw.emit.copy(node, [name, *own], [made])
         group.put(out, codes_of(rw.sources.add(physical, x.dtype, made)))
     return [rw.tidy(x.dims, x.dtype, out)]
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,15 @@ from onnxrank.values import (
     HOLE,
     Abstract,
     Affine,
+    AffineProduct,
     Codes,
+    DeferredMatMul,
     Dims,
     Level,
+    Multiplicable,
+    OpenProduct,
+    Scalable,
+    Selectable,
     Source,
     Sum,
     Unrepresentable,
@@ -244,11 +250,10 @@ def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
     return everything.reshape(*codes.shape[:-1], -1), np.searchsorted(everything, flat)
 
 
-Product = Callable[[Piece, str, Dims], tuple[Dims, Callable[[str | None, Dims], str]]]
-"""Writes the contraction of a piece, given as a tensor of a physical shape; gives the result's shape and a writer that
-takes the name and shape of a tensor to add."""
+Product = Callable[[Piece, str, Dims], DeferredMatMul]
+"""How a piece, given as a tensor of a physical shape, is contracted."""
 
-WeightedProduct = Callable[[str, Dims, str], tuple[Dims, Callable[[str | None, Dims], str]]]
+WeightedProduct = Callable[[str, Dims, str], DeferredMatMul]
 """The same with the name of the piece's weights."""
 
 
@@ -263,7 +268,7 @@ def partials(
     idempotent: bool = False,
     weighted: bool = False,
     additive: bool = False,
-    note: Callable[[Source, Piece], None] | None = None,
+    known: Callable[[DeferredMatMul, Piece], DeferredMatMul] | None = None,
     stack: Sequence[int] = (),
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
@@ -278,7 +283,7 @@ def partials(
         unread: Positions read per axis of the result, if not all.
         weighted: Whether `write` multiplies with weights, of which 0 undoes an entry.
         additive: Whether the contraction is a plain sum.
-        note: Called with the result and the piece of each contraction.
+        known: Gives the contraction of a piece in a form that more can be asked of, if there is one.
         idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
         stack: Other axes that have weights of their own: operands are cut along them where they do not vary, results
             are not.
@@ -306,22 +311,18 @@ def partials(
         if prod(small) < prod(shape[:-1]) and not stack:
             tag = tag or ("select" if unread else "broadcast")
         if piece.fold is not None:
-            made_dims, writer = write(piece, "", ())
-            source = rw.sources.add(made_dims, x.dtype, product=rw.later(writer, tag))
+            made = write(piece, "", ())
+        elif additive and _is_open(rw, piece):
+            made = _OpenSum(_Postponed.of(rw, piece, *_moved(piece, axis), write), axis)
+        else:
+            operand, own, _ = _operand(piece, axis) if weighted else _moved(piece, axis)
+            operand = cut_repeats(operand, stack)
+            made = write(piece, *rw.layout.realise(operand, with_extents(own, operand.shape)))
+        source = rw.defer(made.dims, x.dtype, made if known is None else known(made, piece), tag)
+        if piece.fold is not None:
             part = codes_of(source).reshape(*small, width)
         else:
-            linear = _summed(rw, piece, axis) if additive else None
-            operand, own, at = _operand(piece, axis) if weighted else _moved(piece, axis)
-            if linear is None:
-                operand = cut_repeats(operand, stack)
-                name, physical = rw.layout.realise(operand, with_extents(own, operand.shape))
-                made_dims, writer = write(piece, name, physical)
-            else:
-                made_dims, writer = _postponed(rw, piece, operand, own, at, write)
-            source = rw.sources.add(made_dims, x.dtype, product=rw.later(writer, tag), linear=linear)
             part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
-        if note is not None:
-            note(source, piece)
         piece.put(terms[piece.slot], part)
     out_dims = (*x.dims[:axis], column, *x.dims[axis + 1 :])
     if idempotent:
@@ -346,31 +347,67 @@ def _operand(piece: Piece, axis: int) -> tuple[Codes, Dims, int]:
     return piece.codes.reshape([piece.codes.shape[k] for k in keep]), tuple(piece.dims[k] for k in keep), len(keep) - 1
 
 
-def _summed(rw: Rewrite, piece: Piece, axis: int) -> Callable[[], tuple[Codes, Codes]] | None:
-    """The sums of a piece's products that were not made yet, as sums of products themselves."""
+def _is_open(rw: Rewrite, piece: Piece) -> bool:
+    """Whether a piece is sums of products that were not made yet, so that its sums are, too."""
     unique = len(piece.members) == piece.codes.shape[-1]
-    if piece.level is not Level.CANDIDATE or not unique or not fold.is_open(rw, piece.codes).all():
-        return None
-
-    def linear() -> tuple[Codes, Codes]:
-        factors = fold.expand(rw, piece.codes)
-        a, b = (f.reshape(*f.shape[:-2], -1) for f in factors)
-        return np.expand_dims(a, axis), np.expand_dims(b, axis)
-
-    return linear
+    return piece.level is Level.CANDIDATE and unique and bool(fold.is_open(rw, piece.codes).all())
 
 
-def _postponed(
-    rw: Rewrite, piece: Piece, operand: Codes, own: Dims, axis: int, write: Product
-) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-    """A contraction whose operand is only written if the result is."""
-    physical = keep_symbols(own, rw.sources.symbols(operand))
+@dataclass(eq=False)
+class _Postponed(DeferredMatMul):
+    """A contraction whose operand is only written if the result is.
 
-    def writer(addend: str | None, have: Dims) -> str:
-        name, seen = rw.layout.realise(operand, own)
-        return write(piece, name, seen)[1](addend, have)
+    Attributes:
+        rw: The rewrite.
+        piece: What is contracted.
+        operand: Its entries as the contraction takes them.
+        own: Their logical shape.
+        write: How it is contracted.
+        dims: Shape of the result.
+    """
 
-    return (*physical[:axis], (), *physical[axis + 1 :]), writer
+    rw: Rewrite
+    piece: Piece
+    operand: Codes
+    own: Dims
+    write: Product
+    dims: Dims
+
+    @classmethod
+    def of(
+        cls, rw: Rewrite, piece: Piece, operand: Codes, own: Dims, axis: int, write: Product, width: int = 1
+    ) -> Self:
+        """A contraction of an axis to `width` entries."""
+        physical = keep_symbols(own, rw.sources.symbols(operand))
+        dims = (*physical[:axis], canonical([width]), *physical[axis + 1 :])
+        return cls(rw, piece, operand, own, write, dims)
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        name, seen = self.rw.layout.realise(self.operand, self.own)
+        return self.write(self.piece, name, seen).materialise(addend, have)
+
+
+@dataclass(eq=False)
+class _OpenSum(DeferredMatMul, OpenProduct):
+    """A sum of sums of products that were not made yet: one of more terms.
+
+    Attributes:
+        made: The sum as a contraction.
+        axis: The axis along which it is one.
+    """
+
+    made: _Postponed
+    axis: int
+
+    def __post_init__(self) -> None:
+        self.dims = self.made.dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        return self.made.materialise(addend, have)
+
+    def factors(self) -> tuple[Codes, Codes]:
+        a, b = (f.reshape(*f.shape[:-2], -1) for f in fold.expand(self.made.rw, self.made.piece.codes))
+        return np.expand_dims(a, self.axis), np.expand_dims(b, self.axis)
 
 
 def contract(
@@ -378,120 +415,178 @@ def contract(
 ) -> Abstract:
     """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum."""
 
-    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+    def one(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
         if piece.fold is not None:
             return fold.product(rw, piece.fold, weight, piece.members)
         return write(name, physical, piece.weights(rw, weight))
 
-    width = weight.data.shape[1]
-
-    def note(source: Source, piece: Piece) -> None:
+    def known(made: DeferredMatMul, piece: Piece) -> DeferredMatMul:
         if piece.level is not Level.CANDIDATE or unread:
-            return
+            return made
         if prod(piece.codes.shape[:-1]) == 1 and not (piece.fold and piece.fold.along):
-            _explain(rw, source, piece, weight, axis)
-        elif piece.fold is None and axis == x.rank - 1:
-            _by_columns(rw, source, piece, weight)
+            return _ProductOfVector.of(rw, x.dtype, made, piece, weight, axis) or made
+        if piece.fold is None and axis == x.rank - 1:
+            return _ProductOfRows(rw, x.dtype, made, piece, weight)
+        return made
 
-    parts = partials(rw, x, axis, width, one, rule, unread, weighted=True, note=note)
-    dims = (*x.dims[:axis], canonical([width]), *x.dims[axis + 1 :])
+    parts = partials(rw, x, axis, weight.data.shape[1], one, rule, unread, weighted=True, known=known)
+    dims = (*x.dims[:axis], canonical([weight.data.shape[1]]), *x.dims[axis + 1 :])
     return rw.add(parts, dims, x.dtype)
 
 
 _LARGEST_AFFINE = 1 << 20
 
 
-def _explain(rw: Rewrite, source: Source, piece: Piece, weight: Weights, axis: int) -> None:
-    """Tells how a product that is not written yet comes from candidate-level entries, and how to take part of it."""
-    width = weight.data.shape[1]
-    order = np.empty(len(piece.members), np.int64)
-    count = piece.codes.shape[-1]
-    plain = count == len(piece.members) and len(np.unique(piece.columns)) == count
-    if piece.fold is None and (not plain or count * width > _LARGEST_AFFINE):
-        return
-    order[piece.columns] = piece.members
+@dataclass(eq=False)
+class _ProductOfPiece(DeferredMatMul, Selectable):
+    """A product of a piece with weights, of which parts can be made instead.
 
-    def affine() -> tuple[Codes, Codes]:
+    Attributes:
+        rw: The rewrite.
+        dtype: Element type.
+        made: The product as a whole.
+        piece: Its left operand.
+        weight: Its weights, of which the piece has some rows.
+    """
+
+    rw: Rewrite
+    dtype: int
+    made: DeferredMatMul
+    piece: Piece
+    weight: Weights
+
+    def __post_init__(self) -> None:
+        self.dims = self.made.dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        return self.made.materialise(addend, have)
+
+    def with_weights(self, part: Weights, axis: int, piece: Piece) -> DeferredMatMul:
+        """The product of a piece, along one of its axes, with other weights."""
+        operand, own, at = _operand(piece, axis)
+        width = part.data.shape[1]
+        return _Postponed.of(self.rw, piece, operand, own, at, _product_with(self.rw, part, at, len(own)), width)
+
+
+@dataclass(eq=False)
+class _ProductOfVector(_ProductOfPiece, AffineProduct, Multiplicable):
+    """A product of a vector per candidate: affine in that, and another matrix can be multiplied into its weights.
+
+    Attributes:
+        axis: The contracted axis.
+    """
+
+    axis: int
+
+    @classmethod
+    def of(
+        cls, rw: Rewrite, dtype: int, made: DeferredMatMul, piece: Piece, weight: Weights, axis: int
+    ) -> _ProductOfVector | None:
+        """The product; None where it is not one of different columns, or of too many weights to follow."""
+        count = piece.codes.shape[-1]
+        plain = count == len(piece.members) and len(np.unique(piece.columns)) == count
+        if piece.fold is None and (not plain or count * weight.data.shape[1] > _LARGEST_AFFINE):
+            return None
+        return cls(rw, dtype, made, piece, weight, axis)
+
+    def coefficients(self) -> tuple[Codes, Codes]:
+        piece, weight, width = self.piece, self.weight, self.weight.data.shape[1]
         if piece.fold is not None:
-            codes, basis = fold.matrix(rw, piece.fold, weight, piece.members), piece.fold.basis
+            codes, basis = fold.matrix(self.rw, piece.fold, weight, piece.members), piece.fold.basis
         else:
+            order = np.empty(len(piece.members), np.int64)
+            order[piece.columns] = piece.members
             data = weight.data[order]
-            codes, basis = rw.constant(data).codes.reshape(data.shape), piece.codes.reshape(-1)
+            codes, basis = self.rw.constant(data).codes.reshape(data.shape), piece.codes.reshape(-1)
         return codes.T, np.broadcast_to(basis, (width, len(basis)))
 
-    def other(part: Weights, rule: str, piece: Piece = piece) -> Source:
-        columns = part.data.shape[1]
-        dims = with_extents(source.dims, [columns if n > 1 else 1 for n in extents(source.dims)])
+    def select_columns(self, columns: NDArray[np.int64]) -> Source:
+        part = self.weight.part(self.rw.emit, 1, columns)
+        made = self._with(part, self.piece)
+        known = _ProductOfVector.of(self.rw, self.dtype, made, self.piece, part, self.axis)
+        return self._source(known or made, "fc")
+
+    def then_matmul(self, weight: str, width: int) -> list[Source]:
+        both = self.rw.emit.add("MatMul", [self.weight.rows(self.rw.emit, self.piece.members), weight])
+        part = Weights(np.empty((len(self.piece.members), width), self.weight.data.dtype), both)
+        piece = replace(self.piece, members=np.arange(len(self.piece.members)))
+        return [self._source(self._with(part, piece), "cross")]
+
+    def _with(self, part: Weights, piece: Piece) -> DeferredMatMul:
         if piece.fold is not None:
-            writer, rule = fold.product(rw, piece.fold, part, piece.members)[1], "fold"
-        else:
-            operand, own, at = _operand(piece, axis)
-            _, writer = _postponed(rw, piece, operand, own, at, _narrowed(rw, part, at, len(own)))
-        return rw.sources.add(dims, source.dtype, product=rw.later(writer, rule))
+            return fold.product(self.rw, piece.fold, part, piece.members)
+        return self.with_weights(part, self.axis, piece)
 
-    def narrow(columns: NDArray[np.int64]) -> Source:
-        part = weight.part(rw.emit, 1, columns)
-        made = other(part, "fc")
-        _explain(rw, made, piece, part, axis)
-        return made
-
-    def again(name: str, columns: int) -> Source:
-        both = rw.emit.add("MatMul", [weight.rows(rw.emit, piece.members), name])
-        made = Weights(np.empty((len(piece.members), columns), weight.data.dtype), both)
-        return other(made, "cross", replace(piece, members=np.arange(len(piece.members))))
-
-    source.again = again
-    source.affine, source.narrow = affine, narrow
+    def _source(self, made: DeferredMatMul, rule: str) -> Source:
+        return self.rw.defer(made.dims, self.dtype, made, "fold" if self.piece.fold is not None else rule)
 
 
-def _by_columns(rw: Rewrite, source: Source, piece: Piece, weight: Weights) -> None:
-    """Tells how to take some columns of a product that is not written yet, or to scale it; columns are last."""
-    operand, own, at = _operand(piece, len(piece.dims) - 1)
+@dataclass(eq=False)
+class _ProductOfRows(_ProductOfPiece, Scalable):
+    """A product of several rows per candidate, with its columns last."""
 
-    def other(part: Weights) -> Source:
-        dims = (*source.dims[:-1], canonical([part.data.shape[1]]))
-        _, writer = _postponed(rw, piece, operand, own, at, _narrowed(rw, part, at, len(own)))
-        made = rw.sources.add(dims, source.dtype, product=rw.later(writer, "fc"))
-        _by_columns(rw, made, piece, part)
-        return made
+    def select_columns(self, columns: NDArray[np.int64]) -> Source:
+        return self._source(self.weight.part(self.rw.emit, 1, columns))
 
-    def scaled(name: str, times: bool) -> Source:
-        own = weight.rows(rw.emit, np.arange(len(weight.data)))
-        return other(Weights(weight.data, rw.emit.add("Mul" if times else "Div", [own, name])))
+    def scale(self, number: str, times: bool) -> Source:
+        own = self.weight.rows(self.rw.emit, np.arange(len(self.weight.data)))
+        return self._source(Weights(self.weight.data, self.rw.emit.add("Mul" if times else "Div", [own, number])))
 
-    source.narrow = lambda columns: other(weight.part(rw.emit, 1, columns))
-    source.scaled = scaled
+    def _source(self, part: Weights) -> Source:
+        made = self.with_weights(part, len(self.piece.dims) - 1, self.piece)
+        known = _ProductOfRows(self.rw, self.dtype, made, self.piece, part)
+        return self.rw.defer(made.dims, self.dtype, known, "fc")
 
 
-def _narrowed(rw: Rewrite, part: Weights, axis: int, rank: int) -> Product:
+def _product_with(rw: Rewrite, part: Weights, axis: int, rank: int) -> Product:
     """The product over the last axis, or over the last but one of a vector per row."""
     make = right_product if axis == rank - 1 else left_product
     return lambda piece, name, physical: make(rw, part.data.shape[1])(name, physical, piece.weights(rw, part))
 
 
+@dataclass(eq=False)
+class _RightProduct(DeferredMatMul):
+    """`x @ W` with the contracted axis last: a Gemm where there is something to add to a matrix.
+
+    Attributes:
+        rw: The rewrite.
+        name: The left operand.
+        physical: Its shape.
+        weight: Name of the weights.
+        width: Their number of columns.
+        real: Whether they are not integers, which Gemm does not take.
+    """
+
+    rw: Rewrite
+    name: str
+    physical: Dims
+    weight: str
+    width: int
+    real: bool = True
+
+    def __post_init__(self) -> None:
+        self.dims = (*self.physical[:-1], canonical([self.width]))
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        rw, physical = self.rw, self.physical
+        if len(physical) == 2 and addend is not None and self.real:
+            return rw.emit.add("Gemm", [self.name, self.weight, addend])
+        bias = all(d == () for d in have[:-1])
+        if addend is not None and self.real and (bias or have == self.dims):
+            # Added on the way out of the product, not in a pass of its own.
+            flat = (tuple(f for d in physical[:-1] for f in d), physical[-1])
+            if sum(isinstance(f, int) for f in flat[0]) <= 1:
+                column = self.dims[-1]
+                rows = rw.layout.reshape(self.name, physical, flat)
+                other = rw.layout.reshape(addend, have, have[-1:] if bias else (flat[0], column))
+                made = rw.emit.add("Gemm", [rows, self.weight, other])
+                return rw.layout.reshape(made, (flat[0], column), self.dims)
+        return with_addend(rw, rw.emit.add("MatMul", [self.name, self.weight]), addend)
+
+
 def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct:
-    """`x @ W` with the contracted axis last: a Gemm where there is something to add to a matrix."""
-    column = canonical([width])
-
-    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-        def writer(addend: str | None, have: Dims) -> str:
-            if len(physical) == 2 and addend is not None and real:
-                return rw.emit.add("Gemm", [name, weight, addend])
-            result = (*physical[:-1], column)
-            bias = all(d == () for d in have[:-1])
-            if addend is not None and real and (bias or have == result):
-                # Added on the way out of the product, not in a pass of its own.
-                flat = (tuple(f for d in physical[:-1] for f in d), physical[-1])
-                if sum(isinstance(f, int) for f in flat[0]) <= 1:
-                    rows = rw.layout.reshape(name, physical, flat)
-                    other = rw.layout.reshape(addend, have, have[-1:] if bias else (flat[0], column))
-                    made = rw.emit.add("Gemm", [rows, weight, other])
-                    return rw.layout.reshape(made, (flat[0], column), result)
-            return with_addend(rw, rw.emit.add("MatMul", [name, weight]), addend)
-
-        return (*physical[:-1], column), writer
-
-    return write
+    """How `x @ W` is written, with the contracted axis last."""
+    return lambda name, physical, weight: _RightProduct(rw, name, physical, weight, width, real)
 
 
 def commuted(rw: Rewrite, x: Value, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
@@ -616,46 +711,69 @@ def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[
 
 def _normalised_product(rw: Rewrite, x: Affine, weight: Weights, unread: Any) -> Abstract:
     """`(scale * (base @ M) + shift) @ W`, with `M @ W` and `shift @ W` made by nodes of constants."""
-    before, rw.emit.rule = rw.emit.rule, "norm"
-    folded, shift = x.fold(weight.name or rw.emit.constant(weight.data))
     width = weight.data.shape[1]
-
-    def one(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-        order = np.empty(len(piece.members), np.int64)
-        order[piece.columns] = piece.members
-        rows = rw.emit.add("Gather", [folded, rw.emit.constant(order)], {"axis": 0})
-        return right_product(rw, width)(name, physical, rows)
-
-    parts = partials(rw, x.base, x.rank - 1, width, one, "norm", unread)
     dims = (*x.dims[:-1], canonical([width]))
-    made = rw.settle(rw.add(parts, dims, x.dtype))
-    name = rw.emit.add("Mul", [rw.tensor(made), rw.tensor(x.scale)])
-    rw.emit.rule = before
+    with rw.emit.under("norm"):
+        folded, shift = x.fold(weight.name or rw.emit.constant(weight.data))
+
+        def one(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+            order = np.empty(len(piece.members), np.int64)
+            order[piece.columns] = piece.members
+            rows = rw.emit.add("Gather", [folded, rw.emit.constant(order)], {"axis": 0})
+            return _RightProduct(rw, name, physical, rows, width)
+
+        made = rw.settle(rw.add(partials(rw, x.base, x.rank - 1, width, one, "norm", unread), dims, x.dtype))
+        name = rw.emit.add("Mul", [rw.tensor(made), rw.tensor(x.scale)])
     terms = [rw.new(dims, x.dtype, rw.present(made) | rw.present(x.scale), name)]
     if shift is not None:
         terms.append(rw.new((canonical([width]),), x.dtype, (), shift))
     return rw.add(terms, dims, x.dtype)
 
 
+@dataclass(eq=False)
+class _LeftProduct(DeferredMatMul):
+    """`W @ y` over the last axis of `y` but one, given W transposed.
+
+    Attributes:
+        rw: The rewrite.
+        name: The right operand.
+        weight: Name of the weights, transposed.
+        dims: Shape of the result.
+    """
+
+    rw: Rewrite
+    name: str
+    weight: str
+    dims: Dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        back = self.rw.emit.add("Transpose", [self.weight], {"perm": [1, 0]})
+        return with_addend(self.rw, self.rw.emit.add("MatMul", [back, self.name]), addend)
+
+
+@dataclass(eq=False)
+class _Reshaped(DeferredMatMul):
+    """A product in another shape."""
+
+    rw: Rewrite
+    product: DeferredMatMul
+    dims: Dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        made = self.rw.layout.reshape(self.product.materialise(), self.product.dims, self.dims)
+        return with_addend(self.rw, made, addend)
+
+
 def left_product(rw: Rewrite, width: int) -> WeightedProduct:
-    """`W @ y` over the last axis of `y` but one, given W transposed."""
+    """How `W @ y` is written, over the last axis of `y` but one, given W transposed."""
 
-    def write(name: str, physical: Dims, weight: str) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+    def write(name: str, physical: Dims, weight: str) -> DeferredMatMul:
         made: Dims = (*physical[:-2], canonical([width]), physical[-1])
-        if physical[-1] == ():
-            # A vector per row: rows become the matrix's, one product instead of one for each.
-            flat = (*physical[:-2], physical[-2])
-            rows = rw.layout.reshape(name, physical, flat)
-            inner_dims, inner = right_product(rw, width)(rows, flat, weight)
-            return made, lambda addend, have: with_addend(
-                rw, rw.layout.reshape(inner(None, ()), inner_dims, made), addend
-            )
-
-        def writer(addend: str | None, have: Dims) -> str:
-            back = rw.emit.add("Transpose", [weight], {"perm": [1, 0]})
-            return with_addend(rw, rw.emit.add("MatMul", [back, name]), addend)
-
-        return made, writer
+        if physical[-1] != ():
+            return _LeftProduct(rw, name, weight, made)
+        # A vector per row: rows become the matrix's, one product instead of one for each.
+        flat = (*physical[:-2], physical[-2])
+        return _Reshaped(rw, _RightProduct(rw, rw.layout.reshape(name, physical, flat), flat, weight, width), made)
 
     return write
 

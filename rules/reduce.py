@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite, Rule
 from onnxrank.values import (
     Abstract,
+    DeferredMatMul,
     Dims,
     Sum,
     Value,
@@ -24,7 +26,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, elementwise, is_square, rowwise
-from .products import Piece, distribute, partials
+from .products import Piece, distribute, partials, with_addend
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
 _EXTREMA = {"ReduceMax": "Max", "ReduceMin": "Min"}
@@ -126,27 +128,50 @@ def _whole(
     return rowwise(rw, node, axes, lambda d: [result(d)])
 
 
+@dataclass(eq=False)
+class _Reduced(DeferredMatMul):
+    """A reduction of a piece; columns that are equal count as often as they occur.
+
+    Attributes:
+        rw: The rewrite.
+        piece: The piece.
+        name: Its tensor.
+        dims: Shape of the result.
+        axis: The reduced axis.
+        op: The operator.
+        divisor: What a sum is divided by.
+        dtype: Element type.
+    """
+
+    rw: Rewrite
+    piece: Piece
+    name: str
+    dims: Dims
+    axis: int
+    op: str
+    divisor: int
+    dtype: int
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        emit, kind, data = self.rw.emit, self.rw.constant_type(self.dtype), self.name
+        counts = np.bincount(self.piece.columns, minlength=self.piece.codes.shape[-1])
+        times = int(counts[0]) if (counts == counts[0]).all() else 1
+        if self.op in _EXTREMA:
+            times = 1
+        elif (counts != times).any():
+            shape = [-1 if k == self.axis else 1 for k in range(len(self.dims))]
+            data = emit.add("Mul", [data, emit.constant(counts.reshape(shape).astype(kind))])
+        out = emit.reduce(self.op, data, [self.axis], True)
+        if times > 1:
+            out = emit.add("Mul", [out, emit.constant(np.array(times, kind))])
+        if self.divisor > 1:
+            out = emit.add("Div", [out, emit.constant(np.array(self.divisor, kind))])
+        return with_addend(self.rw, out, addend)
+
+
 def _partials(rw: Rewrite, x: Value, axis: int, op: str, rule: str, unread: Any, divisor: int = 1) -> list[Value]:
-    def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
-        made: Dims = (*physical[:axis], (), *physical[axis + 1 :])
-
-        def writer(addend: str | None, have: Dims) -> str:
-            data, kind = name, rw.constant_type(x.dtype)
-            counts = np.bincount(piece.columns, minlength=piece.codes.shape[-1])
-            times = int(counts[0]) if (counts == counts[0]).all() else 1
-            if op in _EXTREMA:
-                times = 1
-            elif (counts != times).any():
-                shape = [-1 if k == axis else 1 for k in range(len(physical))]
-                data = rw.emit.add("Mul", [data, rw.emit.constant(counts.reshape(shape).astype(kind))])
-            out = rw.emit.reduce(op, data, [axis], True)
-            if times > 1:
-                out = rw.emit.add("Mul", [out, rw.emit.constant(np.array(times, kind))])
-            if divisor > 1:
-                out = rw.emit.add("Div", [out, rw.emit.constant(np.array(divisor, kind))])
-            return out if addend is None else rw.emit.add("Add", [out, addend])
-
-        return made, writer
+    def write(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+        return _Reduced(rw, piece, name, (*physical[:axis], (), *physical[axis + 1 :]), axis, op, divisor, x.dtype)
 
     return partials(
         rw, x, axis, 1, write, rule, unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum"

@@ -8,7 +8,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,19 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.rewrite import Rewrite, Weights
-from onnxrank.values import Abstract, Codes, Dims, Sum, Value, canonical, constant_along, extents, symbols, view
+from onnxrank.values import (
+    Abstract,
+    Codes,
+    DeferredMatMul,
+    Dims,
+    Sum,
+    Value,
+    canonical,
+    constant_along,
+    extents,
+    symbols,
+    view,
+)
 
 from . import fold
 from .products import (
@@ -200,23 +212,38 @@ def _contracted(
 
 def _written(rw: Rewrite, weight: Weights) -> Product:
     """How to write the product of a piece, rows of one matrix for each of its positions."""
-    column = canonical([weight.data.shape[-1]])
+    width = weight.data.shape[-1]
 
-    def write(piece: Piece, name: str, physical: Dims) -> tuple[Dims, Callable[[str | None, Dims], str]]:
+    def write(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
         at = piece.group.index
         chosen = weight if at is ... or isinstance(at[0], slice) else weight.part(rw.emit, 0, at[0])
         count = len(chosen.data)
         if count == 1:
             matrix = chosen.reshaped(rw.emit, chosen.data.shape[1:])
             rows = rw.layout.reshape(name, physical, physical[1:])
-            return right_product(rw, chosen.data.shape[-1])(rows, physical[1:], piece.weights(rw, matrix))
+            return right_product(rw, width)(rows, physical[1:], piece.weights(rw, matrix))
         own = (physical[0], canonical(f for d in physical[1:-1] for f in d), physical[-1])
-        made: Dims = (canonical([count]), own[1], column)
-
-        def writer(addend: str | None, have: Dims) -> str:
-            rows = rw.layout.kept_apart(rw.layout.reshape(name, physical, own), own)
-            return with_addend(rw, rw.emit.add("MatMul", [rows, piece.weights(rw, chosen)]), addend)
-
-        return made, writer
+        rows = rw.layout.kept_apart(rw.layout.reshape(name, physical, own), own)
+        return _StackProduct(rw, rows, piece.weights(rw, chosen), (canonical([count]), own[1], canonical([width])))
 
     return write
+
+
+@dataclass(eq=False)
+class _StackProduct(DeferredMatMul):
+    """`[positions, rows, K] @ [positions, K, columns]`.
+
+    Attributes:
+        rw: The rewrite.
+        name: The left operand.
+        weight: Name of the weights.
+        dims: Shape of the result.
+    """
+
+    rw: Rewrite
+    name: str
+    weight: str
+    dims: Dims
+
+    def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
+        return with_addend(self.rw, self.rw.emit.add("MatMul", [self.name, self.weight]), addend)

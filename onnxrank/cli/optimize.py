@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from onnxrank.cli.options import (
-    CHECKS,
-    LENGTH_OPTION,
+    CHECK_OPTIONS,
     OUTPUT_OPTIONS,
     REWRITE_OPTIONS,
     ROLE_OPTIONS,
@@ -32,18 +31,7 @@ from onnxrank.formats import OPTIMIZE, Style, check_file, put
 @report_option(OPTIMIZE)
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
-@click.option(
-    "--check",
-    type=click.Choice(CHECKS),
-    default="standard",
-    show_default=True,
-    help="How thoroughly the result is compared with the original; the report lists at what it was.",
-)
-@LENGTH_OPTION
-@click.option("--no-check", is_flag=True, help="Do not compare the result with the original.")
-@click.option(
-    "--strict", is_flag=True, help="Exit with 1 if the result fails its check, instead of taking back what fails."
-)
+@with_options(CHECK_OPTIONS)
 @click.option(
     "--tune",
     type=click.FloatRange(0, 3600),

@@ -140,6 +140,20 @@ RULE_OPTIONS = (
     click.option("--rules", multiple=True, metavar="PATH", help="A Python file with further rules. Repeatable."),
 )
 REWRITE_OPTIONS = (INTERFACE_OPTION, *RULE_OPTIONS)
+CHECK_OPTIONS = (
+    click.option(
+        "--check",
+        type=click.Choice(CHECKS),
+        default="standard",
+        show_default=True,
+        help="How thoroughly the result is compared with the original; the report lists at what it was.",
+    ),
+    LENGTH_OPTION,
+    click.option("--no-check", is_flag=True, help="Do not compare the result with the original."),
+    click.option(
+        "--strict", is_flag=True, help="Exit with 1 if the result fails its check, instead of taking back what fails."
+    ),
+)
 OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print more, every step, and tracebacks of internal errors."),

@@ -7,8 +7,7 @@ import re
 import click
 
 from onnxrank.cli.options import (
-    CHECKS,
-    LENGTH_OPTION,
+    CHECK_OPTIONS,
     OUTPUT_OPTIONS,
     ROLE_OPTIONS,
     RULE_OPTIONS,
@@ -74,18 +73,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 @with_options(ROLE_OPTIONS, RULE_OPTIONS)
 @report_option(SPLIT)
 @click.option("--dry-run", is_flag=True, help="Write no models (reports are written); OUT may be left out.")
-@click.option(
-    "--check",
-    type=click.Choice(CHECKS),
-    default="standard",
-    show_default=True,
-    help="How thoroughly the rewritten model, and both models together, are compared with the original.",
-)
-@LENGTH_OPTION
-@click.option("--no-check", is_flag=True, help="Do not compare them with the original.")
-@click.option(
-    "--strict", is_flag=True, help="Exit with 1 if the rewriting fails its check, instead of taking back what fails."
-)
+@with_options(CHECK_OPTIONS)
 @click.option(
     "--tune",
     type=click.FloatRange(0, 3600),

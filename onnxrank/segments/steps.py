@@ -14,24 +14,14 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from onnxrank import extents as ex
 from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, having, operator, traits
 from onnxrank.segments import spans
 from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices, total
 from onnxrank.segments.spans import BOOLEAN, UNKNOWN, ZERO, Known, Size, Span
 
-_UNARY = frozenset(
-    """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
-    Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
-    Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast""".split()
-)
-_BROADCAST = frozenset(
-    """Add And BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or
-    PRelu Pow Sub Sum Where Xor""".split()
-)
-_FIRST = frozenset({"Clip", "Dropout"})
-"""Elementwise operators whose further operands are numbers."""
-_COMPARED = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-_BOOLEAN = _COMPARED | {"And", "Not", "Or", "Xor", "IsInf", "IsNaN"}
+_FIRST = frozenset({"CastLike", "Clip", "Dropout"})
+"""Elementwise operators whose further operands are numbers, or give a type."""
+_COMPARED = frozenset(having(Trait.COMPARISON))
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization"})
 _REDUCED = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"})
 _EXACT_FLOATS = frozenset({int(TensorProto.FLOAT), int(TensorProto.DOUBLE)})
@@ -154,7 +144,7 @@ def _known(node: NodeProto, x: Sequence[Known], sizes: Sequence[Size]) -> Known:
         return x[0].map(lambda a: Span(0, 0) if a.number is not None else spans.TRUTH)
     if op in _SPANS:
         return x[0].map(_SPANS[op], *x[1:])
-    return BOOLEAN if op in _BOOLEAN else UNKNOWN
+    return BOOLEAN if Trait.BOOLEAN in traits(node) else UNKNOWN
 
 
 def note(d: Division, node: NodeProto) -> None:
@@ -162,11 +152,11 @@ def note(d: Division, node: NodeProto) -> None:
     op, outputs = operator(node), [o for o in node.output if o]
     if len(outputs) != 1 or not node.input:
         return
-    if op in _MOVED:
-        d.seen[outputs[0]] = _flat(d.known(node.input[0]).all)
-    elif op == "Concat":
+    if op == "Concat":
         first, *others = (_flat(d.known(i).all) for i in node.input)
         d.seen[outputs[0]] = reduce(Span.hull, others, first)
+    elif Trait.MOVEMENT in traits(node):
+        d.seen[outputs[0]] = _flat(d.known(node.input[0]).all)
     elif op in _COMPARED or op in _SPANS or op in ("Cast", "Mul"):
         x = [spans.of(_flat(d.known(i).all)) for i in node.input if i]
         d.seen[outputs[0]] = _flat(_known(node, x, []).all)
@@ -177,7 +167,6 @@ def _flat(span: Span) -> Span:
     return span if span.fixed else spans.ANY
 
 
-_MOVED = frozenset({"Expand", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"})
 _SPANS: Mapping[str, Callable[..., Span]] = {
     "Identity": lambda a: a,
     "And": Span.both,
@@ -736,7 +725,7 @@ SOURCES: Mapping[str, Step] = {
 }
 """What makes tensors as long as a sequence of none."""
 STEPS: Mapping[str, Step] = {
-    **dict.fromkeys(_UNARY | _BROADCAST | _FIRST, elementwise),
+    **dict.fromkeys((*having(Trait.ELEMENTWISE), *_FIRST), elementwise),
     **dict.fromkeys(_NORMS, norm),
     **dict.fromkeys(_REDUCED, reduction),
     "MatMul": mat_mul,

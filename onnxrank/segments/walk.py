@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from onnx import ModelProto, NodeProto
 
 from onnxrank import extents as ex
+from onnxrank.emitter import replaced
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import attribute, captured, live, subgraphs
+from onnxrank.graphs import attribute, captured, subgraphs
 from onnxrank.operators import operator
 from onnxrank.segments import steps
-from onnxrank.segments.division import Data, Division, Left, Tensor, depends
+from onnxrank.segments.division import Data, Division, Left, Tensor
+from onnxrank.uses import changed_by
 from onnxrank.values import Dims, is_candidate_symbol
 
 _MOST_SEGMENTS = 8
@@ -30,7 +32,8 @@ def sequences(model: ModelProto, facts: Facts, candidate: frozenset[str], fixed:
     Returns:
         Their places.
     """
-    changed, nodes = depends(model, candidate), model.graph.node
+    nodes = model.graph.node
+    changed = changed_by(nodes, candidate)
     found = [k for k, node in enumerate(nodes) if _joins(node, facts, changed, fixed)]
     return [k for k in found if _meets_itself(model, nodes[k].output[0])] if fixed else found
 
@@ -50,7 +53,7 @@ def _joins(node: NodeProto, facts: Facts, changed: set[str], fixed: bool) -> boo
 
 def _meets_itself(model: ModelProto, name: str) -> bool:
     """Whether both operands of a product come from a tensor, as those of attention do."""
-    behind = depends(model, [name])
+    behind = changed_by(model.graph.node, [name])
     return any(operator(n) in ("MatMul", "Einsum") and len(behind.intersection(n.input)) == 2 for n in model.graph.node)
 
 
@@ -78,29 +81,24 @@ def divided(
         d = Division(model, facts, dtypes, inputs, candidate, data, places)
     except Left:
         return model
-    out = ModelProto()
-    out.CopyFrom(model)
-    del out.graph.node[:], out.graph.value_info[:]
-    for node in model.graph.node:
-        d.emit.hint = next((o for o in node.output if o), node.name)
+
+    def write(node: NodeProto) -> bool:
         made = _step(d, node)
         if made is None:
             for name in (*node.input, *(c for g in subgraphs(node) for c in captured(g))):
                 d.join(name)
             steps.note(d, node)
-        else:
-            d.tensors.update(zip(node.output, made, strict=False))
-        out.graph.node.extend(e.proto for e in d.emit.nodes)
-        d.emit.nodes.clear()
-        if made is None:
-            out.graph.node.append(node)
-    for o in model.graph.output:
-        d.join(o.name)
-    out.graph.node.extend(e.proto for e in d.emit.nodes)
-    made = live(out)
-    read = {i for n in made.graph.node for i in n.input}
-    made.graph.initializer.extend(t for name, t in d.emit.initializers.items() if name in read)
-    return made
+            return False
+        d.tensors.update(zip(node.output, made, strict=False))
+        return True
+
+    def finish() -> None:
+        for o in model.graph.output:
+            d.join(o.name)
+
+    out = replaced(model, d.emit, write, finish)
+    del out.graph.value_info[:]
+    return out
 
 
 def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:

@@ -403,6 +403,76 @@ def test_sum_that_is_read_too() -> None:
     assert not outputs(result.model)
 
 
+def rotary(
+    domain: str, levels: str = "mixed", rank: int = 3, heads: int = 2, part: int = 0, **how: int
+) -> tuple[Graph, list[Given]]:
+    """Fields `[N, 7, 8]`, each turned by the angles of its position, before a layer."""
+    g, given = Graph(23), [request("u", USERS, D), candidate("c", ITEMS, D)]
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1) if levels == "mixed" else u if levels == "request" else c
+    count, half = {"mixed": COUNT, "request": USERS, "candidate": ITEMS}[levels], (part or D // heads) // 2
+    angles = np.outer(np.arange(20), 0.3 ** np.arange(half))
+    caches = [g.const(np.cos(angles)), g.const(np.sin(angles))]
+    rows = g.op("Slice", g.op("Shape", x), g.ints(0), g.ints(2), g.ints(0))
+    at = g.op("Expand", g.const(np.arange(count)[::-1] + 3, np.int64), rows)
+    if rank == 4:
+        x = g.op("Transpose", g.op("Reshape", x, g.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])
+    more = (
+        [at, *caches]
+        if domain
+        else [*caches, at]
+        if how.pop("positions", 1)
+        else [g.op("Gather", t, at) for t in caches]
+    )
+    attrs = {"num_heads": heads, "rotary_embedding_dim": part, **how}
+    y = g.op("RotaryEmbedding", x, *more, **attrs, **({"domain": domain} if domain else {}))
+    if rank == 4:
+        y = g.op("Transpose", y, perm=[0, 2, 1, 3])
+    y = g.op("MatMul", g.op("Reshape", y, g.ints(0, -1)), g.const(whole_numbers(count * D, 2)))
+    g.output(
+        y
+        if levels != "request"
+        else g.op("Add", y, g.op("ReduceMax", g.op("ReduceMax", c, g.ints(2)), g.ints(1), keepdims=0)),
+        ["N", 2],
+    )
+    return g, given
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"interleaved": 1}, {"rank": 4}, {"part": 2}, {"positions": 0, "heads": 1}], ids=str
+)
+@pytest.mark.parametrize("domain", ["", MS])
+def test_rotary_embedding(domain: str, how: dict[str, int]) -> None:
+    """Positions of the request are turned once."""
+    g, given = rotary(domain, **({k: v for k, v in how.items() if not domain or k != "positions"}))
+    with written():
+        result = optimised(g, given, tolerance=1e-5, counts=(1, 2, 5, 101))
+    assert not [n for n in result.model.graph.node if n.op_type == "RotaryEmbedding"]
+    assert result.report.macs_after < 0.4 * result.report.macs_before
+
+
+@pytest.mark.parametrize("levels", ["request", "candidate"])
+@pytest.mark.parametrize("domain", ["", MS])
+def test_rotary_embedding_of_one_level(domain: str, levels: str) -> None:
+    """It is kept as it is, on one row where it is the request's."""
+    g, given = rotary(domain, levels)
+    result = optimised(g, given, tolerance=1e-5)
+    assert [n.op_type for n in result.model.graph.node].count("RotaryEmbedding") == 1
+    assert ("broadcast" in rules(result)) == (levels == "request")
+
+
+@pytest.mark.parametrize("how", [{"scale": 2.0}, {"offset": 1}], ids=str)
+def test_rotary_embeddings_that_are_kept(how: dict[str, float]) -> None:
+    """Positions that are an offset, and what a later version may do with a scale, are left alone with a note."""
+    g, given = rotary(MS, **({"scale": 2.0} if "scale" in how else {}))
+    if "offset" in how:
+        (node,) = (n for n in g.nodes if n.op_type == "RotaryEmbedding")
+        node.input[1] = g.ints(3)
+    with written():
+        result = optimised(g, given, tolerance=1e-5)
+    assert any("RotaryEmbedding" in note for note in result.report.notes)
+
+
 def test_plans_name_what_was_written_out() -> None:
     """And give the same bytes again."""
     g, given = saved("gemm")

@@ -96,7 +96,6 @@ def nosy(give_up: Callable[[], Any]) -> Rule:
         rw.claim(node.output[0])
         rw.zero(1), rw.one(1)
         rw.new((canonical([3]),), 1, ())
-        rw.made_later[node.output[0]] = rw.settle(found[0])
         rw.emit.rule = "left behind"
         return give_up()
 

@@ -11,7 +11,8 @@ import yaml
 from helpers import run, session, transformation
 from onnx import numpy_helper
 
-from onnxrank import optimize
+from onnxrank import facts, optimize
+from onnxrank.loops import without_loops
 
 MODELS = Path(__file__).resolve().parents[2] / "models" / "onnx"
 
@@ -84,6 +85,20 @@ def test_bags(reduce: str) -> None:
 def test_other_loops_stay(other: dict) -> None:
     """Runs that overlap, begin elsewhere, or end early; another axis."""
     assert loops(counted(**other)) == 1
+
+
+@pytest.mark.parametrize("op", [None, "Range", "Concat", "Slice", "Gather"])
+def test_operators_of_other_domains_stay(op: str | None) -> None:
+    """What another domain calls by the name of an ONNX operator is not that, in the loop or before it."""
+    model = counted()
+    found = facts.derive(model, {"item_ids": ((1, ("N",)), (3, ())), "user": ((1, ("N",)), (2, ()))}, None)
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    (loop,) = (n for n in other.graph.node if n.op_type == "Loop")
+    for node in (*other.graph.node, *loop.attribute[0].g.node):
+        if node.op_type == op:
+            node.domain = "com.acme"
+    assert (without_loops(other, found) is None) == (op is not None)
 
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])

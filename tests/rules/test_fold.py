@@ -559,7 +559,8 @@ def test_factors_within_fields() -> None:
     assert result.report.after["candidate"].macs == N * 5 * 4 * 3
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
 @drawn(st.lists(st.sampled_from("ucab"), min_size=2, max_size=6), st.booleans(), st.integers(0, 99))
 def test_factors_of_any_fields(kinds: list[str], stacked: bool, seed: int) -> None:
     """Fields that are the request's, the candidate's, or the request's times one number or several of the candidate."""

@@ -108,6 +108,7 @@ def test_forms(form: Form, seed: int | None) -> None:
     assert "Conv" not in operators(result.model) and "Einsum" not in operators(result.model)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.lists(st.booleans(), min_size=WIDTH, max_size=WIDTH), min_size=2, max_size=5), st.sampled_from(FORMS)

@@ -437,6 +437,8 @@ def _reduced(w: Writer, x: Tensor, op: str) -> None:
 def _inexact_pool(w: Writer, x: Tensor, op: str) -> None:
     if x.rank != 3 or not w.extended(x, 1) or not w.extended(x, 2) or x.sizes[2] < 2 or x.bound > 100:
         return
+    if op == "GlobalLpPool" and w.graph.opset >= 22:
+        return  # onnxruntime has no kernel of that version
     if op == "LpPool":
         w.put(w.graph.op(op, x.name, kernel_shape=[2]), w._cut(x, 2, x.sizes[2] - 1), 2 * x.bound, INEXACT)
     else:
@@ -497,6 +499,29 @@ def _skipping(w: Writer, x: Tensor, op: str) -> None:
     g, size = w.graph, x.sizes[-1]
     terms = [g.const(w.weights(size)) for _ in range(1 if "Simplified" in op else 2)]
     w.put(g.op(op, x.name, w.partner(x, like).name, *terms, domain=MS, epsilon=0.1), x.dims, 50, INEXACT)
+
+
+@_since(23, "RotaryEmbedding")
+def _rotary(w: Writer, x: Tensor, op: str) -> None:
+    _turned(w, x, "")
+
+
+@_since(13, f"{MS}::RotaryEmbedding")
+def _saved_rotary(w: Writer, x: Tensor, op: str) -> None:
+    _turned(w, x, MS)
+
+
+def _turned(w: Writer, x: Tensor, domain: str) -> None:
+    if x.rank != 3 or not w.extended(x, 1) or not w.extended(x, 2) or x.sizes[2] % 2 or 0 in x.sizes or x.bound > 100:
+        return
+    g, steps, half = w.graph, x.sizes[1], x.sizes[2] // 2
+    angles = np.outer(np.arange(steps), np.arange(1, half + 1))
+    caches = [g.const(np.cos(angles)), g.const(np.sin(angles))]
+    rows = g.op("Slice", g.op("Shape", x.name), g.ints(0), g.ints(2), g.ints(0))
+    at = g.op("Expand", g.const(w.random.sample(range(steps), steps), np.int64), rows)
+    more = [at, *caches] if domain else [*caches, at]
+    how = {"interleaved": w.number(0, 1), "num_heads": 1, **({"domain": domain} if domain else {})}
+    w.put(g.op("RotaryEmbedding", x.name, *more, **how), x.dims, 2 * x.bound, INEXACT)
 
 
 @_since(11, f"{MS}::Inverse")
