@@ -186,6 +186,17 @@ def test_for_another_use_the_plan_for_many_is_optimised() -> None:
         agree(again, (1, 100))
 
 
+def test_a_profile_looks_into_the_plan_that_runs() -> None:
+    """Kernels of either plan have their level and rule, and the `If` is told for what it costs itself."""
+    times = onnxrank.profile(made().model, candidates=[2, 64], seconds=0.01, memory=False)
+    for kernels in times.models[0].kernels:
+        spent = sum(k.seconds for k in kernels.levels)
+        assert spent == pytest.approx(kernels.seconds)
+        assert kernels.seconds < kernels.session
+    few, many = ({s.name for s in k.rules} for k in times.models[0].kernels)
+    assert "fc" in many - few
+
+
 def test_it_is_timed_around_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured moves the crossover, and is replayed."""
     asked: list[tuple[int, ...]] = []
