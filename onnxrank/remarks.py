@@ -18,11 +18,11 @@ from onnx import NodeProto
 from onnxrank import cost
 from onnxrank.analysis import Analysis
 from onnxrank.forms import Form, fewest
-from onnxrank.graphs import captured, subgraphs
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import ALWAYS, LEAVE, Alternative, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, opaque_reason
+from onnxrank.uses import changed_by, reads
 from onnxrank.values import Level, is_candidate_symbol, symbols
 
 MODEL = "model"
@@ -285,7 +285,8 @@ class _Search:
         These are products of what depends on the request alone, by the graph, and as far as shapes stay the same, the
         share of products that the node's request-level entries would have. Each is told for one such node.
         """
-        by_candidate, out = self._depends(), dict[int, float]()
+        given = [i.name for i in self.form.study.declared if i.role.level != "request"]
+        by_candidate, out = changed_by(self.nodes, given), dict[int, float]()
         behind: dict[str, tuple[float, int]] = {}
         for k, node in enumerate(self.nodes):
             if self._is_barrier(k, node):
@@ -311,24 +312,11 @@ class _Search:
             return False
         if self._is_known(node) and not any(o in self.rw.facts.unknown for o in outputs):
             return False  # it takes candidates together, or its operands do not lie as rules need it
-        return any(Level.REQUEST in self.rw.levels(values[i]) for i in self._reads(node) if i in values)
+        return any(Level.REQUEST in self.rw.levels(values[i]) for i in reads(node) if i in values)
 
     def _has_rows(self, name: str) -> bool:
         """Whether a tensor is taken to differ between candidates."""
         return self.rw.level(self.rw.values[name]) is Level.CANDIDATE
-
-    @staticmethod
-    def _reads(node: NodeProto) -> set[str]:
-        """What a node reads, its bodies included."""
-        return {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
-
-    def _depends(self) -> set[str]:
-        """Tensors whose entries depend on the candidates' data, by the graph alone."""
-        out = {i.name for i in self.form.study.declared if i.role.level != "request"}
-        for node in self.nodes:
-            if Trait.EXTENTS not in traits(node) and not out.isdisjoint(self._reads(node)):
-                out.update(o for o in node.output if o)
-        return out
 
     def _guess(self, node: NodeProto) -> float:
         """Multiply-adds of a node per candidate; of unknown shapes, those of one row times its weights."""

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 from onnx import NodeProto
 
+from onnxrank.graphs import captured, subgraphs
+from onnxrank.operators import Trait, traits
+
 T = TypeVar("T")
 
 
@@ -79,3 +82,22 @@ class Uses:
     def forget(self) -> None:
         """Drops all answers, because something that they depend on has changed."""
         self._answers.clear()
+
+
+def reads(node: NodeProto) -> set[str]:
+    """The tensors that a node reads, in the graphs inside it, too."""
+    return {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
+
+
+def changed_by(nodes: Iterable[NodeProto], tensors: Iterable[str]) -> set[str]:
+    """The tensors whose entries those of some others may change; what their extents change does not count.
+
+    Args:
+        nodes: All nodes, in topological order.
+        tensors: The others, which are among the result.
+    """
+    out = set(tensors)
+    for node in nodes:
+        if Trait.EXTENTS not in traits(node) and not out.isdisjoint(reads(node)):
+            out.update(o for o in node.output if o)
+    return out

@@ -15,11 +15,11 @@ from onnxrank import extents as ex
 from onnxrank.emitter import Emitter
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import attribute, captured, names_in, subgraphs, versions
+from onnxrank.graphs import attribute, names_in, versions
 from onnxrank.layout import Layout
-from onnxrank.operators import operator
 from onnxrank.segments import spans
 from onnxrank.segments.spans import ANY, BOOLEAN, UNKNOWN, Known, Size, Span
+from onnxrank.uses import changed_by
 from onnxrank.values import Dims, Sources, canonical, symbols
 
 Sizes = tuple[Size, ...]
@@ -105,16 +105,6 @@ def total(sizes: Iterable[Size]) -> Size:
     return out
 
 
-def depends(model: ModelProto, inputs: Iterable[str]) -> set[str]:
-    """The tensors whose entries some inputs may change; what their extents change does not count."""
-    out = set(inputs)
-    for node in model.graph.node:
-        read = {*node.input, *(c for g in subgraphs(node) for c in captured(g))}
-        if not read.isdisjoint(out) and operator(node) not in ("Shape", "Size"):
-            out.update(o for o in node.output if o)
-    return out
-
-
 def _known_of(data: NDArray[Any]) -> Known:
     """What is known of a constant's entries."""
     if not data.size or data.size > _MOST_CONSTANT or data.dtype.kind not in "biuf":
@@ -168,7 +158,7 @@ class Division:
                 held = next((f for f in d if isinstance(f, int)), 1)
                 if len(symbols([d])) == 1:
                     self._layout.extent_of.setdefault(symbols([d])[0], (name, axis, held))
-        self._depends = depends(model, candidate)
+        self._depends = changed_by(graph.node, candidate)
         self._stored = {t.name: tuple(t.dims) for t in graph.initializer}
         self._cut: dict[tuple[str, tuple[Sizes, ...], int, Sizes], Tensor] = {}
         self._constants: dict[str, NDArray[Any]] = {}

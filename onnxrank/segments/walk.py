@@ -13,7 +13,8 @@ from onnxrank.facts import Facts
 from onnxrank.graphs import attribute, captured, subgraphs
 from onnxrank.operators import operator
 from onnxrank.segments import steps
-from onnxrank.segments.division import Data, Division, Left, Tensor, depends
+from onnxrank.segments.division import Data, Division, Left, Tensor
+from onnxrank.uses import changed_by
 from onnxrank.values import Dims, is_candidate_symbol
 
 _MOST_SEGMENTS = 8
@@ -31,7 +32,8 @@ def sequences(model: ModelProto, facts: Facts, candidate: frozenset[str], fixed:
     Returns:
         Their places.
     """
-    changed, nodes = depends(model, candidate), model.graph.node
+    nodes = model.graph.node
+    changed = changed_by(nodes, candidate)
     found = [k for k, node in enumerate(nodes) if _joins(node, facts, changed, fixed)]
     return [k for k in found if _meets_itself(model, nodes[k].output[0])] if fixed else found
 
@@ -51,7 +53,7 @@ def _joins(node: NodeProto, facts: Facts, changed: set[str], fixed: bool) -> boo
 
 def _meets_itself(model: ModelProto, name: str) -> bool:
     """Whether both operands of a product come from a tensor, as those of attention do."""
-    behind = depends(model, [name])
+    behind = changed_by(model.graph.node, [name])
     return any(operator(n) in ("MatMul", "Einsum") and len(behind.intersection(n.input)) == 2 for n in model.graph.node)
 
 
