@@ -111,6 +111,8 @@ def optimize(
         check_output(out)
     given = given_roles(ctx, request, roles, infer_roles)
     run = _entry(ctx, interface, rows, rows_name, requests, not no_guard)
+    if plan is not None and ctx.get_parameter_source("tune") is not click.core.ParameterSource.COMMANDLINE:
+        tune = 0.0  # a plan decides all that timing would
     with show_progress(quiet, verbose) as progress:
         try:
             result = run(
