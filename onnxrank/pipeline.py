@@ -1099,7 +1099,9 @@ def replay(
 
 
 def for_one(result: Result) -> tuple[ModelProto, Roles, dict[str, Any]]:
-    """The model for one request under the interface `request`, even where it would not pay by itself.
+    """The model for one request under the interface `request`.
+
+    Where rewriting it does not pay it is the original, with rows of what is request-level repeated inside.
 
     Returns:
         The model, roles of its inputs, and its contract.
@@ -1108,10 +1110,9 @@ def for_one(result: Result) -> tuple[ModelProto, Roles, dict[str, Any]]:
     stored = stored_contract(made)
     if stored is not None:
         return made, roles_again(feeds.describe(made), stored), stored
-    form, study = result.form, result.study
-    if form is None or form.model is None or report.retreats:
-        assert study is not None
-        form = Form(study, (), "request", False, report.candidates)
+    study = result.study
+    assert study is not None
+    form = Form(study, (), "request", False, report.candidates)
     if form.model is None:
         raise ModelError("The model cannot be written with one row of what is request-level.")
     told = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -22,6 +24,7 @@ from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.splitting import split
 from onnxrank.verify import Options as Checks
 from onnxrank.verify import verify
+from onnxrank.writers import to_json
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 FORMS = [{"rows": r} for r in ("lengths", "offsets", "index", "triton")] + [{"interface": "padded"}]
@@ -245,6 +248,8 @@ def test_what_nobody_knows_is_refused_for_candidates_and_runs_alone_for_requests
         _batch(model("item"))
     made = batch(model("user"), request=["user"], check=False)
     assert any("run request by request" in n for n in made.report.notes)
+    schema = json.loads((Path(onnxrank.__file__).parent / "optimize.schema.json").read_text())
+    jsonschema.validate(json.loads(to_json(made.report)), schema)
     _held(model("user"), made.model, [2, 0, 3], shape=(4,))
 
 

@@ -18,7 +18,7 @@ from onnxrank.errors import ModelError
 
 SEEDS, STEPS = st.integers(0, 1 << 32), st.integers(1, 20)
 EXAMPLES = settings(
-    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
