@@ -238,18 +238,6 @@ def test_blocks_of_rows(how: str, count: int, level: str) -> None:
     assert result.report.after["candidate"].macs == 512 * each
 
 
-def test_a_block_that_nobody_reads() -> None:
-    """Of a Split whose outputs are not all named, the others hold what they held."""
-    g = Graph()
-    u, c = (i.declare(g) for i in BLOCKS)
-    x = g.op("Concat", u, c, axis=1)
-    y = g.op("Concat", *(g.op("MatMul", x, g.const(whole_numbers(4, 2, seed=k))) for k in (0, 1)), axis=0)
-    top, _ = g.ops("Split", 2, y, axis=0)
-    g.nodes[-1].output[1] = ""
-    g.output(g.op("MatMul", g.op("Flatten", top), g.const(whole_numbers(10, 1))), ["N", 1])
-    optimised(g, BLOCKS, counts=(1, 2, 5, 8))
-
-
 def test_blocks_of_other_sizes() -> None:
     """A cut that is no whole number of blocks is not followed."""
     g = Graph()
