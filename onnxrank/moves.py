@@ -236,6 +236,8 @@ def _split_blocks(p: Placed, axis: int) -> list[Movement]:
     """Split of an extent that is not constant into whole blocks."""
     dims = p.dim(0)
     count, each = _blocks(dims[axis])
+    if any(found is None for found in p.targets):
+        raise Unrepresentable(f"parts of the extent {dims[axis]} that nobody reads")
     sizes = [divide(p.sizes(k)[axis], p.size(each)) for k in range(len(p.node.output))]
     counts = [n for n in sizes if isinstance(n, int)]
     if len(counts) < len(sizes) or sum(counts) != count or min(counts) < 1:
