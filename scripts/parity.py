@@ -226,6 +226,8 @@ _FORMS = ("exported", "dcnv2", "rdcn")
 
 def figure(folder: Path, path: Path) -> None:
     """Time over the number of candidates, of the deepest cross network."""
+    if not (folder / "times.json").exists():
+        raise SystemExit(f"{folder} has no times.json: run `parity.py time {folder}` before the figure is drawn")
     depth, by_n = max(json.loads((folder / "times.json").read_text()).items(), key=lambda item: int(item[0]))
     named = {"exported": "third", "dcnv2": "first", "rdcn": "second"}
     words = {"exported": "DCNv2 as exported", "dcnv2": "DCNv2, optimised", "rdcn": "rDCN, optimised"}
