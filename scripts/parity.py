@@ -192,16 +192,17 @@ def report(folder: Path) -> None:
     best = settings["best"]
     print(f"AUC over seeds: mean (standard deviation){f'; Bayes {best:.4f}' if best else ''}\n")
     kinds = (*KINDS, "converted", "tuned")
-    print(
-        "| layers | DCNv2 | rDCN | control | from DCNv2 | the same, an epoch on | difference | control below | parity |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = "DCNv2 | rDCN | control | taken from DCNv2 | an epoch on | rDCN over DCNv2 | control below | parity | seeds"
+    print(f"| layers | {heads} |\n|{'---|' * 10}")
     for depth, by_kind in sorted(found.items()):
         cells = [f"{statistics.mean(by_kind[k]):.4f} ({_sd(by_kind[k])})" if k in by_kind else "" for k in kinds]
         if all(len(by_kind.get(k, ())) > 1 for k in KINDS):
             more, sd, lost, parity = verdict(by_kind)
             cells += [f"{more:+.4f} ({more / sd:+.1f} sd)", f"{lost:.0f} sd", "yes" if parity else "no"]
-        print(f"| {depth} | {' | '.join(cells)} |")
+        else:
+            cells += [""] * 3
+        seeds = "/".join(str(len(by_kind.get(k, ()))) for k in kinds)
+        print(f"| {depth} | {' | '.join([*cells, seeds])} |")
     if not (folder / "times.json").exists():
         return
     print("\n| layers | N | MACs: exported | optimised DCNv2 | rDCN | exported over optimised | over rDCN | "
@@ -225,6 +226,8 @@ _FORMS = ("exported", "dcnv2", "rdcn")
 
 def figure(folder: Path, path: Path) -> None:
     """Time over the number of candidates, of the deepest cross network."""
+    if not (folder / "times.json").exists():
+        raise SystemExit(f"{folder} has no times.json: run `parity.py time {folder}` before the figure is drawn")
     depth, by_n = max(json.loads((folder / "times.json").read_text()).items(), key=lambda item: int(item[0]))
     named = {"exported": "third", "dcnv2": "first", "rdcn": "second"}
     words = {"exported": "DCNv2 as exported", "dcnv2": "DCNv2, optimised", "rdcn": "rDCN, optimised"}

@@ -140,11 +140,11 @@ def scores(model: Ranker, rows: planted.Arrays) -> Any:
 
 
 def measure(folder: Path, candidates: int, seconds: float) -> None:
-    """Bytes, memory and time of the dense model and of both kinds of dynamic masks, before and after packing."""
+    """Bytes, memory and time of the dense model and of one with masks of either kind, before and after packing."""
     torch.manual_seed(0)
     feed = sample(build(WORLD_SIZES).specs, candidates)
     files = {}
-    for name in ("dense", "dynamic-structure", "dynamic-entries"):
+    for name in ("dense", "dynamic-structure", "pruned-entries"):
         path = folder / f"{name}.long.onnx"
         _lengthened(folder / f"{name}.onnx", path)
         files[name] = path

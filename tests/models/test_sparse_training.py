@@ -157,10 +157,10 @@ def test_planted_support_is_found(kind: type) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(32, 8, bias=False)
     target = kind(layer.weight, 3 / 32)
-    masks = SparseTraining(torch.optim.Adam(layer.parameters(), 0.05), [target], 250, every=10)
+    masks = SparseTraining(torch.optim.Adam(layer.parameters(), 0.05), [target], 400, every=10)
     began = int((target.keep.reshape(8, 32) & (truth != 0)).sum())
     generator = torch.Generator().manual_seed(0)
-    for _ in range(250):
+    for _ in range(400):
         x = torch.randn(128, 32, generator=generator)
         masks.optimiser.zero_grad()
         (layer(x) - x @ truth.T).pow(2).mean().backward()

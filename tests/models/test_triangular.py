@@ -104,6 +104,15 @@ def test_cross_layers_have_the_context_once(exporter: str, layers: int, rank: in
     assert once == layers * (3 * c * rank if rank else c * (c + t)) + c
 
 
+def test_two_thirds_of_the_cross_network_go_at_four_fields_of_seven() -> None:
+    """The paper's claim, by the optimiser's count: 67 % fewer multiply-adds per candidate than DCNv2 has."""
+    width, its, layers = 7 * 4, 4 * 4, 3
+    model = RDCNStacked(hidden=(), layers=layers, user=3, item=4, vocab=20, dim=4)
+    initialise(model, 0)
+    _, each = _costs(_optimised(model, "torchscript"))
+    assert (each - its) / (layers * width * width) <= 1 - 0.67
+
+
 @pytest.mark.parametrize(("exporter", "blocks"), DEPTHS)
 def test_attention_has_context_tokens_once(exporter: str, blocks: int) -> None:
     user, item, dim, inner = 5, 3, 8, 8
