@@ -32,9 +32,6 @@ from onnx import numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from onnxrank.compress.network import Network
-from onnxrank.compress.packing import pack
-
 from models.dcn import DCNv2Stacked
 from models.layers import Ranker
 from models.sparse_training import Entries, Rows, SparseTraining, Target, Units, unit_share
@@ -43,6 +40,8 @@ from models.training import fit, settle
 from onnxrank import charts, runtime
 from onnxrank.compress.methods import METHODS, Refused
 from onnxrank.compress.statistics import Statistics
+from onnxrank.network import Network
+from onnxrank.packing import pack
 from onnxrank.turns import interleave, ratio
 from scripts import labelled, pictures, planted
 
