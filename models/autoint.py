@@ -21,6 +21,8 @@ class AutoInt(Ranker):
     def __init__(self, user: int, item: int, vocab: int, dim: int, layers: int, heads: int, head_dim: int) -> None:
         super().__init__()
         self.fields = Fields(user, item, vocab, dim, "matrix")
+        # What each field may not attend to, [fields, fields].
+        self.register_buffer("mask", None, persistent=False)
         inner = heads * head_dim
         sizes = (dim, *[inner] * layers)
         self.attention = nn.ModuleList(SelfAttention(a, heads, head_dim, project=False) for a in sizes[:-1])
@@ -32,5 +34,5 @@ class AutoInt(Ranker):
         """Returns click probabilities [N, 1]."""
         x = self.fields((user_ids, item_ids))
         for attention, residual in zip(self.attention, self.residual, strict=True):
-            x = torch.relu(attention(x, x) + residual(x))
+            x = torch.relu(attention(x, x, self.mask) + residual(x))
         return torch.sigmoid(self.head(x.flatten(1)))

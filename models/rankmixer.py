@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from models.layers import Fields, Ranker, mlp
 
 
+def exchange(x: Tensor, tokens: int, dim: int) -> Tensor:
+    """As many heads as tokens: head h of all tokens [N, tokens, dim], side by side, is the new token h."""
+    heads = x.reshape(-1, tokens, tokens, dim // tokens)
+    return heads.transpose(1, 2).reshape(-1, tokens, dim)
+
+
 class MixerBlock(nn.Module):
-    """As many heads as tokens: head h of all tokens, side by side, is the new token h."""
+    """Tokens that exchange their heads, and a feed-forward network of its own for each."""
 
     def __init__(self, tokens: int, dim: int, factor: int) -> None:
         super().__init__()
@@ -24,8 +30,11 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the tokens [N, tokens, dim]."""
-        heads = x.reshape(-1, self.tokens, self.tokens, self.dim // self.tokens)
-        x = self.norm1(x + heads.transpose(1, 2).reshape(-1, self.tokens, self.dim))
+        return self.transform(x, exchange(x, self.tokens, self.dim))
+
+    def transform(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Returns the tokens from what they were, and what the exchange gave them."""
+        x = self.norm1(x + mixed)
         hidden = torch.einsum("ntd,tdh->nth", x, self.up) + self.up_bias
         y = torch.einsum("nth,thd->ntd", nn.functional.gelu(hidden), self.down) + self.down_bias
         return self.norm2(x + y)

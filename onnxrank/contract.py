@@ -122,6 +122,10 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
     """
     before = Roles.from_dict(contract.get("roles", {})).inputs
     interface = contract.get("interface")
+    if interface in ("batch", "padded"):
+        raise ModelError(
+            f"The model takes several requests per call (interface {interface}). Give the original instead."
+        )
     if interface not in ("request", "same"):
         raise ModelError(f"The stored interface {interface!r} is not known. Optimise the original model again.")
     odd = next((r for r in before.values() if bool(r.request) != (r.level == "mixed")), None)

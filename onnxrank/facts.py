@@ -23,7 +23,7 @@ from onnxrank import extents as ex
 from onnxrank import model as files
 from onnxrank import runtime, shapes
 from onnxrank.errors import ModelError
-from onnxrank.extents import Expr
+from onnxrank.extents import Expr, Unproved
 from onnxrank.graphs import captured, subgraphs
 from onnxrank.operators import Trait, traits
 from onnxrank.values import CANDIDATES, Dim, Dims, canonical, is_candidate_symbol
@@ -64,6 +64,7 @@ class Facts:
         sizes: The same as expressions.
         expressions: What symbols stand for that are not extents of inputs; absent for extents that are not proved.
         folded: Tensors whose entries are constants, with their data cut to one row along symbols.
+        entries: Entries of tensors that are made of extents.
         unknown: Tensors whose number of dimensions is not proved, with the reason.
         opaque: Symbols of extents that are not proved, with the tensor and the reason.
         note: Why nothing could be said of a part of the model, if so.
@@ -73,6 +74,7 @@ class Facts:
     sizes: dict[str, tuple[int | Expr, ...]] = field(default_factory=dict)
     expressions: dict[str, Expr] = field(default_factory=dict)
     folded: dict[str, tuple[Dims, NDArray[Any]]] = field(default_factory=dict)
+    entries: dict[str, list[int | Expr]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     opaque: dict[str, tuple[str, str]] = field(default_factory=dict)
     note: str | None = None
@@ -160,6 +162,10 @@ def derive(
         if name not in loads and name not in inputs:
             facts.note_shape(name, sizes)
     facts.unknown, facts.opaque = made.unknown, made.opaque
+    for name, value in made.values.items():
+        if not value.concrete:
+            with contextlib.suppress(Unproved):
+                facts.entries[name] = value.sizes()
     for name, value in shapes.fixed_values(made):
         dims = tuple(canonical([*syms, c]) if syms else canonical([c]) for c, syms in facts.extents[name])
         data = value.data

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from onnx import ModelProto, NodeProto
 
-from onnxrank import cost, facts
+from onnxrank import cost
+from onnxrank.facts import Facts, derive
 from onnxrank.plans import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, Rule, SiteFailed
@@ -46,12 +47,8 @@ class Form:
         self.choice = choice or Choice()
         self.remarks: list[Refusal] = []
         self.model: ModelProto | None = None
-        self.facts: facts.Facts | None = None
         self._shapes: dict[int, cost.Shapes] = {}
         self._write()
-        if self.changed:
-            assert self.model is not None
-            self.facts = facts.derive(self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts)
 
     # --- making ----------------------------------------------------------------------------------------------------
 
@@ -100,11 +97,11 @@ class Form:
             model = other.run()
         except (SiteFailed, Unrepresentable):
             return None, []
-        return (model if other.sites() else None), other.decisions()
+        return (model if other.sites() or self.study.packed else None), other.decisions()
 
     def leaving(self, choice: Choice) -> Form:
         """The same with another choice; what was left alone stays so."""
-        other = Form(self.study, self.rules, self._how[0], self._how[1], (self._how[2], self._how[2]), choice)
+        other = self.limited(self.rules, choice)
         other.remarks[:0] = self.remarks
         return other
 
@@ -115,12 +112,28 @@ class Form:
         self.remarks += [Refusal(p.rule, label(nodes[p.index]), nodes[p.index].op_type, reason) for p in places]
         self.remarks += [Refusal(rule, "", "", reason) for rule in rules]
 
+    def limited(self, rules: Sequence[Rule], choice: Choice | None = None) -> Form:
+        """The same with other rules."""
+        interface, guard, candidates = self._how
+        return Form(self.study, rules, interface, guard, (candidates, candidates), choice)
+
     # --- asking ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _derived(self) -> Facts:
+        assert self.model is not None
+        study = self.study
+        return derive(self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts)
+
+    @property
+    def facts(self) -> Facts | None:
+        """What is known of the result's tensors; None where it does not differ from the original."""
+        return self._derived if self.changed else None
 
     @property
     def changed(self) -> bool:
         """Whether there is a result that differs from the original."""
-        return self.model is not None and bool(self.rewrite.sites())
+        return self.model is not None and bool(self.rewrite.sites() or self.study.packed)
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -133,11 +146,11 @@ class Form:
 
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
-        assert self.model is not None and self.facts is not None
+        assert self.model is not None
         if candidates not in self._shapes:
             known = next(iter(self._shapes.values()), None)
             inputs = self.rewrite.input_extents()
-            made = known or cost.shapes_of(self.model, self.facts, inputs, candidates)
+            made = known or cost.shapes_of(self.model, self._derived, inputs, candidates)
             self._shapes[candidates] = made.at(candidates)
         return self._shapes[candidates]
 
@@ -157,7 +170,7 @@ class Form:
             span: Least and most candidates expected.
             original: Predicted time of the original; a form that is slower at a quarter of the least is out.
         """
-        if self.model is None or self.facts is None:
+        if not self.changed:
             return float("inf")
         few = fewest(span)
         return float("inf") if self.time(few) > original(few) else self.time(report_candidates(span))

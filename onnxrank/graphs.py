@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Sequence
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper
@@ -11,6 +13,23 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     """Value of an attribute of a node."""
     found = next((a for a in node.attribute if a.name == name), None)
     return default if found is None else helper.get_attribute_value(found)
+
+
+def einsum_terms(equation: bytes, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The terms of an Einsum's equation and its result, a letter for every axis.
+
+    Args:
+        equation: The equation; an ellipsis gets letters of its own, and a result that is left out is numpy's.
+        ranks: Number of dimensions of each operand.
+    """
+    left, arrow, out = equation.decode().replace(" ", "").partition("->")
+    terms = left.split(",")
+    counts = [rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True)]
+    spare = "".join(c for c in string.ascii_letters if c not in left)[: max(0, *counts)]
+    if not arrow:
+        out = "..." * ("..." in left) + "".join(sorted(c for c in left if c.isalpha() and left.count(c) == 1))
+    terms = [t.replace("...", spare[len(spare) - n :]) for t, n in zip(terms, counts, strict=True)]
+    return terms, out.replace("...", spare)
 
 
 def domain(name: str) -> str:

@@ -112,7 +112,10 @@ class Layout:
 
         Where it may be a Transpose, a Reshape follows: onnxruntime takes that into the MatMul, then divides by no rows.
         """
-        name, _ = self.realise(codes, dims, full=True)
+        return self.kept_apart(self.realise(codes, dims, full=True)[0], dims, hint)
+
+    def kept_apart(self, name: str, dims: Dims, hint: str | None = None) -> str:
+        """A stack of matrices that onnxruntime does not take a Transpose before it into the product behind it."""
         if len(dims) == 2 or self.emit.op_of.get(name) in _NOT_TAKEN_IN:
             return name
         if symbols(dims[-1:]):

@@ -64,6 +64,7 @@ class LoadedModel:
         size: Number of these bytes.
         external: Files with external data in use, relative to `folder`, sorted.
         split: The folder of the two models that this one stands for; None for a model of its own.
+        batch: The model for several requests that this one, for one, stands for; None for a model of its own.
     """
 
     proto: ModelProto
@@ -73,6 +74,7 @@ class LoadedModel:
     size: int
     external: tuple[str, ...]
     split: Path | None = None
+    batch: ModelProto | None = None
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

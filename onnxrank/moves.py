@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxrank.extents import divide
 from onnxrank.values import (
     Dim,
     Dims,
@@ -48,6 +49,8 @@ class Movement:
     joins: bool = False
 
 
+_HUGE = 1 << 30
+"""A bound beyond all extents, as exporters write it for the end."""
 Mover = Callable[["Placed"], "list[Movement] | None"]
 """What an operator moves where; None where that is decided at run time.
 
@@ -108,6 +111,18 @@ def _cut(dim: Dim, n: int) -> Dim:
     return canonical([n])
 
 
+def _blocks(dim: Dim) -> tuple[int, Dim]:
+    """An extent as a number of blocks that lie one behind the other, and the symbols of each.
+
+    Raises:
+        Unrepresentable: The blocks are not the outer factor.
+    """
+    count, each = (dim[0], dim[1:]) if dim and isinstance(dim[0], int) else (1, dim)
+    if any(isinstance(f, int) for f in each):
+        raise Unrepresentable(f"cuts the extent {dim}")
+    return count, each
+
+
 @dataclass(frozen=True)
 class Cut:
     """What a Slice takes.
@@ -148,11 +163,32 @@ def cut(p: Placed) -> Cut | None:
             raise Unrepresentable("a slice along a symbolic extent")
         if p.size(dims[a]) == p.sizes(0)[a]:
             continue  # for all extents it takes as many as there are, so it takes them all
+        taken = _whole_blocks(p, dims[a], k)
+        if taken is not None:
+            index[a] = slice(*taken)
+            dims[a] = canonical([taken[1] - taken[0], *_blocks(dims[a])[1]])
+            continue
         if any(map(is_candidate_symbol, symbols([dims[a]]))):
             raise Unrepresentable("a slice along a symbolic extent")
         dims[a] = p.known(0)[a]
         along.append(a)
     return Cut(tuple(dims), tuple(index), tuple(along), starts is not None and ends is not None)
+
+
+def _whole_blocks(p: Placed, dim: Dim, k: int) -> tuple[int, int] | None:
+    """From which to which block of an extent the k-th bounds of a Slice go; None where they are not known to."""
+    starts, ends = p.entries(1), p.entries(2)
+    if starts is None or ends is None or not dim or not isinstance(dim[0], int):
+        return None
+    count, each = _blocks(dim)
+    found = []
+    for bound in (starts[k], ends[k]):
+        huge = isinstance(bound, int) and bound > _HUGE
+        found.append(count if huge else divide(bound, p.size(each)))
+    start, end = found
+    if isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= count:
+        return start, end
+    return None
 
 
 def _end(end: int, step: int) -> int | None:
@@ -166,10 +202,10 @@ def slice_(p: Placed) -> list[Movement] | None:
         return None
     if found.along:
         raise Unrepresentable("a slice along a symbolic extent")
-    if found.told:
-        return [Movement(found.dims, lambda x: x[found.index])]
-    if found.dims == p.dim(0):
+    if found.dims == p.dim(0) and not found.told:
         return identity(p)
+    if found.told or any(at != slice(None) for at in found.index):
+        return [Movement(found.dims, lambda x: x[found.index])]
     raise Unrepresentable("slice bounds computed at run time")
 
 
@@ -178,6 +214,8 @@ def split(p: Placed) -> list[Movement] | None:
     dims, count = p.dim(0), len(p.node.output)
     axis = p.axis(0, len(dims))
     sizes = p.constants(1, "split")
+    if symbols([dims[axis]]):
+        return _split_blocks(p, axis)
     if sizes is None:
         if p.has(1):
             return None
@@ -192,6 +230,25 @@ def split(p: Placed) -> list[Movement] | None:
         return Movement(made, lambda x: x.take(places, axis))
 
     return [part(k) for k in range(len(sizes))]
+
+
+def _split_blocks(p: Placed, axis: int) -> list[Movement]:
+    """Split of an extent that is not constant into whole blocks."""
+    dims = p.dim(0)
+    count, each = _blocks(dims[axis])
+    if any(found is None for found in p.targets):
+        raise Unrepresentable(f"parts of the extent {dims[axis]} that nobody reads")
+    sizes = [divide(p.sizes(k)[axis], p.size(each)) for k in range(len(p.node.output))]
+    counts = [n for n in sizes if isinstance(n, int)]
+    if len(counts) < len(sizes) or sum(counts) != count or min(counts) < 1:
+        raise Unrepresentable(f"cuts the extent {dims[axis]}")
+    ends = np.cumsum(counts)
+
+    def part(end: int, n: int) -> Movement:
+        made = (*dims[:axis], canonical([n, *each]), *dims[axis + 1 :])
+        return Movement(made, lambda x: x.take(np.arange(end - n, end), axis))
+
+    return [part(int(end), n) for end, n in zip(ends, counts, strict=True)]
 
 
 def gather(p: Placed) -> list[Movement] | None:
@@ -216,14 +273,15 @@ def gather_nd(p: Placed) -> list[Movement] | None:
 
 
 def concat(p: Placed) -> list[Movement]:
-    """Concat: blocks along an axis of constant extent."""
+    """Concat: blocks along an axis, of constant extent or of as many rows each as others."""
     every = [p.dim(k) for k in range(len(p.node.input))]
     axis, other = p.axis(0, len(every[0])), every[0]
-    if any(symbols([d[axis]]) for d in every):
+    counts, rows = zip(*(_blocks(d[axis]) for d in every), strict=True)
+    if len(set(rows)) > 1:
         raise Unrepresentable("joins along an extent that is not constant")
     if any(d[:axis] + d[axis + 1 :] != other[:axis] + other[axis + 1 :] for d in every):
         raise Unrepresentable("operands of differently factored shapes")
-    total = canonical([sum(extents(d)[axis] for d in every)])
+    total = canonical([sum(counts), *rows[0]])
     return [Movement((*other[:axis], total, *other[axis + 1 :]), lambda *x: np.concatenate(x, axis), joins=True)]
 
 

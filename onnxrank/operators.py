@@ -22,7 +22,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxrank import extents as ex
 from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
-from onnxrank.graphs import attribute, domain
+from onnxrank.graphs import attribute, domain, einsum_terms
 from onnxrank.model import sparse_data
 from onnxrank.values import Dim, Dims, Unrepresentable
 
@@ -219,6 +219,12 @@ class Placed(Use):
             return [int(i) for i in given]
         found = self.array(k)
         return None if found is None else [int(i) for i in found.reshape(-1)]
+
+    def entries(self, k: int) -> list[int | Expr] | None:
+        """Whole numbers that are constants or made of extents; None where they are not known."""
+        assert self.facts is not None
+        found = self.array(k)
+        return self.facts.entries.get(self.node.input[k]) if found is None else [int(i) for i in found.reshape(-1)]
 
     @property
     def targets(self) -> list[Sequence[moves.Extent] | None]:
@@ -1051,13 +1057,11 @@ def _layer_normalization(u: Use) -> list[Partial | None]:
 
 
 def _einsum(u: Use) -> list[Partial | None]:
-    equation = u.attribute("equation").decode().replace(" ", "")
-    if "." in equation or "->" not in equation:
-        return [None]
-    terms, out = equation.split("->")
+    shapes = [u.shape(k) for k in range(len(u.node.input))]
+    terms, out = einsum_terms(u.attribute("equation"), [len(s) for s in shapes])
     sizes: dict[str, int | Expr | None] = {}
-    for k, term in enumerate(terms.split(",")):
-        for letter, n in zip(term, u.shape(k), strict=True):
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, n in zip(term, shape, strict=True):
             have = sizes.get(letter, 1)
             sizes[letter] = n if have == 1 else have if n in (1, have) else None
     return [[sizes[c] for c in out]]
@@ -1439,9 +1443,9 @@ def _conv_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None
 def _einsum_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
     if len(node.input) < 2 or any(s is None for s in x):
         return 0
-    equation = attribute(node, "equation").decode()
+    terms, _ = einsum_terms(attribute(node, "equation"), [len(s or ()) for s in x])
     size: dict[str, int] = {}
-    for term, s in zip(equation.replace(" ", "").split("->")[0].split(","), x, strict=True):
+    for term, s in zip(terms, x, strict=True):
         for c, n in zip(term, s or (), strict=False):
             size[c] = max(size.get(c, 1), n)
     return prod(size.values())

@@ -14,21 +14,24 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import baked, cost, feeds, plans, remarks, tune, workers
+from onnxrank import baked, cost, crossover, feeds, plans, remarks, tune, workers
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import CONTRACT, is_done, roles_again, same_roles, stored_contract
+from onnxrank.crossover import Pair
 from onnxrank.errors import CheckFailed, DoesNotRun, ModelError, UsageError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form, forms, preparing_sites
 from onnxrank.fused import Unsupported
 from onnxrank.operators import domain_of, find, operator
-from onnxrank.plans import Measured, Plan, Site, label
-from onnxrank.report import Prediction, Report, Retreat, report_candidates
+from onnxrank.packing import Packed
+from onnxrank.plans import LEAVE, TAKE, Choice, Measured, Place, Plan, Site, label
+from onnxrank.report import Prediction, Report, Retreat, RuleUse, report_candidates
 from onnxrank.retreat import GaveUp, Guilty, Search, order
 from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
 from onnxrank.ruleset import choose_rules
+from onnxrank.runtime import Feeds
 from onnxrank.study import Study, fit
 from onnxrank.transform import Transformation
 from onnxrank.values import CANDIDATES, symbols
@@ -365,6 +368,7 @@ class Job:
         form: The way that was chosen to rewrite it.
         full: The form with all rules.
         measured: What timing gave.
+        pair: That form, and another one for few candidates; None where it holds for any number.
     """
 
     loaded: files.LoadedModel
@@ -380,7 +384,10 @@ class Job:
         self.form: Form | None = None
         self.full: Form | None = None
         self.measured: tuple[Measured, ...] = ()
+        self.pair: Pair | None = None
         self._original: Study | None = None
+        self._base: Study | None = None
+        self._unpacked: frozenset[Place] = frozenset()
         self._prepared: list[Site] = []
         self._others: list[Refusal] = []
         self._ways: list[_Way] = []
@@ -388,7 +395,7 @@ class Job:
         self._kept = False
         self._without: frozenset[str] = frozenset()
         self._guilty: set[tuple[str, str]] = set()
-        self._emitted: tuple[Form, tuple[Measured, ...], ModelProto] | None = None
+        self._emitted: tuple[Form, Pair | None, tuple[Measured, ...], ModelProto] | None = None
 
     def run(self, passes: Iterable[Pass]) -> Result:
         """Goes through passes, as far as they leave anything to go on with."""
@@ -431,21 +438,42 @@ class Job:
         if not self.confirmed():
             return False
         self.choose(ways)
-        return self.pays()
+        return self.crosses() or self.pays()
 
     def candidates(self) -> list[Form]:
         """The ways to rewrite the model, those with all rules first."""
-        assert self.study is not None
-        found = self._forms(self.study)
-        places = list(self.study.sequences)
-        if self.study.fixed_sequences and self._loses(found[0]):
-            places = sorted({*places, *self.study.fixed_sequences})
+        study = self._base = self._packed()
+        self._ways = []
+        found = self._forms(study)
+        places = list(study.sequences)
+        if study.fixed_sequences and self._loses(found[0]):
+            places = sorted({*places, *study.fixed_sequences})
         if places:
             try:
-                found = self._forms(self.study.divided(places), places) + found
+                found = self._forms(study.divided(places), places) + found
             except ModelError as e:
                 self.notes.append(f"a sequence of the history and the candidate is not taken apart: {e}")
+        if study.packed:  # it pays by itself
+            o = self.options
+            found.append(Form(study, o.rules, o.interface, o.guard, o.span, Choice().leaving(rules=_optional(o.rules))))
         return found
+
+    def _packed(self) -> Study:
+        """The original with what does nothing packed away."""
+        study = self._original
+        assert study is not None
+        places = {(p.index, p.kind) for p in self._packing() if _place(p) not in self._unpacked}
+        try:
+            return study.pack(places) if places else study
+        except ModelError as e:
+            self.notes.append(f"what does nothing is not packed away: {e}")
+            self._unpacked = frozenset(map(_place, self._packing()))
+            return study
+
+    def _packing(self) -> Sequence[Packed]:
+        """What can be packed away, as far as rules are allowed."""
+        assert self._original is not None
+        return self._original.packable if any(r.name == plans.PACK for r in self.options.rules) else ()
 
     def _loses(self, form: Form) -> bool:
         """Whether much that is the request's is done for every candidate."""
@@ -489,19 +517,55 @@ class Job:
 
     def choose(self, found: Sequence[Form]) -> None:
         """Takes the form that costs least at the expected number of candidates."""
-        original, seconds = self._original, self._before()
-        assert original is not None
+        seconds = self._before()
         self._found = tuple(found)
         # Of forms that are all out the last is the plainest.
-        chosen = min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds))
+        self._choose(min(reversed(found), key=lambda f: f.seconds(self.options.span, seconds)))
+
+    def _choose(self, chosen: Form) -> None:
+        """Goes on with one of the ways to rewrite the model."""
+        base, found, self.pair = self._base, self._found, None
+        assert base is not None and self._original is not None
         self.full = next(f for f in found if f.study is chosen.study)
         self.form = chosen
         way = self._way()
         assert way is not None
         tried, done = {k for w in self._ways for k in w.places}, way.done if chosen.study is not way.base else ()
-        self._prepared = preparing_sites(plans.SEGMENTS, original, tried, way.places)
+        nodes = self._original.model.graph.node
+        self._prepared = [
+            Site(
+                _place(p),
+                label(nodes[p.index]),
+                nodes[p.index].op_type,
+                (),
+                LEAVE if _place(p) in self._unpacked else TAKE,
+            )
+            for p in self._packing()
+        ]
+        self._prepared += preparing_sites(plans.SEGMENTS, base, tried, way.places)
         self._prepared += preparing_sites(plans.WRITTEN_OUT, way.base, way.could, done)
         self._take(chosen)
+
+    def crosses(self) -> bool:
+        """Whether a second plan for few candidates stands beside the one for many, where one alone is not enough."""
+        assert self.form is not None
+        before, n = self._before(), self.options.usual
+        kept = self.form.changed and before(n) >= _LEAST_GAIN * self.form.time(n)
+        pair = crossover.find(self._found, self.form.time if kept else before, before, self.options.span)
+        if pair is not None:
+            if pair.many is not self.form:
+                self._choose(pair.many)
+            self.pair = pair
+        return pair is not None
+
+    def _uncross(self, cause: str, reason: str) -> bool:
+        """Goes on with a single plan; whether there is one that pays."""
+        self.pair, self.measured = None, ()
+        self.report.retreats.append(Retreat(crossover.RULE, None, cause, reason))
+        self.notes.append(f"one plan was kept for any number of candidates: {reason}")
+        if self._found:
+            self.choose(self._found)
+        return self.pays()
 
     def _before(self) -> Callable[[int], float]:
         """Predicted time of the original, by the number of candidates."""
@@ -512,6 +576,7 @@ class Job:
     def _take(self, form: Form) -> None:
         """Goes on with a form, and says what was left alone."""
         self.form, self.study = form, form.study
+        self.pair = self.pair and replace(self.pair, many=form)
         self._others = []
         assert self.full is not None
         for name in sorted(self.full.rewrite.rw.applied - form.rewrite.rw.applied):
@@ -531,7 +596,8 @@ class Job:
         n = self.options.usual
         original, made = self.form.study.model, self.form.model
         before, after = self._before()(n), self.form.time(n)
-        if made is not None and _operators(made) == _operators(original) and isclose(before, after):
+        same = made is not None and _operators(made) == _operators(original) and isclose(before, after)
+        if same and not self.form.study.packed:
             self.notes.append("the rewritten model would do the same work in another order, so it was not taken")
             return False
         if before < _LEAST_GAIN * after:
@@ -552,13 +618,21 @@ class Job:
         if not found.changed:
             return False
         self._prepared = list(found.preparation)
-        study = study.prepared(self._prepared)
+        packed = [s for s in self._prepared if s.place.rule == plans.PACK]
+        self._base = study.prepared(packed)
+        study = self._base.prepared([s for s in self._prepared if s not in packed])
         fit([s for s in found.sites if s.place.rule not in plans.PREPARING], study)
         o = self.options
         self.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
         self.measured = found.measured
         self._take(self.full)
-        wanted, made = ({(s.place, s.chosen) for s in p.sites} for p in (found, self.plan()))
+        if found.few is not None:
+            rules = [r for r in o.rules if r.name in found.few.rules]
+            few = self.full.limited(rules, found.few.choice())
+            self.pair = Pair(few, self.full, found.few.below)
+        wanted, made = (
+            {(s.place, s.chosen) for s in (*p.sites, *(p.few.sites if p.few else ()))} for p in (found, self.plan())
+        )
         lost = sorted(wanted ^ made, key=lambda d: (d[0].index, d[0].rule))
         if lost:
             node = label(study.model.graph.node[lost[0][0].index])
@@ -585,19 +659,30 @@ class Job:
                 self.report.changed = False
                 raise CheckFailed(f"the rewritten model did not pass its check: {failure(found)}", self.report)
             self.options.say("looking for what fails the check")
-            way = self._way()
-            if way is not None and way.places and not self._held(way.base.model, gate.failing_candidates(found)).passed:
+            if self._few_fail(found):
+                if not self._uncross("check", failure(found)):
+                    return False
+                continue
+            way, base, counts = self._way(), self._base, gate.failing_candidates(found)
+            if base is not None and base.packed and not self._held(base.model, counts).passed:
+                self._unpack(base, failure(found), counts)
+            elif way is not None and way.places and not self._held(way.base.model, counts).passed:
                 self._join(way, "check", failure(found))
             else:
                 guilty = self._culprit(found)
                 if guilty is None:
                     break
                 self._retreat(guilty, "check", failure(found))
-            if not self.pays():
+            if self.pair is None and not self.pays():
                 self.form = None
                 return False
         self._give_up("check", failure(found))
         return False
+
+    def _few_fail(self, found: verdicts.Report) -> bool:
+        """Whether a result of two plans fails for few candidates, or not for a number of them alone."""
+        failed = [c.candidates for c in found.failed_cases]
+        return self.pair is not None and (not failed or min(failed) < self.pair.below)
 
     def _gated(self) -> verdicts.Report:
         """What holding the result against the original finds."""
@@ -672,10 +757,33 @@ class Job:
         study = self.form.study
         return next((w for w in self._ways if study in (w.base, w.written_out)), None)
 
+    def _unpack(self, base: Study, reason: str, counts: Sequence[int]) -> None:
+        """Leaves what makes the check fail unpacked, and goes on with the rest."""
+        original = self._original
+        assert original is not None
+        nodes = original.model.graph.node
+
+        def made(choice: Choice) -> tuple[ModelProto, list[Site]]:
+            sites = [
+                Site(_place(p), label(nodes[p.index]), nodes[p.index].op_type, (), choice.at(_place(p)))
+                for p in base.packed
+            ]
+            return original.pack({(s.place.index, s.place.step) for s in sites if s.taken}).model, sites
+
+        try:
+            guilty = Search(made, lambda m: self._held(m, counts).passed).culprit(Choice(), [plans.PACK])
+        except GaveUp:
+            guilty = None
+        wrong = guilty.sites if guilty is not None and guilty.sites else made(Choice())[1]
+        self._unpacked |= {s.place for s in wrong}
+        self.report.retreats += [Retreat(plans.PACK, s.node, "check", reason) for s in wrong]
+        self.notes.append(f"{plans.PACK} was left out at {', '.join(dict.fromkeys(s.node for s in wrong))}: {reason}")
+        self.choose(self.candidates())
+
     def _join(self, way: _Way, cause: str, reason: str) -> None:
         """Leaves sequences as they are joined, and goes on with the rest."""
-        assert self._original is not None
-        nodes = self._original.model.graph.node
+        assert self._base is not None
+        nodes = self._base.model.graph.node
         self.report.retreats += [Retreat(plans.SEGMENTS, label(nodes[k]), cause, reason) for k in way.places]
         self.notes.append(f"sequences were left as they are joined: {reason}")
         self.choose([f for f in self._found if f.study not in (way.base, way.written_out)])
@@ -684,7 +792,7 @@ class Job:
         """Leaves the model alone after all."""
         self.report.retreats.append(Retreat("", None, cause, reason))
         self.notes.append(f"the rewritten model was given up, so the original is kept: {reason}")
-        self.form = None
+        self.form = self.pair = None
 
     def measure(self) -> bool:
         """Times original and result in turns, and takes back what is not faster; whether anything is left."""
@@ -692,12 +800,31 @@ class Job:
             return self.form is not None
         race = self._race()
         try:
+            if self.pair is not None:
+                if self._pair_measured(race):
+                    return True
+                if not (self._uncross("tune", f"measured {tune.told(self.measured)} with two") and self.check()):
+                    self.form = None
+                    return False
             self.measured, self._without = self._timed(race, self.form, 0.5), self.form.choice.without
             if not tune.faster(self.measured):
                 self._slower(race, self.form)
         except ModelError as e:
             self._give_up("tune", f"it could not be timed: {e}")
         return self.form is not None
+
+    def _pair_measured(self, race: tune.Race) -> bool:
+        """Times two plans against each other, to see from where on which is faster; whether both together are."""
+        assert self.pair is not None
+        pair, study, loaded = self.pair, self.pair.many.study, self.loaded
+        points = pair.around(self.options.span)
+        feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in points)
+        assert pair.few.model is not None
+        times = self._timed(tune.Race(replace(loaded, proto=pair.few.model), points, feeds), pair.many, 0.25, feeds)
+        self.pair = pair.measured(times)
+        right = not self.options.check or self.pair.below == pair.below or self._gated().passed
+        self.measured = self._timed(race, pair.many, 0.25, made=self._written())
+        return right and tune.faster(self.measured)
 
     def _slower(self, race: tune.Race, form: Form) -> None:
         """Leaves out the rules without which the result is faster; the model, where that is no help."""
@@ -735,10 +862,19 @@ class Job:
         points = tune.points(self.options.span, self.options.usual)
         return tune.Race(self.loaded, points, tuple(study.maker(_setting(study, n)) for n in points))
 
-    def _timed(self, race: tune.Race, form: Form, share: float) -> tuple[Measured, ...]:
-        made = form.model
+    def _timed(
+        self,
+        race: tune.Race,
+        form: Form,
+        share: float,
+        feeds: Sequence[Feeds] | None = None,
+        made: ModelProto | None = None,
+    ) -> tuple[Measured, ...]:
+        """Times a form, or what is made of it, for a share of the time there is."""
+        made = made or form.model
         assert made is not None
-        return race.measure(made, [form.rewrite.translate(f) for f in race.feeds], share * self.options.tune)
+        feeds = feeds or [form.rewrite.translate(f) for f in race.feeds]
+        return race.measure(made, feeds, share * self.options.tune)
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
@@ -758,16 +894,17 @@ class Job:
             sites=() if form is None else (*self._prepared, *form.sites),
             changed=form is not None,
             measured=self.measured,
+            few=self.pair.stored() if self.pair is not None and form is not None else None,
         )
 
     def emitted(self) -> ModelProto:
         """The result with its contract."""
         form = self.form
         assert form is not None and form.model is not None
-        if self._emitted is not None and self._emitted[0] is form and self._emitted[1] == self.measured:
-            return self._emitted[2]
+        if self._emitted is not None and self._emitted[:3] == (form, self.pair, self.measured):
+            return self._emitted[3]
         made = ModelProto()
-        made.CopyFrom(form.model)
+        made.CopyFrom(self._written())
         contract = {
             "version": self.report.version,
             "source_sha256": self.loaded.sha256,
@@ -781,13 +918,26 @@ class Job:
         if self.report.lengths:
             contract["lengths"] = {name: list(span) for name, span in self.report.lengths.items()}
         made.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
-        self._emitted = form, self.measured, made
+        self._emitted = form, self.pair, self.measured, made
         return made
 
+    def _written(self) -> ModelProto:
+        """The result without its contract."""
+        assert self.form is not None
+        written = self.form.model if self.pair is None else self.pair.model()
+        if written is None:
+            raise UsageError("the plan cannot be replayed: its two ways cannot stand in one file any more")
+        return written
+
     def _uses(self) -> list[Any]:
-        form, n = self.form, self.options.usual
-        assert form is not None
-        return form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
+        form, base, n = self.form, self._base, self.options.usual
+        assert form is not None and base is not None
+        uses: list[Any] = form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
+        if base.packed:
+            after = sum(c.macs for c in cost.by_level(base.model.graph, base.shapes(n)).values())
+            places = dict.fromkeys(p.name for p in base.packed)
+            uses.insert(0, RuleUse(plans.PACK, len(places), self.report.macs_before - after, tuple(places)))
+        return uses
 
     def _remark(self, form: Form | None) -> None:
         """Says of every place that was left alone why it was."""
@@ -800,13 +950,18 @@ class Job:
         if form is None or form.model is None:
             return self.unchanged()
         self._remark(form)
-        self.notes += form.rewrite.notes
+        self.notes += [*map(str, form.study.packed), *form.rewrite.notes]
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
-        self.report.after = cost.by_level(made.graph, shapes)
+        self.report.after = cost.by_level(form.model.graph, shapes)
         self.report.rules = self._uses()
         self.report.size_after = made.ByteSize()
-        self.report.predictions = _predictions(self._before(), form.time, self.measured)
+        time = _line(form.time)
+        if self.pair is not None:
+            self.report.below = self.pair.below
+            few, more, below = _line(self.pair.few.time), self.pair.overhead, self.pair.below
+            many, time = time, lambda n: (few if n < below else many)(n) + more
+        self.report.predictions = _predictions(_line(self._before()), time, self.measured)
         return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
     def unchanged(self) -> Result:
@@ -821,6 +976,16 @@ STUDY = Pass("deriving shapes", "none", Job.studied)
 REWRITE = Pass("rewriting", "exact", Job.rewritten)
 CHECK = Pass("checking", "undo", Job.check)
 TIME = Pass("timing", "undo", Job.measure)
+
+
+def _place(packed: Packed) -> Place:
+    """Where something is packed away, as plans have it."""
+    return Place(plans.PACK, packed.index, packed.kind)
+
+
+def _optional(rules: Iterable[Rule]) -> list[str]:
+    """Names of the rules without which others can be applied."""
+    return [r.name for r in rules if r.name not in plans.ALWAYS]
 
 
 def _operators(model: ModelProto) -> Counter[str]:
@@ -850,16 +1015,16 @@ def _seconds(model: ModelProto, shapes: Callable[[int], cost.Shapes]) -> Callabl
     return lambda n: cost.seconds(model.graph, shapes(n))
 
 
+def _line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
+    """Costs over the number of candidates, which are a line in it."""
+    low, high = cost_at(1), cost_at(2)
+    return lambda n: low + (n - 1) * (high - low)
+
+
 def _predictions(
-    before: Callable[[int], float], after: Callable[[int], float], measured: Iterable[Measured]
+    old: Callable[[int], float], new: Callable[[int], float], measured: Iterable[Measured]
 ) -> list[Prediction]:
-    """Predicted ratios over the number of candidates, and measured ones; costs are lines in it."""
-
-    def line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
-        low, high = cost_at(1), cost_at(2)
-        return lambda n: low + (n - 1) * (high - low)
-
-    old, new = line(before), line(after)
+    """Predicted ratios over the number of candidates, and measured ones."""
     seen = {m.candidates: (m.ratio, m.low, m.high) for m in measured}
     return [Prediction(n, round(old(n) / new(n), 3), *seen.get(n, ())) for n in sorted({*_SCAN, *seen})]
 
@@ -931,6 +1096,34 @@ def replay(
         raise UsageError("the plan was made for other roles than those given: leave them out, or the plan")
     follow = Pass(REWRITE.name, REWRITE.policy, lambda job: job.confirmed() and job.follow(found))
     return Job(loaded, roles, options).run([STUDY, follow, *([CHECK] if options.check else [])])
+
+
+def for_one(result: Result) -> tuple[ModelProto, Roles, dict[str, Any]]:
+    """The model for one request under the interface `request`.
+
+    Where rewriting it does not pay it is the original, with rows of what is request-level repeated inside.
+
+    Returns:
+        The model, roles of its inputs, and its contract.
+    """
+    report, made = result.report, result.model
+    stored = stored_contract(made)
+    if stored is not None:
+        return made, roles_again(feeds.describe(made), stored), stored
+    study = result.study
+    assert study is not None
+    form = Form(study, (), "request", False, report.candidates)
+    if form.model is None:
+        raise ModelError("The model cannot be written with one row of what is request-level.")
+    told = {
+        "version": report.version,
+        "source_sha256": report.source_sha256,
+        "interface": "request",
+        "candidates": list(report.candidates),
+        "roles": report.roles,
+        "rules": {name: len(at) for name, at in form.rewrite.sites().items()},
+    }
+    return form.model, roles_again(feeds.describe(form.model), told), told
 
 
 def all_foreign(model: ModelProto) -> bool:

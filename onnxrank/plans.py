@@ -22,7 +22,9 @@ WRITTEN_OUT = "fused"
 """In the place of a rule: a fused operator of the original, which may be written out as its steps."""
 SEGMENTS = "segments"
 """In the place of a rule: where the original joins a sequence of symbolic length, which may be taken apart."""
-PREPARING = (SEGMENTS, WRITTEN_OUT)
+PACK = "pack"
+"""The rule whose sites are units and weights that do nothing."""
+PREPARING = (PACK, SEGMENTS, WRITTEN_OUT)
 """What is decided before any rule looks at the model, in this order."""
 
 
@@ -59,8 +61,8 @@ class Place:
 
     Attributes:
         rule: The rule.
-        index: The node, by its place among those of the original with functions inlined, sequences taken apart and
-            fused operators written out as the plan says.
+        index: The node, by its place among those of the original with functions inlined, and packed, sequences taken
+            apart and fused operators written out as the plan says.
         step: Which of the rule's decisions at the node; rules that take nodes make one.
     """
 
@@ -111,6 +113,35 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Few:
+    """What holds for few candidates, where a plan has another way for them.
+
+    Attributes:
+        below: The number of candidates from which on the plan's own sites hold.
+        rules: Names of the rules that could be applied.
+        sites: Where they could be.
+    """
+
+    below: int
+    rules: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+    def choice(self) -> Choice:
+        """What a rewrite asks in order to do the same again."""
+        return _replayed(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, which `from_dict` reads back."""
+        return {"below": self.below, "rules": list(self.rules), "sites": [_site_to_dict(s) for s in self.sites]}
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Few:
+        """Reads what `to_dict` returned."""
+        rules, sites = (_as(list, d[key]) for key in ("rules", "sites"))
+        return cls(_as(int, d["below"]), tuple(_as(str, r) for r in rules), tuple(map(_site_from_dict, sites)))
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every decision of one run of `optimize`; to replay it gives the same bytes, on any machine.
 
@@ -126,6 +157,7 @@ class Plan:
         sites: Where they could be, in the order of the graph.
         changed: Whether anything was applied; if not, the result is the original.
         measured: What timing the result gave, if it was timed.
+        few: What holds for few candidates instead; None where the sites hold for any number.
     """
 
     source_sha256: str
@@ -139,6 +171,7 @@ class Plan:
     sites: tuple[Site, ...]
     changed: bool = True
     measured: tuple[Measured, ...] = ()
+    few: Few | None = None
 
     @property
     def preparation(self) -> tuple[Site, ...]:
@@ -152,13 +185,11 @@ class Plan:
 
     def choice(self) -> Choice:
         """What a rewrite asks in order to do the same again."""
-        return Choice(
-            left=frozenset(s.place for s in self.sites if not s.taken and s.place.rule not in PREPARING),
-            replayed={s.place: s.chosen for s in self.sites if s.place.rule not in PREPARING},
-        )
+        return _replayed(s for s in self.sites if s.place.rule not in PREPARING)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `from_dict` reads back."""
+        few = {} if self.few is None else {"few": self.few.to_dict()}
         return {
             "plan_version": VERSION,
             "source_sha256": self.source_sha256,
@@ -172,6 +203,7 @@ class Plan:
             "changed": self.changed,
             "measured": [vars(m) for m in self.measured],
             "sites": [_site_to_dict(s) for s in self.sites],
+            **few,
         }
 
     def to_json(self) -> str:
@@ -205,6 +237,7 @@ class Plan:
                     for m in _as(list, d.get("measured", []))
                 ),
                 sites=tuple(_site_from_dict(s) for s in _as(list, d["sites"])),
+                few=Few.from_dict(_as(dict, d["few"])) if "few" in d else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"{where} cannot be read: {type(e).__name__}: {e}") from e
@@ -220,9 +253,10 @@ class Plan:
 
     def stored(self) -> dict[str, Any]:
         """The form in a model's contract: what that does not say already, without what depends on a cost model."""
-        sites = [replace(s, alternatives=()) for s in self.sites]
-        full = replace(self, sites=tuple(sites)).to_dict()
-        return {k: full[k] for k in ("plan_version", "guard", "rules", "changed", "measured", "sites")}
+        few = None if self.few is None else replace(self.few, sites=_bare(self.few.sites))
+        full = replace(self, sites=_bare(self.sites), few=few).to_dict()
+        kept = ("plan_version", "guard", "rules", "changed", "measured", "sites", "few")
+        return {k: full[k] for k in kept if k in full}
 
     @classmethod
     def from_contract(cls, contract: Mapping[str, Any]) -> Plan:
@@ -305,6 +339,16 @@ class Choice:
     def at_only(self, rule: str, nodes: Iterable[int]) -> Choice:
         """The same, with a rule applied at some nodes at most."""
         return replace(self, only={**self.only, rule: frozenset(nodes)})
+
+
+def _replayed(sites: Iterable[Site]) -> Choice:
+    found = tuple(sites)
+    return Choice(left=frozenset(s.place for s in found if not s.taken), replayed={s.place: s.chosen for s in found})
+
+
+def _bare(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Sites without what depends on a cost model."""
+    return tuple(replace(s, alternatives=()) for s in sites)
 
 
 def _as(kind: type[Any], value: Any) -> Any:

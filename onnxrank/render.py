@@ -103,6 +103,9 @@ class _Printer:
             self.to.item(f"{count(rule.sites, 'site')}{saved}{pays}", f"{rule.name:<{width}}  ")
             for node in rule.nodes if verbose else ():
                 self.to.line(node, 6)
+        if self.report.below is not None:
+            at = self.report.below
+            self.to.item(f"all this from N = {at} on; for fewer candidates the file has a second plan, which does less")
 
     def refusals(self, explain: bool) -> None:
         groups: dict[tuple[str, str], list[Refusal]] = {}

@@ -139,6 +139,8 @@ class Report:
         unseen: What the check did not look at, and why, a line each.
         predictions: The cost model's view over the number of candidates.
         notes: Anything else worth knowing, a sentence each.
+        below: The number of candidates from which on what is told of the result holds; below it a second plan does,
+            which does less. None where there is one plan.
     """
 
     version: str
@@ -163,6 +165,7 @@ class Report:
     unseen: list[str] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    below: int | None = None
 
     def __post_init__(self) -> None:
         self.usual = report_candidates(self.candidates)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from onnxrank.plans import ALWAYS, Choice, Site
+from onnxrank.plans import ALWAYS, PACK, Choice, Site
 
 MOST_TRIES = 64
 """Results that are tried in one search."""
@@ -123,6 +123,6 @@ class Search:
 
 
 def order(rules: Sequence[str]) -> list[str]:
-    """The names of rules, each once, those first without which no other can be applied."""
-    names = list(dict.fromkeys(rules))
-    return [n for n in ALWAYS if n in names] + [n for n in names if n not in ALWAYS]
+    """The names of rules, each once, those first without which no other can be applied, and that which prepares."""
+    names, first = list(dict.fromkeys(rules)), (*ALWAYS, PACK)
+    return [n for n in first if n in names] + [n for n in names if n not in first]

@@ -130,7 +130,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Weights:
-    """A constant matrix `[K, columns]`.
+    """A constant matrix `[K, columns]`, or a stack of those.
 
     Attributes:
         data: Its entries.
@@ -142,11 +142,22 @@ class Weights:
     name: str | None = None
 
     def part(self, emit: Emitter, axis: int, index: NDArray[np.int64]) -> Weights:
-        """Some of the rows or columns, as weights of their own."""
+        """Some of the positions along an axis, as weights of their own."""
         name = None
         if self.name is not None:
             name = emit.add("Gather", [self.name, emit.constant(index.astype(np.int64))], {"axis": axis})
         return Weights(np.ascontiguousarray(self.data.take(index, axis)), name)
+
+    def reshaped(self, emit: Emitter, shape: Sequence[int]) -> Weights:
+        """The same entries in a shape."""
+        name = self.name
+        if name is not None and self.data.shape != tuple(shape):
+            name = emit.add("Reshape", [name, emit.constant(np.array(shape, np.int64))])
+        return Weights(self.data.reshape(shape), name)
+
+    def tensor(self, emit: Emitter) -> str:
+        """Writes all of them."""
+        return self.name if self.name is not None else emit.constant(self.data)
 
     def rows(self, emit: Emitter, index: NDArray[np.int64]) -> str:
         """Writes the rows at some positions, `[*index.shape, columns]`."""
@@ -573,15 +584,24 @@ class Rewrite:
         data = self.array(node, k)
         if data is None or data.ndim != 2:
             return None
+        order = (1, 0) if turned else (0, 1)
+        return self.arranged(node, k, data.shape, order, [data.shape[a] for a in order])
+
+    def arranged(
+        self, node: NodeProto, k: int, apart: Sequence[int], order: Sequence[int], shape: Sequence[int]
+    ) -> Weights:
+        """The k-th input, a constant, as weights: of a shape, the axes of that in an order, and of another shape."""
+        data = self.array(node, k)
+        assert data is not None
         name: str | None = node.input[k]
         while name in self.producers and operator(self.producers[name]) in _EXACT:
             made = self.producers[name]
             name = made.input[0] if made.input else None
-        computed = name in self.producers
-        tensor = self.tensor(self.values[node.input[k]]) if computed else None
-        if tensor is not None and turned:
-            tensor = self.emit.add("Transpose", [tensor], {"perm": [1, 0]})
-        return Weights(np.ascontiguousarray(data.T) if turned else data, tensor)
+        tensor = self.tensor(self.values[node.input[k]]) if name in self.producers else None
+        out = Weights(data, tensor).reshaped(self.emit, apart)
+        if out.name is not None and list(order) != sorted(order):
+            out = Weights(out.data, self.emit.add("Transpose", [out.name], {"perm": list(order)}))
+        return Weights(np.ascontiguousarray(out.data.transpose(order)), out.name).reshaped(self.emit, shape)
 
     def level(self, value: Abstract) -> Level:
         """Highest level of any entry."""

@@ -35,6 +35,8 @@ class Page:
 
 
 COSTS: Mapping[str, str] = {
+    "pack": "Nothing at run time: layers become as small as what is left. Weights that weight decay has left at "
+    "denormal numbers cost many times what others do.",
     "movement": "Nothing at run time: positions are followed while rewriting. Where a reader needs the moved entries "
     "as they are, one Gather or Concat of them is written.",
     "norm": "BatchNorm adds nothing. LayerNorm sums the request-level part up once and adds a few operators on one "

@@ -12,8 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from onnxrank import cost, facts, feeds, operators, segments, selections
+from onnxrank import cost, facts, feeds, joining, operators, segments, selections
 from onnxrank import model as files
+from onnxrank.contract import RULE
 from onnxrank.culprit import culprit
 from onnxrank.errors import DoesNotRun, ModelError, UsageError
 from onnxrank.facts import Facts
@@ -32,7 +33,9 @@ from onnxrank.graphs import (
     versions,
 )
 from onnxrank.loops import without_loops
-from onnxrank.plans import PREPARING, SEGMENTS, Site, label
+from onnxrank.network import Network
+from onnxrank.packing import Packed, pack_at
+from onnxrank.plans import PACK, PREPARING, SEGMENTS, Site, label
 from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
 from onnxrank.values import (
@@ -53,6 +56,7 @@ class Study:
     Attributes:
         flow: How often the entries of every tensor need be made.
         contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
+        packed: What was packed away of the model that was given.
 
     Args:
         model: The model, functions inlined.
@@ -67,6 +71,7 @@ class Study:
 
     def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel, wait: bool = True) -> None:
         self.loaded, self.roles = loaded, roles
+        self.packed: tuple[Packed, ...] = ()
         self.declared = feeds.inputs(model, roles)
         self.symbols = sorted({s for i in self.declared for s in symbols(i.dims)})
         if CANDIDATES not in self.symbols:
@@ -218,8 +223,16 @@ class Study:
         initializers = (t for t in self.model.graph.initializer if t.name in read - files.overridable(self.model))
         constants = {t.name: facts.constant_data(t, self.loaded.folder) for t in initializers}
         constants |= {name: data for name, (dims, data) in self.facts.folded.items() if not symbols(dims)}
-        model = written_out(self.model, shapes, types | self.dtypes, constants, fused)
+        return self._made(written_out(self.model, shapes, types | self.dtypes, constants, fused))
+
+    def _made(self, model: ModelProto) -> Study:
+        """What is known of another form of the model.
+
+        Raises:
+            ModelError: It does not run, or a run contradicts what was derived of it.
+        """
         made = Study(model, self.roles, self.loaded)
+        made.packed = self.packed
         stray = made.contradicted()
         if stray is not None:
             raise ModelError(stray.reason)
@@ -266,11 +279,30 @@ class Study:
         types = {t.name: t.data_type for t in graph.initializer} | {i.name: i.dtype for i in self.declared}
         inputs = {i.name: i.dims for i in self.declared}
         model = segments.divided(self.model, self.facts, types | self.dtypes, inputs, self._candidate(), data, places)
-        made = Study(model, self.roles, self.loaded)
-        stray = made.contradicted()
-        if stray is not None:
-            raise ModelError(stray.reason)
+        return self._made(model)
+
+    @cached_property
+    def packable(self) -> list[Packed]:
+        """What does nothing and can be packed away."""
+        return pack_at(self._network())
+
+    def pack(self, places: Collection[tuple[int, int]]) -> Study:
+        """The same of a model in which what does nothing is packed away at some places.
+
+        Args:
+            places: Nodes, by their places, each with what is packed there (`Packed.kind`).
+
+        Raises:
+            ModelError: The model does not run that way, or a run contradicts what was derived of it.
+        """
+        net = self._network()
+        found = pack_at(net, places)
+        made = self._made(net.finished()) if found else self
+        made.packed = (*self.packed, *found)
         return made
+
+    def _network(self) -> Network:
+        return Network(self.model, self.loaded.folder, inside=False, key=RULE)
 
     def prepared(self, sites: Sequence[Site]) -> Study:
         """The same after the steps of a plan that come before all rules (`Plan.preparation`).
@@ -285,7 +317,9 @@ class Study:
             own = [s for s in sites if s.place.rule == kind]
             fit(own, study)
             places = [s.place.index for s in own if s.taken]
-            if places and kind == SEGMENTS:
+            if places and kind == PACK:
+                study = study.pack({(s.place.index, s.place.step) for s in own if s.taken})
+            elif places and kind == SEGMENTS:
                 study = study.divided(places)
             elif places:
                 study = study.written_out([study.model.graph.node[k].output[0] for k in places])
@@ -356,12 +390,17 @@ def _inferred_types(model: ModelProto) -> dict[str, int]:
 
 
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
-    """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch."""
+    """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch.
+
+    Of two plans of an earlier run, which give the same scores, that for many candidates is taken.
+    """
     chosen: dict[int, GraphProto] = {}
     for k, node in enumerate(model.graph.node):
         if node.op_type == "If" and node.input[0] in found.folded:
             name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
             chosen[k] = attribute(node, name)
+        elif joining.is_crossover(node):
+            chosen[k] = attribute(node, "else_branch")
     if not chosen:
         return None
     out = ModelProto()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxrank import moves
 from onnxrank.errors import ModelError
 from onnxrank.extents import is_cut_of
+from onnxrank.graphs import einsum_terms
 from onnxrank.values import (
     Dim,
     Dims,
@@ -159,9 +160,9 @@ def concat(f: Flow) -> list[Made] | None:
     every = [f.dim(k) for k in range(len(f.node.input))]
     axis = f.axis(0, len(every[0]))
     along_axis = [d[axis] for d in every]
-    if not symbols(along_axis):
+    if not symbols(along_axis) or _has_rows(along_axis):
         return moved(f, moves.concat(f))
-    if _has_rows(along_axis) or len({d[:axis] + d[axis + 1 :] for d in every}) > 1:
+    if len({d[:axis] + d[axis + 1 :] for d in every}) > 1:
         return None
     dims = (*every[0][:axis], f.known(0)[axis], *every[0][axis + 1 :])
     return [Made(dims, joined(dims, [along(f.level(k), [axis]) for k in range(len(every))]))]
@@ -299,15 +300,20 @@ def images(f: Flow) -> list[Made] | None:
 
 def conv(f: Flow) -> list[Made] | None:
     """A convolution; of kernel 1 position by position."""
-    if f.dims[1] is None or f.attribute("group", 1) != 1 or any(s != 1 for s in f.attribute("strides") or []):
+    if f.dims[1] is None or any(s != 1 for s in f.attribute("strides") or []):
         return images(f)
     if prod(extents(f.dim(1)[2:])) != 1 or any(f.attribute("pads") or []) or symbols(f.dim(0)[1:2]):
         return images(f)
-    rest = _others(f)
+    rest, group = _others(f), f.attribute("group", 1)
     if rest is None or symbols(f.dim(1)):
         return None
     dims = (f.dim(0)[0], f.dim(1)[0], *f.dim(0)[2:])
-    level = along(f.level(0), [1])
+    level = f.level(0)
+    if group == 1 or is_uniform(level):
+        level = along(level, [1])
+    else:
+        by_group = level.reshape(level.shape[0], group, -1, *level.shape[2:]).max(2)
+        level = np.repeat(by_group, extents(dims)[1] // group, 1)
     return [Made(dims, joined(dims, [level, np.full((1,) * len(dims), rest, np.int8)]))]
 
 
@@ -487,12 +493,8 @@ def gemm(f: Flow) -> list[Made] | None:
 
 
 def einsum(f: Flow) -> list[Made] | None:
-    """Einsum without an ellipsis."""
-    equation = f.attribute("equation").decode().replace(" ", "")
-    if "." in equation or "->" not in equation:
-        return None
-    left, out = equation.split("->")
-    terms = left.split(",")
+    """Einsum of any number of operands."""
+    terms, out = einsum_terms(f.attribute("equation"), [len(d) if d is not None else 0 for d in f.dims])
     size: dict[str, Dim] = {}
     for k, term in enumerate(terms):
         if len(set(term)) < len(term):

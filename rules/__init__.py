@@ -2,7 +2,7 @@
 
 from onnxrank.rewrite import Rule
 
-from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, movement, norm, reduce, select
+from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, movement, norm, pack, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
@@ -17,5 +17,6 @@ RULES: tuple[Rule, ...] = (
     reduce.RULE,
     gru.RULE,
     select.RULE,
+    pack.RULE,
     broadcast.RULE,
 )

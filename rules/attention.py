@@ -40,6 +40,7 @@ from onnxrank.values import (
     offsets,
     rectangles,
     source_numbers,
+    split_merged,
     symbols,
     view,
     with_extents,
@@ -338,10 +339,14 @@ class _SharedWeights(OpenProduct):
     shared: Codes
 
     def materialise(self) -> str:
-        shared = cut_repeats(self.shared, range(self.shared.ndim - 1))
-        layout = self.rw.layout
-        names = [layout.realise(c, with_extents(self.dims, c.shape))[0] for c in (self.factor, shared)]
-        return self.rw.emit.add("Mul", names)
+        # What lacks a factor of a merged dimension only broadcasts where it stands alone.
+        rw, split = self.rw, split_merged(self.dims)
+        lead = extents(split)[:-1]
+        each, once = (np.broadcast_to(c, (*self.shared.shape[:-1], c.shape[-1])) for c in (self.factor, self.shared))
+        parts = each.reshape(*lead, -1), cut_repeats(once.reshape(*lead, -1), range(len(lead)))
+        name = rw.emit.add("Mul", [rw.layout.realise(c, with_extents(split, c.shape))[0] for c in parts])
+        held = {s for c in parts for s in rw.sources.symbols(c)}
+        return rw.layout.reshape(name, keep_symbols(split, held), keep_symbols(self.dims, held))
 
     def factors(self) -> tuple[Codes, Codes]:
         return self.shared[..., None], np.broadcast_to(self.factor, self.shared.shape)[..., None]

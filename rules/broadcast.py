@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.graphs import attribute as attribute
@@ -100,7 +101,7 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     unread = rw.needed.get(node.output[0])
     if not unread and _merges_differently(rw, values, dims):
         split = split_merged(dims)
-        apart = [_as_split(v, dims) for v in values]
+        apart = [as_split(v, dims) for v in values]
         made = _elementwise(rw, node, apart, present, dtype)
         assert made.dims == split
         return rw.tidy(dims, dtype, made.codes.reshape(extents(dims)))
@@ -123,12 +124,17 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
     # A tensor that is there as one would have to be cut up: then the other operand is rather brought to its rows.
     entire = any(v.whole is not None and v.whole.level is Level.CANDIDATE for v in values)
     if operator(node) == "Mul" and rw.uses("fold") and entire:
-        # But for products that a linear map reads: those with a request-level entry fold into it.
+        # But for products that a linear map reads: those with a request-level entry fold into it, and what is only
+        # multiplied by a factor per row is mapped once.
         single = all(v.whole is None or v.whole.size == 1 for v in values)
-        entire = not rw.read_by_linear_maps(node.output[0], frozenset({"Add"}) if single else frozenset())
+        narrow = dims[-1] != () and all(v.whole is None or v.dims[-1:] == ((),) for v in values)
+        through = {"Add", "Mul", "Gather", "Split"} if narrow else {"Add"} if single else set()
+        entire = not rw.read_by_linear_maps(node.output[0], frozenset(through))
     if not entire and operator(node) in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
     keys = rw.joint_levels(wide) if entire else _kinds(rw, wide)
+    if operator(node) == "Mul" and len(wide) == 2 and rw.uses("fold"):
+        keys = _by_factors(rw, wide, keys)
     orders = rw.memory_order(wide)
     wide, keys = [permuted(w, orders) for w in wide], permuted(keys, orders)
     boxes = rw.boxes(wide)
@@ -160,7 +166,7 @@ def _repeats_differ(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> bool:
     return len(kinds) > 1
 
 
-def _as_split(value: Value, dims: Dims) -> Value:
+def as_split(value: Value, dims: Dims) -> Value:
     """An operand with the dimensions apart that are merged in the result."""
     own: list[Dim] = []
     for d, whole in zip(value.dims, dims[len(dims) - value.rank :], strict=True):
@@ -266,6 +272,8 @@ def _group(
         whole: Whether these may be all entries.
     """
     dims, shape = group.dims, parts[0].shape
+    if operator(node) == "Mul" and len(parts) == 2 and group.level is Level.CANDIDATE and rw.uses("fold"):
+        parts = _factors_first(rw, node, parts, dims)
     if _repeats_differ(rw, parts, dims):
         split = split_merged(dims)
         apart = [p.reshape(extents(split)) for p in parts]
@@ -354,6 +362,46 @@ def _memory_order(rw: Rewrite, parts: Sequence[Codes], dims: Dims) -> list[int] 
             orders.add(tuple(rw.layout.native_order(small, with_extents(dims, small.shape)) or ()))
     (order,) = orders if len(orders) == 1 else ((),)
     return list(order) or None
+
+
+def _scaled_rows(rw: Rewrite, codes: Codes) -> NDArray[np.bool_]:
+    """Entries of rows that are a candidate-level factor times a request-level vector, not made yet.
+
+    Of one row alone none are: what is made apart for each of many rows costs more steps than it saves.
+    """
+    rows = np.asarray(fold.is_open(rw, codes).all(-1))
+    if rows.size < 2 or codes.shape[-1] < 2:
+        rows = np.zeros_like(rows)
+    if rows.any():
+        once, each = fold.expand(rw, codes[rows])
+        rows[rows] = (each == each[:, :1]).all((-1, -2)) & (once.shape[-1] == 1)
+    return np.broadcast_to(rows[..., None], codes.shape)
+
+
+def _by_factors(rw: Rewrite, wide: Sequence[Codes], keys: Any) -> Any:
+    """The keys of groups, with rows of two such operands apart from others, where that keeps to one axis."""
+    if wide[0].ndim == 0:
+        return keys
+    both = _scaled_rows(rw, wide[0]) & _scaled_rows(rw, wide[1])
+    if not both.any() or both.all():
+        return keys
+    apart = np.where(keys < 0, keys, keys + ((both * (int(keys.max()) // 4 + 1)) << 2))
+    return apart if split_axis(apart) is not None else keys
+
+
+def _factors_first(rw: Rewrite, node: NodeProto, parts: list[Codes], dims: Dims) -> list[Codes]:
+    """`(s u) (t v) = (u v) (s t)` for factors `s`, `t` per candidate: the first bracket once, the second narrow."""
+    wide = [np.broadcast_to(p, extents(dims)) for p in parts]
+    if not dims or not all(_scaled_rows(rw, w).all() for w in wide):
+        return parts
+    (a, s), (b, t) = (fold.expand(rw, w) for w in wide)
+    dtype, narrow = rw.sources.of(a)[0].dtype, (*dims[:-1], ())
+    once = elementwise(
+        rw, "Mul", [view(dims, dtype, c[..., 0]) for c in (a, b)], rw.emit.fresh(f"{node.output[0]}/once")
+    )
+    each = [view(narrow, dtype, c[..., :1, 0]) for c in (s, t)]
+    factor = elementwise(rw, "Mul", each, rw.emit.fresh(f"{node.output[0]}/factor"))
+    return [once.codes, factor.codes]
 
 
 @dataclass(eq=False)

@@ -38,13 +38,15 @@ from onnxrank.values import (
     extents,
     is_candidate_symbol,
     keep_symbols,
+    rectangles,
+    split_merged,
     symbols,
     view,
     with_extents,
 )
 
 from . import fold
-from .broadcast import ELEMENTWISE, batches_agree, elementwise, mark_unread
+from .broadcast import ELEMENTWISE, as_split, batches_agree, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
@@ -63,8 +65,8 @@ class Operand:
         dims: Logical shape.
         dtype: Element type.
         terms: Codes, each of the whole shape.
-        kinds: A key per entry of one matrix of the stack, all of which are alike: its level, and whether it is a
-            product of a request-level with a candidate-level entry that was put off.
+        kinds: A key per entry: its level, and whether it is a product of a request-level with a candidate-level entry
+            that was put off.
     """
 
     dims: Dims
@@ -72,13 +74,22 @@ class Operand:
     terms: list[Codes]
     kinds: NDArray[np.int64]
 
+    def part(self, box: tuple[NDArray[np.int64], ...]) -> Operand:
+        """Some matrices of the stack, with the keys of one, which are those of all."""
+        lead = len(self.dims) - 2
+        own = box[len(box) - lead :]
+        at = np.ix_(*(p if n > 1 else p[:1] * 0 for p, n in zip(own, self.kinds.shape, strict=False)))
+        kinds = self.kinds[at].reshape(-1, *self.kinds.shape[-2:])[0]
+        terms = [t[at] for t in self.terms]
+        return Operand(with_extents(self.dims, terms[0].shape), self.dtype, terms, kinds)
+
     def level(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Level:
         """Level of a part that has one."""
         return Level(int(self.kinds[rows[0], columns[0]]) & 3)
 
 
-def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -> Operand | None:
-    """An operand by levels; None where the matrices of a stack differ in them."""
+def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -> Operand:
+    """An operand by levels, of every matrix of its stack."""
     shape = extents(x.dims)
     terms = [np.broadcast_to(t.codes, shape) for t in rw.terms(x)]
     if unread:
@@ -86,8 +97,17 @@ def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -
     kinds = rw.joint_levels(terms)
     if len(terms) == 1:
         kinds = kinds + 4 * (fold.is_open(rw, terms[0]) & (kinds == Level.CANDIDATE))
-    flat = kinds.reshape(-1, *shape[-2:])
-    return Operand(x.dims, x.dtype, terms, flat[0]) if (flat == flat[:1]).all() else None
+    return Operand(x.dims, x.dtype, terms, kinds)
+
+
+def _alike(left: Operand, right: Operand, stack: tuple[int, ...]) -> list[tuple[NDArray[np.int64], ...]] | None:
+    """Parts of a stack in which all matrices have the same levels, as positions per axis; None if they are many."""
+    keys = np.zeros(stack, np.int64)
+    for x in (left, right):
+        flat = x.kinds.reshape(-1, prod(x.kinds.shape[-2:]))
+        _, found = np.unique(flat, axis=0, return_inverse=True)
+        keys = keys * len(flat) + found.reshape(x.kinds.shape[:-2])
+    return rectangles(keys, _MOST_HEADS)
 
 
 def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot") -> list[Abstract] | None:
@@ -134,19 +154,49 @@ def multiply(
         return [_product(rw, node, rw.settle(a), rw.settle(b), dims)]
     if a.dims[-1] == () and not unread and extents(a.dims)[-1] == extents(b.dims)[-2] == 1:
         return [elementwise(rw, "Mul", [rw.settle(a), rw.settle(b)], output)]
+    split = split_merged(dims[:-2])
+    if split != dims[:-2]:
+        read = {len(split) + 2 - k: unread[len(dims) - k] for k in (1, 2) if len(dims) - k in unread}
+        found = multiply(rw, _apart(a, dims), _apart(b, dims), output, rule, unread=read)
+        return None if found is None else [rw.moved(found[0], dims, lambda codes: codes.reshape(extents(dims)))]
     places = [({v.rank - k: p} if (p := unread.get(len(dims) - k)) is not None else {}) for v, k in ((a, 2), (b, 1))]
     left, right = operand(rw, a, places[0]), operand(rw, b, places[1])
-    if left is None or right is None:
-        rw.refuse(rule, "the matrices of a stack differ in their levels")
+    stack = extents(dims[:-2])
+    boxes = _alike(left, right, stack)
+    if boxes is None:
+        rw.refuse(rule, "the matrices of a stack differ in their levels in a way that follows no axis")
         return None
-    rows = [in_memory_order(left.terms[0], at, -2) for at in alike(left.kinds)]
-    columns = [in_memory_order(right.terms[0], at, -1) for at in alike(right.kinds.T)]
     # Queries of several levels on request-level keys: rows that are request-level stay so behind any softmax.
     once = any(rw.level(v) <= Level.REQUEST for v in (a, b))
-    if len(rows) * len(columns) > 1 and not once and not _stays_apart(rw, output):
-        rw.refuse(rule, "what reads the product needs its blocks side by side again")
-        return None
-    return [_Blocks(rw, left, right, dims, output, rule).made(rows, columns)]
+    parts = []
+    for box in boxes:
+        own = with_extents(dims, (*map(len, box), *extents(dims[-2:])))
+        x, y = left.part(box), right.part(box)
+        rows = [in_memory_order(x.terms[0], at, -2) for at in alike(x.kinds)]
+        columns = [in_memory_order(y.terms[0], at, -1) for at in alike(y.kinds.T)]
+        if len(rows) * len(columns) > 1 and not once and not _stays_apart(rw, output):
+            rw.refuse(rule, "what reads the product needs its blocks side by side again")
+            return None
+        parts.append((box, _Blocks(rw, x, y, own, output, rule), rows, columns))
+    if len(parts) == 1:
+        ((_, blocks, rows, columns),) = parts
+        return [blocks.made(rows, columns)]
+    terms: list[Codes] = []
+    for box, blocks, rows, columns in parts:
+        for slot, term in enumerate(rw.terms(blocks.made(rows, columns))):
+            if slot == len(terms):
+                terms.append(np.full(extents(dims), HOLE if slot == 0 else blocks.zero))
+            terms[slot][np.ix_(*box)] = term.codes
+    return [rw.add([view(dims, a.dtype, t) for t in terms], dims, a.dtype)]
+
+
+def _apart(x: Value | Sum, dims: Dims) -> Value | Sum:
+    """An operand with those dimensions of its stack apart that are merged in the product."""
+    own = (*dims[:-2], (), ())
+    if isinstance(x, Value):
+        return as_split(x, own)
+    terms = [as_split(t, own) for t in x.terms]
+    return Sum(terms[0].dims, x.dtype, terms)
 
 
 def alike(kinds: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.graphs import einsum_terms
 from onnxrank.rewrite import Rewrite, Weights
 from onnxrank.values import (
     HOLE,
@@ -19,6 +20,7 @@ from onnxrank.values import (
     canonical,
     codes_of,
     cut_repeats,
+    extent,
     extents,
     is_candidate_symbol,
     symbols,
@@ -26,24 +28,23 @@ from onnxrank.values import (
     with_extents,
 )
 
-from . import dot
+from . import dot, stacks
 from .attention import reaches_softmax
 from .broadcast import attribute, elementwise
 from .products import linear_last, worthwhile
 
 
 def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Einsum of one operand with a constant matrix over the operand's last axis, or of operands of one level."""
-    equation = attribute(node, "equation").decode().replace(" ", "")
-    if "->" not in equation or "." in equation or len(node.input) != 2:
+    """Einsum of one operand with constants, or of two that are computed."""
+    if len(node.input) != 2:
         return None
-    left, out = equation.split("->")
-    terms = left.split(",")
+    terms, out = einsum_terms(attribute(node, "equation"), [rw.value(node, k).rank for k in (0, 1)])
     for k in (0, 1):
         weight, x = rw.array(node, 1 - k), rw.operand(node, k)
         if weight is None or x is None or not worthwhile(rw, x, None):
             continue
         made = _einsum_linear(rw, rw.unless_sum(x), terms[k], terms[1 - k], out, weight)
+        made = made or _einsum_stack(rw, node, k, rw.unless_sum(x), terms[k], terms[1 - k], out)
         if made is not None:
             return [made]
     for k in (0, 1):
@@ -137,6 +138,41 @@ def _einsum_linear(rw: Rewrite, x: Value | Sum, mine: str, its: str, out: str, w
     order = [(*rows, *outer).index(c) for c in out]
     result = tuple(split[k] for k in order)
     return rw.moved(made, result, lambda codes: codes.reshape(extents(split)).transpose(order))
+
+
+def _einsum_stack(
+    rw: Rewrite, node: NodeProto, k: int, x: Value | Sum, mine: str, its: str, out: str
+) -> Abstract | None:
+    """Einsum with a constant of which there is a matrix for every position of some axes of the operand."""
+    weight = rw.array(node, 1 - k)
+    assert weight is not None
+    stack, inner = ([c for c in its if c in mine and (c in out) is kept] for kept in (True, False))
+    outer, rows = [c for c in its if c not in mine], [c for c in mine if c not in its]
+    if not stack or not inner or len(set(mine)) != len(mine) or sorted(its) != sorted([*stack, *inner, *outer]):
+        return None
+    if sorted(out) != sorted([*rows, *stack, *outer]):
+        return None
+    sizes = dict(zip(its, weight.shape, strict=True))
+    front = [*rows, *stack]
+    own = {c: x.dims[mine.index(c)] for c in mine}
+    if any(symbols([own[c]]) or extent(own[c]) not in (sizes[c], 1) for c in (*stack, *inner)):
+        return None
+    if any(extent(own[c]) != sizes[c] for c in inner):
+        return None
+    order = [mine.index(c) for c in (*front, *inner)]
+    dims = (*(own[c] for c in front), canonical([prod(sizes[c] for c in inner)]))
+    turned = rw.moved(x, dims, lambda codes: codes.transpose(order).reshape(extents(dims)))
+    axes = [tuple(its.index(c) for c in letters) for letters in (stack, inner, outer)]
+    unread = {front.index(out[a]): at for a, at in rw.needed.get(node.output[0], {}).items() if out[a] in front}
+    places = range(len(rows), len(front))
+    given = stacks.Stack(node, 1 - k, weight.shape, *axes)
+    found = stacks.linear(rw, given, turned, len(dims), len(front), places, unread)
+    if found is None:
+        return None
+    split = (*found[0].dims[:-1], *(canonical([sizes[c]]) for c in outer))
+    back = [[*front, *outer].index(c) for c in out]
+    result = tuple(split[a] for a in back)
+    return rw.moved(found[0], result, lambda codes: codes.reshape(extents(split)).transpose(back))
 
 
 def _einsum_by_rows(

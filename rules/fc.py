@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.operators import operator
@@ -24,11 +22,11 @@ from onnxrank.values import (
     Value,
     canonical,
     extended,
-    extents,
     is_candidate_symbol,
     symbols,
 )
 
+from . import stacks
 from .broadcast import attribute
 from .einsum import einsum
 from .products import contract, distribute, linear_last, linear_left, with_addend, worthwhile
@@ -42,24 +40,10 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         if not worthwhile(rw, x, unread) and not _takes_bias(rw, node, x):
             return _plain(rw, node, rw.settle(x), weight.data.shape[1])
         return [linear_last(rw, x, weight, "fc", unread)]
-    left, y = rw.array(node, 0), rw.operand(node, 1)
-    if left is None or y is None or y.rank < 2 or left.ndim < 2 or not worthwhile(rw, y, unread):
-        return None
-    if left.ndim == 2:
-        turned = rw.weights(node, 0, turned=True)
-        return None if turned is None else [linear_left(rw, y, turned, unread)]
-    return _left_stack(rw, y, left)
-
-
-def _left_stack(rw: Rewrite, y: Abstract, left: NDArray[Any]) -> list[Abstract] | None:
-    """A stack of matrices on the left of one vector or matrix per row: one matrix of all their rows."""
-    if y.rank < left.ndim or any(d != () for d in y.dims[y.rank - left.ndim : -2]):
-        return None
-    stacked = left.reshape(-1, left.shape[-1])
-    made = linear_left(rw, y, Weights(np.ascontiguousarray(stacked.T)), None)
-    front = made.dims[: y.rank - left.ndim]
-    dims = (*front, *(canonical([n]) for n in left.shape[:-1]), made.dims[-1])
-    return [rw.moved(made, dims, lambda codes: codes.reshape(extents(dims)))]
+    turned, y = rw.weights(node, 0, turned=True), rw.operand(node, 1)
+    if turned is not None and y is not None and y.rank >= 2:
+        return [linear_left(rw, y, turned, unread)] if worthwhile(rw, y, unread) else None
+    return stacks.matmul(rw, node)
 
 
 def _takes_bias(rw: Rewrite, node: NodeProto, x: Abstract) -> bool:
@@ -138,10 +122,11 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     weight, x, bias = rw.array(node, 1), rw.operand(node, 0), rw.array(node, 2)
     if weight is None or x is None or not worthwhile(rw, x, None) or prod(weight.shape[2:]) != 1:
         return None
-    if attribute(node, "group", 1) != 1 or any(s != 1 for s in attribute(node, "strides") or []):
+    if any(s != 1 for s in attribute(node, "strides") or []):
         return None
     if any(attribute(node, "pads") or []) or (len(node.input) > 2 and bias is None):
         return None
+    group = attribute(node, "group", 1)
     trail, width = (1,) * (weight.ndim - 2), weight.shape[0]
 
     def write(name: str, physical: Dims, w: str) -> DeferredMatMul:
@@ -152,10 +137,10 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     def one(v: Value) -> Abstract:
         return contract(rw, v, 1, matrix, write, "fc")
 
-    made = distribute(rw, x, 1, one)
-    if bias is None:
-        return [made]
-    return [rw.add([*rw.terms(made), rw.constant(bias.reshape(-1, *trail))], made.dims, made.dtype)]
+    made = [distribute(rw, x, 1, one)] if group == 1 else stacks.conv(rw, node, x, weight, group)
+    if bias is None or made is None:
+        return made
+    return [rw.add([*rw.terms(made[0]), rw.constant(bias.reshape(-1, *trail))], made[0].dims, made[0].dtype)]
 
 
 RULE = Rule(

@@ -8,7 +8,8 @@ A product of a request-level and a candidate-level entry that only a linear map 
 and `M` is made once per request. Pairs of 24 request-level with 8 candidate-level fields of width d before a layer of h
 columns cost 192 d h per candidate as they stand, and 8 d h folded. The same holds for sums of such products (dot
 products of fields) and where rows share the candidate's entries (target attention: `M` gets a column per position, also
-where the number of positions differs from request to request).
+where the number of positions differs from request to request). What differs by a factor per row only, `t u`, is mapped
+once, `(t u) W = t (u W)`, and the factors of two such rows are multiplied apart, `(s u) (t v) = (s t) (u v)`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,10 @@ def move(rw: Rewrite, node: NodeProto, x: Value | Sum, found: Sequence[Movement]
         # A product that several results hold is better made with what is added to it.
         x = rw.settle(x)
     linear = operator(node) in _PICKS and all(rw.read_by_linear_maps(o) for o in node.output if o)
-    if x.whole is not None and rw.keep_moves and not rw.is_open(x) and not linear:
+    # Positions computed of the number of rows hold for tensors that have them all.
+    told = all(rw.array(node, k) is not None for k, i in enumerate(node.input) if k and i)
+    entire = x.whole is not None and (told or x.whole.dims == x.dims)
+    if entire and rw.keep_moves and not rw.is_open(x) and not linear:
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [m.dims for m in found], rw.present(x))
     return [rw.tidy(m.dims, x.dtype, m.take(x.codes)) for m in found]
@@ -110,7 +113,8 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if not cut.along:
         found = moves.slice_(placed(rw, node))
         assert found is not None
-        return move(rw, node, x, found) if cut.told else [x]
+        taken = cut.told or any(at != slice(None) for at in cut.index)
+        return move(rw, node, x, found) if taken else [x]
     if not isinstance(x, Value) or x.whole is None:
         raise Unrepresentable("a slice along a symbolic extent")
     if any(not rw.present(x) >= set(symbols([x.dims[a]])) for a in cut.along):
@@ -121,14 +125,16 @@ def slice_(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 
 def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Concat: blocks along an axis of constant extent."""
+    """Concat: blocks along an axis."""
     operands = [rw.operand(node, k) for k in range(len(node.input))]
     if any(isinstance(o, Sum) for o in operands) and rw.read_by_linear_maps(node.output[0]):
         return _concat_sums(rw, node, [rw.unless_sum(o) for o in operands if o is not None])
     values = [rw.value(node, k) for k in range(len(node.input))]
     rank = values[0].rank
     axis = attribute(node, "axis") % rank
-    if any(symbols([v.dims[axis]]) for v in values):
+    if any(symbols([v.dims[axis]]) for v in values) and not all(
+        any(map(is_candidate_symbol, symbols([v.dims[axis]]))) for v in values
+    ):
         return _concat_symbolic(rw, node, values, axis)
     (joined,) = moves.concat(placed(rw, node))
     held = {s for v in values for s in rw.present(v)}

@@ -49,7 +49,7 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import mark_unread
+from .broadcast import elementwise, mark_unread
 
 
 @dataclass(frozen=True)
@@ -83,30 +83,34 @@ class Piece:
         whole[self.group.index] = np.broadcast_to(part, target.shape)
 
     def weights(self, rw: Rewrite, weight: Weights) -> str:
-        """The rows of a weight matrix that belong to the piece; rows of equal columns are added up.
+        """The rows of weights, in each matrix of a stack, that belong to the piece; those of equal columns are added.
 
         The addition is a node of constants, which the runtime folds: no weight is rounded here.
         """
-        count = self.codes.shape[-1]
+        count, axis = self.codes.shape[-1], weight.data.ndim - 2
         plain = len(np.unique(self.columns)) == len(self.members)
         if plain and count == len(self.members):
             order = np.empty(count, np.int64)
             order[self.columns] = self.members
-            return weight.rows(rw.emit, order)
-        if plain and weight.name is None:
+            return weight.part(rw.emit, axis, order).tensor(rw.emit)
+        if plain and weight.name is None and axis == 0:
             out = np.zeros((count, weight.data.shape[1]), weight.data.dtype)
             out[self.columns] = weight.data[self.members]
             return rw.emit.constant(out)
         chosen = np.zeros((count, len(self.members)), weight.data.dtype)
         chosen[self.columns, np.arange(len(self.members))] = 1
-        return rw.emit.add("MatMul", [rw.emit.constant(chosen), weight.rows(rw.emit, self.members)])
+        return rw.emit.add(
+            "MatMul", [rw.emit.constant(chosen), weight.part(rw.emit, axis, self.members).tensor(rw.emit)]
+        )
 
 
 _FEW = 3
 _MOST_PRODUCTS = 8
 
 
-def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False) -> Iterator[Piece]:
+def pieces(
+    rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False, stack: Sequence[int] = ()
+) -> Iterator[Piece]:
     """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
 
     Args:
@@ -116,6 +120,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = F
         width: Columns of the weights that the pieces are for, which may undo entries nobody asked for by 0 and fold
             products; 0 for other contractions.
         sums: Whether entries are added up, so that zeros may be left out.
+        stack: Axes of rows that have weights of their own, along which results vary where the operand does not.
 
     Raises:
         Unrepresentable: The levels follow no axis.
@@ -183,7 +188,7 @@ def pieces(rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = F
             members = np.flatnonzero(signature == key)
             if level_of[members[0]] == Level.UNREAD:
                 continue
-            sub = cut_repeats(part[..., members], range(len(rows)))
+            sub = cut_repeats(part[..., members], [k for k in range(len(rows)) if k not in stack])
             flat = sub.reshape(-1, len(members))
             order = np.argsort(flat[0], kind="stable")
             ranked = flat[:, order]
@@ -264,6 +269,7 @@ def partials(
     weighted: bool = False,
     additive: bool = False,
     known: Callable[[DeferredMatMul, Piece], DeferredMatMul] | None = None,
+    stack: Sequence[int] = (),
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
 
@@ -279,6 +285,8 @@ def partials(
         additive: Whether the contraction is a plain sum.
         known: Gives the contraction of a piece in a form that more can be asked of, if there is one.
         idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
+        stack: Other axes that have weights of their own: operands are cut along them where they do not vary, results
+            are not.
 
     Returns:
         Partial results, to be added up (or joined by the idempotent operation).
@@ -293,13 +301,14 @@ def partials(
     zero = rw.zero(x.dtype)
     terms: list[Codes] = []
     split = not rw.single_level(x)
-    for piece in pieces(rw, codes, dims, width if weighted else 0, sums=not idempotent):
+    apart = [a - (a > axis) for a in stack]
+    for piece in pieces(rw, codes, dims, width if weighted else 0, not idempotent, apart):
         if piece.slot == len(terms):
             terms.append(np.full(shape, HOLE if unread or idempotent else zero))
         small = piece.codes.shape[:-1]
         lowered = piece.level is Level.REQUEST and any(map(is_candidate_symbol, symbols(dims)))
         tag = "fold" if piece.fold else rule if split or lowered else None
-        if prod(small) < prod(shape[:-1]):
+        if prod(small) < prod(shape[:-1]) and not stack:
             tag = tag or ("select" if unread else "broadcast")
         if piece.fold is not None:
             made = write(piece, "", ())
@@ -307,7 +316,8 @@ def partials(
             made = _OpenSum(_Postponed.of(rw, piece, *_moved(piece, axis), write), axis)
         else:
             operand, own, _ = _operand(piece, axis) if weighted else _moved(piece, axis)
-            made = write(piece, *rw.layout.realise(operand, own))
+            operand = cut_repeats(operand, stack)
+            made = write(piece, *rw.layout.realise(operand, with_extents(own, operand.shape)))
         source = rw.defer(made.dims, x.dtype, made if known is None else known(made, piece), tag)
         if piece.fold is not None:
             part = codes_of(source).reshape(*small, width)
@@ -585,6 +595,52 @@ def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct
     return lambda name, physical, weight: _RightProduct(rw, name, physical, weight, width, real)
 
 
+def commuted(rw: Rewrite, x: Value, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
+    """A linear map of an axis, of which rows `t u` with a factor `t` per candidate become `t (u W)`.
+
+    Args:
+        rw: The rewrite.
+        x: The operand.
+        axis: The axis, along which the factor of a row is the same.
+        linear: The map of other values of the same shape; it gives 0 for rows that nobody reads.
+    """
+    found = _factors(rw, np.moveaxis(x.codes, axis, -1)) if x.whole is None or x.whole.is_open else None
+    if found is None:
+        return linear(x)
+    mask = np.moveaxis(found[0], -1, axis)
+    once, factor = (np.moveaxis(codes, -1, axis) for codes in found[1:])
+    own = rw.settle(linear(view(x.dims, x.dtype, once)))
+    rows = np.broadcast_to(mask, extents(own.dims))
+    kept = view(own.dims, x.dtype, np.where(rows, own.codes, HOLE))
+    by = view((*x.dims[:axis], (), *x.dims[axis + 1 :]), x.dtype, factor)
+    scaled = elementwise(rw, "Mul", [kept, by], rw.emit.fresh(f"{rw.emit.hint}/scaled")).codes
+    if rows.all():
+        return view(own.dims, x.dtype, scaled)
+    rest = linear(view(x.dims, x.dtype, np.where(mask, HOLE, x.codes)))
+    first, *others = rw.terms(rest)
+    return rw.add([view(own.dims, x.dtype, np.where(rows, scaled, first.codes)), *others], own.dims, x.dtype)
+
+
+def _factors(rw: Rewrite, codes: Codes) -> tuple[NDArray[np.bool_], Codes, Codes] | None:
+    """Rows that are one candidate-level factor times a request-level vector.
+
+    Returns:
+        Which, `[rows..., 1]`; their vectors, with holes in other rows; their factors, `[rows..., 1]`; None where there
+        are none, and for a single row, which folds.
+    """
+    rows = np.asarray(fold.is_open(rw, codes).all(-1))
+    if not rw.uses("fold") or rows.size < 2 or not rows.any():
+        return None
+    once, each = fold.expand(rw, codes[rows])
+    same = (each[..., 0] == each[:, :1, 0]).all(-1)
+    if once.shape[-1] > 1 or not same.any():
+        return None
+    vectors, factor = np.full(codes.shape, HOLE), np.full((*rows.shape, 1), HOLE)
+    vectors[rows] = np.where(same[:, None], once[..., 0], HOLE)
+    factor[rows] = np.where(same[:, None], each[:, :1, 0], HOLE)
+    return factor != HOLE, vectors, factor
+
+
 def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
     """A linear map of a pending sum: of each term, where that is less work than of the sum."""
     if isinstance(x, Sum):
@@ -644,7 +700,7 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
     def one(v: Value) -> Abstract:
         return contract(rw, v, axis, weight, right_product(rw, weight.data.shape[1], real), rule, unread)
 
-    return distribute(rw, x, axis, one)
+    return distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one))
 
 
 def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:

@@ -3,10 +3,11 @@
     python scripts/planted.py train trained/0 && python scripts/planted.py train trained/1 --seed 1 ...
     python scripts/compress_benchmark.py whole trained/0 trained/1 trained/2     # size and accuracy, by model and seed
     python scripts/compress_benchmark.py mlps trained/0                          # low rank alone
+    python scripts/compress_benchmark.py finetune trained/0 --fewer 3.79 20      # low rank, and trained behind it
     python scripts/compress_benchmark.py latency trained/0                       # over the optimised models
     python scripts/compress_benchmark.py ranks trained/0/dcnv2_parallel.onnx     # ways to lower a rank, and int8
     python scripts/compress_benchmark.py tables models/onnx                      # fp16-tables on every model
-    python scripts/compress_benchmark.py pack                                    # half the units masked
+    python scripts/compress_benchmark.py pack                                    # what does nothing, by optimize
     python scripts/compress_benchmark.py scale models/trained/dcnv2_parallel.onnx rows.parquet   # 10 million rows
 
 All ratios of one row are measured in one run, models in turns on one thread, whose own time is counted.
@@ -40,15 +41,19 @@ from onnxrank import runtime
 from onnxrank.compress import gate
 from onnxrank.compress.engine import Options, Result, compress
 from onnxrank.compress.methods import METHODS, factor, subspace
-from onnxrank.compress.network import Network, Product
-from onnxrank.compress.packing import pack
-from onnxrank.compress.statistics import Moments, Statistics, reduced_rank
+from onnxrank.compress.plan import Plan, Step, Tuning
+from onnxrank.compress.statistics import Fitted, Moments, Statistics, reduced_rank
+from onnxrank.model import load
+from onnxrank.network import Network, Product
+from onnxrank.packing import pack
 from onnxrank.roles import load_spec
 from onnxrank.turns import interleave, ratio
 from onnxrank.verify.ranking import order
 from scripts import planted
 
 TASKS = {"mmoe": 2}
+MLPS = ("deep", "top", "mlp", "experts")
+"""Parts of the names of layers that are an MLP's."""
 Floats = NDArray[np.float64]
 
 
@@ -141,6 +146,36 @@ def mlps(folders: list[Path], count: int) -> None:
                 print(f"| {path.stem}, {seed} ({shapes}) | {less:.2f}x fewer | {' | '.join(cells)} |", flush=True)
 
 
+def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int) -> None:
+    """The same layers with so many fewer weights: as they are fitted, trained, and trained with a ReLU between."""
+    print("| model, seed | fewer | how | AUC (lower, upper end) | log loss | top 10 | gate |")
+    print("|---|---|---|---|---|---|---|")
+    ways = {"fitted": None, "trained": Tuning(epochs), "trained, ReLU": Tuning(epochs, relu=True)}
+    with tempfile.TemporaryDirectory() as where:
+        for seed, folder in enumerate(folders):
+            for path in sorted(folder.glob("*.onnx")):
+                net = Network(onnx.load(path))
+                pack(net)
+                several = [p for p in net.products() if min(p.shape) >= 32 and any(m in p.name for m in MLPS)]
+                data, labels = requests(path, Path(where), count, 500 + seed)
+                sha = load(path).sha256
+                for share, (how, tuning) in itertools.product(fewer, ways.items()):
+                    ranks = {p.name: max(1, int(math.prod(p.shape) / share / sum(p.shape))) for p in several}
+                    steps = tuple(Step(name, (("low-rank", k),)) for name, k in ranks.items())
+                    plan = Plan(sha, steps, pack=True, finetune=tuning)
+                    options = Options(labels=labels, choice=16384, seconds=0.1, plan=plan)
+                    report = compress(path, data, options, spec=load_spec(str(roles_file(path)))).report
+                    several_found = [{c.name: c for c in o.criteria} for o in report.outcomes]
+                    c = min(several_found, key=lambda f: f["auc"].low)
+                    auc, lost = c["auc"], c["log_loss"]
+                    interval = f"{auc.value:+.5f} ({auc.low:+.5f}, {auc.high:+.5f})"
+                    print(
+                        f"| {path.stem}, {seed} | {share:g}x | {how} | {interval} | {lost.value:+.5f} "
+                        f"| {c['overlap'].value:.4f} | {report.verdict} |",
+                        flush=True,
+                    )
+
+
 def latency(folders: list[Path], count: int) -> None:
     """Time over the optimised model at N = 512."""
     print("| model, seed | optimised over original | size | weights | AUC (lower end) | top 10 | faster | gate |")
@@ -204,10 +239,9 @@ def factored(net: Network, site: Product, how: str, rank: int, x: Floats, right:
     if how == "AFM":
         y = Moments.of(right)
         basis = subspace(y)[1][:, :rank]
-        factor(net, site, weight @ basis, basis.T, y.mean - basis @ (basis.T @ y.mean), how)
+        factor(net, site, Fitted(rank, weight @ basis, basis.T, y.mean - basis @ (basis.T @ y.mean)), how)
     elif how == "sequential":
-        fitted = reduced_rank(Moments.of(x), x.T @ right, Moments.of(right), rank)
-        factor(net, site, fitted.first, fitted.second, fitted.shift, how)
+        factor(net, site, reduced_rank(Moments.of(x), x.T @ right, Moments.of(right), rank), how)
     else:
         gram = x.T @ x / len(x)
         if how == "SVD":
@@ -219,7 +253,7 @@ def factored(net: Network, site: Product, how: str, rank: int, x: Floats, right:
         left = scale if how == "ASVD" else scale.T
         u, s, vt = np.linalg.svd(left @ weight, full_matrices=False)
         first = np.linalg.solve(left, u[:, :rank] * s[:rank])
-        factor(net, site, first, vt[:rank], none, how)
+        factor(net, site, Fitted(rank, first, vt[:rank], none), how)
 
 
 def ranks(path: Path, count: int, least: int) -> None:
@@ -284,7 +318,7 @@ def ranks(path: Path, count: int, least: int) -> None:
 # --- tables in 16 bits --------------------------------------------------------------------------------------------
 
 
-def tables(folder: Path, seconds: float) -> None:
+def tables(folder: Path, seconds: float, requests: int) -> None:
     """fp16-tables on every model: bytes, order and time."""
     print("| model | table bytes | top 10 overlap | time of the original over its |\n|---|---|---|---|")
     worst_overlap, found_times = 1.0, []
@@ -303,7 +337,7 @@ def tables(folder: Path, seconds: float) -> None:
         kept = [t for t in made.graph.initializer if t.data_type == 10]
         shares = []
         one, other = (runtime.session(m, optimise=True) for m in (model, made))
-        for seed in range(200):
+        for seed in range(requests):
             feed = sample(specs, 64, seed)
             for a, b in zip(one.run(None, feed), other.run(None, feed), strict=True):
                 for before, after in zip(a.reshape(64, -1).T, b.reshape(64, -1).T, strict=True):
@@ -354,18 +388,28 @@ def masked() -> Iterator[tuple[str, ModelProto]]:
 
 
 def packed() -> None:
-    print("| MLP, half its units masked | weights left | largest difference | faster |\n|---|---|---|---|")
+    """Half the units masked, and weights that weight decay has left; by `optimize`, with that rule and without."""
+    print("| model | weights left | largest difference | faster |\n|---|---|---|---|")
     for name, model in masked():
-        net = Network(model)
-        pack(net)
-        made = net.finished()
-        x = np.random.default_rng(1).normal(size=(512, model.graph.input[0].type.tensor_type.shape.dim[1].dim_value))
-        feed = {"x": x.astype(np.float32)}
-        a, b = (runtime.run(runtime.session(m), feed)["y"] for m in (model, made))
-        sizes = [sum(math.prod(t.dims) for t in m.graph.initializer) for m in (model, made)]
-        speed = times(model, made, feed)
-        print(f"| {name} | {sizes[1] / sizes[0]:.2f} | {np.abs(a - b).max():.1e} | {speed[0]:.2f}x ({speed[1]:.2f}, "
-              f"{speed[2]:.2f}) |")  # fmt: skip
+        how: dict[str, Any] = {"request": ["x[0:64]"], "interface": "same", "guard": False}
+        made = onnxrank.optimize(model, select=["pack"], **how).model
+        width = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+        x = np.random.default_rng(1).normal(size=(512, width)).astype(np.float32)
+        x[:, :64] = x[0, :64]
+        pack_row(f"{name}, half its units masked", model, made, {"x": x})
+    for path in sorted((Path(__file__).resolve().parents[1] / "models" / "trained").glob("*.onnx")):
+        how = {"spec": load_spec(str(roles_file(path))), "interface": "same", "guard": False}
+        without, made = (onnxrank.optimize(path, ignore=left, **how).model for left in (["pack"], []))
+        pack_row(f"{path.stem} of models/trained, optimised", without, made, sample(specs_of(path), 512))
+
+
+def pack_row(name: str, model: ModelProto, made: ModelProto, feed: dict[str, Any]) -> None:
+    output = model.graph.output[0].name
+    a, b = (runtime.run(runtime.session(m), feed)[output] for m in (model, made))
+    sizes = [sum(math.prod(t.dims) for t in m.graph.initializer) for m in (model, made)]
+    speed = times(model, made, feed)
+    fast = f"{speed[0]:.2f}x ({speed[1]:.2f}, {speed[2]:.2f})"
+    print(f"| {name} | {sizes[1] / sizes[0]:.2f} | {np.abs(a - b).max():.1e} | {fast} |", flush=True)
 
 
 # --- many rows ----------------------------------------------------------------------------------------------------
@@ -422,6 +466,11 @@ def main() -> None:
         p.add_argument("--requests", type=int, default=6000)
         if name == "whole":
             p.add_argument("--sequential", action="store_true")
+    p = commands.add_parser("finetune")
+    p.add_argument("folders", nargs="+", type=Path)
+    p.add_argument("--requests", type=int, default=6000)
+    p.add_argument("--fewer", nargs="+", type=float, default=[3.79], help="how many times fewer weights")
+    p.add_argument("--epochs", type=int, default=5)
     p = commands.add_parser("ranks")
     p.add_argument("model", type=Path)
     p.add_argument("--requests", type=int, default=3000)
@@ -429,6 +478,7 @@ def main() -> None:
     p = commands.add_parser("tables")
     p.add_argument("folder", type=Path)
     p.add_argument("--seconds", type=float, default=1.0)
+    p.add_argument("--requests", type=int, default=200)
     commands.add_parser("pack")
     p = commands.add_parser("scale")
     p.add_argument("model", type=Path)
@@ -439,12 +489,14 @@ def main() -> None:
         whole(args.folders, args.requests, args.sequential)
     elif args.command == "mlps":
         mlps(args.folders, args.requests)
+    elif args.command == "finetune":
+        finetune(args.folders, args.requests, args.fewer, args.epochs)
     elif args.command == "latency":
         latency(args.folders, args.requests)
     elif args.command == "ranks":
         ranks(args.model, args.requests, args.least)
     elif args.command == "tables":
-        tables(args.folder, args.seconds)
+        tables(args.folder, args.seconds, args.requests)
     elif args.command == "scale":
         scale(args.model, args.rows, args.data)
     else:

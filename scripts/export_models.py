@@ -26,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import NAMES, InputSpec, build, roles, sample
+from models import NAMES, TRIANGULAR, InputSpec, build, roles, sample
 
 TOLERANCE = 2e-5
 # Not 1, which exporters specialise, and no other extent of a model, so that a frozen one is noticed.
@@ -243,7 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("outdir", type=Path)
     parser.add_argument("--scale", choices=("small", "industrial"), default="small")
-    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument("--names", nargs="+", choices=(*NAMES, *TRIANGULAR), default=NAMES, metavar="NAME")
     parser.add_argument("--exporter", choices=("torchscript", "dynamo", "both"), default="both")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnxrank
@@ -22,6 +23,7 @@ from onnxrank.roles import load_spec
 PLACE = Path(__file__).resolve().parent / "pictures"
 PROFILED, INSPECTED = "dcnv2_parallel", "dlrm"
 _NAMES = ("original", "optimised")
+_THIRD = "svg .third { fill: var(--faint); stroke: var(--faint) }"
 
 
 def of_profile(folder: Path, seconds: float) -> str:
@@ -33,14 +35,19 @@ def of_profile(folder: Path, seconds: float) -> str:
         onnxrank.optimize(model, spec=spec).save(fast)
         found = onnxrank.profile(model, fast, seconds=seconds, memory=False, candidates=[1, 8, 32, 128, 512, 2048])
     chart = time_chart(found)
-    style = f"<style>{pages.asset('page.css')} svg {{ background: var(--page) }}</style>"
-    legend = "".join(
+    return alone(chart, dict(zip(("first", "second"), _NAMES, strict=True)))
+
+
+def alone(chart: str, legend: Mapping[str, str] | None = None) -> str:
+    """A chart of `onnxrank.charts` as a picture: with the page's style inside, and a legend by style."""
+    style = f"<style>{pages.asset('page.css')} svg {{ background: var(--page) }} {_THIRD}</style>"
+    named = "".join(
         f'<rect class="{kind} plain" x="90" y="{18 + 20 * k}" width="11" height="11"/>'
         f'<text x="108" y="{28 + 20 * k}">{name}</text>'
-        for k, (kind, name) in enumerate(zip(("first", "second"), _NAMES, strict=True))
+        for k, (kind, name) in enumerate((legend or {}).items())
     )
     head, rest = chart.split(">", 1)
-    return f"{head}>{style}{rest.removesuffix('</svg>')}{legend}</svg>\n"
+    return f"{head}>{style}{rest.removesuffix('</svg>')}{named}</svg>\n"
 
 
 def of_inspect(folder: Path, out: Path) -> None:

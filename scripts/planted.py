@@ -61,6 +61,7 @@ class World:
         zipf: Exponent of Zipf's law.
         tasks: Labels per candidate; tasks share their terms by half.
         rate: Mean logit, which sets the share of clicks.
+        unseen: Weight of the terms of history and dense features, which models without such inputs cannot learn.
     """
 
     vocab: int = 500
@@ -73,6 +74,7 @@ class World:
     zipf: float = 1.05
     tasks: int = 2
     rate: float = -1.6
+    unseen: float = 1.0
 
     def requests(self, count: int, candidates: int = 32, seed: int = 0) -> Arrays:
         """Draws requests, every array with a row per candidate.
@@ -131,10 +133,10 @@ class World:
         # The candidate's category against those of the history.
         held = (h != 0)[:, :, None]
         past = (held * self._table("history", 0, 0)[h]).sum(1) / np.maximum(held.sum(1), 1)
-        total += 1.0 * (past * self._table("match", half, 0)[i[:, 1]]).sum(1) * scale
-        total += 0.6 * np.log1p((h == i[:, 1:2]).sum(1))
+        total += self.unseen * (past * self._table("match", half, 0)[i[:, 1]]).sum(1) * scale
+        total += self.unseen * 0.6 * np.log1p((h == i[:, 1:2]).sum(1))
         mix = np.random.default_rng((self.seed, 7, half)).standard_normal((self.dense, self.rank))
-        total += 0.5 * scale * ((rows["dense"] @ mix) * self._table("dense", 0, 0)[i[:, 0]]).sum(1)
+        total += self.unseen * 0.5 * scale * ((rows["dense"] @ mix) * self._table("dense", 0, 0)[i[:, 0]]).sum(1)
         return np.asarray(total)
 
     @property
@@ -211,12 +213,9 @@ def bayes_auc(probability: NDArray[np.float64], scores: NDArray[np.float64] | No
         probability: Of a click, `[R]`.
         scores: `[R]`.
     """
-    order = probability if scores is None else scores
-    _, back = np.unique(order, return_inverse=True)
-    positive = np.bincount(back, probability)
-    negative = np.bincount(back, 1 - probability)
-    below = np.cumsum(negative) - negative / 2
-    return float((positive * below).sum() / (positive.sum() * negative.sum()))
+    from onnxrank.compress.gate import soft_auc
+
+    return soft_auc(probability if scores is None else scores, probability)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -287,40 +286,20 @@ def train(
     import torch
 
     from models import build
+    from models.training import fit, settle
 
     torch.manual_seed(seed)
     module, specs = build(name, **sizes)
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, torch.nn.Embedding):
-                part.weight.copy_(0.1 * torch.randn(part.weight.shape))
-            elif isinstance(part, torch.nn.Linear):
-                part.reset_parameters()
+    settle(module)
     planted = world_of(specs, world)
     rows = planted.requests(requests, 32, seed=1 + seed)
     arrays = [torch.from_numpy(a) for a in feed(specs, rows).values()]
-    tasks = len(module.output_names)
-    labels = torch.from_numpy(np.stack([rows[f"label_{t}"] for t in range(tasks)], 1).astype(np.float32))
-    optimiser = torch.optim.Adam(module.parameters(), lr=2e-3, weight_decay=1e-5)
-    count, batch = len(labels), 2048
-    steps = epochs * -(-count // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    module.train()
-    for epoch in range(epochs):
-        lost = 0.0
-        for index in torch.randperm(count, generator=generator).split(batch):
-            made = module(*(a[index] for a in arrays))
-            p = torch.cat([made] if isinstance(made, torch.Tensor) else list(made), dim=1).clamp(1e-6, 1 - 1e-6)
-            loss = torch.nn.functional.binary_cross_entropy(p, labels[index])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            lost += loss.item() * len(index)
+    labels = [rows[f"label_{t}"] for t in range(len(module.output_names))]
+    targets = torch.from_numpy(np.stack(labels, 1).astype(np.float32))
+    told = None if quiet else f"{name}, seed {seed}"
+    for epoch, loss in enumerate(fit(module, arrays, targets, epochs=epochs, seed=seed, decay=1e-5, told=told)):
         if not quiet:
-            print(f"{name} seed {seed}: epoch {epoch + 1}, log loss {lost / count:.4f}", flush=True)
-    module.eval()
+            print(f"{name} seed {seed}: epoch {epoch + 1}, log loss {loss:.4f}", flush=True)
     return module, specs
 
 

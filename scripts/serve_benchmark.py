@@ -2,6 +2,11 @@
 
 python scripts/serve_benchmark.py MODEL --roles ROLES [--length L=128] [--triton] [--json FILE]
 
+python scripts/serve_benchmark.py MODELS --batch 1x512,8x64,32x16 [--interface padded] [--rows lengths]
+
+With --batch it scores so many requests of so many candidates each in one call of `optimize --interface batch`, and one
+after the other with the model for one request, in turns; MODELS is a model, or a folder of models with their roles.
+
 Users of the trace are Zipf-distributed, and so many that the hit rate of an unbounded cache is the one asked for.
 Numbers of candidates are log-uniform. Variants take turns in pieces of the trace, so that a machine that does other
 things too slows all of them; with one number of candidates (--candidates 64..64) the best times say what the models
@@ -21,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +35,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import onnxrank
-from onnxrank import feeds
+from onnxrank import batches, feeds
 from onnxrank import model as files
+from onnxrank.batching.engine import Options as BatchOptions
 from onnxrank.facts import Setting
 from onnxrank.ranker import Ranker
-from onnxrank.roles import load_spec, resolve
+from onnxrank.roles import Roles, load_spec, resolve
 from onnxrank.splitting import Options, split
 from onnxrank.splitting import contract as contracts
 from onnxrank.splitting import triton as configs
@@ -120,11 +127,10 @@ class Trace:
         rng = np.random.default_rng(self._seed)
         low, high = np.log(self._span[0]), np.log(self._span[1])
         sizes = np.exp(rng.uniform(low, high, count)).round().astype(int)
-        return [
-            self._request(u, int(n), k) for k, (u, n) in enumerate(zip(users(count, rate, rng), sizes, strict=True))
-        ]
+        return [self.request(u, int(n), k) for k, (u, n) in enumerate(zip(users(count, rate, rng), sizes, strict=True))]
 
-    def _request(self, user: int, n: int, k: int) -> Request:
+    def request(self, user: int, n: int, k: int) -> Request:
+        """One request of a user, with so many candidates."""
         maker, declared = self._study.maker, self._study.declared
         candidates = maker(Setting({**self._symbols, CANDIDATES: n}, seed=50_000_000 + k))
         own = feeds.divided(declared, maker(Setting({**self._symbols, CANDIDATES: 1}, seed=user)))
@@ -222,6 +228,97 @@ def served(original: str, one: str, repository: Path, name: str) -> Iterator[lis
             Variant("one file", client(f"{name}_one", lambda r: {**r.once, **r.many})),
             Variant("two files", client(name, lambda r: {**r.once, **r.many}), counted),
         ]
+
+
+# --- several requests per call ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Joined:
+    """What one call for several requests takes, and the same requests one after the other."""
+
+    model: str
+    requests: int
+    candidates: int
+    call_us: float
+    loop_us: float
+    ratio: float
+    wrong: int
+
+
+def joined(path: Path, roles: Roles, points: Sequence[tuple[int, int]], how: BatchOptions) -> list[Joined]:
+    """Times a model at numbers of requests and of candidates of each.
+
+    Args:
+        path: The original.
+        roles: Roles of its inputs.
+        points: Requests, and candidates of each.
+        how: How several requests are taken.
+    """
+    loaded = files.load(path)
+    trace = Trace(Study(files.flattened(loaded.proto), roles, loaded), {}, (1, 1))
+    first = _session(str(path))
+    names = [o.name for o in first.get_outputs()]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = (str(Path(folder, f"{n}.onnx")) for n in ("one", "many"))
+        for candidates in sorted({n for _, n in points}):
+            result = onnxrank.optimize(path, roles=roles, candidates=candidates, check=False)
+            result.save(one)
+            made = onnxrank.batch(path, options=how, roles=roles, candidates=candidates, check=False)
+            made.save(many)
+            told = batches.convention(made.model)
+            assert told is not None
+            alone, together = _session(one), _session(many)
+            for count in (r for r, n in points if n == candidates):
+                requests = [trace.request(k, candidates, k) for k in range(count)]
+                single = [{**r.once, **r.many} for r in requests]
+                # A model that would not gain with so few candidates is left as it is.
+                loop = single if result.changed else [r.whole for r in requests]
+                call = partial(together.run, names, batches.joined(told, single))
+                parts = batches.parted(told, dict(zip(names, call(), strict=True)), [candidates] * count)
+                want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
+                wrong = sum(not _same(p, w) for p, w in zip(parts, want, strict=True))
+                once, after = _in_turns(call, partial(_loop, alone, names, loop))
+                rows.append(Joined(path.name, count, candidates, once, after, after / once, wrong))
+                times = f"{once:9.0f} us {after:9.0f} us {after / once:6.2f}x {wrong} wrong"
+                print(f"{path.name:<40} {count:3d} x {candidates:<4d} {times}", flush=True)
+    return rows
+
+
+def _loop(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Sequence[Arrays]) -> None:
+    for feed in feeds:
+        session.run(names, feed)
+
+
+def _in_turns(*runs: Callable[[], object]) -> tuple[float, ...]:
+    """Median microseconds of each, in turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + 2.0
+    while time.perf_counter() < end or len(times[0]) < 15:
+        for own, run in zip(times, runs, strict=True):
+            begin = time.perf_counter()
+            run()
+            own.append(1e6 * (time.perf_counter() - begin))
+    return tuple(statistics.median(t[2:]) for t in times)
+
+
+def joined_all(given: argparse.Namespace) -> int:
+    """`--batch`: a table, and geometric means."""
+    points = [(int(r), int(n)) for r, _, n in (p.partition("x") for p in given.batch.split(","))]
+    how = BatchOptions(given.interface, given.rows)
+    models = sorted(given.model.glob("*.onnx")) if given.model.is_dir() else [given.model]
+    rows: list[Joined] = []
+    for path in models:
+        spec = given.roles or path.with_name(path.name.split(".")[0] + ".roles.yaml")
+        roles = resolve(feeds.describe(files.load(path).proto), request=given.request, spec=load_spec(spec))
+        rows += joined(path, roles, points, how)
+    for r, n in points:
+        own = [x.ratio for x in rows if (x.requests, x.candidates) == (r, n)]
+        print(f"R = {r}, N = {n}: {statistics.geometric_mean(own):.3f}x over {len(own)} models")
+    if given.json is not None:
+        given.json.write_text(json.dumps([vars(r) for r in rows], indent=2) + "\n")
+    return int(any(r.wrong for r in rows))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -350,7 +447,12 @@ def main() -> int:
     parser.add_argument("--no-original", action="store_true", help="leave the original out, which takes longest")
     parser.add_argument("--triton", action="store_true", help="in Triton too: see scripts/triton_server.py")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--batch", metavar="RxN,…", help="several requests per call instead of a trace")
+    parser.add_argument("--interface", default="batch")
+    parser.add_argument("--rows", default="lengths")
     given = parser.parse_args()
+    if given.batch is not None:
+        return joined_all(given)
     low, high = (int(n) for n in given.candidates.split(".."))
     spec = None if given.roles is None else load_spec(given.roles)
     loaded = files.load(given.model)

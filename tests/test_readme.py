@@ -86,6 +86,17 @@ def test_serving(folder: Path) -> None:
     assert f"# {inputs}" in code and scores == "[(512, 1), (512, 1)]"
 
 
+@pytest.mark.slow
+def test_several_requests(folder: Path) -> None:
+    options = "--roles roles.yaml --interface batch -q"
+    shell(f"onnxrank optimize ranker.onnx ranker.batch.onnx {options}", folder)
+    (code,) = [b for b in blocks("python") if "request_lengths" in b]
+    opened = "import numpy as np, onnxruntime\nsession = onnxruntime.InferenceSession('ranker.batch.onnx')\n"
+    code = f"{opened}{code}\nprint([s.shape for s in scores])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "[(36, 1), (36, 1)]\n", done.stderr
+
+
 def _split(folder: Path, form: str) -> None:
     """Runs the README's commands that divide a model in this format, but for those that need a server."""
     text = (ROOT / "README.md").read_text()

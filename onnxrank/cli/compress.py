@@ -106,6 +106,16 @@ def _list(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) ->
 )
 @click.option("--sequential", is_flag=True, help="Fit layers of low rank to what they see in the compressed model.")
 @click.option("--no-refit", is_flag=True, help="Leave the last layers as they are.")
+@click.option("--finetune", is_flag=True, help="Train layers of low rank against labels and the original's scores.")
+@click.option("--finetune-relu", is_flag=True, help="The same with a ReLU between the two factors of a layer.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(1, 1000),
+    default=3,
+    show_default=True,
+    help="How often --finetune goes over the calibration rows.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of rows in training.")
 @click.option("--allow-contrib", is_flag=True, help="Allow operators of onnxruntime's own.")
 @click.option("--plan", metavar="FILE", help="Do what this plan says instead of searching.")
 @click.option("--plan-out", metavar="FILE", help="Write what was decided.")
@@ -152,6 +162,10 @@ def compress(
     candidates: int,
     sequential: bool,
     no_refit: bool,
+    finetune: bool,
+    finetune_relu: bool,
+    epochs: int,
+    seed: int,
     allow_contrib: bool,
     plan: str | None,
     plan_out: str | None,
@@ -175,7 +189,7 @@ def compress(
     from onnxrank.compress.engine import DEFAULT, Options, failure
     from onnxrank.compress.engine import compress as run
     from onnxrank.compress.gate import Limits
-    from onnxrank.compress.plan import Plan
+    from onnxrank.compress.plan import Plan, Tuning
     from onnxrank.model import check_output
     from onnxrank.writers import dumps
 
@@ -197,6 +211,7 @@ def compress(
             candidates=candidates,
             sequential=sequential,
             refit=not no_refit,
+            finetune=Tuning(epochs, finetune_relu, seed) if finetune or finetune_relu else None,
             allow_contrib=allow_contrib,
             plan=None if plan is None else Plan.read(plan),
             choice=choice_rows,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
 import click
 
 from onnxrank.cli.options import (
+    BATCH_OPTIONS,
     CHECK_OPTIONS,
     OUTPUT_OPTIONS,
-    REWRITE_OPTIONS,
     ROLE_OPTIONS,
+    RULE_OPTIONS,
     begin,
     given_roles,
     report_option,
@@ -18,15 +23,19 @@ from onnxrank.cli.output import show_progress, show_report
 from onnxrank.errors import CheckFailed, NothingApplied
 from onnxrank.formats import OPTIMIZE, Style, check_file, put
 
+if TYPE_CHECKING:
+    from onnxrank.pipeline import Result
+
 
 @click.command(short_help="Compute once per request what does not depend on the candidate.")
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", required=False)
-@with_options(ROLE_OPTIONS, REWRITE_OPTIONS)
+@with_options(ROLE_OPTIONS, BATCH_OPTIONS, RULE_OPTIONS)
 @click.option(
     "--no-guard",
     is_flag=True,
-    help="With --interface same: do not turn scores into NaN where request-level rows differ.",
+    help="With --interface same: do not turn scores into NaN where request-level rows differ; with batch and padded: "
+    "where what tells requests apart does not add up.",
 )
 @report_option(OPTIMIZE)
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
@@ -59,6 +68,9 @@ def optimize(
     roles: str | None,
     infer_roles: str | None,
     interface: str,
+    rows: str,
+    rows_name: str | None,
+    requests: int,
     no_guard: bool,
     candidates: int | tuple[int, int],
     select: list[str] | None,
@@ -88,7 +100,6 @@ def optimize(
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).", ctx)
 
-    from onnxrank import optimize as run
     from onnxrank.model import check_output
 
     taken = [source, *([out] if out is not None else [])]
@@ -99,13 +110,14 @@ def optimize(
     if out is not None and not dry_run:
         check_output(out)
     given = given_roles(ctx, request, roles, infer_roles)
+    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard)
+    if plan is not None and ctx.get_parameter_source("tune") is not click.core.ParameterSource.COMMANDLINE:
+        tune = 0.0  # a plan decides all that timing would
     with show_progress(quiet, verbose) as progress:
         try:
             result = run(
                 source,
                 **given,
-                interface=interface,
-                guard=not no_guard,
                 candidates=candidates,
                 select=select,
                 ignore=ignore or (),
@@ -129,3 +141,19 @@ def optimize(
     show_report(OPTIMIZE, result.report, style, quiet, report)
     if refused:
         raise NothingApplied("No rule applied, and --require-change asks for one. No model was written.")
+
+
+def _entry(
+    ctx: click.Context, interface: str, rows: str, name: str | None, requests: int, guard: bool
+) -> Callable[..., Result]:
+    """What makes a model with this interface."""
+    if interface in ("batch", "padded"):
+        from onnxrank.batching.engine import Options, batch
+
+        return partial(batch, options=Options(interface, rows, name, requests, guard))
+    for option in ("rows", "rows_name", "requests"):
+        if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option.replace('_', '-')} is for --interface batch and padded.", ctx)
+    from onnxrank import optimize
+
+    return partial(optimize, interface=interface, guard=guard)

@@ -122,6 +122,37 @@ INTERFACE_OPTION = click.option(
     show_default=True,
     help="request: request-level inputs take one row. same: the signature does not change.",
 )
+BATCH_OPTIONS = (
+    click.option(
+        "--interface",
+        type=click.Choice(["request", "same", "batch", "padded"]),
+        default="request",
+        show_default=True,
+        help="request: request-level inputs take one row. same: the signature does not change. batch: several requests "
+        "per call, the candidates of one behind those of another. padded: likewise, [R, M, ...].",
+    ),
+    click.option(
+        "--rows",
+        type=click.Choice(["lengths", "offsets", "index", "triton"]),
+        default="lengths",
+        show_default=True,
+        help="With --interface batch: what tells which candidates are whose. lengths [R], offsets [R + 1], index [sum "
+        "of N], or the item shapes that Triton gives [R, rank], candidate-level inputs flat.",
+    ),
+    click.option(
+        "--rows-name",
+        metavar="NAME",
+        help="What that input is called.  [default: request_lengths, request_offsets, request_index, request_shapes]",
+    ),
+    click.option(
+        "--requests",
+        type=click.IntRange(1, 4096),
+        default=8,
+        show_default=True,
+        metavar="R",
+        help="With --interface batch or padded: expected number of requests per call, for the report.",
+    ),
+)
 RULE_OPTIONS = (
     click.option(
         "--candidates",

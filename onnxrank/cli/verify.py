@@ -13,6 +13,7 @@ from onnxrank.cli.options import (
     begin,
     parse_counts,
     parse_limits,
+    parse_numbers,
     parse_providers,
     report_option,
     with_options,
@@ -59,6 +60,14 @@ from onnxrank.formats import VERIFY, Style
 )
 @click.option(
     "--seeds", type=click.IntRange(1, 1000), metavar="N", help="Different users for each.  [default: 3; quick: 2]"
+)
+@click.option(
+    "--requests",
+    callback=parse_numbers,
+    default="1,2,5,32",
+    show_default=True,
+    metavar="R,R,…",
+    help="Numbers of requests per call, for a model that takes several.",
 )
 @click.option(
     "--rtol",
@@ -123,6 +132,7 @@ def verify(
     labels: str | None,
     candidates: tuple[int, ...] | None,
     seeds: int | None,
+    requests: list[int],
     rtol: dict[str | None, float],
     atol: dict[str | None, float],
     top_k: int,
@@ -165,6 +175,7 @@ def verify(
         labels=labels,
         candidates=candidates,
         seeds=seeds,
+        requests=requests,
         rtol=rtol,
         atol=atol,
         top_k=top_k,

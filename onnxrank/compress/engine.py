@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -19,22 +20,24 @@ from onnxrank import model as files
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
 from onnxrank.compress.methods import METHODS, MIXING
-from onnxrank.compress.network import Network, Product, Site
-from onnxrank.compress.packing import pack
-from onnxrank.compress.plan import Plan, Step
+from onnxrank.compress.plan import Plan, Step, Tuning
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
 from onnxrank.compress.runner import ORIGINAL, Runner
 from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
 from onnxrank.compress.statistics import Moments, Statistics
 from onnxrank.contract import find_roles, stored_contract
-from onnxrank.errors import ModelError, UsageError
+from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
+from onnxrank.network import Network, Product, Site
+from onnxrank.packing import pack
 from onnxrank.roles import Roles
 
 PACK = "pack"
 DEFAULT = ("fp16-tables", "low-rank", "int8-tables", "int8", "fp16", "pca-tables", PACK)
 """Methods that are tried if none are named."""
 NAMES = (*METHODS, PACK)
+TUNED = 1024
+"""Rows of a step of training."""
 _SUMS = "sums"
 _TRIES = 3
 _MOST_BYTES = 1 << 31
@@ -57,6 +60,7 @@ class Options:
         candidates: Number of candidates that times and multiply-adds are for.
         sequential: Whether layers of low rank are fitted to what they see in the compressed model.
         refit: Whether last layers are fitted again.
+        finetune: How layers of low rank are trained behind the search, which needs torch; None if not.
         allow_contrib: Whether operators of onnxruntime's own may be written.
         plan: Decisions to follow instead of searching.
         choice: Most calibration rows that models are tried on.
@@ -82,6 +86,7 @@ class Options:
     candidates: int = 512
     sequential: bool = False
     refit: bool = True
+    finetune: Tuning | None = None
     allow_contrib: bool = False
     plan: Plan | None = None
     choice: int = 32768
@@ -105,6 +110,11 @@ class Options:
         contrib = [m for m in self.methods if m in METHODS and METHODS[m].contrib]
         if contrib and not self.allow_contrib:
             raise UsageError(f"{contrib[0]} writes operators of onnxruntime's own; allow that with --allow-contrib.")
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """How layers of low rank are trained: as the plan says, where there is one."""
+        return self.finetune if self.plan is None else self.plan.finetune
 
     def say(self, step: str) -> None:
         """Tells what is being done."""
@@ -175,9 +185,11 @@ def compress(
     Raises:
         UsageError: Options, roles or data are wrong, or a request is for calibration and for the gate.
         ModelError: The model is invalid or does not run.
-        EnvironmentProblem: onnxruntime is missing, or memory ran out.
+        EnvironmentProblem: onnxruntime is missing, torch is missing and asked for, or memory ran out.
     """
     o = options or Options()
+    if o.tuning is not None and find_spec("torch") is None:
+        raise EnvironmentProblem("--finetune needs torch: install 'onnxrank[train]'.")
     o.say("reading")
     workers.warm(1)
     loaded = files.load(model)
@@ -214,7 +226,7 @@ class _Job:
         base = self.original
         if PACK in o.methods or (o.plan is not None and o.plan.pack):
             base = self.original.copy()
-            report.packed = pack(base)
+            report.packed = [str(p) for p in pack(base)]
         with Runner(o.jobs, o.timeout, o.memory) as runner:
             runner.load(ORIGINAL, self.original.finished())
             runner.open(ORIGINAL, ORIGINAL)
@@ -386,7 +398,24 @@ class _Job:
                 search.note(better, Step("all layers of low rank", (("sequential", 0),)))
                 search.history.append(better)
                 made = better
+        if self.options.finetune is not None:
+            better = self._finetuned(search, made, self.options.finetune)
+            if better is not made:
+                search.note(better, Step("all layers of low rank", (("finetune", 0),)))
+                search.history.append(better)
+                made = better
         return made
+
+    def _finetuned(self, search: Search, made: Made, how: Tuning) -> Made:
+        """Trains the layers of low rank, and says where that was no help."""
+        if not any(s.chain[0][0] == "low-rank" for s in made.plan.by_site.values()):
+            self.report.notes.append("no layer has a low rank, so nothing was trained")
+            return made
+        steps = how.epochs * -(-self.report.rows[CALIBRATION] // TUNED)
+        better = search.finetuned(made, how, self.data.shuffled(how.epochs, TUNED, how.seed), steps)
+        if better is made:
+            self.report.notes.append("training did not make the model better, so it was left as it was fitted")
+        return better
 
     def _follow(self, search: Search) -> Made:
         """Does what a plan says."""
@@ -399,9 +428,11 @@ class _Job:
             raise UsageError(f"The plan names the method {unknown[0]!r}, which there is not.")
         search.refit = plan.refit
         first = search.begin()
-        made = search.made(replace(plan, sequential=False, refit=False))
+        made = search.made(replace(plan, sequential=False, refit=False, finetune=None))
         if plan.sequential:
             made = search.sequential(made)
+        if plan.finetune is not None:
+            made = self._finetuned(search, made, plan.finetune)
         search.history = [first, made]
         search.note(made, Step(f"{len(plan.by_site)} sites", (("plan", 0),)))
         return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,11 @@ from onnxrank import runtime
 from onnxrank.compress.statistics import Moments, counted
 from onnxrank.turns import interleave
 
+if TYPE_CHECKING:
+    from onnxrank.compress.finetune import Tuner
+
 Feed = Mapping[str, NDArray[Any]]
+_TUNED = "tuned"
 
 
 class Inside:
@@ -29,6 +33,7 @@ class Inside:
         self._sessions: dict[str, Any] = {}
         self._kept: dict[str, list[Feed]] = {}
         self._sums: dict[str, Any] = {}
+        self._tuner: Tuner | None = None
 
     def keep(self, name: str, feeds: Sequence[Feed]) -> None:
         """Keeps further requests under a name."""
@@ -149,6 +154,57 @@ class Inside:
             "both": both,
         }
 
+    def prepare(
+        self, key: str, sites: Sequence[Mapping[str, Any]], outputs: Sequence[str], **how: Any
+    ) -> dict[str, Any]:
+        """Makes ready to train the factors of a model.
+
+        Args:
+            key: The model.
+            sites: Its layers of low rank, as `finetune.Factors` has them.
+            outputs: Names of the scores.
+            how: Further arguments of `finetune.Tuner`.
+
+        Returns:
+            Names of the layers that are trained, and by which operator others are not.
+        """
+        from onnxrank.compress.finetune import Factors, Tuner
+
+        self._tuner = Tuner(self._models[key][0], [Factors(**s) for s in sites], outputs, **how)
+        cone = self._tuner.cone
+        given = {i.name for i in self._models[key][0].graph.input}
+        self.open(_TUNED, key, [n for n in cone.fed if n not in given], optimise=False)
+        self._tuned = False
+        return {"sites": [s.name for s in cone.sites], "refused": cone.refused}
+
+    def tune(self, original: str, feeds: Sequence[Feed], labels: Mapping[str, NDArray[np.float64]]) -> float:
+        """Trains a step on some requests; returns the loss.
+
+        Args:
+            original: Session of the original.
+            feeds: The requests.
+            labels: Labels of all their rows, by output.
+        """
+        tuner = self._tuner
+        assert tuner is not None
+        cone, several, right = tuner.cone, [], []
+        for feed in feeds:
+            made = self._run(_TUNED, feed, [*(n for n in cone.fed if n not in feed), *cone.outputs])
+            several.append({n: feed[n] if n in feed else made[n] for n in cone.fed})
+            right.append(made)
+        if not self._tuned:
+            tuner.check(several[0], right[0])
+            self._tuned = True
+        scores = self.scores(original, cone.outputs, feeds=feeds)
+        return tuner.step(several, {n: v[:, 0].astype(np.float64) for n, v in scores.items()}, labels)
+
+    def tuned(self) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """What was trained, by layer; forgets how."""
+        assert self._tuner is not None
+        found, self._tuner = self._tuner.found(), None
+        self.forget(_TUNED)
+        return found
+
     def _run(self, session: str, feed: Feed, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Some tensors of a session; onnxruntime itself gives all outputs where none are named."""
         return runtime.run(self._sessions[session], feed, names) if names else {}
@@ -183,7 +239,7 @@ DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
         Inside.keep, Inside.forget, Inside.open, Inside.scores, Inside.add, Inside.collected, Inside.depths,
-        Inside.crossed, Inside.race,
+        Inside.crossed, Inside.race, Inside.prepare, Inside.tune, Inside.tuned,
     )
 }  # fmt: skip
 """What may be asked for."""

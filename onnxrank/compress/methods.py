@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.compress.network import Network, Product, Site, Table
-from onnxrank.compress.statistics import Moments, Statistics
+from onnxrank.compress.statistics import Fitted, Moments, Statistics
+from onnxrank.network import Network, Product, Site, Table
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
@@ -102,43 +102,53 @@ def _low_rank_offers(net: Network, site: Product, stats: Statistics) -> Sequence
 
 def _low_rank(net: Network, site: Product, rank: int, stats: Statistics) -> list[Site]:
     """`y' = ((x - 0) W U) U^T + (I - U U^T) mean(y)`, U the leading eigenvectors of Cov(y)."""
+    return factor(net, site, fitted(net, site, rank, stats), "low-rank")
+
+
+def fitted(net: Network, site: Product, rank: int, stats: Statistics) -> Fitted:
+    """A layer of low rank: as it was fitted to what the compressed model sees, else by the moments of what it gives.
+
+    Raises:
+        Refused: There is no such rank, or no calibration row.
+    """
     if not 1 <= rank <= min(site.shape):
         raise Refused(f"a layer of {site.shape[0]} x {site.shape[1]} has no rank {rank}")
     found = stats.maps.get(site.name)
-    weight = net.matrix(site).astype(np.float64)
+    if found is not None and found.rank == rank:
+        return found
     moments = _moments(site, stats)
-    if found is not None and found.rank == rank:  # fitted to what the compressed model sees
-        first, second, shift = found.first, found.second, found.shift
-    else:
-        basis = subspace(moments)[1][:, :rank]
-        first, second = weight @ basis, basis.T
-        shift = moments.mean - basis @ (basis.T @ moments.mean)
-    return factor(net, site, first, second, shift, "low-rank")
+    basis = subspace(moments)[1][:, :rank]
+    shift = moments.mean - basis @ (basis.T @ moments.mean)
+    return Fitted(rank, net.matrix(site).astype(np.float64) @ basis, basis.T, shift)
 
 
-def factor(net: Network, site: Product, first: Floats, second: Floats, shift: Floats, method: str) -> list[Site]:
-    """Puts `(x A) B + shift`, and the bias as far as it goes through, in the place of `x W`.
+def factor(net: Network, site: Product, how: Fitted, method: str) -> list[Site]:
+    """Puts `(x A) B + shift`, with a ReLU between the two if asked for, in the place of `x W`; the bias stays.
 
     Args:
         net: The model.
         site: The layer.
-        first: `[inputs, rank]`.
-        second: `[rank, outputs]`.
-        shift: What is added to the product without its bias, `[outputs]`.
+        how: The factors, and what is added.
         method: What the nodes say made them.
     """
+    first, second, shift = how.first, how.second, how.shift
     data = net.array(site.weight)
     assert data is not None
     kind = data.dtype
     names = [net.constant(part.astype(kind), f"{site.weight}.{k}") for k, part in enumerate((first, second))]
     made_first, made_second = [], []
     for node in site.nodes:
-        inner = net.fresh(f"{node.output[0]}.low")
-        one = net.node(method, "MatMul", [node.input[0], names[0]], [inner])
+        low = inner = net.fresh(f"{node.output[0]}.low")
+        one = net.node(method, "MatMul", [node.input[0], names[0]], [low])
+        before = [one]
+        if how.lift is not None:
+            lifted, inner = (net.fresh(f"{node.output[0]}.{part}") for part in ("lifted", "bent"))
+            lift = net.constant(how.lift.astype(kind), f"{node.output[0]}.lift")
+            before += [net.node(method, "Add", [low, lift], [lifted]), net.node(method, "Relu", [lifted], [inner])]
         if node.op_type == "Gemm":
             given = node.input[2] if len(node.input) > 2 else ""
             bias = net.array(given) if given else np.zeros(site.shape[1], kind)
-            made = [one]
+            made = before
             if bias is not None:
                 total = (bias.astype(np.float64).reshape(-1) + shift).astype(kind)
                 vector = net.constant(np.broadcast_to(total, (site.shape[1],)), f"{node.output[0]}.bias")
@@ -151,7 +161,7 @@ def factor(net: Network, site: Product, first: Floats, second: Floats, shift: Fl
         else:
             held = net.bias(node, site.shape[1])
             two = net.node(method, "MatMul", [inner, names[1]], [node.output[0]])
-            net.replace(node, [one, two])
+            net.replace(node, [*before, two])
             if held is not None:
                 old = net.array(held.node.input[held.place])
                 assert old is not None
@@ -159,18 +169,12 @@ def factor(net: Network, site: Product, first: Floats, second: Floats, shift: Fl
             elif np.abs(shift).max() > 0:
                 net.add_bias(two, shift.astype(kind), method)
         made_first.append(one)
-        made_second.append(net.maker[two.output[0]] if two.op_type == "Gemm" else _product_behind(net, two))
+        made_second.append(two)
     rank = first.shape[1]
     return [
         Product(f"{site.name}.0", names[0], (site.shape[0], rank), tuple(made_first), False),
         Product(f"{site.name}.1", names[1], (rank, site.shape[1]), tuple(made_second), False),
     ]
-
-
-def _product_behind(net: Network, node: Any) -> Any:
-    """The product that stands for one to which a bias was added."""
-    found = net.maker[node.output[0]]
-    return net.maker[found.input[0]] if found.op_type == "Add" and found.input[0] in net.maker else found
 
 
 def _low_rank_error(net: Network, site: Product, rank: int, stats: Statistics) -> float:

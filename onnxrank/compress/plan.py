@@ -33,6 +33,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How layers of low rank are trained.
+
+    Attributes:
+        epochs: How often over the calibration rows.
+        relu: Whether with a ReLU between the factors.
+        seed: Of the order of rows.
+    """
+
+    epochs: int = 3
+    relu: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that was decided.
 
@@ -42,6 +57,7 @@ class Plan:
         pack: Whether what does nothing is packed away first.
         sequential: Whether layers of low rank are fitted to what the compressed model sees.
         refit: Whether the last layers are fitted again.
+        finetune: How layers of low rank are trained; None if not.
     """
 
     model_sha256: str
@@ -49,6 +65,7 @@ class Plan:
     pack: bool = False
     sequential: bool = False
     refit: bool = False
+    finetune: Tuning | None = None
 
     @property
     def by_site(self) -> dict[str, Step]:
@@ -64,6 +81,7 @@ class Plan:
             "pack": self.pack,
             "sequential": self.sequential,
             "refit": self.refit,
+            "finetune": None if self.finetune is None else vars(self.finetune),
             "steps": [
                 {"site": s.site, "methods": [{"method": name, "parameter": k} for name, k in s.chain]}
                 for s in self.steps
@@ -85,7 +103,9 @@ class Plan:
                 for s in data["steps"]
             )
             flags = {k: bool(data[k]) for k in ("pack", "sequential", "refit")}
-            return cls(str(data["model_sha256"]), steps, **flags)
+            how = data.get("finetune")
+            tuning = None if how is None else Tuning(int(how["epochs"]), bool(how["relu"]), int(how["seed"]))
+            return cls(str(data["model_sha256"]), steps, **flags, finetune=tuning)
         except (KeyError, TypeError, ValueError) as e:
             raise UsageError(f"{where} is no plan of onnxrank compress: {type(e).__name__} at {e}.") from e
 

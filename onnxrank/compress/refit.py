@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.compress.network import Bias, Network, Product
+from onnxrank.network import Bias, Network, Product
 
 Floats = NDArray[np.float64]
 _THROUGH = {"Sigmoid", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}

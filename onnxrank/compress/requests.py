@@ -29,6 +29,8 @@ from onnxrank.verify.pairing import Binding, bind
 ROWS = 4096
 """Rows of a batch."""
 _BYTES = 16 << 20
+_SHUFFLED = 64
+"""Batches among which the next one is drawn."""
 CALIBRATION, GATE = "calibration", "gate"
 
 
@@ -157,11 +159,12 @@ class Requests:
         _, mark, identity = name.rpartition(f", {self.request_id} ")
         return identity if mark else name
 
-    def batches(self, only: str | None = None) -> Iterator[Batch]:
+    def batches(self, only: str | None = None, most: int = ROWS) -> Iterator[Batch]:
         """All requests in batches, each of one part.
 
         Args:
             only: The part that is wanted; None for both.
+            most: Rows from which on a batch is full.
 
         Raises:
             UsageError: The data cannot be used, or a request is in both parts.
@@ -182,7 +185,7 @@ class Requests:
                 held[part].append((r.name, feed, labels, n))
                 size[part] += sum(v.nbytes for v in feed.values())
                 count[part] += n
-                if count[part] >= ROWS or size[part] >= _BYTES:
+                if count[part] >= most or size[part] >= _BYTES:
                     yield self._batch(part, held[part], number[part])
                     number[part] += len(held[part])
                     held[part], size[part], count[part] = [], 0, 0
@@ -233,6 +236,18 @@ class Requests:
         else:
             made = [self.binding(f) for _, f, _, _ in several]
         return Batch(part, made, request, labels, [name for name, *_ in several])
+
+    def shuffled(self, epochs: int, rows: int, seed: int) -> Iterator[Batch]:
+        """Small batches of calibration rows, several times over, in an order that is drawn within bounded memory."""
+        rng = np.random.default_rng(seed)
+        for _ in range(epochs):
+            held: list[Batch] = []
+            for batch in self.batches(CALIBRATION, rows):
+                held.append(batch)
+                if len(held) > _SHUFFLED:
+                    yield held.pop(rng.integers(len(held)))
+            while held:
+                yield held.pop(rng.integers(len(held)))
 
     def sample(self, candidates: int) -> Feed:
         """The first request with as many candidates as asked for, its own again and again.

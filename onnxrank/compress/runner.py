@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -150,6 +150,32 @@ class Runner:
             "compress", self._timeout * 4, what="crossed", seen=seen, wanted=wanted, kept=KEPT, x=list(x), y=list(y)
         )
         return Moments(**found["seen"]), Moments(**found["wanted"]), found["both"]
+
+    # --- training --------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, model: ModelProto, sites: Sequence[Mapping[str, Any]], outputs: Sequence[str], **how: Any
+    ) -> tuple[list[str], dict[str, str]]:
+        """Makes the first process ready to train a model; see `Inside.prepare`."""
+        workers.place(self._crew[0], "tuned", model, None, self._timeout)
+        found = self._crew[0].call(
+            "compress", self._timeout, what="prepare", key="tuned", sites=list(sites), outputs=list(outputs), **how
+        )
+        return found["sites"], found["refused"]
+
+    def tune(self, batch: Batch, labels: Mapping[str, NDArray[np.float64]]) -> float:
+        """Trains a step; returns the loss."""
+        with told("the model that is trained"):
+            return float(
+                self._crew[0].call(
+                    "compress", self._timeout, what="tune", original=ORIGINAL, feeds=batch.feeds, labels=dict(labels)
+                )
+            )
+
+    def tuned(self) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """What was trained, by layer."""
+        found: dict[str, dict[str, NDArray[np.float64]]] = self._crew[0].call("compress", self._timeout, what="tuned")
+        return found
 
     # --- one model of many -----------------------------------------------------------------------------------
 

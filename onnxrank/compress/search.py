@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +22,16 @@ from onnx import ModelProto
 
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import METHODS, Refused
-from onnxrank.compress.network import Network, Product, Site, Table, parameters
-from onnxrank.compress.plan import Plan, Step
+from onnxrank.compress.methods import METHODS, Refused, fitted
+from onnxrank.compress.plan import Plan, Step, Tuning
 from onnxrank.compress.refit import heads, refit
 from onnxrank.compress.report import Point, Refusal, Speed
+from onnxrank.compress.requests import Batch
 from onnxrank.compress.runner import ORIGINAL, Runner, speed
 from onnxrank.compress.statistics import Fitted, Statistics, reduced_rank
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.feeds import Feed
+from onnxrank.network import Network, Product, Site, Table, parameters
 
 Floats = NDArray[np.float64]
 Chain = tuple[tuple[str, int], ...]
@@ -65,12 +67,20 @@ class Made:
         model: The model.
         outcomes: What the gate would say, were these rows its own; empty where it was not asked.
         error: Root of the mean square by which logits move, relative to their spread.
+        maps: Layers of low rank that were fitted to it, by their names.
     """
 
     plan: Plan
     model: ModelProto
     outcomes: tuple[Outcome, ...]
     error: float
+    maps: Mapping[str, Fitted] = field(default_factory=dict)
+
+    @property
+    def standing(self) -> tuple[float, float]:
+        """What two models are compared by: the least AUC as far as it is sure, and how near logits are."""
+        aucs = [c.low for o in self.outcomes if (c := o.criterion("auc")) is not None]
+        return min(aucs, default=0.0), -self.error
 
 
 @dataclass
@@ -152,8 +162,13 @@ class Search:
 
     # --- making a model ---------------------------------------------------------------------------------------
 
-    def build(self, plan: Plan, stats: Statistics | None = None) -> Network:
+    def build(self, plan: Plan, stats: Statistics | None = None, left: dict[str, list[Site]] | None = None) -> Network:
         """The model that a plan makes, its last layers as they were.
+
+        Args:
+            plan: The plan.
+            stats: Other statistics than those of the calibration rows.
+            left: Gets what each site's last method leaves behind.
 
         Raises:
             UsageError: The plan names what is not there.
@@ -171,6 +186,8 @@ class Search:
                 if any(not isinstance(s, method.takes) for s in sites):
                     raise UsageError(f"The plan has {name} at {step.site!r}, which is not of the kind that it takes.")
                 sites = [t for s in sites for t in method.apply(net, s, parameter, stats or self.stats)]
+            if left is not None:
+                left[step.site] = sites
         return net
 
     def scored(self, model: ModelProto, expose: Sequence[str] = ()) -> dict[str, Floats]:
@@ -192,7 +209,7 @@ class Search:
         """Makes a model and measures it on the kept rows, its last layers fitted again where that helps."""
         net = self.build(plan, stats)
         model = net.finished()
-        if self.refit and plan.steps:
+        if self.refit and plan.steps and plan.finetune is None:
             several = [h for h in heads(net) if h.output in self.kept.outputs]
             scores = self.scored(model, [h.inputs for h in several])
             before = self.off(scores)
@@ -426,7 +443,48 @@ class Search:
                     wanted = wanted.less(vector)
                 maps[name] = reduced_rank(seen, both, wanted, low[name].chain[0][1])
         better = self.made(replace(made.plan, sequential=True, refit=False), replace(self.stats, maps=maps))
-        return better if better.error < made.error and self.passes(better) else made
+        return replace(better, maps=maps) if better.error < made.error and self.passes(better) else made
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def finetuned(self, made: Made, how: Tuning, batches: Iterable[Batch], steps: int) -> Made:
+        """Trains the layers of low rank; what else is done to layers is done behind that.
+
+        Args:
+            made: The model.
+            how: How.
+            batches: Small batches of calibration rows, as often as they are wanted.
+            steps: About how many those are.
+
+        Returns:
+            The better of the two models.
+        """
+        stats = replace(self.stats, maps=made.maps)
+        first = {s.site: replace(s, chain=s.chain[:1]) for s in made.plan.by_site.values() if _trained(s)}
+        tables = [s for s in made.plan.by_site.values() if isinstance(self.all[s.site], Table)]
+        left: dict[str, list[Site]] = {}
+        net = self.build(replace(made.plan, steps=(*tables, *first.values())), stats, left)
+        sites = [_factors(name, left[name]) for name in first]
+        named = {"steps": steps, "relu": how.relu, "seed": how.seed}
+        kept, refused = self.runner.prepare(net.finished(), sites, self.kept.outputs, **named)
+        self.refusals += [Refusal(n, "finetune", f"torch does not run {op} here") for n, op in refused.items()]
+        if not kept:
+            return made
+        for k, batch in enumerate(batches):
+            labels = {} if batch.labels is None else dict(zip(self.kept.outputs, batch.labels.T, strict=False))
+            loss = self.runner.tune(batch, labels)
+            self.say(f"training {len(kept)} layers: step {k + 1} of {steps}, loss {loss:.4f}")
+        maps = dict(made.maps)
+        for name, parts in self.runner.tuned().items():
+            site = self.all[name]
+            assert isinstance(site, Product)
+            before = fitted(self.base, site, first[name].chain[0][1], stats)
+            shift = before.shift + parts["shift"]
+            maps[name] = Fitted(before.rank, parts["first"], parts["second"], shift, parts.get("lift"))
+        better = self.made(replace(made.plan, finetune=how, refit=False), replace(stats, maps=maps))
+        better = replace(better, maps=maps)
+        passes = self.passes(better) or not self.passes(made)
+        return better if passes and better.standing > made.standing else made
 
     def _tensors(self, name: str) -> tuple[list[str], list[str]]:
         site = self.found[name]
@@ -445,6 +503,19 @@ def signed(model: ModelProto, plan: Plan) -> ModelProto:
     record = {"source_sha256": plan.model_sha256, "pack": plan.pack, "done": done}
     out.metadata_props.add(key=_RECORD, value=json.dumps(record, sort_keys=True, separators=(",", ":")))
     return out
+
+
+def _trained(step: Step) -> bool:
+    """Whether a step leaves factors that can be trained."""
+    return step.chain[0][0] == "low-rank"
+
+
+def _factors(name: str, sites: Sequence[Site]) -> dict[str, Any]:
+    """A layer of low rank, as `finetune.Factors` has it."""
+    one, two = sites
+    assert isinstance(one, Product) and isinstance(two, Product)
+    inner = [n.output[0] for n in one.nodes]
+    return {"name": name, "first": one.weight, "second": two.weight, "inner": inner, "outer": list(two.outputs)}
 
 
 def named(net: Network) -> dict[str, Site]:

@@ -75,12 +75,14 @@ class Fitted:
         first: `[inputs, rank]`.
         second: `[rank, outputs]`.
         shift: What is added to the product, `[outputs]`.
+        lift: What is added before a ReLU between the two, `[rank]`; None where there is no ReLU.
     """
 
     rank: int
     first: Floats
     second: Floats
     shift: Floats
+    lift: Floats | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from onnxrank.culprit import culprit
 from onnxrank.errors import CheckFailed, EnvironmentProblem, ModelError, OutOfMemory
 from onnxrank.model import LoadedModel
 from onnxrank.profiling import timing
-from onnxrank.profiling.kernels import TELLING, Event, Node, Tracer
+from onnxrank.profiling.kernels import Event, Node, Tracer, telling
 from onnxrank.profiling.report import Kernel, Kernels, Memory, Share
 from onnxrank.profiling.sessions import Requests, Runner, Target, open_session
 from onnxrank.workers import Crashed, Worker
@@ -246,9 +246,10 @@ class RemoteBench:
         self.place(model, model.working)
         with self._watching([model], "under onnxruntime's profiler"):
             self._call("trace", model=model.key, target=self._target)
-        for k, n in enumerate((*TELLING, *candidates)):
+        first = telling(model.working)
+        for k, n in enumerate((*first, *candidates)):
             with self._watching([model], f"under onnxruntime's profiler at N = {n}"):
-                self._call("traced", self._longest, candidates=n, requests=list(draw(n)), once=k < len(TELLING))
+                self._call("traced", self._longest, candidates=n, requests=list(draw(n)), once=k < len(first))
         with self._watching([model], "under onnxruntime's profiler"):
             got = self._call("kernels", nodes=[[n.name, n.rule, n.once] for n in nodes], candidates=list(candidates))
             return [_kernels(k) for k in got["kernels"]], list(got["events"])

@@ -17,21 +17,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
+from onnxrank.graphs import subgraphs
+from onnxrank.joining import is_crossover
 from onnxrank.plans import label
 from onnxrank.profiling.report import Kernel, Kernels, Share
 from onnxrank.profiling.sessions import Requests, Runner, Target, open_session
 from onnxrank.runtime import PROVIDERS
+from onnxrank.verify import sizes
 
 _NUMBER = re.compile(r"@(\d+)@")
 _COPIES = {"MemcpyFromHost", "MemcpyToHost"}
+_CONTAINERS = {"If", "Loop", "Scan"}
 _SUFFIX = "_kernel_time"
 _LONGEST = 20
 TELLING = (2, 3)
-"""Numbers of candidates that tell levels apart."""
+"""Numbers of candidates that tell levels apart, in a model of one plan."""
 _WARM_RUNS = 2
 _FEWEST_RUNS = 6
 _MOST_RUNS = 200
@@ -66,11 +70,22 @@ def nodes_of(model: ModelProto, once: Mapping[str, bool], moved: bool) -> list[N
         moved: Whether `broadcast` applied: it leaves nodes as they are but for the number of rows they see.
     """
     out = []
-    for node in model.graph.node:
+    for node in _run_nodes(model.graph):
         same = all(once.get(o, False) for o in node.output if o)
         rule = next((p.value for p in node.metadata_props if p.key == RULE), "broadcast" if moved and same else "none")
         out.append(Node(label(node), rule, same))
     return out
+
+
+def telling(model: ModelProto) -> list[int]:
+    """Numbers of candidates that tell levels apart: at two at least each node of the model runs."""
+    return list(dict.fromkeys([*TELLING, *sizes.turns([model])]))
+
+
+def _run_nodes(graph: GraphProto) -> list[NodeProto]:
+    """The nodes of a graph, and behind them those of two plans in it."""
+    inner = [n for node in graph.node if is_crossover(node) for g in subgraphs(node) for n in g.node]
+    return [*graph.node, *inner]
 
 
 class Tracer:
@@ -88,16 +103,18 @@ class Tracer:
     def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None, target: Target) -> None:
         numbered = ModelProto()
         numbered.CopyFrom(model)
-        for k, node in enumerate(numbered.graph.node):
+        for k, node in enumerate(_run_nodes(numbered.graph)):
             node.name = f"@{k}@"
         self._target = Target(target.provider, target.threads)
         self._place = tempfile.TemporaryDirectory(prefix="onnxrank-")
         self._session = open_session(numbered, self._target, folder, trace=os.path.join(self._place.name, "profile"))
         self._order: list[int] = []
+        self._telling = 0
 
     def once(self, candidates: int, requests: Requests) -> None:
-        """Runs the model once, to tell levels apart: before the other runs, at the numbers of `TELLING`."""
+        """Runs the model once, to tell levels apart: before the other runs, at the numbers of `telling`."""
         Runner(self._session, requests, self._target)(0)
+        self._telling += 1
         self._order.append(candidates)
 
     def runs(self, candidates: int, requests: Requests) -> None:
@@ -129,7 +146,7 @@ class Tracer:
         out: list[Kernels] = []
         traced: list[Event] = []
         for n in candidates:
-            own = [r for at, r in runs[len(TELLING) :] if at == n][_WARM_RUNS:]
+            own = [r for at, r in runs[self._telling :] if at == n][_WARM_RUNS:]
             faster = sorted(own, key=lambda r: r.kernels_us)[: max(1, len(own) // 2)]
             out.append(_summed(n, faster, levels, nodes))
             end = max((e["ts"] + e["dur"] for e in traced), default=-_GAP)
@@ -169,7 +186,18 @@ def _by_run(events: Sequence[Event], order: Sequence[int]) -> list[tuple[int, _R
             run.device.append(e)
         elif e["name"].endswith(_SUFFIX):
             run.kernels.append(e)
+    for _, run in runs:
+        _count_once(run.kernels)
     return runs
+
+
+def _count_once(kernels: Sequence[Event]) -> None:
+    """Takes the time of the kernels in a graph inside a node off that of the node, the inmost first."""
+    outer = [e for e in kernels if e["args"].get("op_name") in _CONTAINERS]
+    for e in sorted(outer, key=lambda e: float(e["dur"])):
+        end = e["ts"] + e["dur"]
+        e["dur"] -= sum(k["dur"] for k in kernels if k is not e and e["ts"] <= k["ts"] and k["ts"] + k["dur"] <= end)
+        e["dur"] = max(e["dur"], 0)
 
 
 def _name(event: Event) -> str:

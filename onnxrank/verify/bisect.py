@@ -17,7 +17,7 @@ from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
 from onnxrank.fused import Unsupported
 from onnxrank.model import flattened
-from onnxrank.plans import Choice, Plan, Site, label
+from onnxrank.plans import LEAVE, PACK, Choice, Plan, Site, label
 from onnxrank.retreat import GaveUp, Search, order
 from onnxrank.rewrite import Rule, SiteFailed
 from onnxrank.study import Study
@@ -98,7 +98,7 @@ class _Trial:
         self.engine, self.fails = engine, fails
         self.stored = stored
         self.rules = rules
-        self._study: Study | None = None
+        self._studies: dict[tuple[Site, ...], Study] = {}
 
     def right(self, made: ModelProto) -> bool:
         """Whether a model gives the original's scores where the one under test does not."""
@@ -115,23 +115,34 @@ class _Trial:
         """
         from onnxrank.transform import Transformation
 
-        if self._study is None:
-            self._study = self._studied()
+        preparation = self._preparation(choice)
+        if preparation not in self._studies:
+            self._studies[preparation] = self._studied(preparation)
         low, high = self._span()
         interface = str(self.stored.get("interface", "request"))
-        made = Transformation(self._study, self.rules, interface, False, round((low * high) ** 0.5), choice)
+        study = self._studies[preparation]
+        made = Transformation(study, self.rules, interface, False, round((low * high) ** 0.5), choice)
         try:
-            return made.run(), made.decisions()
+            packed = [s for s in preparation if s.place.rule == PACK]
+            return made.run(), [*packed, *made.decisions()]
         except (SiteFailed, Unrepresentable) as e:
             raise ModelError(f"the rules cannot be applied: {e}") from e
 
-    def _studied(self) -> Study:
-        """The original, prepared as the contract's plan says."""
+    def _preparation(self, choice: Choice) -> tuple[Site, ...]:
+        """What comes before all rules by the contract's plan, packed where a choice allows it."""
+        try:
+            found = Plan.from_contract(self.stored).preparation
+        except UsageError:  # of another version, or edited
+            return ()
+        return tuple(s for s in found if s.place.rule != PACK or choice.at(s.place) != LEAVE)
+
+    def _studied(self, preparation: Sequence[Site]) -> Study:
+        """The original, prepared."""
         loaded = self.engine.original.loaded
         study = Study(flattened(loaded.proto), self.engine.roles, loaded)
         try:
-            return study.prepared(Plan.from_contract(self.stored).preparation)
-        except (UsageError, Unsupported):  # of another version, or edited
+            return study.prepared(preparation)
+        except (UsageError, Unsupported):
             return study
 
     def _span(self) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import baked, halves, runtime, workers
+from onnxrank import baked, batches, halves, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
@@ -33,6 +33,7 @@ from onnxrank.verify.points import MOST_ODD, Point, generate, weight
 from onnxrank.verify.reach import MOST_BYTES, Reach, lacks_memory
 from onnxrank.verify.relations import relate
 from onnxrank.verify.report import Case, Report, Severity
+from onnxrank.verify.requests import several
 from onnxrank.verify.side import MODEL, Side, open_both, run_both, run_once
 from onnxrank.verify.sizes import Span
 from onnxrank.verify.words import count, sentence, worst
@@ -73,7 +74,7 @@ def verify(
     workers.warm(2)
     chosen = options or Options()
     first = files.load(original)
-    second = halves.load(optimized) if halves.is_split(optimized) else files.load(optimized)
+    second = halves.load(optimized) if halves.is_split(optimized) else batches.single(files.load(optimized))
     with Engine(first, second, chosen, progress) as engine:
         return engine.run()
 
@@ -184,6 +185,9 @@ class Engine:
         self._measure()
         self.say("permuting, dropping and changing candidates")
         relate(self)
+        if self.optimized.loaded.batch is not None:
+            self.say("scoring several requests per call")
+            several(self)
         self.say("comparing at further numbers of candidates and lengths")
         Reach(self).run()
         self._judge()
@@ -405,14 +409,15 @@ class Engine:
             side.ahead(_TRUTH, precision="double")
             for provider in self.options.providers:
                 for level in LEVELS:
-                    side.ahead(f"{provider}/{level}", **self._session(provider, level))
+                    side.ahead(f"{provider}/{level}", **self.session(provider, level))
 
-    def _session(self, provider: str, level: str) -> dict[str, Any]:
+    def session(self, provider: str, level: str) -> dict[str, Any]:
+        """How a session is made."""
         return {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
 
     def _open(self, provider: str, level: str) -> bool:
         """Makes a session of each model; whether the second model loads."""
-        how = self._session(provider, level)
+        how = self.session(provider, level)
         where = f"({provider}, optimisations {level})"
         first, second = open_both(self.sides, f"{provider}/{level}", **how)
         if isinstance(first, Crashed):

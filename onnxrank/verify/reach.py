@@ -114,7 +114,10 @@ class Reach:
         many = [] if options.candidates is not None else sizes.many_of(engine.span, options.level, options.counts)
         given = [s for s in engine.spans if sizes.name_of(s) in options.lengths]
         served = sizes.many_of(engine.span, "standard", (1, 2)) if many else []
-        return sizes.plan(engine.spans, given, [s.proto for s in engine.sides], many, served)
+        models = [s.proto for s in engine.sides]
+        if options.candidates is None:
+            many = [*(n for n in sizes.turns(models) if n not in options.counts), *many]
+        return sizes.plan(engine.spans, given, models, many, served)
 
     def _points(self, wanted: Iterable[Size]) -> Iterator[Point]:
         """The requests that fit into memory; more than one of a size where bools may be a mask."""

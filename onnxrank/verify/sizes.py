@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from onnxrank import joining
 from onnxrank.errors import UsageError
 from onnxrank.facts import settings
 from onnxrank.graphs import subgraphs
@@ -304,6 +305,19 @@ def many_of(span: Span | None, level: str, counts: Sequence[int]) -> list[int]:
     if level == "full":
         found.append(MOST[level])
     return [n for n in dict.fromkeys(found) if n not in counts]
+
+
+def turns(models: Iterable[ModelProto]) -> list[int]:
+    """Numbers of candidates around those at which a file of two plans goes over from one to the other."""
+    found = []
+    for model in models:
+        shapes = {o: node for node in model.graph.node for o in node.output}
+        stored = {t.name: t for t in model.graph.initializer}
+        for node in filter(joining.is_crossover, model.graph.node):
+            less = shapes.get(node.input[0])
+            for i in less.input if less is not None else ():
+                found += [n + d for n in (_numbers(stored[i]) if i in stored else ()) for d in (-1, 0, 1)]
+    return found
 
 
 def listing(sizes: Iterable[Size]) -> list[str]:

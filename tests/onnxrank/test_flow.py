@@ -171,9 +171,12 @@ def levels_of(lines: str, weights: str = "", opset: int = 17, out: str = "float"
         (f"{KEYS}; t = Transpose<perm = [0, 2, 1]>(k); y = MatMul(k, t)", "", [[[R] * 4 + [X]] * 4 + [[X] * 5]]),
         (f'{KEYS}; y = Einsum<equation = "nld,nmd->nlm">(k, k)', "", [[[R] * 4 + [X]] * 4 + [[X] * 5]]),
         (f'{KEYS}; y = Einsum<equation = "nld,de->nel">(k, W)', "float[3,2] W", [[[R] * 4 + [X]] * 2]),
+        (f'{KEYS}; y = Einsum<equation = "...ld,lde->...le">(k, W)', "float[5,3,2] W", [[[R] * 2] * 4 + [[X] * 2]]),
+        (f'{KEYS}; y = Einsum<equation = "nld,de">(k, W)', "float[3,2] W", [[[R]] * 4 + [[X]]] * 2),
         (f"{KEYS}; y = com.microsoft.FusedMatMul<transB = 1>(k, k)", "", [[[R] * 4 + [X]] * 4 + [[X] * 5]]),
         (f"{KEYS}; y = com.microsoft.FusedMatMul<transA = 1>(k, k)", "", [[[X] * 3] * 3]),
         (f"{KEYS}; y = Conv(k, W)", "float[2,5,1] W", [[[X] * 3] * 2]),
+        (f"{KEYS}; y = Conv<group = 5>(k, W)", "float[10,1,1] W", [[[R] * 3] * 8 + [[X] * 3] * 2]),
         ("t = Concat<axis = 2>(seq, seq); y = Conv(t, W)", "float[2,4,3] W", [[[R] * 4] * 2]),
         (f"{KEYS}; t = Transpose<perm = [0, 2, 1]>(k); y = Conv(t, W)", "float[2,3,1] W", [[[R] * 4 + [X]] * 2]),
         # look-ups

@@ -145,6 +145,18 @@ def test_command(tmp_path: Path) -> None:
     assert cli.main(["optimize", str(model), "--dry-run", "--request", "user_*", "--plan-out", str(model)]) == 2
 
 
+@pytest.mark.parametrize("seconds", [None, "3"])
+def test_nothing_is_timed_by_default_with_a_plan(
+    seconds: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the command times what it makes unless told otherwise; to ask for it is a contradiction."""
+    model, plan, out = FOLDER / "mmoe.torchscript.onnx", tmp_path / "plan.json", tmp_path / "out.onnx"
+    assert cli.main(["optimize", str(model), "--dry-run", "--request", "user_*", "--plan-out", str(plan), "-q"]) == 0
+    monkeypatch.delenv("ONNXRANK_TUNE") if seconds is None else monkeypatch.setenv("ONNXRANK_TUNE", seconds)
+    assert cli.main(["optimize", str(model), str(out), "--plan", str(plan), "-q"]) == 0 and out.exists()
+    assert cli.main(["optimize", str(model), str(out), "--plan", str(plan), "-q", "--tune", "3"]) == 2
+
+
 def test_left_alone_is_replayed(tmp_path: Path) -> None:
     """A plan for nothing gives the original."""
     result = optimised("mmoe", ignore=["fc", "broadcast", "select", "pool", "norm", "dot", "fold"])

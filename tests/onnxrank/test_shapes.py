@@ -100,6 +100,8 @@ def _sizes(found: facts.Facts, name: str = "y") -> list[str]:
         ("s = Shape(x) y = ConstantOfShape(s)", ["N", "S:L", "4"]),
         ("m = Transpose<perm=[0,2,1]>(x) y = MatMul(x, m)", ["N", "S:L", "S:L"]),
         ("y = Einsum<equation=\"blk,bjk->bjl\">(x, x)", ["N", "S:L", "S:L"]),
+        ("y = Einsum<equation=\"...lk,...mk->...lm\">(x, x)", ["N", "S:L", "S:L"]),
+        ("y = Einsum<equation=\"abk,cbk\">(x, x)", ["N", "N"]),
         ("a = Constant<value_ints=[1]>() y = ReduceSum<keepdims=0>(x, a)", ["N", "4"]),
         ("r = Constant<value_ints=[1, 2, 1]>() y = Tile(x, r)", ["N", "2*S:L", "4"]),
         ("k = Constant<value_ints=[2]>() y, i = TopK<axis=2>(x, k)", ["N", "S:L", "2"]),

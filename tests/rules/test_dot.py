@@ -259,7 +259,7 @@ def test_inner_axis_of_both_levels() -> None:
 
 
 def test_stack_of_both_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the level follows a stacked axis, rows have none; taken apart like a sequence, stacks have one each."""
+    """Where the level follows a stacked axis there is a product for each level, whether or not taken apart before."""
     given = [request("u", 1, 3, 2), candidate("c", 2, 3, 2)]
     g = Graph()
     x = g.op("Concat", *(i.declare(g) for i in given), axis=1)
@@ -269,8 +269,42 @@ def test_stack_of_both_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.report.after["request"].macs == 3 * 3 * 2 + 9 * 2
     monkeypatch.setattr(pipeline, "_MUCH", float("inf"))
     result = optimised(g, given)
-    assert "dot MatMul: the matrices of a stack differ in their levels" in refusals(result)
-    assert "dot" not in rules(result)
+    assert rules(result)["dot"] == 1
+    assert result.report.after["request"].macs == 3 * 3 * 2 + 9 * 2
+
+
+@pytest.mark.parametrize("order", ["", "02413", "40312"])
+@pytest.mark.parametrize("outer", ["Relu", "Softmax", "MatMul"])
+def test_stack_with_weights_of_the_request(order: str, outer: str) -> None:
+    """Tokens of both levels, each times a matrix that the request makes for it: those of the request's once."""
+    given = [request("u", 3, 1, 4), candidate("c", 2, 1, 4), request("w", 5, 4, 2)]
+    g = Graph()
+    u, c, w = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1)
+    if order:
+        x = g.op("Gather", x, g.ints(*map(int, order)), axis=1)
+    y = g.op("MatMul", x, w)
+    y = g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(10, 3))) if outer == "MatMul" else g.op(outer, y)
+    g.output(y, ["N", 3] if outer == "MatMul" else ["N", 5, 1, 2])
+    result = optimised(g, given, tolerance=1e-6 if outer == "Softmax" else 0)
+    assert {"attention", "dot"} & set(rules(result))
+    assert result.report.after["request"].macs == 3 * 4 * 2 + (3 * 2 * 3 if outer == "MatMul" else 0)
+    assert result.report.after["candidate"].macs == N * (2 * 4 * 2 + (2 * 2 * 3 if outer == "MatMul" else 0))
+
+
+def test_stack_of_many_levels() -> None:
+    """Where levels follow no axes of the stack the product is left alone."""
+    given = [request("u", 144, 2, 2), candidate("c", 144, 2, 2)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    rng = np.random.default_rng(0)
+    order = np.where(rng.integers(0, 2, 144) > 0, np.arange(144), np.arange(144) + 144)
+    x = g.op("Gather", g.op("Concat", u, c, axis=1), g.ints(*order), axis=1)
+    x = g.op("Reshape", x, g.ints(-1, 12, 12, 2, 2))
+    z = g.op("MatMul", x, g.op("Transpose", x, perm=[0, 1, 2, 4, 3]))
+    g.output(g.op("MatMul", g.op("Flatten", z), g.const(whole_numbers(576, 2))), ["N", 2])
+    result = optimised(g, given)
+    assert "dot MatMul: the matrices of a stack differ in their levels in a way" in refusals(result)
 
 
 def test_product_over_candidates() -> None:

@@ -20,6 +20,9 @@ from helpers import (
     run,
     whole_numbers,
 )
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from onnxrank.rules.fold import Fold
 
 import onnxrank
@@ -496,3 +499,79 @@ def test_float64_agrees(form: object) -> None:
     assert result.report.checks and all(c.passed for c in result.report.checks)
     assert not any("float64" in note for note in result.report.notes)
     assert "Sigmoid" in operators(result.model)
+
+
+# --- factors per field -------------------------------------------------------------------------------------------
+
+GATED = [request("u", 5, 4), candidate("c", 2, 4), candidate("a", 7, 1)]
+
+
+def gated(g: Graph, form: str, outer: str = "MatMul") -> None:
+    """Pairs of fields weighted by `a`, as in SENet and FiBiNET: a map of each left one, times the right one."""
+    u, c, a = (i.declare(g) for i in GATED)
+    x = g.op("Mul", g.op("Concat", u, c, axis=1), a)
+    left, right = np.triu_indices(7, 1)
+    if form == "shared":
+        y = g.op("Gather", g.op("MatMul", x, g.const(whole_numbers(4, 4))), g.ints(*left), axis=1)
+    elif form == "pairs first":
+        y = g.op("MatMul", g.op("Gather", x, g.ints(*left), axis=1), g.const(whole_numbers(4, 4)))
+    elif form == "by field":
+        y = g.op("Einsum", x, g.const(whole_numbers(7, 4, 4)), equation="nfd,fde->nfe")
+        y = g.op("Gather", y, g.ints(*left), axis=1)
+    else:
+        column = g.on_axes("Unsqueeze", g.op("Gather", x, g.ints(*left), axis=1), [3])
+        y = g.on_axes("Squeeze", g.op("MatMul", g.const(whole_numbers(21, 4, 4)), column), [3])
+    pairs = g.op("Mul", y, g.op("Gather", x, g.ints(*right), axis=1))
+    if outer == "Relu":
+        pairs = g.op("Relu", pairs)
+    flat = g.op("Reshape", pairs, g.ints(-1, 21 * 4))
+    g.output(g.op("MatMul", flat, g.const(whole_numbers(21 * 4, 3))), ["N", 3])
+
+
+@pytest.mark.parametrize("form", ["shared", "pairs first", "by field", "by pair"])
+def test_factors_per_field(form: str) -> None:
+    """What only differs by a factor per candidate is mapped once, and pairs of such cost one weight per column."""
+    g = Graph()
+    gated(g, form)
+    result = optimised(g, GATED, counts=(1, 2, 5, 9))
+    both, rest = 10, 11  # pairs of two request-level fields, and others
+    each = result.report.after["candidate"].macs / N
+    # One field of the candidate's is mapped; the other is read as a right one only.
+    assert each == 16 + both * 3 + rest * 4 * 3
+
+
+def test_factors_and_a_step_that_is_not_linear() -> None:
+    """Pairs that a Relu reads are made as they were."""
+    g = Graph()
+    gated(g, "shared", "Relu")
+    result = optimised(g, GATED, counts=(1, 2, 5, 9))
+    assert result.report.after["candidate"].macs == N * (6 * 16 + 21 * 4 * 3)
+
+
+def test_factors_within_fields() -> None:
+    """A factor for every entry of a field does not commute with a matrix."""
+    given = [request("u", 5, 4), candidate("a", 5, 4)]
+    g = Graph()
+    x = g.op("Mul", *(i.declare(g) for i in given))
+    y = g.op("Relu", g.op("MatMul", x, g.const(whole_numbers(4, 3))))
+    g.output(y, ["N", 5, 3])
+    result = optimised(g, given, counts=(1, 2, 5, 9))
+    assert result.report.after["candidate"].macs == N * 5 * 4 * 3
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@drawn(st.lists(st.sampled_from("ucab"), min_size=2, max_size=6), st.booleans(), st.integers(0, 99))
+def test_factors_of_any_fields(kinds: list[str], stacked: bool, seed: int) -> None:
+    """Fields that are the request's, the candidate's, or the request's times one number or several of the candidate."""
+    given = [request("u", len(kinds), 3), candidate("c", len(kinds), 3), candidate("a", len(kinds), 1)]
+    g = Graph()
+    u, c, a = (i.declare(g) for i in given)
+    made = {"u": u, "c": c, "a": g.op("Mul", u, a), "b": g.op("Mul", c, u)}
+    picked = [g.op("Slice", made[k], g.ints(at), g.ints(at + 1), g.ints(1)) for at, k in enumerate(kinds)]
+    x = g.op("Concat", *picked, axis=1)
+    w = whole_numbers(*((len(kinds),) if stacked else ()), 3, 3, seed=seed)
+    y = g.op("Einsum", x, g.const(w), equation="nfd,fde->nfe") if stacked else g.op("MatMul", x, g.const(w))
+    y = g.op("Mul", y, g.op("Gather", x, g.ints(*np.random.default_rng(seed).permutation(len(kinds))), axis=1))
+    g.output(g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(3 * len(kinds), 2))), ["N", 2])
+    optimised(g, given, counts=(1, 3, 8))

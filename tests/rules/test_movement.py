@@ -195,3 +195,82 @@ def test_a_mask_of_queries_and_keys_is_expanded_to_heads_once_per_request() -> N
     g.output(g.op("Mul", g.on_axes("ReduceSum", out, [1], keepdims=0), c), ["N", 4])
     result = optimised(g, given, lengths=[{"L": n} for n in (0, 1, 2, 9, 61)])
     assert result.report.after["candidate"].macs == 0
+
+
+# --- blocks of rows, one behind the other --------------------------------------------------------------------------
+
+BLOCKS = [request("u", 3, 4), candidate("c", 2, 4)]
+
+
+def taken_apart(g: Graph, y: str, how: str, count: int) -> list[str]:
+    """The blocks of rows of [count * N, ...], each [N, ...]."""
+    if how == "split":
+        return g.ops("Split", count, y, axis=0)
+    rows = g.op("Gather", g.op("Shape", y), g.ints(0), axis=0)
+    if how == "chunk":  # as torch.chunk is exported: an extent divided and rounded up
+        rows = g.op("Add", rows, g.ints(count - 1))
+    one = g.op("Div", rows, g.ints(count))
+    if how == "sizes":
+        return g.ops("Split", count, y, g.op("Concat", *[one] * count, axis=0), axis=0)
+    bounds = [g.ints(0), *(g.op("Mul", one, g.ints(k)) for k in range(1, count))]
+    ends = [*bounds[1:], g.ints(2**62) if how == "open" else g.op("Mul", one, g.ints(count))]
+    return [g.op("Slice", y, *at, g.ints(0)) for at in zip(bounds, ends, strict=True)]
+
+
+@pytest.mark.parametrize("how", ["split", "sizes", "slices", "open", "chunk"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("level", ["both", "request"])
+def test_blocks_of_rows(how: str, count: int, level: str) -> None:
+    """Parts of rows stacked along the rows, a product of them, and apart again: request-level entries stay that."""
+    g = Graph(17 if how == "chunk" else 15)
+    u, c = (i.declare(g) for i in BLOCKS)
+    x = g.op("Concat", u, c, axis=1) if level == "both" else u
+    fields = 5 if level == "both" else 3
+    parts = [g.op("MatMul", x, g.const(whole_numbers(4, 2, seed=k))) for k in range(count)]
+    y = g.op("Relu", g.op("MatMul", g.op("Concat", *parts, axis=0), g.const(whole_numbers(2, 3))))
+    joined = g.op("Flatten", g.op("Concat", *taken_apart(g, y, how, count), axis=2))
+    score = g.op("MatMul", joined, g.const(whole_numbers(fields * 3 * count, 1)))
+    if level == "request":
+        score = g.op("Add", score, g.op("MatMul", g.op("Flatten", c), g.const(whole_numbers(8, 1))))
+    g.output(score, ["N", 1])
+    result = optimised(g, BLOCKS, counts=(0, 1, 2, 5, 9))
+    each = {"both": count * 2 * (4 * 2 + 2 * 3 + 3), "request": 8}[level]
+    assert result.report.after["candidate"].macs == 512 * each
+
+
+def test_blocks_of_other_sizes() -> None:
+    """A cut that is no whole number of blocks is not followed."""
+    g = Graph()
+    u, c = (i.declare(g) for i in BLOCKS)
+    x = g.op("Concat", u, c, axis=1)
+    y = g.op("Concat", *(g.op("MatMul", x, g.const(whole_numbers(4, 2, seed=k))) for k in (0, 1)), axis=0)
+    rows = g.op("Gather", g.op("Shape", x), g.ints(0), axis=0)
+    half = g.op("Div", rows, g.ints(2))
+    top = g.op("Slice", y, half, g.op("Add", half, rows), g.ints(0))
+    g.output(g.op("MatMul", g.op("Flatten", top), g.const(whole_numbers(10, 1))), ["N", 1])
+    optimised(g, BLOCKS, counts=(0, 1, 2, 5, 8))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_heads_in_front(mask: bool) -> None:
+    """Attention with the heads as blocks of rows, as `concat(split(q, heads, 2), 0)` writes it."""
+    g = Graph()
+    given = [request("u", 24, 16), candidate("c", 1, 16)]
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1)
+
+    def heads(seed: int) -> str:
+        q = g.op("MatMul", x, g.const(whole_numbers(16, 32, seed=seed) / 16))
+        return g.op("Concat", *g.ops("Split", 2, q, axis=2), axis=0)
+
+    scores = g.op("MatMul", heads(0), g.op("Transpose", heads(1), perm=[0, 2, 1]))
+    if mask:
+        scores = g.op("Add", scores, g.const(np.where(np.eye(25), -1e9, 0)[None]))
+    pooled = g.op("MatMul", g.op("Softmax", scores, axis=2), heads(2))
+    y = g.op("Relu", g.op("Concat", *g.ops("Split", 2, pooled, axis=0), axis=2))
+    g.output(g.op("MatMul", g.op("Flatten", y), g.const(whole_numbers(800, 1))), ["N", 1])
+    result = optimised(g, given, counts=(1, 2, 5, 9), tolerance=1e-5)
+    if not mask:
+        # A query of the candidate's on all keys, those of the request on its key, and scores times values likewise.
+        assert rules(result)["attention"] >= 2
+        assert result.report.after["candidate"].macs < 0.25 * result.report.before["candidate"].macs

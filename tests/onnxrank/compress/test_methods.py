@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 
 from onnxrank.compress.methods import METHODS, Refused, break_even, column_scales, ranks, subspace
-from onnxrank.compress.network import Network, Product, Table
 from onnxrank.compress.statistics import Moments, Statistics, counted, reduced_rank
+from onnxrank.network import Network, Product, Table
 from tests.support.modelkit import graph, session
 
 RNG = np.random.default_rng
@@ -276,7 +276,7 @@ def test_refusals() -> None:
     data = large.array(one.weight)
     assert data is not None
     big = Network(table())
-    big.model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(data * 1e6, "D"))
+    big.tensors[0] = onnx.numpy_helper.from_array(data * 1e6, "D")
     big.renewed()
     with pytest.raises(Refused, match="65504"):
         METHODS["fp16-tables"].offers(big, big.tables()[0], Statistics())

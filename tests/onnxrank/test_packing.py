@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 
-from onnxrank.compress.network import Network
-from onnxrank.compress.packing import pack
+from onnxrank.network import Network
+from onnxrank.packing import pack
 from tests.support.modelkit import graph, session
 
 RNG = np.random.default_rng
@@ -25,7 +25,7 @@ def weights(seed: int = 0, hidden: int = 16) -> dict[str, np.ndarray]:
 def compare(model: ModelProto, said: int, text: str = "units") -> ModelProto:
     """Packs a model, and holds it against itself."""
     net = Network(model)
-    told = pack(net)
+    told = [str(p) for p in pack(net)]
     assert sum(text in t for t in told) == said, told
     made = net.finished()
     onnx.checker.check_model(made, full_check=True)
@@ -44,6 +44,16 @@ def test_unread_units_go() -> None:
     w = weights()
     w["V"][[1, 4, 5]] = 0
     assert shapes(compare(graph(TEXT % BODY, **w), 1)) == [(10, 1), (12, 13), (13, 10)]
+
+
+def test_declared_widths_go_with_the_units() -> None:
+    """Exporters write shapes down; one that is no longer true keeps a model from being loaded."""
+    w = weights()
+    w["V"][[1, 4, 5]] = 0
+    model = onnx.shape_inference.infer_shapes(graph(TEXT % BODY, **w))
+    assert "h" in {v.name for v in model.graph.value_info}
+    made = compare(model, 1)
+    assert {v.name for v in made.graph.value_info} == {"g", "s"}
 
 
 def test_units_that_read_nothing_are_constants() -> None:
@@ -158,3 +168,44 @@ def test_half_the_units_masked() -> None:
     before, after = (session(m).run(None, {"x": x})[0] for m in (model, net.finished()))
     assert after == pytest.approx(before, abs=1e-6)
     assert shapes(net.finished()) == [(64, 128), (128, 1), (128, 128)]
+
+
+TABLES = {
+    "one lookup": (
+        "e = Gather(D, i) x = Concat<axis=1>(u, e) h = MatMul(x, W) y = ReduceSum<keepdims=1>(h, one)", 14, 1),
+    "a bias, and two readers": (
+        "e = Gather(D, i) x = Concat<axis=-1>(e, u) h = Gemm(x, W, b) g = Gemm(e, V) k = Add(h, g)"
+        " y = ReduceSum<keepdims=1>(k, one)", 14, 1),
+    "several fields flat": (
+        "j = Concat<axis=1>(i2, i2) e = Gather(D, j) f = Reshape(e, flat) x = Concat<axis=1>(u, f) h = Gemm(x, W, b)"
+        " y = ReduceSum<keepdims=1>(h, one)", 22, 1),
+    "flattened": ("e = Gather(D, i2) f = Flatten(e) h = Gemm(f, V, b) y = ReduceSum<keepdims=1>(h, one)", 0, 1),
+    "read by a product of features": (
+        "e = Gather(D, i) q = Mul(e, e) x = Concat<axis=1>(u, e) h = MatMul(x, W) s = ReduceSum<keepdims=1>(q, one)"
+        " t = ReduceSum<keepdims=1>(h, one) y = Add(s, t)", 14, 0),
+    "an activation between": ("e = Gather(D, i) q = Relu(e) h = MatMul(q, V) y = ReduceSum<keepdims=1>(h, one)", 0, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_of_tables(name: str) -> None:
+    """Two columns are constant, one of them 0, and two are equal: three go, one of each constant and of the pair."""
+    body, rows, packed = TABLES[name]
+    rng = RNG(0)
+    held = {"D": (300, 8), "W": (rows, 5), "V": (8, 5), "b": (5,)}
+    w = {k: rng.normal(size=s).astype(np.float32) for k, s in held.items()}
+    w["D"][:, 2], w["D"][:, 5], w["D"][:, 7] = 0, 0.75, w["D"][:, 1]
+    w |= {"one": np.array([1]), "flat": np.array([-1, 16])}
+    text = f"(float[N,6] u, int64[N] i, int64[N,1] i2) => (float[N,1] y) {{ {body} }}"
+    model = graph(text, **{k: v for k, v in w.items() if f" {k})" in body or f" {k}," in body or f"({k}," in body})
+    net = Network(model)
+    told = [str(p) for p in pack(net)]
+    assert told == ["3 columns of e are constant or equal to others"] * packed
+    made = net.finished()
+    onnx.checker.check_model(made, full_check=True)
+    ids = rng.integers(0, 300, 40)
+    feed = {"u": rng.normal(size=(40, 6)).astype(np.float32), "i": ids, "i2": ids[:, None]}
+    before, after = (session(m).run(None, feed)[0] for m in (model, made))
+    assert after == pytest.approx(before, rel=1e-5, abs=1e-5)
+    if packed:
+        assert (300, 5) in shapes(made)

@@ -1,26 +1,27 @@
-"""A model that is being compressed: its constants, products and tables, and small changes to its graph.
+"""A model under change: its constants, products and tables, and small changes to its graph.
 
-`Network` holds a copy of the model, functions inlined. Methods ask it what reads and what gives a tensor, and have it
-put other nodes in the place of one. Nothing is looked up by the spelling of a name.
+`Network` holds a copy of the model, functions inlined. Packing and the methods of `compress` ask it what reads and what
+gives a tensor, and have it put other nodes in the place of one. Nothing is looked up by the spelling of a name.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxrank.graphs import captured, live, names_in, subgraphs
+from onnxrank.graphs import attribute, captured, live, names_in, subgraphs, versions
 from onnxrank.model import flattened, overridable, tensor_data
 from onnxrank.plans import label
 
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
-_RULE = "onnxrank.compress"
+METHOD = "onnxrank.compress"
 """Key, in a node's metadata, of the method that made it."""
 
 
@@ -96,19 +97,27 @@ class Network:
 
     Args:
         model: The model; it is copied.
-        folder: Where its external data lies; tensors in it are read into the copy.
+        folder: Where its external data lies.
+        inside: Whether external data is read into the copy; else a tensor is read when it is asked for.
+        key: Key, in the metadata of nodes that are made, of what made them.
     """
 
-    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
-        flat = flattened(model)
-        self.model = ModelProto()
-        self.model.CopyFrom(live(flat))
-        for t in self.model.graph.initializer:
-            if t.data_location == TensorProto.EXTERNAL:
-                t.CopyFrom(numpy_helper.from_array(tensor_data(t, folder), t.name))
-        self._taken = names_in(self.model.graph)
-        self.nodes = [NodeProto.FromString(n.SerializeToString()) for n in self.model.graph.node]
-        del self.model.graph.node[:]
+    def __init__(
+        self,
+        model: ModelProto,
+        folder: str | os.PathLike[str] | None = None,
+        inside: bool = True,
+        key: str = METHOD,
+    ) -> None:
+        self._folder, self._key = folder, key
+        source = live(flattened(model))
+        self._taken = names_in(source.graph)
+        self._replaceable = overridable(source)
+        self.model = without_constants(source)
+        self.nodes = list(self.model.graph.node)
+        # Those of the model itself, which are never changed: they may be most of it.
+        self.tensors = [_read(t, folder) if inside else t for t in source.graph.initializer]
+        self._resized: set[str] = set()
         self._arrays: dict[str, NDArray[Any]] = {}
         self._index()
 
@@ -117,9 +126,7 @@ class Network:
         return Network(self.finished())
 
     def _index(self) -> None:
-        graph = self.model.graph
-        replaceable = overridable(self.model)
-        self._held = {t.name: t for t in graph.initializer if t.name not in replaceable}
+        self._held = {t.name: t for t in self.tensors if t.name not in self._replaceable}
         self.maker = {o: n for n in self.nodes for o in n.output if o}
         self.readers: dict[str, list[NodeProto]] = {}
         self.inner: set[str] = set()
@@ -128,7 +135,7 @@ class Network:
                 self.readers.setdefault(i, []).append(n)
             for g in subgraphs(n):
                 self.inner |= captured(g)
-        self.outputs = {o.name for o in graph.output}
+        self.outputs = {o.name for o in self.model.graph.output}
 
     # --- what is there ----------------------------------------------------------------------------------------
 
@@ -143,7 +150,7 @@ class Network:
 
     def _folded(self, name: str) -> NDArray[Any] | None:
         if name in self._held:
-            return tensor_data(self._held[name])
+            return tensor_data(self._held[name], self._folder)
         node = self.maker.get(name)
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
@@ -159,11 +166,19 @@ class Network:
             if inner is None or node.op_type == "Identity":
                 return inner
             if node.op_type == "Cast":
-                to = next(a.i for a in node.attribute if a.name == "to")
+                to = attribute(node, "to")
                 return inner.astype(helper.tensor_dtype_to_np_dtype(to)) if to in FLOATS else None
-            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-            return np.transpose(inner, order)
+            return np.transpose(inner, attribute(node, "perm"))
         return None
+
+    def _entries(self, name: str) -> int:
+        """Number of entries of the initializer that a tensor is, or is made of; 0 where it is made of none."""
+        while name not in self._held:
+            node = self.maker.get(name)
+            if node is None or node.op_type not in ("Transpose", "Identity", "Cast"):
+                return 0
+            name = node.input[0]
+        return math.prod(self._held[name].dims)
 
     def alone(self, tensor: str) -> NodeProto | None:
         """The only node that reads a tensor, once; None where there are others, or callers or inner graphs read it."""
@@ -171,6 +186,11 @@ class Network:
         if len(readers) != 1 or tensor in self.outputs or tensor in self.inner:
             return None
         return readers[0] if list(readers[0].input).count(tensor) == 1 else None
+
+    def weights(self) -> int:
+        """Number of entries that are multiplied with, none of which has to be read for it."""
+        operands = {n.input[1] for n in self.nodes if n.op_type in ("MatMul", "Gemm") and len(n.input) > 1}
+        return sum(map(self._entries, operands))
 
     def products(self) -> list[Product]:
         """All products of computed values with constant matrices, in the graph's order."""
@@ -201,11 +221,17 @@ class Network:
             not attribute(node, "transA") and all(attribute(node, k, v) == v for k, v in plain)
         )
 
-    def tables(self) -> list[Table]:
-        """All constants whose rows computed ids look up, in the graph's order."""
+    def tables(self, most: int | None = None) -> list[Table]:
+        """All constants whose rows computed ids look up, in the graph's order.
+
+        Args:
+            most: Entries above which a table is left where it is, unread.
+        """
         found: dict[str, list[NodeProto]] = {}
         other: set[str] = set()
         for n in self.nodes:
+            if most is not None and n.op_type == "Gather" and self._entries(n.input[0]) > most:
+                continue
             if n.op_type == "Gather" and n.domain in ("", "ai.onnx") and not attribute(n, "axis"):
                 data = self.array(n.input[0])
                 if data is not None and data.ndim == 2 and self.array(n.input[1]) is None:
@@ -263,15 +289,15 @@ class Network:
         """Adds an initializer and returns its name."""
         name = self.fresh(hint)
         tensor = numpy_helper.from_array(np.ascontiguousarray(data), name)
-        self.model.graph.initializer.append(tensor)
-        self._held[name] = self.model.graph.initializer[-1]
+        self.tensors.append(tensor)
+        self._held[name] = tensor
         return name
 
     def node(self, method: str, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
         """Makes a node that says which method made it; `replace` puts it into the graph."""
         domain = attributes.pop("domain", "")
         made = helper.make_node(op, inputs, outputs, self.fresh(f"{outputs[0]}/{op}"), domain=domain, **attributes)
-        made.metadata_props.add(key=_RULE, value=method)
+        made.metadata_props.add(key=self._key, value=method)
         return made
 
     def replace(self, old: NodeProto, made: Sequence[NodeProto]) -> None:
@@ -285,6 +311,10 @@ class Network:
         self._arrays.clear()
         self._index()
 
+    def resized(self, tensors: Iterable[str]) -> None:
+        """Says that tensors have another width now than the file declares."""
+        self._resized.update(tensors)
+
     def set_bias(self, bias: Bias, data: NDArray[Any]) -> None:
         """Has another vector added."""
         node = bias.node
@@ -295,11 +325,35 @@ class Network:
 
     def add_bias(self, node: NodeProto, data: NDArray[Any], method: str) -> None:
         """Has a vector added behind a product that has none."""
-        inner = self.fresh(f"{node.output[0]}.plain")
-        made = NodeProto.FromString(node.SerializeToString())
-        made.output[0] = inner
-        vector = self.constant(data, f"{node.output[0]}.bias")
-        self.replace(node, [made, self.node(method, "Add", [inner, vector], [node.output[0]])])
+        given, inner = node.output[0], self.fresh(f"{node.output[0]}.plain")
+        vector = self.constant(data, f"{given}.bias")
+        node.output[0] = inner
+        self.replace(node, [node, self.node(method, "Add", [inner, vector], [given])])
+
+    def set_matrix(self, site: Product, matrix: NDArray[Any]) -> None:
+        """Gives a layer other weights `[inputs, outputs]`."""
+        name = self.constant(matrix.T if site.flipped else matrix, f"{site.weight}.packed")
+        for node in site.nodes:
+            node.input[1] = name
+        self.renewed()
+
+    def shift(self, site: Product, vector: NDArray[np.float64], method: str) -> None:
+        """Has a vector `[outputs]` added to what a layer of one node gives, in its bias if it has one."""
+        (node,) = site.nodes
+        if not np.abs(vector).max() > 0:
+            return
+        held = self.bias(node, site.shape[1])
+        kind = self.matrix(site).dtype
+        if held is not None:
+            old = self.array(held.node.input[held.place])
+            assert old is not None
+            self.set_bias(held, old.astype(np.float64).reshape(-1) + vector)
+        elif node.op_type == "Gemm" and (len(node.input) < 3 or not node.input[2]):
+            del node.input[2:]
+            node.input.append(self.constant(vector.astype(kind), f"{node.output[0]}.bias"))
+            self.renewed()
+        else:
+            self.add_bias(node, vector.astype(kind), method)
 
     def uses(self, domain: str, version: int) -> None:
         """Says that operators of a domain are used."""
@@ -309,21 +363,19 @@ class Network:
     @property
     def opset(self) -> int:
         """Version of ONNX's own operators."""
-        return int(max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")))
+        return versions(self.model)[""]
 
     def finished(self) -> ModelProto:
         """The model without what nothing reads any more."""
         whole = ModelProto()
         whole.CopyFrom(self.model)
+        del whole.graph.node[:]
         whole.graph.node.extend(self.nodes)
         out = live(whole)
         read = {i for n in out.graph.node for i in n.input} | {o.name for o in out.graph.output} | self.inner
         listed = {i.name for i in out.graph.input}
-        kept = [t for t in out.graph.initializer if t.name in read or t.name in listed]
-        if len(kept) < len(out.graph.initializer):
-            del out.graph.initializer[:]
-            out.graph.initializer.extend(kept)
-        made = {o for n in out.graph.node for o in n.output}
+        out.graph.initializer.extend(t for t in self.tensors if t.name in read or t.name in listed)
+        made = {o for n in out.graph.node for o in n.output} - self._resized
         known = [v for v in out.graph.value_info if v.name in made]
         if len(known) < len(out.graph.value_info):
             del out.graph.value_info[:]
@@ -331,12 +383,32 @@ class Network:
         return out
 
 
-def attribute(node: NodeProto, name: str, default: float = 0) -> float:
-    """A numeric attribute of a node."""
-    for a in node.attribute:
-        if a.name == name:
-            return float(helper.get_attribute_value(a))
-    return default
+def without_constants(model: ModelProto) -> ModelProto:
+    """A copy of a model without its initializers, which may be most of it."""
+    out = ModelProto()
+    for field, value in model.ListFields():
+        if field.name == "graph":
+            for inner, part in value.ListFields():
+                if inner.name != "initializer":
+                    _put(out.graph, inner, part)
+        else:
+            _put(out, field, value)
+    return out
+
+
+def _put(message: Any, field: Any, value: Any) -> None:
+    """Sets a field of a message to a copy."""
+    if isinstance(value, (str, bytes, int, float)):
+        setattr(message, field.name, value)
+    elif hasattr(value, "CopyFrom"):
+        getattr(message, field.name).CopyFrom(value)
+    else:
+        getattr(message, field.name).extend(value)
+
+
+def _read(t: TensorProto, folder: str | os.PathLike[str] | None) -> TensorProto:
+    """A tensor whose data is its own."""
+    return numpy_helper.from_array(tensor_data(t, folder), t.name) if t.data_location == TensorProto.EXTERNAL else t
 
 
 def parameters(model: ModelProto) -> int:
@@ -348,8 +420,6 @@ def parameters(model: ModelProto) -> int:
 
 def _distinct(sites: list[Any]) -> list[Any]:
     """Sites with names of their own: further ones of a name get a number."""
-    from dataclasses import replace
-
     seen: dict[str, int] = {}
     out = []
     for s in sites:

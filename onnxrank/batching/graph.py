@@ -1,0 +1,501 @@
+"""The graph for many requests, put together: inputs, every node, outputs, and the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper
+
+from onnxrank import extents as ex
+from onnxrank import halves, runtime
+from onnxrank import model as files
+from onnxrank.batching import rules
+from onnxrank.batching.rows import NAMES, PADDED, Requests
+from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
+from onnxrank.batching.writer import Writer
+from onnxrank.contract import CONTRACT, RULE
+from onnxrank.emitter import Emitter
+from onnxrank.errors import ModelError, UsageError
+from onnxrank.facts import constant_data
+from onnxrank.feeds import Input
+from onnxrank.graphs import captured, names_in, subgraphs, versions
+from onnxrank.layout import Layout
+from onnxrank.operators import Known, Use, constant, domain_of
+from onnxrank.plans import label
+from onnxrank.study import Study
+from onnxrank.values import CANDIDATES, Sources, extents, is_candidate_symbol, symbols
+
+_LARGE = 1 << 12
+"""Entries of initializers that operators may read their options from."""
+
+
+_SMALL = 1 << 12
+"""Bytes of a constant up to which each branch of an `If` has its own: what is outside costs time at every run."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a model takes several requests.
+
+    Attributes:
+        form: `lengths`, `offsets`, `index`, `triton` or `padded`.
+        name: What the further input is called.
+        guard: Whether scores become NaN where what it says does not add up.
+    """
+
+    form: str = "lengths"
+    name: str = NAMES["lengths"]
+    guard: bool = True
+
+
+def _body(name: str, nodes: Sequence[NodeProto], outputs: Sequence[tuple[str, onnx.ValueInfoProto]]) -> onnx.GraphProto:
+    """A branch of an `If`."""
+    kinds = [helper.make_tensor_value_info(n, o.type.tensor_type.elem_type, None) for n, o in outputs]
+    return helper.make_graph(list(nodes), name, [], kinds)
+
+
+def _live(marked: Sequence[tuple[NodeProto, str | None]], wanted: set[str]) -> list[tuple[NodeProto, str | None]]:
+    """The nodes that some tensors depend on, in order."""
+    kept, needed = [], set(wanted)
+    for node, rule in reversed(marked):
+        if needed & set(node.output):
+            kept.append((node, rule))
+            needed |= {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
+    return kept[::-1]
+
+
+class Batch:
+    """A model for one request made into one for many.
+
+    Args:
+        study: What is known of the model for one request.
+        axes: Per request-level input the axis along which the original has rows of candidates; None where it has none.
+        shape: How requests are told apart.
+
+    Raises:
+        ModelError: It cannot be done, with the node and the reason.
+    """
+
+    def __init__(self, study: Study, axes: dict[str, int | None], shape: Shape) -> None:
+        self.study, self.axes, self.shape = study, axes, shape
+        graph = study.model.graph
+        opset = versions(study.model)[""]
+        taken = names_in(graph)
+        if shape.name in taken and shape.form != PADDED:
+            raise UsageError(f"The model has a tensor called {shape.name!r}: choose another name with --rows-name.")
+        self.emit = Emitter([*taken, shape.name], opset)
+        self.emit.rule = "batch"
+        self.layout = Layout(Sources(), self.emit, study.facts.expressions)
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
+        """The inputs, as callers give them but for `triton` and `padded`."""
+        self.notes: list[str] = []
+        self.alone: list[str] = []
+        """Nodes that run request by request."""
+        self.further = 0
+        """How many nodes several requests take beyond those of one."""
+        self._varying: set[str] = set()
+        self._stored = {t.name: t for t in graph.initializer}
+        self._sparse = {t.values.name: t for t in graph.sparse_initializer}
+        self._constants: dict[str, Known | None] = {}
+        self.requests = Requests(self.emit, shape.form, shape.name)
+        self.writer = Writer(self.emit, self.layout, study.facts, self.requests)
+        self._types = study.dtypes | {i.name: i.dtype for i in study.declared}
+        self._types |= {t.name: t.data_type for t in graph.initializer}
+
+    def run(self) -> ModelProto:
+        """Makes the model."""
+        self._inputs()
+        for k, node in enumerate(self.study.model.graph.node):
+            self.emit.origin, self.emit.hint = k, next((o for o in node.output if o), node.name)
+            self._step(node)
+        return self._assembled(self._outputs())
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        infos = {i.name: i for i in self.study.model.graph.input}
+        declared = self.study.declared
+        moving = [i for i in declared if i.role.level != "request"]
+        for i in declared:
+            self._input(i, infos[i.name])
+        self.given = dict(self.tensors)
+        if not moving:
+            raise ModelError("No input has a row per candidate.")
+        first = moving[0]
+        if self.shape.form == "triton":
+            rank = len(first.dims)
+            self.requests.record = first.role.record or 1
+            self.notes.append(f"{self.shape.name} is the item shape of {first.name!r}, [requests, {rank}]")
+        self.inputs += self.requests.inputs()
+
+    def _input(self, i: Input, info: onnx.ValueInfoProto) -> None:
+        sizes = tuple(self.study.facts.size_of(d) for d in i.dims)
+        made = onnx.ValueInfoProto()
+        made.CopyFrom(info)
+        self.inputs.append(made)
+        if i.role.level == "request":
+            axis = self.axes.get(i.name)
+            rows = Rows(False, 0, added=True) if axis is None else Rows(False, axis, 1, sizes[axis])
+            tensor = Tensor(i.name, sizes, rows)
+            _declare(made, [*made.type.tensor_type.shape.dim], rows, "requests")
+            if not isinstance(rows.inner, int):
+                raise ModelError(f"The rows of {i.name!r} have a length that varies.")
+            self.requests.once.append((i.name, rows.axis, rows.inner))
+            self.tensors[i.name] = tensor
+            self._lengths(i, i.name, rows)
+            return
+        axis = i.role.candidate_axis
+        if axis is None:
+            raise ModelError(f"The input {i.name!r} has no row per candidate.")
+        record = i.role.record or 1
+        rows, name = Rows(True, axis, 1, record), i.name
+        tensor = Tensor(i.name, sizes, rows)
+        dims = [*made.type.tensor_type.shape.dim]
+        if self.shape.form == "triton":
+            if axis:
+                raise ModelError(
+                    f"Triton joins requests along the first axis, and candidates of {i.name!r} lie along another."
+                )
+            del made.type.tensor_type.shape.dim[:]
+            made.type.tensor_type.shape.dim.add().dim_param = f"{i.name}.entries"
+            name = i.name if len(sizes) == 1 else self.writer.reshape(i.name, tensor.shape())
+        elif self.shape.form == PADDED:
+            name = self._padded(i, made, dims, sizes, record)
+        self._lengths(i, name, rows)
+        self.tensors[i.name] = Tensor(name, sizes, rows)
+        if not self.requests.many[0]:
+            self.requests.many = name, axis, record
+
+    def _padded(
+        self, i: Input, made: onnx.ValueInfoProto, dims: list[onnx.TensorShapeProto.Dimension], sizes: tuple[Size, ...],
+        record: int,
+    ) -> str:  # fmt: skip
+        """`[R, ...]` as `[..., R * M, ...]`."""
+        axis = i.role.candidate_axis
+        assert axis is not None
+        if record > 1:
+            raise ModelError(f"The input {i.name!r} is flat: --interface padded has no axis for its requests.")
+        _declare(made, dims, Rows(False, 0, added=True), "requests")
+        if self.requests.width is None:
+            self.requests.width = i.name, axis + 1
+        self.requests.once.append((i.name, 0, 1))
+        name = self.writer.transpose(i.name, [*range(1, axis + 1), 0, *range(axis + 1, len(sizes) + 1)])
+        shape: list[Size | Count] = list(sizes)
+        shape[axis] = Count(True)
+        if all(isinstance(n, int) and n > 0 for k, n in enumerate(sizes) if k != axis):
+            return self.writer.reshape(name, shape)
+        parts = [
+            self.writer.vector(shape[:axis]), self.emit.add("Mul", [self.requests.count(), self.requests.most()]),
+            self.writer.vector(shape[axis + 1 :]),
+        ]  # fmt: skip
+        return self.writer.shaped(name, self.emit.add("Concat", parts, {"axis": 0}))
+
+    def _lengths(self, i: Input, name: str, rows: Rows) -> None:
+        """Notes where lengths can be read."""
+        if self.shape.form == "triton" and rows.each:
+            return
+        for axis, d in enumerate(i.dims):
+            syms = symbols([d])
+            if len(syms) == 1 and not is_candidate_symbol(syms[0]):
+                at = axis + (rows.added and axis >= rows.axis)
+                if self.shape.form == PADDED and rows.each:
+                    name, at = i.name, axis + 1
+                self.layout.extent_of.setdefault(syms[0], (name, at, extents((d,))[0]))
+
+    # --- nodes -------------------------------------------------------------------------------------------------------
+
+    def _sizes(self, name: str) -> tuple[Size, ...] | None:
+        if name in self._stored:
+            return tuple(self._stored[name].dims)
+        if name in self._sparse:
+            return tuple(self._sparse[name].dims)
+        return self.study.facts.sizes.get(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            sizes = self._sizes(name)
+            if sizes is None:
+                raise Impossible(f"the number of axes of {name!r} is not known")
+            self.tensors[name] = Tensor(name, sizes)
+        return self.tensors[name]
+
+    def _step(self, node: NodeProto) -> None:
+        names = [i for i in node.input if i]
+        read = {*names, *(c for g in subgraphs(node) for c in captured(g))}
+        moving = {i for i in read if i in self.tensors and self.tensors[i].rows is not None}
+        if not moving and not read & self._varying:
+            # A tensor that is one constant may have another name by now.
+            self.emit.copy(node, [self.tensors[i].name if i in self.tensors else i for i in node.input], node.output)
+            self.emit.nodes[-1].rule = None
+            return
+        if self._from_shapes(node, read & self._varying, moving):
+            return
+        try:
+            if read - set(names) & moving or any(i in self._varying for i in read - set(names)):
+                raise Impossible("a body reads what differs between requests")
+            self._translated(node)
+        except Impossible as e:
+            raise ModelError(
+                f"Several requests cannot be scored in one call: at node {label(node)!r} ({node.op_type}), {e}."
+            ) from e
+
+    def _translated(self, node: NodeProto) -> None:
+        operands: list[Tensor | None] = []
+        for k, i in enumerate(node.input):
+            if i in self._varying and not (k == 1 and node.op_type in ("Reshape", "Expand")):
+                raise Impossible(f"it reads {i!r}, which varies with the number of candidates")
+            if i in self._varying:
+                operands.append(None)
+            else:
+                operands.append(self._tensor(i) if i else None)
+        sizes = [self._known(o) if o else () for o in node.output]
+        use = Use(
+            node,
+            versions(self.study.model).get(domain_of(node), 1),
+            [None if t is None else t.sizes for t in operands],
+            [self._constant(i) for i in node.input],
+        )
+        mark = len(self.emit.nodes)
+        made = rules.translate(rules.Site(self.writer, node, operands, sizes, use, self._types))
+        self.alone += [label(node)] if any(e.proto.op_type == "Scan" for e in self.emit.nodes[mark:]) else []
+        for o, t in zip(node.output, made, strict=True):
+            if o:
+                self.tensors[o] = t
+                self._types.setdefault(t.name, self._types.get(o, 0))
+
+    def _known(self, name: str) -> tuple[Size, ...]:
+        sizes = self.study.facts.sizes.get(name)
+        if sizes is None:
+            raise Impossible(f"the number of axes of {name!r} is not known")
+        lost = [s for n in sizes for s in ex.symbols_of(n) if s in self.study.facts.opaque]
+        if lost:
+            raise Impossible(f"the shape of {name!r} is found in the data")
+        return sizes
+
+    def _constant(self, name: str) -> Known | None:
+        if name not in self._constants:
+            found = None
+            folded = self.study.facts.folded.get(name)
+            t = self._stored.get(name)
+            if folded is not None and not symbols(folded[0]):
+                found = constant(folded[1])
+            elif t is not None and int(np.prod(t.dims, dtype=np.int64)) <= _LARGE:
+                found = constant(constant_data(t, self.study.loaded.folder))
+            self._constants[name] = found
+        return self._constants[name]
+
+    def _from_shapes(self, node: NodeProto, varying: set[str], moving: set[str]) -> bool:
+        """Nodes that shapes are computed with; whether it is one."""
+        outputs = [o for o in node.output if o]
+        if outputs and all(
+            o in self.study.facts.folded and not symbols(self.study.facts.folded[o][0]) for o in outputs
+        ):
+            for o in outputs:
+                data = self.study.facts.folded[o][1].reshape(
+                    [n if isinstance(n, int) else 1 for n in self.study.facts.sizes[o]]
+                )
+                self.tensors[o] = Tensor(self.emit.constant(data), tuple(data.shape))
+            return True
+        if node.op_type == "Shape" and not node.domain:
+            whole = self._tensor(node.input[0]).sizes
+            start, end = (
+                next((a.i for a in node.attribute if a.name == n), d) for n, d in (("start", 0), ("end", len(whole)))
+            )
+            sizes = whole[start:end]
+            if any(CANDIDATES in ex.symbols_of(n) for n in sizes):
+                self._varying |= set(outputs)
+            else:
+                self.tensors[outputs[0]] = Tensor(self.writer.vector(sizes), (len(sizes),))
+            return True
+        if varying and not moving and node.op_type not in ("Expand",):
+            self._varying |= set(outputs)
+            return True
+        return False
+
+    # --- outputs -----------------------------------------------------------------------------------------------------
+
+    def _outputs(self) -> dict[str, str]:
+        """Which tensor is which output."""
+        self.emit.origin, self.emit.hint = len(self.study.model.graph.node), "requests"
+        out = {}
+        valid = self.requests.valid() if self.shape.guard else None
+        for info in self.study.model.graph.output:
+            name = info.name
+            if name in self._varying:
+                raise ModelError(f"The output {name!r} is the number of candidates.")
+            t = self._tensor(name)
+            tensor = t.name
+            if t.rows is None:
+                raise ModelError(f"The output {name!r} is the same for all requests.")
+            if self.shape.form == "triton" and t.axes > 1:
+                tensor = self.writer.reshape(tensor, [Count(True)]) if t.each else tensor
+            elif self.shape.form == PADDED and t.each:
+                tensor = self._divided(t)
+            kind = self._types.get(name, 0)
+            if valid is not None and kind in runtime.FLOATS:
+                nan = self.emit.constant(np.array(np.nan, helper.tensor_dtype_to_np_dtype(kind)))
+                tensor = self.emit.add("Where", [valid, tensor, nan], hint=name)
+            elif valid is not None:
+                self.notes.append(f"{name!r} is not guarded: it is no float")
+            out[name] = tensor
+        return out
+
+    def _divided(self, t: Tensor) -> str:
+        """An output of all candidates as `[requests, ..., candidates, ...]`."""
+        assert t.rows is not None
+        at, count = t.rows.axis, self.requests.count()
+        most = self.requests.most()
+        if t.rows.outer != 1:
+            raise ModelError("An output mixes candidates with other entries.")
+        if t.rows.inner != 1:
+            inner = self.writer.vector([t.rows.inner])
+            most = self.emit.add("Mul", [most, inner])
+        parts = [*([self.writer.vector(t.sizes[:at])] if at else []), count, most]
+        parts += [self.writer.vector(t.sizes[at + 1 :])] if at + 1 < t.rank else []
+        name = self.writer.shaped(t.name, self.emit.add("Concat", parts, {"axis": 0}))
+        return self.writer.transpose(name, [at, *range(at), *range(at + 1, t.rank + 1)])
+
+    def _assembled(self, outputs: dict[str, str]) -> ModelProto:
+        """The model: one request by the nodes that it has for one, several by those for several."""
+        base = self.study.model
+        alone = self.requests.alone()
+        several = [*self._named(outputs)]
+        flat = {t.name for t in self.given.values()} if self.shape.form == "triton" else set()
+        marked = [*((e.proto, e.rule) for e in self.emit.nodes), *((n, None) for n in several)]
+        live = _live(marked, {f"{name}/several" for name in outputs} | {alone} | flat)
+        first = _live(live, {alone} | flat)
+        self.further = max(0, len(live) - len(base.graph.node))
+        for node, rule in live:
+            if rule == "batch" and not any(p.key == RULE for p in node.metadata_props):
+                node.metadata_props.add(key=RULE, value="batch")
+        early = {n.output[0] for n, _ in first}
+        names = list(outputs)
+        made = ModelProto()
+        made.CopyFrom(base)
+        graph = made.graph
+        for part in (
+            graph.node,
+            graph.input,
+            graph.output,
+            graph.value_info,
+            graph.initializer,
+            graph.sparse_initializer,
+        ):
+            del part[:]
+        stale = [k for k, p in enumerate(made.metadata_props) if p.key == CONTRACT]
+        for k in stale[::-1]:
+            del made.metadata_props[k]
+        graph.node.extend(n for n, _ in first)
+        infos = {o.name: o for o in base.graph.output}
+        branches = {
+            "then_branch": _body("one", self._one(names), [(f"{n}/one", infos[n]) for n in names]),
+            "else_branch": _body(
+                "several", [n for n, _ in live if n.output[0] not in early], [(f"{n}/several", infos[n]) for n in names]
+            ),
+        }
+        graph.node.append(helper.make_node("If", [alone], names, name="onnxrank/requests", **branches))
+        outside = {i for n in graph.node for i in n.input if i} | files.overridable(base)
+        inside = [captured(g) for g in subgraphs(graph.node[-1])]
+        read = outside.union(*inside)
+        for t in (*base.graph.initializer, *self.emit.initializers.values()):
+            if t.name not in read:
+                continue
+            if t.name in outside or t.ByteSize() > _SMALL or t.external_data:
+                graph.initializer.append(t)
+                continue
+            for branch, own in zip(subgraphs(graph.node[-1]), inside, strict=True):
+                if t.name in own:
+                    branch.initializer.append(t)
+        graph.sparse_initializer.extend(t for t in base.graph.sparse_initializer if t.values.name in read)
+        graph.input.extend(self.inputs)
+        fed = {i.name for i in self.inputs}
+        have = {t.name for t in graph.initializer}
+        graph.input.extend(i for i in base.graph.input if i.name in have and i.name not in fed)
+        for info in base.graph.output:
+            graph.output.append(self._output(info))
+        return made
+
+    def _named(self, outputs: dict[str, str]) -> list[NodeProto]:
+        """Gives outputs a name of their own: the model's are those of the `If`."""
+        names = {name: f"{name}/several" for name, tensor in outputs.items() if name == tensor}
+        own = {o for e in self.emit.nodes for o in e.proto.output}
+        hidden = {name: self.emit.fresh(f"{name}/rows") for name in outputs if name in own and name not in names}
+        for e in self.emit.nodes:
+            for field in (e.proto.input, e.proto.output):
+                for k, n in enumerate(field):
+                    field[k] = names.get(n, hidden.get(n, n))
+        return [
+            helper.make_node("Identity", [hidden.get(tensor, tensor)], [f"{name}/several"], name=f"{name}/several")
+            for name, tensor in outputs.items()
+            if name != tensor
+        ]
+
+    def _one(self, outputs: Sequence[str]) -> list[NodeProto]:
+        """The nodes for one request."""
+        before: list[NodeProto] = []
+        behind: list[NodeProto] = []
+        names: dict[str, str] = {}
+
+        def axis(to: list[NodeProto], op: str, name: str, result: str) -> None:
+            if self.emit.opset < 13:
+                to.append(helper.make_node(op, [name], [result], name=result, axes=[0]))
+            else:
+                to.append(helper.make_node(op, [name, self.emit.constant(np.array([0]))], [result], name=result))
+
+        def apart(t: Tensor) -> bool:
+            return t.rows is not None and (t.rows.added or (self.shape.form == PADDED and t.rows.each))
+
+        for name, t in self.given.items():
+            if apart(t):
+                names[name] = f"{name}/one"
+                axis(before, "Squeeze", name, names[name])
+            elif t.name != name:
+                names[name] = t.name
+        for name in outputs:
+            t = self.tensors[name]
+            if apart(t):
+                names[name] = f"{name}/plain"
+                axis(behind, "Unsqueeze", names[name], f"{name}/one")
+            elif self.shape.form == "triton" and t.each and t.axes > 1:
+                names[name] = f"{name}/plain"
+                flat = self.emit.constant(np.array([-1]))
+                behind.append(helper.make_node("Reshape", [names[name], flat], [f"{name}/one"], name=f"{name}/one"))
+            else:
+                names[name] = f"{name}/one"
+        return [*before, *(halves.renamed(n, names) for n in self.study.model.graph.node), *behind]
+
+    def _output(self, info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+        """The description of an output."""
+        made = onnx.ValueInfoProto()
+        made.CopyFrom(info)
+        t = self.tensors[info.name]
+        dims = [*made.type.tensor_type.shape.dim]
+        assert t.rows is not None
+        if not made.type.tensor_type.HasField("shape"):
+            return made
+        if self.shape.form == "triton" and t.each and t.axes > 1:
+            del made.type.tensor_type.shape.dim[:]
+            made.type.tensor_type.shape.dim.add().dim_param = f"{info.name}.entries"
+        elif self.shape.form == PADDED and t.each:
+            _declare(made, dims, Rows(False, 0, added=True), "requests")
+            made.type.tensor_type.shape.dim[t.rows.axis + 1].Clear()
+        elif not t.each:
+            _declare(made, dims, t.rows, "requests")
+        return made
+
+
+def _declare(made: onnx.ValueInfoProto, dims: Sequence[onnx.TensorShapeProto.Dimension], rows: Rows, name: str) -> None:
+    """Gives a description the axis of the requests."""
+    copied = [onnx.TensorShapeProto.Dimension.FromString(d.SerializeToString()) for d in dims]
+    axis = onnx.TensorShapeProto.Dimension(dim_param=name)
+    if not rows.added and not rows.plain:
+        axis.Clear()
+    copied[rows.axis : rows.axis + (not rows.added)] = [axis]
+    shape = made.type.tensor_type.shape
+    del shape.dim[:]
+    shape.dim.extend(copied)

@@ -1,0 +1,428 @@
+"""Two plans in one file: an `If` on the number of candidates, around what they do in different ways.
+
+What both do alike stands outside: in front of the `If` what does not depend on a difference, behind it what follows
+from tensors that either gives. Weights that both read are stored once. The condition is made of a Shape, a Gather and a
+Less alone, which run on the CPU wherever the model does, so that no data are waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
+from onnxrank.operators import Trait, traits
+
+NAME = "onnxrank/crossover"
+"""Name of the `If`, and what the names around it begin with."""
+LAUNCHES = 6
+"""Operators that the `If` costs as many as: its condition, itself, and the graph that it enters."""
+_LEAST_OPSET = 9
+"""Version of ONNX from which on whole numbers can be compared."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Where a graph reads the number of candidates.
+
+    Attributes:
+        input: An input that has rows of candidates.
+        axis: The axis of them.
+        each: Rows per candidate.
+    """
+
+    input: str
+    axis: int
+    each: int = 1
+
+
+_SMALL = 1 << 14
+"""Bytes of a weight up to which both branches have it, if both multiply by it."""
+
+
+_TINY = 1 << 10
+"""Bytes of a part of a weight up to which it is stored beside the weight."""
+
+
+def joined(few: ModelProto, many: ModelProto, below: int, at: Count) -> ModelProto | None:
+    """One model of two that compute the same from the same inputs.
+
+    Args:
+        few: The model for less than `below` candidates.
+        many: The model for all others, whose metadata and signature the result has.
+        below: The number of candidates from which on `many` holds.
+        at: Where that is read.
+
+    Returns:
+        The model; None where the graphs cannot stand in one `If`.
+    """
+    inputs, outputs = ([[v.name for v in getattr(m.graph, ends)] for m in (few, many)] for ends in ("input", "output"))
+    sparse = any(m.graph.sparse_initializer for m in (few, many))
+    if versions(many)[""] < _LEAST_OPSET or sparse or inputs[0] != inputs[1] or outputs[0] != outputs[1]:
+        return None
+    return _Join(few, many).model(below, at)
+
+
+def is_crossover(node: NodeProto) -> bool:
+    """Whether a node is the `If` between two plans."""
+    return node.op_type == "If" and node.name == NAME
+
+
+class _Side:
+    """One of two graphs.
+
+    Attributes:
+        title: What its branch is called.
+        graph: The graph.
+        makers: The node that gives each tensor.
+        users: The nodes that read each tensor, and at which places; -1 for one that reads it from a graph inside.
+        ends: The outputs.
+        stored: What is stored, by name.
+        numbers: What each tensor is.
+        front: Nodes in front of the `If`.
+        behind: Nodes behind it.
+        outside: What tensors and weights that both graphs have are called outside.
+    """
+
+    def __init__(self, title: str, graph: GraphProto) -> None:
+        self.title, self.graph = title, graph
+        self.makers = {o: k for k, n in enumerate(graph.node) for o in n.output if o}
+        self.users: dict[str, list[tuple[int, int]]] = {}
+        for k, node in enumerate(graph.node):
+            for at, name in enumerate(node.input):
+                self.users.setdefault(name, []).append((k, at))
+            for name in _read(node) - set(node.input):
+                self.users.setdefault(name, []).append((k, -1))
+        self.ends = {o.name for o in graph.output}
+        self.stored = {t.name: t for t in graph.initializer}
+        self.numbers: dict[str, int] = {}
+        self.front: set[int] = set()
+        self.behind: set[int] = set()
+        self.outside: dict[str, str] = {}
+
+
+class _Numbers:
+    """Tensors of two graphs by what they are: the same number is the same computation on the same data."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def of(self, graph: GraphProto) -> dict[str, int]:
+        """Numbers of a graph's tensors."""
+        out = {"": self._number(("nothing",))}
+        out |= {i.name: self._number(("input", i.name)) for i in graph.input}
+        for t in graph.initializer:
+            if t.name not in out:  # what a caller may give in its place is an input
+                out[t.name] = self._number(("stored", _content(t)))
+        for k, node in enumerate(graph.node):
+            key: tuple[Any, ...] = ("node", _kind(node), *(out[i] for i in node.input))
+            if subgraphs(node):
+                key = ("alone", id(graph), k)
+            out |= {o: self._number((key, at)) for at, o in enumerate(node.output) if o}
+        return out
+
+    def _number(self, key: tuple[Any, ...]) -> int:
+        return self._known.setdefault(key, len(self._known))
+
+
+def _content(t: TensorProto) -> bytes:
+    """What a stored tensor holds."""
+    plain = TensorProto()
+    plain.CopyFrom(t)
+    plain.ClearField("name")
+    plain.ClearField("doc_string")
+    return bytes(plain.SerializeToString(deterministic=True))
+
+
+def _kind(node: NodeProto) -> bytes:
+    """What a node does to its operands."""
+    plain = NodeProto(op_type=node.op_type, domain=node.domain)
+    plain.attribute.extend(sorted(node.attribute, key=lambda a: a.name))
+    plain.output.extend("x" if o else "" for o in node.output)
+    return bytes(plain.SerializeToString(deterministic=True))
+
+
+class _Join:
+    """Two graphs, divided into what stands in front of the `If`, in it, and behind it."""
+
+    def __init__(self, few: ModelProto, many: ModelProto) -> None:
+        self.base = many
+        self.few, self.many = _Side("few", few.graph), _Side("many", many.graph)
+        self.taken = names_in(few.graph) | names_in(many.graph)
+        numbers = _Numbers()
+        for side in (self.few, self.many):
+            side.numbers = numbers.of(side.graph)
+        both = set(self.few.numbers.values()) & set(self.many.numbers.values())
+        for side in (self.few, self.many):
+            side.front = {
+                k for k, n in enumerate(side.graph.node) if all(side.numbers[o] in both for o in n.output if o)
+            }
+        self.behind = self._behind()
+        self.few.behind, self.many.behind = set(self.behind.values()), set(self.behind)
+        # What stands in front is called as in the second graph.
+        outside = {self.many.numbers[o]: o for k in self.many.front for o in self.many.graph.node[k].output if o}
+        outside |= {self.many.numbers[t.name]: t.name for t in many.graph.initializer}
+        self.few.outside = {name: outside[k] for name, k in self.few.numbers.items() if name and k in outside}
+
+    # --- what is alike ---------------------------------------------------------------------------------------------
+
+    def _behind(self) -> dict[int, int]:
+        """Nodes of the second graph that both have behind what they do in different ways, with those of the first."""
+        pairs: dict[int, int] = {}
+        for k in reversed(range(len(self.many.graph.node))):
+            other = None if k in self.many.front else self._partner(k, pairs)
+            if other is not None and self._alike(self.few.graph.node[other], self.many.graph.node[k]):
+                pairs[k] = other
+        return self._from_products(pairs)
+
+    def _partner(self, k: int, pairs: Mapping[int, int]) -> int | None:
+        """The first graph's node whose outputs are read wherever a node's outputs are; None if there is none."""
+        node = self.many.graph.node[k]
+        mine: list[str] = []
+        for o in node.output:
+            own = {o} & self.many.ends
+            for user, at in self.many.users.get(o, ()):
+                if user not in pairs:
+                    return None
+                own.add(self.few.graph.node[pairs[user]].input[at])
+            if len(own) != bool(o):
+                return None
+            mine += own or {""}
+        found = {self.few.makers.get(o) for o in mine if o}
+        other = found.pop() if len(found) == 1 else None
+        if other is None or other in self.few.front or list(self.few.graph.node[other].output) != mine:
+            return None
+        read = {u for o in mine for u, _ in self.few.users.get(o, ())}
+        return (
+            other
+            if read <= set(pairs.values()) and set(mine) & self.few.ends == set(node.output) & self.many.ends
+            else None
+        )
+
+    def _alike(self, few: NodeProto, many: NodeProto) -> bool:
+        """Whether two nodes do the same to what nodes give, and with the same of what is stored or fed."""
+        if subgraphs(many) or _kind(few) != _kind(many) or len(few.input) != len(many.input):
+            return False
+        read = list(zip(few.input, many.input, strict=True))
+        made = ((a in self.few.makers and b in self.many.makers) for a, b in read)
+        return all(m or self._same(a, b) for m, (a, b) in zip(made, read, strict=True))
+
+    def _same(self, few: str, many: str) -> bool:
+        return self.few.numbers[few] == self.many.numbers[many]
+
+    def _from_products(self, pairs: dict[int, int]) -> dict[int, int]:
+        """The same from products on: a runtime fuses what follows a product with it, but not across the `If`."""
+        kept, nodes = dict(pairs), self.many.graph.node
+
+        def inside(k: int) -> bool:
+            """Whether a node has to be in the `If`: as one that a product does not begin with, or for its readers."""
+            makers = {self.many.makers.get(i) for i in nodes[k].input} - {None} - self.many.front
+            readers = {u for o in nodes[k].output for u, _ in self.many.users.get(o, ())}
+            return bool(readers - kept.keys()) or not (traits(nodes[k]) & Trait.PRODUCT or makers <= kept.keys())
+
+        out = [k for k in kept if inside(k)]
+        while out:
+            for k in out:
+                del kept[k]
+            out = [k for k in kept if inside(k)]
+        return kept
+
+    # --- putting together ------------------------------------------------------------------------------------------
+
+    def model(self, below: int, at: Count) -> ModelProto:
+        """The result."""
+        out = ModelProto()
+        out.CopyFrom(self.base)
+        graph, nodes = out.graph, self.many.graph.node
+        del graph.node[:], graph.value_info[:], graph.initializer[:]
+        behind, given = self._crossing()
+        branches = [self._branch(side, [pair[k] for pair in given]) for k, side in enumerate((self.few, self.many))]
+        front = [nodes[k] for k in sorted(self.many.front)]
+        graph.initializer.extend(self._weights([*front, *behind], branches))
+        made, stored = _condition(below, at, self.taken)
+        graph.initializer.extend(stored)
+        ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
+        choice = helper.make_node("If", [made[-1].output[0]], list(given.values()), name=NAME, **ways)
+        graph.node.extend([*front, *made, choice, *behind])
+        return out
+
+    def _crossing(self) -> tuple[list[NodeProto], dict[tuple[str, str], str]]:
+        """What stands behind the `If`, and what that gives: per pair of tensors of the branches its name outside."""
+        given: dict[tuple[str, str], str] = {}
+        for o in self.base.graph.output:
+            if self.many.makers.get(o.name) not in self.many.behind | self.many.front:
+                given[o.name, o.name] = o.name
+        behind = []
+        for k in sorted(self.behind):
+            node = NodeProto()
+            node.CopyFrom(self.many.graph.node[k])
+            for at, (few, many) in enumerate(zip(self.few.graph.node[self.behind[k]].input, node.input, strict=True)):
+                if not self._same(few, many) and self.many.makers[many] not in self.many.behind:
+                    pair = few, many
+                    given.setdefault(pair, many if many not in given.values() else _fresh(many, self.taken))
+                    node.input[at] = given[pair]
+            behind.append(node)
+        return behind, given
+
+    def _branch(self, side: _Side, given: Sequence[str]) -> GraphProto:
+        """One branch, whose tensors have names of their own."""
+        nodes = [k for k in range(len(side.graph.node)) if k not in side.front and k not in side.behind]
+        names = dict(side.outside)
+        inner = {o for k in nodes for o in side.graph.node[k].output if o}
+        own = inner if side is self.few else inner & set(given)
+        names |= {o: _fresh(f"{side.title}/{o}", self.taken) for o in sorted(own)}
+        if side is self.few:
+            stored = {i for k in nodes for i in _read(side.graph.node[k])} & side.stored.keys() - side.outside.keys()
+            self.moved = {n: _fresh(f"few/{n}", self.taken) if n in self.many.numbers else n for n in sorted(stored)}
+            names |= self.moved
+        out = GraphProto(name=side.title)
+        for k in nodes:
+            node = out.node.add()
+            node.CopyFrom(side.graph.node[k])
+            if node.name and side is self.few:
+                node.name = f"{side.title}/{node.name}"
+            _rename(node, names)
+        for name in given:
+            made = names.get(name, name)
+            if name not in inner:  # a branch gives what it makes itself
+                made = _fresh(f"{side.title}/{name}", self.taken)
+                out.node.append(helper.make_node("Identity", [names.get(name, name)], [made]))
+            out.output.add().name = made
+        return out
+
+    def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
+        """What is stored outside; weights of products that one branch alone reads are put into it.
+
+        A subgraph of onnxruntime that captures weights of products, which are packed, plans no memory.
+        """
+        stored = [*self.base.graph.initializer]
+        for t in self.few.graph.initializer:
+            if t.name in self.moved:
+                own = TensorProto()
+                own.CopyFrom(t)
+                own.name = self.moved[t.name]
+                stored.append(own)
+        outside = {i for n in nodes for i in _read(n)} | {o.name for o in self.base.graph.output}
+        outside |= {i.name for i in self.base.graph.input}
+        stored = self._selected(stored, branches, outside)
+        read = [{i for n in b.node for i in _read(n)} for b in branches]
+        out = []
+        for t in stored:
+            homes = [b for b, own in zip(branches, read, strict=True) if t.name in own]
+            alone = t.name not in outside and _multiplied(t.name, homes)
+            if alone and (len(homes) == 1 or _is_small(t)):
+                for home in homes:
+                    own = home.initializer.add()
+                    own.CopyFrom(t)
+                    if len(homes) > 1:
+                        own.name = _fresh(f"{home.name}/{t.name}", self.taken)
+                        for n in home.node:
+                            _rename(n, {t.name: own.name})
+            elif homes or t.name in outside:
+                out.append(t)
+        return out
+
+    def _selected(
+        self, stored: Sequence[TensorProto], branches: Sequence[GraphProto], outside: set[str]
+    ) -> list[TensorProto]:
+        """What is stored, without weights of the second branch that rows of the first one's make up.
+
+        These are selected from them by nodes that the runtime folds when it loads the model.
+        """
+        read = [{i for n in b.node for i in _read(n)} - outside for b in branches]
+        few, many = (
+            [t for t in stored if t.name in own and _is_matrix(t, least)]
+            for own, least in zip(read, (_SMALL, _TINY), strict=True)
+        )
+        nodes: list[NodeProto] = []
+        gone = set()
+        for part in many:
+            if part.name not in read[0]:
+                found = next((f for w in few if (f := self._selection(part, w)) is not None), None)
+                if found is not None:
+                    gone.add(part.name)
+                    nodes += found[0]
+                    branches[1].initializer.append(found[1])
+        kept = [*nodes, *branches[1].node]
+        del branches[1].node[:]
+        branches[1].node.extend(kept)
+        return [t for t in stored if t.name not in gone]
+
+    def _selection(self, part: TensorProto, whole: TensorProto) -> tuple[list[NodeProto], TensorProto] | None:
+        """Nodes that make one matrix of rows or columns of another one, and which those are; None if it has others."""
+        small, large = numpy_helper.to_array(part), numpy_helper.to_array(whole)
+        for turned in (False, True):
+            for axis in (0, 1):
+                at = _places(small.T if turned != (axis == 1) else small, large.T if axis else large)
+                if at is None:
+                    continue
+                picked, index = (_fresh(f"{part.name}/{what}", self.taken) for what in ("selected", "places"))
+                made = picked if turned else part.name
+                nodes = [helper.make_node("Gather", [whole.name, index], [made], axis=axis)]
+                if turned:
+                    nodes.append(helper.make_node("Transpose", [made], [part.name], perm=[1, 0]))
+                return nodes, numpy_helper.from_array(at, index)
+        return None
+
+
+def _is_matrix(t: TensorProto, least: int) -> bool:
+    """Whether a tensor is a matrix of more than some bytes, which are in the file."""
+    return len(t.dims) == 2 and t.data_location != TensorProto.EXTERNAL and t.ByteSize() > least
+
+
+def _places(rows: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64] | None:
+    """Which rows of a matrix those of another one are; None if it has others."""
+    if rows.dtype != among.dtype or rows.shape[1] != among.shape[1] or len(rows) > len(among):
+        return None
+    known = {row.tobytes(): k for k, row in enumerate(among)}
+    found = [known.get(row.tobytes(), -1) for row in rows]
+    return None if -1 in found else np.array(found, np.int64)
+
+
+def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:
+    return any(name in n.input and traits(n) & (Trait.PRODUCT | Trait.RECURRENT) for g in graphs for n in g.node)
+
+
+def _is_small(t: TensorProto) -> bool:
+    return t.data_location != TensorProto.EXTERNAL and t.ByteSize() <= _SMALL
+
+
+def _read(node: NodeProto) -> set[str]:
+    """What a node reads, its subgraphs included."""
+    return {*node.input, *(c for g in subgraphs(node) for c in captured(g))} - {""}
+
+
+def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Renames, in place, what a node reads and gives."""
+    for field in (node.input, node.output):
+        for k, name in enumerate(field):
+            field[k] = names.get(name, name)
+    rename_captured(node, dict(names))
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """A name that is not taken yet, which it is then."""
+    found = next(n for k in count(1) if (n := name if k == 1 else f"{name}.{k}") not in taken)
+    taken.add(found)
+    return found
+
+
+def _condition(below: int, at: Count, taken: set[str]) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes that tell whether there are less candidates than some number, and what they read."""
+    names = {part: _fresh(f"{NAME}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
+    stored = [
+        numpy_helper.from_array(np.array(value, np.int64), names[part])
+        for part, value in (("axis", at.axis), ("below", below * at.each))
+    ]
+    nodes = [
+        helper.make_node("Shape", [at.input], [names["shape"]]),
+        helper.make_node("Gather", [names["shape"], names["axis"]], [names["rows"]], axis=0),
+        helper.make_node("Less", [names["rows"], names["below"]], [names["few"]]),
+    ]
+    return nodes, stored

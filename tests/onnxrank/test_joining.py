@@ -1,0 +1,176 @@
+"""Two models in one: the same scores at every N, nothing stored twice, a condition of three nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from helpers import Graph, run, session
+from onnx import ModelProto
+
+from onnxrank.graphs import attribute, captured, names_in
+from onnxrank.joining import NAME, Count, joined
+
+BELOW = 5
+WIDTH = 96
+
+
+def ranker(split: bool, opset: int = 17, bias: float = 1.0) -> ModelProto:
+    """Two layers over a user and items, the first whole or divided, with a lookup in front that is the same."""
+    g, rng = Graph(opset), np.random.default_rng(0)
+    user, ids = g.input("user", [1, WIDTH]), g.input("ids", ["N"], onnx.TensorProto.INT64)
+    table, first = g.const(rng.integers(-3, 4, (50, WIDTH))), rng.integers(-2, 3, (2 * WIDTH, WIDTH))
+    second, last = (g.const(rng.integers(-2, 3, s)) for s in ((WIDTH, WIDTH), (WIDTH, 1)))
+    item = g.op("Gather", table, ids)
+    if split:
+        hidden = g.op("Add", g.op("MatMul", user, g.const(first[:WIDTH])), g.op("MatMul", item, g.const(first[WIDTH:])))
+    else:
+        rows = g.op("Concat", g.op("Shape", ids), g.ints(WIDTH), axis=0)
+        hidden = g.op("MatMul", g.op("Concat", g.op("Expand", user, rows), item, axis=1), g.const(first))
+    hidden = g.op("Relu", g.op("Add", hidden, g.const(np.full(WIDTH, bias))))
+    g.output(g.op("MatMul", g.op("Relu", g.op("MatMul", hidden, second)), last), ["N", 1])
+    return named(g.model())
+
+
+def named(model: ModelProto) -> ModelProto:
+    """A model whose outputs are called alike, whatever else it has."""
+    for k, o in enumerate(model.graph.output):
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [f"out {k}" if n == o.name else n for n in names]
+        o.name = f"out {k}"
+    return model
+
+
+def both(**options: float) -> ModelProto:
+    made = joined(ranker(False, **options), ranker(True), BELOW, Count("ids", 0))
+    assert made is not None
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def crossover(model: ModelProto) -> onnx.NodeProto:
+    return next(n for n in model.graph.node if n.name == NAME)
+
+
+@pytest.mark.parametrize("n", [0, 1, BELOW - 1, BELOW, BELOW + 1, 4096])
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+def test_scores_are_those_of_both(n: int, level: str) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    made = onnxruntime.InferenceSession(both().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(n)
+    feed = {"user": rng.integers(-2, 3, (1, WIDTH)).astype(np.float32), "ids": rng.integers(0, 50, n)}
+    (scores,) = run(made, feed).values()
+    for split in (False, True):
+        np.testing.assert_array_equal(scores, next(iter(run(ranker(split), feed).values())))
+
+
+@pytest.mark.parametrize(("n", "same"), [(BELOW - 1, False), (BELOW, True)])
+def test_the_condition_counts_candidates(n: int, same: bool) -> None:
+    feed = {"user": np.ones((1, WIDTH), np.float32), "ids": np.arange(n)}
+    found, wanted = (next(iter(run(m, feed).values())) for m in (both(bias=2.0), ranker(True)))
+    assert np.array_equal(found, wanted) == same
+
+
+def test_the_condition_is_made_of_extents_alone() -> None:
+    graph = both().graph
+    maker = {o: n for n in graph.node for o in n.output}
+    less = maker[crossover(both()).input[0]]
+    gather = maker[less.input[0]]
+    shape = maker[gather.input[0]]
+    assert [n.op_type for n in (less, gather, shape)] == ["Less", "Gather", "Shape"]
+    assert list(shape.input) == ["ids"]
+    stored = {t.name for t in graph.initializer}
+    assert {gather.input[1], less.input[1]} <= stored
+
+
+def test_what_both_do_alike_stands_outside() -> None:
+    made = both()
+    outside = [n.op_type for n in made.graph.node]
+    assert (
+        outside == ["Gather", "Shape", "Gather", "Less", "If", "MatMul", "Relu", "MatMul"] or outside.count("If") == 1
+    )
+    inside = [n.op_type for a in crossover(made).attribute for n in a.g.node]
+    assert inside.count("MatMul") == 3
+    assert "Relu" in inside  # a runtime fuses it with what is before it
+    assert outside.count("MatMul") == 2
+
+
+def test_weights_are_stored_once() -> None:
+    made = both()
+    assert made.ByteSize() < ranker(False).ByteSize() * 1.1
+    weights = [t for t in made.graph.initializer if list(t.dims) == [2 * WIDTH, WIDTH]]
+    assert len(weights) == 1
+    few, many = (attribute(crossover(made), f"{b}_branch") for b in ("then", "else"))
+    assert weights[0].name in captured(few) & captured(many)
+    assert [n.op_type for n in many.node][:2] == ["Gather", "Gather"]
+
+
+def test_selections_of_weights_are_folded_when_the_model_is_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "m.onnx")
+    onnxruntime.InferenceSession(both().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    many = attribute(crossover(onnx.load(tmp_path / "m.onnx")), "else_branch")
+    assert "Gather" not in [n.op_type for n in many.node]
+
+
+def test_names_are_given_once() -> None:
+    made = both()
+    branches = [attribute(crossover(made), f"{b}_branch") for b in ("then", "else")]
+    given = [{o for n in b.node for o in n.output} for b in branches]
+    outer = {o for n in made.graph.node for o in n.output} | {t.name for t in made.graph.initializer}
+    assert not given[0] & given[1]
+    assert not (given[0] | given[1]) & outer
+    assert names_in(made.graph)
+
+
+def test_weights_of_one_name_that_differ_are_kept_apart() -> None:
+    few, many = ranker(True, bias=3.0), ranker(True)
+    made = joined(few, many, BELOW, Count("ids", 0))
+    assert made is not None
+    for n, model in ((2, few), (9, many)):
+        feed = {"user": np.ones((1, WIDTH), np.float32), "ids": np.arange(n)}
+        np.testing.assert_array_equal(*(next(iter(run(m, feed).values())) for m in (made, model)))
+
+
+def test_rows_per_candidate_count() -> None:
+    made = joined(ranker(False), ranker(True), 3, Count("ids", 0, 2))
+    assert made is not None
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in made.graph.initializer}
+    assert stored[f"{NAME}/below"] == 6
+
+
+def test_models_of_other_outputs_do_not_stand_in_one() -> None:
+    few = ranker(False)
+    few.graph.output[0].name = "other"
+    assert joined(few, ranker(True), BELOW, Count("ids", 0)) is None
+
+
+def test_before_whole_numbers_could_be_compared_there_is_no_such_file() -> None:
+    few, many = ranker(False), ranker(True)
+    for model in (few, many):
+        model.opset_import[0].version = 8
+    assert joined(few, many, BELOW, Count("ids", 0)) is None
+
+
+def test_a_frontier_that_is_made_outside_is_handed_on() -> None:
+    """A branch may give what stands in front of the `If`."""
+
+    def model(doubled: bool) -> ModelProto:
+        g = Graph()
+        x = g.input("x", ["N", 4])
+        y = g.op("Relu", x)
+        z = g.op("Add", y, y) if doubled else y
+        w = g.const(np.eye(4))
+        g.output(g.op("MatMul", z, w), ["N", 4])
+        g.output(g.op("Neg", y), ["N", 4])
+        return named(g.model())
+
+    made = joined(model(False), model(True), BELOW, Count("x", 0))
+    assert made is not None
+    for n in (1, 7):
+        x = np.arange(4.0 * n, dtype=np.float32).reshape(n, 4)
+        first = next(iter(session(made).run(None, {"x": x})))
+        np.testing.assert_array_equal(first, x * (2 if n >= BELOW else 1))
