@@ -173,17 +173,16 @@ def test_what_declaring_an_input_would_save() -> None:
 
 
 def test_what_would_lift_a_refusal() -> None:
-    """Products of `u` and `ctx` with `item`: a stack of two levels, until `ctx` is request-level too."""
+    """A normalisation of `u` and `ctx` together: of two levels, until `ctx` is request-level too."""
     text = (
         "(float[N,24] u, float[N,24] ctx, float[N,24] item) => (float[N,1] y) {"
-        "c = Concat<axis=1>(u, ctx) a = Reshape(c, rows) b = Reshape(item, column) s = MatMul(a, b)"
-        "z = Reshape(s, flat) d = Concat<axis=1>(c, item, z) h = MatMul(d, W) r = Relu(h) y = MatMul(r, V) }"
+        "c = Concat<axis=1>(u, ctx) s = LayerNormalization<axis=-1>(c, G) t = Tanh(s)"
+        "d = Concat<axis=1>(t, item) h = MatMul(d, W) r = Relu(h) y = MatMul(r, V) }"
     )
-    shapes = {"rows": [-1, 2, 1, 24], "column": [-1, 1, 24, 1], "flat": [-1, 2]}
-    model = graph(text, W=w(74, 512), V=w(512, 1), **{k: np.array(v) for k, v in shapes.items()})
+    model = graph(text, W=w(72, 512), V=w(512, 1), G=np.ones(48, np.float32))
     (refused,) = inspect(model, request=["u"]).refusals
-    assert (refused.rule, refused.nodes) == ("dot", ("s",)) and refused.lift.startswith("declare ctx request-level")
-    assert not any(r.rule == "dot" for r in inspect(model, request=["u", "ctx"]).refusals)
+    assert (refused.rule, refused.nodes) == ("norm", ("s",)) and refused.lift.startswith("declare ctx request-level")
+    assert not any(r.rule == "norm" for r in inspect(model, request=["u", "ctx"]).refusals)
 
 
 def test_nothing_lifts_an_operator_that_mixes_rows() -> None:
