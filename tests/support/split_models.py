@@ -12,7 +12,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def ranker_model(width: int = 12) -> ModelProto:
-    """A user tower, an item, and a layer over both; whole numbers, so that scores are exact, of which nothing is packed."""
+    """A user tower, an item, and a layer over both; whole numbers, so that scores are exact; nothing can be packed."""
     g = Graph(17)
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
     tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(6, width))))
