@@ -104,7 +104,10 @@ def contradicting(told: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]) -> 
         return []
     given = feed[told["name"]]
     if told["form"] == "index":
-        wrong = [given - 1, given[::-1] + np.arange(len(given))[::-1] // max(len(given) - 1, 1)]
+        # The first request may be without candidates, so one less of each may still be in order.
+        wrong = [given - given[:1] - 1]
+        if len(given) > 1:
+            wrong.append(np.concatenate([given[-1:] + 1, given[:-1]]))
     elif told["form"] == "offsets":
         wrong = [given + 1, np.where(np.arange(len(given)) == len(given) - 1, given + 1, given)]
     else:
