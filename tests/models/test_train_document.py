@@ -11,6 +11,6 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "train.md").read_text(enc
 BLOCKS = dict(re.findall(r"^<!-- (\w+) -->\n```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["mask", "convert", "sparse"])
+@pytest.mark.parametrize("name", ["mask", "convert", pytest.param("sparse", marks=pytest.mark.slow)])
 def test_block(name: str) -> None:
     exec(BLOCKS[name], {})

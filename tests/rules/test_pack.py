@@ -178,6 +178,7 @@ def test_the_gate_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
         optimised(model, request=["user"], strict=True)
 
 
+@pytest.mark.slow
 def test_bisect_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     right = packing._constants
     monkeypatch.setattr(packing, "_constants", lambda *a: right(*a) + 1)

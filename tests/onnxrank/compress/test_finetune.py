@@ -72,7 +72,8 @@ def off(model: ModelProto, other: ModelProto) -> float:
     return float(np.sqrt(((a - b) ** 2).mean()))
 
 
-@pytest.mark.parametrize("relu", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("relu", [False, True])
 def test_training_brings_back_what_was_lost(data: Path, relu: bool) -> None:
     model = ranker()
     plain = made(model, data, None)

@@ -68,6 +68,7 @@ def test_variance_is_delongs() -> None:
     assert (high - low) / 2 == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_promise() -> None:
     """Over many draws, 95 % intervals miss the true difference about one time in twenty, with users shared by rows."""
     z, _, request = drawn(40_000, 5, seed=9)
@@ -113,6 +114,7 @@ def test_a_little_noise_passes_with_enough_rows_only() -> None:
     assert f"{found.rows} rows would tell" in " ".join(few.reasons)
 
 
+@pytest.mark.slow
 def test_the_number_of_rows_is_about_right() -> None:
     limits = Limits(loss=0.0008)
     asked = held(0.05, requests=60, limits=limits).criterion("auc")

@@ -150,7 +150,7 @@ def test_each_order_of_the_pair(pair: tuple[Path, Path]) -> None:
     assert [m.optimised for m in shown.models] == [True, False] and shown.difference < 1e-4
 
 
-@pytest.mark.parametrize("interface", ["request", "same"])
+@pytest.mark.parametrize("interface", ["request", pytest.param("same", marks=pytest.mark.slow)])
 def test_divided_matrix(tmp_path: Path, interface: str) -> None:
     """A packed matrix is brought into the parts that the optimised model takes."""
     source, fast = MODELS / "deepfm_packed.dynamo.onnx", tmp_path / "fast.onnx"
