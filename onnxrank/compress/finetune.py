@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
+from torch import Tensor
 from torch.nn import functional
 
 from onnxrank.errors import ModelError
 from onnxrank.graphs import attribute, versions
 from onnxrank.model import tensor_data
 
-Tensor = torch.Tensor
 Given = Sequence[Tensor | None]
 _CLOSE = 1e-3
 """Distance of torch's scores from onnxruntime's, relative to their size, above which nothing is trained."""
