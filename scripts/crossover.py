@@ -6,7 +6,7 @@
 
 A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range `--candidates`.
 Forms of a model take turns on one thread; a ratio is the median over rounds of the original's time over the form's.
-What is slower than the original is timed again, `--again` times, and the median of all counts.
+What is slower than the original is timed again, `--again` times, and the median of all counts. Figures need matplotlib.
 """
 
 from __future__ import annotations
