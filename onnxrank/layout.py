@@ -123,6 +123,10 @@ class Layout:
         shape = np.array([*extents(dims)[:-2], -1, extents(dims)[-1]], np.int64)
         return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
 
+    def written_anew(self, name: str, dims: Dims) -> str:
+        """A tensor behind a Reshape to its own shape, so that what makes it is not fused with what follows."""
+        return self.emit.add("Reshape", [name, self.shape_vector(dims)], self._literal(dims, dims))
+
     def _make(self, codes: Codes, dims: Dims) -> str:
         """Makes the tensor with all the symbols in `dims` present."""
         if (codes == HOLE).any():

@@ -387,7 +387,13 @@ class _Operand:
 
     def write(self) -> str:
         """Writes it."""
-        return self.rw.tensor(self.value) if self.held is None else self.rw.rows_along(self.value, self.held)
+        rw, value = self.rw, self.value
+        name = rw.tensor(value) if self.held is None else rw.rows_along(value, self.held)
+        if rw.emit.op_of.get(name) != "Transpose" or not symbols(value.dims[-2:]):
+            return name
+        # A length may be 0: of no entries, a product into which onnxruntime takes a Transpose gives what lay in memory.
+        held = rw.present(value) if self.held is None else self.held
+        return rw.layout.written_anew(name, keep_symbols(value.dims, held))
 
 
 @dataclass(frozen=True)

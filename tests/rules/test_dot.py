@@ -501,3 +501,15 @@ def test_positions_read_of_an_einsum(read: int, out: str) -> None:
     y = g.op("Neg", y) if axis is None else g.op("Gather", y, g.const([(4, 6)[axis]], np.int64), axis=read)
     g.output(y, None)
     optimised(g, given, counts=(1, 2, 5))
+
+
+def test_a_sum_over_a_length_of_nothing() -> None:
+    """Einsum over a length is 0 without entries; onnxruntime's product of a transposed tensor is what lay in memory."""
+    g, given = Graph(), [request("u", 4), candidate("c", "L", 2)]
+    u, c = (i.declare(g) for i in given)
+    y = g.op("Einsum", g.op("Tile", c, g.ints(1, 1, 2)), c, equation="abc,abd->acd")
+    g.output(g.op("Add", y, g.op("Unsqueeze", g.op("ReduceSum", u, g.ints(1), keepdims=1), g.ints(2))), ["N", 4, 2])
+    result = optimised(g, given, lengths=[{"L": n} for n in (0, 1, 40)], tolerance=1e-6)
+    made = {o: n.op_type for n in result.model.graph.node for o in n.output}
+    read = [made.get(i) for n in result.model.graph.node if n.op_type == "MatMul" for i in n.input]
+    assert "Transpose" not in read
