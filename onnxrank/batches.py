@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from onnxrank.contract import CONTRACT, stored_contract
 from onnxrank.errors import ModelError
-from onnxrank.graphs import captured, rename_captured, subgraphs, versions
+from onnxrank.graphs import rename, versions
 from onnxrank.model import LoadedModel
 
 Feed = dict[str, NDArray[Any]]
@@ -156,10 +156,7 @@ class _Single:
         self._rows()
         outputs = [self._output(info) for info in graph.output]
         for node in graph.node:
-            node.input[:] = [self.names.get(i, i) for i in node.input]
-            node.output[:] = [self.names.get(o, o) for o in node.output]
-            if any(self.names.keys() & captured(g) for g in subgraphs(node)):
-                rename_captured(node, dict(self.names))
+            rename(node, self.names)
         nodes = [*self.before, *graph.node, *self.behind]
         del graph.node[:], graph.input[:], graph.output[:]
         graph.node.extend(nodes)

@@ -24,7 +24,7 @@ from onnxrank import model as files
 from onnxrank import runtime, shapes
 from onnxrank.errors import ModelError
 from onnxrank.extents import Expr, Unproved
-from onnxrank.graphs import captured, subgraphs
+from onnxrank.graphs import reads, subgraphs
 from onnxrank.operators import Trait, traits
 from onnxrank.values import CANDIDATES, Dim, Dims, canonical, is_candidate_symbol
 from onnxrank.workers import RemoteSession
@@ -214,7 +214,7 @@ def _behind(model: ModelProto, wanted: Sequence[str]) -> ModelProto:
     for node in reversed(model.graph.node):
         if needed & set(node.output):
             kept.append(node)
-            needed |= {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
+            needed |= reads(node)
     out = ModelProto(ir_version=model.ir_version)
     out.opset_import.extend(model.opset_import)
     out.graph.name = model.graph.name
@@ -233,8 +233,7 @@ def available(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
     dead: set[str] = set()
     good, bad = [], []
     for node in model.graph.node:
-        inner = {c for g in subgraphs(node) for c in captured(g)}
-        if node.domain not in _KNOWN_DOMAINS or dead & {*node.input, *inner}:
+        if node.domain not in _KNOWN_DOMAINS or dead & reads(node):
             dead |= set(node.output)
             bad.append(node)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper
@@ -70,11 +70,21 @@ def captured(graph: GraphProto) -> set[str]:
     return out
 
 
+def captured_by(node: NodeProto) -> set[str]:
+    """Names of outer tensors that the graphs inside a node read."""
+    return {c for g in subgraphs(node) for c in captured(g)}
+
+
+def reads(node: NodeProto) -> set[str]:
+    """The tensors that a node reads, in the graphs inside it, too."""
+    return {i for i in node.input if i} | captured_by(node)
+
+
 def dangling(model: ModelProto) -> tuple[NodeProto, str] | None:
     """The first node, in order, that reads a tensor which nothing before it gives, and the tensor's name."""
     known = _given(model.graph)
     for node in model.graph.node:
-        for name in (*node.input, *sorted(c for g in subgraphs(node) for c in captured(g))):
+        for name in (*node.input, *sorted(captured_by(node))):
             if name and name not in known:
                 return node, name
         known.update(node.output)
@@ -114,7 +124,7 @@ def live(model: ModelProto) -> ModelProto:
         if k is not None and k not in seen:
             seen.add(k)
             node = model.graph.node[k]
-            wanted += [*node.input, *(c for g in subgraphs(node) for c in captured(g))]
+            wanted += reads(node)
     if len(seen) == len(model.graph.node):
         return model
     kept = [node for k, node in enumerate(model.graph.node) if k in seen]
@@ -141,18 +151,23 @@ def renamed(model: ModelProto, names: dict[str, str]) -> ModelProto:
     out = ModelProto()
     out.CopyFrom(model)
     for node in out.graph.node:
-        for field in (node.input, node.output):
-            for k, name in enumerate(field):
-                if name in names:
-                    field[k] = names[name]
-        rename_captured(node, names)
+        rename(node, names)
     sparse = (t.values for t in out.graph.sparse_initializer)
     for t in (*out.graph.initializer, *sparse, *out.graph.value_info):
         t.name = names.get(t.name, t.name)
     return out
 
 
-def rename_captured(node: NodeProto, names: dict[str, str]) -> None:
+def rename(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Renames, in place, what a node reads, in the graphs inside it too, and what it gives."""
+    for field in (node.input, node.output):
+        for k, name in enumerate(field):
+            if name in names:
+                field[k] = names[name]
+    rename_captured(node, names)
+
+
+def rename_captured(node: NodeProto, names: Mapping[str, str]) -> None:
     """Renames, in place, the outer tensors that a control-flow node's bodies read."""
     for graph in subgraphs(node):
         local = _given(graph)

@@ -22,7 +22,7 @@ from onnxrank import model as files
 from onnxrank import ranker, runtime
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import ModelError
-from onnxrank.graphs import captured, rename_captured, subgraphs
+from onnxrank.graphs import rename
 from onnxrank.model import LoadedModel
 
 PARTS = ("request", "candidate")
@@ -157,10 +157,7 @@ def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     """A copy of a node whose operands and results have other names."""
     out = NodeProto()
     out.CopyFrom(node)
-    out.input[:] = [names.get(i, i) for i in node.input]
-    out.output[:] = [names.get(o, o) for o in node.output]
-    if any(names.keys() & captured(g) for g in subgraphs(out)):
-        rename_captured(out, dict(names))
+    rename(out, names)
     return out
 
 

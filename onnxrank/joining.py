@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
+from onnxrank.graphs import names_in, reads, rename, subgraphs, versions
 from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
@@ -97,7 +97,7 @@ class _Side:
         for k, node in enumerate(graph.node):
             for at, name in enumerate(node.input):
                 self.users.setdefault(name, []).append((k, at))
-            for name in _read(node) - set(node.input):
+            for name in reads(node) - set(node.input):
                 self.users.setdefault(name, []).append((k, -1))
         self.ends = {o.name for o in graph.output}
         self.stored = {t.name: t for t in graph.initializer}
@@ -278,7 +278,7 @@ class _Join:
         own = inner if side is self.few else inner & set(given)
         names |= {o: _fresh(f"{side.title}/{o}", self.taken) for o in sorted(own)}
         if side is self.few:
-            stored = {i for k in nodes for i in _read(side.graph.node[k])} & side.stored.keys() - side.outside.keys()
+            stored = {i for k in nodes for i in reads(side.graph.node[k])} & side.stored.keys() - side.outside.keys()
             self.moved = {n: _fresh(f"few/{n}", self.taken) if n in self.many.numbers else n for n in sorted(stored)}
             names |= self.moved
         out = GraphProto(name=side.title)
@@ -287,7 +287,7 @@ class _Join:
             node.CopyFrom(side.graph.node[k])
             if node.name and side is self.few:
                 node.name = f"{side.title}/{node.name}"
-            _rename(node, names)
+            rename(node, names)
         for name in given:
             made = names.get(name, name)
             if name not in inner:  # a branch gives what it makes itself
@@ -308,10 +308,10 @@ class _Join:
                 own.CopyFrom(t)
                 own.name = self.moved[t.name]
                 stored.append(own)
-        outside = {i for n in nodes for i in _read(n)} | {o.name for o in self.base.graph.output}
+        outside = {i for n in nodes for i in reads(n)} | {o.name for o in self.base.graph.output}
         outside |= {i.name for i in self.base.graph.input}
         stored = self._selected(stored, branches, outside)
-        read = [{i for n in b.node for i in _read(n)} for b in branches]
+        read = [{i for n in b.node for i in reads(n)} for b in branches]
         out = []
         for t in stored:
             homes = [b for b, own in zip(branches, read, strict=True) if t.name in own]
@@ -323,7 +323,7 @@ class _Join:
                     if len(homes) > 1:
                         own.name = _fresh(f"{home.name}/{t.name}", self.taken)
                         for n in home.node:
-                            _rename(n, {t.name: own.name})
+                            rename(n, {t.name: own.name})
             elif homes or t.name in outside:
                 out.append(t)
         return out
@@ -335,7 +335,7 @@ class _Join:
 
         These are selected from them by nodes that the runtime folds when it loads the model.
         """
-        read = [{i for n in b.node for i in _read(n)} - outside for b in branches]
+        read = [{i for n in b.node for i in reads(n)} - outside for b in branches]
         few, many = (
             [t for t in stored if t.name in own and _is_matrix(t, least)]
             for own, least in zip(read, (_SMALL, _TINY), strict=True)
@@ -391,19 +391,6 @@ def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:
 
 def _is_small(t: TensorProto) -> bool:
     return t.data_location != TensorProto.EXTERNAL and t.ByteSize() <= _SMALL
-
-
-def _read(node: NodeProto) -> set[str]:
-    """What a node reads, its subgraphs included."""
-    return {*node.input, *(c for g in subgraphs(node) for c in captured(g))} - {""}
-
-
-def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
-    """Renames, in place, what a node reads and gives."""
-    for field in (node.input, node.output):
-        for k, name in enumerate(field):
-            field[k] = names.get(name, name)
-    rename_captured(node, dict(names))
 
 
 def _fresh(name: str, taken: set[str]) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.facts import Facts
-from onnxrank.graphs import attribute, captured, subgraphs
+from onnxrank.graphs import attribute, captured_by
 from onnxrank.operators import Trait, Use, find, operator, traits
 
 Needs = dict[int, NDArray[np.int64]]
@@ -47,7 +47,7 @@ def positions_needed(
         # Positions of one output are not those of another: who has several that are read is read in full.
         read = [o for o in node.output if o in known]
         mine = known[read[0]] if read == list(node.output[:1]) else None
-        inner = {c for g in subgraphs(node) for c in captured(g)}
+        inner = captured_by(node)
         for k, name in enumerate([*node.input, *inner]):
             if not name:
                 continue

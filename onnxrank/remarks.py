@@ -18,11 +18,12 @@ from onnx import NodeProto
 from onnxrank import cost
 from onnxrank.analysis import Analysis
 from onnxrank.forms import Form, fewest
+from onnxrank.graphs import reads
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import ALWAYS, LEAVE, Alternative, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rewrite import Refusal, opaque_reason
-from onnxrank.uses import changed_by, reads
+from onnxrank.uses import changed_by
 from onnxrank.values import Level, is_candidate_symbol, symbols
 
 MODEL = "model"

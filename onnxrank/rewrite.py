@@ -23,7 +23,7 @@ from onnxrank import extents as ex
 from onnxrank.emitter import Emitter
 from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
-from onnxrank.graphs import captured, rename_captured, subgraphs
+from onnxrank.graphs import captured_by, rename_captured, subgraphs
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
 from onnxrank.operators import operator
@@ -518,7 +518,7 @@ class Rewrite:
             known: Whether there are rules for its operator, and it is a matter of its operands.
         """
         operands = [self.values[i] for i in node.input if i]
-        inner = sorted({c for g in subgraphs(node) for c in captured(g) if c in self.values})
+        inner = sorted(c for c in captured_by(node) if c in self.values)
         operands += [self.values[c] for c in inner]
         rows = any(is_candidate_symbol(s) for v in operands for s in symbols(v.dims))
         told = known and bool(self.refusals) and self.refusals[-1].node == label(node)

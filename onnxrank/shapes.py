@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
-from onnxrank.graphs import captured, subgraphs, versions
+from onnxrank.graphs import reads, subgraphs, versions
 from onnxrank.operators import Known, Operator, Shape, Trait, Use, constant, domain_of, find
 
 _LARGEST = 1 << 24
@@ -175,8 +175,7 @@ class _Walk:
         """Whether a node reads extents and small constants alone."""
         if entry is not None and Trait.EXTENTS in entry.traits:
             return node.input[0] in self.out.shapes
-        inner = {c for g in subgraphs(node) for c in captured(g)}
-        return all(not i or i in self.out.values or self._small(i) for i in {*node.input, *inner})
+        return all(i in self.out.values or self._small(i) for i in reads(node))
 
     def _small(self, name: str) -> bool:
         return name in self.loads and self.loads[name][1] <= _LARGEST
@@ -190,8 +189,7 @@ class _Walk:
         """Whether a node's result is the same at all extents, so that running it once tells it."""
         if entry is not None and entry.random:
             return False
-        inner = {c for g in subgraphs(node) for c in captured(g)}
-        for i in {*node.input, *inner} - {""}:
+        for i in reads(node):
             found = self.out.values.get(i)
             if i not in self._left and not self._small(i) and (found is None or not found.fixed):
                 return False

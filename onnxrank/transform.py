@@ -15,7 +15,7 @@ from onnxrank import model as files
 from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emitter import Emitted, Emitter
 from onnxrank.errors import ModelError
-from onnxrank.graphs import captured, names_in, rename_captured, subgraphs, versions
+from onnxrank.graphs import captured_by, names_in, reads, rename, versions
 from onnxrank.plans import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
 from onnxrank.rewrite import Rewrite, Rule, SiteFailed
@@ -235,11 +235,7 @@ class Transformation:
 
     def _rename(self, old: str, new: str) -> None:
         for e in self.emit.nodes:
-            for field in (e.proto.input, e.proto.output):
-                for k, n in enumerate(field):
-                    if n == old:
-                        field[k] = new
-            rename_captured(e.proto, {old: new})
+            rename(e.proto, {old: new})
 
     def _guards(self) -> str | None:
         """Whether all rows of every request-level input are equal, as a bool scalar."""
@@ -310,7 +306,7 @@ class Transformation:
         # What callers may give stays in the signature, like inputs that nobody reads.
         read = {i for e in self._kept for i in e.proto.input} | set(outputs) | self._overridable
         for e in self._kept:
-            read |= {c for g in subgraphs(e.proto) for c in captured(g)}
+            read |= captured_by(e.proto)
         for t in base.graph.initializer:
             was_read = t.name in read
             if was_read:
@@ -427,9 +423,7 @@ def _sorted_live(nodes: Sequence[Emitted], outputs: Sequence[str]) -> list[Emitt
     producer = {o: k for k, e in enumerate(nodes) for o in e.proto.output if o}
 
     def operands(k: int) -> set[int]:
-        proto = nodes[k].proto
-        read = {*proto.input, *(c for g in subgraphs(proto) for c in captured(g))}
-        return {producer[i] for i in read if i in producer}
+        return {producer[i] for i in reads(nodes[k].proto) if i in producer}
 
     live: set[int] = set()
     stack = [producer[o] for o in outputs if o in producer]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from onnx import NodeProto
 
-from onnxrank.graphs import captured, subgraphs
+from onnxrank.graphs import reads
 from onnxrank.operators import Trait, traits
 
 T = TypeVar("T")
@@ -82,11 +82,6 @@ class Uses:
     def forget(self) -> None:
         """Drops all answers, because something that they depend on has changed."""
         self._answers.clear()
-
-
-def reads(node: NodeProto) -> set[str]:
-    """The tensors that a node reads, in the graphs inside it, too."""
-    return {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
 
 
 def changed_by(nodes: Iterable[NodeProto], tensors: Iterable[str]) -> set[str]:

@@ -21,7 +21,7 @@ from onnxrank.emitter import Emitter
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import constant_data
 from onnxrank.feeds import Input
-from onnxrank.graphs import captured, names_in, subgraphs, versions
+from onnxrank.graphs import captured, names_in, reads, rename, subgraphs, versions
 from onnxrank.layout import Layout
 from onnxrank.operators import Known, Use, constant, domain_of
 from onnxrank.plans import label
@@ -63,7 +63,7 @@ def _live(marked: Sequence[tuple[NodeProto, str | None]], wanted: set[str]) -> l
     for node, rule in reversed(marked):
         if needed & set(node.output):
             kept.append((node, rule))
-            needed |= {i for i in node.input if i} | {c for g in subgraphs(node) for c in captured(g)}
+            needed |= reads(node)
     return kept[::-1]
 
 
@@ -226,7 +226,7 @@ class Batch:
 
     def _step(self, node: NodeProto) -> None:
         names = [i for i in node.input if i]
-        read = {*names, *(c for g in subgraphs(node) for c in captured(g))}
+        read = reads(node)
         moving = {i for i in read if i in self.tensors and self.tensors[i].rows is not None}
         if not moving and not read & self._varying:
             # A tensor that is one constant may have another name by now.
@@ -426,9 +426,7 @@ class Batch:
         own = {o for e in self.emit.nodes for o in e.proto.output}
         hidden = {name: self.emit.fresh(f"{name}/rows") for name in outputs if name in own and name not in names}
         for e in self.emit.nodes:
-            for field in (e.proto.input, e.proto.output):
-                for k, n in enumerate(field):
-                    field[k] = names.get(n, hidden.get(n, n))
+            rename(e.proto, hidden | names)
         return [
             helper.make_node("Identity", [hidden.get(tensor, tensor)], [f"{name}/several"], name=f"{name}/several")
             for name, tensor in outputs.items()

@@ -10,7 +10,7 @@ from onnxrank import extents as ex
 from onnxrank.emitter import replaced
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
-from onnxrank.graphs import attribute, captured, subgraphs
+from onnxrank.graphs import attribute, captured_by, subgraphs
 from onnxrank.operators import operator
 from onnxrank.segments import steps
 from onnxrank.segments.division import Data, Division, Left, Tensor
@@ -85,7 +85,7 @@ def divided(
     def write(node: NodeProto) -> bool:
         made = _step(d, node)
         if made is None:
-            for name in (*node.input, *(c for g in subgraphs(node) for c in captured(g))):
+            for name in (*node.input, *sorted(captured_by(node))):
                 d.join(name)
             steps.note(d, node)
             return False

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.graphs import captured, subgraphs
+from onnxrank.graphs import captured_by
 from onnxrank.model import tensor_data, tensors
 from onnxrank.verify import compare, judge
 from onnxrank.verify.bisect import alike, common_tensors, exposed, worst_point
@@ -248,7 +248,7 @@ def subgraph(model: ModelProto, known: set[str], goal: str, values: Mapping[str,
         if name in producer and (name == goal or name not in known or name not in values):
             node = producer[name]
             kept.append(node)
-            stack += [*node.input, *(c for g in subgraphs(node) for c in captured(g))]
+            stack += [*node.input, *captured_by(node)]
         elif name in values:
             inputs.append(name)
         elif name not in producer:

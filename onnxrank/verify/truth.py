@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import facts, fused, runtime
 from onnxrank.errors import ModelError
-from onnxrank.graphs import captured, subgraphs
+from onnxrank.graphs import reads, subgraphs
 from onnxrank.model import tensor_data, tensors
 from onnxrank.study import element_types
 from onnxrank.verify import compare
@@ -215,7 +215,7 @@ def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] 
     for node in model.graph.node:
         # Even stages are onnxruntime's, odd ones the reference evaluator's.
         odd = any(n.op_type in lacking for n in _with_inner(node))
-        at = max((stage.get(i, 0) for i in _reads(node)), default=0)
+        at = max((stage.get(i, 0) for i in reads(node)), default=0)
         at += int((at % 2 == 1) != odd)
         for o in node.output:
             stage[o] = at
@@ -227,9 +227,9 @@ def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] 
     types = {k: TensorProto.DOUBLE if t in runtime.FLOATS else t for k, t in element_types(model).items()}
     for at in sorted(groups):
         nodes = groups[at]
-        read = {i for n in nodes for i in _reads(n)}
+        read = {i for n in nodes for i in reads(n)}
         made = {o for n in nodes for o in n.output if o}
-        later = {i for k, g in groups.items() if k != at for n in g for i in _reads(n)}
+        later = {i for k, g in groups.items() if k != at for n in g for i in reads(n)}
         initial = [t for t in model.graph.initializer if t.name in read]
         given = sorted(read - made - {t.name for t in initial} - {""})
         part = ModelProto()
@@ -251,7 +251,3 @@ def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] 
 
 def _with_inner(node: NodeProto) -> list[NodeProto]:
     return [node, *(m for g in subgraphs(node) for n in g.node for m in _with_inner(n))]
-
-
-def _reads(node: NodeProto) -> set[str]:
-    return {*node.input, *(c for g in subgraphs(node) for c in captured(g))} - {""}
