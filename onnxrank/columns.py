@@ -18,6 +18,7 @@ from onnx import NodeProto
 
 from onnxrank.graphs import attribute
 from onnxrank.network import Network, Product, Table
+from onnxrank.operators import operator
 
 Shapes = Mapping[str, Sequence[int | None]]
 _SOME = 256
@@ -124,20 +125,20 @@ def _through(
 ) -> tuple[list[int], int] | None:
     """Where a node puts columns along the last axis, and how long that is; None where it does something else."""
     shape, made = shapes[tensor], shapes.get(node.output[0], [])
-    if node.domain not in ("", "ai.onnx") or not made or made[-1] is None:
+    if not made or made[-1] is None:
         return None
-    if node.op_type == "Concat" and attribute(node, "axis") in (-1, len(shape) - 1):
+    if operator(node) == "Concat" and attribute(node, "axis") in (-1, len(shape) - 1):
         before = list(node.input)[: list(node.input).index(tensor)]
         widths = [shapes.get(i, [None])[-1] for i in before]
         return None if None in widths else ([sum(w or 0 for w in widths) + p for p in places], made[-1])
-    if node.op_type in ("Reshape", "Flatten") and node.input[0] == tensor:
+    if operator(node) in ("Reshape", "Flatten") and node.input[0] == tensor:
         inner = shape[len(made) - 1 :]
         count = math.prod(n or 0 for n in inner[:-1])
-        target = net.array(node.input[1]) if node.op_type == "Reshape" else np.array([-1])
+        target = net.array(node.input[1]) if operator(node) == "Reshape" else np.array([-1])
         # All axes but the last ones stay, and these become one.
         if inner[-1] is None or count < 1 or count * inner[-1] != made[-1] or target is None or len(made) < 2:
             return None
-        if node.op_type == "Flatten" and len(made) != 2:
+        if operator(node) == "Flatten" and len(made) != 2:
             return None
         found.flattened.append((node, count, made[-1]))
         return [k * inner[-1] + p for k in range(count) for p in places], made[-1]
@@ -164,7 +165,7 @@ def _cut(net: Network, table: Table, ways: _Ways, like: NDArray[np.int64], keep:
         net.set_matrix(layer, made[left].astype(weight.dtype))
     gone = int((~keep).sum())
     for node, count, width in ways.flattened:
-        if node.op_type == "Reshape":
+        if operator(node) == "Reshape":
             target = net.array(node.input[1])
             assert target is not None
             if target[-1] == width:

@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank.graphs import attribute, captured, live, names_in, subgraphs, versions
 from onnxrank.model import flattened, overridable, tensor_data
+from onnxrank.operators import operator
 from onnxrank.plans import label
 
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
@@ -152,20 +153,20 @@ class Network:
         if name in self._held:
             return tensor_data(self._held[name], self._folder)
         node = self.maker.get(name)
-        if node is None or node.domain not in ("", "ai.onnx"):
+        if node is None:
             return None
-        if node.op_type == "Constant":
+        if operator(node) == "Constant":
             a = node.attribute[0]
             if a.name == "value":
                 return tensor_data(a.t)
             if a.name in ("value_float", "value_floats"):
                 return np.array(helper.get_attribute_value(a), np.float32)
             return np.array(helper.get_attribute_value(a), np.int64) if a.name in ("value_int", "value_ints") else None
-        if node.op_type in ("Transpose", "Identity", "Cast"):
+        if operator(node) in ("Transpose", "Identity", "Cast"):
             inner = self.array(node.input[0])
-            if inner is None or node.op_type == "Identity":
+            if inner is None or operator(node) == "Identity":
                 return inner
-            if node.op_type == "Cast":
+            if operator(node) == "Cast":
                 to = attribute(node, "to")
                 return inner.astype(helper.tensor_dtype_to_np_dtype(to)) if to in FLOATS else None
             return np.transpose(inner, attribute(node, "perm"))
@@ -175,7 +176,7 @@ class Network:
         """Number of entries of the initializer that a tensor is, or is made of; 0 where it is made of none."""
         while name not in self._held:
             node = self.maker.get(name)
-            if node is None or node.op_type not in ("Transpose", "Identity", "Cast"):
+            if node is None or operator(node) not in ("Transpose", "Identity", "Cast"):
                 return 0
             name = node.input[0]
         return math.prod(self._held[name].dims)
@@ -189,14 +190,14 @@ class Network:
 
     def weights(self) -> int:
         """Number of entries that are multiplied with, none of which has to be read for it."""
-        operands = {n.input[1] for n in self.nodes if n.op_type in ("MatMul", "Gemm") and len(n.input) > 1}
+        operands = {n.input[1] for n in self.nodes if operator(n) in ("MatMul", "Gemm") and len(n.input) > 1}
         return sum(map(self._entries, operands))
 
     def products(self) -> list[Product]:
         """All products of computed values with constant matrices, in the graph's order."""
         found: dict[str, list[NodeProto]] = {}
         for n in self.nodes:
-            if n.domain in ("", "ai.onnx") and n.op_type in ("MatMul", "Gemm") and len(n.input) > 1:
+            if operator(n) in ("MatMul", "Gemm") and len(n.input) > 1:
                 if self._is_layer(n):
                     found.setdefault(n.input[1], []).append(n)
         out = []
@@ -217,7 +218,7 @@ class Network:
         if self.array(node.input[0]) is not None:
             return False
         plain = [("alpha", 1.0), ("beta", 1.0)]
-        return node.op_type == "MatMul" or (
+        return operator(node) == "MatMul" or (
             not attribute(node, "transA") and all(attribute(node, k, v) == v for k, v in plain)
         )
 
@@ -230,9 +231,9 @@ class Network:
         found: dict[str, list[NodeProto]] = {}
         other: set[str] = set()
         for n in self.nodes:
-            if most is not None and n.op_type == "Gather" and self._entries(n.input[0]) > most:
+            if most is not None and operator(n) == "Gather" and self._entries(n.input[0]) > most:
                 continue
-            if n.op_type == "Gather" and n.domain in ("", "ai.onnx") and not attribute(n, "axis"):
+            if operator(n) == "Gather" and not attribute(n, "axis"):
                 data = self.array(n.input[0])
                 if data is not None and data.ndim == 2 and self.array(n.input[1]) is None:
                     if data.dtype in (np.float32, np.float64):
@@ -256,16 +257,16 @@ class Network:
     def adds_computed(self, site: Product) -> bool:
         """Whether a node of a layer adds what is computed itself, as candidate-level parts of divided layers do."""
         return any(
-            n.op_type == "Gemm" and len(n.input) > 2 and n.input[2] and self.array(n.input[2]) is None
+            operator(n) == "Gemm" and len(n.input) > 2 and n.input[2] and self.array(n.input[2]) is None
             for n in site.nodes
         )
 
     def bias(self, node: NodeProto, width: int) -> Bias | None:
         """The constant vector that is added to what a product gives, where nothing else reads it before."""
-        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+        if operator(node) == "Gemm" and len(node.input) > 2 and node.input[2]:
             return Bias(node, 2) if self._is_vector(node.input[2], width) else None
         after = self.alone(node.output[0])
-        if after is None or after.op_type != "Add" or after.domain not in ("", "ai.onnx"):
+        if after is None or operator(after) != "Add":
             return None
         place = 1 - list(after.input).index(node.output[0])
         return Bias(after, place) if self._is_vector(after.input[place], width) else None
@@ -348,7 +349,7 @@ class Network:
             old = self.array(held.node.input[held.place])
             assert old is not None
             self.set_bias(held, old.astype(np.float64).reshape(-1) + vector)
-        elif node.op_type == "Gemm" and (len(node.input) < 3 or not node.input[2]):
+        elif operator(node) == "Gemm" and (len(node.input) < 3 or not node.input[2]):
             del node.input[2:]
             node.input.append(self.constant(vector.astype(kind), f"{node.output[0]}.bias"))
             self.renewed()

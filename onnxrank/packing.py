@@ -23,7 +23,7 @@ from onnx import NodeProto
 from onnxrank.columns import pack_columns
 from onnxrank.graphs import attribute
 from onnxrank.network import Network, Product, Site
-from onnxrank.operators import Trait, traits
+from onnxrank.operators import Trait, operator, traits
 
 Floats = NDArray[np.float64]
 UNITS, WEIGHTS, COLUMNS = 0, 1, 2
@@ -189,8 +189,7 @@ def _is_smooth(net: Network, tensor: str, layers: Collection[int]) -> bool:
         for node in net.readers.get(at, []):
             if id(node) in layers and at not in node.input[1:]:
                 continue
-            own = node.domain in ("", "ai.onnx")
-            if not (own and node.op_type in _SMOOTH) and not traits(node) & Trait.MOVEMENT:
+            if operator(node) not in _SMOOTH and not traits(node) & Trait.MOVEMENT:
                 return False
             waiting += [o for o in node.output if o not in seen]
             seen.update(node.output)
@@ -258,7 +257,7 @@ def _run(net: Network, site: Product, products: list[Product]) -> _Run | None:
     if len(site.nodes) != 1:
         return None
     first = site.nodes[0]
-    if first.op_type == "Gemm" and len(first.input) > 2 and first.input[2]:
+    if operator(first) == "Gemm" and len(first.input) > 2 and first.input[2]:
         if net.array(first.input[2]) is None:
             return None
     by_node = {id(n): p for p in products for n in p.nodes}
@@ -281,13 +280,11 @@ def _run(net: Network, site: Product, products: list[Product]) -> _Run | None:
 
 def _per_unit(net: Network, node: NodeProto, tensor: str, width: int) -> bool:
     """Whether a node is a function of each unit by itself."""
-    if node.domain not in ("", "ai.onnx"):
-        return False
-    if node.op_type in _UNARY:
+    if operator(node) in _UNARY:
         return True
-    if node.op_type in _BINARY and node.input[0] != node.input[1]:
+    if operator(node) in _BINARY and node.input[0] != node.input[1]:
         place = _other(node, tensor)
-        if node.op_type in ("Sub", "PRelu") and place == 0:
+        if operator(node) in ("Sub", "PRelu") and place == 0:
             return False
         data = net.array(node.input[place])
         return data is not None and data.size in (1, width) and (data.size == 1 or data.shape[-1] == width)
@@ -302,18 +299,18 @@ def _constants(net: Network, site: Product, run: _Run) -> Floats | None:
     """What units that read nothing give to the next layer, `[units]`."""
     first = site.nodes[0]
     value = np.zeros(site.shape[1])
-    if first.op_type == "Gemm" and len(first.input) > 2 and first.input[2]:
+    if operator(first) == "Gemm" and len(first.input) > 2 and first.input[2]:
         bias = net.array(first.input[2])
         assert bias is not None
         value = np.broadcast_to(bias.astype(np.float64).reshape(-1), value.shape)
     tensor = first.output[0]
     for n in run.nodes:
-        if n.op_type in _UNARY:
-            value = _UNARY[n.op_type](value, n)
+        if operator(n) in _UNARY:
+            value = _UNARY[operator(n)](value, n)
         else:
             other = net.array(n.input[_other(n, tensor)])
             assert other is not None
-            value = _BINARY[n.op_type](value, other.astype(np.float64).reshape(-1))
+            value = _BINARY[operator(n)](value, other.astype(np.float64).reshape(-1))
         tensor = n.output[0]
     return value if np.isfinite(value).all() else None
 
@@ -321,10 +318,10 @@ def _constants(net: Network, site: Product, run: _Run) -> Floats | None:
 def _places(site: Product, run: _Run) -> list[tuple[NodeProto, int]]:
     """Where constants per unit are read: the layer's own bias, and those of the functions behind it."""
     first = site.nodes[0]
-    places = [(first, 2)] if first.op_type == "Gemm" and len(first.input) > 2 and first.input[2] else []
+    places = [(first, 2)] if operator(first) == "Gemm" and len(first.input) > 2 and first.input[2] else []
     tensor = first.output[0]
     for n in run.nodes:
-        if n.op_type in _BINARY:
+        if operator(n) in _BINARY:
             places.append((n, _other(n, tensor)))
         tensor = n.output[0]
     return places

@@ -21,9 +21,9 @@ from onnxrank.emitter import Emitter
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import constant_data
 from onnxrank.feeds import Input
-from onnxrank.graphs import captured, names_in, reads, rename, subgraphs, versions
+from onnxrank.graphs import attribute, captured, names_in, reads, rename, subgraphs, versions
 from onnxrank.layout import Layout
-from onnxrank.operators import Known, Use, constant, domain_of
+from onnxrank.operators import Known, Use, constant, domain_of, operator
 from onnxrank.plans import label
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES, Sources, extents, is_candidate_symbol, symbols
@@ -247,7 +247,7 @@ class Batch:
     def _translated(self, node: NodeProto) -> None:
         operands: list[Tensor | None] = []
         for k, i in enumerate(node.input):
-            if i in self._varying and not (k == 1 and node.op_type in ("Reshape", "Expand")):
+            if i in self._varying and not (k == 1 and operator(node) in ("Reshape", "Expand")):
                 raise Impossible(f"it reads {i!r}, which varies with the number of candidates")
             if i in self._varying:
                 operands.append(None)
@@ -301,18 +301,15 @@ class Batch:
                 )
                 self.tensors[o] = Tensor(self.emit.constant(data), tuple(data.shape))
             return True
-        if node.op_type == "Shape" and not node.domain:
+        if operator(node) == "Shape":
             whole = self._tensor(node.input[0]).sizes
-            start, end = (
-                next((a.i for a in node.attribute if a.name == n), d) for n, d in (("start", 0), ("end", len(whole)))
-            )
-            sizes = whole[start:end]
+            sizes = whole[attribute(node, "start", 0) : attribute(node, "end", len(whole))]
             if any(CANDIDATES in ex.symbols_of(n) for n in sizes):
                 self._varying |= set(outputs)
             else:
                 self.tensors[outputs[0]] = Tensor(self.writer.vector(sizes), (len(sizes),))
             return True
-        if varying and not moving and node.op_type not in ("Expand",):
+        if varying and not moving and operator(node) != "Expand":
             self._varying |= set(outputs)
             return True
         return False

@@ -23,11 +23,11 @@ from torch.nn import functional
 from onnxrank.errors import ModelError
 from onnxrank.graphs import attribute, versions
 from onnxrank.model import tensor_data
+from onnxrank.operators import operator
 
 Given = Sequence[Tensor | None]
 _CLOSE = 1e-3
 """Distance of torch's scores from onnxruntime's, relative to their size, above which nothing is trained."""
-_OWN = ("", "ai.onnx")
 _STOPS = frozenset({"Shape", "Size"})
 """What gives the same whatever the numbers."""
 
@@ -250,7 +250,7 @@ class Cone:
         self._wanted = _before(self._nodes, outputs)
         self.refused: dict[str, str] = {}
         for s in sites:
-            odd = [n.op_type for n in self._behind([s]) if n.op_type not in _OPERATORS or n.domain not in _OWN]
+            odd = [operator(n) for n in self._behind([s]) if operator(n) not in _OPERATORS]
             if odd:
                 self.refused[s.name] = odd[0]
         self.sites = [s for s in sites if s.name not in self.refused]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank.network import Bias, Network, Product
+from onnxrank.operators import operator
 
 Floats = NDArray[np.float64]
 _THROUGH = {"Sigmoid", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
@@ -41,17 +42,17 @@ def heads(net: Network) -> list[Head]:
         while waiting:
             tensor, added = waiting.pop()
             node = net.maker.get(tensor)
-            if node is None or node.domain not in ("", "ai.onnx"):
+            if node is None:
                 continue
             if tensor in products:
                 found.append((products[tensor], net.bias(node, 1)))
-            elif node.op_type == "Sigmoid":
+            elif operator(node) == "Sigmoid":
                 sigmoids += 1
                 if sigmoids == 1 and not added:
                     waiting.append((node.input[0], added))
-            elif node.op_type in _THROUGH:
+            elif operator(node) in _THROUGH:
                 waiting.append((node.input[0], added))
-            elif node.op_type == "Add":
+            elif operator(node) == "Add":
                 waiting += [(i, True) for i in node.input if net.array(i) is None]
         if found:
             site, bias = max(found, key=lambda f: f[0].shape[0])
