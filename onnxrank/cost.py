@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -10,7 +10,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.extents import evaluate
 from onnxrank.facts import Facts
-from onnxrank.graphs import attribute
+from onnxrank.graphs import attribute, einsum_terms
 from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
@@ -20,7 +20,14 @@ _NEWEST = 1 << 30
 """A version of a domain that no operator is younger than."""
 _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
+_LINE = 64
+"""Bytes of a row up to which copying it takes as long as finding it."""
+CACHE = 1 << 20
+"""Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
+
+_GONE = ("Constant", "Identity")
+_ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh")
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
@@ -47,8 +54,9 @@ class Bill:
 
     Attributes:
         kind: Which rate holds.
-        bytes: Bytes that it writes.
-        runs: Of data movement, the number of pieces that lie together; of stacks of products, the number of products.
+        bytes: Bytes that it writes; of a reduction, that it reads.
+        runs: Of data movement, and of operands that are broadcast, the number of pieces that lie together; of stacks of
+            products, the number of products; of what goes by rows, that of rows; of a reduction, that of results.
         macs: Multiply-adds.
         launches: Operators that it stands for; 0 for what costs nothing at all.
     """
@@ -67,40 +75,57 @@ class Target:
     Attributes:
         launch, byte, mac: Seconds per operator run, byte written and multiply-add, where nothing more is known.
         rates: The same by kind of operator, where that is known; `scripts/calibrate.py` measures it.
+        call: Seconds that a request takes before any operator runs, and after.
+        spill: Further seconds per byte of a tensor that does not stay in a core's cache.
     """
 
     launch: float
     byte: float
     mac: float
     rates: Mapping[str, Rate] = field(default_factory=dict)
+    call: float = 0.0
+    spill: float = 0.0
 
     def seconds(self, bill: Bill) -> float:
         """Time of one run of an operator."""
         if not bill.launches:
             return 0.0
         rate = self.rates.get(bill.kind) or Rate(self.launch, self.byte, 0.0, self.mac)
-        return bill.launches * rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
+        byte = rate.byte + (self.spill if bill.bytes > CACHE else 0.0)
+        return bill.launches * rate.launch + bill.bytes * byte + bill.runs * rate.run + bill.macs * rate.mac
 
 
+_STEP = 0.34e-6
 CPU = Target(
-    launch=1.5e-6,
-    byte=1 / 8e9,
-    mac=1 / 25e9,
+    launch=_STEP,
+    byte=0.042e-9,
+    mac=0.0127e-9,
     rates={
-        "regroup": Rate(1.5e-6, 1 / 8e9, run=4e-9),
-        "regroup far": Rate(1.5e-6, 1 / 8e9, run=8e-9),
-        "copy": Rate(1.5e-6, 1 / 8e9, run=0.3e-9),
-        "transpose": Rate(1.5e-6, 1 / 10e9, run=0.35e-9),
-        "exchange": Rate(1.5e-6, 1 / 8e9, run=8e-9),
-        "softmax": Rate(1.5e-6, 1 / 8e9, run=9e-9),
-        "stack": Rate(1.5e-6, 1 / 8e9, run=70e-9, mac=1 / 25e9),
+        "view": Rate(0.42e-6, 0.0),
+        "elementwise": Rate(_STEP, 0.042e-9),
+        "broadcast": Rate(_STEP, 0.049e-9, run=12.5e-9),
+        "where": Rate(_STEP, 0.031e-9, run=18.5e-9),
+        "function": Rate(_STEP, 0.104e-9),
+        "power": Rate(_STEP, 1.63e-9),
+        "lookup": Rate(_STEP, 0.030e-9, run=9.7e-9),
+        "regroup": Rate(_STEP, 0.024e-9, run=2.0e-9),
+        "regroup far": Rate(_STEP, 0.029e-9, run=4.4e-9),
+        "copy": Rate(_STEP, 0.040e-9, run=1.1e-9),
+        "expand": Rate(_STEP, 0.031e-9, run=3.1e-9),
+        "transpose": Rate(_STEP, 0.031e-9, run=0.45e-9),
+        "exchange": Rate(_STEP, 0.029e-9, run=8.2e-9),
+        "reduce": Rate(_STEP, 0.031e-9, run=4.7e-9),
+        "reduce across": Rate(_STEP, 0.029e-9, run=9.9e-9),
+        "softmax": Rate(_STEP, 1.78e-9, run=12.7e-9),
+        "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
+        "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
+        "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
+        "recurrent": Rate(2.5e-6, 0.030e-9, mac=0.30e-9),
     },
+    call=9.7e-6,
+    spill=0.076e-9,
 )
-"""One core of an x86 server, onnxruntime on one thread.
-
-Times per run come from `scripts/calibrate.py`, three quarters of what it measured on a busy machine. That of `copy` is
-a tenth of what it measured (3.6 ns): with the whole of it, some exports were predicted faster that are slower.
-"""
+"""One core of an x86 server, onnxruntime on one thread; `scripts/calibrate.py --models` fits it to whole models."""
 
 
 @dataclass(frozen=True)
@@ -188,19 +213,24 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
     out = shape(node.output[0]) if node.output else None
     written = node_bytes(node, shapes)
     if what & _COUNTED:
-        first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
-        stack = max((prod(s[:-2]) for s in (first, second) if s is not None), default=1)
-        both = op in ("MatMul", "com.microsoft::FusedMatMul") and second is not None and prod(second[:-2]) > 1
-        if op == "com.microsoft::FusedGemm":  # as what it was made of, which the runtime fuses when it loads the model
-            return Bill("product", 2 * written, 0, _macs(node, shape), 2)
-        return Bill("stack" if both else "product", written, stack if both else 0, _macs(node, shape))
+        macs = _macs(node, shape)
+        if Trait.RECURRENT in what:
+            return Bill("recurrent", written, 0, macs)
+        stack = _products(node, shape)
+        return Bill("stack" if stack else "product", written, stack, macs)
     if out is None or not node.input:
         return Bill("other", written)
     entries = prod(out)
     first = shape(node.input[0]) or ()
     if Trait.PICK in what:
         if op == "Gather" and attribute(node, "axis", 0) % max(1, len(first)) == 0:
-            return Bill("elementwise", written)  # rows of a table: as fast as any other step that writes them
+            row = shapes.width(node.input[0]) * prod(first[1:])
+            # Rows of a table: as fast as any other step that writes them, unless there is little to write in each.
+            return (
+                Bill("lookup", written, entries // max(1, prod(first[1:])))
+                if row < _LINE
+                else Bill("elementwise", written)
+            )
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
         return Bill(kinds.get(op, "copy"), written, _runs(node, first, out))
@@ -210,10 +240,48 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
         run = prod(out[len(out) - still :])
         return Bill("transpose" if run == 1 else "exchange", written, entries // max(1, run))
     if Trait.FUNCTION in what:
-        return Bill("function", written)
+        return Bill("power" if op == "Pow" else "function", written)
     if Trait.ROWS in what:
-        return Bill("softmax", written, entries // max(1, out[-1] if out else 1))
-    return Bill("elementwise", written)
+        return Bill("softmax" if op == "Softmax" else "norm", written, entries // max(1, out[-1] if out else 1))
+    if Trait.REDUCTION in what:
+        kind = "reduce" if first[-1:] != (1,) and (len(out) < len(first) or out[-1] == 1) else "reduce across"
+        return Bill(kind, shapes.width(node.input[0]) * prod(first), entries)
+    spans = _spans(out, [s for i in node.input if i and (s := shape(i)) is not None])
+    if op == "Where":  # each side in a pass of its own, and both together in a third
+        return Bill("where", written, spans)
+    return Bill("broadcast", written, spans) if spans > 1 else Bill("elementwise", written)
+
+
+def _products(node: NodeProto, shape: ShapeOf) -> int:
+    """How many products a node makes one after the other; 0 where that is a single one."""
+    first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
+    op = operator(node)
+    if first is None or second is None:
+        return 0
+    if op == "Conv":
+        return first[0] * int(attribute(node, "group", 1)) if first else 0
+    if op == "Einsum" and len(node.input) == 2:
+        terms, result = einsum_terms(attribute(node, "equation"), [len(first), len(second)])
+        sizes = dict(zip("".join(terms), (*first, *second), strict=False))
+        return prod(sizes[c] for c in result if all(c in t for t in terms))
+    if op in ("MatMul", "com.microsoft::FusedMatMul") and prod(second[:-2]) > 1:
+        return max(prod(s[:-2]) for s in (first, second))
+    return 0
+
+
+def _spans(out: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> int:
+    """In how many pieces operands that are broadcast are gone through: within one, each is read on or stands still."""
+    entries = prod(out)
+    if all(prod(s) == entries for s in operands):
+        return 1
+    padded = [(1,) * (len(out) - len(s)) + s for s in operands]
+    span, mode = 1, None
+    for k in reversed(range(len(out))):
+        own = tuple(s[k] == out[k] for s in padded)
+        if mode not in (None, own):
+            break
+        mode, span = own, span * out[k]
+    return entries // max(1, span)
 
 
 def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
@@ -308,6 +376,51 @@ def node_seconds(node: NodeProto, shapes: Shapes) -> float:
     return shapes.seconds[name]
 
 
+def bills(graph: GraphProto, shapes: Shapes) -> Iterator[Bill]:
+    """What the nodes of a graph are billed for that run for a request, as a runtime runs them.
+
+    It computes what is constant when it loads the model, and adds biases and takes activations within products. What
+    only gives a tensor another shape moves nothing, but runs.
+    """
+    joined = _joined(graph, shapes)
+    for node, level in by_rows(graph, shapes):
+        if level == "constant" or node.op_type in _GONE or node.output[0] in joined:
+            continue
+        yield Bill("view") if Trait.FREE in traits(node) else billed(node, shapes)
+
+
+def _joined(graph: GraphProto, shapes: Shapes) -> set[str]:
+    """First outputs of nodes that a runtime makes part of the product before them."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for i in node.input:
+            readers.setdefault(i, []).append(node)
+    kept = {o.name for o in graph.output}
+    found: set[str] = set()
+
+    def only(node: NodeProto) -> NodeProto | None:
+        after = readers.get(node.output[0], [])
+        return after[0] if len(after) == 1 and node.output[0] not in kept else None
+
+    for node in graph.node:
+        after: NodeProto | None = node
+        if operator(node) == "MatMul":
+            out = shapes.shape(node.output[0]) or ()
+            after = only(node)
+            if after is None or operator(after) != "Add" or len(out) != 2:
+                continue
+            if not any(prod(shapes.shape(i) or (0,)) == out[1] for i in after.input if i != node.output[0]):
+                continue
+            found.add(after.output[0])
+        elif operator(node) != "Gemm":
+            continue
+        assert after is not None
+        after = only(after)
+        if after is not None and operator(after) in _ACTIVATIONS:
+            found.add(after.output[0])
+    return found
+
+
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
-    return sum(node_seconds(n, shapes) for n in graph.node)
+    return CPU.call + sum(map(CPU.seconds, bills(graph, shapes)))

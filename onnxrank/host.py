@@ -11,7 +11,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,7 +24,7 @@ from onnxrank import halves, runtime, wire, workers
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, OutOfMemory, UsageError
 from onnxrank.graphs import live
 from onnxrank.model import flattened
-from onnxrank.turns import interleave
+from onnxrank.turns import interleave, of_thread
 
 if TYPE_CHECKING:
     from onnxrank.compress.inside import Inside
@@ -221,7 +220,7 @@ class Host:
         return answers
 
     def race(self, sessions: Sequence[str], feeds: Sequence[Mapping[str, Any]], seconds: float) -> NDArray[np.float64]:
-        """Times sessions in turns, each on a feed of its own.
+        """Times sessions of one thread in turns, each on a feed of its own.
 
         Args:
             sessions: Their keys.
@@ -236,9 +235,9 @@ class Host:
             given = runtime.typed(session, feed)
 
             def run(turn: int) -> float:
-                start = time.perf_counter()
+                start = of_thread()
                 session.run(None, given)
-                return time.perf_counter() - start
+                return of_thread() - start
 
             return run
 

@@ -21,7 +21,7 @@ from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
 """Name of the `If`, and what the names around it begin with."""
-LAUNCHES = 6
+LAUNCHES = 10
 """Operators that the `If` costs as many as: its condition, itself, and the graph that it enters."""
 _LEAST_OPSET = 9
 """Version of ONNX from which on whole numbers can be compared."""

@@ -42,8 +42,8 @@ from onnxrank.verify.structure import quantises
 
 __all__ = ["CONTRACT", "Form", "Result", "Study", "Transformation", "choose_rules", "optimize", "report_candidates"]
 
-_LEAST_GAIN = 0.97
-"""A predicted ratio of times below this is a loss; predictions are a little too careful with small models."""
+_LEAST_GAIN = 1.0
+"""A predicted ratio of times below this is a loss."""
 _SCAN = (1, 8, 32, 128, 512, 2048)
 _MUCH = 0.05
 """Share of the multiply-adds from which on it is worth trying another way."""

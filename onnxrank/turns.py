@@ -32,6 +32,18 @@ _LOOK_AGAIN = 1.25  # times as many rounds
 _RESAMPLES = 1000
 _MOST_ROUNDS = 1000  # in a bootstrap
 _SIDES = (2.5, 97.5)
+_FINE = 1e-6  # seconds that a clock must tell apart
+
+
+def _of_thread() -> Callable[[], float]:
+    found: Callable[[], float] | None = getattr(time, "thread_time", None)
+    fine = found is not None and time.get_clock_info("thread_time").resolution <= _FINE
+    return found if found is not None and fine else time.perf_counter
+
+
+of_thread = _of_thread()
+"""Tells for how long this thread has run, in seconds: a session on one thread is timed right on a machine that is busy,
+too, where others take the processor away in the middle of a run. The wall's time where the system does not tell it."""
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,58 @@
-"""Measures what operators cost on one thread, and prints the table that `onnxrank/cost.py` holds.
+"""Measures what operators cost on one thread, and holds predicted times of whole models against measured ones.
 
-    python scripts/calibrate.py            # some minutes; --rounds 5 for a quick look
+    python scripts/calibrate.py                                  # operators; some minutes, --rounds 5 for a quick look
+    python scripts/calibrate.py --models models/onnx --json held.json        # whole models: predicted against measured
+    python scripts/calibrate.py --models models/onnx --json held.json --fit  # and the rates that fit them
 
-Every operator runs at several sizes, many copies in one graph so that calls of the session do not count, sizes in turns
-so that a slow moment hits all alike; the fastest tenth of the rounds counts. The times are fitted, by least squares of
-relative errors, as seconds per launch, byte moved, run of bytes that lie together and multiply-add; `cost.billed` says
-what an operator is billed for.
+Every operator runs at several sizes, many copies in one graph so that calls of the session do not count, sizes in
+turns so that a slow moment hits all alike; the fastest tenth of the rounds counts. The times are fitted, by least
+squares of relative errors, as seconds per launch, byte, run of bytes that lie together and multiply-add; `cost.billed`
+says what an operator is billed for.
+
+Operators behind each other are cheaper than copies of one, since they find data in caches, and dearer by what the
+runtime does between them. So the table that `onnxrank/cost.py` holds is fitted to whole models (`--fit`): each is
+optimised, and original and result are timed in turns at several numbers of candidates. Rates that the models say little
+about stay near what they are. Times are of the thread (`turns.of_thread`). With `--json` what was measured is kept, and
+fitted or told again without timing.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
+import yaml
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxrank import cost
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import onnxrank
+from onnxrank import cost, turns
 from onnxrank.facts import Facts
+from onnxrank.roles import load_spec
+from scripts.benchmark import session
+from scripts.coverage import Requests
 
 COPIES = 8
 ROWS = (32, 512)
 FIRST = ["y0.0"]
+COUNTS = (1, 8, 32, 128, 512, 2048)
+_LOSS = 0.98
+_HELD = 0.4  # how much a rate is held where it is, against relative errors of single times
+_USUAL_ERROR = 0.04  # larger ones count for less
 
 
 @dataclass
@@ -131,10 +158,10 @@ def measured(rounds: int) -> dict[str, list[tuple[cost.Bill, float]]]:
     ready = [(case, *case.session()) for case in cases()]
     times: list[list[float]] = [[] for _ in ready]
     for _ in range(rounds):
-        for k, (_, session, feed, _) in enumerate(ready):
-            begin = time.perf_counter()
-            session.run(FIRST, feed)  # all copies run, one is fetched
-            times[k].append(time.perf_counter() - begin)
+        for k, (_, made, feed, _) in enumerate(ready):
+            begin = turns.of_thread()
+            made.run(FIRST, feed)  # all copies run, one is fetched
+            times[k].append(turns.of_thread() - begin)
     out: dict[str, list[tuple[cost.Bill, float]]] = {}
     for (case, _, _, bill), seen in zip(ready, times, strict=True):
         each = float(np.quantile(seen, 0.1)) / COPIES
@@ -161,10 +188,180 @@ def fitted(found: list[tuple[cost.Bill, float]]) -> np.ndarray:
     return out
 
 
+# --- whole models --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """A form of a model at a number of candidates.
+
+    Attributes:
+        bills: What its nodes are billed for.
+        seconds: What it takes.
+    """
+
+    bills: Sequence[cost.Bill]
+    seconds: float
+
+    @property
+    def told(self) -> float:
+        """What it is predicted to take."""
+        return cost.CPU.call + sum(map(cost.CPU.seconds, self.bills))
+
+
+Pair = tuple[Held, Held]
+"""Original and result."""
+
+
+def held(path: Path, seconds: float) -> dict[int, Pair]:
+    """A model and its result by the number of candidates; empty where it is left alone, or loops over candidates."""
+    roles = path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
+    spec, model = load_spec(roles), onnx.load(path)
+    result = onnxrank.optimize(path, spec=spec, check=False)
+    # The study of a model has other nodes in the place of loops, so that it does not say what the file costs.
+    if result.form is None or not result.changed or any(n.op_type == "Loop" for n in model.graph.node):
+        return {}
+    before, after = onnxrank.analyse(onnxrank.read(path), spec=spec).study, result.form
+    assert after.model is not None
+    draw = Requests(model, yaml.safe_load(roles.read_text()))
+    sessions = session(path), session(result.model.SerializeToString())
+    out = {}
+    for n in COUNTS:
+        runs = [_timed(s, feed) for s, feed in zip(sessions, draw(n, 0), strict=True)]
+        took = np.median(turns.interleave(runs, seconds).seconds, axis=(1, 2))
+        bills = [
+            list(cost.bills(m.graph, s)) for m, s in ((before.model, before.shapes(n)), (after.model, after.shapes(n)))
+        ]
+        first, second = (Held(b, float(t)) for b, t in zip(bills, took, strict=True))
+        out[n] = first, second
+    return out
+
+
+def _timed(made: onnxruntime.InferenceSession, feed: Mapping[str, NDArray[Any]]) -> turns.Run:
+    names = [o.name for o in made.get_outputs()]
+    given = {i.name: feed[i.name] for i in made.get_inputs()}
+
+    def run(_: int) -> float:
+        begin = turns.of_thread()
+        made.run(names, given)
+        return turns.of_thread() - begin
+
+    return run
+
+
+def wholes(options: argparse.Namespace) -> dict[str, dict[int, Pair]]:
+    """All models of a folder; what a file has is not measured again."""
+    known: dict[str, Any] = {}
+    if options.json is not None and options.json.exists():
+        known = json.loads(options.json.read_text())
+    for path in sorted(options.models.glob("*.onnx")):
+        if path.stem not in known:
+            print(f"timing {path.stem}", file=sys.stderr)
+            known[path.stem] = {
+                str(n): [[[dataclasses.astuple(b) for b in h.bills], h.seconds] for h in pair]
+                for n, pair in held(path, options.seconds).items()
+            }
+            if options.json is not None:
+                options.json.write_text(json.dumps(known) + "\n")
+    return {
+        name: {int(n): tuple(Held([cost.Bill(*b) for b in bills], t) for bills, t in pair) for n, pair in row.items()}
+        for name, row in known.items()
+        if row
+    }  # type: ignore[return-value]
+
+
+def errors(found: Mapping[str, Mapping[int, Pair]]) -> str:
+    """A table of how far predicted ratios are off, and of gains that are told where there is a loss."""
+    lines = [
+        f"{len(found)} models",
+        "| N | median error | nine tenths within | told as a gain, and slower |",
+        "|---|---|---|---|",
+    ]
+    every = []
+    for n in COUNTS:
+        ratios = {
+            name: (old.told / new.told, old.seconds / new.seconds)
+            for name, row in found.items()
+            for old, new in [row[n]]
+        }
+        off = [abs(told / seen - 1) for told, seen in ratios.values()]
+        every += off
+        wrong = [f"{name} ({told:.2f}, {seen:.2f})" for name, (told, seen) in ratios.items() if told > 1 > _LOSS > seen]
+        lines.append(
+            f"| {n} | {statistics.median(off):.1%} | {np.quantile(off, 0.9):.0%} | {', '.join(wrong) or 'none'} |"
+        )
+    return "\n".join([*lines, f"all: {statistics.median(every):.1%}"])
+
+
+Key = tuple[str, str]
+"""A kind and what it has a rate for; what holds for all kinds has none."""
+
+
+def _amounts(bills: Sequence[cost.Bill]) -> Counter[Key]:
+    """How much of each rate a model takes."""
+    out: Counter[Key] = Counter({("", "call"): 1})
+    own = {kind for kind, rate in cost.CPU.rates.items() if rate.launch != cost.CPU.launch}
+    for b in bills:
+        out[b.kind if b.kind in own else "", "launch"] += b.launches
+        out[b.kind, "byte"] += b.bytes
+        out[b.kind, "run"] += b.runs
+        out[b.kind, "mac"] += b.macs
+        out["", "spill"] += b.bytes if b.bytes > cost.CACHE else 0
+    return out
+
+
+def _rate(key: Key) -> float:
+    """What the table holds now."""
+    kind, what = key
+    source = (
+        cost.CPU
+        if not kind
+        else cost.CPU.rates.get(kind) or cost.Rate(cost.CPU.launch, cost.CPU.byte, 0.0, cost.CPU.mac)
+    )
+    return float(getattr(source, what))
+
+
+def refitted(found: Mapping[str, Mapping[int, Pair]]) -> dict[Key, float]:
+    """Rates that come closest to the times of whole models, from those that the table holds."""
+    rows = [(_amounts(h.bills), h.seconds) for row in found.values() for pair in row.values() for h in pair]
+    keys = sorted({k for amounts, _ in rows for k, v in amounts.items() if v and _rate(k)})
+    scale = np.array([_rate(k) for k in keys])
+    seconds = np.array([s for _, s in rows])
+    matrix = np.array([[amounts[k] for k in keys] for amounts, _ in rows]) * scale / seconds[:, None]
+    weights, factors = np.ones(len(rows)), np.ones(len(keys))
+    for _ in range(10):
+        system = np.vstack([matrix * weights[:, None], _HELD * np.eye(len(keys))])
+        factors = np.linalg.lstsq(system, np.concatenate([weights, _HELD * np.ones(len(keys))]), rcond=None)[0]
+        # A rate that would be negative is not one: it stays at a tenth.
+        factors = np.maximum(factors, 0.1)
+        weights = 1 / np.sqrt(np.maximum(np.abs(matrix @ factors - 1), _USUAL_ERROR) / _USUAL_ERROR)
+    return dict(zip(keys, factors * scale, strict=True))
+
+
+def hold(options: argparse.Namespace) -> None:
+    """Tells how far predictions of whole models are off, and with `--fit` the rates that fit best."""
+    found = wholes(options)
+    print(errors(found))
+    if options.fit:
+        print("| kind | rate | ns now | ns fitted |\n|---|---|---|---|")
+        for key, value in refitted(found).items():
+            print(f"| {key[0] or 'all'} | {key[1]} | {_rate(key) * 1e9:.4g} | {value * 1e9:.4g} |")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="hold whole models against their predictions")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="what was measured of them; goes on with what is there"
+    )
+    parser.add_argument("--seconds", type=float, default=0.5, help="of timing per model and number of candidates")
+    parser.add_argument("--fit", action="store_true", help="print the rates that fit whole models best")
     args = parser.parse_args()
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
+    if args.models is not None:
+        hold(args)
+        return 0
     table = {kind: fitted(found) for kind, found in measured(args.rounds).items()}
     print(f"{'':14s}launch us     ns/byte     ns/run      ns/mac")
     for kind, (launch, byte, run, mac) in table.items():

@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,9 @@ def ratios(original: Path, made: Mapping[str, bytes], feeds: tuple[Feed, Feed], 
 
     def timed(s: Any, feed: Feed) -> turns.Run:
         def run(_: int) -> float:
-            begin = time.perf_counter()
+            begin = turns.of_thread()
             s.run(None, feed)
-            return time.perf_counter() - begin
+            return turns.of_thread() - begin
 
         return run
 
