@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from onnxrank.pipeline import Result, optimize, read
     from onnxrank.plans import Plan
     from onnxrank.profiling.engine import profile
-    from onnxrank.rewrite import Rewrite, Rule
+    from onnxrank.rewrite import Rewrite
     from onnxrank.roles import Roles
+    from onnxrank.rule import Rule
     from onnxrank.splitting.engine import split
 
 __all__ = [
@@ -44,7 +45,7 @@ _HOME = {
     "Result": "pipeline",
     "Rewrite": "rewrite",
     "Roles": "roles",
-    "Rule": "rewrite",
+    "Rule": "rule",
     "analyse": "analysis",
     "batch": "batching.engine",
     "emit": "pieces",

@@ -28,8 +28,8 @@ from onnxrank.packing import Packed
 from onnxrank.plans import LEAVE, TAKE, Choice, Measured, Place, Plan, Site, label
 from onnxrank.report import Prediction, Report, Retreat, RuleUse, report_candidates
 from onnxrank.retreat import GaveUp, Guilty, Search, order
-from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputInfo, Roles, infer, resolve
+from onnxrank.rule import Refusal, Rule
 from onnxrank.ruleset import choose_rules
 from onnxrank.runtime import Feeds
 from onnxrank.study import Study, fit

@@ -22,7 +22,7 @@ from onnxrank.graphs import reads
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import ALWAYS, LEAVE, Alternative, Site, label
 from onnxrank.report import report_candidates
-from onnxrank.rewrite import Refusal, opaque_reason
+from onnxrank.rule import Refusal, opaque_reason
 from onnxrank.uses import changed_by
 from onnxrank.values import Level, is_candidate_symbol, symbols
 

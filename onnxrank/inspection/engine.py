@@ -33,8 +33,8 @@ from onnxrank.inspection.report import (
     Tensor,
 )
 from onnxrank.plans import label
-from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputRole, format_ranges
+from onnxrank.rule import Refusal, Rule
 from onnxrank.ruleset import choose_rules
 from onnxrank.scopes import scope_of
 from onnxrank.study import Study, extents_of
