@@ -74,6 +74,24 @@ def remarks(form: Form, candidates: int) -> list[Refusal]:
     return _Search(form, candidates).remarks()
 
 
+class Remarks:
+    """Remarks on forms of a model, each looked for once.
+
+    Attributes:
+        candidates: Number of candidates that costs are told for.
+    """
+
+    def __init__(self, candidates: int) -> None:
+        self.candidates = candidates
+        self._found: dict[Form, list[Refusal]] = {}
+
+    def of(self, form: Form) -> list[Refusal]:
+        """What a form leaves alone, and why: see `remarks`."""
+        if form not in self._found:
+            self._found[form] = remarks(form, self.candidates)
+        return self._found[form]
+
+
 def left_out(rule: str, form: Form, full: Form, span: tuple[int, int]) -> list[Refusal]:
     """The remark on a rule that a form leaves out as a whole, because the model is predicted to be no faster with it.
 
