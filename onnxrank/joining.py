@@ -7,14 +7,14 @@ Less alone, which run on the CPU wherever the model does, so that no data are wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from onnxrank.graphs import names_in, reads, rename, subgraphs, versions
 from onnxrank.operators import Trait, traits
@@ -250,6 +250,7 @@ class _Join:
         ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = helper.make_node("If", [made[-1].output[0]], list(given.values()), name=NAME, **ways)
         graph.node.extend([*front, *made, choice, *behind])
+        graph.value_info.extend(_described(self.many.graph, {o for n in front for o in n.output}, {}))
         return out
 
     def _crossing(self) -> tuple[list[NodeProto], dict[tuple[str, str], str]]:
@@ -288,6 +289,7 @@ class _Join:
             if node.name and side is self.few:
                 node.name = f"{side.title}/{node.name}"
             rename(node, names)
+        out.value_info.extend(_described(side.graph, inner, names))
         for name in given:
             made = names.get(name, name)
             if name not in inner:  # a branch gives what it makes itself
@@ -391,6 +393,17 @@ def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:
 
 def _is_small(t: TensorProto) -> bool:
     return t.data_location != TensorProto.EXTERNAL and t.ByteSize() <= _SMALL
+
+
+def _described(graph: GraphProto, made: Set[str], names: Mapping[str, str]) -> list[ValueInfoProto]:
+    """What a graph declares of some tensors, under their new names."""
+    out = []
+    for v in graph.value_info:
+        if v.name in made:
+            out.append(ValueInfoProto())
+            out[-1].CopyFrom(v)
+            out[-1].name = names.get(v.name, v.name)
+    return out
 
 
 def _fresh(name: str, taken: set[str]) -> str:
