@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from onnxrank import surgery
-from onnxrank.graphs import live, names_in, versions
+from onnxrank.graphs import live, names_in, unused, versions
 from onnxrank.journal import Journal
 from onnxrank.operators import operator
 from onnxrank.values import Origin
@@ -81,10 +81,7 @@ class Emitter:
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet, close to `hint`."""
-        name, k = hint, 1
-        while name in self._taken:
-            k += 1
-            name = f"{hint}.{k}"
+        name = unused(hint, self._taken)
         self._taken[name] = None
         return name
 
