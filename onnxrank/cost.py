@@ -110,7 +110,7 @@ CPU = Target(
         "lookup": Rate(_STEP, 0.030e-9, run=9.7e-9),
         "regroup": Rate(_STEP, 0.024e-9, run=2.0e-9),
         "regroup far": Rate(_STEP, 0.029e-9, run=4.4e-9),
-        "copy": Rate(_STEP, 0.040e-9, run=1.1e-9),
+        "copy": Rate(_STEP, 0.040e-9, run=2.0e-9),
         "expand": Rate(_STEP, 0.031e-9, run=3.1e-9),
         "transpose": Rate(_STEP, 0.031e-9, run=0.45e-9),
         "exchange": Rate(_STEP, 0.029e-9, run=8.2e-9),
@@ -263,7 +263,8 @@ def _products(node: NodeProto, shape: ShapeOf) -> int:
     if op == "Einsum" and len(node.input) == 2:
         terms, result = einsum_terms(attribute(node, "equation"), [len(first), len(second)])
         sizes = dict(zip("".join(terms), (*first, *second), strict=False))
-        return prod(sizes[c] for c in result if all(c in t for t in terms))
+        made = prod(sizes[c] for c in result if all(c in t for t in terms))
+        return made if made > 1 else 0
     if op in ("MatMul", "com.microsoft::FusedMatMul") and prod(second[:-2]) > 1:
         return max(prod(s[:-2]) for s in (first, second))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -104,3 +104,56 @@ def test_costs_can_be_those_of_another_target() -> None:
     with mock.patch.object(cost, "CPU", other):
         assert cost.node_seconds(node, known) == 2.0 + 512 * 32
         assert cost.estimate(launches=3) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("op", "operands", "out", "kind", "runs"),
+    [
+        ("Mul", ((512, 8, 8), (8, 1)), (512, 8, 8), "broadcast", 512 * 8),
+        ("Add", ((512, 64), (64,)), (512, 64), "broadcast", 512),
+        ("Mul", ((512, 1), ()), (512, 1), "broadcast", 512),  # onnxruntime takes up each row anew
+        ("Mul", ((512, 64), ()), (512, 64), "elementwise", 0),
+        ("Where", ((512, 1), (512, 8), (512, 8)), (512, 8), "where", 512),
+        ("Gather", ((1000, 4), (512,)), (512, 4), "lookup", 512),
+        ("Pow", ((512, 8), ()), (512, 8), "power", 0),
+    ],
+)
+def test_what_is_broadcast_is_billed_by_the_pieces_gone_through(
+    op: str, operands: Sequence[tuple[int, ...]], out: tuple[int, ...], kind: str, runs: int
+) -> None:
+    known = dict(zip("xwv", operands, strict=False)) | {"y": out}
+    made = bill(op, known, len(operands))
+    assert (made.kind, made.runs) == (kind, runs)
+
+
+def test_einsum_is_billed_by_the_products_that_it_makes_one_after_the_other() -> None:
+    known = {"x": (512, 8, 8), "w": (512, 6, 8), "y": (512, 8, 6, 8)}
+    assert bill("Einsum", known, 2, equation="nhd,nmd->nhmd").runs == 512 * 8
+    known = {"x": (512, 8), "w": (8, 4), "y": (512, 4)}
+    assert bill("Einsum", known, 2, equation="nd,dh->nh").kind == "product"
+
+
+def test_a_runtime_takes_biases_and_activations_into_products_and_folds_constants() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Reshape", ["d", "s"], ["e"]),
+        helper.make_node("Neg", ["b"], ["constant"]),
+        helper.make_node("Add", ["e", "e"], ["f"]),
+        helper.make_node("Relu", ["f"], ["y"]),
+    ]
+    rows = {name: ((512, ()), (8, ())) for name in "xacdefy"}
+    stored = {"w": (8, 8), "b": (8,), "s": (2,)}
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [512, 8])
+    graph = helper.make_graph(nodes, "g", [given], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [512, 8])])
+    found = list(cost.bills(graph, cost.Shapes(Facts(), stored, rows, {"N": 1})))
+    assert [b.kind for b in found] == ["product", "view", "elementwise", "elementwise"]
+    with mock.patch.object(cost, "CPU", cost.Target(1.0, 0.0, 0.0, call=10.0)):
+        assert cost.seconds(graph, cost.Shapes(Facts(), stored, rows, {"N": 1})) == 14.0
+
+
+def test_what_leaves_the_cache_costs_more() -> None:
+    target = cost.Target(0.0, 1.0, 0.0, spill=2.0)
+    few, many = cost.Bill("other", cost.CACHE), cost.Bill("other", cost.CACHE + 4)
+    assert target.seconds(few) == few.bytes and target.seconds(many) == 3.0 * many.bytes
