@@ -66,7 +66,7 @@ def break_even(alternatives: Sequence[Alternative]) -> int | None:
         made.seconds(0) - left.seconds(0),
         left.seconds(1) - left.seconds(0) - (made.seconds(1) - made.seconds(0)),
     )
-    return math.ceil(more / saved) if saved > 0 else None
+    return math.ceil(more / saved) if saved > 0 and more > 0 else None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Place:
         rule: The rule.
         index: The node, by its place among those of the original with functions inlined, and packed, sequences taken
             apart and fused operators written out as the plan says.
-        step: Which of the rule's decisions at the node; rules that take nodes make one.
+        step: Which of the rule's decisions at the node; 0 is whether a rule takes the node, for those that take any.
     """
 
     rule: str

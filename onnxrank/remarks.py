@@ -152,7 +152,8 @@ class _Search:
         self.after = [form.shapes(n) for n in (1, 2)] if form.changed else []
         self.decided: dict[int, list[Site]] = {}
         for place, site in self.rw.decided.items():
-            self.decided.setdefault(place.index, []).append(site)
+            if self.rw.taken.get(place.index, ("",))[0] != place.rule:
+                self.decided.setdefault(place.index, []).append(site)
         self._macs: dict[int, float] = {}
         self._entries: dict[int, float] = {}
         seen: set[tuple[int, str, str]] = set()

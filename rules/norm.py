@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank import cost
 from onnxrank.grouping import groups
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
@@ -207,13 +208,11 @@ def worth_splitting(rw: Rewrite, x: Value, node: NodeProto) -> bool:
     if not columns:
         rw.refuse("norm", "something other than linear maps with constant weights reads the result")
         return False
-    saved = once * columns * rw.candidates
-    if saved <= _LEAST_SAVED:
-        reason = (
-            f"the linear maps behind it would save too little: {_LEAST_SAVED} MACs per request pay for the extra steps"
-        )
-        rw.refuse("norm", reason, saved)
-    return saved > _LEAST_SAVED
+    if rw.pays("norm", cost.estimate(_LEAST_SAVED), 0, cost.estimate(once * columns)):
+        return True
+    reason = f"the linear maps behind it would save too little: {_LEAST_SAVED} MACs per request pay for the extra steps"
+    rw.refuse("norm", reason, once * columns * rw.candidates)
+    return False
 
 
 def layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
