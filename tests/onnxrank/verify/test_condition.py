@@ -71,7 +71,9 @@ def repeated(split: bool, error: float = 0.0, ranked: bool = False) -> ModelProt
     u, hist = g.input("user", [1 if split else "N", 4]), g.input("hist", [1 if split else "N", "L"])
     i = g.input("item", ["N", 4])
     shape = g.op("Concat", g.op("Shape", hist), g.ints(4), axis=0)
-    many = g.op("Expand", g.op("Unsqueeze", g.op("Add", g.op("Mul", u, g.const(1e-4)), g.const(-1.8338)), g.ints(1)), shape)
+    many = g.op(
+        "Expand", g.op("Unsqueeze", g.op("Add", g.op("Mul", u, g.const(1e-4)), g.const(-1.8338)), g.ints(1)), shape
+    )
     total = g.op("ReduceSum", many, g.ints(1), keepdims=0)
     if error:
         total = g.op("Mul", total, g.const(1 + error))
