@@ -336,7 +336,7 @@ class _Search:
         return out
 
     def _is_merged(self, k: int, node: NodeProto) -> bool:
-        """Whether a rule made a node's result as a whole, of operands with request-level entries apart, though it has some.
+        """Whether a rule made a node's result as a whole, though it has request-level entries as its operands have.
 
         What takes in several entries at once has a remark of its own.
         """
@@ -345,7 +345,7 @@ class _Search:
         return any(self._share_of(o) > 0 for o in node.output)
 
     def _share_of(self, name: str) -> float:
-        """Share of a tensor's entries that are the request's, where the result makes all of them for every candidate."""
+        """Share of a tensor's entries that are the request's and made for every candidate."""
         if name not in self.known.tensors or self._held_apart(name) or not self._has_rows(name):
             return 0.0
         levels = self.known.levels(name)
