@@ -75,6 +75,8 @@ def _like(data: NDArray[np.float32]) -> NDArray[np.int64]:
     if len(data) < 2 or not np.isfinite(data).all():
         return like
     some = data[:_SOME]
+    if len(np.unique(some[0])) == len(like) and (some != some[0]).any(0).all():
+        return like  # no two are equal in the first row, and none has one number
     _, first, back = np.unique(some, axis=1, return_index=True, return_inverse=True)
     for k, j in enumerate(first[back.reshape(-1)]):
         if (some[:, k] == some[0, k]).all() and (data[:, k] == data[0, k]).all():

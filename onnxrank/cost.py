@@ -9,7 +9,7 @@ from math import prod
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.extents import evaluate
-from onnxrank.facts import Facts
+from onnxrank.facts import Extent, Facts
 from onnxrank.graphs import attribute
 from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
@@ -113,15 +113,19 @@ class Shapes:
         inputs: Extents of the inputs.
         symbols: Values of the symbols.
         types: Element types.
-        seconds: Predicted times of the nodes that were asked for, by the first tensor they give.
+        seconds: Predicted times of the nodes that were asked for, by the first tensor they give; under an empty name,
+            that of all of them.
     """
 
     facts: Facts
     initializers: Mapping[str, tuple[int, ...]]
-    inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]]
+    inputs: Mapping[str, tuple[Extent, ...]]
     symbols: Mapping[str, int]
     types: Mapping[str, int] = field(default_factory=dict)
     _known: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sizes: dict[tuple[Extent, ...], tuple[int, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, candidates: int) -> Shapes:
@@ -153,7 +157,9 @@ class Shapes:
         found = self.facts.extents.get(name) or self.inputs.get(name)
         if found is None:
             return None
-        return tuple(c * prod(self.symbol(s) for s in syms) for c, syms in found)
+        if found not in self._sizes:
+            self._sizes[found] = tuple(c * prod(self.symbol(s) for s in syms) for c, syms in found)
+        return self._sizes[found]
 
     def per_candidate(self, name: str) -> bool:
         """Whether a tensor has rows of candidates."""
@@ -177,7 +183,8 @@ def node_bytes(node: NodeProto, shapes: Shapes) -> int:
     """Bytes that a node writes."""
     if Trait.FREE in traits(node):
         return 0
-    return sum(shapes.width(o) * prod(s) for o in node.output if o and (s := shapes.shape(o)) is not None)
+    found = [(o, shapes.shape(o)) for o in node.output if o]
+    return sum([shapes.width(o) * prod(s) for o, s in found if s is not None])
 
 
 def billed(node: NodeProto, shapes: Shapes) -> Bill:
@@ -234,8 +241,7 @@ def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
     return max(1, entries // max(1, prod(out[last + (op == "Expand") :])))
 
 
-def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]],
-              candidates: int) -> Shapes:  # fmt: skip
+def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[Extent, ...]], candidates: int) -> Shapes:
     """Shapes at a number of candidates; other symbols are taken as `LENGTH`."""
     graph = model.graph
     initializers = {t.name: tuple(t.dims) for t in graph.initializer}
@@ -310,4 +316,6 @@ def node_seconds(node: NodeProto, shapes: Shapes) -> float:
 
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
-    return sum(node_seconds(n, shapes) for n in graph.node)
+    if "" not in shapes.seconds:
+        shapes.seconds[""] = sum(node_seconds(n, shapes) for n in graph.node)
+    return shapes.seconds[""]

@@ -240,11 +240,12 @@ class Network:
                         found.setdefault(n.input[0], []).append(n)
                         continue
             other.update(n.input)
+        other |= self.outputs | self.inner
         return _distinct(
             [
                 Table(label(nodes[0]), weight, self.array(weight).shape, tuple(nodes))  # type: ignore[union-attr]
                 for weight, nodes in found.items()
-                if weight not in other | self.outputs | self.inner
+                if weight not in other
             ]
         )
 

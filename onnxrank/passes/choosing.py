@@ -37,6 +37,9 @@ def choose(job: Job, found: Sequence[Form]) -> None:
     """Takes the form that costs least at the expected number of candidates."""
     seconds = job.before()
     job.found = tuple(found)
+    if len(found) == 1:
+        _go_on_with(job, found[0])
+        return
     # Of forms that are all out the last is the plainest.
     _go_on_with(job, min(reversed(found), key=lambda f: f.seconds(job.options.span, seconds)))
 
