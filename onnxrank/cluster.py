@@ -7,6 +7,7 @@ and onnxruntime, and the data under the same path; models are sent.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -43,7 +44,6 @@ class Cluster:
 
     def __init__(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             import ray
         except ImportError as e:
@@ -51,7 +51,7 @@ class Cluster:
         self._ray: Any = ray
         if not ray.is_initialized():
             try:
-                ray.init(log_to_driver=False, logging_level="ERROR")
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
             except Exception as e:  # whatever a cluster can be the matter with
                 why = (str(e).strip().splitlines() or [type(e).__name__])[0]
                 raise EnvironmentProblem(f"No Ray cluster is to be had: {why}.") from e

@@ -31,6 +31,8 @@ from onnxrank.verify.pairing import Binding, bind
 ROWS = 4096
 """Rows of a batch."""
 _BYTES = 16 << 20
+_PORTION = 65536
+"""About how many rows one task reads."""
 _SHUFFLED = 64
 """Batches among which the next one is drawn."""
 CALIBRATION, GATE = "calibration", "gate"
@@ -165,10 +167,10 @@ class Requests:
         if taken:
             raise UsageError(f"{sorted(taken)[0]!r} is an input of the model and cannot be a label as well.")
         self._sources = {
-            CALIBRATION: recorded.source(data, [*self.declared, *extra], request_id),
+            CALIBRATION: recorded.source(data, [*self.declared, *extra], request_id, rows=_PORTION),
         }
         if gate_data is not None:
-            self._sources[GATE] = recorded.source(gate_data, [*self.declared, *extra], request_id)
+            self._sources[GATE] = recorded.source(gate_data, [*self.declared, *extra], request_id, rows=_PORTION)
         self.joined = all(i.role.candidate_axis is not None for i in self.declared) and all(
             not once for _, once in self.binding.sources.values()
         )
