@@ -164,8 +164,7 @@ def test_verify(nodes: Any, data: Path) -> None:
     for other in (onnx.load(DLRM), wrong):
         how: dict[str, Any] = {"spec": SPEC, "level": "quick", "candidates": (2,), "seeds": 1, "budget": 0.0}
         here, there = (
-            verify(DLRM, other, Verifying(data=data, labels="label", engine=e, jobs=1, **how))
-            for e in ("local", "ray")
+            verify(DLRM, other, Verifying(data=data, labels="label", engine=e, jobs=1, **how)) for e in ("local", "ray")
         )
         assert here.requests == there.requests == REQUESTS
         assert here.verdicts == there.verdicts and (other is wrong) == (here.verdicts["rounding"] == "failed")
