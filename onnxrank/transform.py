@@ -16,9 +16,11 @@ from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emitter import Emitted, Emitter
 from onnxrank.errors import ModelError
 from onnxrank.graphs import captured_by, names_in, reads, rename, versions
+from onnxrank.interpreter import Interpreter
 from onnxrank.plans import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
-from onnxrank.rewrite import Rewrite, Rule, SiteFailed
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule, SiteFailed
 from onnxrank.study import Study, extents_of
 from onnxrank.values import (
     CANDIDATES,
@@ -99,7 +101,7 @@ class Transformation:
         with self.emit.under("interface"):
             for i in self.study.declared:
                 self.rw.values[i.name] = self._input(i, infos[i.name])
-        self.rw.interpret(graph.node)
+        Interpreter(self.rw).run(graph.node)
         return self._assemble()
 
     # --- inputs ----------------------------------------------------------------------------------------------------

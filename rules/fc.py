@@ -13,7 +13,8 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import Rewrite, Rule, Weights
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     Abstract,
     DeferredMatMul,
@@ -25,6 +26,7 @@ from onnxrank.values import (
     is_candidate_symbol,
     symbols,
 )
+from onnxrank.weights import Weights
 
 from . import stacks
 from .broadcast import attribute

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
-from onnxrank.rewrite import LARGE, Group, Rewrite, Weights
+from onnxrank.grouping import LARGE, Group
+from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -47,6 +48,7 @@ from onnxrank.values import (
     view,
     with_extents,
 )
+from onnxrank.weights import Weights
 
 from . import fold
 from .broadcast import elementwise, mark_unread
@@ -205,7 +207,7 @@ def pieces(
 
 def _together(rw: Rewrite, codes: Codes, index: Any) -> Any:
     """The index of some rows with those of one tensor side by side."""
-    orders = {k: o for k, o in rw.memory_order([codes[index]]).items() if k < codes.ndim - 1}
+    orders = {k: o for k, o in rw.grouping.memory_order([codes[index]]).items() if k < codes.ndim - 1}
     if index is ...:
         return tuple(orders.get(k, slice(None)) for k in range(codes.ndim - 1)) if len(orders) == 1 else index
     return tuple(i[orders[k]] if k in orders and not isinstance(i, slice) else i for k, i in enumerate(index))

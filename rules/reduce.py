@@ -11,7 +11,8 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     Abstract,
     DeferredMatMul,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.rewrite import Rewrite, Weights
+from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     Abstract,
     Codes,
@@ -31,6 +31,7 @@ from onnxrank.values import (
     symbols,
     view,
 )
+from onnxrank.weights import Weights
 
 from . import fold
 from .products import (

@@ -1234,7 +1234,7 @@ def test_input_named_like_a_divided_one() -> None:
     )
     try:
         result = optimised(model, request=["X[0:3]"])
-    except onnxrank.pipeline.ModelError as e:
+    except onnxrank.errors.ModelError as e:
         assert "X.request" in str(e)
         return
     names = [i.name for i in result.model.graph.input]
