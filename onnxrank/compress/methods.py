@@ -230,7 +230,9 @@ def _half_layer(net: Network, site: Product, _: int, stats: Statistics) -> list[
 
 
 def _copied(node: NodeProto) -> NodeProto:
-    return NodeProto.FromString(node.SerializeToString())
+    made = NodeProto()
+    made.CopyFrom(node)
+    return made
 
 
 def _half_error(net: Network, site: Site, _: int, stats: Statistics) -> float:

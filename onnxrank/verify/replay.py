@@ -120,8 +120,8 @@ class _Found:
 
     def add(self, more: _Found) -> None:
         """Takes in what came of the requests that follow."""
-        for what, its in more.inputs.items():
-            self._broken(what, its)
+        for what, broken in more.inputs.items():
+            self._broken(what, broken)
         self.trouble += more.trouble
         points = [replace(p, seed=p.seed + self.requests) for p in more.points]
         for c in more.cases:
