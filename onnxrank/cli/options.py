@@ -185,6 +185,13 @@ CHECK_OPTIONS = (
         "--strict", is_flag=True, help="Exit with 1 if the result fails its check, instead of taking back what fails."
     ),
 )
+ENGINE_OPTION = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where recorded requests are gone over: by processes here, or by tasks on a Ray cluster, that of RAY_ADDRESS.",
+)
 OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Print more, every step, and tracebacks of internal errors."),
