@@ -956,12 +956,10 @@ class Job:
         self.report.after = cost.by_level(form.model.graph, shapes)
         self.report.rules = self._uses()
         self.report.size_after = made.ByteSize()
-        time = _line(form.time)
         if self.pair is not None:
             self.report.below = self.pair.below
-            few, more, below = _line(self.pair.few.time), self.pair.overhead, self.pair.below
-            many, time = time, lambda n: (few if n < below else many)(n) + more
-        self.report.predictions = _predictions(_line(self._before()), time, self.measured)
+        time = form.time if self.pair is None else self.pair.time
+        self.report.predictions = _predictions(self._before(), time, self.measured)
         return Result(made, self.report, self.loaded, self.study, form, self.full, plan=self.plan())
 
     def unchanged(self) -> Result:
@@ -1013,12 +1011,6 @@ def _setting(study: Study, candidates: int) -> Setting:
 def _seconds(model: ModelProto, shapes: Callable[[int], cost.Shapes]) -> Callable[[int], float]:
     """Predicted time of a model, by the number of candidates."""
     return lambda n: cost.seconds(model.graph, shapes(n))
-
-
-def _line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
-    """Costs over the number of candidates, which are a line in it."""
-    low, high = cost_at(1), cost_at(2)
-    return lambda n: low + (n - 1) * (high - low)
 
 
 def _predictions(
