@@ -13,7 +13,7 @@ from onnxrank.facts import Facts, derive
 from onnxrank.operators import operator
 from onnxrank.plans import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.report import report_candidates
-from onnxrank.rewrite import Refusal, Rule, SiteFailed
+from onnxrank.rule import Refusal, Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import Unrepresentable
@@ -241,7 +241,9 @@ def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span
         if rule.forms is not None and first.uses(rule.name):
             taken = first.operators(rule.name)
             ways = {f"form {k}": form for k, form in enumerate(rule.forms, 1)}
-            names = [name for name, form in ways.items() if any(form.get(o) is not rule.operators[o] for o in taken)]
+            names = [
+                name for name, form in ways.items() if any(form.get(o) is not rule.operators.get(o) for o in taken)
+            ]
             choices = [replace(first.choice, forms={rule.name: name}) for name in names]
             choices.append(first.choice.leaving(rules=[rule.name]))
             out += [Form(study, rules, interface, guard, span, choice) for choice in choices]
