@@ -11,6 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnxrank.extents import evaluate
 from onnxrank.facts import Extent, Facts
 from onnxrank.graphs import attribute
+from onnxrank.moves import one_by_one
 from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
@@ -92,6 +93,7 @@ CPU = Target(
         "copy": Rate(1.5e-6, 1 / 8e9, run=0.3e-9),
         "transpose": Rate(1.5e-6, 1 / 10e9, run=0.35e-9),
         "exchange": Rate(1.5e-6, 1 / 8e9, run=8e-9),
+        "permute": Rate(1.5e-6, 1 / 8e9, run=2.3e-9),
         "softmax": Rate(1.5e-6, 1 / 8e9, run=9e-9),
         "stack": Rate(1.5e-6, 1 / 8e9, run=70e-9, mac=1 / 25e9),
     },
@@ -215,7 +217,9 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
         order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
-        return Bill("transpose" if run == 1 else "exchange", written, entries // max(1, run))
+        if run > 1:
+            return Bill("exchange", written, entries // run)
+        return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
     if Trait.FUNCTION in what:
         return Bill("function", written)
     if Trait.ROWS in what:

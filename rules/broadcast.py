@@ -132,9 +132,10 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         narrow = dims[-1] != () and all(v.whole is None or v.dims[-1:] == ((),) for v in values)
         through = {"Add", "Mul", "Gather", "Split"} if narrow else {"Add"} if single else set()
         entire = not rw.read_by_linear_maps(node.output[0], frozenset(through))
+    outer = _is_outer(wide)
     if not entire and operator(node) in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
-    keys = rw.grouping.joint_levels(wide) if entire else _kinds(rw, wide)
+    keys = rw.grouping.joint_levels(wide) if entire else _kinds(rw, wide, outer)
     if operator(node) == "Mul" and len(wide) == 2 and rw.uses("fold"):
         keys = _by_factors(rw, wide, keys)
     orders = rw.grouping.memory_order(wide)
@@ -227,10 +228,15 @@ def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:
     return [np.where(swap, wide[1], wide[0]), np.where(swap, wide[0], wide[1])]
 
 
-def _kinds(rw: Rewrite, wide: list[Codes]) -> Any:
+def _kinds(rw: Rewrite, wide: list[Codes], outer: bool) -> Any:
     """A key per entry: its level, and where that keeps to one axis, which operands have which.
 
     Told apart like that, no operand has to be brought to full rows only because other entries of it have them.
+
+    Args:
+        rw: The rewrite.
+        wide: The operands.
+        outer: Whether the blocks of an outer product may be told apart, too, which keep to two axes.
     """
     joint = rw.grouping.joint_levels(wide)
     keys = joint.copy()
@@ -238,7 +244,13 @@ def _kinds(rw: Rewrite, wide: list[Codes]) -> Any:
         keys = keys * 4 + rw.sources.levels(w)
     keys = np.where(joint == Level.UNREAD, Level.UNREAD, keys * 4 + joint)
     several = len(np.unique(keys)) > len(np.unique(joint))
-    return keys if several and split_axis(keys) is not None else joint
+    return keys if several and (outer or split_axis(keys) is not None) else joint
+
+
+def _is_outer(wide: list[Codes]) -> bool:
+    """Whether each of two operands varies along an axis of its own: as blocks of one level none has to be repeated."""
+    along = [{k for k in range(w.ndim) if w.shape[k] > 1 and not constant_along(w, k)} for w in wide]
+    return len(wide) == 2 and all(a - b for a, b in (along, along[::-1]))
 
 
 def mark_unread(codes: Codes, needed: dict[int, Any]) -> Codes:

@@ -111,10 +111,10 @@ def _alike(left: Operand, right: Operand, stack: tuple[int, ...]) -> list[tuple[
     return rectangles(keys, _MOST_HEADS)
 
 
-def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot") -> list[Abstract] | None:
+def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot", stacked: bool = False) -> list[Abstract] | None:
     """MatMul of two operands that are not constant."""
     a, b = (rw.unless_sum(rw.values[i]) for i in node.input)
-    return multiply(rw, a, b, node.output[0], rule, node)
+    return multiply(rw, a, b, node.output[0], rule, node, stacked=stacked)
 
 
 def multiply(
@@ -125,6 +125,7 @@ def multiply(
     rule: str,
     node: NodeProto | None = None,
     unread: dict[int, NDArray[np.int64]] | None = None,
+    stacked: bool = False,
 ) -> list[Abstract] | None:
     """The product of two computed operands, by blocks of one level each.
 
@@ -136,6 +137,7 @@ def multiply(
         rule: Name of the rule, for the report.
         node: The original node, if that is a MatMul.
         unread: Positions read per axis of the product, if not all, where its axes are not those of `output`.
+        stacked: Whether the matrices of a stack stay one product, and do not become one each.
 
     Returns:
         The product; None where it is left to another rule.
@@ -158,7 +160,7 @@ def multiply(
     split = split_merged(dims[:-2])
     if split != dims[:-2]:
         read = {len(split) + 2 - k: unread[len(dims) - k] for k in (1, 2) if len(dims) - k in unread}
-        found = multiply(rw, _apart(a, dims), _apart(b, dims), output, rule, unread=read)
+        found = multiply(rw, _apart(a, dims), _apart(b, dims), output, rule, unread=read, stacked=stacked)
         return None if found is None else [rw.moved(found[0], dims, lambda codes: codes.reshape(extents(dims)))]
     places = [({v.rank - k: p} if (p := unread.get(len(dims) - k)) is not None else {}) for v, k in ((a, 2), (b, 1))]
     left, right = operand(rw, a, places[0]), operand(rw, b, places[1])
@@ -178,7 +180,7 @@ def multiply(
         if len(rows) * len(columns) > 1 and not once and not _stays_apart(rw, output):
             rw.refuse(rule, "what reads the product needs its blocks side by side again")
             return None
-        parts.append((box, _Blocks(rw, x, y, own, output, rule), rows, columns))
+        parts.append((box, _Blocks(rw, x, y, own, output, rule, stacked), rows, columns))
     if len(parts) == 1:
         ((_, blocks, rows, columns),) = parts
         return [blocks.made(rows, columns)]
@@ -238,10 +240,14 @@ class _Blocks:
         dims: Logical shape of the product.
         output: The original tensor.
         rule: Name of the rule.
+        stacked: Whether the matrices of a stack stay one product.
     """
 
-    def __init__(self, rw: Rewrite, left: Operand, right: Operand, dims: Dims, output: str, rule: str) -> None:
+    def __init__(
+        self, rw: Rewrite, left: Operand, right: Operand, dims: Dims, output: str, rule: str, stacked: bool
+    ) -> None:
         self.rw, self.left, self.right, self.dims, self.output, self.rule = rw, left, right, dims, output, rule
+        self.stacked = stacked
         self.zero = rw.zero(left.dtype)
         same = len(left.terms) == len(right.terms) == 1 and left.terms[0].shape == right.terms[0].swapaxes(-1, -2).shape
         self.mirrored = same and np.array_equal(left.terms[0], right.terms[0].swapaxes(-1, -2))
@@ -287,7 +293,7 @@ class _Blocks:
         out = np.full(extents(own), HOLE)
         low = max(levels) <= Level.REQUEST
         stack = extents(own[:-2])
-        each_head = 1 < prod(stack) <= _MOST_HEADS and not low
+        each_head = 1 < prod(stack) <= _MOST_HEADS and not low and not self.stacked
         # One row per candidate: heads side by side cost less than a product for each.
         each_head = each_head and max(len(i) if levels[0] == Level.CANDIDATE else 1,
                                       len(j) if levels[1] == Level.CANDIDATE else 1) > 1  # fmt: skip

@@ -144,12 +144,10 @@ def result(job: Job) -> Result:
     job.report.after = cost.by_level(form.model.graph, shapes)
     job.report.rules = _uses(job)
     job.report.size_after = made.ByteSize()
-    time = _line(form.time)
     if job.pair is not None:
         job.report.below = job.pair.below
-        few, more, below = _line(job.pair.few.time), job.pair.overhead, job.pair.below
-        many, time = time, lambda n: (few if n < below else many)(n) + more
-    job.report.predictions = _predictions(_line(job.before()), time, job.measured)
+    time = form.time if job.pair is None else job.pair.time
+    job.report.predictions = _predictions(job.before(), time, job.measured)
     return Result(made, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, form))
 
 
@@ -159,12 +157,6 @@ def unchanged(job: Job) -> Result:
     form = job.form or job.full
     _remark(job, form)
     return Result(job.loaded.proto, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, None))
-
-
-def _line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
-    """Costs over the number of candidates, which are a line in it."""
-    low, high = cost_at(1), cost_at(2)
-    return lambda n: low + (n - 1) * (high - low)
 
 
 def _predictions(
