@@ -183,20 +183,24 @@ def _macs(node: NodeProto, shape: ShapeOf) -> int:
 
 def node_bytes(node: NodeProto, shapes: Shapes) -> int:
     """Bytes that a node writes."""
-    if Trait.FREE in traits(node):
-        return 0
+    return 0 if Trait.FREE in traits(node) else _written(node, shapes)
+
+
+def _written(node: NodeProto, shapes: Shapes) -> int:
+    """Bytes of what a node gives."""
     found = [(o, shapes.shape(o)) for o in node.output if o]
     return sum([shapes.width(o) * prod(s) for o, s in found if s is not None])
 
 
 def billed(node: NodeProto, shapes: Shapes) -> Bill:
     """What a node is billed for."""
-    op, what, shape = operator(node), traits(node), shapes.shape
+    what, shape = traits(node), shapes.shape
     if Trait.FREE in what:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
-    written = node_bytes(node, shapes)
+    written = _written(node, shapes)
     if what & _COUNTED:
+        op = operator(node)
         first, second = (shape(i) if i else None for i in (*node.input, "", "")[:2])
         stack = max((prod(s[:-2]) for s in (first, second) if s is not None), default=1)
         both = op in ("MatMul", "com.microsoft::FusedMatMul") and second is not None and prod(second[:-2]) > 1
@@ -208,12 +212,13 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
     entries = prod(out)
     first = shape(node.input[0]) or ()
     if Trait.PICK in what:
+        op = operator(node)
         if op == "Gather" and attribute(node, "axis", 0) % max(1, len(first)) == 0:
             return Bill("elementwise", written)  # rows of a table: as fast as any other step that writes them
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
         return Bill(kinds.get(op, "copy"), written, _runs(node, first, out))
-    if op == "Transpose":
+    if operator(node) == "Transpose":
         order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])

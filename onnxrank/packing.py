@@ -123,10 +123,11 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
     def allowed(kind: int, site: Site) -> bool:
         return free or (at[id(site.nodes[0])], kind) in (places or ())
 
-    layers = {id(n) for p in net.products() for n in p.nodes}
+    found = _tiny(net, MOST, LEAST)
+    layers = {id(n) for p in net.products() for n in p.nodes} if found else set()
     tiny = [
         (site, bound)
-        for site, bound in _tiny(net, MOST, LEAST)
+        for site, bound in found
         if allowed(WEIGHTS, site) and all(_is_smooth(net, n.output[0], layers) for n in site.nodes)
     ]
     return _packed(net, tiny, MOST, allowed)

@@ -154,6 +154,7 @@ class _Search:
         for place, site in self.rw.decided.items():
             if self.rw.taken.get(place.index, ("",))[0] != place.rule:
                 self.decided.setdefault(place.index, []).append(site)
+        self._apart: dict[str, bool] = {}
         self._macs: dict[int, float] = {}
         self._entries: dict[int, float] = {}
         seen: set[tuple[int, str, str]] = set()
@@ -210,8 +211,10 @@ class _Search:
 
         Where those that there are were made for every candidate before, that is told of the node that does it.
         """
-        value = self.rw.values.get(name)
-        return value is not None and Level.REQUEST in self.rw.levels(value)
+        if name not in self._apart:
+            value = self.rw.values.get(name)
+            self._apart[name] = value is not None and Level.REQUEST in self.rw.levels(value)
+        return self._apart[name]
 
     def _share(self, node: NodeProto) -> float:
         """Share of a product's multiply-adds that are the same for all candidates."""
