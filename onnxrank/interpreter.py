@@ -222,12 +222,24 @@ class Interpreter:
                 found = ((f"{CANDIDATES}~?{o}",),)
             dims.append(found)
         names = [self.rw.full(i) if i else "" for i in node.input]
-        if inner:
+        if subgraphs(node):
+            captured = {c: self.rw.full(c) for c in inner}
+            self._describe({**captured, **dict(zip(node.input, names, strict=True))})
             renamed = NodeProto()
             renamed.CopyFrom(node)
-            rename_captured(renamed, {c: self.rw.full(c) for c in inner})
+            rename_captured(renamed, captured)
             node = renamed
         return self.rw.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
+
+    def _describe(self, names: Mapping[str, str]) -> None:
+        """Declares what original tensors are now, by their new names, for a node with graphs inside.
+
+        onnxruntime refuses a Scan whose state has a rank that it cannot infer, as behind a Reshape to a computed shape.
+        """
+        for original, name in names.items():
+            value = self.rw.values.get(original)
+            if name and value is not None:
+                self.rw.emit.describe(name, value.dtype, len(value.dims))
 
     def _folded(self, node: NodeProto, name: str) -> Value:
         """A constant: the user's own nodes if these make it from constants, else new data."""

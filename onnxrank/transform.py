@@ -326,6 +326,9 @@ class Transformation:
         graph.input.extend(i for i in base.graph.input if i.name in have and i.name not in fed)
         untouched = {o for e in self._kept if e.rule is None for o in e.proto.output}
         graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
+        described = {v.name for v in graph.value_info}
+        made_here = {o for e in self._kept for o in e.proto.output} - described - {o.name for o in graph.output}
+        graph.value_info.extend(v for name, v in self.emit.described.items() if name in made_here)
         return made
 
     def _refuse_undefined(self) -> None:

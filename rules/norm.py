@@ -40,7 +40,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, is_square, pointwise, rowwise
-from .products import pieces
+from .pieces import pieces
 
 _LEAST_SAVED = 500_000
 """Multiply-adds per request from which on a split pays; see `worth_splitting`."""
