@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxrank.analysis import Analysis, analyse
     from onnxrank.inspection.engine import inspect
+    from onnxrank.packer import pack_inputs
     from onnxrank.pieces import emit, gate, plan
     from onnxrank.pipeline import Result, optimize, read
     from onnxrank.plans import Plan
@@ -32,6 +33,7 @@ __all__ = [
     "gate",
     "inspect",
     "optimize",
+    "pack_inputs",
     "plan",
     "profile",
     "read",
@@ -51,6 +53,7 @@ _HOME = {
     "gate": "pieces",
     "inspect": "inspection.engine",
     "optimize": "pipeline",
+    "pack_inputs": "packer",
     "plan": "pieces",
     "profile": "profiling.engine",
     "read": "pipeline",

@@ -199,6 +199,7 @@ class Pair:
     def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Runs the request model, brings its state to bytes and back, and runs the candidate model."""
         names = self._state + [ranker.VERSION] * self._contract["guard"]
+        feeds = ranker.matrices(self._contract["optimize"].get("packed", {}), feeds)
         wanted = {i.name for i in self._request.get_inputs()}
         made = dict(zip(names, self._request.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
         version = int(made.pop(ranker.VERSION)[0]) if self._contract["guard"] else self._contract[ranker.VERSION]

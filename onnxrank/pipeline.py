@@ -472,8 +472,10 @@ class Job:
 
     def _packing(self) -> Sequence[Packed]:
         """What can be packed away, as far as rules are allowed."""
-        assert self._original is not None
-        return self._original.packable if any(r.name == plans.PACK for r in self.options.rules) else ()
+        study, rules = self._original, {r.name for r in self.options.rules}
+        assert study is not None
+        found = study.packable if plans.PACK in rules else []
+        return [*found, *(study.lookups(self.options.usual).packed if plans.LOOKUP in rules else ())]
 
     def _loses(self, form: Form) -> bool:
         """Whether much that is the request's is done for every candidate."""
@@ -577,7 +579,8 @@ class Job:
         """Goes on with a form, and says what was left alone."""
         self.form, self.study = form, form.study
         self.pair = self.pair and replace(self.pair, many=form)
-        self._others = []
+        study = self._original
+        self._others = list(study.lookups(self.options.usual).refusals) if study is not None else []
         assert self.full is not None
         for name in sorted(self.full.rewrite.rw.applied - form.rewrite.rw.applied):
             # What it would refuse is worth knowing, too.
@@ -618,7 +621,7 @@ class Job:
         if not found.changed:
             return False
         self._prepared = list(found.preparation)
-        packed = [s for s in self._prepared if s.place.rule == plans.PACK]
+        packed = [s for s in self._prepared if s.place.rule in plans.PACKING]
         self._base = study.prepared(packed)
         study = self._base.prepared([s for s in self._prepared if s not in packed])
         fit([s for s in found.sites if s.place.rule not in plans.PREPARING], study)
@@ -763,6 +766,8 @@ class Job:
         assert original is not None
         nodes = original.model.graph.node
 
+        rules = [r for r in plans.PACKING if any(p.rule == r for p in base.packed)]
+
         def made(choice: Choice) -> tuple[ModelProto, list[Site]]:
             sites = [
                 Site(_place(p), label(nodes[p.index]), nodes[p.index].op_type, (), choice.at(_place(p)))
@@ -771,13 +776,15 @@ class Job:
             return original.pack({(s.place.index, s.place.step) for s in sites if s.taken}).model, sites
 
         try:
-            guilty = Search(made, lambda m: self._held(m, counts).passed).culprit(Choice(), [plans.PACK])
+            guilty = Search(made, lambda m: self._held(m, counts).passed).culprit(Choice(), rules)
         except GaveUp:
             guilty = None
         wrong = guilty.sites if guilty is not None and guilty.sites else made(Choice())[1]
         self._unpacked |= {s.place for s in wrong}
-        self.report.retreats += [Retreat(plans.PACK, s.node, "check", reason) for s in wrong]
-        self.notes.append(f"{plans.PACK} was left out at {', '.join(dict.fromkeys(s.node for s in wrong))}: {reason}")
+        self.report.retreats += [Retreat(s.place.rule, s.node, "check", reason) for s in wrong]
+        for rule in dict.fromkeys(s.place.rule for s in wrong):
+            shown = dict.fromkeys(s.node for s in wrong if s.place.rule == rule)
+            self.notes.append(f"{rule} was left out at {', '.join(shown)}: {reason}")
         self.choose(self.candidates())
 
     def _join(self, way: _Way, cause: str, reason: str) -> None:
@@ -935,8 +942,10 @@ class Job:
         uses: list[Any] = form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
         if base.packed:
             after = sum(c.macs for c in cost.by_level(base.model.graph, base.shapes(n)).values())
-            places = dict.fromkeys(p.name for p in base.packed)
-            uses.insert(0, RuleUse(plans.PACK, len(places), self.report.macs_before - after, tuple(places)))
+            for rule in plans.PACKING[::-1]:
+                places = dict.fromkeys(p.name for p in base.packed if p.rule == rule)
+                saved = self.report.macs_before - after if rule == plans.PACK else 0
+                uses[:0] = [RuleUse(rule, len(places), saved, tuple(places))] if places else []
         return uses
 
     def _remark(self, form: Form | None) -> None:
@@ -950,7 +959,7 @@ class Job:
         if form is None or form.model is None:
             return self.unchanged()
         self._remark(form)
-        self.notes += [*map(str, form.study.packed), *form.rewrite.notes]
+        self.notes += [*dict.fromkeys(map(str, form.study.packed)), *form.rewrite.notes]
         made, shapes = self.emitted(), form.shapes(self.options.usual)
         self.report.changed = True
         self.report.after = cost.by_level(form.model.graph, shapes)
@@ -980,7 +989,7 @@ TIME = Pass("timing", "undo", Job.measure)
 
 def _place(packed: Packed) -> Place:
     """Where something is packed away, as plans have it."""
-    return Place(plans.PACK, packed.index, packed.kind)
+    return Place(packed.rule, packed.index, packed.kind)
 
 
 def _optional(rules: Iterable[Rule]) -> list[str]:
