@@ -23,7 +23,7 @@ from onnxrank.network import Network
 from onnxrank.operators import operator
 from onnxrank.packing import LOOKUPS, MOST_JOINED, Packed
 from onnxrank.plans import LOOKUP, label
-from onnxrank.rewrite import Refusal
+from onnxrank.rewrite import RESHAPES, Refusal
 from onnxrank.values import Dim, Level, extents, is_candidate_symbol, symbols
 
 _STEPS = 9
@@ -44,6 +44,7 @@ class _Lookup:
         along: Rows of the ids.
         kind: Type of the ids.
         level: Their level.
+        place: Which Concat brings the rows side by side with others, and as which operand.
         like: What joined lookups must have in common.
     """
 
@@ -54,6 +55,7 @@ class _Lookup:
     along: Dim
     kind: int
     level: Level
+    place: tuple[int, int]
     like: tuple[object, ...]
 
 
@@ -80,7 +82,8 @@ class Lookups:
         self, net: Network, flow: Walk, candidates: int | None = None, at: Mapping[int, int] | None = None
     ) -> None:
         self._net, self._flow, self._candidates = net, flow, candidates
-        self._at = {id(n): k for k, n in enumerate(net.nodes)} if at is None else at
+        self._now = {id(n): k for k, n in enumerate(net.nodes)}
+        self._at = self._now if at is None else at
         self.refusals: list[Refusal] = []
         self.groups = self._groups()
 
@@ -122,11 +125,34 @@ class Lookups:
             return None
         columns = extents(dims)[1] if len(dims) == 2 else None
         like = (tuple(table.dims[1:]), table.data_type, kind, dims[0], level, depth)
-        index = self._at.get(id(node))
-        return None if index is None else _Lookup(node, index, table.dims[0], columns, dims[0], kind, level, like)
+        index, place = self._at.get(id(node)), self._side_by_side(node)
+        if index is None or place is None:
+            return None
+        return _Lookup(node, index, table.dims[0], columns, dims[0], kind, level, place, like)
+
+    def _side_by_side(self, node: NodeProto) -> tuple[int, int] | None:
+        """Where the rows of a lookup are brought side by side with others; None where something else is done to them.
+
+        Rows that are read one by one would have to be taken out of the joined ones again.
+        """
+        net, found = self._net, []
+        waiting = [node.output[0]]
+        while waiting:
+            name = waiting.pop()
+            if name in net.outputs or name in net.inner:
+                return None
+            for reader in net.readers.get(name, []):
+                if operator(reader) == "Concat":
+                    found.append((self._now[id(reader)], list(reader.input).index(name)))
+                elif operator(reader) in RESHAPES and name not in reader.input[1:]:
+                    waiting.append(reader.output[0])
+                else:
+                    return None
+        return min(found, default=None)
 
     def _own(self, group: list[_Lookup]) -> list[_Lookup]:
         """Those of a group whose tables go into the joined one as a whole, and are not stored twice."""
+        group = sorted(group, key=lambda x: x.place)
         mine = {id(x.node) for x in group}
         reasons = [self._held_back(x.node.input[0], mine) for x in group]
         if self._candidates is not None and self._pay(group):

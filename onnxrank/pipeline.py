@@ -97,7 +97,7 @@ class Result:
 
 
 def optimize(
-    model: str | os.PathLike[str] | ModelProto,
+    model: str | os.PathLike[str] | ModelProto | files.LoadedModel,
     *,
     roles: Roles | None = None,
     request: Sequence[str] = (),
@@ -122,7 +122,7 @@ def optimize(
     says what. Where nothing can be kept the model is left as it is.
 
     Args:
-        model: A path, or a model in memory.
+        model: A path, or a model in memory or as it was loaded.
         roles: Which inputs are request-level; or give `request`, `spec` or `infer_from`.
         request: Patterns on input names, `user_*`, and columns, `X[0:13,20]`, that are request-level.
         spec: A roles file's content.
@@ -253,14 +253,14 @@ def span_of(candidates: int | tuple[int, int]) -> tuple[int, int]:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def read(model: str | os.PathLike[str] | ModelProto) -> files.LoadedModel:
+def read(model: str | os.PathLike[str] | ModelProto | files.LoadedModel) -> files.LoadedModel:
     """Reads a model that can be worked on.
 
     Raises:
         UsageError: The file cannot be read.
         ModelError: It is no valid model, or holds no operator that is known.
     """
-    loaded = files.load(model)
+    loaded = model if isinstance(model, files.LoadedModel) else files.load(model)
     if all_foreign(loaded.proto):
         raise ModelError("the model holds no operators of the default ONNX domain, nor others that are known")
     return loaded

@@ -87,7 +87,7 @@ def inspect(
         feeds.describe(working), contract, request=request, spec=spec, infer_from=infer_from, lenient=True
     )
     result = pipeline.optimize(
-        model,
+        loaded,
         roles=roles,
         interface=interface,
         candidates=candidates,
