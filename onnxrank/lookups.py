@@ -100,7 +100,7 @@ class Lookups:
             lookup = self._lookup(node, below)
             if lookup is not None:
                 found.setdefault(lookup.like, []).append(lookup)
-            depth.update(dict.fromkeys(node.output, below + (operator(node) == "Gather")))
+            depth.update(dict.fromkeys(node.output, below + (lookup is not None)))
         return [own for group in found.values() if self._pay(own := self._own(group))]
 
     def _lookup(self, node: NodeProto, depth: int) -> _Lookup | None:

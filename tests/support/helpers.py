@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxrank
-from onnxrank import model as files
 from onnxrank import lookups, pipeline
+from onnxrank import model as files
 from onnxrank.facts import Setting
 from onnxrank.pipeline import Study, Transformation
 from onnxrank.rewrite import Rewrite
