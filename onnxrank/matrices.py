@@ -126,6 +126,9 @@ def pack(model: ModelProto, roles: Roles, state: Iterable[str] = ()) -> Packing:
             stays[info.name] = made if isinstance(made, str) else "it is an output, too"
         else:
             found.append(made)
+    many = {i.matrix for i in found if i.rows != 1}
+    stays |= {i.name: "it has no rows, and others do" for i in found if i.matrix in many and i.rows == 1}
+    found = [i for i in found if i.name not in stays]
     notes = [f"{name} stays as it is: {why}" for name, why in stays.items()]
     if not found:
         return Packing(out, {}, [*notes, "no input can be packed"])
@@ -149,9 +152,9 @@ def _input(info: ValueInfoProto, roles: Roles) -> _Input | str:
         return "nothing is known of its rows"
     level = role.level if info.name in roles.inputs or role.level != "mixed" else part
     level = "request" if level == "request" else "candidate"
-    rest = shape
-    if role.candidate_axis is not None and (level == "candidate" or any(isinstance(d, str) for d in shape)):
-        if role.candidate_axis != 0 or role.record is not None or isinstance(shape[0], int):
+    rest, axis = shape, role.candidate_axis
+    if axis is not None and (level == "candidate" or isinstance(shape[axis], str)):
+        if axis != 0 or role.record is not None or isinstance(shape[0], int):
             return "its rows are not those of a matrix"
         rest = shape[1:]
     if not all(isinstance(d, int) and d > 0 for d in rest):
