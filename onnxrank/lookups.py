@@ -23,7 +23,8 @@ from onnxrank.network import Network
 from onnxrank.operators import operator
 from onnxrank.packing import LOOKUPS, MOST_JOINED, Packed
 from onnxrank.plans import LOOKUP, label
-from onnxrank.rewrite import RESHAPES, Refusal
+from onnxrank.rewrite import RESHAPES
+from onnxrank.rule import Refusal
 from onnxrank.values import Dim, Level, extents, is_candidate_symbol, symbols
 
 _STEPS = 9

@@ -12,8 +12,10 @@ from onnx import ModelProto
 
 from onnxrank import matrices, pipeline
 from onnxrank import model as files
+from onnxrank.batching.single import for_one
 from onnxrank.contract import CONTRACT, stored_contract
 from onnxrank.errors import CheckFailed, UsageError
+from onnxrank.passes.emission import Result
 from onnxrank.roles import Roles
 from onnxrank.verify import Engine, failure, gate
 from onnxrank.verify import Options as Checks
@@ -27,7 +29,7 @@ def pack_inputs(
     lengths: Mapping[str, tuple[int, int]] | None = None,
     progress: Callable[[str], None] | None = None,
     **how: Any,
-) -> pipeline.Result:
+) -> Result:
     """Rewrites a ranking model, and brings its inputs side by side: a matrix of ids and one of floats per level.
 
     The request's are called `request.ids`, int64 [1, k], and `request.values`, float32 [1, m], those of candidates
@@ -75,14 +77,14 @@ def pack_inputs(
     return out
 
 
-def _base(result: pipeline.Result) -> tuple[ModelProto, dict[str, Any]]:
+def _base(result: Result) -> tuple[ModelProto, dict[str, Any]]:
     """The rewritten model and its contract; where rewriting does not pay, the original under the same interface."""
     report = result.report
     stored = stored_contract(result.model)
     if stored is not None:
         return result.model, stored
     if report.interface == "request":
-        proto, _, contract = pipeline.for_one(result)
+        proto, _, contract = for_one(result)
         return proto, contract
     told = {
         "version": report.version,
@@ -95,7 +97,7 @@ def _base(result: pipeline.Result) -> tuple[ModelProto, dict[str, Any]]:
     return result.model, told
 
 
-def _check(result: pipeline.Result, level: str, lengths: Mapping[str, tuple[int, int]]) -> None:
+def _check(result: Result, level: str, lengths: Mapping[str, tuple[int, int]]) -> None:
     """Holds the packed model against the original.
 
     Raises:

@@ -37,8 +37,8 @@ from onnxrank.loops import without_loops
 from onnxrank.network import Network
 from onnxrank.packing import LOOKUPS, Packed, pack_at
 from onnxrank.plans import PACKING, SEGMENTS, WRITTEN_OUT, Site, label
-from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
+from onnxrank.rule import Refusal
 from onnxrank.values import (
     CANDIDATES,
     Dims,

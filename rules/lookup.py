@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from onnxrank.packing import MOST_JOINED
 from onnxrank.plans import LOOKUP
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 
 RULE = Rule(
     name=LOOKUP,

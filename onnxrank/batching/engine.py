@@ -14,6 +14,7 @@ from onnxrank import batches, cost, pipeline
 from onnxrank import model as files
 from onnxrank.batching.graph import Batch, Shape
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
+from onnxrank.batching.single import for_one
 from onnxrank.batching.tensors import Tensor
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import CheckFailed, ModelError, UsageError
@@ -127,7 +128,7 @@ class _Job:
     def __init__(self, result: pipeline.Result, options: Options) -> None:
         self.before, self.options = result, options
         self.loaded = result.loaded
-        proto, roles, self.contract = pipeline.for_one(result)
+        proto, roles, self.contract = for_one(result)
         self.study = Study(files.flattened(proto), roles, replace(self.loaded, proto=proto, path=None))
         stray = self.study.contradicted()
         if stray is not None:

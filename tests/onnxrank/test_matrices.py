@@ -28,7 +28,8 @@ EVERY = (
     " int32[N,1] u_short, int64[N,1] c_one, int64[N] c_flat, float[N,3] c_dense, bool[N,1] c_flag)"
     " => (float[N,2] y) {"
     " a = Gather(T, u_flat) b = Gather(T, u_one) fb = Flatten(b) c = Gather(S, u_two) fc = Flatten(c)"
-    " d = Flatten(u_cube) h = Gather(S, u_hist) m = ReduceSum<keepdims=0>(h, axis) s = Gather(S, u_short) fs = Flatten(s)"
+    " d = Flatten(u_cube) h = Gather(S, u_hist) m = ReduceSum<keepdims=0>(h, axis) s = Gather(S, u_short)"
+    " fs = Flatten(s)"
     " e = Gather(T, c_one) fe = Flatten(e) g = Gather(S, c_flat) q = Cast<to=1>(c_flag) f = Mul(c_dense, u_free)"
     " x = Concat<axis=1>(a, fb, fc, d, m, fs, fe, g, f, q) y = MatMul(x, W) }"
 ).replace("K3", "3")
@@ -135,7 +136,7 @@ def test_it_is_verified() -> None:
 
 def test_what_is_not_for_it() -> None:
     result = packed()
-    with pytest.raises(ModelError, match="side by side.*Give the original"):
+    with pytest.raises(ModelError, match=r"side by side.*Give the original"):
         onnxrank.optimize(result.model, check=False)
     with pytest.raises(UsageError, match="cannot be packed with the interface 'batch'"):
         onnxrank.pack_inputs(every(), request=["u_*"], interface="batch")

@@ -18,9 +18,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from programs import program
 
 import onnxrank
-from onnxrank import cost, feeds, lookups, packing, pipeline
+from onnxrank import cost, feeds, lookups, packing
 from onnxrank import model as files
 from onnxrank.joint import bring, limits
+from onnxrank.passes import choosing
 from onnxrank.plans import LOOKUP
 from onnxrank.roles import resolve
 from onnxrank.study import Study
@@ -39,7 +40,7 @@ def joined() -> Iterator[None]:
     with (
         mock.patch.object(lookups, "pays", lambda before, after: True),
         mock.patch.object(cost, "CPU", rate),
-        mock.patch.object(pipeline, "_LEAST_GAIN", 0.0),
+        mock.patch.object(choosing, "LEAST_GAIN", 0.0),
     ):
         yield
 

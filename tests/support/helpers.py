@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxrank
-from onnxrank import lookups, pipeline
+from onnxrank import lookups
 from onnxrank import model as files
 from onnxrank.facts import Setting
-from onnxrank.pipeline import Study, Transformation
+from onnxrank.passes import choosing
 from onnxrank.rewrite import Rewrite
 from onnxrank.roles import resolve
 from onnxrank.ruleset import choose_rules
+from onnxrank.study import Study
+from onnxrank.transform import Transformation
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -227,7 +229,7 @@ def assert_same_scores(
 def rewritten(model: Any, **options: Any) -> onnxrank.Result:
     """Optimises, unchecked and whether or not it pays: test models are too small to be worth it."""
     joined = mock.patch.object(lookups, "pays", lambda before, after: True)
-    with joined, mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with joined, mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         return onnxrank.optimize(model, check=False, **options)
 
 
