@@ -175,19 +175,19 @@ def matrices(matrices: Matrices, given: Arrays) -> dict[str, NDArray[Any]]:
     out = {name: data for name, data in given.items() if name not in packed}
     for name, m in matrices.items():
         if name not in out:
-            columns = [_column(np.asarray(given[c["name"]]), c, m["type"]) for c in m["columns"]]
-            out[name] = np.concatenate(columns, axis=1)
+            kind = np.dtype(m["type"])
+            out[name] = np.concatenate([_column(given[c["name"]], c, kind) for c in m["columns"]], axis=1)
     return out
 
 
-def _column(data: NDArray[Any], told: Mapping[str, Any], kind: str) -> NDArray[Any]:
-    shape = told["shape"]
-    fits = len(shape) == data.ndim and all(
-        n == d or not isinstance(d, int) for n, d in zip(data.shape, shape, strict=True)
-    )
-    if data.dtype != kind or not fits:
-        raise ValueError(f"the input {told['name']!r} is {data.dtype} {list(data.shape)}, and must be {kind} {shape}")
-    return data.reshape(-1, told["width"])
+def _column(data: NDArray[Any], told: Mapping[str, Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """An input as columns; only its first extent may vary."""
+    data, wanted = np.asarray(data), told["shape"]
+    shape = list(data.shape)
+    varies = bool(wanted) and not isinstance(wanted[0], int)
+    if data.dtype != kind or (shape != wanted and not (varies and shape and shape[1:] == wanted[1:])):
+        raise ValueError(f"the input {told['name']!r} is {data.dtype} {shape}, and must be {kind} {wanted}")
+    return data if data.ndim == 2 else data.reshape(-1, told["width"])
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
