@@ -14,7 +14,7 @@ from onnxrank.fused import Unsupported
 from onnxrank.lookups import Lookups
 from onnxrank.packing import Packed
 from onnxrank.passes.options import Options
-from onnxrank.plans import LEAVE, TAKE, Choice, Place, Plan, Site, label
+from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Plan, Site, label
 from onnxrank.remarks import Remarks
 from onnxrank.rule import Refusal, Rule
 from onnxrank.study import Study
@@ -184,7 +184,8 @@ class Preparation:
     def _packed_at(self, packed: Packed, chosen: str) -> Site:
         """The site of something that can be packed away."""
         node = self.original.model.graph.node[packed.index]
-        return Site(_place(packed), label(node), node.op_type, (), chosen)
+        choices = (Alternative(TAKE, "exact"), Alternative(LEAVE)) if packed.rule == plans.LOOKUP else ()
+        return Site(_place(packed), label(node), node.op_type, choices, chosen)
 
 
 def _place(packed: Packed) -> Place:

@@ -106,6 +106,9 @@ def test_the_request_looks_up_once(joined: None, rank: int, ids: type, opset: in
     result = onnxrank.optimize(made, request=["user*"])
     assert tables(result.model) == 1
     assert [(s.op, s.place.step) for s in result.plan.sites if s.place.rule == LOOKUP] == [("Gather", 3)] * 4
+    assert {tuple(a.name for a in s.alternatives) for s in result.plan.sites if s.place.rule == LOOKUP} == {
+        ("take", "leave")
+    }
     (use,) = [r for r in result.report.rules if r.name == LOOKUP]
     assert use.sites == 4 and "4 lookups are one in a joined table" in result.report.notes
     same(made, result)
