@@ -375,7 +375,7 @@ class _Lookups:
     def _gather(self, node: NodeProto) -> None:
         found = limits(node.input[1], self._flow.producers, self._constant)
         if found is not None:
-            self._joined(*found)
+            self._joined(*found[:2])
         axis = attribute(node, "axis", 0)
         self.look_up(node.input[0], node.input[1], axis)
 

@@ -52,8 +52,10 @@ def bring(
 
 def limits(
     name: str, maker: Mapping[str, NodeProto], constant: Callable[[str], NDArray[Any] | None]
-) -> tuple[str, NDArray[np.int64]] | None:
-    """The ids behind the places that `bring` made, with the rows of the table of each; None for any other tensor.
+) -> tuple[str, NDArray[np.int64], NDArray[np.int64]] | None:
+    """The ids behind the places that `bring` made, with the rows of the table of each, and where it begins.
+
+    None for any other tensor.
 
     Args:
         name: The tensor.
@@ -72,8 +74,11 @@ def limits(
     below, within, place = made(outer[0], "Less"), made(inner[0], "Less"), made(inner[1], "Add")
     if below is None or within is None or place is None or not below[0] == within[0] == place[0]:
         return None
-    most, outside = constant(within[1]), constant(outer[1])
-    least = constant(below[1])
-    if most is None or least is None or outside is None or outside.size != 1 or not np.array_equal(least, -most):
+    shift = made(place[1], "Where")
+    most, least, outside = constant(within[1]), constant(below[1]), constant(outer[1])
+    begin = None if shift is None else constant(shift[2])
+    if most is None or least is None or outside is None or begin is None:
         return None
-    return place[0], np.asarray(most, np.int64)
+    if outside.size != 1 or begin.shape != most.shape or not np.array_equal(least, -most):
+        return None
+    return place[0], np.asarray(most, np.int64), np.asarray(begin, np.int64)
