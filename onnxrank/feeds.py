@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnxrank.facts import Setting
 from onnxrank.flow import Given, Walk
 from onnxrank.graphs import attribute, subgraphs
+from onnxrank.joint import limits
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
 from onnxrank.transfers import uniform
@@ -373,8 +374,18 @@ class _Lookups:
             self.limit(self.codes[node.input[4]], 1, extents(dims)[0] + 1)
 
     def _gather(self, node: NodeProto) -> None:
+        found = limits(node.input[1], self._flow.producers, self._constant)
+        if found is not None:
+            self._joined(*found[:2])
         axis = attribute(node, "axis", 0)
         self.look_up(node.input[0], node.input[1], axis)
+
+    def _joined(self, ids: str, rows: NDArray[np.int64]) -> None:
+        """Ids of tables that are one by now: each within its own."""
+        codes = self.codes.get(ids)
+        if codes is not None:
+            most = np.broadcast_to(rows, codes.shape).astype(np.float64).reshape(-1)
+            self._limit(codes.reshape(-1), np.zeros(most.shape), most)
 
     def _gather_nd(self, node: NodeProto) -> None:
         ids = self._flow.shape_of(node.input[1])

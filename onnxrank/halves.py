@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 # --- one session of two ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Given:
+    """An input that a session takes side by side with others: its name, and its type in onnxruntime's words."""
+
+    name: str
+    type: str
+
+
 class Pair:
     """A session of both models, with what a session of onnxruntime has; the state goes through bytes.
 
@@ -180,12 +189,17 @@ class Pair:
         models = self._contract["models"]
         self._request, self._candidate = (runtime.session(Path(folder) / models[part]["file"], **how) for part in PARTS)
         self._state = [t["name"] for t in self._contract["state"]["tensors"]]
+        self._packed: ranker.Matrices = self._contract["optimize"].get("packed", {})
 
     def get_inputs(self) -> list[Any]:
-        """The inputs of both that callers give."""
+        """The inputs of both that callers give, one by one."""
         given = {*self._state, ranker.VERSION}
         own = [i for i in self._candidate.get_inputs() if i.name not in given]
-        return [*self._request.get_inputs(), *own]
+        out: list[Any] = []
+        for i in (*self._request.get_inputs(), *own):
+            columns = self._packed.get(i.name, {}).get("columns")
+            out += [i] if columns is None else [_Given(c["name"], i.type) for c in columns]
+        return out
 
     def get_outputs(self) -> list[Any]:
         """The candidate model's outputs."""
@@ -199,6 +213,7 @@ class Pair:
     def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Runs the request model, brings its state to bytes and back, and runs the candidate model."""
         names = self._state + [ranker.VERSION] * self._contract["guard"]
+        feeds = ranker.matrices(self._packed, feeds)
         wanted = {i.name for i in self._request.get_inputs()}
         made = dict(zip(names, self._request.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
         version = int(made.pop(ranker.VERSION)[0]) if self._contract["guard"] else self._contract[ranker.VERSION]

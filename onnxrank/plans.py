@@ -25,7 +25,11 @@ SEGMENTS = "segments"
 """In the place of a rule: where the original joins a sequence of symbolic length, which may be taken apart."""
 PACK = "pack"
 """The rule whose sites are units and weights that do nothing."""
-PREPARING = (PACK, SEGMENTS, WRITTEN_OUT)
+LOOKUP = "lookup"
+"""The rule whose sites are lookups that are joined."""
+PACKING = (PACK, LOOKUP)
+"""Rules whose sites are nodes of the original, all at once."""
+PREPARING = (*PACKING, SEGMENTS, WRITTEN_OUT)
 """What is decided before any rule looks at the model, in this order."""
 
 

@@ -153,6 +153,12 @@ BATCH_OPTIONS = (
         help="With --interface batch or padded: expected number of requests per call, for the report.",
     ),
 )
+PACK_OPTION = click.option(
+    "--pack-inputs",
+    is_flag=True,
+    help="Take ids and floats side by side: request.ids, request.values, candidate.ids and candidate.values in place "
+    "of an input per feature. The contract says which columns are whose.",
+)
 RULE_OPTIONS = (
     click.option(
         "--candidates",

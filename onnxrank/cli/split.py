@@ -9,6 +9,7 @@ import click
 from onnxrank.cli.options import (
     CHECK_OPTIONS,
     OUTPUT_OPTIONS,
+    PACK_OPTION,
     ROLE_OPTIONS,
     RULE_OPTIONS,
     begin,
@@ -70,6 +71,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     is_flag=True,
     help="Do not give the candidate model the version of the state, which turns scores into NaN where it is another.",
 )
+@PACK_OPTION
 @with_options(ROLE_OPTIONS, RULE_OPTIONS)
 @report_option(SPLIT)
 @click.option("--dry-run", is_flag=True, help="Write no models (reports are written); OUT may be left out.")
@@ -97,6 +99,7 @@ def split(
     max_state: int | None,
     name: str | None,
     no_guard: bool,
+    pack_inputs: bool,
     request: tuple[str, ...],
     roles: str | None,
     infer_roles: str | None,
@@ -131,7 +134,7 @@ def split(
 
     SPLIT.check(report, [source])
     style = Style(verbose=verbose)
-    options = Options(form, state, state_dtype, max_state, not no_guard, name)
+    options = Options(form, state, state_dtype, max_state, not no_guard, name, pack_inputs)
     given = given_roles(ctx, request, roles, infer_roles)
     with show_progress(quiet, verbose) as progress:
         made = run(

@@ -56,7 +56,7 @@ def take(job: Job, form: Form) -> None:
     """Goes on with a form, and says what was left alone."""
     job.form, job.study = form, form.study
     job.pair = job.pair and replace(job.pair, many=form)
-    job.others = []
+    job.others = job.preparation.refusals
     assert job.full is not None
     for name in sorted(job.full.rewrite.rw.applied - form.rewrite.rw.applied):
         # What it would refuse is worth knowing, too.

@@ -121,8 +121,10 @@ def _uses(job: Job) -> list[RuleUse]:
     uses = form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
     if base.packed:
         after = sum(c.macs for c in cost.by_level(base.model.graph, base.shapes(n)).values())
-        places = dict.fromkeys(p.name for p in base.packed)
-        uses.insert(0, RuleUse(plans.PACK, len(places), job.report.macs_before - after, tuple(places)))
+        for rule in plans.PACKING[::-1]:
+            places = dict.fromkeys(p.name for p in base.packed if p.rule == rule)
+            saved = job.report.macs_before - after if rule == plans.PACK else 0
+            uses[:0] = [RuleUse(rule, len(places), saved, tuple(places))] if places else []
     return uses
 
 
@@ -138,7 +140,7 @@ def result(job: Job) -> Result:
     if form is None or form.model is None:
         return unchanged(job)
     _remark(job, form)
-    job.notes += [*map(str, form.study.packed), *form.rewrite.notes]
+    job.notes += [*dict.fromkeys(map(str, form.study.packed)), *form.rewrite.notes]
     made, shapes = emitted(job), form.shapes(job.options.usual)
     job.report.changed = True
     job.report.after = cost.by_level(form.model.graph, shapes)

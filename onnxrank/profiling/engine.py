@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import feeds, runtime, workers
+from onnxrank import feeds, matrices, ranker, runtime, workers
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
@@ -24,6 +24,7 @@ from onnxrank.profiling import timing
 from onnxrank.profiling.bench import Entrant, RemoteBench
 from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
 from onnxrank.profiling.sessions import Requests, Target, environment
+from onnxrank.ranker import Matrices
 from onnxrank.roles import InputInfo, InputRole, Roles
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
@@ -95,11 +96,11 @@ def profile(
     base = next((s for s in subjects if s.contract is None), subjects[0])
     roles, notes = _roles(base, subjects, request, spec, infer_from)
     say("deriving shapes")
-    study = Study(base.working, roles, base.loaded)
+    study = Study(base.single, roles, base.loaded)
     drawn = _Drawn(study, subjects, base, lengths or {})
     notes += drawn.notes
     for s in subjects:
-        s.check_inputs(drawn.of(s)(2), base)
+        s.check_inputs(drawn.single(s, 2), base)
     entrants = [s.entrant(str(k), other is not None and s is not base) for k, s in enumerate(subjects)]
     points = []
     difference = None
@@ -176,23 +177,28 @@ class _Subject:
         name: Its file's path, or a name for a model in memory.
         loaded: The model as given.
         working: The same with functions inlined.
-        described: Its inputs.
+        single: The same with inputs one by one.
+        described: Its inputs, one by one.
         contract: What it says of itself, if it was optimised.
+        packed: Inputs that hold others side by side.
     """
 
     name: str
     loaded: files.LoadedModel
     working: ModelProto
+    single: ModelProto
     described: list[InputInfo]
     contract: dict[str, Any] | None
+    packed: Matrices
 
     @classmethod
     def load(cls, source: Source, k: int) -> _Subject:
         loaded = files.load(source)
         proto = loaded.proto
-        working = files.flattened(proto)
+        working, single = files.flattened(proto), files.flattened(matrices.unpacked(loaded).proto)
         name = os.fspath(loaded.path) if loaded.path is not None else ("model in memory", "other model in memory")[k]
-        return cls(name, loaded, working, feeds.describe(working), stored_contract(proto))
+        found = feeds.describe(single), stored_contract(single), matrices.told(proto)
+        return cls(name, loaded, working, single, *found)
 
     def entrant(self, key: str, second: bool) -> Entrant:
         """The model as it is measured.
@@ -293,7 +299,11 @@ class _Drawn:
 
     def of(self, subject: _Subject) -> Callable[[int], Requests]:
         """Makes requests with a number of candidates for a model."""
-        return lambda n: [self._suited(subject, feed) for feed in self._requests(n)]
+        return lambda n: [ranker.matrices(subject.packed, feed) for feed in self.single(subject, n)]
+
+    def single(self, subject: _Subject, n: int) -> Requests:
+        """Requests with a number of candidates for a model, inputs one by one."""
+        return [self._suited(subject, feed) for feed in self._requests(n)]
 
     def _requests(self, n: int) -> list[feeds.Feed]:
         if self._held[0] != n:
@@ -366,7 +376,7 @@ def _kernels(
     try:
         known = study
         if subject.loaded is not study.loaded:
-            known = Study(subject.working, _roles_of(subject, study, roles), subject.loaded)
+            known = Study(subject.single, _roles_of(subject, study, roles), subject.loaded)
         stray = known.contradicted()
         if stray is not None:
             raise ModelError(stray.reason)

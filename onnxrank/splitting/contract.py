@@ -122,6 +122,7 @@ def contract(
     roles: Mapping[str, Any],
     source_sha256: str,
     optimize: Mapping[str, Any],
+    packed: ranker.Matrices,
 ) -> dict[str, Any]:
     """The contract.
 
@@ -134,7 +135,9 @@ def contract(
         roles: Roles of the original's inputs.
         source_sha256: Hash of the original.
         optimize: The contract of the rewriting.
+        packed: Inputs that hold others side by side.
     """
+    columns = {name: {"columns": m["columns"]} for name, m in packed.items()}
     return {
         "schema": "onnxrank.contract",
         "schema_version": ranker.SCHEMA_VERSION,
@@ -147,11 +150,11 @@ def contract(
             part: {
                 "file": file,
                 "sha256": sha256,
-                "inputs": [described(i) for i in graph_inputs(model)],
+                "inputs": [described(i) | columns.get(i.name, {}) for i in graph_inputs(model)],
                 "outputs": [described(o) for o in model.graph.output],
             }
             for part, (file, sha256, model) in parts.items()
         },
         "roles": dict(roles),
-        "optimize": dict(optimize),
+        "optimize": {**optimize, **({"packed": dict(packed)} if packed else {})},
     }

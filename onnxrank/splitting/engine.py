@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from onnxrank import cost, halves, pipeline, ranker
+from onnxrank import cost, halves, matrices, pipeline, ranker
 from onnxrank import model as files
 from onnxrank.contract import roles_again, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
@@ -62,6 +62,7 @@ class Options:
         most: Bytes that the state may have at most, at the longest lengths served; None for no limit.
         guard: Whether the candidate model takes the version of the state, and gives NaN for another than its own.
         name: What the models are called; None for the file's name.
+        pack: Whether inputs lie side by side in few matrices.
 
     Raises:
         UsageError: A value is not one that there is.
@@ -73,6 +74,7 @@ class Options:
     most: int | None = None
     guard: bool = True
     name: str | None = None
+    pack: bool = False
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -434,6 +436,9 @@ class Job:
         levels, options = self.levels, self.options
         inside = frozenset(levels.request[k] for k in self.cut.request)
         request, candidate = graph.divide(self.model, levels, inside, self.layout)
+        packed: dict[str, Any] = {}
+        if options.pack:
+            request, candidate = (self._packed(m, packed) for m in (request, candidate))
         told = contract.state(self.layout)
         number = contract.version(request, told, self.loaded.folder)
         if options.guard:
@@ -458,6 +463,7 @@ class Job:
             self.result.report.roles,
             self.loaded.sha256,
             self.contract,
+            packed,
         )
         folder.put(stage, {where[p]: data[p] for p in halves.PARTS})
         written = [where[p] for p in halves.PARTS]
@@ -473,6 +479,19 @@ class Job:
         report.files = [*written, ranker.CONTRACT_FILE]
         return Split(request, candidate, agreed, report)
 
+    def _packed(self, model: ModelProto, told: dict[str, Any]) -> ModelProto:
+        """One of the models with its inputs side by side.
+
+        Args:
+            model: The model.
+            told: Receives which columns are whose.
+        """
+        handed = {o["name"] for o in contract.state(self.layout)["tensors"]}
+        made = matrices.pack(model, Roles.from_dict(self.result.report.roles), handed)
+        told |= made.told
+        self.notes += made.notes
+        return made.model
+
     def check(self, stage: Path, level: str, lengths: Mapping[str, tuple[int, int]], report: Report) -> None:
         """Holds both models together against the original.
 
@@ -486,7 +505,7 @@ class Job:
         roles = Roles.from_dict(self.result.report.roles)
         span = self.result.report.candidates
         options = Checks(roles=roles, level=level, lengths=lengths, span=span)
-        with Engine(self.loaded, halves.load(stage), options, known=known) as engine:
+        with Engine(self.loaded, matrices.unpacked(halves.load(stage)), options, known=known) as engine:
             found = engine.run()
         report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
         if not found.passed:

@@ -590,3 +590,57 @@ def test_the_types_that_a_state_has_are_numpys() -> None:
     assert halves.type_name(TensorProto.FLOAT) == "float32" and halves.type_name(TensorProto.BOOL) == "bool"
     assert halves.type_name(TensorProto.STRING) is None and halves.type_name(TensorProto.BFLOAT16) is None
     assert onnxruntime.__version__
+
+
+@pytest.mark.parametrize("form", ["plain", "python", "triton"])
+def test_inputs_side_by_side(tmp_path: Path, form: str) -> None:
+    """Both models take matrices, the contract says which columns are whose, and everything reads it."""
+    g = Graph(17)
+    ids = [g.input(f"user_{k}", ["N", 1], INT64) for k in range(3)]
+    rows = [g.op("Gather", g.const(whole_numbers(5 + k, 4, seed=k)), i) for k, i in enumerate(ids)]
+    parts = [g.op("Flatten", r, axis=1) for r in rows]
+    user = g.op("Relu", g.op("MatMul", g.op("Concat", *parts, axis=1), g.const(whole_numbers(12, 12))))
+    item, more = g.input("item", ["N", 4]), g.input("more", ["N"])
+    column = g.op("Unsqueeze", more, g.ints(1))
+    both = g.op("Concat", user, item, column, axis=1)
+    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(17, 8, seed=1))))
+    g.op("MatMul", hidden, g.const(whole_numbers(8, 1, seed=112)))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 1])
+    model = g.model()
+    out = tmp_path / "out"
+    made = _split(model, out, "user*", format=form, pack=True, name="r")
+    contract = json.loads((out / "contract.json").read_text())
+    jsonschema.validate(contract, CONTRACT)
+    request, candidate = ({i["name"]: i for i in contract["models"][p]["inputs"]} for p in ("request", "candidate"))
+    assert [c["name"] for c in request["request.ids"]["columns"]] == ["user_0", "user_1", "user_2"]
+    columns = candidate["candidate.values"]["columns"]
+    assert [(c["name"], c["at"], c["width"]) for c in columns] == [("item", 0, 4), ("more", 4, 1)]
+    assert "inputs are packed (request.ids: 3 inputs in 3 columns)" in made.report.notes
+    assert verify(model, out, Checks(level="quick")).passed
+    if form == "triton":
+        text = (out / "r" / "config.pbtxt").read_text()
+        assert '{ name: "request.ids" data_type: TYPE_INT64 dims: [ 1, 3 ] }' in text
+        assert '{ name: "candidate.values" data_type: TYPE_FP32 dims: [ -1, 5 ] }' in text
+        from onnxrank import cli
+
+        assert cli.main(["lint", str(out)]) == 0
+        return
+    serve = ranker.Ranker(out)
+    once = {f"user_{k}": np.array([[k]]) for k in range(3)}
+    many = {"item": numbers(3, 4), "more": numbers(3, 1)[:, 0]}
+    want = run(model, {k: np.repeat(v, 3, 0) for k, v in once.items()} | many)["score"]
+    assert np.array_equal(serve.score(once, many)["score"], want)
+    matrices = {"request.ids": np.array([[0, 1, 2]])}, {"candidate.values": np.c_[many["item"], many["more"]]}
+    assert np.array_equal(serve.score(*matrices)["score"], want)
+    assert (serve.cache.counters.hits, serve.cache.counters.misses) == (1, 1)
+    with pytest.raises(ValueError, match="'user_1' is missing; it takes"):
+        serve.score({"user_0": once["user_0"]}, many)
+    with pytest.raises(ValueError, match=r"'user_1' is int64 \[2, 1\], and must be int64 \[1, 1\]"):
+        serve.score({**once, "user_1": np.zeros((2, 1), np.int64)}, many)
+    with pytest.raises(Exception, match="out of data bounds"):
+        serve.score({**once, "user_0": np.array([[5]])}, many)
+    if form == "python":
+        text = (out / "ranker.py").read_text()
+        assert "    user_1: int64 [1, 1]\n" in text
+        assert "request.ids: int64 [1, 3], columns user_0, user_1, user_2" in text
