@@ -43,15 +43,16 @@ PART = 700
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
+    # Before it is imported: a busy machine takes longer than Ray waits by itself.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'onnxrank[ray]'")
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     size = {"num_cpus": 1, "object_store_memory": 100 << 20}
     made = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     made.add_node(**size)
     ray.init(address=made.address, log_to_driver=False)
-    made.wait_for_nodes()
+    made.wait_for_nodes(300)
     # What tests define is no module that another process could import.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield made
