@@ -10,13 +10,14 @@ is selected of the result, a triangle say, folds into the weights of the layer t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.grouping import COLUMNS
 from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite
 from onnxrank.rule import Rule
@@ -28,6 +29,7 @@ from onnxrank.values import (
     Dims,
     Level,
     Scalable,
+    Selectable,
     Source,
     Sum,
     Unrepresentable,
@@ -68,12 +70,14 @@ class Operand:
         terms: Codes, each of the whole shape.
         kinds: A key per entry: its level, and whether it is a product of a request-level with a candidate-level entry
             that was put off.
+        whole: Whether its columns are not made for each matrix of a stack alone.
     """
 
     dims: Dims
     dtype: int
     terms: list[Codes]
     kinds: NDArray[np.int64]
+    whole: bool = False
 
     def part(self, box: tuple[NDArray[np.int64], ...]) -> Operand:
         """Some matrices of the stack, with the keys of one, which are those of all."""
@@ -82,7 +86,7 @@ class Operand:
         at = np.ix_(*(p if n > 1 else p[:1] * 0 for p, n in zip(own, self.kinds.shape, strict=False)))
         kinds = self.kinds[at].reshape(-1, *self.kinds.shape[-2:])[0]
         terms = [t[at] for t in self.terms]
-        return Operand(with_extents(self.dims, terms[0].shape), self.dtype, terms, kinds)
+        return replace(self, dims=with_extents(self.dims, terms[0].shape), terms=terms, kinds=kinds)
 
     def level(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Level:
         """Level of a part that has one."""
@@ -91,6 +95,8 @@ class Operand:
 
 def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -> Operand:
     """An operand by levels, of every matrix of its stack."""
+    whole = _narrow(rw, x)
+    x = rw.settle(x) if whole else x
     shape = extents(x.dims)
     terms = [np.broadcast_to(t.codes, shape) for t in rw.terms(x)]
     if unread:
@@ -98,7 +104,14 @@ def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -
     kinds = rw.grouping.joint_levels(terms)
     if len(terms) == 1:
         kinds = kinds + 4 * (fold.is_open(rw, terms[0]) & (kinds == Level.CANDIDATE))
-    return Operand(x.dims, x.dtype, terms, kinds)
+    return Operand(x.dims, x.dtype, terms, kinds, whole)
+
+
+def _narrow(rw: Rewrite, x: Value | Sum) -> bool:
+    """Whether a stack is heads so narrow that their columns, made one head at a time, take longer than all at once."""
+    heads = prod(extents(x.dims)[:-2])
+    found = [s for t in rw.terms(x) for s in rw.sources.of(t.codes) if s.offers(Selectable)]
+    return heads > 1 and any(extents(s.dims)[-1] < heads * COLUMNS for s in found)
 
 
 def _alike(left: Operand, right: Operand, stack: tuple[int, ...]) -> list[tuple[NDArray[np.int64], ...]] | None:
@@ -321,7 +334,7 @@ class _Blocks:
             part = t[..., i[:, None], j]
             shape = part.shape
             if (part != self.zero).any():
-                part = rw.grouping.narrowed(part) if head else part
+                part = rw.grouping.narrowed(part) if head and not x.whole else part
                 terms.append(view(with_extents(x.dims, shape), x.dtype, part))
         dims = with_extents(x.dims, shape)
         if not terms:

@@ -656,6 +656,18 @@ def test_heads_in_one_product(layout: str, mask: str) -> None:
     assert again.model.SerializeToString() == stacked.model.SerializeToString()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("heads", "apart"), [(2, True), (4, False)])
+def test_narrow_heads_are_projected_together(heads: int, apart: bool, bias: bool) -> None:
+    """A product of eight columns takes as long as one of sixteen: heads of so many are cut from one for all."""
+    f = build(5, 2, How(heads, "rows", bias=bias), width=32)
+    model, result = made(f.g, f.given)
+    shape = {t.name: tuple(t.dims) for t in result.model.graph.initializer}
+    read = [shape[i] for n in result.model.graph.node if n.op_type in ("MatMul", "Gemm") for i in n.input if i in shape]
+    assert ((32, 32 // heads) in read) == apart
+    assert_same_scores(model, result, f.given, counts=(*COUNTS, 700), tolerance=5e-6)
+
+
 @pytest.mark.parametrize("mask", ["", "add both"])
 @pytest.mark.parametrize("layout", ["rows", "first", "none"])
 def test_no_keys_for_every_candidate(layout: str, mask: str) -> None:
