@@ -358,6 +358,7 @@ def test_what_fails_its_check_is_left_apart(joined: None) -> None:
     same(made, result)
 
 
+@pytest.mark.slow
 def test_verify_names_it(joined: None) -> None:
     made = model()
     whole = lookups.Network.stack
