@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -262,27 +262,27 @@ def joined(path: Path, roles: Roles, points: Sequence[tuple[int, int]], how: Bat
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         one, many = (str(Path(folder, f"{n}.onnx")) for n in ("one", "many"))
-        for candidates in sorted({n for _, n in points}):
+        for count, candidates in points:
             result = onnxrank.optimize(path, roles=roles, candidates=candidates, check=False)
             result.save(one)
-            made = onnxrank.batch(path, options=how, roles=roles, candidates=candidates, check=False)
+            options = replace(how, requests=count)
+            made = onnxrank.batch(path, options=options, roles=roles, candidates=candidates, check=False)
             made.save(many)
             told = batches.convention(made.model)
             assert told is not None
             alone, together = _session(one), _session(many)
-            for count in (r for r, n in points if n == candidates):
-                requests = [trace.request(k, candidates, k) for k in range(count)]
-                single = [{**r.once, **r.many} for r in requests]
-                # A model that would not gain with so few candidates is left as it is.
-                loop = single if result.changed else [r.whole for r in requests]
-                call = partial(together.run, names, batches.joined(told, single))
-                parts = batches.parted(told, dict(zip(names, call(), strict=True)), [candidates] * count)
-                want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
-                wrong = sum(not _same(p, w) for p, w in zip(parts, want, strict=True))
-                once, after = _in_turns(call, partial(_loop, alone, names, loop))
-                rows.append(Joined(path.name, count, candidates, once, after, after / once, wrong))
-                times = f"{once:9.0f} us {after:9.0f} us {after / once:6.2f}x {wrong} wrong"
-                print(f"{path.name:<40} {count:3d} x {candidates:<4d} {times}", flush=True)
+            requests = [trace.request(k, candidates, k) for k in range(count)]
+            single = [{**r.once, **r.many} for r in requests]
+            # A model that would not gain with so few candidates is left as it is.
+            loop = single if result.changed else [r.whole for r in requests]
+            call = partial(together.run, names, batches.joined(told, single))
+            parts = batches.parted(told, dict(zip(names, call(), strict=True)), [candidates] * count)
+            want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
+            wrong = sum(not _same(p, w) for p, w in zip(parts, want, strict=True))
+            once, after = _in_turns(call, partial(_loop, alone, names, loop))
+            rows.append(Joined(path.name, count, candidates, once, after, after / once, wrong))
+            times = f"{once:9.0f} us {after:9.0f} us {after / once:6.2f}x {wrong} wrong"
+            print(f"{path.name:<40} {count:3d} x {candidates:<4d} {times}", flush=True)
     return rows
 
 
@@ -292,14 +292,14 @@ def _loop(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Se
 
 
 def _in_turns(*runs: Callable[[], object]) -> tuple[float, ...]:
-    """Median microseconds of each, in turns."""
+    """Median microseconds of the processor that each takes, in turns: what others do on the machine does not count."""
     times: list[list[float]] = [[] for _ in runs]
     end = time.perf_counter() + 2.0
     while time.perf_counter() < end or len(times[0]) < 15:
         for own, run in zip(times, runs, strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()
             run()
-            own.append(1e6 * (time.perf_counter() - begin))
+            own.append(1e6 * (time.process_time() - begin))
     return tuple(statistics.median(t[2:]) for t in times)
 
 

@@ -114,6 +114,16 @@ class Requests:
         assert self.width is not None
         return self._extent(*self.width)
 
+    def turns(self) -> str:
+        """The number of requests, int64 []."""
+        return self._scalar(self.count())
+
+    def span(self) -> tuple[str, str]:
+        """Where the candidates of every request begin and end, int64 [requests] each."""
+        starts = self._starts_of()
+        lengths = self.most() if self.form == PADDED else self._lengths()
+        return starts, self._add("Add", [starts, lengths])
+
     # --- what callers say --------------------------------------------------------------------------------------------
 
     def _given(self) -> str:

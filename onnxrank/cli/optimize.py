@@ -71,6 +71,7 @@ def optimize(
     rows: str,
     rows_name: str | None,
     requests: int,
+    no_turns: bool,
     no_guard: bool,
     candidates: int | tuple[int, int],
     select: list[str] | None,
@@ -110,7 +111,7 @@ def optimize(
     if out is not None and not dry_run:
         check_output(out)
     given = given_roles(ctx, request, roles, infer_roles)
-    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard)
+    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard, not no_turns)
     if plan is not None and ctx.get_parameter_source("tune") is not click.core.ParameterSource.COMMANDLINE:
         tune = 0.0  # a plan decides all that timing would
     with show_progress(quiet, verbose) as progress:
@@ -144,14 +145,14 @@ def optimize(
 
 
 def _entry(
-    ctx: click.Context, interface: str, rows: str, name: str | None, requests: int, guard: bool
+    ctx: click.Context, interface: str, rows: str, name: str | None, requests: int, guard: bool, turns: bool
 ) -> Callable[..., Result]:
     """What makes a model with this interface."""
     if interface in ("batch", "padded"):
         from onnxrank.batching.engine import Options, batch
 
-        return partial(batch, options=Options(interface, rows, name, requests, guard))
-    for option in ("rows", "rows_name", "requests"):
+        return partial(batch, options=Options(interface, rows, name, requests, guard, turns))
+    for option in ("rows", "rows_name", "requests", "no_turns"):
         if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{option.replace('_', '-')} is for --interface batch and padded.", ctx)
     from onnxrank import optimize
