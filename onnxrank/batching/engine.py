@@ -12,7 +12,7 @@ from onnx import ModelProto
 
 from onnxrank import batches, cost, pipeline
 from onnxrank import model as files
-from onnxrank.batching.graph import Shape, joined
+from onnxrank.batching.graph import Batch, Shape, joined
 from onnxrank.batching.regions import TURN
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
 from onnxrank.batching.tensors import Tensor
@@ -119,6 +119,40 @@ def batch(
     return out
 
 
+def convention(graph: Batch, study: Study) -> dict[str, Any]:
+    """The calling convention of a model for several requests, as the contract stores it.
+
+    Args:
+        graph: The model, made.
+        study: What is known of the model for one request.
+
+    Raises:
+        ModelError: Rows of an input or output lie together with other entries.
+    """
+    each = next(i.name for i in study.declared if i.role.level != "request")
+    infos = {i.name: i for i in (*study.model.graph.input, *study.model.graph.output)}
+
+    def one(name: str, t: Tensor) -> dict[str, Any]:
+        assert t.rows is not None
+        dims = [
+            d.dim_value if d.HasField("dim_value") else d.dim_param or None
+            for d in infos[name].type.tensor_type.shape.dim
+        ]
+        shape = [n if isinstance(n, int) and k != t.rows.axis else None for k, n in enumerate(t.sizes)]
+        if not isinstance(t.rows.inner, int) or t.rows.outer != 1:
+            raise ModelError(f"Rows of {name!r} lie together with other entries.")
+        found = {"each": t.rows.each, "axis": t.rows.axis, "inner": t.rows.inner, "added": t.rows.added}
+        return {**found, "dims": dims, "shape": shape, "first": name == each}
+
+    return {
+        "form": graph.shape.form,
+        "name": graph.shape.name,
+        "guard": graph.shape.guard,
+        "inputs": {i.name: one(i.name, graph.given[i.name]) for i in study.declared},
+        "outputs": {o.name: one(o.name, graph.tensors[o.name]) for o in study.model.graph.output},
+    }
+
+
 class _Job:
     """One run of `batch`, behind the rewriting.
 
@@ -142,35 +176,9 @@ class _Job:
         self.graph, self.made = joined(
             self.study, axes, options.shape, result.report.usual, options.requests if options.turns else 1
         )
-        told = self._told()
+        told = convention(self.graph, self.study)
         self.contract |= {"interface": options.interface, "rows": told, "requests": options.requests}
         self.made.metadata_props.add(key=CONTRACT, value=json.dumps(self.contract, sort_keys=True))
-
-    def _told(self) -> dict[str, Any]:
-        """The calling convention, as the contract stores it."""
-        graph, study = self.graph, self.study
-        each = next(i.name for i in study.declared if i.role.level != "request")
-        infos = {i.name: i for i in (*study.model.graph.input, *study.model.graph.output)}
-
-        def one(name: str, t: Tensor) -> dict[str, Any]:
-            assert t.rows is not None
-            dims = [
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None
-                for d in infos[name].type.tensor_type.shape.dim
-            ]
-            shape = [n if isinstance(n, int) and k != t.rows.axis else None for k, n in enumerate(t.sizes)]
-            if not isinstance(t.rows.inner, int) or t.rows.outer != 1:
-                raise ModelError(f"Rows of {name!r} lie together with other entries.")
-            found = {"each": t.rows.each, "axis": t.rows.axis, "inner": t.rows.inner, "added": t.rows.added}
-            return {**found, "dims": dims, "shape": shape, "first": name == each}
-
-        return {
-            "form": graph.shape.form,
-            "name": graph.shape.name,
-            "guard": graph.shape.guard,
-            "inputs": {i.name: one(i.name, graph.given[i.name]) for i in study.declared},
-            "outputs": {o.name: one(o.name, graph.tensors[o.name]) for o in study.model.graph.output},
-        }
 
     def result(self) -> pipeline.Result:
         """The result, and the report of it."""
