@@ -521,6 +521,7 @@ def main() -> int:
     parser.add_argument("--clients", type=_numbers, default=[1])
     parser.add_argument("--length", action="append", default=[], metavar="NAME=N")
     parser.add_argument("--no-original", action="store_true", help="leave the original out, which takes longest")
+    parser.add_argument("--only", help="one variant, such as 'two, joined'")
     parser.add_argument("--triton", action="store_true", help="in Triton too: see scripts/triton_server.py")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batch", metavar="RxN,…", help="several requests per call instead of a trace")
@@ -536,8 +537,11 @@ def main() -> int:
     study = Study(files.flattened(loaded.proto), roles, loaded)
     trace = Trace(study, _lengths(given.length), (low, high))
     rows: list[Row] = []
+
+    def chosen(variants: list[Variant]) -> list[Variant]:
+        return [v for v in variants[int(given.no_original) :] if given.only in (None, v.name)]
+
     load = os.getloadavg()[0]
-    left = int(given.no_original)
     heads = "".join(f"{what:>9}" for what in ("p50 ms", "p99 ms", "hit", "miss", "best", "hit", "miss"))
     print(f"{'':<23} hits  cl            {heads} wrong")
     with tempfile.TemporaryDirectory() as folder:
@@ -558,17 +562,18 @@ def main() -> int:
                 # A cache and a server of their own, so that no trace finds what another one left.
                 rows += _measured(
                     "onnxruntime",
-                    plain(str(given.model), one, home / "two", batch)[left:],
+                    chosen(plain(str(given.model), one, home / "two", batch)),
                     requests,
                     wanted,
                     rate,
                     clients,
                 )
                 if given.triton:
+                    print(f"{len({r.user for r in requests})} users", flush=True)
                     place = home / f"repository-{rate}-{clients}"
                     _repository(given.model, place, roles, (low, high))
                     with served(str(given.model), one, flat, place, "ranker") as variants:
-                        rows += _measured("triton", variants[left:], requests, wanted, rate, clients)
+                        rows += _measured("triton", chosen(variants), requests, wanted, rate, clients)
     print(f"\n{_table(rows)}\n\nload of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if given.json is not None:
         about = {
@@ -611,7 +616,8 @@ def _table(rows: Sequence[Row]) -> str:
 def _measured(
     runtime: str, variants: Sequence[Variant], requests: list[Request], wanted: list[Arrays], rate: int, clients: int
 ) -> list[Row]:
-    race(variants, requests, wanted, clients)
+    if variants:
+        race(variants, requests, wanted, clients)
     rows = [summary(runtime, v, rate / 100, clients) for v in variants]
     for row in rows:
         print(_shown(row), flush=True)
