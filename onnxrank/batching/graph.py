@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
-from onnxrank import cost, halves, runtime
+from onnxrank import batches, cost, halves, runtime
 from onnxrank import extents as ex
 from onnxrank import model as files
 from onnxrank.batching import regions, rules
@@ -466,7 +466,7 @@ class Batch:
                 "several", [n for n, _ in live if n.output[0] not in early], [(f"{n}/several", infos[n]) for n in names]
             ),
         }
-        graph.node.append(helper.make_node("If", [alone], names, name="onnxrank/requests", **branches))
+        graph.node.append(helper.make_node("If", [alone], names, name=batches.NODE, **branches))
         outside = {i for n in graph.node for i in n.input if i} | files.overridable(base)
         inside = [captured(g) for g in subgraphs(graph.node[-1])]
         read = outside.union(*inside)

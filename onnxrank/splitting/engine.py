@@ -94,7 +94,7 @@ class Options:
             raise UsageError(f"rows {self.rows!r} are not known; use {', '.join(map(repr, FORMS_OF_ROWS))}")
         if self.rows is not None and (self.format == "python" or (self.format == "triton") != (self.rows == "triton")):
             raise UsageError(
-                "several requests per call: rows 'triton' are for the format 'triton', others for 'plain', and none for "
+                "several requests per call: rows 'triton' are for the format 'triton', others for 'plain', none for "
                 "'python'"
             )
         if self.most is not None and self.most < 1:
