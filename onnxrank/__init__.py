@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxrank.analysis import Analysis, analyse
     from onnxrank.inspection.engine import inspect
+    from onnxrank.passes.emission import Result
+    from onnxrank.passes.reading import read
     from onnxrank.pieces import emit, gate, plan
-    from onnxrank.pipeline import Result, optimize, read
+    from onnxrank.pipeline import optimize
     from onnxrank.plans import Plan
     from onnxrank.profiling.engine import profile
-    from onnxrank.rewrite import Rewrite, Rule
+    from onnxrank.rewrite import Rewrite
     from onnxrank.roles import Roles
+    from onnxrank.rule import Rule
     from onnxrank.splitting.engine import split
 
 __all__ = [
@@ -40,11 +43,11 @@ __all__ = [
 
 _HOME = {
     "Analysis": "analysis",
-    "Plan": "plan",
-    "Result": "pipeline",
+    "Plan": "plans",
+    "Result": "passes.emission",
     "Rewrite": "rewrite",
     "Roles": "roles",
-    "Rule": "rewrite",
+    "Rule": "rule",
     "analyse": "analysis",
     "batch": "batching.engine",
     "emit": "pieces",
@@ -53,7 +56,7 @@ _HOME = {
     "optimize": "pipeline",
     "plan": "pieces",
     "profile": "profiling.engine",
-    "read": "pipeline",
+    "read": "passes.reading",
     "split": "splitting.engine",
 }
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from onnxrank import surgery
-from onnxrank.graphs import live, names_in, versions
+from onnxrank.graphs import live, names_in, unused, versions
 from onnxrank.journal import Journal
 from onnxrank.operators import operator
 from onnxrank.values import Origin
@@ -46,6 +46,8 @@ class Emitter:
         self.initializers: dict[str, TensorProto] = {}
         self.op_of: dict[str, str] = {}
         """Operator that makes each tensor written so far."""
+        self.described: dict[str, ValueInfoProto] = {}
+        """Tensors whose element type and number of dimensions are to be declared."""
         self.opset = opset
         self.origin = 0
         self.rule: str | None = None
@@ -56,7 +58,7 @@ class Emitter:
 
     def watched_by(self, journal: Journal) -> None:
         """Has a journal undo what is written."""
-        journal.watch(self.nodes, self.initializers, self.op_of, self._taken, self._same, self._parts)
+        journal.watch(self.nodes, self.initializers, self.op_of, self.described, self._taken, self._same, self._parts)
 
     @contextmanager
     def at(self, origin: Origin) -> Iterator[None]:
@@ -79,10 +81,7 @@ class Emitter:
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet, close to `hint`."""
-        name, k = hint, 1
-        while name in self._taken:
-            k += 1
-            name = f"{hint}.{k}"
+        name = unused(hint, self._taken)
         self._taken[name] = None
         return name
 
@@ -139,6 +138,10 @@ class Emitter:
             proto.name = self.fresh(outputs[0])
         moved = self.rule if self.rule else None if proto == node else "movement"
         self._append(proto, moved)
+
+    def describe(self, name: str, dtype: int, rank: int) -> None:
+        """Declares a tensor's element type and number of dimensions, for runtimes that cannot infer them."""
+        self.described[name] = helper.make_tensor_value_info(name, dtype, [None] * rank)
 
     def _append(self, proto: NodeProto, rule: str | None) -> None:
         self.op_of.update(dict.fromkeys(proto.output, operator(proto)))

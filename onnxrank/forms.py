@@ -12,7 +12,7 @@ from onnxrank import cost
 from onnxrank.facts import Facts, derive
 from onnxrank.plans import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.report import report_candidates
-from onnxrank.rewrite import Refusal, Rule, SiteFailed
+from onnxrank.rule import Refusal, Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import Unrepresentable

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper
@@ -40,6 +41,25 @@ def domain(name: str) -> str:
 def versions(model: ModelProto) -> dict[str, int]:
     """The version of each domain that a model imports."""
     return {domain(o.domain): o.version for o in model.opset_import}
+
+
+def unused(name: str, taken: Container[str], joint: str = ".", first: int = 2) -> str:
+    """A name that is not taken: the one asked for, or that with a number.
+
+    Args:
+        name: The name asked for.
+        taken: Names that are.
+        joint: What stands before the number.
+        first: The first number.
+    """
+    return next(n for k in count(first - 1) if (n := name if k < first else f"{name}{joint}{k}") not in taken)
+
+
+def claimed(name: str, taken: set[str], joint: str = ".", first: int = 2) -> str:
+    """As `unused`; the name is taken then."""
+    found = unused(name, taken, joint, first)
+    taken.add(found)
+    return found
 
 
 def names_in(graph: GraphProto) -> set[str]:

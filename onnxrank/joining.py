@@ -7,16 +7,15 @@ Less alone, which run on the CPU wherever the model does, so that no data are wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from onnxrank.graphs import names_in, reads, rename, subgraphs, versions
+from onnxrank.graphs import claimed, names_in, reads, rename, subgraphs, versions
 from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
@@ -250,6 +249,7 @@ class _Join:
         ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = helper.make_node("If", [made[-1].output[0]], list(given.values()), name=NAME, **ways)
         graph.node.extend([*front, *made, choice, *behind])
+        graph.value_info.extend(_described(self.many.graph, {o for n in front for o in n.output}, {}))
         return out
 
     def _crossing(self) -> tuple[list[NodeProto], dict[tuple[str, str], str]]:
@@ -265,7 +265,7 @@ class _Join:
             for at, (few, many) in enumerate(zip(self.few.graph.node[self.behind[k]].input, node.input, strict=True)):
                 if not self._same(few, many) and self.many.makers[many] not in self.many.behind:
                     pair = few, many
-                    given.setdefault(pair, many if many not in given.values() else _fresh(many, self.taken))
+                    given.setdefault(pair, many if many not in given.values() else claimed(many, self.taken))
                     node.input[at] = given[pair]
             behind.append(node)
         return behind, given
@@ -276,10 +276,10 @@ class _Join:
         names = dict(side.outside)
         inner = {o for k in nodes for o in side.graph.node[k].output if o}
         own = inner if side is self.few else inner & set(given)
-        names |= {o: _fresh(f"{side.title}/{o}", self.taken) for o in sorted(own)}
+        names |= {o: claimed(f"{side.title}/{o}", self.taken) for o in sorted(own)}
         if side is self.few:
             stored = {i for k in nodes for i in reads(side.graph.node[k])} & side.stored.keys() - side.outside.keys()
-            self.moved = {n: _fresh(f"few/{n}", self.taken) if n in self.many.numbers else n for n in sorted(stored)}
+            self.moved = {n: claimed(f"few/{n}", self.taken) if n in self.many.numbers else n for n in sorted(stored)}
             names |= self.moved
         out = GraphProto(name=side.title)
         for k in nodes:
@@ -288,10 +288,11 @@ class _Join:
             if node.name and side is self.few:
                 node.name = f"{side.title}/{node.name}"
             rename(node, names)
+        out.value_info.extend(_described(side.graph, inner, names))
         for name in given:
             made = names.get(name, name)
             if name not in inner:  # a branch gives what it makes itself
-                made = _fresh(f"{side.title}/{name}", self.taken)
+                made = claimed(f"{side.title}/{name}", self.taken)
                 out.node.append(helper.make_node("Identity", [names.get(name, name)], [made]))
             out.output.add().name = made
         return out
@@ -321,7 +322,7 @@ class _Join:
                     own = home.initializer.add()
                     own.CopyFrom(t)
                     if len(homes) > 1:
-                        own.name = _fresh(f"{home.name}/{t.name}", self.taken)
+                        own.name = claimed(f"{home.name}/{t.name}", self.taken)
                         for n in home.node:
                             rename(n, {t.name: own.name})
             elif homes or t.name in outside:
@@ -362,7 +363,7 @@ class _Join:
                 at = _places(small.T if turned != (axis == 1) else small, large.T if axis else large)
                 if at is None:
                     continue
-                picked, index = (_fresh(f"{part.name}/{what}", self.taken) for what in ("selected", "places"))
+                picked, index = (claimed(f"{part.name}/{what}", self.taken) for what in ("selected", "places"))
                 made = picked if turned else part.name
                 nodes = [helper.make_node("Gather", [whole.name, index], [made], axis=axis)]
                 if turned:
@@ -393,16 +394,20 @@ def _is_small(t: TensorProto) -> bool:
     return t.data_location != TensorProto.EXTERNAL and t.ByteSize() <= _SMALL
 
 
-def _fresh(name: str, taken: set[str]) -> str:
-    """A name that is not taken yet, which it is then."""
-    found = next(n for k in count(1) if (n := name if k == 1 else f"{name}.{k}") not in taken)
-    taken.add(found)
-    return found
+def _described(graph: GraphProto, made: Set[str], names: Mapping[str, str]) -> list[ValueInfoProto]:
+    """What a graph declares of some tensors, under their new names."""
+    out = []
+    for v in graph.value_info:
+        if v.name in made:
+            out.append(ValueInfoProto())
+            out[-1].CopyFrom(v)
+            out[-1].name = names.get(v.name, v.name)
+    return out
 
 
 def _condition(below: int, at: Count, taken: set[str]) -> tuple[list[NodeProto], list[TensorProto]]:
     """Nodes that tell whether there are less candidates than some number, and what they read."""
-    names = {part: _fresh(f"{NAME}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
+    names = {part: claimed(f"{NAME}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
     stored = [
         numpy_helper.from_array(np.array(value, np.int64), names[part])
         for part, value in (("axis", at.axis), ("below", below * at.each))

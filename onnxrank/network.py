@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxrank.graphs import attribute, captured, live, names_in, subgraphs, versions
+from onnxrank.graphs import attribute, captured, claimed, live, names_in, subgraphs, versions
 from onnxrank.model import flattened, overridable, tensor_data
 from onnxrank.operators import operator
 from onnxrank.plans import label
@@ -279,12 +279,7 @@ class Network:
 
     def fresh(self, hint: str) -> str:
         """A name that nothing has yet."""
-        name, k = hint, 0
-        while name in self._taken:
-            k += 1
-            name = f"{hint}_{k}"
-        self._taken.add(name)
-        return name
+        return claimed(hint, self._taken, "_", 1)
 
     def constant(self, data: NDArray[Any], hint: str) -> str:
         """Adds an initializer and returns its name."""

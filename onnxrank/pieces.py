@@ -20,7 +20,10 @@ from onnx import ModelProto
 from onnxrank import pipeline
 from onnxrank.analysis import Analysis, analyse
 from onnxrank.errors import UsageError
-from onnxrank.pipeline import read
+from onnxrank.passes.job import Job
+from onnxrank.passes.options import Options, span_of
+from onnxrank.passes.reading import read
+from onnxrank.passes.replaying import follow, replayed_options
 from onnxrank.plans import Plan
 from onnxrank.ruleset import choose_rules
 from onnxrank.verify import gate as checks
@@ -57,9 +60,8 @@ def plan(
         UsageError: An option is not one that there is.
     """
     rules = choose_rules(select, ignore, extra_rules)
-    job = _job(analysis, pipeline.Options(interface, guard, pipeline.span_of(candidates), rules, check=False))
-    job.run([pipeline.STUDY, pipeline.REWRITE])
-    return job.plan()
+    options = Options(interface, guard, span_of(candidates), rules, check=False)
+    return pipeline.run(_job(analysis, options), [pipeline.STUDY, pipeline.REWRITE]).plan
 
 
 def emit(analysis: Analysis, plan: Plan, *, extra_rules: Sequence[str | os.PathLike[str]] = ()) -> ModelProto:
@@ -80,9 +82,9 @@ def emit(analysis: Analysis, plan: Plan, *, extra_rules: Sequence[str | os.PathL
     loaded = analysis.study.loaded
     if plan.source_sha256 != loaded.sha256:
         raise UsageError("the plan belongs to another model than the analysis")
-    options = pipeline.replayed_options(plan, pipeline.Options(check=False), None, (), extra_rules)
-    follow = replace(pipeline.REWRITE, run=lambda job: job.follow(plan))
-    return _job(analysis, options).run([pipeline.STUDY, follow]).model
+    options = replayed_options(plan, Options(check=False), None, (), extra_rules)
+    again = replace(pipeline.REWRITE, run=lambda job: follow(job, plan))
+    return pipeline.run(_job(analysis, options), [pipeline.STUDY, again]).model
 
 
 def gate(
@@ -114,5 +116,5 @@ def gate(
     return checks.gate(study.loaded, model, study.roles, analysis.ranges, study.symbols, level, lengths, candidates)
 
 
-def _job(analysis: Analysis, options: pipeline.Options) -> pipeline.Job:
-    return pipeline.Job(analysis.study.loaded, analysis.study.roles, options, known=analysis)
+def _job(analysis: Analysis, options: Options) -> Job:
+    return Job(analysis.study.loaded, analysis.study.roles, options, known=analysis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,19 @@ class Alternative:
         """Predicted seconds; costs must be known."""
         assert self.once is not None and self.each is not None
         return self.once + candidates * self.each
+
+
+def break_even(alternatives: Sequence[Alternative]) -> int | None:
+    """From how many candidates on what is done once per request pays; None where that is no question."""
+    costs = {a.name: a for a in alternatives}
+    made, left = costs.get(TAKE), costs.get(LEAVE)
+    if made is None or left is None or None in (made.once, made.each, left.once, left.each):
+        return None
+    more, saved = (
+        made.seconds(0) - left.seconds(0),
+        left.seconds(1) - left.seconds(0) - (made.seconds(1) - made.seconds(0)),
+    )
+    return math.ceil(more / saved) if saved > 0 else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from onnxrank.graphs import reads
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import ALWAYS, LEAVE, Alternative, Site, label
 from onnxrank.report import report_candidates
-from onnxrank.rewrite import Refusal, opaque_reason
+from onnxrank.rule import Refusal, opaque_reason
 from onnxrank.uses import changed_by
 from onnxrank.values import Level, is_candidate_symbol, symbols
 
@@ -72,6 +72,24 @@ def remarks(form: Form, candidates: int) -> list[Refusal]:
         cost most come first.
     """
     return _Search(form, candidates).remarks()
+
+
+class Remarks:
+    """Remarks on forms of a model, each looked for once.
+
+    Attributes:
+        candidates: Number of candidates that costs are told for.
+    """
+
+    def __init__(self, candidates: int) -> None:
+        self.candidates = candidates
+        self._found: dict[Form, list[Refusal]] = {}
+
+    def of(self, form: Form) -> list[Refusal]:
+        """What a form leaves alone, and why: see `remarks`."""
+        if form not in self._found:
+            self._found[form] = remarks(form, self.candidates)
+        return self._found[form]
 
 
 def left_out(rule: str, form: Form, full: Form, span: tuple[int, int]) -> list[Refusal]:

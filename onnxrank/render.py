@@ -15,7 +15,7 @@ from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, 
 
 if TYPE_CHECKING:
     from onnxrank.report import LevelCost, Report
-    from onnxrank.rewrite import Refusal
+    from onnxrank.rule import Refusal
 
 _MOST_REASONS = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from onnxrank.rewrite import Refusal
+from onnxrank.rule import Refusal
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; it changes when a field goes or changes its meaning, not when one is added."""

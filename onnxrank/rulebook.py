@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onnxrank.pages import asset
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 
 _EXACTNESS = {"exact": "results are bit-identical", "reassociates": "the order of additions changes"}
 _LABEL = 11

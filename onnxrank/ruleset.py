@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 
 from onnxrank.errors import UsageError
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 
 
 def choose_rules(

@@ -36,8 +36,8 @@ from onnxrank.loops import without_loops
 from onnxrank.network import Network
 from onnxrank.packing import Packed, pack_at
 from onnxrank.plans import PACK, PREPARING, SEGMENTS, Site, label
-from onnxrank.rewrite import Refusal
 from onnxrank.roles import Roles
+from onnxrank.rule import Refusal
 from onnxrank.values import (
     CANDIDATES,
     Dims,

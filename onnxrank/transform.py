@@ -16,9 +16,11 @@ from onnxrank.contract import CONTRACT, RULE
 from onnxrank.emitter import Emitted, Emitter
 from onnxrank.errors import ModelError
 from onnxrank.graphs import captured_by, names_in, reads, rename, versions
+from onnxrank.interpreter import Interpreter
 from onnxrank.plans import LEAVE, Choice, Place, Site, label
 from onnxrank.report import RuleUse
-from onnxrank.rewrite import Rewrite, Rule, SiteFailed
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule, SiteFailed
 from onnxrank.study import Study, extents_of
 from onnxrank.values import (
     CANDIDATES,
@@ -99,7 +101,7 @@ class Transformation:
         with self.emit.under("interface"):
             for i in self.study.declared:
                 self.rw.values[i.name] = self._input(i, infos[i.name])
-        self.rw.interpret(graph.node)
+        Interpreter(self.rw).run(graph.node)
         return self._assemble()
 
     # --- inputs ----------------------------------------------------------------------------------------------------
@@ -324,6 +326,9 @@ class Transformation:
         graph.input.extend(i for i in base.graph.input if i.name in have and i.name not in fed)
         untouched = {o for e in self._kept if e.rule is None for o in e.proto.output}
         graph.value_info.extend(v for v in base.graph.value_info if v.name in untouched)
+        described = {v.name for v in graph.value_info}
+        made_here = {o for e in self._kept for o in e.proto.output} - described - {o.name for o in graph.output}
+        graph.value_info.extend(v for name, v in self.emit.described.items() if name in made_here)
         return made
 
     def _refuse_undefined(self) -> None:

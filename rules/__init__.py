@@ -1,6 +1,6 @@
 """The rewrite rules, in order of preference: the first that takes a node decides."""
 
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 
 from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, movement, norm, pack, reduce, select
 

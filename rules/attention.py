@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import MOVES, Rewrite, Rule
+from onnxrank.rewrite import MOVES, Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -191,7 +192,7 @@ def joined(rw: Rewrite, node: NodeProto, masked: NDArray[np.bool_] | None, rule:
         line = lines[kinds[np.ix_(*box)].flat[0]]
         if (line == Level.UNREAD).any():
             continue
-        orders = rw.memory_order([codes[np.ix_(*box, np.arange(codes.shape[-1]))]])
+        orders = rw.grouping.memory_order([codes[np.ix_(*box, np.arange(codes.shape[-1]))]])
         box = tuple(at[orders[k]] if k in orders else at for k, at in enumerate(box))
         rows = codes[np.ix_(*box, np.arange(codes.shape[-1]))]
         dims = with_extents(all_dims, rows.shape)
@@ -230,7 +231,7 @@ class _Softmax:
     def plain(self, codes: Codes, dims: Dims) -> Codes:
         """Softmax over the last axis of rows that are not divided."""
         out = np.empty(codes.shape, np.int64)
-        for box in self.rw.boxes([codes], rows=True):
+        for box in self.rw.grouping.boxes([codes], rows=True):
             part = codes[box]
             made = self._softmax(part, with_extents(dims, part.shape))
             out[box] = np.broadcast_to(made, part.shape)
@@ -276,7 +277,7 @@ class _Softmax:
         ahead = np.broadcast_to(codes_of(rw.sources.add(row, self.dtype, added)), (*once.shape[:-1], 1))
         sums = np.broadcast_to(codes_of(rw.sources.add(row, self.dtype, total)), (*once.shape[:-1], 1))
         factor, out = np.empty((*each.shape[:-1], 1), np.int64), np.empty(each.shape, np.int64)
-        for box in rw.boxes([each], rows=True):
+        for box in rw.grouping.boxes([each], rows=True):
             part = each[box]
             at = with_extents(dims, part.shape)
             out[box], factor[box] = (self._relative if self.plain_scores else self._weighted)(

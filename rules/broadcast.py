@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.graphs import attribute as attribute
+from onnxrank.grouping import Group, groups, permuted, restored
 from onnxrank.operators import Trait, having, matmul_order, operator, traits
-from onnxrank.rewrite import Group, Rewrite, Rule, permuted, restored
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -132,17 +134,17 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         entire = not rw.read_by_linear_maps(node.output[0], frozenset(through))
     if not entire and operator(node) in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
-    keys = rw.joint_levels(wide) if entire else _kinds(rw, wide)
+    keys = rw.grouping.joint_levels(wide) if entire else _kinds(rw, wide)
     if operator(node) == "Mul" and len(wide) == 2 and rw.uses("fold"):
         keys = _by_factors(rw, wide, keys)
-    orders = rw.memory_order(wide)
+    orders = rw.grouping.memory_order(wide)
     wide, keys = [permuted(w, orders) for w in wide], permuted(keys, orders)
-    boxes = rw.boxes(wide)
+    boxes = rw.grouping.boxes(wide)
     alone = len(boxes) == 1 and not orders
     for box in boxes:
         some = [w[box] for w in wide]
         part = np.full(some[0].shape, HOLE)
-        for group in rw.groups(keys[box], with_extents(dims, part.shape)):
+        for group in groups(keys[box], with_extents(dims, part.shape)):
             parts = [group.take(w) for w in some]
             group.put(part, _group(rw, node, group, parts, ranks, present, dtype, alone))
         out[box] = part
@@ -230,7 +232,7 @@ def _kinds(rw: Rewrite, wide: list[Codes]) -> Any:
 
     Told apart like that, no operand has to be brought to full rows only because other entries of it have them.
     """
-    joint = rw.joint_levels(wide)
+    joint = rw.grouping.joint_levels(wide)
     keys = joint.copy()
     for w in wide:
         keys = keys * 4 + rw.sources.levels(w)
@@ -326,7 +328,7 @@ def _group(
     opens = group.level is Level.CANDIDATE and _multiplies_levels(rw, node, parts, extents(small))
     kind = _ProductOfEntries if opens else _NodeOfEntries
     step = kind(rw, node, group.level, parts, ranks, present, dims, small, whole)
-    tag, part = "broadcast" if lowered or fewer else None, rw.is_part(parts)
+    tag, part = "broadcast" if lowered or fewer else None, rw.grouping.is_part(parts)
     if opens:
         source = rw.defer(keep_symbols(small, held), dtype, step, tag, part=part)
     else:
@@ -599,12 +601,13 @@ def rowwise(
         return rw.keep(node, [rw.tensor(x), *rest], reshape(x.dims), held | rw.present(x))
     codes = mark_unread(x.codes, {a: p for a, p in unread.items() if a not in core}) if unread else x.codes
     dims_out = reshape(x.dims)
-    orders = {k: o for k, o in rw.memory_order([codes]).items() if k not in core} if dims_out == [x.dims] else {}
+    found = rw.grouping.memory_order([codes]) if dims_out == [x.dims] else {}
+    orders = {k: o for k, o in found.items() if k not in core}
     codes = permuted(codes, orders)
     levels = rw.sources.levels(codes).astype(np.int64).max(axis=tuple(core), keepdims=True)
     levels = np.broadcast_to(levels, codes.shape)
     out = [np.full(extents(d), HOLE) for d in dims_out]
-    for group in rw.groups(levels, x.dims, flat=False):
+    for group in groups(levels, x.dims, flat=False):
         part = group.take(codes)
         part = cut_repeats(part, set(range(part.ndim)) - set(core))
         own = with_extents(group.dims, part.shape)
@@ -650,7 +653,7 @@ def _row_by_row(rw: Rewrite, node: NodeProto, rest: Sequence[str], codes: Codes,
             a.i = len(dims) - 1
     rw.emit.copy(own, [name, *rest], made)
     dtype = rw.dtype(node.output[0], TensorProto.FLOAT)
-    return codes_of(rw.sources.add(physical, dtype, made[0], part=rw.is_part([codes])))
+    return codes_of(rw.sources.add(physical, dtype, made[0], part=rw.grouping.is_part([codes])))
 
 
 def _match(index: Any, out: Codes) -> Any:
@@ -749,7 +752,7 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     dtype = table.dtype
     tail = extents(after)
     out = np.full(extents(dims), HOLE)
-    for group in rw.groups(rw.sources.levels(ids.codes).astype(np.int64), ids.dims):
+    for group in groups(rw.sources.levels(ids.codes).astype(np.int64), ids.dims):
         part = cut_repeats(group.take(ids.codes))
         name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))
         lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(ids.dims))
@@ -808,7 +811,7 @@ def note_fused(rw: Rewrite, node: NodeProto, places: Iterable[int]) -> None:
         x = rw.operand(node, k) if k < len(node.input) and node.input[k] else None
         if x is not None and rw.array(node, k) is None:
             terms = [np.broadcast_to(t.codes, extents(x.dims)) for t in rw.terms(x)]
-            found.update(np.unique(rw.joint_levels(terms)).tolist())
+            found.update(np.unique(rw.grouping.joint_levels(terms)).tolist())
     if Level.CANDIDATE in found and min(found - {Level.UNREAD}) <= Level.REQUEST:
         rw.fused.append(node.output[0])
 

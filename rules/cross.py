@@ -17,7 +17,8 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import MOVES, Rewrite, Rule
+from onnxrank.rewrite import MOVES, Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     CANDIDATES,
     Abstract,
@@ -80,7 +81,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     moving = [t for t in terms if (rw.sources.levels(t[once]) == Level.CANDIDATE).any()] if len(once) else []
     if not moving or not len(each):
         return None
-    ahead = [rw.narrowed(t[once]) for t in moving]
+    ahead = [rw.grouping.narrowed(t[once]) for t in moving]
     factors = [_affine(rw, t) for t in ahead]
     if any(f is None for f in factors):
         return None
@@ -103,7 +104,7 @@ def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     fixed = rw.add([part(t) for t in still], lead.dims, x.dtype) if still else part(np.full(len(once), zero))
     plain = np.full(len(scale), zero)
     plain[once] = elementwise(rw, "Mul", [lead, rw.settle(fixed)], fresh("request")).codes.reshape(-1)
-    made = rw.settle(rw.add([part(rw.narrowed(t[each])) for t in terms], part(scale[each]).dims, x.dtype))
+    made = rw.settle(rw.add([part(rw.grouping.narrowed(t[each])) for t in terms], part(scale[each]).dims, x.dtype))
     plain[each] = elementwise(rw, "Mul", [part(scale[each]), made], fresh("candidate")).codes.reshape(-1)
     left = np.concatenate([f[0] for f in factors if f is not None], 1)
     right = np.concatenate([f[1] for f in factors if f is not None], 1)

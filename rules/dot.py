@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import MOVES, Rewrite, Rule
+from onnxrank.rewrite import MOVES, Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -94,7 +95,7 @@ def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -
     terms = [np.broadcast_to(t.codes, shape) for t in rw.terms(x)]
     if unread:
         terms = [mark_unread(t, unread) for t in terms]
-    kinds = rw.joint_levels(terms)
+    kinds = rw.grouping.joint_levels(terms)
     if len(terms) == 1:
         kinds = kinds + 4 * (fold.is_open(rw, terms[0]) & (kinds == Level.CANDIDATE))
     return Operand(x.dims, x.dtype, terms, kinds)
@@ -314,7 +315,7 @@ class _Blocks:
             part = t[..., i[:, None], j]
             shape = part.shape
             if (part != self.zero).any():
-                part = rw.narrowed(part) if head else part
+                part = rw.grouping.narrowed(part) if head else part
                 terms.append(view(with_extents(x.dims, shape), x.dtype, part))
         dims = with_extents(x.dims, shape)
         if not terms:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.graphs import einsum_terms
-from onnxrank.rewrite import Rewrite, Weights
+from onnxrank.grouping import groups
+from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -27,6 +28,7 @@ from onnxrank.values import (
     view,
     with_extents,
 )
+from onnxrank.weights import Weights
 
 from . import dot, stacks
 from .attention import reaches_softmax
@@ -193,7 +195,7 @@ def _einsum_by_rows(
     levels = np.broadcast_to(levels.max(tuple(inner), keepdims=True), levels.shape)
     dims = tuple(sizes[c] for c in out)
     result = np.full(extents(dims), HOLE)
-    for group in rw.groups(levels, x.dims, flat=False):
+    for group in groups(levels, x.dims, flat=False):
         part, w = group.take(x.codes), weight
         chosen: dict[str, NDArray[np.int64]] = {}
         if group.index is not ...:

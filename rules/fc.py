@@ -13,7 +13,8 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import Rewrite, Rule, Weights
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     Abstract,
     DeferredMatMul,
@@ -25,11 +26,12 @@ from onnxrank.values import (
     is_candidate_symbol,
     symbols,
 )
+from onnxrank.weights import Weights
 
 from . import stacks
 from .broadcast import attribute
 from .einsum import einsum
-from .products import contract, distribute, linear_last, linear_left, with_addend, worthwhile
+from .products import MatrixProduct, contract, distribute, linear_last, linear_left, with_addend, worthwhile
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -117,6 +119,25 @@ class _Conv(DeferredMatMul):
         return with_addend(self.rw, emit.add("Conv", [self.name, kernel]), addend)
 
 
+@dataclass(frozen=True)
+class _Kernel(MatrixProduct):
+    """A convolution with kernel 1, its channels the contracted axis.
+
+    Attributes:
+        rw: The rewrite.
+        width: Channels of the result.
+        trail: Extents of the kernel.
+    """
+
+    rw: Rewrite
+    width: int
+    trail: tuple[int, ...]
+
+    def of(self, name: str, physical: Dims, weight: str) -> DeferredMatMul:
+        dims = (physical[0], canonical([self.width]), *physical[2:])
+        return _Conv(self.rw, name, weight, (self.width, -1, *self.trail), dims)
+
+
 def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A convolution with kernel 1 is a linear map of the channels."""
     weight, x, bias = rw.array(node, 1), rw.operand(node, 0), rw.array(node, 2)
@@ -129,13 +150,11 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     group = attribute(node, "group", 1)
     trail, width = (1,) * (weight.ndim - 2), weight.shape[0]
 
-    def write(name: str, physical: Dims, w: str) -> DeferredMatMul:
-        return _Conv(rw, name, w, (width, -1, *trail), (physical[0], canonical([width]), *physical[2:]))
-
+    kernel = _Kernel(rw, width, trail)
     matrix = Weights(np.ascontiguousarray(weight.reshape(weight.shape[:2]).T))
 
     def one(v: Value) -> Abstract:
-        return contract(rw, v, 1, matrix, write, "fc")
+        return contract(rw, v, 1, matrix, kernel, "fc")
 
     made = [distribute(rw, x, 1, one)] if group == 1 else stacks.conv(rw, node, x, weight, group)
     if bias is None or made is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from onnx import NodeProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import RESHAPES, Rewrite, Rule
+from onnxrank.rewrite import RESHAPES, Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import Abstract
 
 from .broadcast import is_square

@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
+from onnxrank.grouping import LARGE
 from onnxrank.plans import LEAVE, TAKE, Alternative
-from onnxrank.rewrite import LARGE, Rewrite, Rule, Weights
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     CANDIDATES,
     Codes,
@@ -45,6 +47,7 @@ from onnxrank.values import (
     view,
     with_extents,
 )
+from onnxrank.weights import Weights
 
 _LARGEST = 1 << 24
 _FEW = 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import Abstract, Dims, Level, canonical, extents, is_candidate_symbol, symbols
 
 from .broadcast import attribute

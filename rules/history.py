@@ -17,7 +17,8 @@ from onnx import NodeProto
 from onnxrank.intervals import Intervals
 from onnxrank.moves import Movement
 from onnxrank.operators import find, operator
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import HOLE, Abstract, Dims, Level, Unrepresentable, Value, extents
 
 from . import attention, movement

@@ -13,7 +13,8 @@ from onnx import NodeProto
 from onnxrank import moves
 from onnxrank.moves import Movement
 from onnxrank.operators import Placed, Trait, find, having, operator
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     Abstract,
     Dims,
@@ -60,7 +61,7 @@ def move(rw: Rewrite, node: NodeProto, x: Value | Sum, found: Sequence[Movement]
     # Positions computed of the number of rows hold for tensors that have them all.
     told = all(rw.array(node, k) is not None for k, i in enumerate(node.input) if k and i)
     entire = x.whole is not None and (told or x.whole.dims == x.dims)
-    if entire and rw.keep_moves and not rw.is_open(x) and not linear:
+    if entire and not rw.is_open(x) and not linear:
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [m.dims for m in found], rw.present(x))
     return [rw.tidy(m.dims, x.dtype, m.take(x.codes)) for m in found]
@@ -81,7 +82,7 @@ def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Reshape and Flatten."""
     x, (found,) = _data(rw, node), moves.reshape(placed(rw, node))
     fixed = operator(node) == "Flatten" or rw.array(node, 1) is not None
-    if isinstance(x, Value) and x.whole is not None and not fixed and rw.keep_moves and not rw.is_open(x):
+    if isinstance(x, Value) and x.whole is not None and not fixed and not rw.is_open(x):
         # The shape is computed at run time, perhaps from a tensor that has one row now.
         return [_reshaped(rw, node, x, found.dims)]
     return move(rw, node, x, [found])
@@ -141,7 +142,7 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     plain = all(
         v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) and not rw.is_open(v) for v in values
     )
-    if rw.keep_moves and plain:
+    if plain:
         return rw.keep(node, [rw.tensor(v) for v in values], [joined.dims], held)
     return [rw.tidy(joined.dims, values[0].dtype, joined.take(*(v.codes for v in values)))]
 
@@ -234,7 +235,7 @@ def identity(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     x = rw.operand(node, 0)
     if x is None or (operator(node) == "Cast" and attribute(node, "to") != x.dtype):
         return None
-    if isinstance(x, Value) and x.whole is not None and x.whole.level is not Level.CONSTANT and rw.keep_moves:
+    if isinstance(x, Value) and x.whole is not None and x.whole.level is not Level.CONSTANT:
         return None
     return [x]
 

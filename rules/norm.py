@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.grouping import groups
 from onnxrank.operators import operator
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -38,7 +40,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, is_square, pointwise, rowwise
-from .products import pieces
+from .pieces import pieces
 
 _LEAST_SAVED = 500_000
 """Multiply-adds per request from which on a split pays; see `worth_splitting`."""
@@ -306,7 +308,7 @@ def batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if found is None or found[0] != 1 or any(p is None for p in params):
         return None
     out = np.full(codes.shape, HOLE)
-    for group in rw.groups(levels, x.dims, flat=False):
+    for group in groups(levels, x.dims, flat=False):
         part, at = group.take(codes), group.index[1]
         part = cut_repeats(part, [k for k in range(part.ndim) if k != 1])
         name, physical = rw.layout.realise(part, with_extents(group.dims, part.shape))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from onnxrank.packing import TINY
 from onnxrank.plans import PACK
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 
 RULE = Rule(
     name=PACK,

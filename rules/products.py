@@ -6,8 +6,8 @@ is made once per level, over the axes it varies along, and its layout is folded 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Self
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
-from onnxrank.rewrite import LARGE, Group, Rewrite, Weights
+from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -42,234 +42,112 @@ from onnxrank.values import (
     is_candidate_symbol,
     keep_symbols,
     source_numbers,
-    split_axis,
     symbols,
     view,
     with_extents,
 )
+from onnxrank.weights import Weights
 
 from . import fold
 from .broadcast import elementwise, mark_unread
+from .pieces import Piece, pieces
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of operand entries of one level that one product can take.
+class Contraction(ABC):
+    """How pieces of an operand are contracted along an axis.
 
     Attributes:
-        level: Its level.
-        group: The rows it contributes to.
-        codes: Entries `[rows..., columns]`, axes along which they do not vary cut to 1.
-        dims: Logical shape of `codes`.
-        slot: Its number among the pieces of its rows.
-        columns: Which column of the operand each entry stands for: `columns[j]` is the place, among the columns of
-            `codes`, of operand column `members[j]`; equal columns share a place.
-        members: The operand's columns that the piece covers.
-        fold: How to contract it over the candidate-level factors alone, if that pays.
+        width: Extent of the axis afterwards.
+        weighted: Whether entries are multiplied with weights, of which 0 undoes one.
+        additive: Whether it is a plain sum.
+        idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
     """
 
-    level: Level
-    group: Group
-    codes: Codes
-    dims: Dims
-    slot: int
-    columns: NDArray[np.int64]
-    members: NDArray[np.int64]
-    fold: fold.Fold | None = None
+    width: int
+    weighted = False
+    additive = False
+    idempotent = False
 
-    def put(self, whole: Codes, part: Codes) -> None:
-        """Writes results `[rows..., width]` of the piece into an array over all rows."""
-        target = whole[self.group.index]
-        whole[self.group.index] = np.broadcast_to(part, target.shape)
+    @abstractmethod
+    def of(self, piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+        """The contraction of a piece.
 
-    def weights(self, rw: Rewrite, weight: Weights) -> str:
-        """The rows of weights, in each matrix of a stack, that belong to the piece; those of equal columns are added.
-
-        The addition is a node of constants, which the runtime folds: no weight is rounded here.
+        Args:
+            piece: The piece; one that folds is taken as it is.
+            name: A tensor of its entries.
+            physical: The shape of that.
         """
-        count, axis = self.codes.shape[-1], weight.data.ndim - 2
-        plain = len(np.unique(self.columns)) == len(self.members)
-        if plain and count == len(self.members):
-            order = np.empty(count, np.int64)
-            order[self.columns] = self.members
-            return weight.part(rw.emit, axis, order).tensor(rw.emit)
-        if plain and weight.name is None and axis == 0:
-            out = np.zeros((count, weight.data.shape[1]), weight.data.dtype)
-            out[self.columns] = weight.data[self.members]
-            return rw.emit.constant(out)
-        chosen = np.zeros((count, len(self.members)), weight.data.dtype)
-        chosen[self.columns, np.arange(len(self.members))] = 1
-        return rw.emit.add(
-            "MatMul", [rw.emit.constant(chosen), weight.part(rw.emit, axis, self.members).tensor(rw.emit)]
-        )
+
+    def known(self, made: DeferredMatMul, piece: Piece) -> DeferredMatMul:
+        """A piece's contraction in a form that more can be asked of, if there is one."""
+        return made
 
 
-_FEW = 3
-_MOST_PRODUCTS = 8
+class MatrixProduct(ABC):
+    """How a tensor is multiplied with a matrix."""
+
+    @abstractmethod
+    def of(self, name: str, physical: Dims, weight: str) -> DeferredMatMul:
+        """The product.
+
+        Args:
+            name: The tensor.
+            physical: Its shape.
+            weight: Name of the matrix.
+        """
 
 
-def pieces(
-    rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False, stack: Sequence[int] = ()
-) -> Iterator[Piece]:
-    """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
+@dataclass(eq=False)
+class Weighted(Contraction):
+    """Products with rows of a matrix of weights.
 
-    Args:
+    Attributes:
         rw: The rewrite.
-        codes: The entries.
-        dims: Logical shape.
-        width: Columns of the weights that the pieces are for, which may undo entries nobody asked for by 0 and fold
-            products; 0 for other contractions.
-        sums: Whether entries are added up, so that zeros may be left out.
-        stack: Axes of rows that have weights of their own, along which results vary where the operand does not.
-
-    Raises:
-        Unrepresentable: The levels follow no axis.
+        weight: The matrix.
+        matrix: How a piece is multiplied with its rows.
     """
-    source = rw.sources.of(codes[..., :1])
-    if source and codes.shape[-1] == codes.size == source[0].size > 1 and not source[0].is_open:
-        if np.array_equal(codes.reshape(-1), codes_of(source[0]).reshape(-1)):
-            # One tensor as it is, for a row: most products of most models.
-            columns = np.arange(codes.size)
-            yield Piece(source[0].level, Group(Level.CANDIDATE, ..., dims[:-1]), codes, dims, 0, columns, columns)
-            return
-    levels = rw.sources.levels(codes).astype(np.int64)
-    mix = np.random.default_rng(0).integers(1, 1 << 40, codes.shape[-1])
-    row_keys = ((levels + 2) * mix).sum(-1)
-    numbers = source_numbers(codes)
-    if 1 < len(np.unique(numbers)) <= _FEW and (numbers == numbers[..., :1]).all():
-        # Rows of a few large tensors: contracted where they lie, they need not be joined.
-        row_keys = row_keys + numbers[..., 0] * 1_000_003
-    row_keys[(levels == Level.UNREAD).any(-1)] = 0
-    rows = dims[:-1]
-    groups: list[tuple[Any, Dims]] = [(..., dims)]
-    if not (row_keys == row_keys.flat[0]).all():
-        found = split_axis(row_keys)
-        if found is None:
-            # Rows differ in what they hold in a way that follows no axis: all columns together, at their highest level.
-            levels = np.broadcast_to(levels.max(), levels.shape)
-            found = (0, [np.arange(codes.shape[0])])
-        axis, parts = found
-        groups = []
-        for at in parts:
-            index = tuple(at if k == axis else slice(None) for k in range(codes.ndim - 1))
-            groups.append((index, with_extents(dims, codes[index].shape)))
-    for index, own in groups:
-        index = _together(rw, codes, index)
-        part, level_of = codes[index], levels[index].reshape(-1, codes.shape[-1])[0]
-        if (level_of == Level.UNREAD).any():
-            continue
-        if (levels[index] != level_of).any():
-            raise Unrepresentable("levels that follow no single axis")
-        group = Group(Level.CANDIDATE, index, (*own[:-1],))
-        slots = itertools.count()
-        found_fold = None
-        if width and rw.uses("fold"):
-            found_fold = fold.find(rw, part, own, level_of == Level.CANDIDATE, width)
-        if found_fold is not None:
-            members, how = found_fold
-            level_of = level_of.copy()
-            level_of[members] = Level.UNREAD
-            sub = part[..., members]
-            columns = np.arange(len(members))
-            yield Piece(Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how)
-        nothing = (part == rw.zero(rw.sources.of(part)[0].dtype)).all(tuple(range(part.ndim - 1))) & sums
-        if nothing.all():
-            nothing[0] = False
-        level_of = np.where(nothing, Level.UNREAD, level_of)
-        # Columns that vary along the same axes go together.
-        signature = level_of.copy()
-        for axis in range(len(rows)):
-            if part.shape[axis] > 1:
-                still = (part == part.take([0], axis)).all(tuple(range(len(rows))))
-                signature = signature * 2 + ~still
-        if width:
-            signature = signature * (1 << 32) + _on_their_own(rw, part, level_of, width)
-        for key in dict.fromkeys(signature.tolist()):
-            members = np.flatnonzero(signature == key)
-            if level_of[members[0]] == Level.UNREAD:
-                continue
-            sub = cut_repeats(part[..., members], [k for k in range(len(rows)) if k not in stack])
-            flat = sub.reshape(-1, len(members))
-            order = np.argsort(flat[0], kind="stable")
-            ranked = flat[:, order]
-            starts = np.concatenate([[True], (ranked[:, 1:] != ranked[:, :-1]).any(0)])
-            keep, columns = order[starts], np.empty(len(members), np.int64)
-            columns[order] = np.cumsum(starts) - 1
-            sub = sub[..., keep]
-            if width and flat.shape[0] == 1:
-                sub, moved = _completed(rw, sub)
-                columns = moved[columns]
-            level = Level(int(level_of[members[0]]))
-            yield Piece(level, group, sub, with_extents(own, sub.shape), next(slots), columns, members)
+
+    rw: Rewrite
+    weight: Weights
+    matrix: MatrixProduct
+    weighted = True
+
+    def __post_init__(self) -> None:
+        self.width = int(self.weight.data.shape[1])
+
+    def of(self, piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+        """The product of a piece with its rows."""
+        if piece.fold is not None:
+            return fold.product(self.rw, piece.fold, self.weight, piece.members)
+        return self.matrix.of(name, physical, piece.weights(self.rw, self.weight))
 
 
-def _together(rw: Rewrite, codes: Codes, index: Any) -> Any:
-    """The index of some rows with those of one tensor side by side."""
-    orders = {k: o for k, o in rw.memory_order([codes[index]]).items() if k < codes.ndim - 1}
-    if index is ...:
-        return tuple(orders.get(k, slice(None)) for k in range(codes.ndim - 1)) if len(orders) == 1 else index
-    return tuple(i[orders[k]] if k in orders and not isinstance(i, slice) else i for k, i in enumerate(index))
+@dataclass(eq=False)
+class _Followed(Weighted):
+    """The same, of which later nodes may ask for parts.
 
-
-def _on_their_own(rw: Rewrite, codes: Codes, levels: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Number of the tensor of each column that has a product of its own: large ones before narrow weights.
-
-    To lie beside other columns they would have to be copied, which costs more than adding a narrow result.
+    Attributes:
+        dtype: Element type.
+        axis: The contracted axis of the operand.
+        last: Whether that is its last one.
     """
-    out = np.zeros(codes.shape[-1], np.int64)
-    if prod(codes.shape[:-1]) > 1 or codes.shape[-1] < 2 * LARGE:
-        return out
-    numbers = source_numbers(codes).reshape(-1)
-    found, counts = np.unique(numbers[levels == Level.CANDIDATE], return_counts=True)
-    if len(found) < 2 or len(found) > _MOST_PRODUCTS:
-        return out
-    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
-        source = rw.sources[number]
-        if source.part and count >= max(LARGE, 4 * width) and count == source.size:
-            out[numbers == number] = number + 1
-    return out
 
+    dtype: int
+    axis: int
+    last: bool
 
-def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:
-    """Adds the missing entries of blocks of dot products that are used for the better part, such as a triangle.
-
-    They get weights of 0: a few more products cost less than picking activations apart.
-
-    Returns:
-        The sorted entries, and where each given one has gone.
-    """
-    flat = codes.reshape(-1)
-    extra = [flat]
-    for number, count in zip(*np.unique(source_numbers(flat), return_counts=True), strict=True):
-        source = rw.sources[int(number)]
-        if source.block and count < source.size <= 2 * count + 1:
-            extra.append(np.setdiff1d(codes_of(source).reshape(-1), flat))
-    if len(extra) == 1:
-        return codes, np.arange(flat.size)
-    everything = np.sort(np.concatenate(extra))
-    return everything.reshape(*codes.shape[:-1], -1), np.searchsorted(everything, flat)
-
-
-Product = Callable[[Piece, str, Dims], DeferredMatMul]
-"""How a piece, given as a tensor of a physical shape, is contracted."""
-
-WeightedProduct = Callable[[str, Dims, str], DeferredMatMul]
-"""The same with the name of the piece's weights."""
+    def known(self, made: DeferredMatMul, piece: Piece) -> DeferredMatMul:
+        if piece.level is not Level.CANDIDATE:
+            return made
+        if prod(piece.codes.shape[:-1]) == 1 and not (piece.fold and piece.fold.along):
+            return _ProductOfVector.of(self.rw, self.dtype, made, piece, self.weight, self.axis) or made
+        if piece.fold is None and self.last:
+            return _ProductOfRows(self.rw, self.dtype, made, piece, self.weight)
+        return made
 
 
 def partials(
-    rw: Rewrite,
-    x: Value,
-    axis: int,
-    width: int,
-    write: Product,
-    rule: str,
-    unread: Any = None,
-    idempotent: bool = False,
-    weighted: bool = False,
-    additive: bool = False,
-    known: Callable[[DeferredMatMul, Piece], DeferredMatMul] | None = None,
-    stack: Sequence[int] = (),
+    rw: Rewrite, x: Value, axis: int, how: Contraction, rule: str, unread: Any = None, stack: Sequence[int] = ()
 ) -> list[Value]:
     """Contracts one axis of a value piece by piece.
 
@@ -277,14 +155,9 @@ def partials(
         rw: The rewrite.
         x: The operand.
         axis: The contracted axis; its extent is constant.
-        width: Extent of the axis afterwards.
-        write: Writes the contraction of one piece.
+        how: How a piece is contracted.
         rule: Name of the rule, for the report.
         unread: Positions read per axis of the result, if not all.
-        weighted: Whether `write` multiplies with weights, of which 0 undoes an entry.
-        additive: Whether the contraction is a plain sum.
-        known: Gives the contraction of a piece in a form that more can be asked of, if there is one.
-        idempotent: Whether rows with fewer pieces repeat one (maximum) instead of holding 0 (sum).
         stack: Other axes that have weights of their own: operands are cut along them where they do not vary, results
             are not.
 
@@ -296,42 +169,45 @@ def partials(
     if unread:
         rows = {a - (a > axis): p for a, p in unread.items() if a != axis}
         codes = mark_unread(codes, rows) if rows else codes
-    column = canonical([width])
-    shape = (*extents(dims[:-1]), width)
+    shape = (*extents(dims[:-1]), how.width)
     zero = rw.zero(x.dtype)
     terms: list[Codes] = []
     split = not rw.single_level(x)
     apart = [a - (a > axis) for a in stack]
-    for piece in pieces(rw, codes, dims, width if weighted else 0, not idempotent, apart):
+    for piece in pieces(rw, codes, dims, how.width if how.weighted else 0, not how.idempotent, apart):
         if piece.slot == len(terms):
-            terms.append(np.full(shape, HOLE if unread or idempotent else zero))
+            terms.append(np.full(shape, HOLE if unread or how.idempotent else zero))
         small = piece.codes.shape[:-1]
         lowered = piece.level is Level.REQUEST and any(map(is_candidate_symbol, symbols(dims)))
         tag = "fold" if piece.fold else rule if split or lowered else None
         if prod(small) < prod(shape[:-1]) and not stack:
             tag = tag or ("select" if unread else "broadcast")
+        made = how.known(_contracted(rw, piece, axis, how, stack), piece)
+        part = codes_of(rw.defer(made.dims, x.dtype, made, tag))
         if piece.fold is not None:
-            made = write(piece, "", ())
-        elif additive and _is_open(rw, piece):
-            made = _OpenSum(_Postponed.of(rw, piece, *_moved(piece, axis), write), axis)
+            part = part.reshape(*small, how.width)
         else:
-            operand, own, _ = _operand(piece, axis) if weighted else _moved(piece, axis)
-            operand = cut_repeats(operand, stack)
-            made = write(piece, *rw.layout.realise(operand, with_extents(own, operand.shape)))
-        source = rw.defer(made.dims, x.dtype, made if known is None else known(made, piece), tag)
-        if piece.fold is not None:
-            part = codes_of(source).reshape(*small, width)
-        else:
-            part = np.moveaxis(codes_of(source).reshape(*small[:axis], width, *small[axis:]), axis, -1)
+            part = np.moveaxis(part.reshape(*small[:axis], how.width, *small[axis:]), axis, -1)
         piece.put(terms[piece.slot], part)
-    out_dims = (*x.dims[:axis], column, *x.dims[axis + 1 :])
-    if idempotent:
+    if how.idempotent:
         terms = [np.where(t == HOLE, terms[0], t) for t in terms]
     elif unread:
         # A row that is read is zero in the terms it has no piece in.
         read = np.any([t != HOLE for t in terms], axis=0)
         terms = [np.where(read & (t == HOLE), zero, t) for t in terms]
+    out_dims = (*x.dims[:axis], canonical([how.width]), *x.dims[axis + 1 :])
     return [view(out_dims, x.dtype, np.moveaxis(t, -1, axis)) for t in terms]
+
+
+def _contracted(rw: Rewrite, piece: Piece, axis: int, how: Contraction, stack: Sequence[int]) -> DeferredMatMul:
+    """A piece contracted along what is the operand's axis."""
+    if piece.fold is not None:
+        return how.of(piece, "", ())
+    if how.additive and _is_open(rw, piece):
+        return _OpenSum(_Postponed.of(rw, piece, *_moved(piece, axis), how), axis)
+    operand, own, _ = _operand(piece, axis) if how.weighted else _moved(piece, axis)
+    operand = cut_repeats(operand, stack)
+    return how.of(piece, *rw.layout.realise(operand, with_extents(own, operand.shape)))
 
 
 def _moved(piece: Piece, axis: int) -> tuple[Codes, Dims, int]:
@@ -362,7 +238,7 @@ class _Postponed(DeferredMatMul):
         piece: What is contracted.
         operand: Its entries as the contraction takes them.
         own: Their logical shape.
-        write: How it is contracted.
+        how: How it is contracted.
         dims: Shape of the result.
     """
 
@@ -370,21 +246,19 @@ class _Postponed(DeferredMatMul):
     piece: Piece
     operand: Codes
     own: Dims
-    write: Product
+    how: Contraction
     dims: Dims
 
     @classmethod
-    def of(
-        cls, rw: Rewrite, piece: Piece, operand: Codes, own: Dims, axis: int, write: Product, width: int = 1
-    ) -> Self:
-        """A contraction of an axis to `width` entries."""
+    def of(cls, rw: Rewrite, piece: Piece, operand: Codes, own: Dims, axis: int, how: Contraction) -> Self:
+        """A contraction of an axis."""
         physical = keep_symbols(own, rw.sources.symbols(operand))
-        dims = (*physical[:axis], canonical([width]), *physical[axis + 1 :])
-        return cls(rw, piece, operand, own, write, dims)
+        dims = (*physical[:axis], canonical([how.width]), *physical[axis + 1 :])
+        return cls(rw, piece, operand, own, how, dims)
 
     def materialise(self, addend: str | None = None, have: Dims = ()) -> str:
         name, seen = self.rw.layout.realise(self.operand, self.own)
-        return self.write(self.piece, name, seen).materialise(addend, have)
+        return self.how.of(self.piece, name, seen).materialise(addend, have)
 
 
 @dataclass(eq=False)
@@ -411,7 +285,7 @@ class _OpenSum(DeferredMatMul, OpenProduct):
 
 
 def contract(
-    rw: Rewrite, x: Value, axis: int, weight: Weights, write: WeightedProduct, rule: str, unread: Any = None
+    rw: Rewrite, x: Value, axis: int, weight: Weights, matrix: MatrixProduct, rule: str, unread: Any = None
 ) -> Abstract:
     """Contracts an axis with the rows of a weight matrix, one product per level; the result is their sum.
 
@@ -420,24 +294,10 @@ def contract(
     """
     if x.dims[axis] != canonical([len(weight.data)]):
         raise Unrepresentable("a product along an axis whose extent is not constant")
-
-    def one(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
-        if piece.fold is not None:
-            return fold.product(rw, piece.fold, weight, piece.members)
-        return write(name, physical, piece.weights(rw, weight))
-
-    def known(made: DeferredMatMul, piece: Piece) -> DeferredMatMul:
-        if piece.level is not Level.CANDIDATE or unread:
-            return made
-        if prod(piece.codes.shape[:-1]) == 1 and not (piece.fold and piece.fold.along):
-            return _ProductOfVector.of(rw, x.dtype, made, piece, weight, axis) or made
-        if piece.fold is None and axis == x.rank - 1:
-            return _ProductOfRows(rw, x.dtype, made, piece, weight)
-        return made
-
-    parts = partials(rw, x, axis, weight.data.shape[1], one, rule, unread, weighted=True, known=known)
-    dims = (*x.dims[:axis], canonical([weight.data.shape[1]]), *x.dims[axis + 1 :])
-    return rw.add(parts, dims, x.dtype)
+    plain = Weighted(rw, weight, matrix)
+    how = plain if unread else _Followed(rw, weight, matrix, x.dtype, axis, axis == x.rank - 1)
+    parts = partials(rw, x, axis, how, rule, unread)
+    return rw.add(parts, (*x.dims[:axis], canonical([how.width]), *x.dims[axis + 1 :]), x.dtype)
 
 
 _LARGEST_AFFINE = 1 << 20
@@ -470,8 +330,9 @@ class _ProductOfPiece(DeferredMatMul, Selectable):
     def with_weights(self, part: Weights, axis: int, piece: Piece) -> DeferredMatMul:
         """The product of a piece, along one of its axes, with other weights."""
         operand, own, at = _operand(piece, axis)
-        width = part.data.shape[1]
-        return _Postponed.of(self.rw, piece, operand, own, at, _product_with(self.rw, part, at, len(own)), width)
+        rw, width = self.rw, part.data.shape[1]
+        matrix = RightMatrix(rw, width) if at == len(own) - 1 else LeftMatrix(rw, width)
+        return _Postponed.of(rw, piece, operand, own, at, Weighted(rw, part, matrix))
 
 
 @dataclass(eq=False)
@@ -544,12 +405,6 @@ class _ProductOfRows(_ProductOfPiece, Scalable):
         return self.rw.defer(made.dims, self.dtype, known, "fc")
 
 
-def _product_with(rw: Rewrite, part: Weights, axis: int, rank: int) -> Product:
-    """The product over the last axis, or over the last but one of a vector per row."""
-    make = right_product if axis == rank - 1 else left_product
-    return lambda piece, name, physical: make(rw, part.data.shape[1])(name, physical, piece.weights(rw, part))
-
-
 @dataclass(eq=False)
 class _RightProduct(DeferredMatMul):
     """`x @ W` with the contracted axis last: a Gemm where there is something to add to a matrix.
@@ -590,9 +445,23 @@ class _RightProduct(DeferredMatMul):
         return with_addend(rw, rw.emit.add("MatMul", [self.name, self.weight]), addend)
 
 
-def right_product(rw: Rewrite, width: int, real: bool = True) -> WeightedProduct:
-    """How `x @ W` is written, with the contracted axis last."""
-    return lambda name, physical, weight: _RightProduct(rw, name, physical, weight, width, real)
+@dataclass(frozen=True)
+class RightMatrix(MatrixProduct):
+    """`x @ W`, with the contracted axis last.
+
+    Attributes:
+        rw: The rewrite.
+        width: Columns of `W`.
+        real: Whether entries are not integers.
+    """
+
+    rw: Rewrite
+    width: int
+    real: bool = True
+
+    def of(self, name: str, physical: Dims, weight: str) -> DeferredMatMul:
+        """`x @ W`."""
+        return _RightProduct(self.rw, name, physical, weight, self.width, self.real)
 
 
 def commuted(rw: Rewrite, x: Value, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
@@ -698,7 +567,7 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
         return _of_open(rw, x, axis, weight, lambda v, w: linear_last(rw, v, w, rule, unread))
 
     def one(v: Value) -> Abstract:
-        return contract(rw, v, axis, weight, right_product(rw, weight.data.shape[1], real), rule, unread)
+        return contract(rw, v, axis, weight, RightMatrix(rw, weight.data.shape[1], real), rule, unread)
 
     return distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one))
 
@@ -715,20 +584,35 @@ def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[
     return rw.add([*terms, *pulled], dims, x.dtype)
 
 
+@dataclass(eq=False)
+class _Gathered(Contraction):
+    """Products with rows of a matrix that nodes of constants make.
+
+    Attributes:
+        rw: The rewrite.
+        weight: Name of the matrix.
+        width: Its columns.
+    """
+
+    rw: Rewrite
+    weight: str
+    width: int
+
+    def of(self, piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+        order = np.empty(len(piece.members), np.int64)
+        order[piece.columns] = piece.members
+        rows = self.rw.emit.add("Gather", [self.weight, self.rw.emit.constant(order)], {"axis": 0})
+        return _RightProduct(self.rw, name, physical, rows, self.width)
+
+
 def _normalised_product(rw: Rewrite, x: Affine, weight: Weights, unread: Any) -> Abstract:
     """`(scale * (base @ M) + shift) @ W`, with `M @ W` and `shift @ W` made by nodes of constants."""
     width = weight.data.shape[1]
     dims = (*x.dims[:-1], canonical([width]))
     with rw.emit.under("norm"):
         folded, shift = x.fold(weight.name or rw.emit.constant(weight.data))
-
-        def one(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
-            order = np.empty(len(piece.members), np.int64)
-            order[piece.columns] = piece.members
-            rows = rw.emit.add("Gather", [folded, rw.emit.constant(order)], {"axis": 0})
-            return _RightProduct(rw, name, physical, rows, width)
-
-        made = rw.settle(rw.add(partials(rw, x.base, x.rank - 1, width, one, "norm", unread), dims, x.dtype))
+        parts = partials(rw, x.base, x.rank - 1, _Gathered(rw, folded, width), "norm", unread)
+        made = rw.settle(rw.add(parts, dims, x.dtype))
         name = rw.emit.add("Mul", [rw.tensor(made), rw.tensor(x.scale)])
     terms = [rw.new(dims, x.dtype, rw.present(made) | rw.present(x.scale), name)]
     if shift is not None:
@@ -770,10 +654,21 @@ class _Reshaped(DeferredMatMul):
         return with_addend(self.rw, made, addend)
 
 
-def left_product(rw: Rewrite, width: int) -> WeightedProduct:
-    """How `W @ y` is written, over the last axis of `y` but one, given W transposed."""
+@dataclass(frozen=True)
+class LeftMatrix(MatrixProduct):
+    """`W @ y`, over the last axis of `y` but one, given W transposed.
 
-    def write(name: str, physical: Dims, weight: str) -> DeferredMatMul:
+    Attributes:
+        rw: The rewrite.
+        width: Rows of `W`.
+    """
+
+    rw: Rewrite
+    width: int
+
+    def of(self, name: str, physical: Dims, weight: str) -> DeferredMatMul:
+        """`W @ y`."""
+        rw, width = self.rw, self.width
         made: Dims = (*physical[:-2], canonical([width]), physical[-1])
         if physical[-1] != ():
             return _LeftProduct(rw, name, weight, made)
@@ -781,16 +676,14 @@ def left_product(rw: Rewrite, width: int) -> WeightedProduct:
         flat = (*physical[:-2], physical[-2])
         return _Reshaped(rw, _RightProduct(rw, rw.layout.reshape(name, physical, flat), flat, weight, width), made)
 
-    return write
-
 
 def linear_left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
     """`W @ y`, given W transposed: contracted over the last axis but one."""
     axis = y.rank - 2
     if isinstance(y, Sum) and fold.has_open(rw, y):
         return _of_open(rw, y, axis, turned, lambda v, w: linear_left(rw, v, w, unread))
-    write = left_product(rw, turned.data.shape[1])
-    return distribute(rw, y, axis, lambda v: contract(rw, v, axis, turned, write, "fc", unread))
+    matrix = LeftMatrix(rw, turned.data.shape[1])
+    return distribute(rw, y, axis, lambda v: contract(rw, v, axis, turned, matrix, "fc", unread))
 
 
 def with_addend(rw: Rewrite, name: str, addend: str | None) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxrank.operators import operator
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
+from onnxrank.rule import Rule
 from onnxrank.values import (
     Abstract,
     DeferredMatMul,
@@ -26,7 +26,8 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, elementwise, is_square, rowwise
-from .products import Piece, distribute, partials, with_addend
+from .pieces import Piece
+from .products import Contraction, distribute, partials, with_addend
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
 _EXTREMA = {"ReduceMax": "Max", "ReduceMin": "Min"}
@@ -87,11 +88,13 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
 
     unread = rw.needed.get(node.output[0]) if axes == [x.rank - 1] and keep else None
     if op in _EXTREMA:
-        parts = [unmerged(p) for p in _partials(rw, merged(rw.settle(x)), at, op, rule, unread)]
+        parts = partials(rw, merged(rw.settle(x)), at, _Reduction(rw, at, op, x.dtype), rule, unread)
+        parts = [unmerged(p) for p in parts]
         return [parts[0] if len(parts) == 1 else elementwise(rw, _EXTREMA[op], parts, node.output[0])]
 
     def one(v: Value) -> Abstract:
-        parts = _partials(rw, merged(v), at, _ADDITIVE[op], rule, unread, count if op == "ReduceMean" else 1)
+        how = _Reduction(rw, at, _ADDITIVE[op], v.dtype, count if op == "ReduceMean" else 1)
+        parts = partials(rw, merged(v), at, how, rule, unread)
         return rw.add([unmerged(p) for p in parts], result(v.dims), v.dtype)
 
     if isinstance(x, Sum) and len(axes) == 1:
@@ -169,13 +172,32 @@ class _Reduced(DeferredMatMul):
         return with_addend(self.rw, out, addend)
 
 
-def _partials(rw: Rewrite, x: Value, axis: int, op: str, rule: str, unread: Any, divisor: int = 1) -> list[Value]:
-    def write(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
-        return _Reduced(rw, piece, name, (*physical[:axis], (), *physical[axis + 1 :]), axis, op, divisor, x.dtype)
+@dataclass(eq=False)
+class _Reduction(Contraction):
+    """Reductions of pieces.
 
-    return partials(
-        rw, x, axis, 1, write, rule, unread, idempotent=op in _EXTREMA, additive=divisor == 1 and op == "ReduceSum"
-    )
+    Attributes:
+        rw: The rewrite.
+        axis: The reduced axis.
+        op: The reduction.
+        dtype: Element type.
+        divisor: What sums are divided by.
+    """
+
+    rw: Rewrite
+    axis: int
+    op: str
+    dtype: int
+    divisor: int = 1
+
+    def __post_init__(self) -> None:
+        self.width = 1
+        self.additive = self.divisor == 1 and self.op == "ReduceSum"
+        self.idempotent = self.op in _EXTREMA
+
+    def of(self, piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+        dims = (*physical[: self.axis], (), *physical[self.axis + 1 :])
+        return _Reduced(self.rw, piece, name, dims, self.axis, self.op, self.divisor, self.dtype)
 
 
 RULE = Rule(

@@ -6,7 +6,7 @@ are marked as unread; this module names and explains it.
 
 from __future__ import annotations
 
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 
 RULE = Rule(
     name="select",

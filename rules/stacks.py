@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.rewrite import Rewrite, Weights
+from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     Abstract,
     Codes,
@@ -31,17 +31,18 @@ from onnxrank.values import (
     symbols,
     view,
 )
+from onnxrank.weights import Weights
 
 from . import fold
+from .pieces import Piece
 from .products import (
-    Piece,
-    Product,
+    Contraction,
+    RightMatrix,
     commuted,
     distribute,
     linear_last,
     linear_left,
     partials,
-    right_product,
     with_addend,
     worthwhile,
 )
@@ -203,30 +204,40 @@ def _contracted(
     turned = np.broadcast_to(x.codes, extents(whole)).transpose(order).reshape(extents(own))
     places = {a: k for k, a in enumerate(rest, 1)} | ({next(iter(stack)): 0} if len(stack) == 1 else {})
     read = {places[a]: at for a, at in unread.items() if a in places}
-    terms = partials(rw, view(own, x.dtype, turned), len(own) - 1, width, _written(rw, weight), "fc", read, stack=(0,))
+    terms = partials(rw, view(own, x.dtype, turned), len(own) - 1, _Stacked(rw, weight), "fc", read, stack=(0,))
     dims = (*whole[:axis], canonical([width]), *whole[axis + 1 :])
     apart = (*stack.values(), *(extents(dims)[a] for a in (*rest, axis)))
     back = np.argsort(order)
     return rw.add([view(dims, x.dtype, t.codes.reshape(apart).transpose(back)) for t in terms], dims, x.dtype)
 
 
-def _written(rw: Rewrite, weight: Weights) -> Product:
-    """How to write the product of a piece, rows of one matrix for each of its positions."""
-    width = weight.data.shape[-1]
+@dataclass(eq=False)
+class _Stacked(Contraction):
+    """Products of pieces with rows of one matrix for each of their positions.
 
-    def write(piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
-        at = piece.group.index
+    Attributes:
+        rw: The rewrite.
+        weight: The matrices.
+    """
+
+    rw: Rewrite
+    weight: Weights
+
+    def __post_init__(self) -> None:
+        self.width = int(self.weight.data.shape[-1])
+
+    def of(self, piece: Piece, name: str, physical: Dims) -> DeferredMatMul:
+        rw, weight, at = self.rw, self.weight, piece.group.index
         chosen = weight if at is ... or isinstance(at[0], slice) else weight.part(rw.emit, 0, at[0])
         count = len(chosen.data)
         if count == 1:
             matrix = chosen.reshaped(rw.emit, chosen.data.shape[1:])
             rows = rw.layout.reshape(name, physical, physical[1:])
-            return right_product(rw, width)(rows, physical[1:], piece.weights(rw, matrix))
+            return RightMatrix(rw, self.width).of(rows, physical[1:], piece.weights(rw, matrix))
         own = (physical[0], canonical(f for d in physical[1:-1] for f in d), physical[-1])
         rows = rw.layout.kept_apart(rw.layout.reshape(name, physical, own), own)
-        return _StackProduct(rw, rows, piece.weights(rw, chosen), (canonical([count]), own[1], canonical([width])))
-
-    return write
+        dims = (canonical([count]), own[1], canonical([self.width]))
+        return _StackProduct(rw, rows, piece.weights(rw, chosen), dims)
 
 
 @dataclass(eq=False)

@@ -36,9 +36,9 @@ from kinds import program
 from lengths import Program, difference, reduces, text
 
 import onnxrank
-from onnxrank import pipeline
 from onnxrank.errors import OnnxrankError
 from onnxrank.graphs import live
+from onnxrank.passes import choosing
 
 _DOES_NOT_RUN = re.compile("makes onnxruntime fail|does not run|onnxruntime cannot")
 
@@ -136,7 +136,7 @@ def outcome(made: Program, seed: int, interface: str, points: int, gated: bool) 
         return "wrong", says
     if gated:
         try:
-            with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+            with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
                 checked = onnxrank.optimize(made.model, request=request, interface=interface, check="quick")
         except Exception as e:
             return "fault" if _FAULT in str(e) else "error", traceback.format_exc(limit=-3)

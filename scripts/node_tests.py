@@ -27,8 +27,9 @@ import onnx
 from onnx import ModelProto, helper, numpy_helper
 
 import onnxrank
-from onnxrank import cost, pipeline, runtime
+from onnxrank import cost, runtime
 from onnxrank.errors import ModelError, OnnxrankError
+from onnxrank.passes import choosing
 from onnxrank.workers import RemoteSession
 
 COUNTS = (1, 2, 7, 64)
@@ -136,7 +137,7 @@ def _batched(model: ModelProto, rows: Feed, fixed: Feed, join: str | None = None
 def eagerly() -> Iterator[None]:
     """Where only products cost time and no loss is too great: these models are too small for a saving."""
     free = cost.Target(launch=0.0, byte=1e-16, mac=1 / 25e9)
-    with mock.patch.object(cost, "CPU", free), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(cost, "CPU", free), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         yield
 
 

@@ -15,6 +15,7 @@ from onnxrank import model as files
 from onnxrank.batching.graph import Batch, Shape, joined
 from onnxrank.batching.regions import TURN
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
+from onnxrank.batching.single import for_one
 from onnxrank.batching.tensors import Tensor
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import CheckFailed, ModelError, UsageError
@@ -164,7 +165,7 @@ class _Job:
     def __init__(self, result: pipeline.Result, options: Options) -> None:
         self.before, self.options = result, options
         self.loaded = result.loaded
-        proto, roles, self.contract = pipeline.for_one(result)
+        proto, roles, self.contract = for_one(result)
         self.study = Study(files.flattened(proto), roles, replace(self.loaded, proto=proto, path=None))
         stray = self.study.contradicted()
         if stray is not None:

@@ -20,6 +20,7 @@ from onnxrank.analysis import Analysis
 from onnxrank.contract import RULE, find_roles, stored_contract
 from onnxrank.errors import OnnxrankError, UsageError
 from onnxrank.facts import Extent
+from onnxrank.forms import Form
 from onnxrank.inspection import lookups
 from onnxrank.inspection.levels import summed_up
 from onnxrank.inspection.report import (
@@ -33,8 +34,8 @@ from onnxrank.inspection.report import (
     Tensor,
 )
 from onnxrank.plans import label
-from onnxrank.rewrite import Refusal, Rule
 from onnxrank.roles import InputRole, format_ranges
+from onnxrank.rule import Refusal, Rule
 from onnxrank.ruleset import choose_rules
 from onnxrank.scopes import scope_of
 from onnxrank.study import Study, extents_of
@@ -407,7 +408,7 @@ def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
 
 def _form_if(
     study: Study, wanted: feeds.Input, rules: Sequence[Rule], interface: str, span: tuple[int, int]
-) -> pipeline.Form | None:
+) -> Form | None:
     """The rewrite if an input were request-level; None where there is none."""
     role = InputRole(wanted.name, "request", wanted.role.candidate_axis, record=wanted.role.record,
                      ranges=wanted.role.ranges)  # fmt: skip
@@ -416,7 +417,7 @@ def _form_if(
     if not any(CANDIDATES in d for i in other.declared if i.role.level != "request" for d in i.dims):
         return None
     try:
-        form = pipeline.Form(other, rules, interface, False, span)
+        form = Form(other, rules, interface, False, span)
     except OnnxrankError:
         return None
     return form if form.model is not None and form.facts is not None else None

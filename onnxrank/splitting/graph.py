@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from onnxrank.contract import CONTRACT
 from onnxrank.feeds import graph_inputs
-from onnxrank.graphs import captured, names_in, subgraphs
+from onnxrank.graphs import captured, claimed, names_in, subgraphs
 from onnxrank.halves import renamed
 from onnxrank.operators import find
 from onnxrank.ranker import VERSION
@@ -93,12 +93,7 @@ def state_names(model: ModelProto, tensors: Iterable[str]) -> dict[str, str]:
         kept = [w for k, w in enumerate(words) if not k or w != words[k - 1]]
         while len("_".join(kept)) > _LONG and len(kept) > 1:
             del kept[0]
-        stem = f"state_{'_'.join(kept)[-_LONG:]}"
-        name, count = stem, 2
-        while name in taken:
-            name, count = f"{stem}_{count}", count + 1
-        taken.add(name)
-        out[tensor] = name
+        out[tensor] = claimed(f"state_{'_'.join(kept)[-_LONG:]}", taken, "_")
     return out
 
 

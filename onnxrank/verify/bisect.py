@@ -19,7 +19,7 @@ from onnxrank.fused import Unsupported
 from onnxrank.model import flattened
 from onnxrank.plans import LEAVE, PACK, Choice, Plan, Site, label
 from onnxrank.retreat import GaveUp, Search, order
-from onnxrank.rewrite import Rule, SiteFailed
+from onnxrank.rule import Rule, SiteFailed
 from onnxrank.study import Study
 from onnxrank.values import Unrepresentable
 from onnxrank.verify import compare, judge

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _AGREES = 1e-5
 """Share of a tensor's scale within which float32 results count as the same when models are cut."""
 
-_REPLACED = ("node", "input", "output", "value_info", "initializer", "sparse_initializer", "quantization_annotation")
-
 _SCRIPT = '''"""Runs both models on the recorded inputs and prints where they differ. Needs numpy, onnx and onnxruntime.
 
 {about}

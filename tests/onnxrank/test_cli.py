@@ -29,7 +29,7 @@ from onnxrank import cli, model
 from onnxrank.cli import output
 from onnxrank.errors import CheckFailed, EnvironmentProblem, ModelError, UsageError
 from onnxrank.report import Report, RuleUse
-from onnxrank.rewrite import Refusal
+from onnxrank.rule import Refusal
 
 
 def tiny() -> ModelProto:

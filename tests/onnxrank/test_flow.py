@@ -21,8 +21,9 @@ import onnxrank
 from onnxrank import operators
 from onnxrank.facts import Setting
 from onnxrank.operators import Trait
-from onnxrank.rewrite import Rewrite, SiteFailed
+from onnxrank.rewrite import Rewrite
 from onnxrank.roles import load_spec
+from onnxrank.rule import SiteFailed
 from onnxrank.transform import Transformation
 from onnxrank.values import Abstract, Affine, Level, Sum, Unrepresentable, extents, symbols
 

@@ -29,12 +29,14 @@ from helpers import (
 from onnx import ModelProto, helper
 
 import onnxrank
-from onnxrank import operators, pipeline
+from onnxrank import operators
 from onnxrank.errors import ModelError
 from onnxrank.feeds import describe
+from onnxrank.forms import Form
 from onnxrank.fused import OPERATORS, Unsupported
 from onnxrank.model import load
 from onnxrank.operators import matmul_order
+from onnxrank.passes import choosing
 from onnxrank.roles import resolve
 from onnxrank.study import Study
 
@@ -101,17 +103,17 @@ class Fused:
 def forced() -> Iterator[None]:
     """Takes the form with the attention rule and most nodes to start from, whatever it costs."""
 
-    def seconds(self: pipeline.Form, *_: object) -> float:
+    def seconds(self: Form, *_: object) -> float:
         return -float(self.uses("attention")) * len(self.study.model.graph.node)
 
-    with mock.patch.object(pipeline.Form, "seconds", seconds):
+    with mock.patch.object(Form, "seconds", seconds):
         yield
 
 
 def divided(made: Fused, **options: object) -> onnxrank.Result:
     """Optimised with the steps written out, and held against the original."""
     model = made.model()
-    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with forced(), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = rewritten(model, request=patterns(made.given), **options)
     assert_same_scores(model, result, made.given, counts=(1, 2, 5), tolerance=2e-5)
     return result
@@ -285,7 +287,7 @@ def test_computed_mask(kind: str) -> None:
 def test_float64_agrees(kind: str) -> None:
     """The whole check passes: algebra in float64, rounding, ranking."""
     made = Fused(kind, mask=MASKS["added"])
-    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with forced(), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(made.model(), request=patterns(made.given), check=True)
     assert result.changed and all(c.passed for c in result.report.checks)
 
@@ -296,7 +298,7 @@ def test_data_in_another_file(kind: str, tmp_path: Path) -> None:
     made = Fused(kind, mask=MASKS["hidden"] if kind.startswith("onnx") else MASKS["hidden"][None, None])
     path = tmp_path / "model.onnx"
     onnx.save(made.model(), path, save_as_external_data=True, location="model.data", size_threshold=128)
-    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with forced(), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(path, request=patterns(made.given), check=True)
     assert result.changed and not outputs(result.model)
 
@@ -337,7 +339,7 @@ def saved(kind: str, levels: str = "mixed", **more: object) -> tuple[Graph, list
 @contextmanager
 def written() -> Iterator[None]:
     """Takes the form with most nodes to start from, whatever it costs."""
-    with mock.patch.object(pipeline.Form, "seconds", lambda self, *_: -float(len(self.study.model.graph.node))):
+    with mock.patch.object(Form, "seconds", lambda self, *_: -float(len(self.study.model.graph.node))):
         yield
 
 

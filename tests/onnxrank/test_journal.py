@@ -16,8 +16,9 @@ from onnxrank.rules import RULES, fc
 from onnxrank import feeds
 from onnxrank import model as files
 from onnxrank.journal import Journal
-from onnxrank.rewrite import Rewrite, Rule
+from onnxrank.rewrite import Rewrite
 from onnxrank.roles import resolve
+from onnxrank.rule import Rule
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import Sources, Unrepresentable, canonical, codes_of

@@ -33,6 +33,11 @@ def sums() -> ModelProto:
     return g.model()
 
 
+def test_public_names() -> None:
+    for name in onnxrank.__all__:
+        assert getattr(onnxrank, name).__doc__, name
+
+
 def block(name: str) -> str:
     text = (ROOT / "docs" / "python.md").read_text()
     found = re.search(rf"<!-- {name} -->\n```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)

@@ -20,11 +20,11 @@ from helpers import FLOAT, Feed, Graph, rewritten, run, session, transformation,
 from onnx import inliner
 
 import onnxrank
-from onnxrank.contract import roles_again, stored_contract
+from onnxrank.contract import CONTRACT, roles_again, stored_contract
 from onnxrank.facts import Setting
 from onnxrank.feeds import describe
-from onnxrank.pipeline import CONTRACT, Transformation
 from onnxrank.roles import Roles
+from onnxrank.transform import Transformation
 from onnxrank.verify import Options, verify
 
 

@@ -23,8 +23,8 @@ from onnxrank import Result, remarks
 from onnxrank.operators import Trait, having, operator, traits
 from onnxrank.plans import label
 from onnxrank.remarks import Place, by_loss, places
-from onnxrank.rewrite import Refusal
 from onnxrank.roles import load_spec
+from onnxrank.rule import Refusal
 from onnxrank.values import CANDIDATES, Level, extents, symbols
 
 MODELS = Path(__file__).resolve().parents[2] / "models" / "onnx"

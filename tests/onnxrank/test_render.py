@@ -21,7 +21,7 @@ from onnxrank.errors import EnvironmentProblem, UsageError
 from onnxrank.formats import INSPECT, OPTIMIZE, PROFILE, VERIFY, Kind, Style
 from onnxrank.render import print_report, to_markdown, to_text
 from onnxrank.report import Comparison, LevelCost, Prediction, Report, RuleUse
-from onnxrank.rewrite import Refusal
+from onnxrank.rule import Refusal
 from onnxrank.writers import Markdown, human, percent, printable, to_json
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "onnxrank" / "optimize.schema.json").read_text())

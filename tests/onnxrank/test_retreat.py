@@ -13,9 +13,10 @@ from helpers import Graph, run
 from onnx import ModelProto
 
 import onnxrank
-from onnxrank import cli, pipeline, retreat
+from onnxrank import cli, retreat
 from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed
+from onnxrank.passes import choosing
 from onnxrank.plans import Choice, Place, Site
 from onnxrank.retreat import GaveUp, Search
 
@@ -138,7 +139,7 @@ def optimised(
     """The towers, with further rules, whatever it costs."""
     (folder / "rules.py").write_text(rules)
     model = towers(quantised)
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(model, request=["user"], extra_rules=[folder / "rules.py"], **options)  # type: ignore[arg-type]
     return model, result
 
@@ -186,7 +187,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     source.write_bytes(towers().SerializeToString())
     arguments = ["optimize", str(source), str(out), "--request", "user", "--rules", str(tmp_path / "rules.py")]
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         assert cli.main([*arguments, "--strict"]) == 1 and not out.exists()
         assert cli.main(arguments) == 0 and out.read_bytes() != source.read_bytes()
         with mock.patch.object(retreat, "MOST_TRIES", 0), mock.patch.object(Search, "right", side_effect=GaveUp):
@@ -202,7 +203,7 @@ def test_a_rule_that_raises(tmp_path: Path) -> None:
     found = [r for r in result.report.refusals if r.rule == "zero"]
     assert {r.node for r in found} == set(LAYERS)
     assert all("internal error in rule 'zero' at node" in r.reason and "report" in r.reason for r in found)
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         plain = onnxrank.optimize(model, request=["user"])
     assert plain.model.graph == result.model.graph
 

@@ -10,7 +10,7 @@ import pytest
 from onnxrank.rules import RULES
 
 from onnxrank import cli
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 from onnxrank.rulebook import COSTS, explain, page_of
 
 README = Path(__file__).resolve().parents[2] / "README.md"

@@ -664,6 +664,20 @@ def test_scan_over_history() -> None:
     left_alone(model, ["hist"], "Scan")
 
 
+def test_scan_without_declared_shapes() -> None:
+    """onnxruntime infers no rank behind a Reshape to a computed shape, and refuses such a state of a Scan."""
+    model = mlp(
+        "(float[N,L,4] hist, float[N,M,4] other, float[N,4] item) => (float[N,1] y) {"
+        "t = Transpose<perm=[0,2,1]>(other) e = MatMul(hist, t) first = Gather<axis=0>(e, k0) k = Mul(first, nil)"
+        "o, all = Scan<num_scan_inputs=1, body = b (float[] s, float[] x)"
+        "=> (float[] s_out, float[] each) { s_out = Add(s, x) each = Identity(s_out) }>(k, e)"
+        f"a = ReduceSum<keepdims=0>(all, ax12) n1 = Unsqueeze(a, ax1) c = Concat<axis=1>(n1, item) {HEAD} }}",
+        opset=13, width=5, ax1=i64(1), ax12=i64(1, 2), nil=one(0.0), k0=np.array(0),
+    )  # fmt: skip
+    result = hold(model, ["hist", "other"], rules=("broadcast",))
+    assert not result.report.retreats and any(r.op == "Scan" and r.reason for r in result.report.refusals)
+
+
 def test_sequences() -> None:
     """SplitToSequence and back."""
     model = mlp(
@@ -1234,7 +1248,7 @@ def test_input_named_like_a_divided_one() -> None:
     )
     try:
         result = optimised(model, request=["X[0:3]"])
-    except onnxrank.pipeline.ModelError as e:
+    except onnxrank.errors.ModelError as e:
         assert "X.request" in str(e)
         return
     names = [i.name for i in result.model.graph.input]

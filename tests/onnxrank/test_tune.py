@@ -12,11 +12,16 @@ from helpers import Graph, run
 from onnx import ModelProto
 
 import onnxrank
-from onnxrank import pipeline, tune
+from onnxrank import tune
 from onnxrank.contract import stored_contract
 from onnxrank.errors import UsageError
+from onnxrank.passes import choosing, studying, timing
+from onnxrank.passes.job import Job
+from onnxrank.passes.options import Options
+from onnxrank.passes.reading import described, read
 from onnxrank.plans import Measured
 from onnxrank.roles import resolve
+from onnxrank.ruleset import choose_rules
 from onnxrank.verify import gate
 
 Clock = Callable[[ModelProto, int], float]
@@ -48,7 +53,7 @@ def tuned(clock: Clock, **options: Any) -> tuple[ModelProto, onnxrank.Result]:
         return tuple(Measured(n, r, r * 0.99, r * 1.01) for n in race.points for r in [clock(made, n)])
 
     model = ranker()
-    with mock.patch.object(tune.Race, "measure", measure), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(tune.Race, "measure", measure), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         return model, onnxrank.optimize(model, request=["user"], tune=1.0, **options)
 
 
@@ -129,11 +134,12 @@ def test_beyond_noise(measured: list[tuple[int, float, float, float]], found: bo
 def test_a_race() -> None:
     """Both models run, in one process, at every point; what cannot run is told."""
     model = ranker()
-    job = pipeline.Job(pipeline.read(model), resolve(pipeline.described(pipeline.read(model)), request=["user"]),
-                       pipeline.Options(span=(2, 8), rules=pipeline.choose_rules(None, (), ()), tune=0.01))  # fmt: skip
-    assert job.studied()
-    job.choose(job.candidates())
-    job.measure()
+    loaded = read(model)
+    options = Options(span=(2, 8), rules=choose_rules(None, (), ()), tune=0.01)
+    job = Job(loaded, resolve(described(loaded), request=["user"]), options)
+    assert studying.study(job)
+    choosing.choose(job, job.preparation.candidates())
+    timing.measure(job)
     assert [m.candidates for m in job.measured] == [4, 2, 8] or job.form is None
     assert all(m.low <= m.ratio <= m.high for m in job.measured)
 

@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 import onnxrank
-from onnxrank import pipeline
+from onnxrank.forms import Form
+from onnxrank.passes import choosing, preparation
 
 N = 512
 COUNTS = (0, 1, 2, 7)
@@ -47,10 +48,10 @@ Array = NDArray[np.float64]
 def forced(divided: bool = True) -> Iterator[None]:
     """Takes the form with or without the rule, whatever it costs."""
 
-    def seconds(self: pipeline.Form, *_: object) -> float:
+    def seconds(self: Form, *_: object) -> float:
         return float(self.uses("attention") != divided)
 
-    with mock.patch.object(pipeline.Form, "seconds", seconds), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(Form, "seconds", seconds), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         yield
 
 
@@ -759,7 +760,7 @@ def test_form_by_what_scales(by: str) -> None:
 @pytest.mark.parametrize("also", [False, True])
 def test_read_by_an_output(also: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that the caller reads are needed side by side."""
-    monkeypatch.setattr(pipeline, "_MUCH", float("inf"))  # fields are not taken apart as a sequence is
+    monkeypatch.setattr(preparation, "MUCH", float("inf"))  # fields are not taken apart as a sequence is
     given, g, x, z = squares(5, 2)
     p = g.op("Softmax", z, axis=-1)
     g.output(p, ["N", 7, 7])
@@ -794,7 +795,7 @@ def test_taken_where_it_pays(users: int, taken: bool) -> None:
     """The form that is predicted to be faster is taken, with or without the rule."""
     f = build(users, 2, How(2, "rows"), width=24)
     model = f.g.model()
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(model, request=patterns(f.given), check=False)
     assert ("Exp" in operators(result.model)) == taken
     assert_same_scores(model, result, f.given, counts=COUNTS, tolerance=5e-6)

@@ -23,7 +23,8 @@ from helpers import (
 )
 
 import onnxrank
-from onnxrank import pipeline
+from onnxrank.forms import Form
+from onnxrank.passes import choosing
 
 FORMS = ["affine", "plain"]
 
@@ -32,10 +33,10 @@ FORMS = ["affine", "plain"]
 def forced(form: str) -> Iterator[None]:
     """Takes the form with or without the rule, whatever it costs."""
 
-    def seconds(self: pipeline.Form, *_: object) -> float:
+    def seconds(self: Form, *_: object) -> float:
         return float(self.uses("cross") != (form == "affine"))
 
-    with mock.patch.object(pipeline.Form, "seconds", seconds):
+    with mock.patch.object(Form, "seconds", seconds):
         yield
 
 
@@ -281,7 +282,7 @@ def test_float64_agrees(users: int, items: int, head: str, form: str) -> None:
     """With any numbers, the algebra agrees to 1e-10 in float64 and float32 is no worse than the original."""
     made = Cross(users, items, scale=0.2 * (28 / (users + items)) ** 0.5, shuffled=True)
     made.head(made.layers("matmul", 3), users + items, head)
-    with forced(form), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with forced(form), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(made.g.model(), request=patterns(made.given), candidates=4096, check=True)
     assert result.changed and result.report.checks
     assert all(c.passed for c in result.report.checks)

@@ -25,7 +25,7 @@ from helpers import (
 from onnx import helper
 
 import onnxrank
-from onnxrank import pipeline
+from onnxrank.passes import preparation
 
 N = 512
 
@@ -267,7 +267,7 @@ def test_stack_of_both_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     g.output(g.op("MatMul", g.op("Flatten", z), g.const(whole_numbers(27, 2))), ["N", 2])
     result = optimised(g, given)
     assert result.report.after["request"].macs == 3 * 3 * 2 + 9 * 2
-    monkeypatch.setattr(pipeline, "_MUCH", float("inf"))
+    monkeypatch.setattr(preparation, "MUCH", float("inf"))
     result = optimised(g, given)
     assert rules(result)["dot"] == 1
     assert result.report.after["request"].macs == 3 * 3 * 2 + 9 * 2

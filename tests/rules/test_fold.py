@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from onnxrank.rules.fold import Fold
 
 import onnxrank
-from onnxrank import pipeline
+from onnxrank.passes import choosing
 
 N = 512
 USER, ITEM, D = 12, 3, 4
@@ -492,7 +492,7 @@ def test_float64_agrees(form: object) -> None:
     rng = np.random.default_rng(0)
     h = g.op("Sigmoid", g.op("MatMul", g.op("Flatten", y), g.const(rng.normal(size=(pairs * D, 16)))))
     g.output(g.op("MatMul", h, g.const(rng.normal(size=(16, 1)))), ["N", 1])
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(g.model(), request=patterns(given), candidates=N, check=True)
     items = 0 if form is crossed else ITEM * (ITEM - 1) // 2
     assert result.report.after["candidate"].macs == N * ((ITEM + items) * D * 16 + 16)

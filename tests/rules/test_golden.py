@@ -12,7 +12,7 @@ import textform
 from modelkit import compare
 from onnxrank.rules import RULES
 
-from onnxrank.rewrite import Rule
+from onnxrank.rule import Rule
 from onnxrank.rulebook import page_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -33,7 +33,9 @@ from onnx import ModelProto, TensorProto
 from onnxrank.rules.history import Masks
 
 import onnxrank
-from onnxrank import pipeline, runtime
+from onnxrank import runtime
+from onnxrank.forms import Form
+from onnxrank.passes import choosing
 from onnxrank.values import extents
 from onnxrank.verify.truth import Truth
 
@@ -202,10 +204,10 @@ def assert_agrees(model: ModelProto, result: onnxrank.Result, given: Sequence[Gi
 def forced() -> Iterator[None]:
     """Takes the form with most of the rules, whatever it costs: small models are cheapest as they are."""
 
-    def seconds(self: pipeline.Form, *_: object) -> float:
+    def seconds(self: Form, *_: object) -> float:
         return -float(self.uses("history")) - float(self.uses("attention"))
 
-    with mock.patch.object(pipeline.Form, "seconds", seconds):
+    with mock.patch.object(Form, "seconds", seconds):
         yield
 
 
@@ -443,7 +445,7 @@ def test_float32() -> None:
     """The check passes, as it is and in float64."""
     e = Encoder(layers=2, heads=2, norm="pre", length=12)
     model = e.model(FORMS["or, least, sees itself"](e))
-    with forced(), mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with forced(), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(model, request=patterns(e.given), check=True)
     assert "history" in rules(result)
     assert result.report.checks and all(c.passed for c in result.report.checks)

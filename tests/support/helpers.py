@@ -16,12 +16,13 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxrank
 from onnxrank import model as files
-from onnxrank import pipeline
 from onnxrank.facts import Setting
-from onnxrank.pipeline import Study, Transformation
+from onnxrank.passes import choosing
 from onnxrank.rewrite import Rewrite
 from onnxrank.roles import resolve
 from onnxrank.ruleset import choose_rules
+from onnxrank.study import Study
+from onnxrank.transform import Transformation
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -226,7 +227,7 @@ def assert_same_scores(
 
 def rewritten(model: Any, **options: Any) -> onnxrank.Result:
     """Optimises, unchecked and whether or not it pays: test models are too small to be worth it."""
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         return onnxrank.optimize(model, check=False, **options)
 
 

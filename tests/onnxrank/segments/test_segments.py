@@ -17,8 +17,8 @@ from sequences import FAR, INF, LENGTHS, D, Sequence
 import onnxrank
 from onnxrank import feeds as declared
 from onnxrank import model as files
-from onnxrank import pipeline
 from onnxrank.errors import UsageError
+from onnxrank.passes import choosing
 from onnxrank.plans import SEGMENTS
 from onnxrank.roles import resolve
 from onnxrank.segments import spans
@@ -432,7 +432,7 @@ def test_what_fails_the_check_is_joined_again(monkeypatch: pytest.MonkeyPatch) -
     g.nodes.insert(0, helper.make_node("Squeeze", ["c", g.ints(1)], ["c_row"]))
     model = g.model()
     monkeypatch.setattr(spans, "hides", lambda *_: True)
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0):
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         result = onnxrank.optimize(model, request=patterns(s.given), check="quick")
     assert [r.rule for r in result.report.retreats] == [SEGMENTS]
     assert result.changed, "the tower still runs once"

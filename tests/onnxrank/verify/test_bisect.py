@@ -15,10 +15,11 @@ from helpers import Graph, candidate, request, rewritten, whole_numbers
 from mutants import FOLDER, MUTANTS
 
 import onnxrank
-from onnxrank import pipeline
 from onnxrank.errors import CheckFailed
 from onnxrank.feeds import describe
+from onnxrank.forms import Form
 from onnxrank.model import load
+from onnxrank.passes import choosing
 from onnxrank.roles import resolve
 from onnxrank.study import Study
 from onnxrank.verify import Options, verify
@@ -92,7 +93,7 @@ def test_operators_that_were_written_out(tmp_path: Path) -> None:
     study = Study(model, resolve(describe(model), request=["u"]), load(model))
     node = next(n.name for n in study.written_out([h]).model.graph.node if n.op_type == "Gemm")
     (tmp_path / "broken.py").write_text(RULE.format(node=node))
-    with mock.patch.object(pipeline.Form, "seconds", lambda self, *_: -float(len(self.study.model.graph.node))):
+    with mock.patch.object(Form, "seconds", lambda self, *_: -float(len(self.study.model.graph.node))):
         made = rewritten(model, request=["u"], extra_rules=[tmp_path / "broken.py"])
     assert [s.op for s in made.plan.written_out] == ["FusedGemm"]
     found = verify(model, made.model, Options(level="quick", bisect=True, rules=[tmp_path / "broken.py"]))
@@ -104,7 +105,7 @@ def test_optimize_refuses_a_broken_rule(tmp_path: Path) -> None:
     """The same engine checks what `optimize` makes; nothing is written."""
     (tmp_path / "broken.py").write_text(RULE.format(node="/experts.1/experts.1.0/Gemm"))
     path, out = FOLDER / "mmoe.torchscript.onnx", tmp_path / "out.onnx"
-    with mock.patch.object(pipeline, "_LEAST_GAIN", 0.0), pytest.raises(CheckFailed, match="algebra") as e:
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0), pytest.raises(CheckFailed, match="algebra") as e:
         onnxrank.optimize(path, request=["user_*"], extra_rules=[tmp_path / "broken.py"], strict=True).save(out)
     assert e.value.report is not None and not all(c.passed for c in e.value.report.checks)
     assert {c.candidates for c in e.value.report.checks} == {0, 1, 2, 17, 512} and not out.exists()
