@@ -378,7 +378,7 @@ def _in_turns(*runs: Callable[[], object]) -> tuple[float, ...]:
 def joined_all(given: argparse.Namespace) -> int:
     """`--batch`: a table, and geometric means."""
     points = [(int(r), int(n)) for r, _, n in (p.partition("x") for p in given.batch.split(","))]
-    how = BatchOptions(given.interface, given.rows)
+    how = BatchOptions(given.interface, given.rows, turns=not given.no_turns)
     models = sorted(given.model.glob("*.onnx")) if given.model.is_dir() else [given.model]
     rows: list[Joined] = []
     for path in models:
@@ -527,6 +527,7 @@ def main() -> int:
     parser.add_argument("--batch", metavar="RxN,…", help="several requests per call instead of a trace")
     parser.add_argument("--interface", default="batch")
     parser.add_argument("--rows", default="lengths")
+    parser.add_argument("--no-turns", action="store_true", help="with --batch: no loop over requests in the model")
     given = parser.parse_args()
     if given.batch is not None:
         return joined_all(given)
