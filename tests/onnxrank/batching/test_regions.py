@@ -75,6 +75,13 @@ def test_scores_are_those_of_single_requests(form: dict[str, str], monkeypatch: 
                 assert found["score"].shape == (0, 1)
 
 
+def test_it_passes_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 too, which what a loop collects takes part in."""
+    monkeypatch.setattr(regions._Choice, "_gain", lambda self, k: 1.0)
+    made = batch(_attention(6), request=["history"], check="quick")
+    assert _loops(made.model) and made.report.checks
+
+
 def _chosen(ops: Sequence[tuple[str, str]], sizes: dict[str, int]) -> list[frozenset[int]]:
     nodes = [helper.make_node("Relu" if " " not in i else "Add", i.split(), [o]) for i, o in ops]
     tensors = {
