@@ -290,7 +290,7 @@ class Turns:
         return self._node("Slice", [t.name, *ends, self.writer.constant([t.rows.axis])], t.name)
 
     def _bound(self, k: int, inner: Size) -> str:
-        """Where the candidates of a request begin, or end, int64 [1]."""
+        """Where the candidates of a request begin, or end, or how many these are, int64 [1]."""
         key = f"{k}/{inner}"
         if key not in self._made:
             column = self._made.get("turn") or self._node("Reshape", [self.turn, self.writer.constant([1])], "turn")
@@ -311,7 +311,9 @@ class Turns:
         before, behind = self._fresh(f"{name}/before"), self._fresh(f"{name}/behind")
         self.body.input.append(helper.make_tensor_sequence_value_info(before, kind, None))
         self.body.output.append(helper.make_tensor_sequence_value_info(behind, kind, None))
-        self.body.node.append(helper.make_node("SequenceInsert", [before, own], [behind], name=behind))
+        ends = [self.writer.constant([0]), self._bound(2, t.rows.inner)]
+        cut = self._node("Slice", [own, *ends, self.writer.constant([t.rows.axis])], name)
+        self.body.node.append(helper.make_node("SequenceInsert", [before, cut], [behind], name=behind))
         return self.emit.add("SequenceConstruct", [nothing], hint=name)
 
 
