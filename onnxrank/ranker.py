@@ -316,6 +316,8 @@ class Ranker:
         if self.contract.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"{home / CONTRACT_FILE} is not a contract of version {SCHEMA_VERSION}")
         models = self.contract["models"]
+        if "rows" in models["candidate"]:
+            raise ValueError(f"the candidate model in {home} takes several requests per call: split without --rows")
         self._request, self._candidate = (
             _session(home / models[part]["file"], threads, providers) for part in ("request", "candidate")
         )

@@ -73,6 +73,7 @@ def optimize(
     rows: str,
     rows_name: str | None,
     requests: int,
+    no_turns: bool,
     no_guard: bool,
     pack_inputs: bool,
     candidates: int | tuple[int, int],
@@ -113,7 +114,7 @@ def optimize(
     if out is not None and not dry_run:
         check_output(out)
     given = given_roles(ctx, request, roles, infer_roles)
-    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard, pack_inputs)
+    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard, not no_turns, pack_inputs)
     if plan is not None and ctx.get_parameter_source("tune") is not click.core.ParameterSource.COMMANDLINE:
         tune = 0.0  # a plan decides all that timing would
     with show_progress(quiet, verbose) as progress:
@@ -147,7 +148,14 @@ def optimize(
 
 
 def _entry(
-    ctx: click.Context, interface: str, rows: str, name: str | None, requests: int, guard: bool, pack: bool
+    ctx: click.Context,
+    interface: str,
+    rows: str,
+    name: str | None,
+    requests: int,
+    guard: bool,
+    turns: bool,
+    pack: bool,
 ) -> Callable[..., Result]:
     """What makes a model with this interface."""
     if interface in ("batch", "padded"):
@@ -155,8 +163,8 @@ def _entry(
             raise click.UsageError("--pack-inputs is for --interface request and same, and for split.", ctx)
         from onnxrank.batching.engine import Options, batch
 
-        return partial(batch, options=Options(interface, rows, name, requests, guard))
-    for option in ("rows", "rows_name", "requests"):
+        return partial(batch, options=Options(interface, rows, name, requests, guard, turns))
+    for option in ("rows", "rows_name", "requests", "no_turns"):
         if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{option.replace('_', '-')} is for --interface batch and padded.", ctx)
     from onnxrank import optimize, pack_inputs

@@ -150,7 +150,13 @@ BATCH_OPTIONS = (
         default=8,
         show_default=True,
         metavar="R",
-        help="With --interface batch or padded: expected number of requests per call, for the report.",
+        help="With --interface batch or padded: expected number of requests per call, which costs depend on.",
+    ),
+    click.option(
+        "--no-turns",
+        is_flag=True,
+        help="With --interface batch or padded: no loop over requests for nodes that do not gain from several at once "
+        "on a CPU. For models that run on a GPU.",
     ),
 )
 PACK_OPTION = click.option(

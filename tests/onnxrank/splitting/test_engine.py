@@ -20,7 +20,7 @@ from onnx import ModelProto, TensorProto, helper
 from split_models import feeds, history_model, numbers, ranker_model
 
 import onnxrank
-from onnxrank import halves, ranker
+from onnxrank import batches, halves, ranker
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.splitting import Options, Split, split
 from onnxrank.splitting.engine import Job
@@ -644,3 +644,65 @@ def test_inputs_side_by_side(tmp_path: Path, form: str) -> None:
         text = (out / "ranker.py").read_text()
         assert "    user_1: int64 [1, 1]\n" in text
         assert "request.ids: int64 [1, 3], columns user_0, user_1, user_2" in text
+
+
+# --- several requests per call ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["lengths", "offsets", "index"])
+@pytest.mark.parametrize("how", [{}, {"state": "packed"}, {"guard": False}])
+def test_the_candidate_model_takes_several_states(tmp_path: Path, rows: str, how: dict[str, Any]) -> None:
+    model = ranker_model()
+    made = _split(model, tmp_path / "out", rows=rows, **how)
+    jsonschema.validate(json.loads((tmp_path / "out" / "contract.json").read_text()), CONTRACT)
+    told = batches.convention(made.candidate)
+    assert told is not None and told == made.contract["models"]["candidate"]["rows"]
+    for counts in ([3], [2, 0, 5, 1]):
+        every = [feeds(n, seed=10 * k) for k, n in enumerate(counts)]
+        single = [{**run(made.request, request), **candidates} for _, request, candidates in every]
+        got = batches.parted(told, run(made.candidate, batches.joined(told, single)), counts)
+        for (whole, _, _), found, n in zip(every, got, counts, strict=True):
+            want = run(model, whole)["score"] if n else np.zeros((0, 1))
+            np.testing.assert_array_equal(found["score"], want)
+    assert verify(model, tmp_path / "out", options=Checks(level="quick")).passed
+
+
+def test_one_stale_state_among_several(tmp_path: Path) -> None:
+    """Its own scores are NaN, and nobody else's."""
+    made = _split(ranker_model(), tmp_path / "out", rows="lengths")
+    told = batches.convention(made.candidate)
+    assert told is not None
+    single = [{**run(made.request, r), **c} for _, r, c in (feeds(3, seed=k) for k in range(3))]
+    feed = batches.joined(told, single)
+    want = run(made.candidate, feed)["score"]
+    feed["state_version"] = feed["state_version"] + np.array([[0], [1], [0]])
+    got = run(made.candidate, feed)["score"]
+    assert np.isnan(got[3:6]).all()
+    np.testing.assert_array_equal(np.delete(got, range(3, 6), 0), np.delete(want, range(3, 6), 0))
+
+
+def test_states_whose_length_varies(tmp_path: Path) -> None:
+    model = history_model()
+    made = _split(model, tmp_path / "out", "history", rows="index")
+    told = batches.convention(made.candidate)
+    assert told is not None
+    counts, histories = [2, 4], [numbers(1, 6, 4, seed=k) for k in range(2)]
+    items = [numbers(n, 4, seed=9 + n) for n in counts]
+    single = [{**run(made.request, {"history": h}), "item": i} for h, i in zip(histories, items, strict=True)]
+    got = batches.parted(told, run(made.candidate, batches.joined(told, single)), counts)
+    for h, i, found in zip(histories, items, got, strict=True):
+        want = run(model, {"history": np.repeat(h, len(i), 0), "item": i})["score"]
+        np.testing.assert_array_equal(found["score"], want)
+
+
+@pytest.mark.parametrize("options", [{"format": "python", "rows": "lengths"}, {"format": "triton", "rows": "index"},
+                                     {"rows": "triton"}, {"rows": "counts"}])  # fmt: skip
+def test_rows_that_a_format_does_not_have(options: Mapping[str, Any]) -> None:
+    with pytest.raises(UsageError, match="rows"):
+        Options(**options)
+
+
+def test_the_module_for_one_request_says_so(tmp_path: Path) -> None:
+    _split(ranker_model(), tmp_path / "out", rows="lengths")
+    with pytest.raises(ValueError, match="several requests"):
+        ranker.Ranker(tmp_path / "out")
