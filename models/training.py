@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +52,7 @@ def fit(
     decay: float = 0.0,
     wrap: Callable[[Optimiser, int], Stepped] | None = None,
     checkpoint: Path | None = None,
+    watch: Callable[[], float] | None = None,
     told: str | None = None,
 ) -> list[float]:
     """Trains by Adam under a one-cycle schedule; the module ends in eval mode.
@@ -67,6 +69,8 @@ def fit(
         wrap: Gets the optimiser and the number of steps, and gives what is stepped in its place.
         checkpoint: A file that is written after every epoch; where it is there already, training goes on from it, to
             the same bits as without the break.
+        watch: Judges the module after every epoch, on rows that are not trained on; it ends as it was when that was
+            largest.
         told: What the progress bar says; none is shown without, or where there is no terminal.
 
     Returns:
@@ -79,13 +83,14 @@ def fit(
     stepped: Stepped = wrap(optimiser, epochs * each) if wrap else optimiser
     generator = torch.Generator().manual_seed(seed)
     found: list[float] = []
+    best: dict[str, Any] = {"value": -math.inf, "module": {}}
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         for part, name in ((module, "module"), (stepped, "stepped"), (schedule, "schedule")):
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
-        found = state["losses"]
+        found, best = state["losses"], state["best"]
     module.train()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -103,11 +108,25 @@ def fit(
                 lost += loss.item() * len(index)
                 progress.advance(shown)
             found.append(lost / count)
+            if watch is not None:
+                best = _better(module, watch, best)
             if checkpoint is not None:
-                state = {"module": module.state_dict(), "stepped": stepped.state_dict(), "losses": found}
+                state = {"module": module.state_dict(), "stepped": stepped.state_dict(), "losses": found, "best": best}
                 state |= {"schedule": schedule.state_dict(), "generator": generator.get_state()}
                 beside = checkpoint.with_name(f"{checkpoint.name}.new")
                 torch.save({**state, "torch": torch.get_rng_state()}, beside)
                 beside.replace(checkpoint)
+    if watch is not None:
+        module.load_state_dict(best["module"])
     module.eval()
     return found
+
+
+def _better(module: nn.Module, watch: Callable[[], float], best: dict[str, Any]) -> dict[str, Any]:
+    """The module as it stands, if it is better than the best so far."""
+    module.eval()
+    value = watch()
+    module.train()
+    if value <= best["value"]:
+        return best
+    return {"value": value, "module": {k: v.clone() for k, v in module.state_dict().items()}}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxrank.analysis import Analysis, analyse
     from onnxrank.inspection.engine import inspect
+    from onnxrank.packer import pack_inputs
     from onnxrank.passes.emission import Result
     from onnxrank.passes.reading import read
     from onnxrank.pieces import emit, gate, plan
@@ -35,6 +36,7 @@ __all__ = [
     "gate",
     "inspect",
     "optimize",
+    "pack_inputs",
     "plan",
     "profile",
     "read",
@@ -54,6 +56,7 @@ _HOME = {
     "gate": "pieces",
     "inspect": "inspection.engine",
     "optimize": "pipeline",
+    "pack_inputs": "packer",
     "plan": "pieces",
     "profile": "profiling.engine",
     "read": "passes.reading",

@@ -23,6 +23,8 @@ from onnxrank.model import LoadedModel
 Feed = dict[str, NDArray[Any]]
 INTERFACES = ("batch", "padded")
 """Interfaces of several requests per call."""
+NODE = "onnxrank/requests"
+"""Name of the `If` between the nodes for one request and those for several."""
 
 
 def convention(model: ModelProto) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
-"""Columns of embedding tables that say nothing: constant ones, and such as are equal to others.
+"""Columns of embedding tables that other columns tell: constant ones, equal ones, and combinations of others.
 
-A column that is the same in all rows is a constant of the layers that read it, and goes into their biases. Of columns
-that are equal one is kept, and the others' weights are added to its own. That is done where all that a lookup goes to
-is layers, with nothing but concatenation and flattening between.
+Where all that a lookup goes to is layers, with nothing but concatenation and flattening between, `(z B + m) W` is
+`z (B W) + m W`: layers read `z`, which has fewer columns. Of a table some columns of which are constant, and some
+equal, `B` says which column is which, and `m` has the constants.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -61,12 +62,41 @@ def pack_columns(net: Network, most: int | None, allowed: Callable[[Table], bool
         if keep.all() or not keep.any():
             continue
         shapes = _shapes(net) if shapes is None else shapes
-        ways = _ways(net, table, shapes)
+        ways = _ways(net, [n.output[0] for n in table.nodes], table.shape[1], shapes)
         if ways is not None:
-            _cut(net, table, ways, like, keep)
+            back = (np.flatnonzero(keep)[:, None] == like[None, :]).astype(np.float64)
+            _narrow(net, ways, back, np.where(like < 0, data[0], 0.0).astype(np.float64), "pack")
+            name = net.constant(data[:, keep], f"{table.weight}.packed")
+            for node in table.nodes:
+                node.input[0] = name
+            net.renewed()
             shapes = None
             out.append((table, int((~keep).sum())))
     return out
+
+
+def fold(net: Network, made: str, low: str, back: NDArray[Any], mean: NDArray[Any], method: str) -> list[str]:
+    """Has layers read `low` instead of `low @ back + mean`, in place.
+
+    Args:
+        net: The model.
+        made: The tensor that is that sum.
+        low: `[..., columns]`, of fewer columns.
+        back: `[columns, width]`.
+        mean: `[width]`.
+        method: What does it.
+
+    Returns:
+        The layers' inputs, once for every time that they read it; none where something else reads it.
+    """
+    ways = _ways(net, [made], back.shape[1], _shapes(net))
+    if ways is None:
+        return []
+    _narrow(net, ways, back.astype(np.float64), mean.astype(np.float64), method)
+    for node in net.readers[made]:
+        node.input[list(node.input).index(made)] = low
+    net.renewed()
+    return [layer.inputs[0] for layer, places in ways.layers.values() for _ in places]
 
 
 def _like(data: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -75,6 +105,8 @@ def _like(data: NDArray[np.float32]) -> NDArray[np.int64]:
     if len(data) < 2 or not np.isfinite(data).all():
         return like
     some = data[:_SOME]
+    if len(np.unique(some[0])) == len(like) and (some != some[0]).any(0).all():
+        return like  # no two are equal in the first row, and none has one number
     _, first, back = np.unique(some, axis=1, return_index=True, return_inverse=True)
     for k, j in enumerate(first[back.reshape(-1)]):
         if (some[:, k] == some[0, k]).all() and (data[:, k] == data[0, k]).all():
@@ -95,11 +127,11 @@ def _shapes(net: Network) -> Shapes:
     }
 
 
-def _ways(net: Network, table: Table, shapes: Shapes) -> _Ways | None:
-    """Where the columns go, where that is layers only."""
+def _ways(net: Network, tensors: Sequence[str], columns: int, shapes: Shapes) -> _Ways | None:
+    """Where the columns of some tensors go, where that is layers only."""
     found = _Ways()
     layers = {id(n): p for p in net.products() for n in p.nodes}
-    waiting = [(n.output[0], [0], table.shape[1]) for n in table.nodes]
+    waiting = [(t, [0], columns) for t in tensors]
     while waiting:
         tensor, places, width = waiting.pop()
         readers = net.readers.get(tensor, [])
@@ -145,34 +177,26 @@ def _through(
     return None
 
 
-def _cut(net: Network, table: Table, ways: _Ways, like: NDArray[np.int64], keep: NDArray[np.bool_]) -> None:
-    """Takes columns out of a table and of what reads it."""
-    data = net.array(table.weight)
-    assert data is not None
+def _narrow(net: Network, ways: _Ways, back: NDArray[np.float64], mean: NDArray[np.float64], method: str) -> None:
+    """Has layers read `z` where they read `z @ back + mean`; whoever gives that is to give `z`."""
+    columns, width = back.shape
     for layer, places in ways.layers.values():
-        weight = net.matrix(layer)
-        made, left = weight.astype(np.float64), np.ones(len(weight), bool)
+        weight = net.matrix(layer).astype(np.float64)
+        parts, at = [], 0
         shift = np.zeros(weight.shape[1])
-        for start in places:
-            for k in np.flatnonzero(~keep):
-                row = weight[start + k].astype(np.float64)
-                left[start + k] = False
-                if like[k] < 0:
-                    shift += float(data[0, k]) * row
-                else:
-                    made[start + like[k]] += row
-        net.shift(layer, shift, "pack")
-        net.set_matrix(layer, made[left].astype(weight.dtype))
-    gone = int((~keep).sum())
-    for node, count, width in ways.flattened:
+        for start in sorted(places):
+            block = weight[start : start + width]
+            parts += [weight[at:start], back @ block]
+            shift += mean @ block
+            at = start + width
+        net.shift(layer, shift, method)
+        net.set_matrix(layer, np.concatenate([*parts, weight[at:]]).astype(net.matrix(layer).dtype))
+    for node, count, inner in ways.flattened:
         if operator(node) == "Reshape":
             target = net.array(node.input[1])
             assert target is not None
-            if target[-1] == width:
-                shape = np.concatenate([target[:-1], [width - count * gone]]).astype(np.int64)
+            if target[-1] == inner:
+                shape = np.concatenate([target[:-1], [inner - count * (width - columns)]]).astype(np.int64)
                 node.input[1] = net.constant(shape, f"{node.output[0]}.shape")
-    name = net.constant(data[:, keep], f"{table.weight}.packed")
-    for node in table.nodes:
-        node.input[0] = name
     net.resized(ways.tensors)
     net.renewed()

@@ -126,6 +126,8 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
         raise ModelError(
             f"The model takes several requests per call (interface {interface}). Give the original instead."
         )
+    if contract.get("packed"):
+        raise ModelError("The model takes its inputs side by side (--pack-inputs). Give the original instead.")
     if interface not in ("request", "same"):
         raise ModelError(f"The stored interface {interface!r} is not known. Optimise the original model again.")
     odd = next((r for r in before.values() if bool(r.request) != (r.level == "mixed")), None)

@@ -9,8 +9,9 @@ from math import prod
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.extents import evaluate
-from onnxrank.facts import Facts
+from onnxrank.facts import Extent, Facts
 from onnxrank.graphs import attribute, einsum_terms
+from onnxrank.moves import one_by_one
 from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
 from onnxrank.values import CANDIDATES, is_candidate_symbol
@@ -113,6 +114,7 @@ CPU = Target(
         "copy": Rate(_STEP, 0.040e-9, run=2.0e-9),
         "expand": Rate(_STEP, 0.031e-9, run=3.1e-9),
         "transpose": Rate(_STEP, 0.031e-9, run=0.45e-9),
+        "permute": Rate(_STEP, 0.031e-9, run=2.3e-9),
         "exchange": Rate(_STEP, 0.029e-9, run=8.2e-9),
         "reduce": Rate(_STEP, 0.031e-9, run=4.7e-9),
         "reduce across": Rate(_STEP, 0.029e-9, run=9.9e-9),
@@ -138,15 +140,19 @@ class Shapes:
         inputs: Extents of the inputs.
         symbols: Values of the symbols.
         types: Element types.
-        seconds: Predicted times of the nodes that were asked for, by the first tensor they give.
+        seconds: Predicted times of the nodes that were asked for, by the first tensor they give; under an empty name,
+            that of all of them.
     """
 
     facts: Facts
     initializers: Mapping[str, tuple[int, ...]]
-    inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]]
+    inputs: Mapping[str, tuple[Extent, ...]]
     symbols: Mapping[str, int]
     types: Mapping[str, int] = field(default_factory=dict)
     _known: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sizes: dict[tuple[Extent, ...], tuple[int, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, candidates: int) -> Shapes:
@@ -178,7 +184,9 @@ class Shapes:
         found = self.facts.extents.get(name) or self.inputs.get(name)
         if found is None:
             return None
-        return tuple(c * prod(self.symbol(s) for s in syms) for c, syms in found)
+        if found not in self._sizes:
+            self._sizes[found] = tuple(c * prod(self.symbol(s) for s in syms) for c, syms in found)
+        return self._sizes[found]
 
     def per_candidate(self, name: str) -> bool:
         """Whether a tensor has rows of candidates."""
@@ -200,18 +208,22 @@ def _macs(node: NodeProto, shape: ShapeOf) -> int:
 
 def node_bytes(node: NodeProto, shapes: Shapes) -> int:
     """Bytes that a node writes."""
-    if Trait.FREE in traits(node):
-        return 0
-    return sum(shapes.width(o) * prod(s) for o in node.output if o and (s := shapes.shape(o)) is not None)
+    return 0 if Trait.FREE in traits(node) else _written(node, shapes)
+
+
+def _written(node: NodeProto, shapes: Shapes) -> int:
+    """Bytes of what a node gives."""
+    found = [(o, shapes.shape(o)) for o in node.output if o]
+    return sum([shapes.width(o) * prod(s) for o, s in found if s is not None])
 
 
 def billed(node: NodeProto, shapes: Shapes) -> Bill:
     """What a node is billed for."""
-    op, what, shape = operator(node), traits(node), shapes.shape
+    what, op, shape = traits(node), operator(node), shapes.shape
     if Trait.FREE in what:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
-    written = node_bytes(node, shapes)
+    written = _written(node, shapes)
     if what & _COUNTED:
         macs = _macs(node, shape)
         if Trait.RECURRENT in what:
@@ -238,7 +250,9 @@ def billed(node: NodeProto, shapes: Shapes) -> Bill:
         order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
-        return Bill("transpose" if run == 1 else "exchange", written, entries // max(1, run))
+        if run > 1:
+            return Bill("exchange", written, entries // run)
+        return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
     if Trait.FUNCTION in what:
         return Bill("power" if op == "Pow" else "function", written)
     if Trait.ROWS in what:
@@ -303,8 +317,7 @@ def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
     return max(1, entries // max(1, prod(out[last + (op == "Expand") :])))
 
 
-def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]],
-              candidates: int) -> Shapes:  # fmt: skip
+def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[Extent, ...]], candidates: int) -> Shapes:
     """Shapes at a number of candidates; other symbols are taken as `LENGTH`."""
     graph = model.graph
     initializers = {t.name: tuple(t.dims) for t in graph.initializer}
@@ -424,4 +437,6 @@ def _joined(graph: GraphProto, shapes: Shapes) -> set[str]:
 
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
-    return CPU.call + sum(map(CPU.seconds, bills(graph, shapes)))
+    if "" not in shapes.seconds:
+        shapes.seconds[""] = CPU.call + sum(map(CPU.seconds, bills(graph, shapes)))
+    return shapes.seconds[""]

@@ -113,7 +113,7 @@ def find(forms: Sequence[Form], single: Seconds, original: Seconds, span: tuple[
 
     if behind(single) <= NEAR:
         return None
-    pairs = list(_pairs(min(known, key=lambda f: f.time(span[1])), span))
+    pairs = list(_pairs(sorted(known, key=lambda f: f.time(span[1])), span))
     found = min(pairs, key=lambda p: behind(p.time), default=None)
     if found is None or behind(found.time) * NEAR > behind(single) or found.model() is None:
         return None
@@ -126,17 +126,24 @@ def _points(span: tuple[int, int]) -> Iterator[int]:
     yield from dict.fromkeys(round(low * (high / low) ** (k / (_POINTS - 1))) for k in range(_POINTS))
 
 
-def _pairs(many: Form, span: tuple[int, int]) -> Iterator[Pair]:
-    """What may stand beside a plan for few candidates: less of it, down to the original."""
-    for few in _fewer(many, span[0]):
-        below = _crossing(few.time, many.time, span)
-        if below is not None:
-            yield Pair(few, many, below)
+def _pairs(known: Sequence[Form], span: tuple[int, int]) -> Iterator[Pair]:
+    """Plans, the best for many candidates first, and what may stand beside each for few.
+
+    That is another plan, or the original; beside the first one also less of it.
+    """
+    for many in known:
+        others = [f for f in known if f is not many and f.study is many.study]
+        for few in [*_fewer(many, span[0], many is known[0]), *others]:
+            below = _crossing(few.time, many.time, span)
+            if below is not None:
+                yield Pair(few, many, below)
 
 
-def _fewer(form: Form, candidates: int) -> Iterator[Form]:
-    """Ways that do less than another one, the least first: nothing, and what pays at a number of candidates."""
+def _fewer(form: Form, candidates: int, partly: bool) -> Iterator[Form]:
+    """Ways that do less than another one: nothing and, if `partly`, what pays at a number of candidates."""
     yield form.limited(())
+    if not partly:
+        return
     dear = [s.place for s in form.sites if s.taken and _costs_more(s.alternatives, s.chosen, candidates)]
     if dear:
         yield form.leaving(form.choice.leaving(dear))

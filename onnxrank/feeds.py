@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnxrank.facts import Setting
 from onnxrank.flow import Given, Walk
 from onnxrank.graphs import attribute, subgraphs
+from onnxrank.joint import limits
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.roles import InputInfo, InputRole, Roles, check_positions
 from onnxrank.transfers import uniform
@@ -159,9 +160,7 @@ class Maker:
         factors = [f for d in i.dims for f in (d or (1,))]
         shape = [f if isinstance(f, int) else setting.symbols[f] for f in factors]
         once = [1 if f == CANDIDATES else n for f, n in zip(factors, shape, strict=True)]
-        final = [
-            int(np.prod([f if isinstance(f, int) else setting.symbols[f] for f in d], dtype=np.int64)) for d in i.dims
-        ]
+        final = [prod(f if isinstance(f, int) else setting.symbols[f] for f in d) for d in i.dims]
         same = self._values(i, once, factors, rng)
         if i.role.level == "request":
             data = np.broadcast_to(same, shape)
@@ -218,12 +217,15 @@ def divided(declared: Sequence[Input], feed: Mapping[str, NDArray[Any]]) -> Feed
         if role.level == "candidate" or role.candidate_axis is None:
             out[i.name] = data
             continue
-        rows = data.reshape(-1, role.record) if role.record is not None else np.moveaxis(data, role.candidate_axis, 0)
-        if role.level == "request":
-            one = rows[:1]
-            out[i.name] = one.reshape(-1) if role.record is not None else np.moveaxis(one, 0, role.candidate_axis)
-            continue
-        if role.record is not None:
+        if role.level == "request" and role.record is None:
+            first = [slice(None)] * data.ndim
+            first[role.candidate_axis] = slice(1)
+            out[i.name] = data[tuple(first)]
+        elif role.record is not None:
+            rows = data.reshape(-1, role.record)
+            if role.level == "request":
+                out[i.name] = rows[:1].reshape(-1)
+                continue
             out[f"{i.name}.request"] = rows[:1, list(role.request)].reshape(-1)
             out[f"{i.name}.candidate"] = rows[:, list(i.candidate_positions)].reshape(-1)
         else:
@@ -372,8 +374,18 @@ class _Lookups:
             self.limit(self.codes[node.input[4]], 1, extents(dims)[0] + 1)
 
     def _gather(self, node: NodeProto) -> None:
+        found = limits(node.input[1], self._flow.producers, self._constant)
+        if found is not None:
+            self._joined(*found[:2])
         axis = attribute(node, "axis", 0)
         self.look_up(node.input[0], node.input[1], axis)
+
+    def _joined(self, ids: str, rows: NDArray[np.int64]) -> None:
+        """Ids of tables that are one by now: each within its own."""
+        codes = self.codes.get(ids)
+        if codes is not None:
+            most = np.broadcast_to(rows, codes.shape).astype(np.float64).reshape(-1)
+            self._limit(codes.reshape(-1), np.zeros(most.shape), most)
 
     def _gather_nd(self, node: NodeProto) -> None:
         ids = self._flow.shape_of(node.input[1])

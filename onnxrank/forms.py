@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto
 
 from onnxrank import cost
 from onnxrank.facts import Facts, derive
+from onnxrank.operators import operator
 from onnxrank.plans import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rule import Refusal, Rule, SiteFailed
@@ -144,6 +145,11 @@ class Form:
         """Whether a rule applied."""
         return rule in self.rewrite.rw.applied
 
+    def operators(self, rule: str) -> set[str]:
+        """The operators of the nodes that a rule took."""
+        rw = self.rewrite.rw
+        return {operator(rw.nodes[k]) for k, (name, _) in rw.taken.items() if name == rule}
+
     def shapes(self, candidates: int) -> cost.Shapes:
         """Shapes at a number of candidates."""
         assert self.model is not None
@@ -233,7 +239,11 @@ def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span
     out = [first]
     for rule in rules:
         if rule.forms is not None and first.uses(rule.name):
-            names = [f"form {k}" for k in range(1, len(rule.forms) + 1)]
+            taken = first.operators(rule.name)
+            ways = {f"form {k}": form for k, form in enumerate(rule.forms, 1)}
+            names = [
+                name for name, form in ways.items() if any(form.get(o) is not rule.operators.get(o) for o in taken)
+            ]
             choices = [replace(first.choice, forms={rule.name: name}) for name in names]
             choices.append(first.choice.leaving(rules=[rule.name]))
             out += [Form(study, rules, interface, guard, span, choice) for choice in choices]

@@ -9,6 +9,8 @@ from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, defs, helper
 
+_GRAPH, _GRAPHS = int(AttributeProto.GRAPH), int(AttributeProto.GRAPHS)
+
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     """Value of an attribute of a node."""
@@ -97,7 +99,8 @@ def captured_by(node: NodeProto) -> set[str]:
 
 def reads(node: NodeProto) -> set[str]:
     """The tensors that a node reads, in the graphs inside it, too."""
-    return {i for i in node.input if i} | captured_by(node)
+    own = {i for i in node.input if i}
+    return own | captured_by(node) if subgraphs(node) else own
 
 
 def dangling(model: ModelProto) -> tuple[NodeProto, str] | None:
@@ -157,11 +160,11 @@ def live(model: ModelProto) -> ModelProto:
 
 def subgraphs(node: NodeProto) -> list[GraphProto]:
     """Bodies of a control-flow node."""
-    out = []
+    out: list[GraphProto] = []
     for a in node.attribute:
-        if a.type == AttributeProto.GRAPH:
+        if a.type == _GRAPH:
             out.append(a.g)
-        elif a.type == AttributeProto.GRAPHS:
+        elif a.type == _GRAPHS:
             out.extend(a.graphs)
     return out
 

@@ -29,6 +29,8 @@ from onnxrank.values import (
 
 _MOST_BOXES = 16
 _LARGEST = 1 << 20
+COLUMNS = 16
+"""Columns of a product that a core makes at once: fewer take as long."""
 LARGE = 32
 """Entries per row from which on a tensor is not copied to lie beside others."""
 Orders = dict[int, NDArray[np.int64]]
@@ -184,8 +186,13 @@ class Grouping:
                 out[axis] = order
         return out
 
-    def narrowed(self, codes: Codes) -> Codes:
-        """The same entries, of products that have no other columns."""
+    def narrowed(self, codes: Codes, least: int = 1) -> Codes:
+        """The same entries, of products that have no other columns.
+
+        Args:
+            codes: The entries.
+            least: Columns of a product from which on it is made alone.
+        """
         out = codes.copy()
         numbers = source_numbers(codes)
         for s in self.sources.of(codes):
@@ -196,7 +203,7 @@ class Grouping:
             width = extents(s.dims)[-1] if extents(s.dims)[-1] > 1 else s.size
             row, column = np.divmod(offsets(codes[at]), width)
             columns: NDArray[np.int64] = np.unique(column)
-            if len(columns) < width:
+            if least <= len(columns) < width:
                 cut = codes_of(product.select_columns(columns)).reshape(-1)
                 out[at] = cut[row * len(columns) + np.searchsorted(columns, column)]
         return out

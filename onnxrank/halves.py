@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+from onnxrank import batches, ranker, runtime
 from onnxrank import model as files
-from onnxrank import ranker, runtime
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import ModelError
-from onnxrank.graphs import rename
+from onnxrank.graphs import names_in, rename
 from onnxrank.model import LoadedModel
 
 PARTS = ("request", "candidate")
@@ -78,7 +79,11 @@ def load(folder: str | os.PathLike[str]) -> LoadedModel:
                 f"{place} is not the model that {ranker.CONTRACT_FILE} was written with: its SHA-256 is another. Split "
                 "the model again."
             )
-        parts.append(found)
+        # A candidate model for several requests takes the state of one as well.
+        alone = batches.single(found)
+        for k in [k for k, p in enumerate(alone.proto.metadata_props) if p.key == CONTRACT][::-1]:
+            del alone.proto.metadata_props[k]
+        parts.append(alone)
     made = merged(
         *(_moved(p.proto, os.path.dirname(contract["models"][n]["file"])) for n, p in zip(PARTS, parts, strict=True))
     )
@@ -115,9 +120,9 @@ def merged(request: ModelProto, candidate: ModelProto) -> ModelProto:
     inputs = {i.name for i in request.graph.input}
     held = {t.name: t for t in candidate.graph.initializer}
     shared = {t.name for t in request.graph.initializer if t.name in held and t == held[t.name]}
-    taken = _tops(candidate.graph) - state
+    taken = names_in(candidate.graph) - state
     clashing = (_tops(request.graph) - state - inputs - shared) & taken
-    every = _tops(request.graph) | _tops(candidate.graph)
+    every = _tops(request.graph) | names_in(candidate.graph)
     names = {}
     for name in sorted(clashing):
         fresh = f"request/{name}"
@@ -164,6 +169,14 @@ def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 # --- one session of two ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Given:
+    """An input that a session takes side by side with others: its name, and its type in onnxruntime's words."""
+
+    name: str
+    type: str
+
+
 class Pair:
     """A session of both models, with what a session of onnxruntime has; the state goes through bytes.
 
@@ -178,14 +191,24 @@ class Pair:
     def __init__(self, folder: str | os.PathLike[str], **how: Any) -> None:
         self._contract = read_contract(folder)
         models = self._contract["models"]
-        self._request, self._candidate = (runtime.session(Path(folder) / models[part]["file"], **how) for part in PARTS)
+        places = [Path(folder) / models[part]["file"] for part in PARTS]
+        self._request = runtime.session(places[0], **how)
+        several = "rows" in models["candidate"]
+        alone = batches.single(files.load(places[1])).proto if several else places[1]
+        self._candidate = runtime.session(alone, places[1].parent if several else None, **how)
+        self._version = [1] * (1 + several)
         self._state = [t["name"] for t in self._contract["state"]["tensors"]]
+        self._packed: ranker.Matrices = self._contract["optimize"].get("packed", {})
 
     def get_inputs(self) -> list[Any]:
-        """The inputs of both that callers give."""
+        """The inputs of both that callers give, one by one."""
         given = {*self._state, ranker.VERSION}
         own = [i for i in self._candidate.get_inputs() if i.name not in given]
-        return [*self._request.get_inputs(), *own]
+        out: list[Any] = []
+        for i in (*self._request.get_inputs(), *own):
+            columns = self._packed.get(i.name, {}).get("columns")
+            out += [i] if columns is None else [_Given(c["name"], i.type) for c in columns]
+        return out
 
     def get_outputs(self) -> list[Any]:
         """The candidate model's outputs."""
@@ -199,12 +222,13 @@ class Pair:
     def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Runs the request model, brings its state to bytes and back, and runs the candidate model."""
         names = self._state + [ranker.VERSION] * self._contract["guard"]
+        feeds = ranker.matrices(self._packed, feeds)
         wanted = {i.name for i in self._request.get_inputs()}
         made = dict(zip(names, self._request.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
-        version = int(made.pop(ranker.VERSION)[0]) if self._contract["guard"] else self._contract[ranker.VERSION]
+        version = int(made.pop(ranker.VERSION).item()) if self._contract["guard"] else self._contract[ranker.VERSION]
         data = ranker.pack(self._contract, ranker.State(version, made))
         state = ranker.unpack(self._contract, data)
-        given = {**feeds, **state.tensors, ranker.VERSION: np.array([state.version], np.int64)}
+        given = {**feeds, **state.tensors, ranker.VERSION: np.full(self._version, state.version)}
         mine = {i.name for i in self._candidate.get_inputs()}
         return list(self._candidate.run(outputs, {k: v for k, v in given.items() if k in mine}))
 

@@ -7,7 +7,7 @@ the layout has no structure, one Gather over the flattened entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from math import prod
@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxrank.emitter import Emitter
 from onnxrank.extents import Call, Expr, bounds
+from onnxrank.moves import one_by_one
 from onnxrank.values import (
     HOLE,
     Codes,
@@ -205,8 +206,9 @@ class Layout:
         order = _native_order(np.split(codes, cuts, axis)[0], axis)
         if order is not None:
             back = [int(k) for k in np.argsort(order)]
-            name = self._make(codes.transpose(order), tuple(dims[k] for k in order))
-            return self.emit.add("Transpose", [name], {"perm": back})
+            turned = tuple(dims[k] for k in order)
+            name, have = self._turned(self._make(codes.transpose(order), turned), turned, back)
+            return self.reshape(name, have, dims)
         picked = self._picked(codes, dims, axis, len(cuts))
         if picked:
             return picked
@@ -398,10 +400,24 @@ class Layout:
         exchanged = self._exchanged(name, have, split, perm)
         if exchanged is not None:
             return exchanged
-        name = self.reshape(name, have, split)
-        if perm != list(range(len(perm))):
-            name = self.emit.add("Transpose", [name], {"perm": perm})
-        return name, tuple(split[p] for p in perm)
+        return self._turned(self.reshape(name, have, split), split, perm)
+
+    def _turned(self, name: str, have: Dims, perm: list[int]) -> tuple[str, Dims]:
+        """A tensor with its axes in another order; its physical shape groups them as is convenient.
+
+        Rows of candidates are moved axis by axis, which copies what lies between; all at once goes entry by entry.
+        Reshapes in between keep onnxruntime from making one Transpose of them again.
+        """
+        steps = one_by_one(tuple(perm))
+        if len(steps) < 2 or perm[-1] == len(perm) - 1 or not any(map(is_candidate_symbol, symbols(have))):
+            name = self.emit.add("Transpose", [name], {"perm": perm}) if steps else name
+            return name, tuple(have[p] for p in perm)
+        split, order = _side_by_side(have, perm)
+        for step in one_by_one(tuple(order)):
+            joined, turned = _side_by_side(split, step)
+            name = self.emit.add("Transpose", [self.reshape(name, have, joined)], {"perm": turned})
+            have, split = tuple(joined[p] for p in turned), tuple(split[p] for p in step)
+        return name, have
 
     def _exchanged(self, name: str, have: Dims, split: Dims, perm: list[int]) -> tuple[str, Dims] | None:
         """Rows and a few parts of narrow rows exchanged: cut and joined, which copies faster than a Transpose does.
@@ -443,9 +459,8 @@ class Layout:
         if order == sorted(order):
             return self.reshape(name, have, dims)
         split: Dims = tuple((factors[k],) for k in order)
-        name = self.reshape(name, have, split)
-        name = self.emit.add("Transpose", [name], {"perm": list(np.argsort(order))})
-        return self.reshape(name, tuple((f,) for f in factors), dims)
+        name, have = self._turned(self.reshape(name, have, split), split, [int(k) for k in np.argsort(order)])
+        return self.reshape(name, have, dims)
 
     # --- shapes ----------------------------------------------------------------------------------------------------
 
@@ -693,3 +708,25 @@ def _split_last(dims: Dims, size: int) -> Dims | None:
 
 def _range(n: int) -> Codes:
     return np.arange(n, dtype=np.int64)
+
+
+def _side_by_side(dims: Dims, perm: Sequence[int]) -> tuple[Dims, list[int]]:
+    """A shape and an order of its axes, with those that stay side by side as one, where that is a dimension."""
+    runs: list[list[int]] = []
+    for axis in perm:
+        if runs and axis == runs[-1][-1] + 1 and _joins([dims[k] for k in (*runs[-1], axis)]):
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    before = sorted(runs)
+    joined = tuple(canonical(f for k in run for f in dims[k]) for run in before)
+    return joined, [before.index(run) for run in runs]
+
+
+def _joins(dims: Sequence[Dim]) -> bool:
+    """Whether dimensions are one in canonical form."""
+    try:
+        canonical(f for d in dims for f in d)
+    except Unrepresentable:
+        return False
+    return True

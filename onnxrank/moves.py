@@ -6,8 +6,10 @@ rewrite, levels in the analysis, bounds of values, ids of inputs. Nobody else sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -326,3 +328,38 @@ def tile(p: Placed) -> list[Movement]:
             raise Unrepresentable("repeats along two factors at once")
         dims.append(canonical([*extra, c // have, *d]))
     return [Movement(tuple(dims), lambda x: np.tile(x, repeats))]
+
+
+@lru_cache(maxsize=4096)
+def one_by_one(order: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """A Transpose as Transposes that move one axis each, as few as there can be.
+
+    Where one axis moves, onnxruntime copies what lies between; where several do at once, it looks up every entry.
+
+    Args:
+        order: The order of the axes, as in `perm`.
+    """
+    now, steps = tuple(range(len(order))), []
+    while now != order:
+        # Whichever axis leaves the longest sequence of axes in the order that is wanted.
+        moved = [_moved(a, b, len(order)) for a in range(len(order)) for b in range(len(order)) if a != b]
+        best = max(moved, key=lambda step: _rising([order.index(now[k]) for k in step]))
+        steps.append(best)
+        now = tuple(now[k] for k in best)
+    return tuple(steps)
+
+
+def _moved(a: int, b: int, rank: int) -> tuple[int, ...]:
+    """The order of axes in which one has been brought to another place."""
+    out = list(range(rank))
+    out.insert(b, out.pop(a))
+    return tuple(out)
+
+
+def _rising(numbers: Sequence[int]) -> int:
+    """Length of the longest rising subsequence."""
+    ends: list[int] = []
+    for n in numbers:
+        at = bisect_left(ends, n)
+        ends[at : at + 1] = [n]
+    return len(ends)

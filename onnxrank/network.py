@@ -172,6 +172,20 @@ class Network:
             return np.transpose(inner, attribute(node, "perm"))
         return None
 
+    def stored(self, name: str) -> TensorProto | None:
+        """An initializer that callers cannot replace; None for others."""
+        return self._held.get(name)
+
+    def stack(self, names: Sequence[str], hint: str) -> str:
+        """Adds an initializer whose rows are those of others, one below the other, and returns its name."""
+        parts = [self._held[name] for name in names]
+        tensor = TensorProto(name=self.fresh(hint), data_type=parts[0].data_type)
+        tensor.dims.extend([sum(t.dims[0] for t in parts), *parts[0].dims[1:]])
+        tensor.raw_data = b"".join(t.raw_data or numpy_helper.from_array(tensor_data(t)).raw_data for t in parts)
+        self.tensors.append(tensor)
+        self._held[tensor.name] = tensor
+        return tensor.name
+
     def _entries(self, name: str) -> int:
         """Number of entries of the initializer that a tensor is, or is made of; 0 where it is made of none."""
         while name not in self._held:
@@ -240,11 +254,12 @@ class Network:
                         found.setdefault(n.input[0], []).append(n)
                         continue
             other.update(n.input)
+        other |= self.outputs | self.inner
         return _distinct(
             [
                 Table(label(nodes[0]), weight, self.array(weight).shape, tuple(nodes))  # type: ignore[union-attr]
                 for weight, nodes in found.items()
-                if weight not in other | self.outputs | self.inner
+                if weight not in other
             ]
         )
 

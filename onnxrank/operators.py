@@ -1531,8 +1531,8 @@ def operator(node: NodeProto) -> str:
 
     What is compared to a name must be this, never the bare type: `com.acme::Softmax` is not ONNX's Softmax.
     """
-    domain = domain_of(node)
-    return f"{domain}::{node.op_type}" if domain else str(node.op_type)
+    own = domain(node.domain)
+    return f"{own}::{node.op_type}" if own else str(node.op_type)
 
 
 def domain_of(node: NodeProto) -> str:
@@ -1542,7 +1542,7 @@ def domain_of(node: NodeProto) -> str:
 
 def find(node: NodeProto) -> Operator | None:
     """The entry of a node's operator."""
-    return REGISTRY.get((domain_of(node), node.op_type))
+    return REGISTRY.get((domain(node.domain), node.op_type))
 
 
 def element_type(node: NodeProto, k: int, version: int, types: Mapping[str, int]) -> int | None:

@@ -24,10 +24,11 @@ from onnxrank.columns import pack_columns
 from onnxrank.graphs import attribute
 from onnxrank.network import Network, Product, Site
 from onnxrank.operators import Trait, operator, traits
+from onnxrank.plans import LOOKUP, PACK
 
 Floats = NDArray[np.float64]
-UNITS, WEIGHTS, COLUMNS = 0, 1, 2
-"""What is packed at a layer or table: the units behind it, its own weights, or columns."""
+UNITS, WEIGHTS, COLUMNS, LOOKUPS = 0, 1, 2, 3
+"""What is packed at a layer or table: the units behind it, its own weights, columns, or lookups with others."""
 TINY = 2.0**-50
 """Share of a layer's largest weight below which a weight is 0: it moves no sum by as much as rounding does."""
 LEAST = 2.0**-100
@@ -36,6 +37,8 @@ MOST = 1 << 24
 """Entries of a table that are looked at where nobody asked for anything to be given up."""
 MOST_WEIGHTS = 1 << 28
 """Entries of all layers together above which that is not done at all: a model may be larger than memory."""
+MOST_JOINED = 1 << 28
+"""Bytes of a table above which it is not copied into another: that takes memory, and saves no more than a small one."""
 LARGEST = 2.0**64
 """Inputs up to this must leave a unit finite that is dropped: 0 times infinity is no 0."""
 
@@ -72,7 +75,7 @@ class Packed:
 
     Attributes:
         index: The layer's node, by its place in the model as it was given.
-        kind: `UNITS`, `WEIGHTS` or `COLUMNS`.
+        kind: `UNITS`, `WEIGHTS`, `COLUMNS` or `LOOKUPS`.
         name: The layer's name.
         count: How many.
     """
@@ -82,7 +85,14 @@ class Packed:
     name: str
     count: int
 
+    @property
+    def rule(self) -> str:
+        """The rule that does it."""
+        return LOOKUP if self.kind == LOOKUPS else PACK
+
     def __str__(self) -> str:
+        if self.kind == LOOKUPS:
+            return f"{self.count} lookups are one in a joined table"
         if self.kind == UNITS:
             return f"{self.count} units behind {self.name} did nothing"
         if self.kind == COLUMNS:
@@ -123,10 +133,11 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
     def allowed(kind: int, site: Site) -> bool:
         return free or (at[id(site.nodes[0])], kind) in (places or ())
 
-    layers = {id(n) for p in net.products() for n in p.nodes}
+    found = _tiny(net, MOST, LEAST)
+    layers = {id(n) for p in net.products() for n in p.nodes} if found else set()
     tiny = [
         (site, bound)
-        for site, bound in _tiny(net, MOST, LEAST)
+        for site, bound in found
         if allowed(WEIGHTS, site) and all(_is_smooth(net, n.output[0], layers) for n in site.nodes)
     ]
     return _packed(net, tiny, MOST, allowed)

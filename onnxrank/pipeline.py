@@ -35,7 +35,7 @@ TIME = Pass("timing", "undo", timing.measure)
 
 
 def optimize(
-    model: str | os.PathLike[str] | ModelProto,
+    model: str | os.PathLike[str] | ModelProto | files.LoadedModel,
     *,
     roles: Roles | None = None,
     request: Sequence[str] = (),
@@ -60,7 +60,7 @@ def optimize(
     says what. Where nothing can be kept the model is left as it is.
 
     Args:
-        model: A path, or a model in memory.
+        model: A path, or a model in memory or as it was loaded.
         roles: Which inputs are request-level; or give `request`, `spec` or `infer_from`.
         request: Patterns on input names, `user_*`, and columns, `X[0:13,20]`, that are request-level.
         spec: A roles file's content.

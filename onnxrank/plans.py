@@ -25,7 +25,11 @@ SEGMENTS = "segments"
 """In the place of a rule: where the original joins a sequence of symbolic length, which may be taken apart."""
 PACK = "pack"
 """The rule whose sites are units and weights that do nothing."""
-PREPARING = (PACK, SEGMENTS, WRITTEN_OUT)
+LOOKUP = "lookup"
+"""The rule whose sites are lookups that are joined."""
+PACKING = (PACK, LOOKUP)
+"""Rules whose sites are nodes of the original, all at once."""
+PREPARING = (*PACKING, SEGMENTS, WRITTEN_OUT)
 """What is decided before any rule looks at the model, in this order."""
 
 
@@ -66,7 +70,7 @@ def break_even(alternatives: Sequence[Alternative]) -> int | None:
         made.seconds(0) - left.seconds(0),
         left.seconds(1) - left.seconds(0) - (made.seconds(1) - made.seconds(0)),
     )
-    return math.ceil(more / saved) if saved > 0 else None
+    return math.ceil(more / saved) if saved > 0 and more > 0 else None
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Place:
         rule: The rule.
         index: The node, by its place among those of the original with functions inlined, and packed, sequences taken
             apart and fused operators written out as the plan says.
-        step: Which of the rule's decisions at the node; rules that take nodes make one.
+        step: Which of the rule's decisions at the node; 0 is whether a rule takes the node, for those that take any.
     """
 
     rule: str

@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
+Matrices = Mapping[str, Mapping[str, Any]]
+"""Inputs that hold others side by side: per matrix its type, and which columns are whose."""
 
 CONTRACT_FILE = "contract.json"
 SCHEMA_VERSION = 1
@@ -155,6 +157,39 @@ def _read(data: bytes, at: int, kind: np.dtype[Any], shape: Sequence[int], name:
     return np.frombuffer(data, kind, count, at).reshape(tuple(shape))
 
 
+# --- inputs side by side -------------------------------------------------------------------------------------------
+
+
+def matrices(matrices: Matrices, given: Arrays) -> dict[str, NDArray[Any]]:
+    """Inputs with those that are packed side by side in matrices; a matrix that is given as such stays.
+
+    Args:
+        matrices: Which columns are whose.
+        given: Arrays by name.
+
+    Raises:
+        KeyError: An input is missing.
+        ValueError: One has another type or shape than the model was made for.
+    """
+    packed = {c["name"] for m in matrices.values() for c in m["columns"]}
+    out = {name: data for name, data in given.items() if name not in packed}
+    for name, m in matrices.items():
+        if name not in out:
+            kind = np.dtype(m["type"])
+            out[name] = np.concatenate([_column(given[c["name"]], c, kind) for c in m["columns"]], axis=1)
+    return out
+
+
+def _column(data: NDArray[Any], told: Mapping[str, Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """An input as columns; only its first extent may vary."""
+    data, wanted = np.asarray(data), told["shape"]
+    shape = list(data.shape)
+    varies = bool(wanted) and not isinstance(wanted[0], int)
+    if data.dtype != kind or (shape != wanted and not (varies and shape and shape[1:] == wanted[1:])):
+        raise ValueError(f"the input {told['name']!r} is {data.dtype} {shape}, and must be {kind} {wanted}")
+    return data if data.ndim == 2 else data.reshape(-1, told["width"])
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -281,13 +316,15 @@ class Ranker:
         if self.contract.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"{home / CONTRACT_FILE} is not a contract of version {SCHEMA_VERSION}")
         models = self.contract["models"]
+        if "rows" in models["candidate"]:
+            raise ValueError(f"the candidate model in {home} takes several requests per call: split without --rows")
         self._request, self._candidate = (
             _session(home / models[part]["file"], threads, providers) for part in ("request", "candidate")
         )
-        self._request_inputs = [i["name"] for i in models["request"]["inputs"]]
+        self._request_inputs = models["request"]["inputs"]
         self._state = [t["name"] for t in self.contract["state"]["tensors"]]
         given = {*self._state, VERSION}
-        self._candidate_inputs = [i["name"] for i in models["candidate"]["inputs"] if i["name"] not in given]
+        self._candidate_inputs = [i for i in models["candidate"]["inputs"] if i["name"] not in given]
         self.outputs = [o["name"] for o in models["candidate"]["outputs"]]
         self.cache = StateCache(cache_bytes)
         self._ahead: ThreadPoolExecutor | None = None
@@ -297,8 +334,8 @@ class Ranker:
         """Scores the candidates of a request.
 
         Args:
-            request: Inputs of the request model, one row.
-            candidates: Inputs of the candidate model, a row per candidate.
+            request: Inputs of the request model, one row; those that it takes side by side one by one, or packed.
+            candidates: Inputs of the candidate model, a row per candidate, likewise.
             key: What the state is kept under, if not by the request's own inputs: requests that differ in any of these
                 must have different keys.
 
@@ -341,7 +378,7 @@ class Ranker:
             state = unpack(self.contract, bytes(state))
         check_version(self.contract, state.version)
         feed = _picked(candidates, self._candidate_inputs, "candidate")
-        feed |= _picked(state.tensors, self._state, "candidate")
+        feed |= {name: state.tensors[name] for name in self._state}
         if self.contract["guard"]:
             feed[VERSION] = np.array([state.version], np.int64)
         return dict(zip(self.outputs, self._candidate.run(self.outputs, feed), strict=True))
@@ -370,11 +407,16 @@ def _session(file: Path, threads: int, providers: Sequence[str]) -> Any:
     return onnxruntime.InferenceSession(os.fspath(file), options, providers=list(providers))
 
 
-def _picked(given: Arrays, names: Iterable[str], model: str) -> dict[str, NDArray[Any]]:
+def _picked(given: Arrays, inputs: Sequence[Mapping[str, Any]], model: str) -> dict[str, NDArray[Any]]:
+    """What a model takes, of arrays by name: inputs that it takes side by side one by one, or packed."""
+    packed = {i["name"]: i for i in inputs if "columns" in i}
     try:
-        return {name: given[name] for name in names}
+        if packed:
+            given = matrices(packed, given)
+        return {i["name"]: given[i["name"]] for i in inputs}
     except KeyError as e:
-        raise ValueError(f"the {model} model's input {e.args[0]!r} is missing; it takes {list(names)}") from None
+        names = [c["name"] for i in inputs for c in i.get("columns", [i])]
+        raise ValueError(f"the {model} model's input {e.args[0]!r} is missing; it takes {names}") from None
 
 
 def _key(feed: Arrays) -> Hashable:

@@ -152,7 +152,9 @@ class _Search:
         self.after = [form.shapes(n) for n in (1, 2)] if form.changed else []
         self.decided: dict[int, list[Site]] = {}
         for place, site in self.rw.decided.items():
-            self.decided.setdefault(place.index, []).append(site)
+            if self.rw.taken.get(place.index, ("",))[0] != place.rule:
+                self.decided.setdefault(place.index, []).append(site)
+        self._apart: dict[str, bool] = {}
         self._macs: dict[int, float] = {}
         self._entries: dict[int, float] = {}
         seen: set[tuple[int, str, str]] = set()
@@ -209,8 +211,10 @@ class _Search:
 
         Where those that there are were made for every candidate before, that is told of the node that does it.
         """
-        value = self.rw.values.get(name)
-        return value is not None and Level.REQUEST in self.rw.levels(value)
+        if name not in self._apart:
+            value = self.rw.values.get(name)
+            self._apart[name] = value is not None and Level.REQUEST in self.rw.levels(value)
+        return self._apart[name]
 
     def _share(self, node: NodeProto) -> float:
         """Share of a product's multiply-adds that are the same for all candidates."""
@@ -242,7 +246,13 @@ class _Search:
             node = self.nodes[k]
             lost[label(node)] = lost.get(label(node), 0) + behind
             if label(node) not in told:
-                found.append(Refusal("movement", label(node), node.op_type, self._barrier(node)))
+                rule, reason = ("movement", self._barrier(node))
+                if k in self.rw.taken:
+                    rule, reason = (
+                        self.rw.taken[k][0],
+                        "its result is made as a whole, with entries that are the request's",
+                    )
+                found.append(Refusal(rule, label(node), node.op_type, reason))
         out = []
         for r in found:
             # Where several rules remark on a node, the loss is told but once.
@@ -302,7 +312,8 @@ class _Search:
         """Per node that no rule follows, by its place: multiply-adds per candidate behind it that need be made once.
 
         These are products of what depends on the request alone, by the graph, and as far as shapes stay the same, the
-        share of products that the node's request-level entries would have. Each is told for one such node.
+        share of products that the node's request-level entries would have. Each is told for one such node. A node whose
+        result a rule makes as a whole is one, too. Sums and normalisations behind it count as no multiply-adds.
         """
         given = [i.name for i in self.form.study.declared if i.role.level != "request"]
         by_candidate, out = changed_by(self.nodes, given), dict[int, float]()
@@ -312,16 +323,37 @@ class _Search:
                 share = self._kept_share(node)
                 behind.update({o: (share if o in by_candidate else 1.0, k) for o in node.output if o})
                 continue
+            if self._is_merged(k, node):
+                behind.update({o: (self._share_of(o), k) for o in node.output if o})
+                continue
             share, barrier = max((behind[i] for i in node.input if i in behind), default=(0.0, -1))
             if not share:
                 continue
-            if traits(node) & _WEIGHTED:
-                out[barrier] = out.get(barrier, 0) + share * self._guess(node)
+            if traits(node) & _PLACES:
+                work = self._guess(node) if traits(node) & _WEIGHTED else 0.0
+                out[barrier] = out.get(barrier, 0) + share * work
             if by_candidate.isdisjoint(node.output):
                 behind.update(dict.fromkeys(node.output, (1.0, barrier)))
-            elif not traits(node) & _PLACES and share < 1 and self._same_shape(node):
-                behind.update(dict.fromkeys(node.output, (share, barrier)))
+            elif not traits(node) & _PLACES and share < 1:
+                kept = share if self._same_shape(node) else self._share_of(node.output[0])
+                behind.update(dict.fromkeys(node.output, (kept, barrier)))
         return out
+
+    def _is_merged(self, k: int, node: NodeProto) -> bool:
+        """Whether a rule made a node's result as a whole, though it has request-level entries as its operands have.
+
+        What takes in several entries at once has a remark of its own.
+        """
+        if k not in self.rw.taken or traits(node) & _PLACES or not any(map(self._held_apart, node.input)):
+            return False
+        return any(self._share_of(o) > 0 for o in node.output)
+
+    def _share_of(self, name: str) -> float:
+        """Share of a tensor's entries that are the request's and made for every candidate."""
+        if name not in self.known.tensors or self._held_apart(name) or not self._has_rows(name):
+            return 0.0
+        levels = self.known.levels(name)
+        return float((levels < Level.CANDIDATE).mean()) if (levels == Level.REQUEST).any() else 0.0
 
     def _is_barrier(self, k: int, node: NodeProto) -> bool:
         """Whether a node takes in request-level entries, and nothing is known of what it makes."""

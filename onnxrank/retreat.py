@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from onnxrank.plans import ALWAYS, PACK, Choice, Site
+from onnxrank.plans import ALWAYS, PACKING, Choice, Site
 
 MOST_TRIES = 64
 """Results that are tried in one search."""
@@ -124,5 +124,5 @@ class Search:
 
 def order(rules: Sequence[str]) -> list[str]:
     """The names of rules, each once, those first without which no other can be applied, and that which prepares."""
-    names, first = list(dict.fromkeys(rules)), (*ALWAYS, PACK)
+    names, first = list(dict.fromkeys(rules)), (*ALWAYS, *PACKING)
     return [n for n in first if n in names] + [n for n in names if n not in first]

@@ -20,7 +20,7 @@ from onnxrank.grouping import groups
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
 from onnxrank.operators import operator
-from onnxrank.plans import TAKE, Alternative, Choice, Place, Site, break_even, label
+from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Site, break_even, label
 from onnxrank.rule import Refusal, Rule, SiteFailed, internal_error
 from onnxrank.sums import Sums
 from onnxrank.uses import Uses
@@ -77,6 +77,7 @@ class Rewrite:
         fused: First outputs of fused operators whose steps could be divided by level, if they were written out.
         taken: Per original node, by its place, the rule that took it and by which of its alternatives.
         decided: What rules decided by cost.
+        declined: Nodes that a rule does not take because that would not pay.
         node: The original node that is looked at.
         sums: How sums are put off and made.
         grouping: How entries are divided.
@@ -97,6 +98,7 @@ class Rewrite:
         self.fused: list[str] = []
         self.taken: dict[int, tuple[str, str]] = {}
         self.decided: dict[Place, Site] = {}
+        self.declined: dict[Place, Site] = {}
         self.nodes: Sequence[NodeProto] = ()
         self.graph = Uses()
         self.index_of: dict[str, int] = {}
@@ -362,6 +364,21 @@ class Rewrite:
         """Whether a rule is selected, and none that the plan leaves out."""
         return self.choice.uses(rule) and any(r.name == rule for r in self.rules)
 
+    def pays(self, rule: str, once: float, each: float, left: float) -> bool:
+        """Decides whether a rule takes the current node at all, and notes that in the plan.
+
+        Args:
+            rule: The rule that asks.
+            once: Seconds per request of what it would make.
+            each: The same per candidate.
+            left: Seconds per candidate of what is done without it.
+        """
+        exactness = next(r.exactness for r in self.rules if r.name == rule)
+        ways = (Alternative(LEAVE, "", 0, left), Alternative(TAKE, exactness, once, each))
+        site = self._decided(Place(rule, self.emit.origin), ways)
+        (self.decided if site.taken else self.declined)[site.place] = site
+        return site.taken
+
     def decide(self, rule: str, alternatives: Sequence[Alternative]) -> str:
         """Decides for one of several ways to write the current node, and notes that in the plan.
 
@@ -374,12 +391,20 @@ class Rewrite:
             which a plan asks for.
         """
         at = self.emit.origin
-        step = sum(p.rule == rule and p.index == at for p in self.decided)
-        place = Place(rule, at, step)
-        chosen = self.choice.decide(place, alternatives, self.candidates)
-        node = self.nodes[at] if at < len(self.nodes) else self.node
-        self.decided[place] = Site(place, label(node), node.op_type, tuple(alternatives), chosen)
-        return chosen
+        takes = any(r.name == rule and operator(self._at(at)) in r.operators for r in self.rules)
+        step = takes + sum(p.rule == rule and p.index == at and p.step >= takes for p in self.decided)
+        site = self._decided(Place(rule, at, step), alternatives)
+        self.decided[site.place] = site
+        return site.chosen
+
+    def _decided(self, place: Place, alternatives: Sequence[Alternative]) -> Site:
+        """A decision, as a site."""
+        node, chosen = self._at(place.index), self.choice.decide(place, alternatives, self.candidates)
+        return Site(place, label(node), node.op_type, tuple(alternatives), chosen)
+
+    def _at(self, index: int) -> NodeProto:
+        """An original node by its place; the current one where that is none."""
+        return self.nodes[index] if index < len(self.nodes) else self.node
 
     @property
     def producers(self) -> dict[str, NodeProto]:
@@ -501,8 +526,7 @@ class Rewrite:
                 raise
             except Exception as e:
                 owner = self.taken.get(origin.index, (origin.rule or "", TAKE))[0]
-                node = self.nodes[origin.index] if origin.index < len(self.nodes) else self.node
-                raise SiteFailed(origin.index, internal_error(owner, label(node), e)) from e
+                raise SiteFailed(origin.index, internal_error(owner, label(self._at(origin.index)), e)) from e
 
     def once(self, make: Callable[[], T]) -> Callable[[], T]:
         """A function that does its work when first called, and again where that was undone."""

@@ -33,8 +33,8 @@ class Rule:
         operators: Transfer function per operator type (default domain unless written `domain::Op`). A transfer returns
             None to leave the node to the next rule.
         forms: Other transfer functions, each of which is the rule as a whole in another form. Which form is cheapest
-            changes with the number of candidates: each is tried, and so is leaving the rule out. None for a rule that
-            pays, or does not, site by site.
+            changes with the number of candidates: each is tried where it has other functions for operators that the
+            rule takes, and so is leaving the rule out. None for a rule that pays, or does not, site by site.
         cost: What it saves, and what it adds.
         example: Some nodes before and after, a line each.
     """

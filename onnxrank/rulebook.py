@@ -37,6 +37,7 @@ class Page:
 COSTS: Mapping[str, str] = {
     "pack": "Nothing at run time: layers become as small as what is left. Weights that weight decay has left at "
     "denormal numbers cost many times what others do.",
+    "lookup": "Per id some steps on whole numbers, which tell ids outside their tables; a launch per table is saved.",
     "movement": "Nothing at run time: positions are followed while rewriting. Where a reader needs the moved entries "
     "as they are, one Gather or Concat of them is written.",
     "norm": "BatchNorm adds nothing. LayerNorm sums the request-level part up once and adds a few operators on one "

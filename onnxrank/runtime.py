@@ -204,9 +204,11 @@ def retype(model: ModelProto, to: int, folder: str | os.PathLike[str] | None = N
             t.CopyFrom(made)
 
     def value(info: Any) -> None:
-        kind = info.type.tensor_type
-        if info.type.HasField("tensor_type") and kind.elem_type in FLOATS:
-            kind.elem_type = to
+        held = info.type
+        while held.HasField("sequence_type"):
+            held = held.sequence_type.elem_type
+        if held.HasField("tensor_type") and held.tensor_type.elem_type in FLOATS:
+            held.tensor_type.elem_type = to
 
     def graph(g: Any) -> None:
         del g.value_info[:]

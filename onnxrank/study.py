@@ -32,10 +32,11 @@ from onnxrank.graphs import (
     subgraphs,
     versions,
 )
+from onnxrank.lookups import Lookups, join
 from onnxrank.loops import without_loops
 from onnxrank.network import Network
-from onnxrank.packing import Packed, pack_at
-from onnxrank.plans import PACK, PREPARING, SEGMENTS, Site, label
+from onnxrank.packing import LOOKUPS, Packed, pack_at
+from onnxrank.plans import PACKING, SEGMENTS, WRITTEN_OUT, Site, label
 from onnxrank.roles import Roles
 from onnxrank.rule import Refusal
 from onnxrank.values import (
@@ -98,6 +99,7 @@ class Study:
         self.flow = Walk(self.model, feeds.levels(self.declared), self.facts, loaded.folder, self.dtypes)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self._shapes: dict[int, cost.Shapes] = {}
+        self._lookups: dict[int, Lookups] = {}
         self.contradiction: facts.Contradiction | None = None
         self._points = self._settings()
         self._probe: facts.Probe | None = facts.Probe(self.model, loaded.folder)
@@ -286,8 +288,14 @@ class Study:
         """What does nothing and can be packed away."""
         return pack_at(self._network())
 
+    def lookups(self, candidates: int) -> Lookups:
+        """The lookups that can be joined, where that pays at a number of candidates."""
+        if candidates not in self._lookups:
+            self._lookups[candidates] = Lookups(self._network(), self.flow, candidates)
+        return self._lookups[candidates]
+
     def pack(self, places: Collection[tuple[int, int]]) -> Study:
-        """The same of a model in which what does nothing is packed away at some places.
+        """The same of a model in which what does nothing is packed away, and lookups are joined, at some places.
 
         Args:
             places: Nodes, by their places, each with what is packed there (`Packed.kind`).
@@ -296,8 +304,9 @@ class Study:
             ModelError: The model does not run that way, or a run contradicts what was derived of it.
         """
         net = self._network()
-        found = pack_at(net, places)
-        made = self._made(net.finished()) if found else self
+        at = {id(n): k for k, n in enumerate(net.nodes)}
+        found = [*pack_at(net, places), *join(net, self.flow, at, {k for k, kind in places if kind == LOOKUPS})]
+        made = self._made(files.flattened(net.finished())) if found else self
         made.packed = (*self.packed, *found)
         return made
 
@@ -313,13 +322,13 @@ class Study:
             ModelError: The model does not run that way, or a run contradicts what was derived of it.
         """
         study = self
-        for kind in PREPARING:
-            own = [s for s in sites if s.place.rule == kind]
+        for kinds in (PACKING, (SEGMENTS,), (WRITTEN_OUT,)):
+            own = [s for s in sites if s.place.rule in kinds]
             fit(own, study)
             places = [s.place.index for s in own if s.taken]
-            if places and kind == PACK:
+            if places and kinds == PACKING:
                 study = study.pack({(s.place.index, s.place.step) for s in own if s.taken})
-            elif places and kind == SEGMENTS:
+            elif places and kinds == (SEGMENTS,):
                 study = study.divided(places)
             elif places:
                 study = study.written_out([study.model.graph.node[k].output[0] for k in places])

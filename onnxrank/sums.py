@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from onnxrank.emitter import Emitter
-from onnxrank.grouping import Grouping, groups, permuted, restored
+from onnxrank.grouping import COLUMNS, Grouping, groups, permuted, restored
 from onnxrank.layout import Layout
 from onnxrank.values import (
     HOLE,
@@ -128,7 +128,7 @@ class Sums:
         for box in boxes:
             part, whole = out[box], [a[box] for a in arrays]
             if len(boxes) > 1:
-                whole = [self.grouping.narrowed(a) for a in whole]
+                whole = [self.grouping.narrowed(a, COLUMNS) for a in whole]
             for group in groups(keys[box], with_extents(split, part.shape)):
                 terms = [t for t in map(group.take, whole) if (t != zero).any()]
                 if len(terms) > 1:

@@ -355,7 +355,8 @@ class Transformation:
         found = [(Place(rule, k), form) for k, (rule, form) in self.rw.taken.items()]
         found += [(p, LEAVE) for p in self.rw.choice.left if p.index < len(nodes)]
         sites = {p: Site(p, label(nodes[p.index]), nodes[p.index].op_type, (), form) for p, form in found}
-        return sorted((sites | self.rw.decided).values(), key=lambda s: (s.place.index, s.place.rule, s.place.step))
+        sites |= self.rw.declined | self.rw.decided
+        return sorted(sites.values(), key=lambda s: (s.place.index, s.place.rule, s.place.step))
 
     def sites(self) -> dict[str, list[int]]:
         """Per rule the original nodes at which it applied."""

@@ -93,6 +93,6 @@ def changed_by(nodes: Iterable[NodeProto], tensors: Iterable[str]) -> set[str]:
     """
     out = set(tensors)
     for node in nodes:
-        if Trait.EXTENTS not in traits(node) and not out.isdisjoint(reads(node)):
+        if not out.isdisjoint(reads(node)) and Trait.EXTENTS not in traits(node):
             out.update(o for o in node.output if o)
     return out

@@ -79,17 +79,20 @@ def canonical(factors: Iterable[Factor]) -> Dim:
 
 def extent(dim: Dim) -> int:
     """The constant factor of a dimension."""
-    return next((f for f in dim if isinstance(f, int)), 1)
+    for f in dim:
+        if isinstance(f, int):
+            return f
+    return 1
 
 
 def extents(dims: Dims) -> tuple[int, ...]:
     """Shape of the code array of a value with these dimensions: one axis per dimension."""
-    return tuple(extent(d) for d in dims)
+    return tuple([extent(d) for d in dims])
 
 
 def symbols(dims: Iterable[Dim]) -> tuple[str, ...]:
     """Symbolic factors in order of appearance."""
-    return tuple(f for d in dims for f in d if isinstance(f, str))
+    return tuple([f for d in dims for f in d if isinstance(f, str)])
 
 
 def extended(dims: Dims, held: Iterable[str] | None = None) -> list[int]:

@@ -57,6 +57,9 @@ class Crashed(ModelError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self) -> tuple[type[Crashed], tuple[str, str]]:
+        return type(self), (str(self), self.kind)
+
 
 def python(code: str) -> list[str]:
     """The command of a child that has the modules of this process, and none that lie in the current folder.

@@ -2,7 +2,7 @@
 
 from onnxrank.rule import Rule
 
-from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, movement, norm, pack, reduce, select
+from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, lookup, movement, norm, pack, reduce, select
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
@@ -18,5 +18,6 @@ RULES: tuple[Rule, ...] = (
     gru.RULE,
     select.RULE,
     pack.RULE,
+    lookup.RULE,
     broadcast.RULE,
 )

@@ -22,7 +22,7 @@ from onnx import NodeProto
 
 from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite
-from onnxrank.rule import Rule
+from onnxrank.rule import Rule, Transfer
 from onnxrank.values import (
     HOLE,
     Abstract,
@@ -60,9 +60,18 @@ _MASKED = 3
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """The products before and behind a softmax."""
+    return _matmul(rw, node, stacked=False)
+
+
+def stacked_matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """The same with all heads in one product, which costs more moves and fewer launches."""
+    return _matmul(rw, node, stacked=True)
+
+
+def _matmul(rw: Rewrite, node: NodeProto, stacked: bool) -> list[Abstract] | None:
     if not (reaches_softmax(rw, node.output[0]) or _is_softmax(rw, node.input[0])):
         return None
-    return dot.matmul(rw, node, "attention")
+    return dot.matmul(rw, node, "attention", stacked)
 
 
 def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
@@ -353,6 +362,16 @@ class _SharedWeights(OpenProduct):
         return self.shared[..., None], np.broadcast_to(self.factor, self.shared.shape)[..., None]
 
 
+_OPERATORS: dict[str, Transfer] = {
+    "Softmax": softmax,
+    "MatMul": matmul,
+    "Mul": scaled,
+    "Div": scaled,
+    "Attention": fused,
+    "com.microsoft::Attention": fused,
+    "com.microsoft::MultiHeadAttention": fused,
+}
+
 RULE = Rule(
     name="attention",
     title="Divides attention by the levels of queries and keys; request-level keys join each softmax as one.",
@@ -361,17 +380,9 @@ RULE = Rule(
     legal="The softmax is over one axis, and the same keys are request-level for all queries of a kind.",
     refuses="Scores whose levels follow no rows and columns; fused operators with a cache, a cap or a computed mask.",
     exactness="reassociates",
-    operators={
-        "Softmax": softmax,
-        "MatMul": matmul,
-        "Mul": scaled,
-        "Div": scaled,
-        "Attention": fused,
-        "com.microsoft::Attention": fused,
-        "com.microsoft::MultiHeadAttention": fused,
-    },
-    forms=(),
+    operators=_OPERATORS,
+    forms=({**_OPERATORS, "MatMul": stacked_matmul},),
     cost="Products of request-level queries with request-level keys and values are made once, and pairs of the two "
-    "levels have the candidates as rows of one matrix. Heads become products of their own, and each softmax has one "
-    "more key.",
+    "levels have the candidates as rows of one matrix. Heads become products of their own, or stay one, whichever is "
+    "predicted to be faster, and each softmax has one more key.",
 )

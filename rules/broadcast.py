@@ -132,9 +132,10 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         narrow = dims[-1] != () and all(v.whole is None or v.dims[-1:] == ((),) for v in values)
         through = {"Add", "Mul", "Gather", "Split"} if narrow else {"Add"} if single else set()
         entire = not rw.read_by_linear_maps(node.output[0], frozenset(through))
+    outer = _is_outer(wide)
     if not entire and operator(node) in _COMMUTATIVE and len(wide) == 2 and ranks[0] == ranks[1]:
         wide = _ordered(rw, wide)
-    keys = rw.grouping.joint_levels(wide) if entire else _kinds(rw, wide)
+    keys = rw.grouping.joint_levels(wide) if entire else _kinds(rw, wide, outer)
     if operator(node) == "Mul" and len(wide) == 2 and rw.uses("fold"):
         keys = _by_factors(rw, wide, keys)
     orders = rw.grouping.memory_order(wide)
@@ -227,10 +228,15 @@ def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:
     return [np.where(swap, wide[1], wide[0]), np.where(swap, wide[0], wide[1])]
 
 
-def _kinds(rw: Rewrite, wide: list[Codes]) -> Any:
+def _kinds(rw: Rewrite, wide: list[Codes], outer: bool) -> Any:
     """A key per entry: its level, and where that keeps to one axis, which operands have which.
 
     Told apart like that, no operand has to be brought to full rows only because other entries of it have them.
+
+    Args:
+        rw: The rewrite.
+        wide: The operands.
+        outer: Whether the blocks of an outer product may be told apart, too, which keep to two axes.
     """
     joint = rw.grouping.joint_levels(wide)
     keys = joint.copy()
@@ -238,7 +244,13 @@ def _kinds(rw: Rewrite, wide: list[Codes]) -> Any:
         keys = keys * 4 + rw.sources.levels(w)
     keys = np.where(joint == Level.UNREAD, Level.UNREAD, keys * 4 + joint)
     several = len(np.unique(keys)) > len(np.unique(joint))
-    return keys if several and split_axis(keys) is not None else joint
+    return keys if several and (outer or split_axis(keys) is not None) else joint
+
+
+def _is_outer(wide: list[Codes]) -> bool:
+    """Whether each of two operands varies along an axis of its own: as blocks of one level none has to be repeated."""
+    along = [{k for k in range(w.ndim) if w.shape[k] > 1 and not constant_along(w, k)} for w in wide]
+    return len(wide) == 2 and all(a - b for a, b in (along, along[::-1]))
 
 
 def mark_unread(codes: Codes, needed: dict[int, Any]) -> Codes:
@@ -274,32 +286,39 @@ def _group(
         whole: Whether these may be all entries.
     """
     dims, shape = group.dims, parts[0].shape
+
+    def again(parts: list[Codes], dims: Dims) -> Codes:
+        """The same entries in another shape."""
+        turned = Group(group.level, ..., dims)
+        return _group(rw, node, turned, parts, _raised(ranks, dims), present, dtype, False)
+
     if operator(node) == "Mul" and len(parts) == 2 and group.level is Level.CANDIDATE and rw.uses("fold"):
         parts = _factors_first(rw, node, parts, dims)
     if _repeats_differ(rw, parts, dims):
         split = split_merged(dims)
-        apart = [p.reshape(extents(split)) for p in parts]
-        made = _group(rw, node, Group(group.level, ..., split), apart, _raised(ranks, split), present, dtype, False)
-        return made.reshape(shape)
+        return again([p.reshape(extents(split)) for p in parts], split).reshape(shape)
     order = _memory_order(rw, parts, dims)
     if order is not None:
-        turned = Group(group.level, ..., tuple(dims[k] for k in order))
-        parts = [p.transpose(order) for p in parts]
-        made = _group(rw, node, turned, parts, _raised(ranks, dims), present, dtype, False)
+        made = again([p.transpose(order) for p in parts], tuple(dims[k] for k in order))
         return made.transpose(np.argsort(order))
     source = _as_it_lies(rw, parts, dims)
     if source is not None:
-        made = _group(
-            rw,
-            node,
-            Group(group.level, ..., source.dims),
-            [codes_of(source)],
-            _raised(ranks, source.dims),
-            present,
-            dtype,
-            False,
-        )
-        return made.reshape(shape)
+        return again([codes_of(source)], source.dims).reshape(shape)
+    return _written(rw, node, group, parts, ranks, present, dtype, whole)
+
+
+def _written(
+    rw: Rewrite,
+    node: NodeProto,
+    group: Group,
+    parts: list[Codes],
+    ranks: list[int],
+    present: list[int],
+    dtype: int,
+    whole: bool,
+) -> Codes:
+    """The same for entries in the shape and the order in which they are to be made."""
+    dims, shape = group.dims, parts[0].shape
     for axis in range(len(dims)):
         if all(constant_along(p, axis) or p.shape[axis] == 1 for p in parts):
             parts = [p.take([0], axis) for p in parts]
@@ -309,19 +328,16 @@ def _group(
         whole = False
         ranks = [sum(k >= len(dims) - r for k in keep) for r in ranks]
         dims, parts = tuple(dims[k] for k in keep), [p.reshape([p.shape[k] for k in keep]) for p in parts]
-    shape_now = tuple(shape[k] for k in keep) if len(dims) < len(shape) else shape
-    spread: Codes | None = None
-    if len(parts) == 1 and parts[0].size > 1:
-        unique, inverse = np.unique(parts[0].reshape(-1), return_inverse=True)
-        if 2 * unique.size <= parts[0].size:
-            syms = tuple((s,) for s in symbols(dims))
-            spread = inverse.reshape(parts[0].shape)
-            parts = [unique.reshape((1,) * len(syms) + (-1,))]
-            dims = (*syms, (1,))
-            ranks = _raised(ranks, dims)
+    now = tuple(shape[k] for k in keep) if len(dims) < len(shape) else shape
+    repeats = _repeats(parts)
+    if repeats is not None:
+        unique, spread = repeats
+        syms = tuple((s,) for s in symbols(dims))
+        parts, dims = [unique.reshape((1,) * len(syms) + (-1,))], (*syms, (1,))
+        ranks = _raised(ranks, dims)
     small = with_extents(dims, np.broadcast_shapes(*(p.shape for p in parts)))
-    whole = whole and group.index is Ellipsis and spread is None and parts[0].shape == shape_now
-    held = {s for part in parts for s in rw.sources.symbols(part)}
+    whole = whole and group.index is Ellipsis and repeats is None and parts[0].shape == now
+    physical = keep_symbols(small, {s for part in parts for s in rw.sources.symbols(part)})
     lowered = group.level is Level.REQUEST and any(is_candidate_symbol(s) for s in symbols(group.dims))
     fewer = prod(extents(small)) < prod(shape)
 
@@ -330,13 +346,20 @@ def _group(
     step = kind(rw, node, group.level, parts, ranks, present, dims, small, whole)
     tag, part = "broadcast" if lowered or fewer else None, rw.grouping.is_part(parts)
     if opens:
-        source = rw.defer(keep_symbols(small, held), dtype, step, tag, part=part)
+        codes = codes_of(rw.defer(physical, dtype, step, tag, part=part))
     else:
         with rw.emit.under(tag):
-            source = rw.sources.add(keep_symbols(small, held), dtype, step.materialise(), part=part)
-    codes = codes_of(source)
-    made = np.broadcast_to(codes.reshape(-1)[spread] if spread is not None else codes, shape_now)
-    return made.reshape(shape)
+            codes = codes_of(rw.sources.add(physical, dtype, step.materialise(), part=part))
+    made = codes if repeats is None else codes.reshape(-1)[spread]
+    return np.broadcast_to(made, now).reshape(shape)
+
+
+def _repeats(parts: Sequence[Codes]) -> tuple[Codes, Codes] | None:
+    """The different entries of a single operand, and which of them each one is; None where few are equal."""
+    if len(parts) > 1 or parts[0].size <= 1:
+        return None
+    unique, inverse = np.unique(parts[0].reshape(-1), return_inverse=True)
+    return (unique, inverse.reshape(parts[0].shape)) if 2 * unique.size <= parts[0].size else None
 
 
 def _raised(ranks: Sequence[int], dims: Dims) -> list[int]:

@@ -10,13 +10,14 @@ is selected of the result, a triangle say, folds into the weights of the layer t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.grouping import COLUMNS
 from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite
 from onnxrank.rule import Rule
@@ -28,6 +29,7 @@ from onnxrank.values import (
     Dims,
     Level,
     Scalable,
+    Selectable,
     Source,
     Sum,
     Unrepresentable,
@@ -68,12 +70,14 @@ class Operand:
         terms: Codes, each of the whole shape.
         kinds: A key per entry: its level, and whether it is a product of a request-level with a candidate-level entry
             that was put off.
+        whole: Whether its columns are not made for each matrix of a stack alone.
     """
 
     dims: Dims
     dtype: int
     terms: list[Codes]
     kinds: NDArray[np.int64]
+    whole: bool = False
 
     def part(self, box: tuple[NDArray[np.int64], ...]) -> Operand:
         """Some matrices of the stack, with the keys of one, which are those of all."""
@@ -82,7 +86,7 @@ class Operand:
         at = np.ix_(*(p if n > 1 else p[:1] * 0 for p, n in zip(own, self.kinds.shape, strict=False)))
         kinds = self.kinds[at].reshape(-1, *self.kinds.shape[-2:])[0]
         terms = [t[at] for t in self.terms]
-        return Operand(with_extents(self.dims, terms[0].shape), self.dtype, terms, kinds)
+        return replace(self, dims=with_extents(self.dims, terms[0].shape), terms=terms, kinds=kinds)
 
     def level(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Level:
         """Level of a part that has one."""
@@ -91,6 +95,8 @@ class Operand:
 
 def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -> Operand:
     """An operand by levels, of every matrix of its stack."""
+    whole = _narrow(rw, x)
+    x = rw.settle(x) if whole else x
     shape = extents(x.dims)
     terms = [np.broadcast_to(t.codes, shape) for t in rw.terms(x)]
     if unread:
@@ -98,7 +104,14 @@ def operand(rw: Rewrite, x: Value | Sum, unread: dict[int, NDArray[np.int64]]) -
     kinds = rw.grouping.joint_levels(terms)
     if len(terms) == 1:
         kinds = kinds + 4 * (fold.is_open(rw, terms[0]) & (kinds == Level.CANDIDATE))
-    return Operand(x.dims, x.dtype, terms, kinds)
+    return Operand(x.dims, x.dtype, terms, kinds, whole)
+
+
+def _narrow(rw: Rewrite, x: Value | Sum) -> bool:
+    """Whether a stack is heads so narrow that their columns, made one head at a time, take longer than all at once."""
+    heads = prod(extents(x.dims)[:-2])
+    found = [s for t in rw.terms(x) for s in rw.sources.of(t.codes) if s.offers(Selectable)]
+    return heads > 1 and any(extents(s.dims)[-1] < heads * COLUMNS for s in found)
 
 
 def _alike(left: Operand, right: Operand, stack: tuple[int, ...]) -> list[tuple[NDArray[np.int64], ...]] | None:
@@ -111,10 +124,10 @@ def _alike(left: Operand, right: Operand, stack: tuple[int, ...]) -> list[tuple[
     return rectangles(keys, _MOST_HEADS)
 
 
-def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot") -> list[Abstract] | None:
+def matmul(rw: Rewrite, node: NodeProto, rule: str = "dot", stacked: bool = False) -> list[Abstract] | None:
     """MatMul of two operands that are not constant."""
     a, b = (rw.unless_sum(rw.values[i]) for i in node.input)
-    return multiply(rw, a, b, node.output[0], rule, node)
+    return multiply(rw, a, b, node.output[0], rule, node, stacked=stacked)
 
 
 def multiply(
@@ -125,6 +138,7 @@ def multiply(
     rule: str,
     node: NodeProto | None = None,
     unread: dict[int, NDArray[np.int64]] | None = None,
+    stacked: bool = False,
 ) -> list[Abstract] | None:
     """The product of two computed operands, by blocks of one level each.
 
@@ -136,6 +150,7 @@ def multiply(
         rule: Name of the rule, for the report.
         node: The original node, if that is a MatMul.
         unread: Positions read per axis of the product, if not all, where its axes are not those of `output`.
+        stacked: Whether the matrices of a stack stay one product, and do not become one each.
 
     Returns:
         The product; None where it is left to another rule.
@@ -158,7 +173,7 @@ def multiply(
     split = split_merged(dims[:-2])
     if split != dims[:-2]:
         read = {len(split) + 2 - k: unread[len(dims) - k] for k in (1, 2) if len(dims) - k in unread}
-        found = multiply(rw, _apart(a, dims), _apart(b, dims), output, rule, unread=read)
+        found = multiply(rw, _apart(a, dims), _apart(b, dims), output, rule, unread=read, stacked=stacked)
         return None if found is None else [rw.moved(found[0], dims, lambda codes: codes.reshape(extents(dims)))]
     places = [({v.rank - k: p} if (p := unread.get(len(dims) - k)) is not None else {}) for v, k in ((a, 2), (b, 1))]
     left, right = operand(rw, a, places[0]), operand(rw, b, places[1])
@@ -178,7 +193,7 @@ def multiply(
         if len(rows) * len(columns) > 1 and not once and not _stays_apart(rw, output):
             rw.refuse(rule, "what reads the product needs its blocks side by side again")
             return None
-        parts.append((box, _Blocks(rw, x, y, own, output, rule), rows, columns))
+        parts.append((box, _Blocks(rw, x, y, own, output, rule, stacked), rows, columns))
     if len(parts) == 1:
         ((_, blocks, rows, columns),) = parts
         return [blocks.made(rows, columns)]
@@ -238,10 +253,14 @@ class _Blocks:
         dims: Logical shape of the product.
         output: The original tensor.
         rule: Name of the rule.
+        stacked: Whether the matrices of a stack stay one product.
     """
 
-    def __init__(self, rw: Rewrite, left: Operand, right: Operand, dims: Dims, output: str, rule: str) -> None:
+    def __init__(
+        self, rw: Rewrite, left: Operand, right: Operand, dims: Dims, output: str, rule: str, stacked: bool
+    ) -> None:
         self.rw, self.left, self.right, self.dims, self.output, self.rule = rw, left, right, dims, output, rule
+        self.stacked = stacked
         self.zero = rw.zero(left.dtype)
         same = len(left.terms) == len(right.terms) == 1 and left.terms[0].shape == right.terms[0].swapaxes(-1, -2).shape
         self.mirrored = same and np.array_equal(left.terms[0], right.terms[0].swapaxes(-1, -2))
@@ -287,7 +306,7 @@ class _Blocks:
         out = np.full(extents(own), HOLE)
         low = max(levels) <= Level.REQUEST
         stack = extents(own[:-2])
-        each_head = 1 < prod(stack) <= _MOST_HEADS and not low
+        each_head = 1 < prod(stack) <= _MOST_HEADS and not low and not self.stacked
         # One row per candidate: heads side by side cost less than a product for each.
         each_head = each_head and max(len(i) if levels[0] == Level.CANDIDATE else 1,
                                       len(j) if levels[1] == Level.CANDIDATE else 1) > 1  # fmt: skip
@@ -315,7 +334,7 @@ class _Blocks:
             part = t[..., i[:, None], j]
             shape = part.shape
             if (part != self.zero).any():
-                part = rw.grouping.narrowed(part) if head else part
+                part = rw.grouping.narrowed(part) if head and not x.whole else part
                 terms.append(view(with_extents(x.dims, shape), x.dtype, part))
         dims = with_extents(x.dims, shape)
         if not terms:

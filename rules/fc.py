@@ -156,7 +156,7 @@ def conv(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     def one(v: Value) -> Abstract:
         return contract(rw, v, 1, matrix, kernel, "fc")
 
-    made = [distribute(rw, x, 1, one)] if group == 1 else stacks.conv(rw, node, x, weight, group)
+    made = [distribute(rw, x, 1, one, "fc", width)] if group == 1 else stacks.conv(rw, node, x, weight, group)
     if bias is None or made is None:
         return made
     return [rw.add([*rw.terms(made[0]), rw.constant(bias.reshape(-1, *trail))], made[0].dims, made[0].dtype)]

@@ -11,8 +11,10 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxrank import moves
+from onnxrank.contract import RULE as RULE_KEY
 from onnxrank.moves import Movement
-from onnxrank.operators import Placed, Trait, find, having, operator
+from onnxrank.operators import Placed, Trait, find, having, operator, traits
+from onnxrank.plans import LOOKUP
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import (
@@ -61,10 +63,28 @@ def move(rw: Rewrite, node: NodeProto, x: Value | Sum, found: Sequence[Movement]
     # Positions computed of the number of rows hold for tensors that have them all.
     told = all(rw.array(node, k) is not None for k, i in enumerate(node.input) if k and i)
     entire = x.whole is not None and (told or x.whole.dims == x.dims)
-    if entire and not rw.is_open(x) and not linear:
+    if entire and not rw.is_open(x) and not linear and not _of_lookup(rw, node):
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [m.dims for m in found], rw.present(x))
     return [rw.tidy(m.dims, x.dtype, m.take(x.codes)) for m in found]
+
+
+def _of_lookup(rw: Rewrite, node: NodeProto) -> bool:
+    """Whether a node only brings ids to a joined lookup, or rows away from it: entries are followed there."""
+
+    def judge(reader: NodeProto, name: str) -> bool | None:
+        if _is_joined(reader):
+            return True
+        return None if traits(reader) & Trait.MOVEMENT and reader.input[0] == name else False
+
+    def join(name: str, found: list[bool]) -> bool:
+        return name not in rw.outputs and bool(found) and all(found)
+
+    return _is_joined(node) or all(rw.graph.behind(o, LOOKUP, judge, join) for o in node.output if o)
+
+
+def _is_joined(node: NodeProto) -> bool:
+    return any(p.key == RULE_KEY and p.value == LOOKUP for p in node.metadata_props)
 
 
 def moved(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -142,7 +162,7 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     plain = all(
         v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) and not rw.is_open(v) for v in values
     )
-    if plain:
+    if plain and not _of_lookup(rw, node):
         return rw.keep(node, [rw.tensor(v) for v in values], [joined.dims], held)
     return [rw.tidy(joined.dims, values[0].dtype, joined.take(*(v.codes for v in values)))]
 

@@ -11,6 +11,7 @@ so the request-level product is made once. `d` is one more column of the candida
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank import cost
 from onnxrank.grouping import groups
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
@@ -40,7 +42,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute, is_square, pointwise, rowwise
-from .pieces import pieces
+from .pieces import Piece, pieces
 
 _LEAST_SAVED = 500_000
 """Multiply-adds per request from which on a split pays; see `worth_splitting`."""
@@ -55,67 +57,91 @@ def normalised(
     beta: NDArray[Any] | None = None,
 ) -> Affine | None:
     """LayerNorm over the last axis, if that has entries of exactly two levels."""
-    if symbols(x.dims[-1:]):
+    parts = _two_levels(rw, x)
+    if parts is None:
         return None
-    found = list(pieces(rw, x.codes, x.dims))
-    if len(found) != 2 or any(p.group.index is not Ellipsis or p.level is Level.CONSTANT for p in found):
-        return None
-    if any(p.codes.shape[-1] != len(p.members) for p in found):
-        return None
-    first, second = sorted(found, key=lambda p: p.level)
-    if (first.level, second.level) != (Level.REQUEST, Level.CANDIDATE):
-        return None
-    width = len(first.members) + len(second.members)
+    first, second = parts
     p, q = len(first.members), len(second.members)
-    kind = rw.constant_type(x.dtype)
-
-    def scalar(v: float) -> str:
-        return rw.emit.constant(np.array(v, kind))
-
-    def constant(v: NDArray[Any]) -> str:
-        return rw.emit.constant(np.ascontiguousarray(v, kind))
-
+    width, rows = p + q, x.dims[:-1]
     with rw.emit.under("norm"):
-        add = rw.emit.add
-        means, centred, squares, shapes = [], [], [], []
-        for part in (first, second):
-            name, physical = rw.layout.realise(part.codes, part.dims)
-            axis = len(physical) - 1
-            means.append(rw.emit.reduce("ReduceMean", name, [axis], True))
-            centred.append(add("Sub", [name, means[-1]]))
-            squares.append(rw.emit.reduce("ReduceSumSquare", centred[-1], [axis], True))
-            shapes.append(physical)
-        # The means are rounded: what is left of them in the centred parts is taken into account.
-        rest = [rw.emit.reduce("ReduceMean", c, [len(s) - 1], True) for c, s in zip(centred, shapes, strict=True)]
-        apart = add("Sub", means)
-        left = add("Add", [add("Mul", [rest[1], scalar(q)]), add("Mul", [rest[0], scalar(p)])])
-        left = add("Div", [left, scalar(width)])
-        inner = [
-            add("Sub", [total, add("Mul", [add("Mul", [r, r]), scalar(n)])])
-            for total, r, n in zip(squares, rest, (p, q), strict=True)
-        ]
-        exact = add("Add", [add("Sub", [rest[0], rest[1]]), apart])
-        between = add("Div", [add("Mul", [add("Mul", [exact, exact]), scalar(p * q)]), scalar(width)])
-        total = add("Add", [add("Add", inner[::-1]), between])
-        variance = add("Add", [add("Div", [total, scalar(width)]), scalar(epsilon)])
-        scale = add("Reciprocal", [add("Sqrt", [variance])])
-    rows = x.dims[:-1]
+        made = _centred(rw, parts, rw.constant_type(x.dtype), epsilon)
     base = np.zeros((*extents(rows), width + 2), np.int64)
-    for part, name, physical in zip((first, second), centred, shapes, strict=True):
+    for part, name, physical in zip(parts, made.parts, made.shapes, strict=True):
         codes = codes_of(rw.sources.add(physical, x.dtype, name))
         base[..., part.members] = codes[..., part.columns]
-    per_row: Dims = (*shapes[1][:-1], ())
-    base[..., -2:-1] = codes_of(rw.sources.add(per_row, x.dtype, apart))
-    base[..., -1:] = codes_of(rw.sources.add(per_row, x.dtype, left))
-    held = {s for s in symbols(per_row)}
+    per_row: Dims = (*made.shapes[1][:-1], ())
+    base[..., -2:-1] = codes_of(rw.sources.add(per_row, x.dtype, made.apart))
+    base[..., -1:] = codes_of(rw.sources.add(per_row, x.dtype, made.left))
 
-    # Rows for d, by which part a column belongs to, and for what is left of the mean.
+    # Rows for the distance, by which part a column belongs to, and for what is left of the mean.
     balance = np.zeros((2, width))
     balance[0, first.members], balance[0, second.members] = q, -p
     balance[1] = -width
     dims = (*rows, canonical([width + 2]))
-    factor = rw.new((*rows, ()), x.dtype, held, scale)
+    factor = rw.new((*rows, ()), x.dtype, symbols(per_row), made.scale)
     return _Normalised(x.dims, x.dtype, view(dims, x.dtype, base), factor, rw, node, balance, gamma, beta)
+
+
+def _two_levels(rw: Rewrite, x: Value) -> tuple[Piece, Piece] | None:
+    """The request-level and the candidate-level columns of a value; None where it has not exactly those, each once."""
+    if symbols(x.dims[-1:]):
+        return None
+    found = list(pieces(rw, x.codes, x.dims))
+    if len(found) != 2 or any(p.group.index is not Ellipsis or p.codes.shape[-1] != len(p.members) for p in found):
+        return None
+    first, second = sorted(found, key=lambda p: p.level)
+    return (first, second) if (first.level, second.level) == (Level.REQUEST, Level.CANDIDATE) else None
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """Two parts of rows, each less its own mean.
+
+    Attributes:
+        parts: Their tensors.
+        shapes: The shapes of these.
+        apart: Mean of the first less that of the second.
+        left: What rounding left of the mean of all.
+        scale: One over the standard deviation of all.
+    """
+
+    parts: list[str]
+    shapes: list[Dims]
+    apart: str
+    left: str
+    scale: str
+
+
+def _centred(rw: Rewrite, parts: Sequence[Piece], kind: np.dtype[Any], epsilon: float) -> _Centred:
+    """Writes the two parts of rows, and the moments of both together."""
+    add, reduce = rw.emit.add, rw.emit.reduce
+    p, q = (len(part.members) for part in parts)
+
+    def scalar(v: float) -> str:
+        return rw.emit.constant(np.array(v, kind))
+
+    means, centred, squares, shapes = [], [], [], []
+    for part in parts:
+        name, physical = rw.layout.realise(part.codes, part.dims)
+        axis = len(physical) - 1
+        means.append(reduce("ReduceMean", name, [axis], True))
+        centred.append(add("Sub", [name, means[-1]]))
+        squares.append(reduce("ReduceSumSquare", centred[-1], [axis], True))
+        shapes.append(physical)
+    # The means are rounded: what is left of them in the centred parts is taken into account.
+    rest = [reduce("ReduceMean", c, [len(s) - 1], True) for c, s in zip(centred, shapes, strict=True)]
+    apart = add("Sub", means)
+    left = add("Add", [add("Mul", [rest[1], scalar(q)]), add("Mul", [rest[0], scalar(p)])])
+    left = add("Div", [left, scalar(p + q)])
+    inner = [
+        add("Sub", [total, add("Mul", [add("Mul", [r, r]), scalar(n)])])
+        for total, r, n in zip(squares, rest, (p, q), strict=True)
+    ]
+    exact = add("Add", [add("Sub", [rest[0], rest[1]]), apart])
+    between = add("Div", [add("Mul", [add("Mul", [exact, exact]), scalar(p * q)]), scalar(p + q)])
+    total = add("Add", [add("Add", inner[::-1]), between])
+    variance = add("Add", [add("Div", [total, scalar(p + q)]), scalar(epsilon)])
+    return _Centred(centred, shapes, apart, left, add("Reciprocal", [add("Sqrt", [variance])]))
 
 
 @dataclass(eq=False)
@@ -207,13 +233,11 @@ def worth_splitting(rw: Rewrite, x: Value, node: NodeProto) -> bool:
     if not columns:
         rw.refuse("norm", "something other than linear maps with constant weights reads the result")
         return False
-    saved = once * columns * rw.candidates
-    if saved <= _LEAST_SAVED:
-        reason = (
-            f"the linear maps behind it would save too little: {_LEAST_SAVED} MACs per request pay for the extra steps"
-        )
-        rw.refuse("norm", reason, saved)
-    return saved > _LEAST_SAVED
+    if rw.pays("norm", cost.estimate(_LEAST_SAVED), 0, cost.estimate(once * columns)):
+        return True
+    reason = f"the linear maps behind it would save too little: {_LEAST_SAVED} MACs per request pay for the extra steps"
+    rw.refuse("norm", reason, once * columns * rw.candidates)
+    return False
 
 
 def layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

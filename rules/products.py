@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank import cost
+from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     HOLE,
@@ -510,12 +511,24 @@ def _factors(rw: Rewrite, codes: Codes) -> tuple[NDArray[np.bool_], Codes, Codes
     return factor != HOLE, vectors, factor
 
 
-def distribute(rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Abstract]) -> Abstract:
-    """A linear map of a pending sum: of each term, where that is less work than of the sum."""
-    if isinstance(x, Sum):
-        if _crossing(rw, x, axis, rw.zero(x.dtype)):
-            parts = [linear(t) for t in x.terms]
-            return rw.add([t for p in parts for t in rw.terms(p)], parts[0].dims, x.dtype)
+def distribute(
+    rw: Rewrite, x: Abstract, axis: int, linear: Callable[[Value], Abstract], rule: str, width: int
+) -> Abstract:
+    """A linear map of a pending sum: of each term, where that is less work than of the sum.
+
+    Args:
+        rw: The rewrite.
+        x: The operand.
+        axis: The axis that is mapped.
+        linear: The map.
+        rule: Name of the rule, for the plan.
+        width: Entries of the axis behind the map.
+    """
+    if not isinstance(x, Sum):
+        return linear(rw.settle(x))
+    if _distributed(rw, x, axis, rule, width):
+        parts = [linear(t) for t in x.terms]
+        return rw.add([t for p in parts for t in rw.terms(p)], parts[0].dims, x.dtype)
     return linear(rw.settle(x))
 
 
@@ -531,23 +544,23 @@ def _axes(rw: Rewrite, codes: Codes, axis: int, along: Sequence[str]) -> NDArray
     return np.stack(out, -1)
 
 
-def _sizes(rw: Rewrite, dims: Dims, axis: int, along: Sequence[str]) -> NDArray[np.float64]:
-    """Extents of the axes and symbols of `_axes`."""
-    rows = [rw.candidates if is_candidate_symbol(s) else cost.LENGTH for s in along]
-    return np.array([*np.delete(extents(dims), axis), *rows], np.float64)
-
-
-def _crossing(rw: Rewrite, x: Sum, axis: int, zero: int) -> bool:
-    """Whether the terms vary along different axes, so that their sum varies along more than any of them."""
-    along = tuple(dict.fromkeys(symbols(x.dims)))
-    sizes = _sizes(rw, x.dims, axis, along)
-    apart, joint = 0.0, np.zeros((extents(x.dims)[axis], len(sizes)), bool)
-    for t in x.terms:
-        varies = _axes(rw, t.codes, axis, along)
-        rows = np.where(varies, sizes, 1).prod(-1)
-        apart += rows[~(np.moveaxis(t.codes, axis, -1) == zero).all(tuple(range(t.rank - 1)))].sum()
-        joint |= varies
-    return bool(apart < np.where(joint, sizes, 1).prod(-1).sum())
+def _distributed(rw: Rewrite, x: Sum, axis: int, rule: str, width: int) -> bool:
+    """Decides whether the terms of a sum are mapped one by one: they may vary along fewer axes than the sum does."""
+    zero, along = rw.zero(x.dtype), tuple(dict.fromkeys(symbols(x.dims)))
+    varies = [_axes(rw, t.codes, axis, along) for t in x.terms]
+    held = [~(np.moveaxis(t.codes, axis, -1) == zero).all(tuple(range(t.rank - 1))) for t in x.terms]
+    joint = np.logical_or.reduce(varies)
+    ways: list[tuple[float, float]] = []
+    for candidates in (1, 2):
+        rows = [candidates if is_candidate_symbol(s) else cost.LENGTH for s in along]
+        sizes = np.array([*np.delete(extents(x.dims), axis), *rows], np.float64)
+        apart = sum(np.where(v, sizes, 1).prod(-1)[h].sum() for v, h in zip(varies, held, strict=True))
+        ways.append((float(np.where(joint, sizes, 1).prod(-1).sum()), float(apart)))
+    left, made = (
+        Alternative(name, exactness, *(cost.estimate(macs * width) for macs in (2 * one - two, two - one)))
+        for name, exactness, one, two in zip((LEAVE, TAKE), ("", "reassociates"), *ways, strict=True)
+    )
+    return rw.decide(rule, (left, made)) == TAKE
 
 
 def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:
@@ -569,7 +582,7 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
     def one(v: Value) -> Abstract:
         return contract(rw, v, axis, weight, RightMatrix(rw, weight.data.shape[1], real), rule, unread)
 
-    return distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one))
+    return distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one), rule, weight.data.shape[1])
 
 
 def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:
@@ -683,7 +696,9 @@ def linear_left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstr
     if isinstance(y, Sum) and fold.has_open(rw, y):
         return _of_open(rw, y, axis, turned, lambda v, w: linear_left(rw, v, w, unread))
     matrix = LeftMatrix(rw, turned.data.shape[1])
-    return distribute(rw, y, axis, lambda v: contract(rw, v, axis, turned, matrix, "fc", unread))
+    return distribute(
+        rw, y, axis, lambda v: contract(rw, v, axis, turned, matrix, "fc", unread), "fc", turned.data.shape[1]
+    )
 
 
 def with_addend(rw: Rewrite, name: str, addend: str | None) -> str:

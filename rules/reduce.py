@@ -98,7 +98,7 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
         return rw.add([unmerged(p) for p in parts], result(v.dims), v.dtype)
 
     if isinstance(x, Sum) and len(axes) == 1:
-        return [distribute(rw, x, axes[0], one)]
+        return [distribute(rw, x, axes[0], one, rule, 1)]
     return [one(rw.settle(x))]
 
 

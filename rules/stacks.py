@@ -145,7 +145,7 @@ def linear(
     def one(v: Value) -> Abstract:
         return _contracted(rw, v, axis, stack, weight, unread)
 
-    return [distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one))]
+    return [distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one), "fc", given.width)]
 
 
 def conv(rw: Rewrite, node: NodeProto, x: Abstract, weight: NDArray[Any], group: int) -> list[Abstract] | None:

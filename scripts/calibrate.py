@@ -138,6 +138,8 @@ def cases() -> list[Case]:
                 Case("transpose", "Transpose", [(n, width)], {"perm": [1, 0]}),
                 Case("transpose", "Transpose", [(n, 16, width // 16)], {"perm": [0, 2, 1]}),
                 Case("exchange", "Transpose", [(n, 16, width // 16)], {"perm": [1, 0, 2]}),
+                Case("permute", "Transpose", [(n, 16, width // 16)], {"perm": [2, 1, 0]}),
+                Case("permute", "Transpose", [(16, n, width // 16, 4)], {"perm": [2, 1, 3, 0]}),
                 Case("copy", "Concat", [(n, width // 8)] * 8, {"axis": 1}),
                 Case("copy", "Concat", [(n, width // 2)] * 2, {"axis": 1}),
                 Case("copy", "Concat", [(n, width)] * 2, {"axis": 0}),

@@ -146,14 +146,14 @@ def mlps(folders: list[Path], count: int) -> None:
                 print(f"| {path.stem}, {seed} ({shapes}) | {less:.2f}x fewer | {' | '.join(cells)} |", flush=True)
 
 
-def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int) -> None:
+def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int, sequential: bool, names: str) -> None:
     """The same layers with so many fewer weights: as they are fitted, trained, and trained with a ReLU between."""
     print("| model, seed | fewer | how | AUC (lower, upper end) | log loss | top 10 | gate |")
     print("|---|---|---|---|---|---|---|")
     ways = {"fitted": None, "trained": Tuning(epochs), "trained, ReLU": Tuning(epochs, relu=True)}
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob("*.onnx")):
+            for path in sorted(folder.glob(names)):
                 net = Network(onnx.load(path))
                 pack(net)
                 several = [p for p in net.products() if min(p.shape) >= 32 and any(m in p.name for m in MLPS)]
@@ -162,7 +162,7 @@ def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int) -
                 for share, (how, tuning) in itertools.product(fewer, ways.items()):
                     ranks = {p.name: max(1, int(math.prod(p.shape) / share / sum(p.shape))) for p in several}
                     steps = tuple(Step(name, (("low-rank", k),)) for name, k in ranks.items())
-                    plan = Plan(sha, steps, pack=True, finetune=tuning)
+                    plan = Plan(sha, steps, pack=True, sequential=sequential, finetune=tuning)
                     options = Options(labels=labels, choice=16384, seconds=0.1, plan=plan)
                     report = compress(path, data, options, spec=load_spec(str(roles_file(path)))).report
                     several_found = [{c.name: c for c in o.criteria} for o in report.outcomes]
@@ -471,6 +471,8 @@ def main() -> None:
     p.add_argument("--requests", type=int, default=6000)
     p.add_argument("--fewer", nargs="+", type=float, default=[3.79], help="how many times fewer weights")
     p.add_argument("--epochs", type=int, default=5)
+    p.add_argument("--sequential", action="store_true", help="fit layers to what they see before they are trained")
+    p.add_argument("--names", default="*.onnx", help="pattern on the models' files")
     p = commands.add_parser("ranks")
     p.add_argument("model", type=Path)
     p.add_argument("--requests", type=int, default=3000)
@@ -490,7 +492,7 @@ def main() -> None:
     elif args.command == "mlps":
         mlps(args.folders, args.requests)
     elif args.command == "finetune":
-        finetune(args.folders, args.requests, args.fewer, args.epochs)
+        finetune(args.folders, args.requests, args.fewer, args.epochs, args.sequential, args.names)
     elif args.command == "latency":
         latency(args.folders, args.requests)
     elif args.command == "ranks":

@@ -49,8 +49,8 @@ class Planted:
         """Arguments of the models: how many fields, and ids in each."""
         return {"user": self.world.users, "item": self.world.items, "vocab": self.world.vocab}
 
-    def training(self, seed: int) -> Arrays:
-        """Rows to train on, the last ones asked for being kept."""
+    def training(self, seed: int, apart: bool = False) -> Arrays:
+        """Rows to train on, the last ones asked for being kept; those of `watched` are never among them."""
         if seed not in self._kept:
             self._kept.clear()
             self._kept[seed] = self.world.requests(self.requests, 32, seed=1 + seed)
@@ -60,9 +60,17 @@ class Planted:
         """The AUC that scores of held-out rows have in the mean over labels, which are drawn by known probabilities."""
         return bayes_auc(self._judged["probability_0"], score(self._judged))
 
+    def watched(self, score: Scorer) -> float:
+        """The AUC on rows by which to choose and to stop."""
+        return bayes_auc(self._watched["probability_0"], score(self._watched))
+
     @cached_property
     def _judged(self) -> Arrays:
         return self.world.requests(self.held, 32, seed=499)
+
+    @cached_property
+    def _watched(self) -> Arrays:
+        return self.world.requests(self.held // 2, 32, seed=498)
 
     @property
     def best(self) -> float:
@@ -128,18 +136,28 @@ class Recorded:
         return {"user": self.rows["users"].shape[1], "item": self.rows["items"].shape[1], "vocab": self.vocab}
 
     @cached_property
-    def _held(self) -> NDArray[np.bool_]:
+    def _fifth(self) -> NDArray[np.int64]:
         ids = self.rows["request_id"]
         share = np.array([zlib.crc32(str(k).encode()) % 5 for k in range(int(ids.max()) + 1)])
-        return np.asarray(share[ids] == 0)
+        return np.asarray(share[ids])
 
-    def training(self, seed: int) -> Arrays:
-        """Rows to train on, the same for every seed."""
-        return {k: v[~self._held] for k, v in self.rows.items()}
+    def _rows(self, which: NDArray[np.bool_]) -> Arrays:
+        return {k: v[which] for k, v in self.rows.items()}
+
+    def training(self, seed: int, apart: bool = False) -> Arrays:
+        """Rows to train on, the same for every seed; without those of `watched` if they are to be kept apart."""
+        return self._rows(self._fifth > int(apart))
 
     def auc(self, score: Scorer) -> float:
         """The AUC on the rows that were not trained on."""
-        rows = {k: v[self._held] for k, v in self.rows.items()}
+        return self._on(self._fifth == 0, score)
+
+    def watched(self, score: Scorer) -> float:
+        """The AUC on rows by which to choose and to stop, a fifth."""
+        return self._on(self._fifth == 1, score)
+
+    def _on(self, which: NDArray[np.bool_], score: Scorer) -> float:
+        rows = self._rows(which)
         return bayes_auc(rows["label_0"].astype(float), score(rows))
 
 

@@ -17,20 +17,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -44,6 +48,7 @@ from onnxrank.roles import Roles, load_spec, resolve
 from onnxrank.splitting import Options, split
 from onnxrank.splitting import contract as contracts
 from onnxrank.splitting import triton as configs
+from onnxrank.splitting.lint import lint
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
 
@@ -83,6 +88,7 @@ class Row:
     p50_miss_ms: float | None = None
     request_executions: int | None = None
     cache_hits: int | None = None
+    executions: int | None = None
     wrong: int = 0
 
 
@@ -160,17 +166,18 @@ class Variant:
     Attributes:
         name: What it is called.
         client: Makes what one client calls.
-        counted: How often the request model ran and how often it did not have to, if that is known.
+        counted: How often the request model ran, how often it did not have to, and how often what scores candidates
+            ran, as far as that is known.
     """
 
     name: str
     client: Callable[[], Serve]
-    counted: Callable[[], tuple[int, int]] | None = None
+    counted: Callable[[], tuple[int | None, int | None, int | None]] | None = None
     seconds: list[float] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
     busy: float = 0.0
     wrong: int = 0
-    before: tuple[int, int] = (0, 0)
+    before: tuple[int | None, int | None, int | None] = (None, None, None)
 
 
 def _session(source: str) -> onnxruntime.InferenceSession:
@@ -179,7 +186,44 @@ def _session(source: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def plain(original: str, one: str, two: Path) -> list[Variant]:
+class Joiner:
+    """Scores what waits in one call, for several clients.
+
+    Args:
+        path: A model for several requests.
+        most: Requests of a call at most.
+    """
+
+    def __init__(self, path: str, most: int = 64) -> None:
+        told = batches.convention(onnx.load(path, load_external_data=False))
+        assert told is not None
+        self.told, self.most, self.calls = told, most, 0
+        self._session = _session(path)
+        self._names = [o.name for o in self._session.get_outputs()]
+        self._waiting: SimpleQueue[tuple[Arrays, Future[Arrays]]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def score(self, request: Request) -> Arrays:
+        """Scores of one request."""
+        done: Future[Arrays] = Future()
+        self._waiting.put(({**request.once, **request.many}, done))
+        return done.result()
+
+    def _work(self) -> None:
+        while True:
+            taken = [self._waiting.get()]
+            while len(taken) < self.most and not self._waiting.empty():
+                taken.append(self._waiting.get())
+            feeds_ = [feed for feed, _ in taken]
+            found = self._session.run(self._names, batches.joined(self.told, feeds_))
+            counts = [batches.candidates(self.told, f) for f in feeds_]
+            self.calls += 1
+            parts = batches.parted(self.told, dict(zip(self._names, found, strict=True)), counts)
+            for (_, done), part in zip(taken, parts, strict=True):
+                done.set_result(part)
+
+
+def plain(original: str, one: str, two: Path, batch: str) -> list[Variant]:
     """The variants in onnxruntime itself."""
     sessions, ranker = [_session(original), _session(one)], Ranker(two)
     names = [o.name for o in sessions[0].get_outputs()]
@@ -187,46 +231,74 @@ def plain(original: str, one: str, two: Path) -> list[Variant]:
     def run(session: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
         return dict(zip(names, session.run(names, feed), strict=True))
 
-    def counted() -> tuple[int, int]:
-        return ranker.cache.counters.misses, ranker.cache.counters.hits
+    joiner = Joiner(batch)
+
+    def counted() -> tuple[int | None, int | None, int | None]:
+        return ranker.cache.counters.misses, ranker.cache.counters.hits, None
 
     return [
         Variant("original", lambda: lambda r: run(sessions[0], r.whole)),
         Variant("one file", lambda: lambda r: run(sessions[1], {**r.once, **r.many})),
         Variant("two files", lambda: lambda r: ranker.score(r.once, r.many), counted),
+        Variant("batch", lambda: joiner.score, lambda: (None, None, joiner.calls)),
     ]
 
 
 @contextmanager
-def served(original: str, one: str, repository: Path, name: str) -> Iterator[list[Variant]]:
-    """The variants in Triton, on loopback; `repository` holds the two models and gets the others."""
-    import onnx
+def served(original: str, one: str, batch: str, repository: Path, name: str) -> Iterator[list[Variant]]:
+    """The variants in Triton, on loopback; `repository` holds the models of both splits and gets the others."""
     from triton_server import Client, serving
 
-    for other, path in ((f"{name}_original", original), (f"{name}_one", one)):
-        graph = onnx.load(path).graph
-        inputs, outputs = ([contracts.described(v) for v in values] for values in (graph.input, graph.output))
-        text = configs.model(other, inputs, outputs, 2)
+    for other, path in ((f"{name}_original", original), (f"{name}_one", one), (f"{name}_batch", batch)):
+        model = onnx.load(path, load_external_data=False)
+        inputs, outputs = (
+            [contracts.described(v) for v in values] for values in (model.graph.input, model.graph.output)
+        )
+        told = batches.convention(model)
+        text = (
+            configs.model(other, inputs, outputs, 2)
+            if told is None
+            else configs.ragged(other, inputs, outputs, told, 2)
+        )
         (repository / other / "1").mkdir(parents=True, exist_ok=True)
         (repository / other / "1" / "model.onnx").write_bytes(Path(path).read_bytes())
         (repository / other / configs.CONFIG).write_text(text)
+    found = lint(repository)
+    if found:
+        raise SystemExit("\n".join(map(str, found)))
     with ExitStack() as open_, serving(repository, cache=256 << 20) as first:
 
-        def client(model: str, parts: Callable[[Request], Arrays]) -> Callable[[], Serve]:
+        def client(model: str, parts: Callable[[Request], Arrays], joined: bool = False) -> Callable[[], Serve]:
             def connect() -> Serve:
                 own = open_.enter_context(closing(Client(first.port)))
-                return lambda r: own.infer(model, parts(r))
+                if not joined:
+                    return lambda r: own.infer(model, parts(r))
+                return lambda r: {n: v[0] for n, v in own.infer(model, parts(r)).items()}
 
             return connect
 
-        def counted() -> tuple[int, int]:
-            found = first.statistics(f"{name}_request")
-            return found["executions"], found["hits"]
+        def counted(*models: str) -> Callable[[], tuple[int | None, int | None, int | None]]:
+            def count() -> tuple[int | None, int | None, int | None]:
+                scores = first.statistics(f"{name}_{models[-1]}")["executions"]
+                if len(models) == 1:
+                    return None, None, scores
+                states = first.statistics(f"{name}_{models[0]}")
+                return states["executions"], states["hits"], scores
+
+            return count
+
+        def both(r: Request) -> Arrays:
+            return {**r.once, **r.many}
+
+        def item(r: Request) -> Arrays:
+            return {**r.once, **{n: v[None] for n, v in r.many.items()}}
 
         yield [
-            Variant("original", client(f"{name}_original", lambda r: r.whole)),
-            Variant("one file", client(f"{name}_one", lambda r: {**r.once, **r.many})),
-            Variant("two files", client(name, lambda r: {**r.once, **r.many}), counted),
+            Variant("original", client(f"{name}_original", lambda r: r.whole), counted("original")),
+            Variant("one file", client(f"{name}_one", both), counted("one")),
+            Variant("two files", client(name, both), counted("request", "candidate")),
+            Variant("batch", client(f"{name}_batch", item, True), counted("batch")),
+            Variant("two, joined", client(f"{name}_joined", item, True), counted("joined_request", "joined_candidate")),
         ]
 
 
@@ -262,27 +334,27 @@ def joined(path: Path, roles: Roles, points: Sequence[tuple[int, int]], how: Bat
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         one, many = (str(Path(folder, f"{n}.onnx")) for n in ("one", "many"))
-        for candidates in sorted({n for _, n in points}):
+        for count, candidates in points:
             result = onnxrank.optimize(path, roles=roles, candidates=candidates, check=False)
             result.save(one)
-            made = onnxrank.batch(path, options=how, roles=roles, candidates=candidates, check=False)
+            options = replace(how, requests=count)
+            made = onnxrank.batch(path, options=options, roles=roles, candidates=candidates, check=False)
             made.save(many)
             told = batches.convention(made.model)
             assert told is not None
             alone, together = _session(one), _session(many)
-            for count in (r for r, n in points if n == candidates):
-                requests = [trace.request(k, candidates, k) for k in range(count)]
-                single = [{**r.once, **r.many} for r in requests]
-                # A model that would not gain with so few candidates is left as it is.
-                loop = single if result.changed else [r.whole for r in requests]
-                call = partial(together.run, names, batches.joined(told, single))
-                parts = batches.parted(told, dict(zip(names, call(), strict=True)), [candidates] * count)
-                want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
-                wrong = sum(not _same(p, w) for p, w in zip(parts, want, strict=True))
-                once, after = _in_turns(call, partial(_loop, alone, names, loop))
-                rows.append(Joined(path.name, count, candidates, once, after, after / once, wrong))
-                times = f"{once:9.0f} us {after:9.0f} us {after / once:6.2f}x {wrong} wrong"
-                print(f"{path.name:<40} {count:3d} x {candidates:<4d} {times}", flush=True)
+            requests = [trace.request(k, candidates, k) for k in range(count)]
+            single = [{**r.once, **r.many} for r in requests]
+            # A model that would not gain with so few candidates is left as it is.
+            loop = single if result.changed else [r.whole for r in requests]
+            call = partial(together.run, names, batches.joined(told, single))
+            parts = batches.parted(told, dict(zip(names, call(), strict=True)), [candidates] * count)
+            want = [dict(zip(names, first.run(names, r.whole), strict=True)) for r in requests]
+            wrong = sum(not _same(p, w) for p, w in zip(parts, want, strict=True))
+            once, after = _in_turns(call, partial(_loop, alone, names, loop))
+            rows.append(Joined(path.name, count, candidates, once, after, after / once, wrong))
+            times = f"{once:9.0f} us {after:9.0f} us {after / once:6.2f}x {wrong} wrong"
+            print(f"{path.name:<40} {count:3d} x {candidates:<4d} {times}", flush=True)
     return rows
 
 
@@ -292,21 +364,21 @@ def _loop(session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Se
 
 
 def _in_turns(*runs: Callable[[], object]) -> tuple[float, ...]:
-    """Median microseconds of each, in turns."""
+    """Median microseconds of the processor that each takes, in turns: what others do on the machine does not count."""
     times: list[list[float]] = [[] for _ in runs]
     end = time.perf_counter() + 2.0
     while time.perf_counter() < end or len(times[0]) < 15:
         for own, run in zip(times, runs, strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()
             run()
-            own.append(1e6 * (time.perf_counter() - begin))
+            own.append(1e6 * (time.process_time() - begin))
     return tuple(statistics.median(t[2:]) for t in times)
 
 
 def joined_all(given: argparse.Namespace) -> int:
     """`--batch`: a table, and geometric means."""
     points = [(int(r), int(n)) for r, _, n in (p.partition("x") for p in given.batch.split(","))]
-    how = BatchOptions(given.interface, given.rows)
+    how = BatchOptions(given.interface, given.rows, turns=not given.no_turns)
     models = sorted(given.model.glob("*.onnx")) if given.model.is_dir() else [given.model]
     rows: list[Joined] = []
     for path in models:
@@ -332,7 +404,7 @@ def race(variants: Sequence[Variant], trace: Sequence[Request], wanted: Sequence
         for serve in own:
             serve(largest)
     for v in variants:
-        v.before = v.counted() if v.counted is not None else (0, 0)
+        v.before = v.counted() if v.counted is not None else (None, None, None)
     # Whoever warmed up is known by now.
     seen = {largest.user}
     repeats = []
@@ -390,9 +462,13 @@ def summary(runtime: str, variant: Variant, rate: float, clients: int) -> Row:
     """A variant's row."""
     ms = sorted(1e3 * s for s in variant.seconds)
     by = {h: [1e3 * s for s, hit in zip(variant.seconds, variant.hits, strict=True) if hit == h] for h in (True, False)}
-    split_, ran, hits = variant.counted is not None, None, None
+    counts: list[int | None] = [None] * 3
     if variant.counted is not None:
-        ran, hits = (after - before for before, after in zip(variant.before, variant.counted(), strict=True))
+        counts = [
+            None if before is None or after is None else after - before
+            for before, after in zip(variant.before, variant.counted(), strict=True)
+        ]
+    split_ = counts[0] is not None
     return Row(
         runtime,
         variant.name,
@@ -407,8 +483,7 @@ def summary(runtime: str, variant: Variant, rate: float, clients: int) -> Row:
         min(by[False]) if split_ and by[False] else None,
         statistics.median(by[True]) if split_ and by[True] else None,
         statistics.median(by[False]) if split_ and by[False] else None,
-        ran,
-        hits,
+        *counts,
         variant.wrong,
     )
 
@@ -417,11 +492,12 @@ def _shown(row: Row) -> str:
     def number(value: float | None) -> str:
         return f"{'-':>9}" if value is None else f"{value:9.3f}"
 
-    counts = "" if row.request_executions is None else f"  {row.request_executions} ran, {row.cache_hits} hits"
+    counts = "" if row.request_executions is None else f"  {row.request_executions} states made, {row.cache_hits} hits"
+    counts += "" if row.executions is None else f"  {row.executions} executions"
     times = "".join(map(number, (row.p50_ms, row.p99_ms, row.p50_hit_ms, row.p50_miss_ms)))
     times += "".join(map(number, (row.best_ms, row.best_hit_ms, row.best_miss_ms)))
     return (
-        f"{row.runtime:<12} {row.variant:<10} {row.hit_rate:4.0%} {row.concurrency:3d} {row.per_second:9.0f}/s"
+        f"{row.runtime:<12} {row.variant:<11} {row.hit_rate:4.0%} {row.concurrency:3d} {row.per_second:9.0f}/s"
         f"{times} {row.wrong:5d}{counts}"
     )
 
@@ -445,11 +521,13 @@ def main() -> int:
     parser.add_argument("--clients", type=_numbers, default=[1])
     parser.add_argument("--length", action="append", default=[], metavar="NAME=N")
     parser.add_argument("--no-original", action="store_true", help="leave the original out, which takes longest")
+    parser.add_argument("--only", help="one variant, such as 'two, joined'")
     parser.add_argument("--triton", action="store_true", help="in Triton too: see scripts/triton_server.py")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batch", metavar="RxN,…", help="several requests per call instead of a trace")
     parser.add_argument("--interface", default="batch")
     parser.add_argument("--rows", default="lengths")
+    parser.add_argument("--no-turns", action="store_true", help="with --batch: no loop over requests in the model")
     given = parser.parse_args()
     if given.batch is not None:
         return joined_all(given)
@@ -460,13 +538,21 @@ def main() -> int:
     study = Study(files.flattened(loaded.proto), roles, loaded)
     trace = Trace(study, _lengths(given.length), (low, high))
     rows: list[Row] = []
-    left = int(given.no_original)
+
+    def chosen(variants: list[Variant]) -> list[Variant]:
+        return [v for v in variants[int(given.no_original) :] if given.only in (None, v.name)]
+
+    load = os.getloadavg()[0]
     heads = "".join(f"{what:>9}" for what in ("p50 ms", "p99 ms", "hit", "miss", "best", "hit", "miss"))
     print(f"{'':<23} hits  cl            {heads} wrong")
     with tempfile.TemporaryDirectory() as folder:
         home, one = Path(folder), str(Path(folder, "one.onnx"))
         result = onnxrank.optimize(given.model, roles=roles, candidates=(low, high))
         result.save(one)
+        batch, flat = str(home / "batch.onnx"), str(home / "flat.onnx")
+        for place, form in ((batch, "lengths"), (flat, "triton")):
+            how = BatchOptions(rows=form)
+            onnxrank.batch(given.model, options=how, roles=roles, candidates=(low, high), check=False).save(place)
         report = split(given.model, home / "two", roles=roles, candidates=(low, high)).report
         for rate in given.hits:
             requests = trace.make(given.requests, rate / 100)
@@ -476,14 +562,20 @@ def main() -> int:
             for clients in given.clients:
                 # A cache and a server of their own, so that no trace finds what another one left.
                 rows += _measured(
-                    "onnxruntime", plain(str(given.model), one, home / "two")[left:], requests, wanted, rate, clients
+                    "onnxruntime",
+                    chosen(plain(str(given.model), one, home / "two", batch)),
+                    requests,
+                    wanted,
+                    rate,
+                    clients,
                 )
                 if given.triton:
+                    print(f"{len({r.user for r in requests})} users", flush=True)
                     place = home / f"repository-{rate}-{clients}"
-                    how = Options("triton", name="ranker")
-                    split(given.model, place, options=how, roles=roles, candidates=(low, high), check=False)
-                    with served(str(given.model), one, place, "ranker") as variants:
-                        rows += _measured("triton", variants[left:], requests, wanted, rate, clients)
+                    _repository(given.model, place, roles, (low, high))
+                    with served(str(given.model), one, flat, place, "ranker") as variants:
+                        rows += _measured("triton", chosen(variants), requests, wanted, rate, clients)
+    print(f"\n{_table(rows)}\n\nload of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if given.json is not None:
         about = {
             "model": given.model.name,
@@ -492,15 +584,41 @@ def main() -> int:
             "lengths": _lengths(given.length),
             "candidates": [low, high],
             "onnxruntime": onnxruntime.__version__,
+            "load": [load, os.getloadavg()[0]],
         }
         given.json.write_text(json.dumps({**about, "rows": [vars(r) for r in rows]}, indent=2) + "\n")
     return int(any(r.wrong for r in rows))
 
 
+def _repository(model: Path, place: Path, roles: Roles, span: tuple[int, int]) -> None:
+    """The models of both splits: that which scores request by request, and that which joins requests."""
+    for name, rows in (("ranker", None), ("ranker_joined", "triton")):
+        how = Options("triton", name=name, rows=rows)
+        split(model, place.with_name(name), options=how, roles=roles, candidates=span, check=False)
+        for part in place.with_name(name).iterdir():
+            if part.is_dir():
+                place.mkdir(exist_ok=True)
+                part.rename(place / part.name)
+        shutil.rmtree(place.with_name(name))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per variant, columns per number of clients."""
+    clients = sorted({r.concurrency for r in rows})
+    heads = [f"{c} client{'s' * (c > 1)}: per s, p50, p99 ms" for c in clients]
+    lines = [f"| | | hits | {' | '.join(heads)} |", "|---" * (3 + len(clients)) + "|"]
+    for runtime, variant, rate in dict.fromkeys((r.runtime, r.variant, r.hit_rate) for r in rows):
+        own = {r.concurrency: r for r in rows if (r.runtime, r.variant, r.hit_rate) == (runtime, variant, rate)}
+        cells = [f"{own[c].per_second:.0f}, {own[c].p50_ms:.1f}, {own[c].p99_ms:.1f}" for c in clients]
+        lines.append(f"| {runtime} | {variant} | {rate:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _measured(
     runtime: str, variants: Sequence[Variant], requests: list[Request], wanted: list[Arrays], rate: int, clients: int
 ) -> list[Row]:
-    race(variants, requests, wanted, clients)
+    if variants:
+        race(variants, requests, wanted, clients)
     rows = [summary(runtime, v, rate / 100, clients) for v in variants]
     for row in rows:
         print(_shown(row), flush=True)

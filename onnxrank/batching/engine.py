@@ -12,7 +12,8 @@ from onnx import ModelProto
 
 from onnxrank import batches, cost, pipeline
 from onnxrank import model as files
-from onnxrank.batching.graph import Batch, Shape
+from onnxrank.batching.graph import Batch, Shape, joined
+from onnxrank.batching.regions import TURN
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
 from onnxrank.batching.single import for_one
 from onnxrank.batching.tensors import Tensor
@@ -41,6 +42,7 @@ class Options:
         name: What that input is called; None for a name by its kind.
         requests: Expected number of requests per call.
         guard: Whether scores become NaN where what tells the requests apart does not add up.
+        turns: Whether nodes may run request by request in a loop, where that is quicker on a CPU.
 
     Raises:
         UsageError: A value is not one that there is.
@@ -51,6 +53,7 @@ class Options:
     name: str | None = None
     requests: int = 8
     guard: bool = True
+    turns: bool = True
 
     def __post_init__(self) -> None:
         if self.interface not in batches.INTERFACES:
@@ -117,6 +120,40 @@ def batch(
     return out
 
 
+def convention(graph: Batch, study: Study) -> dict[str, Any]:
+    """The calling convention of a model for several requests, as the contract stores it.
+
+    Args:
+        graph: The model, made.
+        study: What is known of the model for one request.
+
+    Raises:
+        ModelError: Rows of an input or output lie together with other entries.
+    """
+    each = next(i.name for i in study.declared if i.role.level != "request")
+    infos = {i.name: i for i in (*study.model.graph.input, *study.model.graph.output)}
+
+    def one(name: str, t: Tensor) -> dict[str, Any]:
+        assert t.rows is not None
+        dims = [
+            d.dim_value if d.HasField("dim_value") else d.dim_param or None
+            for d in infos[name].type.tensor_type.shape.dim
+        ]
+        shape = [n if isinstance(n, int) and k != t.rows.axis else None for k, n in enumerate(t.sizes)]
+        if not isinstance(t.rows.inner, int) or t.rows.outer != 1:
+            raise ModelError(f"Rows of {name!r} lie together with other entries.")
+        found = {"each": t.rows.each, "axis": t.rows.axis, "inner": t.rows.inner, "added": t.rows.added}
+        return {**found, "dims": dims, "shape": shape, "first": name == each}
+
+    return {
+        "form": graph.shape.form,
+        "name": graph.shape.name,
+        "guard": graph.shape.guard,
+        "inputs": {i.name: one(i.name, graph.given[i.name]) for i in study.declared},
+        "outputs": {o.name: one(o.name, graph.tensors[o.name]) for o in study.model.graph.output},
+    }
+
+
 class _Job:
     """One run of `batch`, behind the rewriting.
 
@@ -137,37 +174,12 @@ class _Job:
         axes: dict[str, int | None] = {}
         for name, role in original.items():
             axes[name] = axes[f"{name}.request"] = role.candidate_axis
-        self.graph = Batch(self.study, axes, options.shape)
-        self.made = self.graph.run()
-        told = self._told()
+        self.graph, self.made = joined(
+            self.study, axes, options.shape, result.report.usual, options.requests if options.turns else 1
+        )
+        told = convention(self.graph, self.study)
         self.contract |= {"interface": options.interface, "rows": told, "requests": options.requests}
         self.made.metadata_props.add(key=CONTRACT, value=json.dumps(self.contract, sort_keys=True))
-
-    def _told(self) -> dict[str, Any]:
-        """The calling convention, as the contract stores it."""
-        graph, study = self.graph, self.study
-        each = next(i.name for i in study.declared if i.role.level != "request")
-        infos = {i.name: i for i in (*study.model.graph.input, *study.model.graph.output)}
-
-        def one(name: str, t: Tensor) -> dict[str, Any]:
-            assert t.rows is not None
-            dims = [
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None
-                for d in infos[name].type.tensor_type.shape.dim
-            ]
-            shape = [n if isinstance(n, int) and k != t.rows.axis else None for k, n in enumerate(t.sizes)]
-            if not isinstance(t.rows.inner, int) or t.rows.outer != 1:
-                raise ModelError(f"Rows of {name!r} lie together with other entries.")
-            found = {"each": t.rows.each, "axis": t.rows.axis, "inner": t.rows.inner, "added": t.rows.added}
-            return {**found, "dims": dims, "shape": shape, "first": name == each}
-
-        return {
-            "form": graph.shape.form,
-            "name": graph.shape.name,
-            "guard": graph.shape.guard,
-            "inputs": {i.name: one(i.name, graph.given[i.name]) for i in study.declared},
-            "outputs": {o.name: one(o.name, graph.tensors[o.name]) for o in study.model.graph.output},
-        }
 
     def result(self) -> pipeline.Result:
         """The result, and the report of it."""
@@ -178,23 +190,34 @@ class _Job:
         report.notes += self.graph.notes
         if self.graph.alone:
             report.notes.append(f"these run request by request: {', '.join(self.graph.alone)}")
+        if self.graph.turns:
+            count = sum(map(len, self.graph.turns))
+            report.notes.append(
+                f"{count} nodes run in a loop over requests: what they make of one stays in the cache, and what they "
+                "make of all does not; for a GPU use --no-turns"
+            )
         report.notes += self._worth()
         return replace(self.before, model=self.made, report=report)
 
     def _worth(self) -> list[str]:
         """What one call for several requests is predicted to bring against one after the other."""
         study, told = self.study, []
-        own = [(n, level) for n, level in cost.by_rows(study.model.graph, study.shapes(2)) if level != "constant"]
+        inside = frozenset[int]().union(*self.graph.turns)
+        own = [
+            (node, "turns" if k in inside else level)
+            for k, (node, level) in enumerate(cost.by_rows(study.model.graph, study.shapes(2)))
+            if level != "constant"
+        ]
         points = dict.fromkeys([(self.options.requests, self.before.report.usual), *_POINTS])
         for r, n in points:
             one, many = study.shapes(n), study.shapes(r * n)
             alone = CALL + sum(cost.node_seconds(node, one) for node, _ in own)
-            together = CALL + cost.estimate(launches=self.graph.further)
+            together = CALL + cost.estimate(launches=self.graph.further) + r * TURN * len(self.graph.turns)
             for node, level in own:
                 seconds = cost.node_seconds(node, one)
                 # A step with a row per request takes its time per row, but for its launch.
                 once = seconds + max(0.0, seconds - cost.CPU.launch) * (r - 1)
-                together += cost.node_seconds(node, many) if level == "candidate" else once
+                together += {"candidate": cost.node_seconds(node, many), "turns": r * seconds}.get(level, once)
             told.append(f"{r * alone / together:.2f} at R = {r}, N = {n}")
         most = ", ".join(told)
         return [f"one call is predicted to be faster than one per request by {most}; it pays with few candidates"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
+from onnxrank import batches, cost, halves, runtime
 from onnxrank import extents as ex
-from onnxrank import halves, runtime
 from onnxrank import model as files
-from onnxrank.batching import rules
+from onnxrank.batching import regions, rules
 from onnxrank.batching.rows import NAMES, PADDED, Requests
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
 from onnxrank.batching.writer import Writer
@@ -67,6 +69,38 @@ def _live(marked: Sequence[tuple[NodeProto, str | None]], wanted: set[str]) -> l
     return kept[::-1]
 
 
+def joined(
+    study: Study, axes: dict[str, int | None], shape: Shape, usual: int, requests: int
+) -> tuple[Batch, ModelProto]:
+    """Makes a model for many requests, some nodes of which run request by request where that is quicker.
+
+    Args:
+        study: What is known of the model for one request.
+        axes: Per request-level input the axis along which the original has rows of candidates; None where it has none.
+        shape: How requests are told apart.
+        usual: Number of candidates that a request usually has.
+        requests: Number of requests that a call usually has; 1 for a model without loops.
+
+    Raises:
+        ModelError: It cannot be done, with the node and the reason.
+    """
+    plain = Batch(study, axes, shape)
+    made = plain.run()
+    shapes = study.shapes(usual)
+
+    def size(name: str) -> int:
+        return shapes.width(name) * math.prod(shapes.shape(name) or (0,))
+
+    if requests > 1 and plain.emit.opset >= regions.SINCE:
+        nodes = study.model.graph.node
+        found = regions.regions(nodes, plain.tensors, size, lambda node: cost.node_macs(node, shapes), requests)
+        with contextlib.suppress(Impossible):
+            if found:
+                better = Batch(study, axes, shape, found, plain.tensors)
+                return better, better.run()
+    return plain, made
+
+
 class Batch:
     """A model for one request made into one for many.
 
@@ -74,13 +108,22 @@ class Batch:
         study: What is known of the model for one request.
         axes: Per request-level input the axis along which the original has rows of candidates; None where it has none.
         shape: How requests are told apart.
+        turns: Sets of nodes that run request by request, by place.
+        known: Where the requests lie in all tensors without that.
 
     Raises:
         ModelError: It cannot be done, with the node and the reason.
     """
 
-    def __init__(self, study: Study, axes: dict[str, int | None], shape: Shape) -> None:
-        self.study, self.axes, self.shape = study, axes, shape
+    def __init__(
+        self,
+        study: Study,
+        axes: dict[str, int | None],
+        shape: Shape,
+        turns: Sequence[frozenset[int]] = (),
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.study, self.axes, self.shape, self.turns, self._before = study, axes, shape, turns, known or {}
         graph = study.model.graph
         opset = versions(study.model)[""]
         taken = names_in(graph)
@@ -102,6 +145,7 @@ class Batch:
         self._stored = {t.name: t for t in graph.initializer}
         self._sparse = {t.values.name: t for t in graph.sparse_initializer}
         self._constants: dict[str, Known | None] = {}
+        self._shown = {o.name for o in graph.output}
         self.requests = Requests(self.emit, shape.form, shape.name)
         self.writer = Writer(self.emit, self.layout, study.facts, self.requests)
         self._types = study.dtypes | {i.name: i.dtype for i in study.declared}
@@ -110,10 +154,37 @@ class Batch:
     def run(self) -> ModelProto:
         """Makes the model."""
         self._inputs()
-        for k, node in enumerate(self.study.model.graph.node):
-            self.emit.origin, self.emit.hint = k, next((o for o in node.output if o), node.name)
-            self._step(node)
+        nodes = self.study.model.graph.node
+        for k, *more in regions.ordered(nodes, self.turns):
+            self.emit.origin, self.emit.hint = k, next((o for o in nodes[k].output if o), nodes[k].name)
+            if frozenset([k, *more]) in self.turns:
+                self._in_turns([k, *more])
+            else:
+                self._step(nodes[k])
         return self._assembled(self._outputs())
+
+    def _in_turns(self, places: Sequence[int]) -> None:
+        """Writes nodes that run request by request."""
+        nodes = self.study.model.graph.node
+        inside = set(places)
+        maker = {o: k for k, n in enumerate(nodes) for o in n.output if o}
+        # What varies with the number of candidates is written for one request where it is read.
+        line = list(places)
+        while line:
+            near = {maker[i] for i in reads(nodes[line.pop()]) & self._varying} - inside
+            inside |= near
+            line += near
+        own = {o for k in inside for o in nodes[k].output if o}
+        read = set().union(*(reads(nodes[k]) for k in inside)) - own
+        others = set().union(*(reads(n) for k, n in enumerate(nodes) if k not in inside))
+        wanted = [o for k in sorted(places) for o in nodes[k].output if o in others | self._shown]
+        # The others vary with the number of candidates, and are written for one request where they are read.
+        results = {o: self._before[o] for o in wanted if o in self._before}
+        self._varying |= {o for o in wanted if o not in self._before}
+        loop = regions.Turns(self.writer, self._types, f"{label(nodes[places[0]])}/turns")
+        made = loop.run([nodes[k] for k in sorted(inside)], {i: self._tensor(i) for i in sorted(read)}, results)
+        self.tensors |= made
+        self._types |= {t.name: self._types[o] for o, t in made.items()}
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -395,7 +466,7 @@ class Batch:
                 "several", [n for n, _ in live if n.output[0] not in early], [(f"{n}/several", infos[n]) for n in names]
             ),
         }
-        graph.node.append(helper.make_node("If", [alone], names, name="onnxrank/requests", **branches))
+        graph.node.append(helper.make_node("If", [alone], names, name=batches.NODE, **branches))
         outside = {i for n in graph.node for i in n.input if i} | files.overridable(base)
         inside = [captured(g) for g in subgraphs(graph.node[-1])]
         read = outside.union(*inside)

@@ -114,6 +114,22 @@ class Requests:
         assert self.width is not None
         return self._extent(*self.width)
 
+    def turns(self) -> str:
+        """The number of requests, int64 []."""
+        return self._scalar(self.count())
+
+    def span(self) -> tuple[str, str, str]:
+        """Which candidates stand for every request, from and to, and how many are its own, int64 [requests] each.
+
+        Where it has none, it is one of another's, since models may fail without any: what comes of it is to be dropped.
+        """
+        starts = self._starts_of()
+        lengths = self.most() if self.form == PADDED else self._lengths()
+        own = self._add("Expand", [lengths, self.count()])
+        one = self._const([1])
+        begin = self._add("Min", [starts, self._add("Sub", [self.candidates(), one])])
+        return begin, self._add("Add", [begin, self._add("Max", [own, one])]), own
+
     # --- what callers say --------------------------------------------------------------------------------------------
 
     def _given(self) -> str:

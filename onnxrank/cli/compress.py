@@ -7,6 +7,7 @@ import re
 import click
 
 from onnxrank.cli.options import (
+    ENGINE_OPTION,
     OUTPUT_OPTIONS,
     ROLE_OPTIONS,
     begin,
@@ -138,6 +139,7 @@ def _list(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) ->
 )
 @click.option("--memory", type=click.FloatRange(0.5), metavar="GIB", help="Address space of each model's process.")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="N", help="Processes.")
+@ENGINE_OPTION
 @report_option(COMPRESS)
 @with_options(OUTPUT_OPTIONS)
 @click.pass_context
@@ -174,6 +176,7 @@ def compress(
     timeout: float,
     memory: float | None,
     jobs: int,
+    engine: str,
     report: tuple[str, ...],
     quiet: bool,
     verbose: bool,
@@ -216,6 +219,7 @@ def compress(
             plan=None if plan is None else Plan.read(plan),
             choice=choice_rows,
             jobs=jobs,
+            engine=engine,
             timeout=timeout,
             memory=None if memory is None else int(memory * (1 << 30)),
             progress=progress,

@@ -12,6 +12,7 @@ from onnxrank.cli.options import (
     BATCH_OPTIONS,
     CHECK_OPTIONS,
     OUTPUT_OPTIONS,
+    PACK_OPTION,
     ROLE_OPTIONS,
     RULE_OPTIONS,
     begin,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     help="With --interface same: do not turn scores into NaN where request-level rows differ; with batch and padded: "
     "where what tells requests apart does not add up.",
 )
+@PACK_OPTION
 @report_option(OPTIMIZE)
 @click.option("--explain", is_flag=True, help="Name every node that was left alone, with the reason.")
 @click.option("--dry-run", is_flag=True, help="Write no model (reports are written); OUT may be left out.")
@@ -71,7 +73,9 @@ def optimize(
     rows: str,
     rows_name: str | None,
     requests: int,
+    no_turns: bool,
     no_guard: bool,
+    pack_inputs: bool,
     candidates: int | tuple[int, int],
     select: list[str] | None,
     ignore: list[str] | None,
@@ -110,7 +114,7 @@ def optimize(
     if out is not None and not dry_run:
         check_output(out)
     given = given_roles(ctx, request, roles, infer_roles)
-    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard)
+    run = _entry(ctx, interface, rows, rows_name, requests, not no_guard, not no_turns, pack_inputs)
     if plan is not None and ctx.get_parameter_source("tune") is not click.core.ParameterSource.COMMANDLINE:
         tune = 0.0  # a plan decides all that timing would
     with show_progress(quiet, verbose) as progress:
@@ -144,16 +148,25 @@ def optimize(
 
 
 def _entry(
-    ctx: click.Context, interface: str, rows: str, name: str | None, requests: int, guard: bool
+    ctx: click.Context,
+    interface: str,
+    rows: str,
+    name: str | None,
+    requests: int,
+    guard: bool,
+    turns: bool,
+    pack: bool,
 ) -> Callable[..., Result]:
     """What makes a model with this interface."""
     if interface in ("batch", "padded"):
+        if pack:
+            raise click.UsageError("--pack-inputs is for --interface request and same, and for split.", ctx)
         from onnxrank.batching.engine import Options, batch
 
-        return partial(batch, options=Options(interface, rows, name, requests, guard))
-    for option in ("rows", "rows_name", "requests"):
+        return partial(batch, options=Options(interface, rows, name, requests, guard, turns))
+    for option in ("rows", "rows_name", "requests", "no_turns"):
         if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{option.replace('_', '-')} is for --interface batch and padded.", ctx)
-    from onnxrank import optimize
+    from onnxrank import optimize, pack_inputs
 
-    return partial(optimize, interface=interface, guard=guard)
+    return partial(pack_inputs if pack else optimize, interface=interface, guard=guard)

@@ -150,8 +150,20 @@ BATCH_OPTIONS = (
         default=8,
         show_default=True,
         metavar="R",
-        help="With --interface batch or padded: expected number of requests per call, for the report.",
+        help="With --interface batch or padded: expected number of requests per call, which costs depend on.",
     ),
+    click.option(
+        "--no-turns",
+        is_flag=True,
+        help="With --interface batch or padded: no loop over requests for nodes that do not gain from several at once "
+        "on a CPU. For models that run on a GPU.",
+    ),
+)
+PACK_OPTION = click.option(
+    "--pack-inputs",
+    is_flag=True,
+    help="Take ids and floats side by side: request.ids, request.values, candidate.ids and candidate.values in place "
+    "of an input per feature. The contract says which columns are whose.",
 )
 RULE_OPTIONS = (
     click.option(
@@ -184,6 +196,13 @@ CHECK_OPTIONS = (
     click.option(
         "--strict", is_flag=True, help="Exit with 1 if the result fails its check, instead of taking back what fails."
     ),
+)
+ENGINE_OPTION = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where recorded requests are gone over: by processes here, or by tasks on a Ray cluster, that of RAY_ADDRESS.",
 )
 OUTPUT_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),

@@ -31,6 +31,11 @@ def _parse_extents(ctx: click.Context, param: click.Parameter, value: tuple[str,
     return found
 
 
+def _parse_requests(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int]:
+    """Reads `1,2,8,32`."""
+    return [] if value is None else parse_numbers(ctx, param, value)
+
+
 @click.command(short_help="Time models over the number of candidates, and see where the time goes.")
 @click.argument("model", metavar="MODEL")
 @click.argument("other", metavar="[OTHER]", required=False)
@@ -42,6 +47,13 @@ def _parse_extents(ctx: click.Context, param: click.Parameter, value: tuple[str,
     show_default=True,
     metavar="N,N...",
     help="Numbers of candidates per request.",
+)
+@click.option(
+    "--requests",
+    callback=_parse_requests,
+    metavar="R,R...",
+    help="Score so many requests besides, of each number of candidates: in one call by models of --interface batch and "
+    "padded, one after the other by others.",
 )
 @click.option(
     "--ep",
@@ -92,6 +104,7 @@ def profile(
     roles: str | None,
     infer_roles: str | None,
     candidates: list[int],
+    requests: list[int],
     ep: str,
     threads: int,
     seconds: float,
@@ -128,6 +141,7 @@ def profile(
             other,
             **given,
             candidates=candidates,
+            requests=requests,
             provider=ep,
             threads=threads,
             seconds=seconds,

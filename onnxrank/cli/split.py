@@ -9,6 +9,7 @@ import click
 from onnxrank.cli.options import (
     CHECK_OPTIONS,
     OUTPUT_OPTIONS,
+    PACK_OPTION,
     ROLE_OPTIONS,
     RULE_OPTIONS,
     begin,
@@ -66,10 +67,17 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 )
 @click.option("--name", metavar="NAME", help="What the models of a repository are called.  [default: as IN's file]")
 @click.option(
+    "--rows",
+    type=click.Choice(["lengths", "offsets", "index", "triton"]),
+    help="Have the candidate model take several requests per call, told apart as by optimize --interface batch. With "
+    "--format triton: triton, and the server joins requests. [default: one request per call]",
+)
+@click.option(
     "--no-guard",
     is_flag=True,
     help="Do not give the candidate model the version of the state, which turns scores into NaN where it is another.",
 )
+@PACK_OPTION
 @with_options(ROLE_OPTIONS, RULE_OPTIONS)
 @report_option(SPLIT)
 @click.option("--dry-run", is_flag=True, help="Write no models (reports are written); OUT may be left out.")
@@ -96,7 +104,9 @@ def split(
     state_dtype: str,
     max_state: int | None,
     name: str | None,
+    rows: str | None,
     no_guard: bool,
+    pack_inputs: bool,
     request: tuple[str, ...],
     roles: str | None,
     infer_roles: str | None,
@@ -131,7 +141,7 @@ def split(
 
     SPLIT.check(report, [source])
     style = Style(verbose=verbose)
-    options = Options(form, state, state_dtype, max_state, not no_guard, name)
+    options = Options(form, state, state_dtype, max_state, not no_guard, name, rows, pack_inputs)
     given = given_roles(ctx, request, roles, infer_roles)
     with show_progress(quiet, verbose) as progress:
         made = run(

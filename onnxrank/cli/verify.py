@@ -8,6 +8,7 @@ import click
 
 from onnxrank.cli.options import (
     CHECKS,
+    ENGINE_OPTION,
     LENGTH_OPTION,
     OUTPUT_OPTIONS,
     begin,
@@ -117,6 +118,7 @@ from onnxrank.formats import VERIFY, Style
 @click.option(
     "--jobs", type=click.IntRange(1, 1024), metavar="N", help="Processes for recorded requests.  [default: cores]"
 )
+@ENGINE_OPTION
 @with_options(OUTPUT_OPTIONS)
 @click.pass_context
 def verify(
@@ -146,6 +148,7 @@ def verify(
     timeout: float,
     memory: float | None,
     jobs: int | None,
+    engine: str,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -188,6 +191,7 @@ def verify(
         timeout=timeout,
         memory=None if memory is None else int(memory * (1 << 30)),
         jobs=jobs,
+        engine=engine,
         tf32=not no_tf32,
     )
     with show_progress(quiet, verbose) as progress:

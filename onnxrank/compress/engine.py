@@ -8,18 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from onnxrank import feeds, workers
+from onnxrank import cluster, engines, feeds, workers
 from onnxrank import model as files
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
 from onnxrank.compress.methods import METHODS, MIXING
+from onnxrank.compress.passes import Scored, Scoring, Summing, scored, summed
 from onnxrank.compress.plan import Plan, Step, Tuning
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
@@ -65,7 +65,8 @@ class Options:
         plan: Decisions to follow instead of searching.
         choice: Most calibration rows that models are tried on.
         seconds: Time for timing one model.
-        jobs: Processes.
+        jobs: Processes that go over all rows, with the engine `local`.
+        engine: Where all rows are gone over: `local`, or `ray`.
         timeout: Seconds for one step of a model.
         memory: Bytes of address space of each process.
         progress: Called with what is being done.
@@ -92,6 +93,7 @@ class Options:
     choice: int = 32768
     seconds: float = 0.5
     jobs: int = 1
+    engine: str = "local"
     timeout: float = 120.0
     memory: int | None = None
     progress: Callable[[str], None] | None = None
@@ -104,6 +106,8 @@ class Options:
             raise UsageError(
                 f"A holdout of {self.holdout:g} leaves nothing for one of the two; give a share in (0, 1)."
             )
+        if self.engine not in engines.NAMES:
+            raise UsageError(f"The engine {self.engine!r} is not known; there are {', '.join(engines.NAMES)}.")
         for name, value in (("size", self.size), ("latency", self.latency)):
             if value is not None and not 1 <= value < math.inf:
                 raise UsageError(f"The target {name} must be at least 1 times, and not {value:g}.")
@@ -209,6 +213,7 @@ class _Job:
         self, loaded: files.LoadedModel, roles: Roles, options: Options, data: str | os.PathLike[str], notes: list[str]
     ) -> None:
         self.loaded, self.options = loaded, options
+        self.engine = cluster.engine(options.engine, options.jobs)
         source = None if loaded.path is None else os.fspath(loaded.path)
         self.report = Report(metadata.version("onnxrank"), source, loaded.sha256, notes=notes)
         self.report.candidates = options.candidates
@@ -227,7 +232,7 @@ class _Job:
         if PACK in o.methods or (o.plan is not None and o.plan.pack):
             base = self.original.copy()
             report.packed = [str(p) for p in pack(base)]
-        with Runner(o.jobs, o.timeout, o.memory) as runner:
+        with Runner(o.timeout, o.memory) as runner:
             runner.load(ORIGINAL, self.original.finished())
             runner.open(ORIGINAL, ORIGINAL)
             outputs = self._outputs(runner)
@@ -242,7 +247,7 @@ class _Job:
             report.points = search.points
             report.refusals = search.refusals
             report.stopped = "plan" if o.plan is not None else search.stopped
-            made = self._gate(runner, search, made)
+            made = self._gate(search, made)
         report.plan = made.plan
         report.changed = report.verdict == "passed" and bool(made.plan.steps or report.packed)
         if not report.changed:
@@ -303,26 +308,22 @@ class _Job:
         wanted = {"low-rank"} & {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
         sums = sums if wanted else {}
         ids: dict[str, list[Any]] = {f"t:{k}": [list(t.ids), t.shape[0]] for k, t in enumerate(tables)}
-        runner.load(_SUMS, base.finished())
         exposed = [*(n for ns in sums.values() for n in ns), *(i for t in tables for i in t.ids)]
         inputs = {i.name for i in base.model.graph.input}
+        names = {i: f"{i}/looked-up" for i in exposed if i in inputs}
+        model = _with_identities(base, names)
+        ids = {k: [[names.get(n, n) for n in ns], rows] for k, (ns, rows) in ids.items()}
+        exposed = [names.get(n, n) for n in exposed]
+        runner.load(_SUMS, model)
         # Not optimised: what is exposed could keep the runtime from fusing, which changes nothing but the time.
-        runner.open(_SUMS, _SUMS, [n for n in exposed if n not in inputs], optimise=False)
-        fed = {i: [i] for i in exposed if i in inputs}
-        if fed:
-            runner.close(_SUMS)
-            runner.load(_SUMS, _with_identities(base, fed))
-            names = {i: f"{i}/looked-up" for i in fed}
-            ids = {k: [[names.get(n, n) for n in ns], rows] for k, (ns, rows) in ids.items()}
-            exposed = [names.get(n, n) for n in exposed]
-            runner.open(_SUMS, _SUMS, exposed, optimise=False)
+        runner.open(_SUMS, _SUMS, exposed, optimise=False)
         shapes = runner.shapes(_SUMS, self.data.sample(3), [n for ns, _ in ids.values() for n in ns])
         depths = {
             own: len(shapes[seen])
             for t, (ns, _) in zip(tables, ids.values(), strict=True)
             for own, seen in zip(t.ids, ns, strict=True)
         }
-        batches, found = self._collect(runner, sums, ids, outputs)
+        found = self._summed(model, exposed, sums, ids)
         runner.close(_SUMS)
         moments: dict[str, Moments] = {}
         for k, p in enumerate(products if sums else []):
@@ -337,30 +338,26 @@ class _Job:
             moments[p.name] = total
         lookups = {t.name: found[f"t:{k}"] for k, t in enumerate(tables)}
         stats = Statistics(self.report.rows[CALIBRATION], moments, lookups, depths)
-        return stats, self._kept(runner, batches, outputs)
+        return stats, self._kept(runner, outputs)
 
-    def _collect(
-        self, runner: Runner, sums: Any, ids: Any, outputs: tuple[str, ...]
-    ) -> tuple[list[Batch], Mapping[str, Any]]:
-        """Sums over all calibration rows, and the batches that models are tried on."""
-        kept: list[Batch] = []
-        rows, requests = 0, 0
-        for batch, _ in runner.each(
-            self.data.batches(CALIBRATION), "add", session=_SUMS, products=sums, lookups=ids, outputs=[]
-        ):
-            if sum(len(b.request) for b in kept) < self.options.choice:
-                kept.append(batch)
-            rows += len(batch.request)
-            requests += len(batch.names)
-            self.options.say(f"statistics: {rows} rows")
-        self.report.rows[CALIBRATION], self.report.requests[CALIBRATION] = rows, requests
-        if not rows:
+    def _summed(self, model: ModelProto, exposed: list[str], sums: Any, ids: Any) -> Mapping[str, Any]:
+        """Sums over all calibration rows."""
+        o = self.options
+        task = Summing(self.data, model, o.timeout, o.memory, exposed, False, sums, ids)
+        found = summed(self.engine, task, o.say)
+        self.report.rows[CALIBRATION], self.report.requests[CALIBRATION] = found.rows, found.requests
+        if not found.rows:
             raise UsageError("No request is left for calibration: there are too few, or --holdout is too large.")
-        return kept, runner.collected()
+        return found.found
 
-    def _kept(self, runner: Runner, batches: Sequence[Batch], outputs: tuple[str, ...]) -> Kept:
-        for b in batches:
+    def _kept(self, runner: Runner, outputs: tuple[str, ...]) -> Kept:
+        """The first calibration rows, which models are tried on."""
+        batches: list[Batch] = []
+        for b in self.data.batches(CALIBRATION):
+            batches.append(b)
             runner.keep(b.feeds)
+            if sum(len(b.request) for b in batches) >= self.options.choice:
+                break
         scores = runner.scores(ORIGINAL, outputs)
         request = np.concatenate([b.request for b in batches])
         labels = self._labels([b.labels for b in batches], outputs)
@@ -439,7 +436,7 @@ class _Job:
 
     # --- the gate -----------------------------------------------------------------------------------------------
 
-    def _gate(self, runner: Runner, search: Search, made: Made) -> Made:
+    def _gate(self, search: Search, made: Made) -> Made:
         """Asks the gate about the last model, and where it says no about milder ones, at stricter levels each time.
 
         Of several models that are asked about one may pass by luck: every further try halves what is left of the chance
@@ -449,13 +446,13 @@ class _Job:
         history = search.history
         at = len(history) - 1
         limits = o.limits
-        original: tuple[Any, ...] | None = None
+        original: tuple[Scored, Any] | None = None
         while True:
             report.tries += 1
             if _mixes(history[at].plan):  # as it will be served: requests of their own
                 self.data.joined = False
             o.say("the gate")
-            original, report.outcomes = self._asked(runner, history[at].model, search.kept.outputs, limits, original)
+            original, report.outcomes = self._asked(history[at].model, search.kept.outputs, limits, original)
             report.verdict = gate.together(report.outcomes)
             told = any("too few to tell" in r or "tell these labels" in r for x in report.outcomes for r in x.reasons)
             if report.verdict == "passed" or at == 0 or told or o.plan is not None or report.tries == _TRIES:
@@ -477,36 +474,26 @@ class _Job:
         return history[at]
 
     def _asked(
-        self, runner: Runner, model: ModelProto, outputs: tuple[str, ...], limits: Limits, known: tuple[Any, ...] | None
-    ) -> tuple[tuple[Any, ...], tuple[Outcome, ...]]:
+        self, model: ModelProto, outputs: tuple[str, ...], limits: Limits, known: tuple[Scored, Any] | None
+    ) -> tuple[tuple[Scored, Any], tuple[Outcome, ...]]:
         """Scores of both models on the gate's rows, and what the gate says."""
-        runner.load("result", model)
-        runner.open("result", "result")
         if known is None:
-            several: list[tuple[Any, ...]] = []
-            again, both = self.data.batches(GATE), []
-            for batch, scores in runner.each(again, "scores", session=ORIGINAL, names=list(outputs)):
-                both.append({n: scores[n][:, 0].astype(np.float32) for n in outputs})
-                several.append((batch.request, batch.labels, batch.names))
-            if not several:
+            before = self._scores(self.original.finished(), outputs)
+            if before is None:
                 raise UsageError("No request is left for the gate: there are too few, or --holdout is too small.")
-            request = np.concatenate([r for r, _, _ in several])
-            names = list(chain.from_iterable(n for _, _, n in several))
-            known = (
-                request, self._labels([y for _, y, _ in several], outputs), names,
-                {n: np.concatenate([b[n] for b in both]) for n in outputs},
-            )  # fmt: skip
-            self.report.rows[GATE], self.report.requests[GATE] = len(request), len(names)
-        request, labels, names, before = known
-        made: dict[str, list[Any]] = {n: [] for n in outputs}
-        for _, scores in runner.each(self.data.batches(GATE), "scores", session="result", names=list(outputs)):
-            for n in outputs:
-                made[n].append(scores[n][:, 0].astype(np.float32))
-        runner.close("result")
+            known = before, self._labels([before.labels], outputs)
+            self.report.rows[GATE], self.report.requests[GATE] = len(before.request), len(before.names)
+        before, labels = known
+        made = self._scores(model, outputs)
+        assert made is not None
         return known, tuple(
             gate.judge(
                 gate.Scores(
-                    before[n].astype(np.float64), np.concatenate(made[n]).astype(np.float64), request, labels[n], names
+                    before.scores[n].astype(np.float64),
+                    made.scores[n].astype(np.float64),
+                    before.request,
+                    labels[n],
+                    before.names,
                 ),
                 limits,
                 n,
@@ -514,19 +501,24 @@ class _Job:
             for n in outputs
         )
 
+    def _scores(self, model: ModelProto, outputs: tuple[str, ...]) -> Scored | None:
+        """Scores of a model on the gate's rows."""
+        o = self.options
+        return scored(self.engine, Scoring(self.data, model, o.timeout, o.memory, outputs=outputs))
+
 
 def _mixes(plan: Plan) -> bool:
     """Whether scores depend on the other rows of a run."""
     return any(name in MIXING for step in plan.by_site.values() for name, _ in step.chain)
 
 
-def _with_identities(base: Network, fed: Mapping[str, Any]) -> ModelProto:
-    """The model with copies of inputs, which cannot be outputs themselves."""
+def _with_identities(base: Network, names: Mapping[str, str]) -> ModelProto:
+    """The model with copies of inputs, which cannot be outputs themselves, by their names."""
     from onnx import helper
 
     out = base.finished()
-    for name in fed:
-        out.graph.node.append(helper.make_node("Identity", [name], [f"{name}/looked-up"]))
+    for name, copy in names.items():
+        out.graph.node.append(helper.make_node("Identity", [name], [copy]))
     return out
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import NodeProto
 
+from onnxrank.columns import fold
 from onnxrank.compress.statistics import Fitted, Moments, Statistics
-from onnxrank.network import Network, Product, Site, Table
+from onnxrank.network import METHOD, Network, Product, Site, Table
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
@@ -227,10 +229,10 @@ def _half_layer(net: Network, site: Product, _: int, stats: Statistics) -> list[
     return []
 
 
-def _copied(node: Any) -> Any:
-    from onnx import NodeProto
-
-    return NodeProto.FromString(node.SerializeToString())
+def _copied(node: NodeProto) -> NodeProto:
+    made = NodeProto()
+    made.CopyFrom(node)
+    return made
 
 
 def _half_error(net: Network, site: Site, _: int, stats: Statistics) -> float:
@@ -408,6 +410,33 @@ def _pca(net: Network, site: Table, rank: int, stats: Statistics) -> list[Site]:
             ],
         )
     return [Table(f"{site.name}.0", name, (site.shape[0], rank), tuple(made))]
+
+
+def fold_pca(net: Network) -> dict[str, list[str]]:
+    """Folds the products behind tables of fewer columns into the layers behind these, wherever that can be done.
+
+    It comes last: what is done to layers is told by what they read before.
+
+    Returns:
+        Per lookup, by the name of what it gave, the inputs of the layers that read it.
+    """
+    out = {}
+    for node in [n for n in net.nodes if n.op_type == "MatMul" and _made_by(n, "pca-tables")]:
+        after = net.alone(node.output[0])
+        back = net.array(node.input[1])
+        mean = None if after is None else net.array(after.input[1])
+        if after is None or back is None or mean is None:
+            continue
+        layers = fold(net, after.output[0], node.input[0], back, mean, "pca-tables")
+        if layers:
+            out[after.output[0]] = layers
+            net.nodes = [n for n in net.nodes if n is not node and n is not after]
+            net.renewed()
+    return out
+
+
+def _made_by(node: NodeProto, method: str) -> bool:
+    return any(p.key == METHOD and p.value == method for p in node.metadata_props)
 
 
 def _pca_error(net: Network, site: Table, rank: int, stats: Statistics) -> float:

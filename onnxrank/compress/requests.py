@@ -2,14 +2,16 @@
 
 Where a model takes rows of several requests at once, as plain exports do, a batch is one run; where it does not,
 because request-level inputs take one row, each request is run by itself. That is found out by trying.
+
+What is asked of all rows is asked by portions, whose batches are the same whoever reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,8 @@ from onnxrank.verify.pairing import Binding, bind
 ROWS = 4096
 """Rows of a batch."""
 _BYTES = 16 << 20
+_PORTION = 65536
+"""About how many rows one task reads."""
 _SHUFFLED = 64
 """Batches among which the next one is drawn."""
 CALIBRATION, GATE = "calibration", "gate"
@@ -51,6 +55,34 @@ class Batch:
     request: NDArray[np.int64]
     labels: NDArray[np.float64] | None
     names: list[str]
+
+
+@dataclass
+class Seen:
+    """Which requests are in which part.
+
+    Attributes:
+        marks: The part of each, by hashes of its identity and of what is in it.
+    """
+
+    marks: dict[bytes, str] = field(default_factory=dict)
+
+    def add(self, marks: Iterable[bytes], part: str) -> bytes | None:
+        """Notes a request; a mark of it that the other part has, where there is one."""
+        return next((m for m in marks if self.marks.setdefault(m, part) != part), None)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What one task reads.
+
+    Attributes:
+        source: Which of the sources.
+        part: Which part of it.
+    """
+
+    source: str
+    part: recorded.Part
 
 
 def identity(model: ModelProto, declared: Sequence[Input]) -> Binding:
@@ -135,14 +167,18 @@ class Requests:
         if taken:
             raise UsageError(f"{sorted(taken)[0]!r} is an input of the model and cannot be a label as well.")
         self._sources = {
-            CALIBRATION: recorded.source(data, [*self.declared, *extra], request_id),
+            CALIBRATION: recorded.source(data, [*self.declared, *extra], request_id, rows=_PORTION),
         }
         if gate_data is not None:
-            self._sources[GATE] = recorded.source(gate_data, [*self.declared, *extra], request_id)
+            self._sources[GATE] = recorded.source(gate_data, [*self.declared, *extra], request_id, rows=_PORTION)
         self.joined = all(i.role.candidate_axis is not None for i in self.declared) and all(
             not once for _, once in self.binding.sources.values()
         )
-        self._where: dict[bytes, str] = {}
+
+    @property
+    def portions(self) -> list[Portion]:
+        """All there is to read, in order."""
+        return [Portion(name, part) for name, found in self._sources.items() for part in found.parts]
 
     @property
     def rows(self) -> int | None:
@@ -167,31 +203,64 @@ class Requests:
             most: Rows from which on a batch is full.
 
         Raises:
+            UsageError: The data cannot be used.
+        """
+        yield from self._batched(self.portions, only, most)
+
+    def of(self, portion: Portion, only: str, seen: Seen | None = None) -> Iterator[Batch]:
+        """Requests of one portion in batches, numbered within it.
+
+        Args:
+            portion: The portion.
+            only: The part that is wanted.
+            seen: Where all requests are noted, those of the other part too.
+
+        Raises:
             UsageError: The data cannot be used, or a request is in both parts.
         """
+        if seen is not None or self.gate_data is None or only == portion.source:
+            yield from self._batched([portion], only, ROWS, seen)
+
+    def _batched(
+        self, portions: Iterable[Portion], only: str | None, most: int, seen: Seen | None = None
+    ) -> Iterator[Batch]:
         held: dict[str, list[tuple[str, Feed, NDArray[np.float64] | None, int]]] = {CALIBRATION: [], GATE: []}
         size = dict.fromkeys(held, 0)
         count = dict.fromkeys(held, 0)
         number = dict.fromkeys(held, 0)
-        for source, found in self._sources.items():
-            for r in found.read():
-                part = source if self.gate_data is not None else self.part(r.name)
-                labels = self._labels(r)
-                feed = {i.name: r.feed[i.name] for i in self.declared}
-                self._check(r, feed, part)
-                n = rows(self.declared, feed) or 0
-                if not n or only not in (None, part):
-                    continue
-                held[part].append((r.name, feed, labels, n))
-                size[part] += sum(v.nbytes for v in feed.values())
-                count[part] += n
-                if count[part] >= most or size[part] >= _BYTES:
-                    yield self._batch(part, held[part], number[part])
-                    number[part] += len(held[part])
-                    held[part], size[part], count[part] = [], 0, 0
+        for portion, r in ((p, r) for p in portions for r in self._sources[p.source].read(p.part)):
+            part = portion.source if self.gate_data is not None else self.part(r.name)
+            labels = self._labels(r)
+            feed = {i.name: r.feed[i.name] for i in self.declared}
+            if seen is not None and (mark := seen.add(self._marks(r, feed), part)) is not None:
+                raise self._doubled(r, feed, mark)
+            n = rows(self.declared, feed) or 0
+            if not n or only not in (None, part):
+                continue
+            held[part].append((r.name, feed, labels, n))
+            size[part] += sum(v.nbytes for v in feed.values())
+            count[part] += n
+            if count[part] >= most or size[part] >= _BYTES:
+                yield self._batch(part, held[part], number[part])
+                number[part] += len(held[part])
+                held[part], size[part], count[part] = [], 0, 0
         for part, several in held.items():
             if several:
                 yield self._batch(part, several, number[part])
+
+    def together(self, seen: Seen, more: Seen, portion: Portion) -> None:
+        """Adds the requests of a portion to those of others.
+
+        Raises:
+            UsageError: A request is in both parts.
+        """
+        odd = next((m for m, part in more.marks.items() if seen.add([m], part) is not None), None)
+        if odd is None:
+            return
+        for r in self._sources[portion.source].read(portion.part):
+            feed = {i.name: r.feed[i.name] for i in self.declared}
+            if odd in self._marks(r, feed):
+                raise self._doubled(r, feed, odd)
 
     def _labels(self, r: recorded.Request) -> NDArray[np.float64] | None:
         if not self.labels:
@@ -202,12 +271,8 @@ class Requests:
             raise UsageError(f"{r.name}: the label {odd:g} is neither 0 nor 1.")
         return found
 
-    def _check(self, r: recorded.Request, feed: Feed, part: str) -> None:
-        """Notices a request that is in both parts, by its identity or by what is in it.
-
-        Raises:
-            UsageError: It is.
-        """
+    def _marks(self, r: recorded.Request, feed: Feed) -> list[bytes]:
+        """Hashes of a request's identity and of what is in it, where it has either."""
         marks = [("request", self._id(r.name).encode())] if f", {self.request_id} " in r.name else []
         if (rows(self.declared, feed) or 0) > 1:  # single rows are the same now and then
             inside = hashlib.blake2b(digest_size=8)
@@ -215,14 +280,16 @@ class Requests:
                 data = feed[i.name]
                 inside.update(repr(data.tolist()).encode() if data.dtype == object else data.tobytes())
             marks.append(("content", inside.digest()))
-        for kind, mark in marks:
-            key = hashlib.blake2b(kind.encode() + mark, digest_size=8).digest()
-            if self._where.setdefault(key, part) != part:
-                what = "is among" if kind == "request" else "is the same as one of"
-                raise UsageError(
-                    f"{r.name} {what} the requests for calibration and is for the gate too. What a model was fitted to "
-                    "says nothing about it: give other requests, or leave out duplicates."
-                )
+        return [hashlib.blake2b(kind.encode() + mark, digest_size=8).digest() for kind, mark in marks]
+
+    def _doubled(self, r: recorded.Request, feed: Feed, mark: bytes) -> UsageError:
+        """The error that a request is in both parts, by one of its marks."""
+        by_identity = f", {self.request_id} " in r.name and self._marks(r, feed)[0] == mark
+        what = "is among" if by_identity else "is the same as one of"
+        return UsageError(
+            f"{r.name} {what} the requests for calibration and is for the gate too. What a model was fitted to "
+            "says nothing about it: give other requests, or leave out duplicates."
+        )
 
     def _batch(self, part: str, several: Sequence[tuple[str, Feed, Any, int]], first: int) -> Batch:
         request = np.repeat(np.arange(first, first + len(several)), [n for _, _, _, n in several])

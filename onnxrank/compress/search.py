@@ -22,7 +22,7 @@ from onnx import ModelProto
 
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import METHODS, Refused, fitted
+from onnxrank.compress.methods import METHODS, Refused, fitted, fold_pca
 from onnxrank.compress.plan import Plan, Step, Tuning
 from onnxrank.compress.refit import heads, refit
 from onnxrank.compress.report import Point, Refusal, Speed
@@ -68,6 +68,7 @@ class Made:
         outcomes: What the gate would say, were these rows its own; empty where it was not asked.
         error: Root of the mean square by which logits move, relative to their spread.
         maps: Layers of low rank that were fitted to it, by their names.
+        folded: Lookups of fewer columns, by what they gave in the original, with what reads them; see `fold_pca`.
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class Made:
     outcomes: tuple[Outcome, ...]
     error: float
     maps: Mapping[str, Fitted] = field(default_factory=dict)
+    folded: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def standing(self) -> tuple[float, float]:
@@ -208,6 +210,7 @@ class Search:
     def made(self, plan: Plan, stats: Statistics | None = None) -> Made:
         """Makes a model and measures it on the kept rows, its last layers fitted again where that helps."""
         net = self.build(plan, stats)
+        folded = fold_pca(net)
         model = net.finished()
         if self.refit and plan.steps and plan.finetune is None:
             several = [h for h in heads(net) if h.output in self.kept.outputs]
@@ -226,7 +229,7 @@ class Search:
                 model, scores, plan = fitted, after, replace(plan, refit=True)
         else:
             scores = self.scored(model)
-        return Made(plan, model, self.judged(scores), math.sqrt(self.off(scores)))
+        return Made(plan, model, self.judged(scores), math.sqrt(self.off(scores)), folded=folded)
 
     def judged(self, scores: Mapping[str, Floats]) -> tuple[Outcome, ...]:
         """What the gate would say of scores on the kept rows."""
@@ -270,7 +273,9 @@ class Search:
                 step = Step(name, chain)
                 known = [alone.get(link) for link in chain] if len(chain) > 1 else []
                 try:
-                    model = self.build(replace(self._empty, steps=(step,))).finished()
+                    net = self.build(replace(self._empty, steps=(step,)))
+                    fold_pca(net)
+                    model = net.finished()
                     saved = self._whole - len(model.SerializeToString())
                     found = None if len(chain) > 1 else self._alone(step, model, saved)
                 except Refused as e:
@@ -398,23 +403,30 @@ class Search:
             Point(
                 step.told, step.site,
                 len(signed(made.model, made.plan).SerializeToString()) if step.chain else self.size,
-                parameters(made.model), self.cost(made.plan) if step.chain else self.before, took, made.error,
+                parameters(made.model), self.cost(made) if step.chain else self.before, took, made.error,
                 None if worst is None else (worst.value, worst.low, worst.high),
                 min((c.value for c in kept), default=None),
             )
         )  # fmt: skip
 
-    def cost(self, plan: Plan) -> int:
-        """Multiply-adds of the layers and tables of a plan's model."""
+    def cost(self, made: Made) -> int:
+        """Multiply-adds of the layers and tables of a model."""
         total = 0
+        ranks = {s.site: k for s in made.plan.by_site.values() for m, k in s.chain if m in ("low-rank", "pca-tables")}
+        narrower: dict[str, int] = {}
         for name, site in self.all.items():
-            rows = self.macs.get(name, 0)
-            inner, outer = site.shape
-            step = plan.by_site.get(name)
-            rank = next((k for m, k in step.chain if m in ("low-rank", "pca-tables")), None) if step else None
-            if isinstance(site, Table):
-                total += rows * rank * outer if rank is not None else 0
-            else:
+            rank, rows = ranks.get(name), self.macs.get(name, 0)
+            if rank is None or not isinstance(site, Table):
+                continue
+            for node in site.nodes:
+                layers = made.folded.get(node.output[0])
+                total += 0 if layers else rows // len(site.nodes) * rank * site.shape[1]
+                for read in layers or ():
+                    narrower[read] = narrower.get(read, 0) + site.shape[1] - rank
+        for name, site in self.all.items():
+            if isinstance(site, Product):
+                rank, rows = ranks.get(name), self.macs.get(name, 0)
+                inner, outer = site.shape[0] - narrower.get(site.inputs[0], 0), site.shape[1]
                 total += rows * (inner * outer if rank is None else rank * (inner + outer))
         return total
 

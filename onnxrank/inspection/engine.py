@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from onnxrank import cost, feeds, pipeline
+from onnxrank import cost, feeds, matrices, pipeline
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import RULE, find_roles, stored_contract
@@ -81,14 +81,14 @@ def inspect(
         EnvironmentProblem: onnxruntime is missing, or memory ran out.
     """
     say = progress or (lambda stage: None)
-    loaded = files.load(model)
+    loaded = matrices.unpacked(files.load(model))
     working = files.flattened(loaded.proto)
     contract = stored_contract(loaded.proto)
     roles, notes = find_roles(
         feeds.describe(working), contract, request=request, spec=spec, infer_from=infer_from, lenient=True
     )
     result = pipeline.optimize(
-        model,
+        loaded,
         roles=roles,
         interface=interface,
         candidates=candidates,

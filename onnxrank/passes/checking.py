@@ -138,15 +138,18 @@ def _alike(job: Job, guilty: Guilty) -> list[Site]:
 
 def _unpack(job: Job, reason: str, counts: Sequence[int]) -> None:
     """Leaves what makes the check fail unpacked, and goes on with the rest."""
-    packing = job.preparation.packing
+    packing, packed = job.preparation.packing, job.preparation.base.packed
+    rules = [r for r in plans.PACKING if any(p.rule == r for p in packed)]
     try:
-        guilty = Search(packing, lambda m: _held(job, m, counts).passed).culprit(Choice(), [plans.PACK])
+        guilty = Search(packing, lambda m: _held(job, m, counts).passed).culprit(Choice(), rules)
     except GaveUp:
         guilty = None
     wrong = guilty.sites if guilty is not None and guilty.sites else packing(Choice())[1]
     job.preparation.leave_unpacked(wrong)
-    job.report.retreats += [Retreat(plans.PACK, s.node, "check", reason) for s in wrong]
-    job.notes.append(f"{plans.PACK} was left out at {', '.join(dict.fromkeys(s.node for s in wrong))}: {reason}")
+    job.report.retreats += [Retreat(s.place.rule, s.node, "check", reason) for s in wrong]
+    for rule in dict.fromkeys(s.place.rule for s in wrong):
+        shown = dict.fromkeys(s.node for s in wrong if s.place.rule == rule)
+        job.notes.append(f"{rule} was left out at {', '.join(shown)}: {reason}")
     choose(job, job.preparation.candidates())
 
 

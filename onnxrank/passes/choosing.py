@@ -37,6 +37,9 @@ def choose(job: Job, found: Sequence[Form]) -> None:
     """Takes the form that costs least at the expected number of candidates."""
     seconds = job.before()
     job.found = tuple(found)
+    if len(found) == 1:
+        _go_on_with(job, found[0])
+        return
     # Of forms that are all out the last is the plainest.
     _go_on_with(job, min(reversed(found), key=lambda f: f.seconds(job.options.span, seconds)))
 
@@ -53,7 +56,7 @@ def take(job: Job, form: Form) -> None:
     """Goes on with a form, and says what was left alone."""
     job.form, job.study = form, form.study
     job.pair = job.pair and replace(job.pair, many=form)
-    job.others = []
+    job.others = job.preparation.refusals
     assert job.full is not None
     for name in sorted(job.full.rewrite.rw.applied - form.rewrite.rw.applied):
         # What it would refuse is worth knowing, too.

@@ -121,8 +121,10 @@ def _uses(job: Job) -> list[RuleUse]:
     uses = form.rewrite.rule_uses(form.original_shapes(n), form.shapes(n))
     if base.packed:
         after = sum(c.macs for c in cost.by_level(base.model.graph, base.shapes(n)).values())
-        places = dict.fromkeys(p.name for p in base.packed)
-        uses.insert(0, RuleUse(plans.PACK, len(places), job.report.macs_before - after, tuple(places)))
+        for rule in plans.PACKING[::-1]:
+            places = dict.fromkeys(p.name for p in base.packed if p.rule == rule)
+            saved = job.report.macs_before - after if rule == plans.PACK else 0
+            uses[:0] = [RuleUse(rule, len(places), saved, tuple(places))] if places else []
     return uses
 
 
@@ -138,18 +140,16 @@ def result(job: Job) -> Result:
     if form is None or form.model is None:
         return unchanged(job)
     _remark(job, form)
-    job.notes += [*map(str, form.study.packed), *form.rewrite.notes]
+    job.notes += [*dict.fromkeys(map(str, form.study.packed)), *form.rewrite.notes]
     made, shapes = emitted(job), form.shapes(job.options.usual)
     job.report.changed = True
     job.report.after = cost.by_level(form.model.graph, shapes)
     job.report.rules = _uses(job)
     job.report.size_after = made.ByteSize()
-    time = _line(form.time)
     if job.pair is not None:
         job.report.below = job.pair.below
-        few, more, below = _line(job.pair.few.time), job.pair.overhead, job.pair.below
-        many, time = time, lambda n: (few if n < below else many)(n) + more
-    job.report.predictions = _predictions(_line(job.before()), time, job.measured)
+    time = form.time if job.pair is None else job.pair.time
+    job.report.predictions = _predictions(job.before(), time, job.measured)
     return Result(made, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, form))
 
 
@@ -159,12 +159,6 @@ def unchanged(job: Job) -> Result:
     form = job.form or job.full
     _remark(job, form)
     return Result(job.loaded.proto, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, None))
-
-
-def _line(cost_at: Callable[[int], float]) -> Callable[[int], float]:
-    """Costs over the number of candidates, which are a line in it."""
-    low, high = cost_at(1), cost_at(2)
-    return lambda n: low + (n - 1) * (high - low)
 
 
 def _predictions(

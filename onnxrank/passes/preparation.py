@@ -11,11 +11,12 @@ from onnxrank import cost, plans
 from onnxrank.errors import ModelError
 from onnxrank.forms import Form, forms, preparing_sites
 from onnxrank.fused import Unsupported
+from onnxrank.lookups import Lookups
 from onnxrank.packing import Packed
 from onnxrank.passes.options import Options
-from onnxrank.plans import LEAVE, TAKE, Choice, Place, Plan, Site, label
+from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Plan, Site, label
 from onnxrank.remarks import Remarks
-from onnxrank.rule import Rule
+from onnxrank.rule import Refusal, Rule
 from onnxrank.study import Study
 
 MUCH = 0.05
@@ -98,7 +99,18 @@ class Preparation:
 
     def _packing(self) -> Sequence[Packed]:
         """What can be packed away, as far as rules are allowed."""
-        return self.original.packable if any(r.name == plans.PACK for r in self._options.rules) else ()
+        rules = {r.name for r in self._options.rules}
+        found = self.original.packable if plans.PACK in rules else []
+        return [*found, *(self._lookups.packed if plans.LOOKUP in rules else ())]
+
+    @property
+    def _lookups(self) -> Lookups:
+        return self.original.lookups(self._options.usual)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Lookups that were left by themselves, and why."""
+        return list(self._lookups.refusals) if any(r.name == plans.LOOKUP for r in self._options.rules) else []
 
     def _loses(self, form: Form) -> bool:
         """Whether much that is the request's is done for every candidate."""
@@ -156,7 +168,7 @@ class Preparation:
     def repeat(self, plan: Plan) -> Study:
         """Prepares the model as a plan says."""
         self.sites = list(plan.preparation)
-        packed = [s for s in self.sites if s.place.rule == plans.PACK]
+        packed = [s for s in self.sites if s.place.rule in plans.PACKING]
         self.base = self.original.prepared(packed)
         return self.base.prepared([s for s in self.sites if s not in packed])
 
@@ -172,12 +184,13 @@ class Preparation:
     def _packed_at(self, packed: Packed, chosen: str) -> Site:
         """The site of something that can be packed away."""
         node = self.original.model.graph.node[packed.index]
-        return Site(_place(packed), label(node), node.op_type, (), chosen)
+        choices = (Alternative(TAKE, "exact"), Alternative(LEAVE)) if packed.rule == plans.LOOKUP else ()
+        return Site(_place(packed), label(node), node.op_type, choices, chosen)
 
 
 def _place(packed: Packed) -> Place:
     """Where something is packed away, as plans have it."""
-    return Place(plans.PACK, packed.index, packed.kind)
+    return Place(packed.rule, packed.index, packed.kind)
 
 
 def _optional(rules: Iterable[Rule]) -> list[str]:

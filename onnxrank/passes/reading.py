@@ -17,14 +17,14 @@ from onnxrank.operators import domain_of, find
 from onnxrank.roles import InputInfo, Roles, infer, resolve
 
 
-def read(model: str | os.PathLike[str] | ModelProto) -> files.LoadedModel:
+def read(model: str | os.PathLike[str] | ModelProto | files.LoadedModel) -> files.LoadedModel:
     """Reads a model that can be worked on.
 
     Raises:
         UsageError: The file cannot be read.
         ModelError: It is no valid model, or holds no operator that is known.
     """
-    loaded = files.load(model)
+    loaded = model if isinstance(model, files.LoadedModel) else files.load(model)
     if all_foreign(loaded.proto):
         raise ModelError("the model holds no operators of the default ONNX domain, nor others that are known")
     return loaded

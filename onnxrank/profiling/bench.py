@@ -24,7 +24,7 @@ from onnxrank.model import LoadedModel
 from onnxrank.profiling import timing
 from onnxrank.profiling.kernels import Event, Node, Tracer, telling
 from onnxrank.profiling.report import Kernel, Kernels, Memory, Share
-from onnxrank.profiling.sessions import Requests, Runner, Target, open_session
+from onnxrank.profiling.sessions import Loop, Requests, Runner, Target, open_session
 from onnxrank.workers import Crashed, Worker
 
 _STATUS = Path("/proc/self/status")
@@ -43,7 +43,7 @@ class Bench:
     def __init__(self, models: Mapping[str, tuple[ModelProto, str | None]]) -> None:
         self._models = models
         self._sessions: dict[str, tuple[Any, Target]] = {}
-        self._runners: dict[str, Runner] = {}
+        self._runners: dict[str, Runner | Loop] = {}
         self._tracer: Tracer | None = None
 
     def open(self, session: str, path: str | None, target: Sequence[Any]) -> list[str]:
@@ -63,16 +63,22 @@ class Bench:
         self._sessions[session] = made, how
         return list(made.get_providers())
 
-    def hold(self, session: str, requests: Requests) -> float:
+    def hold(self, session: str, requests: Requests, turns: int = 1) -> float:
         """Takes requests for a session, in the place of those before, and runs each once.
+
+        Args:
+            session: Which.
+            requests: The requests.
+            turns: How many of them make a run, one after the other.
 
         Returns:
             Seconds of the longest run.
         """
         self._runners.pop(session, None)
         made, how = self._sessions[session]
-        run = self._runners[session] = Runner(made, requests, how)
-        return max(run(k) for k in range(len(requests)))
+        own = Runner(made, requests, how)
+        run = self._runners[session] = own if turns == 1 else Loop(own, turns)
+        return max(run(k) for k in range(len(requests) // turns))
 
     def interleave(self, sessions: Sequence[str], seconds: float) -> dict[str, Any]:
         """Times sessions in turns on the requests that they hold."""
@@ -204,10 +210,10 @@ class RemoteBench:
         with self._watching([model], "while it is loaded"):
             return tuple(map(str, self._call("open", session=model.key, path=model.path, target=self._target)))
 
-    def hold(self, model: Entrant, candidates: int, requests: Requests) -> None:
-        """Hands over the requests of the next measurement, and runs each once."""
+    def hold(self, model: Entrant, candidates: int, requests: Requests, turns: int = 1) -> None:
+        """Hands over the requests of the next measurement, and runs each once; so many in turn make a run."""
         with self._watching([model], f"at N = {candidates}", requests[0]):
-            took = float(self._call("hold", session=model.key, requests=list(requests)))
+            took = float(self._call("hold", session=model.key, requests=list(requests), turns=turns))
             self._longest = max(self._longest, took)
 
     def interleave(

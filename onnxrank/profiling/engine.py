@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import feeds, runtime, workers
+from onnxrank import batches, feeds, matrices, ranker, runtime, workers
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
@@ -24,6 +25,7 @@ from onnxrank.profiling import timing
 from onnxrank.profiling.bench import Entrant, RemoteBench
 from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
 from onnxrank.profiling.sessions import Requests, Target, environment
+from onnxrank.ranker import Matrices
 from onnxrank.roles import InputInfo, InputRole, Roles
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
@@ -33,6 +35,7 @@ DEFAULT_CANDIDATES = (1, 32, 128, 512, 2048)
 _COPIES = 12
 """Times that the inputs of a request are in memory: several requests, here, on their way, and in the process."""
 _REQUESTS = 4  # different ones per number of candidates, in turn
+_CALLS = 2  # different ones of several requests, in turn
 _OTHER_EXTENT = 32  # of symbolic extents that do not count candidates
 _SAME = 1e-3  # scores of two models that differ by more, relative to the largest, are not the same scores
 
@@ -47,6 +50,7 @@ def profile(
     spec: Mapping[str, Any] | None = None,
     infer_from: Mapping[str, NDArray[Any]] | None = None,
     candidates: Sequence[int] = DEFAULT_CANDIDATES,
+    requests: Sequence[int] = (),
     provider: str = "cpu",
     threads: int = 1,
     seconds: float = 5.0,
@@ -70,6 +74,8 @@ def profile(
         spec: A roles file's content.
         infer_from: Recorded requests to infer the roles from.
         candidates: Numbers of candidates.
+        requests: Numbers of requests to score besides, each number at every number of candidates: in one call by models
+            of the interfaces `batch` and `padded`, one after the other by others.
         provider: `cpu` or `cuda`.
         threads: Threads inside an operator.
         seconds: Most seconds of timing per number of candidates.
@@ -88,6 +94,8 @@ def profile(
     """
     say = progress or (lambda stage: None)
     target = _target(provider, threads, io_binding, cuda_graph, candidates, seconds)
+    if any(r < 1 for r in requests):
+        raise UsageError(f"requests {list(requests)!r} must be numbers of at least 1")
     runtime.check_provider(provider)
     workers.warm(1)
     say("reading")
@@ -95,13 +103,13 @@ def profile(
     base = next((s for s in subjects if s.contract is None), subjects[0])
     roles, notes = _roles(base, subjects, request, spec, infer_from)
     say("deriving shapes")
-    study = Study(base.working, roles, base.loaded)
+    study = Study(base.alone, roles, base.one)
     drawn = _Drawn(study, subjects, base, lengths or {})
     notes += drawn.notes
     for s in subjects:
-        s.check_inputs(drawn.of(s)(2), base)
+        s.check_inputs(drawn.single(s, 2), base)
     entrants = [s.entrant(str(k), other is not None and s is not base) for k, s in enumerate(subjects)]
-    points = []
+    points, several = [], []
     difference = None
     with RemoteBench(target, timeout) as bench:
         providers = []
@@ -117,7 +125,16 @@ def profile(
             points.append(timing.point(n, rounds, copies))
         if other is not None:
             say("comparing scores")
-            difference = _difference(*(bench.scores(e, max(candidates)) for e in entrants))
+            last = max(candidates)
+            first, second = (s.parted(bench.scores(e, last), last) for e, s in zip(entrants, subjects, strict=True))
+            difference = _difference(first, second)
+        for n, r in itertools.product(sorted(set(candidates)), sorted(set(requests))):
+            say(f"timing R = {r}, N = {n}")
+            drawn.check_memory(n, r)
+            for e, s in zip(entrants, subjects, strict=True):
+                bench.hold(e, n, drawn.several(s, n, r), 1 if s.told else r)
+            rounds, _ = bench.interleave(entrants, n, seconds)
+            several.append(timing.several(r, n, rounds, [s.told is not None for s in subjects]))
     if difference is not None and not difference <= _SAME:
         notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
     models, traced = [], []
@@ -149,6 +166,7 @@ def profile(
         break_even=timing.break_even(points, [m.line for m in models]) if other is not None else None,
         difference=difference,
         notes=tuple(notes),
+        several=tuple(several),
     )
 
 
@@ -176,23 +194,33 @@ class _Subject:
         name: Its file's path, or a name for a model in memory.
         loaded: The model as given.
         working: The same with functions inlined.
-        described: Its inputs.
-        contract: What it says of itself, if it was optimised.
+        one: The same for one request, with inputs one by one; the model as given, where it is so anyway.
+        alone: That with functions inlined.
+        described: Inputs of that.
+        contract: What that says of itself, if it was optimised.
+        told: How the model takes several requests; None where it takes one.
+        packed: Inputs that hold others side by side.
     """
 
     name: str
     loaded: files.LoadedModel
     working: ModelProto
+    one: files.LoadedModel
+    alone: ModelProto
     described: list[InputInfo]
     contract: dict[str, Any] | None
+    told: dict[str, Any] | None
+    packed: Matrices
 
     @classmethod
     def load(cls, source: Source, k: int) -> _Subject:
         loaded = files.load(source)
-        proto = loaded.proto
-        working = files.flattened(proto)
+        told, one = batches.convention(loaded.proto), matrices.unpacked(batches.single(loaded))
+        working = files.flattened(loaded.proto)
+        alone = working if one is loaded else files.flattened(one.proto)
         name = os.fspath(loaded.path) if loaded.path is not None else ("model in memory", "other model in memory")[k]
-        return cls(name, loaded, working, feeds.describe(working), stored_contract(proto))
+        of_itself = feeds.describe(alone), stored_contract(one.proto), told, matrices.told(loaded.proto)
+        return cls(name, loaded, working, one, alone, *of_itself)
 
     def entrant(self, key: str, second: bool) -> Entrant:
         """The model as it is measured.
@@ -202,6 +230,20 @@ class _Subject:
             second: Whether it is held against another.
         """
         return Entrant(key, self.name, self.loaded, self.working, second and self.contract is not None)
+
+    def joined(self, requests: Sequence[feeds.Feed]) -> Requests:
+        """Requests as the model takes them: inputs side by side, in one call, where it takes them so."""
+        if self.told is not None:
+            return [batches.joined(self.told, requests)]
+        return [ranker.matrices(self.packed, feed) for feed in requests]
+
+    def parted(self, scores: Sequence[NDArray[Any]], candidates: int) -> Sequence[NDArray[Any]]:
+        """Outputs for one request, from those of a call with one."""
+        if self.told is None:
+            return scores
+        names = [o.name for o in self.loaded.proto.graph.output]
+        (found,) = batches.parted(self.told, dict(zip(names, scores, strict=True)), [candidates])
+        return [found[name] for name in names]
 
     def check_inputs(self, requests: Requests, base: _Subject) -> None:
         """Finds out whether requests hold what the model takes.
@@ -269,16 +311,16 @@ class _Drawn:
         self._point = {s: lengths.get(name, _OTHER_EXTENT) for name, s in names.items()}
         used = ", ".join(f"{name} = {self._point[s]}" for name, s in names.items())
         self.notes = [f"symbolic extents of the inputs: {used}; see --length"] if names else []
-        self._held: tuple[int, list[feeds.Feed]] = (0, [])
+        self._held: tuple[int, int, list[feeds.Feed]] = (0, 0, [])
 
-    def check_memory(self, n: int) -> None:
-        """Finds out whether requests with a number of candidates fit into memory.
+    def check_memory(self, n: int, requests: int = 1) -> None:
+        """Finds out whether requests with a number of candidates, so many of which are scored at once, fit into memory.
 
         Raises:
             EnvironmentProblem: They do not.
         """
         left = workers.available_memory()
-        needed = _COPIES * self._bytes(n)
+        needed = _COPIES * self._bytes(n) * requests
         if left is not None and needed > left:
             raise EnvironmentProblem(
                 f"There is not enough memory for requests with {n} candidates: their inputs alone take about "
@@ -293,14 +335,24 @@ class _Drawn:
 
     def of(self, subject: _Subject) -> Callable[[int], Requests]:
         """Makes requests with a number of candidates for a model."""
-        return lambda n: [self._suited(subject, feed) for feed in self._requests(n)]
+        return lambda n: [call for feed in self.single(subject, n) for call in subject.joined([feed])]
 
-    def _requests(self, n: int) -> list[feeds.Feed]:
-        if self._held[0] != n:
-            self._held = (0, [])  # those before would take up memory
+    def single(self, subject: _Subject, n: int, count: int = _REQUESTS) -> list[feeds.Feed]:
+        """Requests with a number of candidates, as a model takes one."""
+        return [self._suited(subject, feed) for feed in self._requests(n, count)]
+
+    def several(self, subject: _Subject, n: int, requests: int) -> Requests:
+        """Requests with a number of candidates, so many of which are scored at once, as a model takes them."""
+        every = self.single(subject, n, _CALLS * requests)
+        groups = [every[k * requests : (k + 1) * requests] for k in range(_CALLS)]
+        return [call for group in groups for call in subject.joined(group)]
+
+    def _requests(self, n: int, count: int) -> list[feeds.Feed]:
+        if self._held[:2] != (n, count):
+            self._held = (0, 0, [])  # those before would take up memory
             point = {**self._point, CANDIDATES: n}
-            self._held = (n, [self._study.maker(Setting(point, 7 * n + k)) for k in range(_REQUESTS)])
-        return self._held[1]
+            self._held = (n, count, [self._study.maker(Setting(point, 7 * n + k)) for k in range(count)])
+        return self._held[2]
 
     def _suited(self, subject: _Subject, full: feeds.Feed) -> feeds.Feed:
         """Of every input the form that fits what the model declares: all rows, or one row of what is request-level."""
@@ -365,8 +417,8 @@ def _kernels(
     note = None
     try:
         known = study
-        if subject.loaded is not study.loaded:
-            known = Study(subject.working, _roles_of(subject, study, roles), subject.loaded)
+        if subject.one is not study.loaded:
+            known = Study(subject.alone, _roles_of(subject, study, roles), subject.one)
         stray = known.contradicted()
         if stray is not None:
             raise ModelError(stray.reason)

@@ -19,6 +19,7 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto
 
+from onnxrank import batches
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
 from onnxrank.graphs import subgraphs
@@ -83,8 +84,9 @@ def telling(model: ModelProto) -> list[int]:
 
 
 def _run_nodes(graph: GraphProto) -> list[NodeProto]:
-    """The nodes of a graph, and behind them those of two plans in it."""
-    inner = [n for node in graph.node if is_crossover(node) for g in subgraphs(node) for n in g.node]
+    """The nodes of a graph, and behind them those of two plans in it, or of one request and of several."""
+    ways = [node for node in graph.node if is_crossover(node) or node.name == batches.NODE]
+    inner = [n for node in ways for g in subgraphs(node) for n in g.node]
     return [*graph.node, *inner]
 
 

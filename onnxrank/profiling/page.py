@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from onnxrank import charts, pages
-from onnxrank.profiling.render import LEVELS, duration, shown_candidates, spread, verdict
+from onnxrank.profiling.render import LEVELS, duration, how, ratio, shown_candidates, spread, verdict
 from onnxrank.profiling.report import Kernels, ModelProfile, Profile
 from onnxrank.profiling.timing import fitted
 from onnxrank.writers import human, percent
@@ -33,6 +33,7 @@ def to_html(profile: Profile) -> str:
         _times(profile),
         "</div></div>",
         *_speedups(profile),
+        *_several(profile),
         *_costs(profile, names),
         "<h2>Where the time goes, by level</h2>",
         '<p class="faint">Kernel time per request by onnxruntime\'s profiler, which slows small kernels down; at every '
@@ -88,6 +89,19 @@ def _speedups(profile: Profile) -> list[str]:
     told = pages.table(heads, rows, (1,))
     chart = f'<div class="row"><div>{speedup_chart(profile)}</div><div>{told}</div></div>'
     return ["<h2>Speed-up</h2>", f'<p class="verdict">{said}</p>', chart]
+
+
+def _several(profile: Profile) -> list[str]:
+    if not profile.several:
+        return []
+    rows: list[list[object]] = []
+    for p in profile.several:
+        for k, (name, c) in enumerate(zip(_names(profile), p.calls, strict=True)):
+            row = [p.requests, p.candidates, name, how(c, p.requests), duration(c.median)]
+            row += [spread(c.median, c.low, c.high), duration(c.per_request), duration(c.per_candidate)]
+            rows.append([*row, ratio(p.speedup, "×") if k else ""])
+    heads = ["R", "N", "model", "", "all", "95 %", "per request", "per candidate", "first over second"]
+    return ["<h2>Time of several requests</h2>", pages.table(heads, rows, (2, 3))]
 
 
 def speedup_chart(profile: Profile) -> str:

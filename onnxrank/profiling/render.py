@@ -15,7 +15,7 @@ from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxrank.profiling.report import Kernels, ModelProfile, Profile, Share, Speedup
+    from onnxrank.profiling.report import Call, Kernels, ModelProfile, Profile, Share, Speedup
 
 LEVELS = {
     "request": "once per request",
@@ -54,6 +54,18 @@ def verdict(speedup: Speedup, times: str) -> str:
     return f"{three(speedup.ratio)}{times} ({interval})"
 
 
+def how(call: Call, requests: int) -> str:
+    """How a model scores several requests."""
+    return "one call" if call.together else f"{requests} call{'s' * (requests > 1)}"
+
+
+def ratio(speedup: Speedup | None, times: str) -> str:
+    """A speed-up in short."""
+    if speedup is None:
+        return ""
+    return f"{speedup.ratio:.2f}{times}" if speedup.significant else f"({speedup.ratio:.2f}{times})"
+
+
 def show(profile: Profile, console: Console, style: Style = PLAIN) -> None:
     """Prints a profile in a style."""
     print_profile(profile, console, style.verbose)
@@ -90,6 +102,7 @@ class _Printer:
         self.head()
         self.times_table()
         self.speedups()
+        self.several()
         self.costs()
         shown = [p.candidates for p in self.profile.points] if verbose else [shown_candidates(self.profile)]
         for n in shown:
@@ -152,6 +165,23 @@ class _Printer:
                 "never": "2 is not faster at any number of candidates.",
             }[p.break_even.kind]
         )
+
+    def several(self) -> None:
+        if not self.profile.several:
+            return
+        many = len(self.profile.models) > 1
+        self.to.title("Time of several requests")
+        names = ["R", "N", *["model"] * many, "", "all", "95 %", "per request", "per candidate", *["1 over 2"] * many]
+        table = self.to.table(names, (2 + many,))
+        for p in self.profile.several:
+            for k, c in enumerate(p.calls, 1):
+                cells = [str(p.requests), str(p.candidates)] if k == 1 else ["", ""]
+                cells += [*[str(k)] * many, how(c, p.requests), duration(c.median)]
+                cells += [spread(c.median, c.low, c.high).replace("±", self.to.plus_minus)]
+                cells += [duration(c.per_request), duration(c.per_candidate)]
+                cells += [ratio(p.speedup, self.to.times) if k > 1 else ""] * many
+                table.add_row(*map(self.to.text, cells))
+        self.to.show(table)
 
     def costs(self) -> None:
         lines = [(k, m.line) for k, m in enumerate(self.profile.models, 1) if m.line is not None]
@@ -229,12 +259,13 @@ class _Printer:
 
 
 def to_csv(profile: Profile) -> str:
-    """One row per number of candidates and model; times in seconds."""
+    """One row per number of candidates and model, then those of several requests; times in seconds."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         "candidates model runs median low high p90 p99 candidates_per_second copies kernels once repeated "
-        "per_candidate speedup speedup_low speedup_high significant".split()
+        "per_candidate speedup speedup_low speedup_high significant requests seconds_per_request "
+        "seconds_per_candidate".split()
     )
     for p in profile.points:
         for k, (model, t) in enumerate(zip(profile.models, p.times, strict=True)):
@@ -245,5 +276,11 @@ def to_csv(profile: Profile) -> str:
             row += [levels.get(level, 0.0) for level in ("request", "repeated", "candidate")]
             s = p.speedup if k == 1 else None
             row += [s.ratio, s.low, s.high, int(s.significant)] if s else [""] * 4
-            writer.writerow(row)
+            writer.writerow([*row, 1, t.median, t.median / p.candidates])
+    for v in profile.several:
+        for k, (model, c) in enumerate(zip(profile.models, v.calls, strict=True)):
+            row = [v.candidates, model.source, c.runs, c.median, c.low, c.high, "", "", 1 / c.per_candidate, *[""] * 5]
+            s = v.speedup if k == 1 else None
+            row += [s.ratio, s.low, s.high, int(s.significant)] if s else [""] * 4
+            writer.writerow([*row, v.requests, c.per_request, c.per_candidate])
     return out.getvalue()

@@ -71,6 +71,48 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Call:
+    """Several requests scored by one model, in one call or one after the other.
+
+    Attributes:
+        together: Whether one call scores them all; else there is one per request.
+        runs: How often they were timed.
+        median: The middle time, in seconds for all of them.
+        low: Lower end of its 95 % interval.
+        high: Upper end of it.
+        per_request: Of the middle time what comes to a request, in seconds.
+        per_candidate: What comes to a candidate.
+    """
+
+    together: bool
+    runs: int
+    median: float
+    low: float
+    high: float
+    per_request: float
+    per_candidate: float
+
+
+@dataclass(frozen=True)
+class Several:
+    """Everything timed at one number of requests and of candidates of each.
+
+    Attributes:
+        requests: Number of requests.
+        candidates: Number of candidates of each.
+        calls: Per model, in the order given.
+        speedup: First over second; None for a single model.
+        settled: Whether the interval was narrow enough before the time was used up.
+    """
+
+    requests: int
+    candidates: int
+    calls: tuple[Call, ...]
+    speedup: Speedup | None
+    settled: bool
+
+
+@dataclass(frozen=True)
 class Line:
     """Cost of a request as `once + each * N`, fitted to the medians.
 
@@ -237,6 +279,7 @@ class Profile:
         break_even: With two models.
         difference: With two models, largest difference of their scores over the largest score.
         notes: Anything else worth knowing, a sentence each.
+        several: Per number of candidates and of requests; nothing unless asked for.
     """
 
     version: str
@@ -253,6 +296,7 @@ class Profile:
     break_even: BreakEven | None = None
     difference: float | None = None
     notes: tuple[str, ...] = field(default=())
+    several: tuple[Several, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `profile.schema.json` describes it."""

@@ -172,6 +172,32 @@ class Runner:
         return out
 
 
+class Loop:
+    """Several requests, one after the other, as one run.
+
+    Args:
+        runner: Runs one of its requests.
+        turns: How many make a run.
+    """
+
+    def __init__(self, runner: Runner, turns: int) -> None:
+        self._runner, self._turns = runner, turns
+
+    @property
+    def copies(self) -> float | None:
+        """Median seconds per run for copies between host and device; None where none are told apart."""
+        found = self._runner.copies
+        return None if found is None else found * self._turns
+
+    def __call__(self, request: int) -> float:
+        """Runs some requests, and returns their seconds."""
+        return sum(self._runner(request * self._turns + k) for k in range(self._turns))
+
+    def scores(self, request: int) -> list[Any]:
+        """Outputs for the first of them."""
+        return self._runner.scores(request * self._turns)
+
+
 def processor(provider: str) -> str:
     """The processor in words, as far as the system tells."""
     import platform

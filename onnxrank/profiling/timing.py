@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.profiling.report import BreakEven, Line, Point, Speedup, Times
+from onnxrank.profiling.report import BreakEven, Call, Line, Point, Several, Speedup, Times
 from onnxrank.turns import NARROW, RESOLUTION, Rounds, Run, interleave, interval, ratio
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "interval",
     "point",
     "ratio",
+    "several",
 ]
 
 STRAIGHT = 0.05
@@ -45,12 +46,34 @@ def point(candidates: int, rounds: Rounds, copies: Sequence[float | None]) -> Po
         low, high = interval(own)
         rate = candidates / median
         times.append(Times(every.size, median, min(low, median), max(high, median), p90, p99, rate, copied))
-    speedup = None
-    if len(turns) == 2:
-        middle, low, high = ratio(turns[0], turns[1])
-        apart = (low > 1 or high < 1) and abs(math.log(middle)) > RESOLUTION
-        speedup = Speedup(middle, low, high, apart)
-    return Point(candidates, tuple(times), speedup, rounds.settled)
+    return Point(candidates, tuple(times), _speedup(turns), rounds.settled)
+
+
+def _speedup(turns: NDArray[np.float64]) -> Speedup | None:
+    if len(turns) != 2:
+        return None
+    middle, low, high = ratio(turns[0], turns[1])
+    apart = (low > 1 or high < 1) and abs(math.log(middle)) > RESOLUTION
+    return Speedup(middle, low, high, apart)
+
+
+def several(requests: int, candidates: int, rounds: Rounds, together: Sequence[bool]) -> Several:
+    """Sums up the rounds at one number of requests.
+
+    Args:
+        requests: The number.
+        candidates: Number of candidates of each.
+        rounds: The times, of all requests.
+        together: Per model whether one call scores them all.
+    """
+    turns = np.median(rounds.seconds, axis=2)
+    calls = []
+    for model, own, one in zip(rounds.seconds, turns, together, strict=True):
+        median = float(np.median(model))
+        low, high = interval(own)
+        each = median / requests
+        calls.append(Call(one, model.size, median, min(low, median), max(high, median), each, each / candidates))
+    return Several(requests, candidates, tuple(calls), _speedup(turns), rounds.settled)
 
 
 def fitted(candidates: Sequence[int]) -> list[int]:

@@ -63,6 +63,13 @@ def state(layout: Layout) -> dict[str, Any]:
     }
 
 
+def give_rows(told: Mapping[str, Any]) -> None:
+    """Gives the tensors of a state a first axis of 1, where they have none, as `graph.in_rows` does."""
+    for t in told["tensors"]:
+        if len(t["shape"]) < 2 or t["shape"][0] != 1:
+            t["shape"] = [1, *t["shape"]]
+
+
 def ordered(tensors: Iterable[Handed]) -> tuple[Handed, ...]:
     """Tensors of the state in their order: those of fixed shape first."""
     return tuple(sorted(tensors, key=lambda t: not _is_fixed(t)))
@@ -122,6 +129,8 @@ def contract(
     roles: Mapping[str, Any],
     source_sha256: str,
     optimize: Mapping[str, Any],
+    packed: ranker.Matrices,
+    more: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The contract.
 
@@ -134,7 +143,10 @@ def contract(
         roles: Roles of the original's inputs.
         source_sha256: Hash of the original.
         optimize: The contract of the rewriting.
+        packed: Inputs that hold others side by side.
+        more: Further fields of a part.
     """
+    columns = {name: {"columns": m["columns"]} for name, m in packed.items()}
     return {
         "schema": "onnxrank.contract",
         "schema_version": ranker.SCHEMA_VERSION,
@@ -147,11 +159,12 @@ def contract(
             part: {
                 "file": file,
                 "sha256": sha256,
-                "inputs": [described(i) for i in graph_inputs(model)],
+                "inputs": [described(i) | columns.get(i.name, {}) for i in graph_inputs(model)],
                 "outputs": [described(o) for o in model.graph.output],
+                **more.get(part, {}),
             }
             for part, (file, sha256, model) in parts.items()
         },
         "roles": dict(roles),
-        "optimize": dict(optimize),
+        "optimize": {**optimize, **({"packed": dict(packed)} if packed else {})},
     }

@@ -8,9 +8,10 @@ cut. So a step that makes something large of something small, and is quick, ends
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from onnxrank.maxflow import NEVER, Network
 
 PRICE = 1e-9
 """Seconds per byte of state: what it takes to fetch it, at a gigabyte per second."""
@@ -18,7 +19,6 @@ _LEAST = 1e-7
 """Seconds of a step that is said to cost nothing: what else is equal stays in the request model."""
 _UNIT = 1e12
 """Capacities are whole picoseconds, so that sums are exact."""
-_NEVER = 1 << 80
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,20 @@ def least(problem: Problem, price: float = PRICE) -> Cut:
     steps = problem.steps
     tensors = {name: len(steps) + k for k, name in enumerate(problem.sizes)}
     source, sink = len(steps) + len(tensors), len(steps) + len(tensors) + 1
-    net = _Network(sink + 1)
+    net = Network(sink + 1)
     maker = {name: k for k, s in enumerate(steps) for name in s.gives}
     for name, at in tensors.items():
         size = problem.sizes[name]
-        net.join(maker.get(name, source), at, _NEVER if size is None else round(size * price * _UNIT))
+        net.join(maker.get(name, source), at, NEVER if size is None else round(size * price * _UNIT))
     for name in problem.wanted:
-        net.join(tensors[name], sink, _NEVER)
+        net.join(tensors[name], sink, NEVER)
     for k, s in enumerate(steps):
-        net.join(source, k, _NEVER if s.seconds is None else round(max(s.seconds, _LEAST) * _UNIT))
+        net.join(source, k, NEVER if s.seconds is None else round(max(s.seconds, _LEAST) * _UNIT))
         for name in s.reads:
-            net.join(tensors[name], k, _NEVER)
+            net.join(tensors[name], k, NEVER)
             if name in maker:
-                net.join(k, maker[name], _NEVER)  # what it reads has been made where it runs
-    if net.flow(source, sink) >= _NEVER:
+                net.join(k, maker[name], NEVER)  # what it reads has been made where it runs
+    if net.flow(source, sink) >= NEVER:
         raise Impossible(_blocking(problem))
     late = net.before(sink)
     return divided(problem, frozenset(k for k in range(len(steps)) if k not in late))
@@ -140,78 +140,3 @@ def _blocking(problem: Problem) -> str:
     made = {name for s in problem.steps for name in s.gives}
     held = [name for name, size in problem.sizes.items() if size is None]
     return next((name for name in held if name in inside or name not in made), held[0] if held else "")
-
-
-class _Network:
-    """A network with capacities, and the largest flow through it (Dinic)."""
-
-    def __init__(self, count: int) -> None:
-        self._edges: list[list[int]] = [[] for _ in range(count)]
-        self._to: list[int] = []
-        self._room: list[int] = []
-
-    def join(self, a: int, b: int, capacity: int) -> None:
-        """Adds an edge."""
-        for end, other, room in ((a, b, capacity), (b, a, 0)):
-            self._edges[end].append(len(self._to))
-            self._to.append(other)
-            self._room.append(room)
-
-    def flow(self, source: int, sink: int) -> int:
-        """The largest flow; `_NEVER` or more if nothing limits it."""
-        total = 0
-        while total < _NEVER:
-            depth = self._depths(source)
-            if sink not in depth:
-                return total
-            at = [0] * len(self._edges)
-            while total < _NEVER and (pushed := self._push(source, sink, depth, at)):
-                total += pushed
-        return total
-
-    def _depths(self, source: int) -> dict[int, int]:
-        depth, line = {source: 0}, deque([source])
-        while line:
-            a = line.popleft()
-            for e in self._edges[a]:
-                b = self._to[e]
-                if self._room[e] and b not in depth:
-                    depth[b] = depth[a] + 1
-                    line.append(b)
-        return depth
-
-    def _push(self, source: int, sink: int, depth: dict[int, int], at: list[int]) -> int:
-        """Sends what one path takes; `at` says which edges of a node are used up."""
-        path: list[int] = []
-        here = source
-        while here != sink:
-            edges = self._edges[here]
-            while at[here] < len(edges):
-                e = edges[at[here]]
-                if self._room[e] and depth.get(self._to[e]) == depth[here] + 1:
-                    path.append(e)
-                    here = self._to[e]
-                    break
-                at[here] += 1
-            else:
-                if here == source:
-                    return 0
-                here = self._to[path.pop() ^ 1]
-                at[here] += 1
-        amount = min(self._room[e] for e in path)
-        for e in path:
-            self._room[e] -= amount
-            self._room[e ^ 1] += amount
-        return amount
-
-    def before(self, sink: int) -> set[int]:
-        """Who can still send something to the sink."""
-        seen, line = {sink}, deque([sink])
-        while line:
-            b = line.popleft()
-            for e in self._edges[b]:
-                a = self._to[e]
-                if self._room[e ^ 1] and a not in seen:
-                    seen.add(a)
-                    line.append(a)
-        return seen

@@ -17,16 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from onnxrank import cost, halves, pipeline, ranker
+from onnxrank import cost, halves, matrices, pipeline, ranker
 from onnxrank import model as files
-from onnxrank.contract import roles_again, stored_contract
+from onnxrank.batching.engine import Options as BatchOptions
+from onnxrank.batching.engine import convention
+from onnxrank.batching.graph import Shape, joined
+from onnxrank.batching.rows import FORMS as FORMS_OF_ROWS
+from onnxrank.batching.rows import NAMES
+from onnxrank.contract import CONTRACT, roles_again, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.extents import Expr
 from onnxrank.facts import settings
 from onnxrank.feeds import Maker, describe
 from onnxrank.graphs import names_in
 from onnxrank.plans import Plan, label
-from onnxrank.roles import Roles
+from onnxrank.roles import InputRole, Roles
 from onnxrank.splitting import contract, folder, formats, graph
 from onnxrank.splitting.cut import PRICE, Cut, Impossible, Problem, Step, divided, least
 from onnxrank.splitting.graph import Handed, Layout
@@ -62,6 +67,9 @@ class Options:
         most: Bytes that the state may have at most, at the longest lengths served; None for no limit.
         guard: Whether the candidate model takes the version of the state, and gives NaN for another than its own.
         name: What the models are called; None for the file's name.
+        rows: What tells the candidate model which candidates are whose, so that it takes several requests: `lengths`,
+            `offsets`, `index` or `triton`, as for models of the interface `batch`; None for one request per call.
+        pack: Whether inputs lie side by side in few matrices.
 
     Raises:
         UsageError: A value is not one that there is.
@@ -73,6 +81,8 @@ class Options:
     most: int | None = None
     guard: bool = True
     name: str | None = None
+    rows: str | None = None
+    pack: bool = False
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -82,6 +92,15 @@ class Options:
         ):
             if value not in known:
                 raise UsageError(f"the {what} {value!r} is not known; use {', '.join(map(repr, known))}")
+        if self.rows is not None and self.rows not in FORMS_OF_ROWS:
+            raise UsageError(f"rows {self.rows!r} are not known; use {', '.join(map(repr, FORMS_OF_ROWS))}")
+        if self.rows is not None and (self.format == "python" or (self.format == "triton") != (self.rows == "triton")):
+            raise UsageError(
+                "several requests per call: rows 'triton' are for the format 'triton', others for 'plain', none for "
+                "'python'"
+            )
+        if self.rows is not None and self.pack:
+            raise UsageError("packed inputs are for a candidate model of one request per call, without rows")
         if self.most is not None and self.most < 1:
             raise UsageError(f"a state of at most {self.most} bytes cannot be")
         if self.name is not None and not _NAME.fullmatch(self.name):
@@ -434,7 +453,12 @@ class Job:
         levels, options = self.levels, self.options
         inside = frozenset(levels.request[k] for k in self.cut.request)
         request, candidate = graph.divide(self.model, levels, inside, self.layout)
+        packed: dict[str, Any] = {}
+        if options.pack:
+            request, candidate = (self._packed(m, packed) for m in (request, candidate))
         told = contract.state(self.layout)
+        if options.rows is not None:
+            contract.give_rows(told)
         number = contract.version(request, told, self.loaded.folder)
         if options.guard:
             graph.say_version(request, number)
@@ -442,6 +466,10 @@ class Job:
             if unguarded:
                 shown = ", ".join(map(repr, unguarded))
                 self.notes.append(f"the version of the state does not guard {shown}, which cannot be NaN")
+        rows = None
+        if options.rows is not None:
+            graph.in_rows(request, candidate)
+            candidate, rows = self._several(candidate, options.rows)
         data = {
             p: m.SerializeToString(deterministic=True) for p, m in zip(halves.PARTS, (request, candidate), strict=True)
         }
@@ -449,6 +477,7 @@ class Job:
         name = options.name or formats.name_of(self.loaded.path)
         where = formats.places(options.format, name, number)
         digests = {p: hashlib.sha256(d).hexdigest() for p, d in data.items()}
+        more = {} if rows is None else {"candidate": {"rows": rows}}
         agreed = contract.contract(
             self.result.report.version,
             number,
@@ -458,6 +487,8 @@ class Job:
             self.result.report.roles,
             self.loaded.sha256,
             self.contract,
+            packed,
+            more,
         )
         folder.put(stage, {where[p]: data[p] for p in halves.PARTS})
         written = [where[p] for p in halves.PARTS]
@@ -473,6 +504,40 @@ class Job:
         report.files = [*written, ranker.CONTRACT_FILE]
         return Split(request, candidate, agreed, report)
 
+    def _packed(self, model: ModelProto, told: dict[str, Any]) -> ModelProto:
+        """One of the models with its inputs side by side.
+
+        Args:
+            model: The model.
+            told: Receives which columns are whose.
+        """
+        handed = {o["name"] for o in contract.state(self.layout)["tensors"]}
+        made = matrices.pack(model, Roles.from_dict(self.result.report.roles), handed)
+        told |= made.told
+        self.notes += made.notes
+        return made.model
+
+    def _several(self, candidate: ModelProto, form: str) -> tuple[ModelProto, dict[str, Any]]:
+        """The candidate model for several requests, and how it takes them."""
+        proto = files.flattened(candidate)
+        state = {t.name for t in self.layout.tensors} | {self.layout.packed, ranker.VERSION}
+        roles = Roles(
+            {
+                i.name: InputRole(i.name, "request", None) if i.name in state else self.roles.inputs[i.name]
+                for i in describe(proto)
+            }
+        )
+        study = Study(proto, roles, replace(self.loaded, proto=proto, path=None))
+        axes: dict[str, int | None] = dict.fromkeys(roles.inputs, 0)
+        shape = Shape(form, NAMES[form], self.options.guard)
+        usual = self.result.report.usual
+        batch, made = joined(study, axes, shape, usual, BatchOptions().requests)
+        rows = convention(batch, study)
+        told = {**self.contract, "roles": roles.to_dict(), "interface": "batch", "rows": rows}
+        made.metadata_props.add(key=CONTRACT, value=json.dumps(told, sort_keys=True))
+        self.notes += batch.notes
+        return made, rows
+
     def check(self, stage: Path, level: str, lengths: Mapping[str, tuple[int, int]], report: Report) -> None:
         """Holds both models together against the original.
 
@@ -486,7 +551,7 @@ class Job:
         roles = Roles.from_dict(self.result.report.roles)
         span = self.result.report.candidates
         options = Checks(roles=roles, level=level, lengths=lengths, span=span)
-        with Engine(self.loaded, halves.load(stage), options, known=known) as engine:
+        with Engine(self.loaded, matrices.unpacked(halves.load(stage)), options, known=known) as engine:
             found = engine.run()
         report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
         if not found.passed:

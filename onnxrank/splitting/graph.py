@@ -335,3 +335,36 @@ def guard(candidate: ModelProto, version: int) -> list[str]:
 def parameters(model: ModelProto) -> int:
     """Entries of a model's initializers."""
     return sum(int(np.prod(t.dims, dtype=np.int64)) for t in model.graph.initializer)
+
+
+# --- rows per request ------------------------------------------------------------------------------------------------
+
+
+def in_rows(request: ModelProto, candidate: ModelProto) -> None:
+    """Gives every tensor of the state a first axis of 1, in place, along which the states of requests can lie."""
+    opset = next(o.version for o in candidate.opset_import if o.domain in ("", "ai.onnx"))
+    first, second = _Half(request, "onnxrank/rows"), _Half(candidate, "onnxrank/rows")
+    given = {i.name: i for i in candidate.graph.input}
+    outputs, inputs = {}, {}
+    for o in request.graph.output:
+        extents = o.type.tensor_type.shape.dim
+        if len(extents) > 1 and extents[0].HasField("dim_value") and extents[0].dim_value == 1:
+            continue
+        outputs[o.name] = inputs[o.name] = f"{o.name}/row"
+        for half, op, names in (
+            (first, "Unsqueeze", (f"{o.name}/row", o.name)),
+            (second, "Squeeze", (o.name, f"{o.name}/row")),
+        ):
+            if opset < 13:
+                half.add(op, names[:1], names[1], axes=[0])
+            else:
+                half.add(op, [names[0], half.constant(f"{o.name}/first", [0])], names[1])
+        for value in (o, given[o.name]):
+            kept = [d for d in value.type.tensor_type.shape.dim]
+            made = helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, [1])
+            made.type.tensor_type.shape.dim.extend(kept)
+            value.CopyFrom(made)
+    for model, half, other in ((request, first, outputs), (candidate, second, inputs)):
+        nodes = [renamed(n, other) for n in model.graph.node]
+        del model.graph.node[:]
+        model.graph.node.extend([*nodes, *half.nodes] if half is first else [*half.nodes, *nodes])

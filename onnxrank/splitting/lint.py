@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,10 +57,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor as it is declared somewhere; `shape` is None, or has None for what is not fixed."""
+    """A tensor as it is declared somewhere; shapes are None, or have None for what is not fixed.
+
+    Attributes:
+        type: Its type.
+        shape: What the model takes or gives.
+        cut: What callers give or get of it, where the server joins requests and cuts outputs; else None.
+    """
 
     type: str
     shape: tuple[int | None, ...] | None
+    cut: tuple[int | None, ...] | None = None
+
+    @property
+    def seen(self) -> tuple[int | None, ...] | None:
+        """What callers give or get."""
+        return self.shape if self.cut is None else self.cut
 
 
 @dataclass
@@ -213,14 +225,15 @@ def _size(model: _Model) -> _Findings:
 
 def _declared(model: _Model) -> _Findings:
     """Reads what inputs and outputs are declared."""
+    scattered = {t.text for m in model.config.messages("batch_output") for t in m.scalars("target_name")}
     for what, into in (("input", model.inputs), ("output", model.outputs)):
         for m in model.config.messages(what):
-            yield from _tensor(what, m, into, model.batched)
+            yield from _tensor(what, m, into, model.batched, scattered if what == "output" else set())
         if not into:
             yield model.config.where(what), f"no {what} is listed: Triton would make the list up"
 
 
-def _tensor(what: str, m: Message, into: dict[str, _Value], batched: bool) -> _Findings:
+def _tensor(what: str, m: Message, into: dict[str, _Value], batched: bool, scattered: Collection[str]) -> _Findings:
     name = m.text("name")
     for f in m.fields:
         if f.name not in _TENSOR:
@@ -250,7 +263,10 @@ def _tensor(what: str, m: Message, into: dict[str, _Value], batched: bool) -> _F
     if m.text("allow_ragged_batch") == "true":
         if not batched:
             yield m.where("allow_ragged_batch"), f"{what} {name!r}: allow_ragged_batch needs a max_batch_size above 0"
-        into[name] = _Value(kind, (None,))  # all requests' entries one after another
+        into[name] = _Value(kind, (None,), (None, *shape))  # all requests' entries one after another
+        return
+    if name in scattered:
+        into[name] = _Value(kind, (None,), (None, *shape))
         return
     into[name] = _Value(kind, (None, *shape) if batched else shape)
 
@@ -348,7 +364,7 @@ def _of(value: object) -> _Value:
 
 
 def _shown(value: _Value) -> str:
-    shape = "?" if value.shape is None else ", ".join("-1" if d is None else str(d) for d in value.shape)
+    shape = "?" if value.seen is None else ", ".join("-1" if d is None else str(d) for d in value.seen)
     return f"{value.type} [{shape}]"
 
 
@@ -459,7 +475,7 @@ def _step_inputs(step: Message, part: _Model, known: Mapping[str, tuple[_Value, 
 
 def _differ(a: _Value, b: _Value) -> bool:
     """Whether two declarations of a tensor cannot both hold."""
-    return a.type != b.type or not (a.shape is None or b.shape is None or _same_axes(a.shape, b.shape))
+    return a.type != b.type or not (a.seen is None or b.seen is None or _same_axes(a.seen, b.seen))
 
 
 def _same_axes(a: Sequence[int | None], b: Sequence[int | None]) -> bool:

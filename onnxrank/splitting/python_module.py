@@ -28,15 +28,31 @@ def source(contract: Mapping[str, Any]) -> str:
         "    scores = ranker.score(request, candidates)  # arrays by name, both ways",
         "",
         "The request, one row:",
-        *_listed(models["request"]["inputs"]),
+        *_listed(_single(models["request"]["inputs"])),
         "Candidates, a row each:",
-        *_listed(i for i in models["candidate"]["inputs"] if i["name"] not in given),
+        *_listed(_single(i for i in models["candidate"]["inputs"] if i["name"] not in given)),
+        *_side_by_side([*models["request"]["inputs"], *models["candidate"]["inputs"]]),
         "Outputs:",
         *_listed(models["candidate"]["outputs"]),
         "",
         f"Written by onnxrank {contract['version']} for state version {contract[ranker.VERSION]}.",
     ]
     return '"""' + "\n".join(lines) + '\n"""' + rest
+
+
+def _single(inputs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Inputs one by one."""
+    return [c | {"type": i["type"]} for i in inputs for c in i.get("columns", [i])]
+
+
+def _side_by_side(inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which inputs lie side by side."""
+    lines = []
+    for i in inputs:
+        if "columns" in i:
+            names = ", ".join(_safe(c["name"]) + (f" ({c['width']})" if c["width"] > 1 else "") for c in i["columns"])
+            lines += ["", f"    {_safe(i['name'])}: {i['type']} {i['shape']}, columns {names}"]
+    return ["Or packed side by side, the columns in this order:", *lines[1:]] if lines else []
 
 
 def _listed(values: Iterable[Mapping[str, Any]]) -> list[str]:

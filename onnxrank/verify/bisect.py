@@ -17,7 +17,7 @@ from onnxrank.contract import stored_contract
 from onnxrank.errors import CheckFailed, ModelError, OnnxrankError, UsageError
 from onnxrank.fused import Unsupported
 from onnxrank.model import flattened
-from onnxrank.plans import LEAVE, PACK, Choice, Plan, Site, label
+from onnxrank.plans import LEAVE, PACKING, Choice, Plan, Site, label
 from onnxrank.retreat import GaveUp, Search, order
 from onnxrank.rule import Rule, SiteFailed
 from onnxrank.study import Study
@@ -123,7 +123,7 @@ class _Trial:
         study = self._studies[preparation]
         made = Transformation(study, self.rules, interface, False, round((low * high) ** 0.5), choice)
         try:
-            packed = [s for s in preparation if s.place.rule == PACK]
+            packed = [s for s in preparation if s.place.rule in PACKING]
             return made.run(), [*packed, *made.decisions()]
         except (SiteFailed, Unrepresentable) as e:
             raise ModelError(f"the rules cannot be applied: {e}") from e
@@ -134,7 +134,7 @@ class _Trial:
             found = Plan.from_contract(self.stored).preparation
         except UsageError:  # of another version, or edited
             return ()
-        return tuple(s for s in found if s.place.rule != PACK or choice.at(s.place) != LEAVE)
+        return tuple(s for s in found if s.place.rule not in PACKING or choice.at(s.place) != LEAVE)
 
     def _studied(self, preparation: Sequence[Site]) -> Study:
         """The original, prepared."""

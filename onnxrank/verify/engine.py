@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import baked, batches, halves, runtime, workers
+from onnxrank import baked, batches, halves, matrices, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
@@ -73,8 +73,9 @@ def verify(
     """
     workers.warm(2)
     chosen = options or Options()
-    first = files.load(original)
+    first = matrices.unpacked(files.load(original))
     second = halves.load(optimized) if halves.is_split(optimized) else batches.single(files.load(optimized))
+    second = matrices.unpacked(second)
     with Engine(first, second, chosen, progress) as engine:
         return engine.run()
 

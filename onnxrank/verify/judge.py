@@ -23,6 +23,8 @@ from onnxrank.verify.inputs import ORDINARY
 from onnxrank.verify.report import Case, Place, Ranking, Statistics
 
 ALGEBRA = 1e-10
+OWN = 2.0
+"""How much further from the truth a model may be than the original itself."""
 _LEAST_SCALE = 1e-30
 
 
@@ -102,7 +104,7 @@ def measures(
         # An output that happens to be small for odd inputs is not to be had more exactly than ordinarily.
         scale = max(scales[mine], scales.get(plain, 0.0))
         own = max(owns[mine], owns.get(plain, 0.0))
-        out[mine] = Measure(scale, own, 2 * own + floors[mine] * scale)
+        out[mine] = Measure(scale, own, OWN * own + floors[mine] * scale)
     return out
 
 

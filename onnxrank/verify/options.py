@@ -49,6 +49,7 @@ class Options:
         timeout: Seconds that one step of a model may take.
         memory: Bytes of address space for each model; None for four times the model beyond 8 GiB.
         jobs: Processes that recorded requests are divided among; None for one per core.
+        engine: Where recorded requests are compared: `local`, by these processes, or `ray`, on a cluster.
         requests: Numbers of requests per call, for a model that takes several.
         tf32: Whether a GPU may round operands of float32 products, as the runtime does by default.
     """
@@ -76,6 +77,7 @@ class Options:
     timeout: float = 120.0
     memory: int | None = None
     jobs: int | None = None
+    engine: str = "local"
     tf32: bool = True
     requests: Sequence[int] = (1, 2, 5, 32)
 

@@ -2,16 +2,21 @@
 
 Every array or column is named after an input of the original and has a row per candidate; `request_id` tells which rows
 belong together. Rows of one request must be next to each other in Parquet; an `.npz` file may hold them in any order.
+
+A source is divided into parts: a row group, a share of a large one, or several small ones. Whoever sees the files reads
+a part by itself. All parts have the requests of the whole in their order, so what is made of parts and put together in
+that order is the same whoever worked on which.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxrank.errors import EnvironmentProblem, UsageError
 from onnxrank.feeds import Feed, Input
 from onnxrank.values import extents, symbols
+
+_ROW_BYTES = 256
+"""What a candidate is taken to be, where only the size of a file is known."""
+
+Table = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,50 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some of the requests of one file.
+
+    Attributes:
+        path: The file; of ONNX test data its folder.
+        group: The row group that they begin in, of Parquet.
+        share: Which of how many equal stretches of these requests.
+    """
+
+    path: Path
+    group: int = 0
+    share: tuple[int, int] = (0, 1)
+
+
+Part = tuple[Piece, ...]
+"""What is read at once, by one task."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Recorded requests, read when they are iterated over.
 
     Attributes:
         rows: Number of candidates of all requests, where it is known ahead.
-        read: Reads them.
+        parts: What there is, in order.
+        reader: Reads it.
     """
 
     rows: int | None
-    read: Callable[[], Iterator[Request]]
+    parts: tuple[Part, ...]
+    reader: _Reader
+
+    def read(self, part: Part | None = None) -> Iterator[Request]:
+        """Requests of one part, or of all."""
+        for piece in itertools.chain(*self.parts) if part is None else part:
+            yield from self.reader.read(piece)
 
 
 def source(
-    path: str | os.PathLike[str], declared: Sequence[Input], request_id: str = "request_id", labels: str | None = None
+    path: str | os.PathLike[str],
+    declared: Sequence[Input],
+    request_id: str = "request_id",
+    labels: str | None = None,
+    rows: int = 65536,
 ) -> Source:
     """Finds out of what kind recorded data is.
 
@@ -62,6 +102,7 @@ def source(
         declared: Inputs of the original.
         request_id: Name of what tells requests apart.
         labels: Name of the labels.
+        rows: About how many candidates a part has.
 
     Raises:
         UsageError: There is nothing that can be read.
@@ -74,19 +115,37 @@ def source(
         archives = sorted(where.glob("*.npz"))
         sets = [d for d in [where, *sorted(where.glob("test_data_set_*"))] if (d / "input_0.pb").is_file()]
         if tables:
-            return _parquet(tables, layout)
+            return _parquet(tables, layout, rows)
         if archives:
-            return Source(None, lambda: (r for p in archives for r in _archive(p, layout)))
+            return Source(None, _parts(map(_archive_size, archives), rows), _Archives(layout))
         if sets:
-            return Source(None, lambda: (_test_data(d, layout) for d in sets))
+            return Source(None, _parts(((Piece(d), 1) for d in sets), 64), _TestData(layout))
         raise UsageError(f"The folder {where} holds no .npz, no .parquet and no test_data_set_*/input_0.pb files.")
     if not where.is_file():
         raise UsageError(f"The recorded requests {where} do not exist.")
     if where.suffix.lower() in (".parquet", ".pq"):
-        return _parquet([where], layout)
+        return _parquet([where], layout, rows)
     if where.suffix.lower() == ".npz":
-        return Source(None, lambda: _archive(where, layout))
+        return Source(None, _parts([_archive_size(where)], rows), _Archives(layout))
     raise UsageError(f"{where} is neither .npz nor .parquet, and no folder of recorded requests.")
+
+
+def _parts(sized: Iterable[tuple[Piece, int]], most: int) -> tuple[Part, ...]:
+    """Divides pieces that are too large, and puts small ones together that follow each other."""
+    out: list[Part] = []
+    held: list[Piece] = []
+    size = 0
+    for piece, its in sized:
+        shares = max(1, -(-its // most))
+        if held and size + its > most:
+            out.append(tuple(held))
+            held, size = [], 0
+        if shares > 1:
+            out += [(replace(piece, share=(k, shares)),) for k in range(shares)]
+        else:
+            held.append(piece)
+            size += its
+    return (*out, tuple(held)) if held else tuple(out)
 
 
 class _Layout:
@@ -131,28 +190,87 @@ class _Layout:
         return np.ascontiguousarray(data.astype(kind))
 
 
+class _Reader:
+    """Reads pieces of one kind of files; keeps the table that it read last, whose shares others are."""
+
+    def __init__(self, layout: _Layout) -> None:
+        self.layout = layout
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[Any, Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layout": self.layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layout = state["layout"]
+        self._forget()
+
+    def read(self, piece: Piece) -> Iterator[Request]:
+        """Requests of a piece.
+
+        Raises:
+            UsageError: It cannot be used.
+        """
+        raise NotImplementedError
+
+    def _once(self, key: Any, make: Callable[[], Table]) -> Table:
+        with self._lock:
+            if self._last is None or self._last[0] != key:
+                self._last = None  # not both at a time
+                self._last = (key, make())
+            return self._last[1]
+
+
+def _share(count: int, share: tuple[int, int]) -> range:
+    """Positions of a share."""
+    k, of = share
+    return range(count * k // of, count * (k + 1) // of)
+
+
 # --- arrays ------------------------------------------------------------------------------------------------------
 
 
-def _archive(path: Path, layout: _Layout) -> Iterator[Request]:
-    data = read_archive(path)
-    layout.missing(list(data), str(path))
-    data = {**data, **{i.name: layout.fit(i, data[i.name], str(path)) for i in layout.declared}}
-    count = _rows(data, layout, str(path))
-    if not count:
-        return
-    ids = data.get(layout.request_id)
-    if ids is None:
-        yield _cut(data, layout, np.arange(count), str(path))
-        return
-    flat = ids.reshape(-1)
-    if len(flat) != count:
-        raise UsageError(f"{path}: {layout.request_id!r} has {len(flat)} entries for {count} candidates.")
-    order = np.argsort(flat, kind="stable")
-    edges = np.flatnonzero(flat[order][1:] != flat[order][:-1]) + 1
-    groups = np.split(order, edges)
-    for group in sorted(groups, key=lambda g: int(g[0])):
-        yield _cut(data, layout, group, f"{path}, {layout.request_id} {flat[group[0]]}")
+def _archive_size(path: Path) -> tuple[Piece, int]:
+    """An archive, and about how many candidates it has."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            size = sum(i.file_size for i in file.infolist())
+    except (OSError, zipfile.BadZipFile):
+        size = 0  # reading it says what is wrong
+    return Piece(path), size // _ROW_BYTES
+
+
+class _Archives(_Reader):
+    """`.npz` files."""
+
+    def read(self, piece: Piece) -> Iterator[Request]:
+        """Requests of a file, or of a share of it."""
+        path, layout = piece.path, self.layout
+        data = self._once(path, lambda: self._fitting(path))
+        count = _rows(data, layout, str(path))
+        if not count:
+            return
+        ids = data.get(layout.request_id)
+        if ids is None:
+            if piece.share[0] == 0:
+                yield _cut(data, layout, np.arange(count), str(path))
+            return
+        flat = ids.reshape(-1)
+        if len(flat) != count:
+            raise UsageError(f"{path}: {layout.request_id!r} has {len(flat)} entries for {count} candidates.")
+        order = np.argsort(flat, kind="stable")
+        edges = np.flatnonzero(flat[order][1:] != flat[order][:-1]) + 1
+        groups = sorted(np.split(order, edges), key=lambda g: int(g[0]))
+        for k in _share(len(groups), piece.share):
+            yield _cut(data, layout, groups[k], f"{path}, {layout.request_id} {flat[groups[k][0]]}")
+
+    def _fitting(self, path: Path) -> Table:
+        data = read_archive(path)
+        self.layout.missing(list(data), str(path))
+        return {**data, **{i.name: self.layout.fit(i, data[i.name], str(path)) for i in self.layout.declared}}
 
 
 def read_archive(path: Path) -> dict[str, NDArray[Any]]:
@@ -216,6 +334,14 @@ def _cut(data: Mapping[str, NDArray[Any]], layout: _Layout, index: NDArray[np.in
 # --- ONNX test data ----------------------------------------------------------------------------------------------
 
 
+class _TestData(_Reader):
+    """Folders of ONNX test data."""
+
+    def read(self, piece: Piece) -> Iterator[Request]:
+        """The request of a folder."""
+        yield _test_data(piece.path, self.layout)
+
+
 def _test_data(folder: Path, layout: _Layout) -> Request:
     found: dict[str, NDArray[Any]] = {}
     for k, i in enumerate(layout.declared):
@@ -239,12 +365,12 @@ def _test_data(folder: Path, layout: _Layout) -> Request:
 # --- Parquet -----------------------------------------------------------------------------------------------------
 
 
-def _parquet(paths: Sequence[Path], layout: _Layout) -> Source:
+def _parquet(paths: Sequence[Path], layout: _Layout, most: int) -> Source:
     try:
         import pyarrow.parquet as pq
     except ImportError as e:
         raise EnvironmentProblem("Parquet needs pyarrow: install 'onnxrank[data]'.") from e
-    rows = 0
+    sized: list[tuple[Piece, int]] = []
     for path in paths:
         try:
             file = pq.ParquetFile(path)
@@ -252,43 +378,82 @@ def _parquet(paths: Sequence[Path], layout: _Layout) -> Source:
             raise UsageError(f"The recorded requests {path} cannot be read: {_first(e)}.") from e
         except Exception as e:  # pyarrow has its own kinds
             raise UsageError(f"{path} is no Parquet file: {_first(e)}.") from e
-        layout.missing(file.schema_arrow.names, str(path))
-        if layout.request_id not in file.schema_arrow.names:
-            raise UsageError(
-                f"{path} has no column {layout.request_id!r} that tells requests apart; name it with --request-id."
-            )
-        rows += file.metadata.num_rows
-
-    def read() -> Iterator[Request]:
-        for path in paths:
-            yield from _table(pq.ParquetFile(path), path, layout)
-
-    return Source(rows, read)
+        with file:
+            layout.missing(file.schema_arrow.names, str(path))
+            if layout.request_id not in file.schema_arrow.names:
+                raise UsageError(
+                    f"{path} has no column {layout.request_id!r} that tells requests apart; name it with --request-id."
+                )
+            about = file.metadata
+            sized += [(Piece(path, k), about.row_group(k).num_rows) for k in range(about.num_row_groups)]
+    return Source(sum(rows for _, rows in sized), _parts(sized, most), _Tables(layout))
 
 
-def _table(file: Any, path: Path, layout: _Layout) -> Iterator[Request]:
-    """Requests of a Parquet file; one that goes on in the next row group is joined."""
-    names = [n for n in dict.fromkeys(layout.names) if n in file.schema_arrow.names]
-    held: dict[str, NDArray[Any]] | None = None
-    for group in range(file.metadata.num_row_groups):
+class _Tables(_Reader):
+    """Parquet, by row groups. A request belongs to the group that it begins in, and may go on in the next ones."""
+
+    def read(self, piece: Piece) -> Iterator[Request]:
+        """Requests that begin in a row group, or a share of them."""
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(piece.path) as file:
+            ids = self._ids(file, piece.path, piece.group)
+            start = _run(ids, self._last_id(file, piece))
+            edges = [start, *(k for k in (np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist() if k > start), len(ids)]
+            several = list(itertools.pairwise(edges)) if start < len(ids) else []
+            for k in _share(len(several), piece.share):
+                first, end = several[k]
+                data = self._rows(file, piece.path, piece.group)
+                part = {n: v[first:end] for n, v in data.items()}
+                if end == len(ids):
+                    part = self._continued(file, piece, part)
+                yield _request(part, self.layout, piece.path)
+
+    def _last_id(self, file: Any, piece: Piece) -> Any:
+        """The identity of the row before a row group; None where there is none."""
+        for group in reversed(range(piece.group)):
+            ids = self._ids(file, piece.path, group)
+            if len(ids):
+                return ids[-1]
+        return None
+
+    def _continued(self, file: Any, piece: Piece, part: Table) -> Table:
+        """A request with its rows in the groups behind its own."""
+        several = [part]
+        for group in range(piece.group + 1, file.metadata.num_row_groups):
+            ids = self._ids(file, piece.path, group)
+            its = _run(ids, part[self.layout.request_id][-1])
+            if its:
+                more = self._rows(file, piece.path, group)
+                several.append({n: v[:its] for n, v in more.items()})
+            if its < len(ids):
+                break
+        return part if len(several) == 1 else {n: np.concatenate([t[n] for t in several]) for n in part}
+
+    def _ids(self, file: Any, path: Path, group: int) -> NDArray[Any]:
+        return self._columns(file, path, group, [self.layout.request_id])[self.layout.request_id]
+
+    def _rows(self, file: Any, path: Path, group: int) -> Table:
+        names = [n for n in dict.fromkeys(self.layout.names) if n in file.schema_arrow.names]
+        return self._once((path, group), lambda: self._columns(file, path, group, names))
+
+    def _columns(self, file: Any, path: Path, group: int, names: list[str]) -> Table:
         try:
             table = file.read_row_group(group, columns=names)
-            data = {n: _column(table.column(n), f"{path}: {n!r}") for n in names}
+            return {n: _column(table.column(n), f"{path}: {n!r}") for n in names}
         except (OSError, ValueError) as e:
             raise UsageError(f"Row group {group} of {path} cannot be read: {_first(e)}.") from e
-        if held is not None:
-            data = {n: np.concatenate([held[n], data[n]]) for n in names}
-        ids = data[layout.request_id]
-        edges = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), len(ids)]
-        for start, end in itertools.pairwise(edges[:-1]):
-            yield _row_slice(data, slice(start, end), layout, path)
-        held = {n: v[edges[-2] :] for n, v in data.items()} if len(ids) else None
-    if held is not None:
-        yield _row_slice(held, slice(None), layout, path)
 
 
-def _row_slice(data: Mapping[str, NDArray[Any]], rows: slice, layout: _Layout, path: Path) -> Request:
-    part = {n: v[rows] for n, v in data.items()}
+def _run(ids: NDArray[Any], value: Any) -> int:
+    """How many of the first ids are a value."""
+    if value is None:
+        return 0
+    other = np.flatnonzero(ids != value)
+    return int(other[0]) if len(other) else len(ids)
+
+
+def _request(part: Table, layout: _Layout, path: Path) -> Request:
     where = f"{path}, {layout.request_id} {part[layout.request_id][0]}"
     feed = {}
     for i in layout.declared:

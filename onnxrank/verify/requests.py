@@ -129,7 +129,10 @@ class _Several:
         (answer,) = self.side.run(self._session, [batches.joined(self.told, bound)], self.engine.shared)
         if isinstance(answer, ModelError):
             raise answer
-        found = batches.parted(self.told, answer, counts)
+        try:
+            found = batches.parted(self.told, answer, counts)
+        except (IndexError, ValueError) as e:
+            raise ModelError("it gives another number of rows than its requests have candidates") from e
         cases = []
         for output in self.engine.shared:
             worst, limit, place = 0.0, 0.0, None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank.graphs import subgraphs
+from onnxrank.joint import limits
 from onnxrank.model import LoadedModel
 
 _CHUNK = 8 << 20
@@ -62,6 +63,7 @@ def changed(original: LoadedModel, optimized: LoadedModel) -> tuple[list[Changed
         Tables with rows that differ, and the names of those that the second model has no counterpart of.
     """
     before, after = _tensors(original.proto.graph), _tensors(optimized.proto.graph)
+    after |= _parts(optimized, after)
     found, lost = [], []
     for name, (ids, everywhere) in _tables(original.proto.graph).items():
         t = before.get(name)
@@ -89,6 +91,24 @@ def _tensors(graph: GraphProto) -> dict[str, TensorProto]:
     for node in graph.node:
         if node.op_type == "Constant":
             out.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    return out
+
+
+def _parts(loaded: LoadedModel, held: dict[str, TensorProto]) -> dict[str, TensorProto]:
+    """Tables that are joined with others, each by itself."""
+    graph = loaded.proto.graph
+    maker = {o: n for n in graph.node for o in n.output}
+    out: dict[str, TensorProto] = {}
+    for node in graph.node:
+        if not _looks_up(node) or node.input[0] not in held:
+            continue
+        found = limits(node.input[1], maker, lambda name: _data(held[name], loaded) if name in held else None)
+        if found is None:
+            continue
+        whole = _data(held[node.input[0]], loaded)
+        for rows, begin in {(int(n), int(b)) for n, b in zip(found[1].flat, found[2].flat, strict=True)}:
+            name = f"{node.input[0]}[{begin}:{begin + rows}]"
+            out[name] = numpy_helper.from_array(np.ascontiguousarray(whole[begin : begin + rows]), name)
     return out
 
 

@@ -229,6 +229,37 @@ def test_a_checkpoint_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> Non
     assert all(torch.equal(a.keep, b.keep) for a, b in zip(masks, others, strict=True))
 
 
+def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
+    inputs, labels = _rows(400)
+    values = [0.2, 0.5, 0.3, 0.4]
+
+    def trained(epochs: int, seen: list[float], path: Path | None = None) -> Net:
+        net = Net()
+
+        def watch() -> float:
+            assert not net.training
+            if path is not None and len(seen) == 2:
+                raise KeyboardInterrupt  # the epoch behind the best one
+            seen.append(values[len(seen)])
+            return seen[-1]
+
+        fit(net, [inputs], labels, epochs=epochs, seed=5, batch=64, checkpoint=path, watch=watch)
+        return net
+
+    found: list[float] = []
+    best = trained(4, found)
+    assert found == values
+    last = Net()
+    fit(last, [inputs], labels, epochs=4, seed=5, batch=64)
+    assert not any(torch.equal(a, b) for a, b in zip(best.parameters(), last.parameters(), strict=True))
+    path = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        trained(4, [], path)
+    again = Net()
+    fit(again, [inputs], labels, epochs=4, seed=5, batch=64, checkpoint=path, watch=iter(values[2:]).__next__)
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), again.parameters(), strict=True))
+
+
 def test_other_targets_do_not_go_on() -> None:
     net = Net()
     made = SparseTraining(torch.optim.SGD(net.parameters(), 0.1), net.targets("entries"), 10)

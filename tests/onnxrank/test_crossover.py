@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,13 +17,14 @@ from helpers import Graph, run, session
 from onnx import ModelProto, numpy_helper
 
 import onnxrank
-from onnxrank import crossover, tune
+from onnxrank import cost, crossover, tune
 from onnxrank.contract import stored_contract
 from onnxrank.crossover import Pair
 from onnxrank.errors import UsageError
 from onnxrank.graphs import attribute
 from onnxrank.joining import NAME, is_crossover
 from onnxrank.plans import Measured, Plan
+from onnxrank.values import CANDIDATES
 from onnxrank.verify import Options, verify
 
 WIDE = (1, 4096)
@@ -271,3 +273,32 @@ def test_the_report_says_so() -> None:
     assert numpy_helper.to_array(
         next(t for t in made().model.graph.initializer if t.name == f"{NAME}/below")
     ) == at  # fmt: skip
+
+
+def test_another_plan_may_stand_for_few() -> None:
+    """Of three ways, none, one that costs little once, and one that costs little each, the last two are a pair."""
+    study, nothing = object(), SimpleNamespace(time=lambda n: 5.0 * n)
+
+    def form(once: float, each: float) -> Any:
+        return SimpleNamespace(study=study, sites=(), limited=lambda _: nothing, time=lambda n: once + n * each)
+
+    little, much = form(10.0, 2.0), form(100.0, 1.0)
+    found = {(id(p.few), id(p.many)): p.below for p in crossover._pairs([much, little], WIDE)}
+    assert found == {(id(nothing), id(much)): 25, (id(little), id(much)): 90, (id(nothing), id(little)): 4}
+    other = SimpleNamespace(**{**vars(little), "study": object()})
+    assert (id(other), id(much)) not in {(id(p.few), id(p.many)) for p in crossover._pairs([much, other], WIDE)}
+
+
+def test_predictions_are_those_at_each_number_of_candidates() -> None:
+    """Costs over the number of candidates need be no line: what does not fit a cache costs more for each."""
+    seconds = cost.seconds
+
+    def bent(graph: onnx.GraphProto, shapes: cost.Shapes) -> float:
+        return seconds(graph, shapes) + 1e-9 * shapes.symbols[CANDIDATES] ** 2
+
+    with mock.patch.object(cost, "seconds", bent):
+        result = onnxrank.optimize(ranker(), request=["user"], check=False)
+        assert result.study is not None and result.form is not None
+        for p in result.report.predictions:
+            old = bent(result.study.model.graph, result.study.shapes(p.candidates))
+            assert p.ratio == round(old / result.form.time(p.candidates), 3)

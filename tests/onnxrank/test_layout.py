@@ -51,6 +51,23 @@ def test_alternating_columns() -> None:
     np.testing.assert_array_equal(run(model, feed)[name], _columns(feed["a"], feed["b"], feed["c"]))
 
 
+@pytest.mark.parametrize("perm", [(2, 1, 3, 0), (3, 2, 1, 0), (1, 0, 3, 2), (3, 1, 0, 2)])
+def test_rows_of_candidates_are_moved_axis_by_axis(perm: tuple[int, ...]) -> None:
+    """Where several axes change their places at once, onnxruntime would go entry by entry."""
+    sources, emit = Sources(), Emitter(["a"], 17)
+    own: Dims = ((4,), (CANDIDATES,), (3,), (2,))
+    layout = Layout(sources, emit, {})
+    codes = codes_of(sources.add(own, FLOAT, "a")).transpose(perm)
+    name, physical = layout.realise(codes, tuple(own[p] for p in perm))
+    assert physical == tuple(own[p] for p in perm)
+    turned = [list(n.proto.attribute[0].ints) for n in emit.nodes if n.proto.op_type == "Transpose"]
+    assert len(turned) == 2 + (perm == (3, 2, 1, 0))
+    for n in (0, 1, 5):
+        data = np.arange(4 * n * 6, dtype=np.float32).reshape(4, n, 3, 2)
+        got = written(emit, name, {"a": data})
+        np.testing.assert_array_equal(got, data.transpose(perm))
+
+
 def _columns(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any]) -> NDArray[Any]:
     """Of three arrays `[..., 10]`: (a, b), (a, c), (a, b) ... and at last (b, a) and (c, a)."""
     at = np.arange(10)

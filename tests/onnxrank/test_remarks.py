@@ -139,6 +139,54 @@ def test_exports(name: str) -> None:
             assert sum(r.lost for r in told) >= round(place.lost * 512) or place.work == place.once == 0
 
 
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def silent(result: Result) -> list[str]:
+    """What a result makes of the request's entries on all rows, without a remark at the node or at one before it.
+
+    The result is analysed anew: nothing that its rewrite knew is asked, but which node it wrote what for.
+    """
+    assert result.form is not None
+    found = onnxrank.analyse(result.model)
+    nodes = result.form.study.model.graph.node
+    made_for = {o: e.origin for e in result.form.rewrite.emitted() for o in e.proto.output}
+    told = {r.node for r in result.report.refusals}
+
+    def repeats(node: NodeProto) -> bool:
+        if not traits(node) & Trait.REDUCTION and not traits(node) & Trait.NORMALISATION:
+            return found.once_share(node) > 0 and CANDIDATES in symbols(found.tensors[node.output[0]].dims)
+        rows = node.input[0] in found.tensors and CANDIDATES in symbols(found.tensors[node.input[0]].dims)
+        return rows and bool((found.levels(node.input[0]) == Level.REQUEST).any())
+
+    def explained(node: NodeProto) -> bool:
+        wanted, at = set(node.output), made_for.get(node.output[0], len(nodes) - 1)
+        for k in range(min(at, len(nodes) - 1), -1, -1):
+            if k == at or not wanted.isdisjoint(nodes[k].output):
+                if label(nodes[k]) in told:
+                    return True
+                wanted.update(nodes[k].input)
+        return False
+
+    walked = [n for n in found.study.model.graph.node if operator(n) in COUNTED | {"Einsum"}]
+    return [label(n) for n in walked if repeats(n) and not explained(n)]
+
+
+@pytest.mark.slow
+@every_export
+def test_exports_say_what_is_left(name: str) -> None:
+    result = optimised_export(name)
+    assert not result.changed or not silent(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(61_000_000, 61_000_060))
+def test_programs_say_what_is_left(seed: int) -> None:
+    made_up = kinds.program(seed, 4 + seed % 20)
+    result = rewritten(made_up.model, request=patterns(made_up.inputs))
+    assert not result.changed or not silent(result)
+
+
 # --- causes --------------------------------------------------------------------------------------------------------
 
 

@@ -45,11 +45,11 @@ Array = NDArray[np.float64]
 
 
 @contextmanager
-def forced(divided: bool = True) -> Iterator[None]:
-    """Takes the form with or without the rule, whatever it costs."""
+def forced(divided: bool = True, stacked: bool = False) -> Iterator[None]:
+    """Takes the form with or without the rule, with heads in one product or in one each, whatever it costs."""
 
     def seconds(self: Form, *_: object) -> float:
-        return float(self.uses("attention") != divided)
+        return 2.0 * (self.uses("attention") != divided) + (("attention" in self.choice.forms) != stacked)
 
     with mock.patch.object(Form, "seconds", seconds), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         yield
@@ -62,10 +62,11 @@ def held(
     counts: Sequence[int] = COUNTS,
     interfaces: Sequence[str] = ("request",),
     tolerance: float = 5e-6,
+    stacked: bool = False,
 ) -> onnxrank.Result:
     """Optimises with the rule; holds the scores against the original's, and by the optimiser's check in float64."""
     model = g.model()
-    with forced():
+    with forced(stacked=stacked):
         for interface in interfaces:
             result = onnxrank.optimize(model, request=patterns(given), interface=interface)
             assert_same_scores(model, result, given, interface, counts, tolerance)
@@ -74,10 +75,10 @@ def held(
     return result
 
 
-def made(g: Graph, given: Sequence[Given]) -> tuple[ModelProto, onnxrank.Result]:
+def made(g: Graph, given: Sequence[Given], stacked: bool = False) -> tuple[ModelProto, onnxrank.Result]:
     """The original, and its rewrite with the rule, unchecked."""
     model = g.model()
-    with forced():
+    with forced(stacked=stacked):
         result = onnxrank.optimize(model, request=patterns(given), check=False)
     assert "attention" in rules(result) and "Exp" in operators(result.model)
     return model, result
@@ -595,8 +596,9 @@ def test_weighted_afterwards(a: Array, b: Array, va: Array, vb: Array) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("seed", range(14))
-def test_any_attention(seed: int) -> None:
+def test_any_attention(seed: int, stacked: bool) -> None:
     """Random numbers of rows, widths, orders, layouts, scalings, masks and layers."""
     rng = np.random.default_rng(seed)
     users, items = (int(k) for k in rng.integers(1, 7, 2))
@@ -607,7 +609,7 @@ def test_any_attention(seed: int) -> None:
     how = How(heads, layout, scale, bool(rng.integers(2)), mask, behind=str(rng.choice(["relu", "none"])))
     shuffled = None if rng.integers(2) else seed
     f = build(users, items, how, int(rng.integers(1, 3)), shuffled, width=6 * int(rng.integers(1, 3)), seed=seed)
-    held(f.g, f.given, counts=counts(layout), interfaces=("same", "request"))
+    held(f.g, f.given, counts=counts(layout), interfaces=("same", "request"), stacked=stacked)
 
 
 # --- structure -----------------------------------------------------------------------------------------------------
@@ -637,6 +639,33 @@ def test_macs_with_heads(layout: str, heads: int) -> None:
     count = users + items
     assert after["request"].macs == 4 * users * d * d + 2 * users**2 * d
     assert after["candidate"].macs == N * (4 * items * d * d + 2 * (count**2 - users**2) * d + count * d * 2)
+
+
+@pytest.mark.parametrize(("layout", "mask"), [("rows", ""), ("rows", "add both"), ("merged", "")])
+def test_heads_in_one_product(layout: str, mask: str) -> None:
+    """Three heads in one product each make the same multiply-adds, and fewer products, than one by one."""
+    f = build(7, 2, How(3, layout, mask=mask), shuffled=3 if layout == "rows" else None)
+    model, apart = made(f.g, f.given)
+    _, stacked = made(f.g, f.given, stacked=True)
+    assert_same_scores(model, stacked, f.given, counts=(*counts(layout), 700), tolerance=5e-6)
+    assert stacked.report.macs_after == apart.report.macs_after
+    assert operators(stacked.model).count("MatMul") < operators(apart.model).count("MatMul")
+    chosen = [{s.chosen for s in r.plan.sites if s.place.rule == "attention" and s.taken} for r in (apart, stacked)]
+    assert chosen == [{"take"}, {"form 1"}]
+    again = onnxrank.optimize(model, plan=stacked.plan, check=False)
+    assert again.model.SerializeToString() == stacked.model.SerializeToString()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("heads", "apart"), [(2, True), (4, False)])
+def test_narrow_heads_are_projected_together(heads: int, apart: bool, bias: bool) -> None:
+    """A product of eight columns takes as long as one of sixteen: heads of so many are cut from one for all."""
+    f = build(5, 2, How(heads, "rows", bias=bias), width=32)
+    model, result = made(f.g, f.given)
+    shape = {t.name: tuple(t.dims) for t in result.model.graph.initializer}
+    read = [shape[i] for n in result.model.graph.node if n.op_type in ("MatMul", "Gemm") for i in n.input if i in shape]
+    assert ((32, 32 // heads) in read) == apart
+    assert_same_scores(model, result, f.given, counts=(*COUNTS, 700), tolerance=5e-6)
 
 
 @pytest.mark.parametrize("mask", ["", "add both"])

@@ -10,6 +10,7 @@ from helpers import (
     Given,
     Graph,
     candidate,
+    exposed,
     feeds,
     operators,
     optimised,
@@ -513,3 +514,39 @@ def test_a_sum_over_a_length_of_nothing() -> None:
     made = {o: n.op_type for n in result.model.graph.node for o in n.output}
     read = [made.get(i) for n in result.model.graph.node if n.op_type == "MatMul" for i in n.input]
     assert "Transpose" not in read
+
+
+def split_apart(g: Graph, x: str, count: int, d: int) -> str:
+    """Fields [N, count, d] with the entries in front, `[d, N, count, 1]`, as tf2onnx exports split and stack."""
+    parts = g.ops("Split", d, x, g.ints(*[1] * d), axis=2)
+    return g.op("Concat", *(g.op("Unsqueeze", p, g.ints(0)) for p in parts), axis=0)
+
+
+def outer(g: Graph, x: str, h: str, count: int, width: int, d: int) -> str:
+    """All products of fields with maps, entry by entry, `[N, d, count * width]`."""
+    left, right = split_apart(g, x, count, d), split_apart(g, h, width, d)
+    z = g.op("MatMul", left, g.op("Transpose", right, perm=[0, 1, 3, 2]))
+    return g.op("Transpose", g.op("Reshape", z, g.ints(d, -1, count * width)), perm=[1, 0, 2])
+
+
+def interactions(g: Graph, x: str, count: int, d: int, sizes: tuple[int, ...]) -> str:
+    """Compressed interactions as tf2onnx exports them, and their sums over the entries."""
+    h, width, pooled = x, count, []
+    for k, size in enumerate(sizes):
+        z = outer(g, x, h, count, width, d)
+        y = g.op("MatMul", z, g.const(whole_numbers(count * width, size, seed=k)))
+        h, width = g.op("Transpose", g.op("Relu", y), perm=[0, 2, 1]), size
+        pooled.append(h)
+    return g.op("Squeeze", g.on_axes("ReduceSum", g.op("Concat", *pooled, axis=1), [2], keepdims=1), g.ints(2))
+
+
+@pytest.mark.parametrize("shuffled", [None, 0, 1, 2])
+def test_outer_products_in_blocks(shuffled: int | None) -> None:
+    """Only what is of two candidate-level fields is multiplied, and no field is repeated for it."""
+    users, items, d = 5, 3, 2
+    g, given, x = fields(users, items, d, shuffled)
+    g.output(interactions(g, x, users + items, d, (4,)), ["N", 4])
+    result = optimised(g, given, counts=(0, 1, 2, 5, 700))
+    assert rules(result)["fold"] == 1
+    made = run(exposed(result.model), feeds(given, 7)[1])
+    assert max(v.size for v in made.values()) == 7 * d * items * items

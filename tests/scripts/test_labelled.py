@@ -47,6 +47,12 @@ def test_a_users_own_rows(tmp_path: Path) -> None:
     train = data.training(0)
     held = len(rows["label_0"]) - len(train["label_0"])
     assert 0.1 < held / len(rows["label_0"]) < 0.3 and held % 8 == 0  # whole requests
+    apart = data.training(0, apart=True)  # without those to choose by, which are neither trained nor judged on
+    chosen: list[set[int]] = []
+    for score in (data.auc, data.watched):
+        score(lambda part: chosen.append(set(part["request_id"])) or part["label_0"])  # type: ignore[func-returns-value]
+    assert chosen[0].isdisjoint(train["request_id"]) and chosen[1] <= set(train["request_id"])
+    assert set(apart["request_id"]) == set(train["request_id"]) - chosen[1] and len(chosen[1]) > 30
     found = arrays(SPECS, train)
     assert found["user_ids"].shape == (len(train["label_0"]), 3) and found["item_ids"].max() < data.vocab
     # Ids are told apart as before, by other numbers.

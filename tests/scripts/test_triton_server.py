@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import run
+from helpers import run, session
 from split_models import feeds, history_model, numbers, ranker_model
 from triton_server import Client, Missing, Refused, install, serving
 
@@ -31,6 +31,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     # A repository may hold several ensembles, and other files beside them.
     split(history_model(), out.parent / "more", request=["history"], options=Options("triton", name="history"))
     for model in (out.parent / "more").iterdir():
+        if model.is_dir():
+            model.rename(out / model.name)
+    # And one whose candidate model takes several requests at once.
+    how = Options("triton", name="joined", rows="triton")
+    split(ranker_model(), out.parent / "joined", request=["user"], options=how)
+    for model in (out.parent / "joined").iterdir():
         if model.is_dir():
             model.rename(out / model.name)
     assert lint(out) == []
@@ -71,6 +77,56 @@ def test_many_clients_get_their_own_scores(client: Client) -> None:
     )
     assert request["executions"] < 9 * 8 and request["hits"] + request["executions"] == 400
     assert candidate["executions"] == 400
+
+
+def _ask_joined(port: int, count: int, users: int) -> list[int]:
+    """Requests of four clients to the model that joins requests; those with wrong scores."""
+    model, lock, wrong = session(ranker_model()), threading.Lock(), []
+
+    def ask(worker: int) -> None:
+        with closing(Client(port)) as own:
+            for k in range(worker, count, 4):
+                whole, request, candidates = feeds(1 + 7 * k % 60, 300 + k * k % users)
+                got = own.infer("joined", {**request, "item": candidates["item"][None]})["score"]
+                if not np.array_equal(got, run(model, whole)["score"][None]):
+                    with lock:
+                        wrong.append(k)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(4)))
+    return wrong
+
+
+def test_requests_that_the_server_joins(client: Client) -> None:
+    before = {name: client.statistics(name) for name in ("joined_request", "joined_candidate")}
+    for user in range(12):  # users that two clients ask for at once would be made twice
+        client.infer("joined_request", feeds(1, 300 + user)[1])
+    assert _ask_joined(client.port, 400, 12) == []
+    after = {name: client.statistics(name) for name in before}
+    assert after["joined_request"]["executions"] - before["joined_request"]["executions"] == 12
+    assert after["joined_candidate"]["executions"] - before["joined_candidate"]["executions"] < 400
+
+
+def test_states_of_another_version_among_others(client: Client) -> None:
+    """Requests that are joined keep their own fate: NaN for one with a stale state, scores for the others."""
+    stale, lock = [], threading.Lock()
+
+    def ask(worker: int) -> None:
+        with closing(Client(client.port)) as own:
+            for k in range(40):
+                whole, request, candidates = feeds(5, 400 + worker)
+                state = own.infer("joined_request", request)
+                if worker == 0:
+                    state = {**state, "state_version": state["state_version"] + 1}
+                got = own.infer("joined_candidate", {**state, "item": candidates["item"][None]})["score"]
+                want = np.full((1, 5, 1), np.nan) if worker == 0 else run(ranker_model(), whole)["score"][None]
+                if not np.array_equal(got, want, equal_nan=True):
+                    with lock:
+                        stale.append((worker, k))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(4)))
+    assert stale == []
 
 
 def test_the_request_model_runs_once_per_user(client: Client) -> None:

@@ -129,9 +129,11 @@ def about(key: str, seed: int, steps: int = 8) -> Program:
     raise LookupError(f"no tensor suits {key}")
 
 
-def program(seed: int, steps: int) -> Program:
-    """A random program."""
+def program(seed: int, steps: int, fields: int = 0) -> Program:
+    """A random program, with so many ids that are looked up and brought side by side."""
     w = _begun(Random(seed))
+    if fields:
+        w.lookups(fields)
     for k in range(steps):
         w.step()
         if k % 8 == 3:

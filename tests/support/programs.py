@@ -114,6 +114,25 @@ class Writer:
             table = self.graph.const(self.weights(5, width))
             self.put(self.graph.op("Gather", table, name, axis=0), [*dims, (width,)], 2)
 
+    def lookups(self, count: int) -> None:
+        """Ids with tables of several sizes, some of which are shared, and their rows side by side."""
+        shared = [(n, self.graph.const(self.weights(n, 2))) for n in (3, 5)]
+        shape = self.pick([(), (1,), (2,)])
+        names = []
+        for _ in range(count):
+            rows, table = self.pick(shared)
+            if self.number(0, 2):
+                rows = self.number(2, 9)
+                table = self.graph.const(self.weights(rows, 2))
+            made = Given(f"f{len(self.inputs)}", shape, self.pick(["request", "request", "candidate"]), (), rows)
+            made.declare(self.graph)
+            self.inputs.append(made)
+            names.append(self.graph.op("Gather", table, made.name, axis=0))
+            if shape:
+                names[-1] = self.graph.op("Flatten", names[-1], axis=1)
+        width = 2 * count * (shape[0] if shape else 1)
+        self.put(self.graph.op("Concat", *names, axis=1), [(N,), (width,)], 2)
+
     # --- operators -------------------------------------------------------------------------------------------------
 
     def partner(self, x: Tensor, options: list[Tensor]) -> Tensor:
@@ -404,11 +423,13 @@ class Writer:
         self.put(name, self._cut(x, axis, width), bound, x.bits)
 
 
-def program(seed: int, steps: int) -> Program:
-    """A random model whose float32 results are exact."""
+def program(seed: int, steps: int, fields: int = 0) -> Program:
+    """A random model whose float32 results are exact, with so many ids that are looked up and brought side by side."""
     w = Writer(Random(seed))
     for level in ["candidate", "request", *w.some(["request", "candidate", "mixed", "once"], 0, 3)]:
         w.declare(level)
+    if fields:
+        w.lookups(fields)
     for k in range(steps):
         w.step()
         if k % 8 == 3:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import onnxrank
-from onnxrank import cost
+from onnxrank import cost, lookups
 from onnxrank.passes import choosing
 
 OPSET = 17
@@ -93,7 +93,8 @@ def request_level(model: ModelProto) -> list[str]:
 def rewritten(model: ModelProto) -> onnxrank.Result:
     """The model optimised where multiply-adds are all that counts, whatever costs are calibrated to."""
     rate = cost.Target(launch=0.0, byte=1e-16, mac=1 / 25e9)
-    with mock.patch.object(cost, "CPU", rate), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
+    joined = mock.patch.object(lookups, "pays", lambda before, after: True)
+    with joined, mock.patch.object(cost, "CPU", rate), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
         return onnxrank.optimize(model, request=request_level(model), check=False)
 
 

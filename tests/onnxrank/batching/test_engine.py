@@ -216,6 +216,25 @@ def test_verify_sees_candidates_of_another_user() -> None:
     assert all(c.inputs != "1 requests" for c in found.failed_cases)
 
 
+def test_verify_tells_of_rows_that_are_missing() -> None:
+    made = _batch(ranker_model())
+    made.graph.output[0].name = "whole"
+    (last,) = (n for n in made.graph.node if n.op_type == "If")
+    last.output[0] = "whole"
+    # Right for one request, and one row short for several.
+    made.graph.node.append(helper.make_node("Shape", ["user"], ["several"], start=0, end=1))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([1]), "row"))
+    made.graph.node.append(helper.make_node("Min", ["several", "two"], ["start"]))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([2]), "two"))
+    made.graph.node.append(helper.make_node("Sub", ["start", "row"], ["left_out"]))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([1 << 40]), "end"))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([0]), "axis"))
+    made.graph.node.append(helper.make_node("Slice", ["whole", "left_out", "end", "axis"], ["score"]))
+    made.graph.output[0].name = "score"
+    found = verify(ranker_model(), made, options=Checks(level="quick"))
+    assert not found.passed and any("another number of rows" in f.message for f in found.findings)
+
+
 def test_a_model_for_one_request_stands_for_it(tmp_path: Any) -> None:
     for form in FORMS:
         made = _batch(ranker_model(), **form)

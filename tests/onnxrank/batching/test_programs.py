@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from programs import program
 
 from onnxrank import batches
+from onnxrank.batching import regions
 from onnxrank.batching.engine import Options, batch
 from onnxrank.errors import ModelError
 
@@ -58,6 +59,28 @@ def _without(told: Any, feed: Feed) -> Feed:
 @given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "offsets", "index", "triton"]))
 def test_same_bits(seed: int, steps: int, rows: str) -> None:
     _held(seed, steps, rows=rows)
+
+
+def _in_turns(seed: int, steps: int, **options: Any) -> None:
+    """With loops over requests around nodes that were drawn."""
+    rng = np.random.default_rng(seed)
+    gains: dict[int, float] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions._Choice, "_gain", lambda self, k: gains.setdefault(k, float(rng.choice([-1e-3, 1.0]))))
+        _held(seed, steps, **options)
+
+
+@EXAMPLES
+@given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "index"]))
+def test_same_bits_in_turns(seed: int, steps: int, rows: str) -> None:
+    _in_turns(seed, steps, rows=rows)
+
+
+@pytest.mark.slow
+@settings(EXAMPLES, max_examples=150)
+@given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "offsets", "index", "triton", "padded"]))
+def test_same_bits_of_many_in_turns(seed: int, steps: int, rows: str) -> None:
+    _in_turns(seed, steps, **({"interface": "padded"} if rows == "padded" else {"rows": rows}))
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from onnxrank.compress.plan import Plan, Step
 from onnxrank.compress.report import Report
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.formats import COMPRESS, Style
+from onnxrank.model import load
+from onnxrank.network import Network
 from tests.support.modelkit import graph, session
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -418,6 +420,26 @@ def test_several_outputs_each_with_labels(tmp_path: Path) -> None:
     assert any("extra" in n for n in found.report.notes)
     again = compress(model, tmp_path / "r.npz", options(labels=("la",), methods=("fp16",)))
     assert [o.basis for o in again.report.outcomes] == ["labels", "original"]
+
+
+def test_what_tables_of_fewer_columns_cost(tmp_path: Path) -> None:
+    """Folded into the layer behind, their product costs nothing, and the layer less."""
+    rng = np.random.default_rng(0)
+    model = graph(
+        "(int64[N,2] ids) => (float[N,1] y) { g = Gather(D, ids) e = Flatten(g) h = Gemm(e, W, b) r = Relu(h) "
+        "z = MatMul(r, A) y = Sigmoid(z) }",
+        D=(rng.normal(size=(300, 3)) @ rng.normal(size=(3, 8))).astype(np.float32), b=np.zeros(20, np.float32),
+        W=rng.normal(size=(16, 20)).astype(np.float32) / 8, A=rng.normal(size=(20, 1)).astype(np.float32),
+    )  # fmt: skip
+    ids = rng.integers(0, 300, (8000, 2))
+    (y,) = session(model).run(None, {"ids": ids})
+    labels = (rng.random(8000) < y[:, 0]).astype(np.int8)
+    np.savez(tmp_path / "r.npz", ids=ids, label=labels, request_id=np.arange(8000) // 20)
+    (name,) = (t.name for t in Network(model).tables())
+    plan = Plan(load(model).sha256, (Step(name, (("pca-tables", 3),)),))
+    found = compress(model, tmp_path / "r.npz", options(plan=plan, refit=False))
+    assert found.passed and [p.macs for p in found.report.points] == [512 * 20 * (16 + 1), 512 * 20 * (6 + 1)]
+    assert {tuple(t.dims) for t in found.model.graph.initializer} >= {(300, 3), (6, 20)}
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
 
-from onnxrank.compress.methods import METHODS, Refused, break_even, column_scales, ranks, subspace
+from onnxrank.compress.methods import METHODS, Refused, break_even, column_scales, fold_pca, ranks, subspace
 from onnxrank.compress.statistics import Moments, Statistics, counted, reduced_rank
 from onnxrank.network import Network, Product, Table
 from tests.support.modelkit import graph, session
@@ -209,6 +209,56 @@ def test_pca_follows_what_is_looked_up() -> None:
     METHODS["pca-tables"].apply(net, site, 3, stats)
     assert run(net.finished(), {"ids": ids}) == pytest.approx(run(model, {"ids": ids}), abs=0.1)
     assert METHODS["pca-tables"].error(Network(model), site, 3, stats) < 0.05
+
+
+FOLDED = {
+    "one lookup": ("g = Gather(D, ids) e = Flatten(g) y = Gemm(e, W, b)", True),
+    "beside others": ("g = Gather(D, ids) f = Reshape(g, s) e = Concat<axis=1>(f, x) y = MatMul(e, W)", True),
+    "two layers": ("g = Gather(D, ids) e = Flatten(g) p = Gemm(e, W, b) q = MatMul(e, V) y = Add(p, q)", True),
+    "low rank behind": ("g = Gather(D, ids) e = Flatten(g) l = MatMul(e, V) y = MatMul(l, U)", True),
+    "read by others": (
+        "g = Gather(D, ids) e = Flatten(g) p = MatMul(e, W) r = Relu(e) q = MatMul(r, V) y = Add(p, q)", False,
+    ),
+    "between": ("g = Gather(D, ids) e = Flatten(g) r = Tanh(e) y = MatMul(r, W)", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("second", [None, "fp16-tables", "int8-tables"])
+@pytest.mark.parametrize("body", FOLDED)
+def test_products_behind_tables_are_folded_into_layers(body: str, second: str | None) -> None:
+    rng = RNG(0)
+    text, expected = FOLDED[body]
+    wide = 24 + 5 * ("x)" in text)
+    own = {
+        "D": onnx.numpy_helper.to_array(table().graph.initializer[0]), "W": rng.normal(size=(wide, 6)),
+        "V": rng.normal(size=(24, 6)), "U": rng.normal(size=(6, 6)), "b": rng.normal(size=6), "s": np.array([-1, 24]),
+    }  # fmt: skip
+    used = {
+        k: v.astype(v.dtype if k == "s" else np.float32) for k, v in own.items() if f"({k}," in text or f" {k}" in text
+    }
+    given = "int64[N,3] ids" + (", float[N,5] x" if "x)" in text else "")
+    model = graph(f"({given}) => (float[N,6] y) {{ {text} }}", **used)
+    ids = RNG(1).integers(0, 200, (40, 3))
+    feed = {"ids": ids} | ({"x": RNG(2).normal(size=(40, 5)).astype(np.float32)} if "x)" in text else {})
+    net = Network(model)
+    (site,) = net.tables()
+    stats = Statistics(40, {}, {site.name: counted(ids, 200)}, {"ids": 2})
+    left = METHODS["pca-tables"].apply(net, site, 3, stats)
+    if second is not None:
+        METHODS[second].apply(net, left[0], 0, stats)
+    plain = net.finished()
+    folded = fold_pca(net)
+    made = net.finished()
+    onnx.checker.check_model(made, full_check=True)
+    assert run(made, feed) == pytest.approx(run(plain, feed), abs=1e-4)
+    assert bool(folded) == expected
+    shapes = {tuple(p.shape) for p in net.products()}
+    if expected:
+        assert folded.keys() == {"g"} and set(folded["g"]) == {"e"} and (3, 8) not in shapes
+        assert {(wide - 3 * 5, 6)} <= shapes and sum(a for a, _ in shapes) < wide
+        assert all(i.name not in ("W", "V") or "U" in used for i in made.graph.initializer)
+    else:
+        assert (3, 8) in shapes and made == plain
 
 
 def test_sparse_tables() -> None:

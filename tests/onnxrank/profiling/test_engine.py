@@ -14,15 +14,18 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
+from split_models import ranker_model
 
 import onnxrank
 from onnxrank import cli, runtime
+from onnxrank.batching.engine import Options
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.formats import PROFILE
 from onnxrank.pages import asset
 from onnxrank.profiling.engine import profile
-from onnxrank.profiling.render import print_profile, to_csv
+from onnxrank.profiling.page import to_html
+from onnxrank.profiling.render import print_profile, to_csv, to_markdown
 from onnxrank.profiling.report import Profile
 from onnxrank.profiling.sessions import Runner, Target, open_session
 from onnxrank.roles import load_spec
@@ -340,3 +343,48 @@ def test_a_report_must_not_replace_a_model(pair: tuple[Path, Path], capsys: pyte
     for place in ("--report", "--trace"):
         assert cli.main(["profile", *map(str, pair), place, f"{'json:' * (place == '--report')}{pair[1]}"]) == 2
         assert "would replace the model" in capsys.readouterr().err
+
+
+# --- several requests ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["lengths", "triton", "padded"])
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A model, and one for several requests made of it."""
+    how = {"interface": "padded"} if request.param == "padded" else {"rows": request.param}
+    made = tmp_path_factory.mktemp("several") / "batch.onnx"
+    onnxrank.batch(ranker_model(), request=["user"], check=False, options=Options(**how)).save(made)
+    return profile(ranker_model(), made, request=["user"], **{**QUICK, "candidates": [3], "requests": [1, 4]})
+
+
+def test_several_requests(several: Profile) -> None:
+    assert several.difference is not None and several.difference < 1e-5
+    assert [(p.requests, p.candidates) for p in several.several] == [(1, 3), (4, 3)]
+    for p in several.several:
+        assert [c.together for c in p.calls] == [False, True] and p.speedup is not None
+        for c in p.calls:
+            assert c.per_request == pytest.approx(c.median / p.requests)
+            assert c.per_candidate == pytest.approx(c.per_request / 3)
+
+
+def test_reports_of_several_requests(several: Profile) -> None:
+    form = json.loads(to_json(several))
+    jsonschema.validate(form, SCHEMA)
+    described(form, SCHEMA, SCHEMA)
+    rows = [r for r in csv.DictReader(io.StringIO(to_csv(several))) if r["requests"] == "4"]
+    assert len(rows) == 2 and float(rows[1]["seconds_per_request"]) == pytest.approx(float(rows[1]["median"]) / 4)
+    text = as_text(lambda console: print_profile(several, console), "utf-8")
+    for shown in (text, to_markdown(several), to_html(several)):
+        assert "Time of several requests" in shown and "one call" in shown and "4 calls" in shown
+
+
+def test_a_model_for_several_requests_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "batch.onnx"
+    onnxrank.batch(ranker_model(), request=["user"], check=False).save(path)
+    quick = ["--candidates", "2", "--seconds", "0.01", "--no-memory"]
+    assert cli.main(["profile", str(path), "--requests", "1,3", *quick]) == 0
+    assert "one call" in capsys.readouterr().out
+    assert cli.main(["profile", str(path), "--requests", "0", *quick]) == 2
+    assert "--requests" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="requests"):
+        profile(path, **QUICK, requests=[0])

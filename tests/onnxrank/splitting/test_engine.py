@@ -20,7 +20,7 @@ from onnx import ModelProto, TensorProto, helper
 from split_models import feeds, history_model, numbers, ranker_model
 
 import onnxrank
-from onnxrank import halves, ranker
+from onnxrank import batches, halves, ranker
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.splitting import Options, Split, split
 from onnxrank.splitting.engine import Job
@@ -590,3 +590,119 @@ def test_the_types_that_a_state_has_are_numpys() -> None:
     assert halves.type_name(TensorProto.FLOAT) == "float32" and halves.type_name(TensorProto.BOOL) == "bool"
     assert halves.type_name(TensorProto.STRING) is None and halves.type_name(TensorProto.BFLOAT16) is None
     assert onnxruntime.__version__
+
+
+@pytest.mark.parametrize("form", ["plain", "python", "triton"])
+def test_inputs_side_by_side(tmp_path: Path, form: str) -> None:
+    """Both models take matrices, the contract says which columns are whose, and everything reads it."""
+    g = Graph(17)
+    ids = [g.input(f"user_{k}", ["N", 1], INT64) for k in range(3)]
+    rows = [g.op("Gather", g.const(whole_numbers(5 + k, 4, seed=k)), i) for k, i in enumerate(ids)]
+    parts = [g.op("Flatten", r, axis=1) for r in rows]
+    user = g.op("Relu", g.op("MatMul", g.op("Concat", *parts, axis=1), g.const(whole_numbers(12, 12))))
+    item, more = g.input("item", ["N", 4]), g.input("more", ["N"])
+    column = g.op("Unsqueeze", more, g.ints(1))
+    both = g.op("Concat", user, item, column, axis=1)
+    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(17, 8, seed=1))))
+    g.op("MatMul", hidden, g.const(whole_numbers(8, 1, seed=112)))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 1])
+    model = g.model()
+    out = tmp_path / "out"
+    made = _split(model, out, "user*", format=form, pack=True, name="r")
+    contract = json.loads((out / "contract.json").read_text())
+    jsonschema.validate(contract, CONTRACT)
+    request, candidate = ({i["name"]: i for i in contract["models"][p]["inputs"]} for p in ("request", "candidate"))
+    assert [c["name"] for c in request["request.ids"]["columns"]] == ["user_0", "user_1", "user_2"]
+    columns = candidate["candidate.values"]["columns"]
+    assert [(c["name"], c["at"], c["width"]) for c in columns] == [("item", 0, 4), ("more", 4, 1)]
+    assert "inputs are packed (request.ids: 3 inputs in 3 columns)" in made.report.notes
+    assert verify(model, out, Checks(level="quick")).passed
+    if form == "triton":
+        text = (out / "r" / "config.pbtxt").read_text()
+        assert '{ name: "request.ids" data_type: TYPE_INT64 dims: [ 1, 3 ] }' in text
+        assert '{ name: "candidate.values" data_type: TYPE_FP32 dims: [ -1, 5 ] }' in text
+        from onnxrank import cli
+
+        assert cli.main(["lint", str(out)]) == 0
+        return
+    serve = ranker.Ranker(out)
+    once = {f"user_{k}": np.array([[k]]) for k in range(3)}
+    many = {"item": numbers(3, 4), "more": numbers(3, 1)[:, 0]}
+    want = run(model, {k: np.repeat(v, 3, 0) for k, v in once.items()} | many)["score"]
+    assert np.array_equal(serve.score(once, many)["score"], want)
+    matrices = {"request.ids": np.array([[0, 1, 2]])}, {"candidate.values": np.c_[many["item"], many["more"]]}
+    assert np.array_equal(serve.score(*matrices)["score"], want)
+    assert (serve.cache.counters.hits, serve.cache.counters.misses) == (1, 1)
+    with pytest.raises(ValueError, match="'user_1' is missing; it takes"):
+        serve.score({"user_0": once["user_0"]}, many)
+    with pytest.raises(ValueError, match=r"'user_1' is int64 \[2, 1\], and must be int64 \[1, 1\]"):
+        serve.score({**once, "user_1": np.zeros((2, 1), np.int64)}, many)
+    with pytest.raises(Exception, match="out of data bounds"):
+        serve.score({**once, "user_0": np.array([[5]])}, many)
+    if form == "python":
+        text = (out / "ranker.py").read_text()
+        assert "    user_1: int64 [1, 1]\n" in text
+        assert "request.ids: int64 [1, 3], columns user_0, user_1, user_2" in text
+
+
+# --- several requests per call ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["lengths", "offsets", "index"])
+@pytest.mark.parametrize("how", [{}, {"state": "packed"}, {"guard": False}])
+def test_the_candidate_model_takes_several_states(tmp_path: Path, rows: str, how: dict[str, Any]) -> None:
+    model = ranker_model()
+    made = _split(model, tmp_path / "out", rows=rows, **how)
+    jsonschema.validate(json.loads((tmp_path / "out" / "contract.json").read_text()), CONTRACT)
+    told = batches.convention(made.candidate)
+    assert told is not None and told == made.contract["models"]["candidate"]["rows"]
+    for counts in ([3], [2, 0, 5, 1]):
+        every = [feeds(n, seed=10 * k) for k, n in enumerate(counts)]
+        single = [{**run(made.request, request), **candidates} for _, request, candidates in every]
+        got = batches.parted(told, run(made.candidate, batches.joined(told, single)), counts)
+        for (whole, _, _), found, n in zip(every, got, counts, strict=True):
+            want = run(model, whole)["score"] if n else np.zeros((0, 1))
+            np.testing.assert_array_equal(found["score"], want)
+    assert verify(model, tmp_path / "out", options=Checks(level="quick")).passed
+
+
+def test_one_stale_state_among_several(tmp_path: Path) -> None:
+    """Its own scores are NaN, and nobody else's."""
+    made = _split(ranker_model(), tmp_path / "out", rows="lengths")
+    told = batches.convention(made.candidate)
+    assert told is not None
+    single = [{**run(made.request, r), **c} for _, r, c in (feeds(3, seed=k) for k in range(3))]
+    feed = batches.joined(told, single)
+    want = run(made.candidate, feed)["score"]
+    feed["state_version"] = feed["state_version"] + np.array([[0], [1], [0]])
+    got = run(made.candidate, feed)["score"]
+    assert np.isnan(got[3:6]).all()
+    np.testing.assert_array_equal(np.delete(got, range(3, 6), 0), np.delete(want, range(3, 6), 0))
+
+
+def test_states_whose_length_varies(tmp_path: Path) -> None:
+    model = history_model()
+    made = _split(model, tmp_path / "out", "history", rows="index")
+    told = batches.convention(made.candidate)
+    assert told is not None
+    counts, histories = [2, 4], [numbers(1, 6, 4, seed=k) for k in range(2)]
+    items = [numbers(n, 4, seed=9 + n) for n in counts]
+    single = [{**run(made.request, {"history": h}), "item": i} for h, i in zip(histories, items, strict=True)]
+    got = batches.parted(told, run(made.candidate, batches.joined(told, single)), counts)
+    for h, i, found in zip(histories, items, got, strict=True):
+        want = run(model, {"history": np.repeat(h, len(i), 0), "item": i})["score"]
+        np.testing.assert_array_equal(found["score"], want)
+
+
+@pytest.mark.parametrize("options", [{"format": "python", "rows": "lengths"}, {"format": "triton", "rows": "index"},
+                                     {"rows": "triton"}, {"rows": "counts"}])  # fmt: skip
+def test_rows_that_a_format_does_not_have(options: Mapping[str, Any]) -> None:
+    with pytest.raises(UsageError, match="rows"):
+        Options(**options)
+
+
+def test_the_module_for_one_request_says_so(tmp_path: Path) -> None:
+    _split(ranker_model(), tmp_path / "out", rows="lengths")
+    with pytest.raises(ValueError, match="several requests"):
+        ranker.Ranker(tmp_path / "out")

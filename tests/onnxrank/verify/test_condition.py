@@ -65,6 +65,23 @@ def odds(written_out: bool, error: float = 0.0) -> ModelProto:
     return g.model()
 
 
+def repeated(split: bool, error: float = 0.0, ranked: bool = False) -> ModelProto:
+    """The sum of an entry over a length: onnxruntime adds a single row up in another order than several."""
+    g = Graph(17)
+    u, hist = g.input("user", [1 if split else "N", 4]), g.input("hist", [1 if split else "N", "L"])
+    i = g.input("item", ["N", 4])
+    shape = g.op("Concat", g.op("Shape", hist), g.ints(4), axis=0)
+    many = g.op(
+        "Expand", g.op("Unsqueeze", g.op("Add", g.op("Mul", u, g.const(1e-4)), g.const(-1.8338)), g.ints(1)), shape
+    )
+    total = g.op("ReduceSum", many, g.ints(1), keepdims=0)
+    if error:
+        total = g.op("Mul", total, g.const(1 + error))
+    g.output(g.op("Add", total, g.op("ReduceMax", i, axes=[0], keepdims=1) if ranked else i), ["N", 4])
+    g.nodes[-1].output[0] = g.outputs[0].name = "score"
+    return g.model()
+
+
 def check(a: ModelProto, b: ModelProto, level: str = "standard") -> Report:
     return verify(a, b, Options(request=["user"], level=level))
 
@@ -94,6 +111,24 @@ def test_sigmoid_is_not_exact_in_float64() -> None:
     found = check(odds(False), odds(True))
     assert found.passed, found.errors
     assert not check(odds(False), odds(True, error=5e-4)).passed
+
+
+def summed(split: bool, error: float = 0.0, ranked: bool = False) -> Report:
+    """How `repeated` compares at a length of 1,000 and two candidates, as the quick level has them."""
+    roles = Options(request=["user", "hist"], level="quick", lengths={"L": (1, 1000)})
+    return verify(repeated(False, ranked=ranked), repeated(split, error, ranked), roles)
+
+
+def test_a_row_is_added_up_otherwise_than_several() -> None:
+    found = summed(True)
+    assert found.passed, found.errors
+    assert [f for f in found.findings if f.kind == "conditioning" and "alone" in f.message]
+    assert not summed(False, error=1e-4).passed and not summed(True, error=1e-4).passed
+
+
+def test_scores_that_hang_on_other_candidates_are_no_excuse() -> None:
+    """Alone they are others, in float64 too."""
+    assert not summed(True, error=1e-4, ranked=True).passed
 
 
 def test_limits_of_the_user_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from onnx import numpy_helper
 
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.verify import Options, Report, verify
+from onnxrank.verify.pairing import bind
+from onnxrank.verify.recorded import source
 
 RANKER = "mmoe.torchscript"
 RNG = np.random.default_rng(0)
@@ -225,3 +228,25 @@ def test_values_of_their_own(tmp_path: Path) -> None:
     wrong = onnx.ModelProto()
     wrong.CopyFrom(model)
     assert not verify(g.model(), wrong, Options(request=["user"], data=tmp_path / "r.npz")).passed
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 100])
+@pytest.mark.parametrize("most", [1, 2, 7, 1000])
+def test_parts_are_the_whole(tmp_path: Path, rows: int, most: int) -> None:
+    """Each part is read alone, by a copy that another process could have, and none has a request of another."""
+    counts = [3, 1, 9, 2, 5, 1, 1, 7]
+    data = several(counts)
+    pq.write_table(table(data), tmp_path / "a.parquet", row_group_size=rows)
+    pq.write_table(table(several([4])), tmp_path / "b.parquet")
+    np.savez(tmp_path / "r.npz", **data)
+    right = pair(RANKER)
+    declared = bind(right.original, right.original, right.roles).declared
+    for path, also in ((tmp_path, [4]), (tmp_path / "a.parquet", []), (tmp_path / "r.npz", [])):
+        found = source(path, declared, rows=most)
+        whole = list(found.read())
+        assert [len(r.feed["item_ids"]) for r in whole] == counts + also
+        assert most > 100 or len(found.parts) > 1 or path.suffix == ".npz"
+        parted = [r for part in found.parts for r in pickle.loads(pickle.dumps(found)).read(part)]
+        assert [r.name for r in parted] == [r.name for r in whole]
+        for a, b in zip(parted, whole, strict=True):
+            assert all(np.array_equal(a.feed[n], b.feed[n]) for n in a.feed)

@@ -1,0 +1,268 @@
+"""Joined lookups: one Gather on one table in place of many.
+
+Where a request looks up a hundred features, a Gather each takes longer to be launched than to copy its one row. Tables
+of one width and type become one, one below the other, and ids are brought to where their own table lies in it, or, if
+they are outside of that, outside of all (`joint.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from onnxrank import cost
+from onnxrank.flow import Walk
+from onnxrank.graphs import attribute, reads
+from onnxrank.joint import bring
+from onnxrank.network import Network
+from onnxrank.operators import operator
+from onnxrank.packing import LOOKUPS, MOST_JOINED, Packed
+from onnxrank.plans import LOOKUP, label
+from onnxrank.rewrite import RESHAPES
+from onnxrank.rule import Refusal
+from onnxrank.values import Dim, Level, extents, is_candidate_symbol, symbols
+
+_STEPS = 9
+"""Nodes of a joined lookup: ids side by side, what brings them to their tables, and the Gather."""
+_PER_ID = 4 * 8 + 3
+"""Bytes written per id on the way: four whole numbers, and three conditions."""
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """A Gather of rows of a constant.
+
+    Attributes:
+        node: The node.
+        index: Its place in the model as it was given.
+        rows: Rows of the table.
+        columns: Ids per row of the ids; None for ids that are a vector.
+        along: Rows of the ids.
+        kind: Type of the ids.
+        level: Their level.
+        place: Which Concat brings the rows side by side with others, and as which operand.
+        like: What joined lookups must have in common.
+    """
+
+    node: NodeProto
+    index: int
+    rows: int
+    columns: int | None
+    along: Dim
+    kind: int
+    level: Level
+    place: tuple[int, int]
+    like: tuple[object, ...]
+
+
+def pays(before: float, after: float) -> bool:
+    """Whether joined lookups are taken, by predicted seconds of both."""
+    return after < before
+
+
+class Lookups:
+    """The lookups of a model that can be joined.
+
+    Args:
+        net: The model.
+        flow: What is known of its tensors.
+        candidates: Number of candidates that costs are told for; None for all lookups, whether that pays or not.
+        at: Places of nodes in the model as it was given, by their identity; where they are now if None.
+
+    Attributes:
+        groups: Those that are joined with each other.
+        refusals: Those that would be joined with others but for their tables.
+    """
+
+    def __init__(
+        self, net: Network, flow: Walk, candidates: int | None = None, at: Mapping[int, int] | None = None
+    ) -> None:
+        self._net, self._flow, self._candidates = net, flow, candidates
+        self._now = {id(n): k for k, n in enumerate(net.nodes)}
+        self._at = self._now if at is None else at
+        self.refusals: list[Refusal] = []
+        self.groups = self._groups()
+
+    @property
+    def packed(self) -> list[Packed]:
+        """The lookups, as sites of a plan."""
+        return [Packed(x.index, LOOKUPS, label(x.node), len(g)) for g in self.groups for x in g]
+
+    def _groups(self) -> list[list[_Lookup]]:
+        found: dict[tuple[object, ...], list[_Lookup]] = {}
+        depth: dict[str, int] = {}
+        for node in self._net.nodes:
+            below = max((depth.get(i, 0) for i in reads(node)), default=0)
+            lookup = self._lookup(node, below)
+            if lookup is not None:
+                found.setdefault(lookup.like, []).append(lookup)
+            depth.update(dict.fromkeys(node.output, below + (lookup is not None)))
+        return [own for group in found.values() if self._pay(own := self._own(group))]
+
+    def _lookup(self, node: NodeProto, depth: int) -> _Lookup | None:
+        """A node as a lookup, if it is one that could be joined with others.
+
+        Args:
+            node: The node.
+            depth: Number of lookups that its ids depend on: one of another depth may be what it depends on.
+        """
+        if operator(node) != "Gather" or attribute(node, "axis"):
+            return None
+        table, ids = self._net.stored(node.input[0]), self._flow.tensors.get(node.input[1])
+        if table is None or ids is None or not table.dims or table.dims[0] < 1 or ids.opaque is not None:
+            return None
+        level, dims = ids.level, ids.dims
+        if level not in (Level.REQUEST, Level.CANDIDATE) or len(ids.present - {Level.UNREAD}) > 1:
+            return None
+        if len(dims) not in (1, 2) or (len(dims) == 2 and symbols(dims[1:])):
+            return None
+        kind = self._flow.type_of(node.input[1])
+        if kind not in (TensorProto.INT32, TensorProto.INT64):
+            return None
+        columns = extents(dims)[1] if len(dims) == 2 else None
+        like = (tuple(table.dims[1:]), table.data_type, kind, dims[0], level, depth)
+        index, place = self._at.get(id(node)), self._side_by_side(node)
+        if index is None or place is None:
+            return None
+        return _Lookup(node, index, table.dims[0], columns, dims[0], kind, level, place, like)
+
+    def _side_by_side(self, node: NodeProto) -> tuple[int, int] | None:
+        """Where the rows of a lookup are brought side by side with others; None where something else is done to them.
+
+        Rows that are read one by one would have to be taken out of the joined ones again.
+        """
+        net, found = self._net, []
+        waiting = [node.output[0]]
+        while waiting:
+            name = waiting.pop()
+            if name in net.outputs or name in net.inner:
+                return None
+            for reader in net.readers.get(name, []):
+                if operator(reader) == "Concat":
+                    found.append((self._now[id(reader)], list(reader.input).index(name)))
+                elif operator(reader) in RESHAPES and name not in reader.input[1:]:
+                    waiting.append(reader.output[0])
+                else:
+                    return None
+        return min(found, default=None)
+
+    def _own(self, group: list[_Lookup]) -> list[_Lookup]:
+        """Those of a group whose tables go into the joined one as a whole, and are not stored twice."""
+        group = sorted(group, key=lambda x: x.place)
+        mine = {id(x.node) for x in group}
+        reasons = [self._held_back(x.node.input[0], mine) for x in group]
+        if self._candidates is not None and self._pay(group):
+            self.refusals += [
+                Refusal(LOOKUP, label(x.node), x.node.op_type, r) for x, r in zip(group, reasons, strict=True) if r
+            ]
+        return [x for x, r in zip(group, reasons, strict=True) if r is None]
+
+    def _held_back(self, table: str, group: Collection[int]) -> str | None:
+        """Why a table is not copied into another."""
+        net = self._net
+        held = net.stored(table)
+        assert held is not None
+        if held.data_location == TensorProto.EXTERNAL:
+            return f"{table} is external data, which stays where it is"
+        if prod(held.dims) * helper.tensor_dtype_to_np_dtype(held.data_type).itemsize > MOST_JOINED:
+            return f"{table} has more than {MOST_JOINED >> 20} MiB, which would be copied"
+        others = [n for n in net.readers[table] if id(n) not in group or table in n.input[1:]]
+        if others or table in net.outputs or table in net.inner:
+            return f"{table} is read elsewhere, too, so its bytes would be stored twice"
+        return None
+
+    def _pay(self, group: Sequence[_Lookup]) -> bool:
+        """Whether one Gather is predicted to be faster."""
+        if len(group) < 2 or self._candidates is None:
+            return len(group) > 1
+        rows = extents((group[0].along,))[0]
+        if group[0].level is Level.CANDIDATE and any(map(is_candidate_symbol, symbols([group[0].along]))):
+            rows *= self._candidates
+        ids = sum(x.columns or 1 for x in group)
+        before, after = cost.estimate(launches=len(group)), cost.estimate(0, rows * ids * _PER_ID, 2 * _STEPS)
+        return pays(before, after)
+
+
+def join(net: Network, flow: Walk, at: Mapping[int, int], places: Collection[int]) -> list[Packed]:
+    """Joins, in place, the lookups at some places; says which. The nodes are in no order then.
+
+    Args:
+        net: The model.
+        flow: What is known of its tensors.
+        at: Places of its nodes in the model as it was given, by their identity.
+        places: The places.
+    """
+    if not places:
+        return []
+    out: list[Packed] = []
+    for group in Lookups(net, flow, at=at).groups:
+        taken = [x for x in group if x.index in places]
+        if len(taken) > 1:
+            _Joined(net, taken).write()
+            out += [Packed(x.index, LOOKUPS, label(x.node), len(taken)) for x in taken]
+    return out
+
+
+class _Joined:
+    """Some lookups, written as one.
+
+    Args:
+        net: The model.
+        group: The lookups.
+    """
+
+    def __init__(self, net: Network, group: Sequence[_Lookup]) -> None:
+        self._net, self._group = net, group
+        self._made: list[NodeProto] = []
+        self._first: dict[str, int] = {}
+        self._total = 0
+        for x in group:
+            if x.node.input[0] not in self._first:
+                self._first[x.node.input[0]] = self._total
+                self._total += x.rows
+        self._cast = group[0].kind != TensorProto.INT64 and 2 * self._total > np.iinfo(np.int32).max
+        self._type = np.int64 if self._cast or group[0].kind == TensorProto.INT64 else np.int32
+
+    def write(self) -> None:
+        """Puts the nodes in the place of the lookups."""
+        net, group = self._net, self._group
+        counts = [x.columns or 1 for x in group]
+        ids = [x.node.input[1] if x.columns is not None else self._axis("Unsqueeze", x.node.input[1]) for x in group]
+        joined = self._add("Concat", ids, "lookup/ids", axis=1)
+        if self._cast:
+            joined = self._add("Cast", [joined], "lookup/wide", to=int(TensorProto.INT64))
+        rows = np.repeat([x.rows for x in group], counts)
+        begin = np.repeat([self._first[x.node.input[0]] for x in group], counts)
+        places = bring(self._add, self._numbers, joined, rows, begin, self._total)
+        found = self._add("Gather", [net.stack(list(self._first), "lookup/table"), places], "lookup/rows", axis=0)
+        parts = [x.node.output[0] if x.columns is not None else net.fresh(f"{x.node.output[0]}/rows") for x in group]
+        sizes = {"split": counts} if net.opset < 13 else {}
+        operands = [found] if sizes else [found, net.constant(np.array(counts, np.int64), "lookup/counts")]
+        self._made.append(net.node(LOOKUP, "Split", operands, parts, axis=1, **sizes))
+        for x, part in zip(group, parts, strict=True):
+            if x.columns is None:
+                self._axis("Squeeze", part, x.node.output[0])
+        gone = {id(x.node) for x in group}
+        net.nodes[:] = [n for n in net.nodes if id(n) not in gone] + self._made
+        net.renewed()
+
+    def _add(self, op: str, inputs: Sequence[str], hint: str, **attributes: Any) -> str:
+        name = self._net.fresh(hint)
+        self._made.append(self._net.node(LOOKUP, op, inputs, [name], **attributes))
+        return name
+
+    def _numbers(self, data: Any, hint: str) -> str:
+        return self._net.constant(np.array(data, self._type), hint)
+
+    def _axis(self, op: str, name: str, result: str | None = None) -> str:
+        """Unsqueeze or Squeeze of the axis of columns."""
+        made = result or self._net.fresh(f"{name}/column")
+        old = self._net.opset < 13
+        operands = [name] if old else [name, self._net.constant(np.array([1], np.int64), "lookup/axis")]
+        self._made.append(self._net.node(LOOKUP, op, operands, [made], **({"axes": [1]} if old else {})))
+        return made
