@@ -124,7 +124,7 @@ def outcome(made: Program, seed: int, interface: str, points: int, gated: bool) 
     """What came of a program, and what is to be said of it."""
     request = patterns(made.inputs)
     try:
-        result = rewritten(made.model, request=request, interface=interface)
+        result = rewritten(made.model, joined=seed % 2 == 0, request=request, interface=interface)
     except OnnxrankError as e:
         return ("does not run" if _DOES_NOT_RUN.search(str(e)) else "refused"), str(e)
     except Exception:

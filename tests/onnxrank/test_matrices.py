@@ -222,7 +222,7 @@ def test_same_bits_of_more(interface: str, seed: int, steps: int, fields: int) -
 def same_bits(interface: str, seed: int, steps: int, fields: int) -> None:
     made_up = program(seed, steps, fields)
     note(onnx.printer.to_text(made_up.model))
-    result = rewritten(made_up.model, request=patterns(made_up.inputs), interface=interface)
+    result = rewritten(made_up.model, joined=True, request=patterns(made_up.inputs), interface=interface)
     if not result.changed:
         return
     made = matrices.pack(result.model, Roles.from_dict(result.report.roles))

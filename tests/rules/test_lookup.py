@@ -312,7 +312,7 @@ def test_places(rows: list[int], extra: int, wide: bool) -> None:
 def same_bits(interface: str, seed: int, steps: int) -> None:
     made_up = program(seed, steps, fields=5)
     note(onnx.printer.to_text(made_up.model))
-    result = rewritten(made_up.model, request=patterns(made_up.inputs), interface=interface)
+    result = rewritten(made_up.model, joined=True, request=patterns(made_up.inputs), interface=interface)
     assert_same_scores(made_up.model, result, made_up.inputs, interface, (1, 2, 5))
 
 
@@ -335,7 +335,7 @@ def test_programs_carry_it() -> None:
     found = 0
     for seed in range(12):
         made_up = program(seed, 3, fields=6)
-        result = rewritten(made_up.model, request=patterns(made_up.inputs))
+        result = rewritten(made_up.model, joined=True, request=patterns(made_up.inputs))
         found += any(r.name == LOOKUP for r in result.report.rules)
     assert found >= 8
 

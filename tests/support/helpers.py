@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -226,10 +227,18 @@ def assert_same_scores(
                 np.testing.assert_array_equal(got[name], score, err_msg=what)
 
 
-def rewritten(model: Any, **options: Any) -> onnxrank.Result:
-    """Optimises, unchecked and whether or not it pays: test models are too small to be worth it."""
-    joined = mock.patch.object(lookups, "pays", lambda before, after: True)
-    with joined, mock.patch.object(choosing, "LEAST_GAIN", 0.0):
+def rewritten(model: Any, joined: bool = False, **options: Any) -> onnxrank.Result:
+    """Optimises, unchecked and whether or not it pays: test models are too small to be worth it.
+
+    Args:
+        model: The model.
+        joined: Whether lookups are joined wherever they can be, whether or not that pays.
+        options: Further arguments of `optimize`.
+    """
+    with ExitStack() as patched:
+        if joined:
+            patched.enter_context(mock.patch.object(lookups, "pays", lambda before, after: True))
+        patched.enter_context(mock.patch.object(choosing, "LEAST_GAIN", 0.0))
         return onnxrank.optimize(model, check=False, **options)
 
 

@@ -696,7 +696,8 @@ def test_states_whose_length_varies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"format": "python", "rows": "lengths"}, {"format": "triton", "rows": "index"},
-                                     {"rows": "triton"}, {"rows": "counts"}])  # fmt: skip
+                                     {"rows": "triton"}, {"rows": "counts"},
+                                     {"rows": "lengths", "pack": True}])  # fmt: skip
 def test_rows_that_a_format_does_not_have(options: Mapping[str, Any]) -> None:
     with pytest.raises(UsageError, match="rows"):
         Options(**options)
