@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost
 from onnxrank.batching.tensors import Impossible, Rows, Size, Tensor
 from onnxrank.batching.writer import Writer
 from onnxrank.graphs import reads
@@ -24,13 +23,19 @@ from onnxrank.operators import Trait, traits
 
 _CACHE = 1 << 20
 """Bytes that a core keeps at hand."""
-_FAR = cost.CPU.byte * 2 / 3
+_BYTE = 0.125e-9
+"""Seconds per byte that a node writes."""
+_FAR = _BYTE * 2 / 3
 """Seconds that a byte takes longer that is not at hand."""
-_COPY = cost.CPU.byte + _FAR
+_COPY = _BYTE + _FAR
 """Seconds per byte of what goes into a loop, or comes out."""
 _UNIT = 1e12
-_SHARED = cost.CPU.byte / 3
+_SHARED = _BYTE / 3
 """Seconds per byte of the weights of a product, which several requests together read once."""
+_LAUNCH = 1.5e-6
+"""Seconds that a node takes besides what it computes and writes."""
+_MAC = 0.04e-9
+"""Seconds per multiply-add, in which bytes come, too."""
 TURN = 2e-5
 """Seconds that a turn of a loop takes besides its nodes."""
 SINCE = 13
@@ -137,14 +142,14 @@ class _Choice:
         made = sum(self.size(o) for o in node.output if o)
         bytes_ = made + sum(map(self.size, moving))
         if not moving or self.requests * bytes_ <= _CACHE:
-            return -cost.CPU.launch
+            return -_LAUNCH
         # Bytes come while multiply-adds are made.
-        gain = max(0.0, bytes_ * _FAR - cost.CPU.mac * self.macs(node)) - cost.CPU.launch
+        gain = max(0.0, bytes_ * _FAR - _MAC * self.macs(node)) - _LAUNCH
         if Trait.PRODUCT in kinds:
             gain -= _SHARED * sum(self.size(i) for i in self.reads[k] if self._rows(i) is None)
             each = [i for i in moving if self.tensors[i].each]
             if len(moving) > len(each) > 0:  # there and back
-                gain += cost.CPU.byte * (made + sum(map(self.size, each)))
+                gain += _BYTE * (made + sum(map(self.size, each)))
         return gain
 
     def _cheapest(self) -> set[int]:

@@ -33,6 +33,7 @@ from onnxrank.inspection.report import (
     Refused,
     Tensor,
 )
+from onnxrank.passes.choosing import LEAST_GAIN
 from onnxrank.plans import label
 from onnxrank.roles import InputRole, format_ranges
 from onnxrank.rule import Refusal, Rule
@@ -43,7 +44,7 @@ from onnxrank.transform import Saving
 from onnxrank.values import CANDIDATES
 
 _PATIENCE = 10.0  # seconds for trying inputs as request-level
-_LEAST_GAIN = 0.005  # of all multiply-adds; less is not worth a word
+_WORTH_A_WORD = 0.005  # of all multiply-adds; less is not worth a word
 
 
 def inspect(
@@ -296,7 +297,7 @@ class _Findings:
             lifting = [
                 (t.gain, name)
                 for name, t in tried.items()
-                if t.gain >= _LEAST_GAIN and any((rule, node) not in t.refused for node in nodes)
+                if t.gain >= _WORTH_A_WORD and any((rule, node) not in t.refused for node in nodes)
             ]
             lift = ""
             if lifting:
@@ -399,10 +400,10 @@ def _pays_from(result: pipeline.Result, before: cost.Shapes) -> int | None:
         [cost.seconds(graph, replace(shapes, symbols={**shapes.symbols, CANDIDATES: n})) for n in (1, 2)]
         for graph, shapes in ((study.model.graph, before), (form.model.graph, form.shapes(1)))
     )
-    slope = (old[1] - old[0]) - (new[1] - new[0])
+    slope = (old[1] - old[0]) - LEAST_GAIN * (new[1] - new[0])
     if slope <= 0:
         return None
-    at = 1 + math.ceil((new[0] - old[0]) / slope)
+    at = 1 + math.ceil((LEAST_GAIN * new[0] - old[0]) / slope)
     return at if at > result.report.usual else None
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import onnx
 import pytest
 from fatal import endless, fatal, rows
-from helpers import Graph
+from helpers import Graph, rewritten
 from onnx import ModelProto
 
-import onnxrank
 from onnxrank import cli, workers
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import CheckFailed, EnvironmentProblem, ModelError, UsageError
@@ -90,7 +89,7 @@ def entrant(model: ModelProto) -> Entrant:
 
 def test_dead_loop_is_not_run_where_it_needs_not_be() -> None:
     """Only timing runs a model as it stands."""
-    shown = onnxrank.optimize(endless(dead=True), request=["user"])
+    shown = rewritten(endless(dead=True), request=["user"])
     assert shown.changed and not any(n.op_type == "Loop" for n in shown.model.graph.node)
     assert inspect(endless(dead=True), request=["user"]).before
 
