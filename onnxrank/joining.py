@@ -288,7 +288,7 @@ class _Join:
             if node.name and side is self.few:
                 node.name = f"{side.title}/{node.name}"
             rename(node, names)
-        out.value_info.extend(_described(side.graph, inner, names))
+        out.value_info.extend(_described(side.graph, inner - set(given), names))
         for name in given:
             made = names.get(name, name)
             if name not in inner:  # a branch gives what it makes itself

@@ -6,6 +6,8 @@
 
 A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range `--candidates`.
 Forms of a model take turns on one thread; a ratio is the median over rounds of the original's time over the form's.
+Sessions are opened once and run with the usual number of candidates first, as a server's are: onnxruntime lays out memory
+for the shapes that a session sees first, and later ones cost it up to a seventh more, which small models show.
 What is slower than the original is timed again, `--again` times, and the median of all counts. Figures need matplotlib.
 """
 
@@ -57,10 +59,9 @@ def forms(path: Path, spec: Path, span: tuple[int, int], tune: float) -> tuple[o
     return result, {name: model.SerializeToString() for name, model in made.items()}
 
 
-def ratios(original: Path, made: Mapping[str, bytes], feeds: tuple[Feed, Feed], seconds: float) -> dict[str, float]:
-    """Time of the original over that of each form."""
-    sessions = [session(original), *map(session, made.values())]
-    given = [feeds[0], *[feeds[1]] * len(made)]
+def ratios(sessions: Sequence[Any], feeds: tuple[Feed, Feed], seconds: float) -> list[float]:
+    """Time of the first session, the original's, over that of each other."""
+    given = [feeds[0], *[feeds[1]] * (len(sessions) - 1)]
 
     def timed(s: Any, feed: Feed) -> turns.Run:
         def run(_: int) -> float:
@@ -72,7 +73,7 @@ def ratios(original: Path, made: Mapping[str, bytes], feeds: tuple[Feed, Feed], 
 
     found = turns.interleave([timed(s, f) for s, f in zip(sessions, given, strict=True)], seconds)
     first, *others = np.median(found.seconds, axis=2)
-    return {name: turns.ratio(first, other)[0] for name, other in zip(made, others, strict=True)}
+    return [turns.ratio(first, other)[0] for other in others]
 
 
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -81,12 +82,15 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     result, made = forms(path, spec, options.candidates, options.tune)
     draw = Requests(onnx.load(path), yaml.safe_load(spec.read_text()))
     found: dict[str, Row] = {name: {} for name in made}
+    sessions = [session(path), *map(session, made.values())]
+    if made:
+        ratios(sessions, draw(result.report.usual, 0), options.seconds)
     for n in options.counts if made else ():
-        tries = [ratios(path, made, draw(n, 0), options.seconds)]
-        while tries[0]["file"] < SLOWER and len(tries) <= options.again:
-            tries.append(ratios(path, made, draw(n, len(tries)), options.seconds))
-        for name in made:
-            found[name][n] = statistics.median(t[name] for t in tries)
+        tries = [ratios(sessions, draw(n, 0), options.seconds)]
+        while tries[0][0] < SLOWER and len(tries) <= options.again:
+            tries.append(ratios(sessions, draw(n, len(tries)), options.seconds))
+        for name, tried in zip(made, zip(*tries, strict=True), strict=True):
+            found[name][n] = statistics.median(tried)
     below = None if result.plan.few is None else result.plan.few.below
     return {"changed": result.changed, "below": below, "ratios": found}
 

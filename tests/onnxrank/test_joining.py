@@ -116,6 +116,19 @@ def test_selections_of_weights_are_folded_when_the_model_is_loaded(tmp_path) -> 
     assert "Gather" not in [n.op_type for n in many.node]
 
 
+def test_what_is_declared_of_tensors_is_kept() -> None:
+    """What a branch gives has no declared type of its own, beside which another would be a contradiction."""
+    few, many = (onnx.shape_inference.infer_shapes(ranker(split)) for split in (False, True))
+    made = joined(few, many, BELOW, Count("ids", 0))
+    assert made is not None
+    onnx.checker.check_model(made, full_check=True)
+    branches = {a.name: a.g for a in crossover(made).attribute}
+    for branch in branches.values():
+        own = {o for n in branch.node for o in n.output}
+        described = {v.name for v in branch.value_info}
+        assert described and described <= own and not described & {o.name for o in branch.output}
+
+
 def test_names_are_given_once() -> None:
     made = both()
     branches = [attribute(crossover(made), f"{b}_branch") for b in ("then", "else")]
