@@ -6,8 +6,8 @@
 
 A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range `--candidates`.
 Forms of a model take turns on one thread; a ratio is the median over rounds of the original's time over the form's.
-Sessions are opened once and run with the usual number of candidates first, as a server's are: onnxruntime lays out memory
-for the shapes that a session sees first, and later ones cost it up to a seventh more, which small models show.
+Sessions are opened once and run with the usual number of candidates first, as a server's are: onnxruntime plans
+memory for the shapes that a session sees first, and small models take up to a seventh longer for others.
 What is slower than the original is timed again, `--again` times, and the median of all counts. Figures need matplotlib.
 """
 
