@@ -20,7 +20,8 @@ def test_same_scores(interface: str, seed: int, steps: int) -> None:
     holds(program(seed, steps), seed, interface)
 
 
-@pytest.mark.parametrize("interface", ["request", pytest.param("same", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("interface", ["request", "same"])
 @pytest.mark.parametrize("key", sorted(KINDS))
 def test_every_operator(key: str, interface: str) -> None:
     for seed in range(2):

@@ -67,6 +67,7 @@ def close(a: Feed, b: Feed) -> None:
         )
 
 
+@pytest.mark.slow
 @every_export
 def test_every_model_changes(name: str) -> None:
     """The other tests say something only of a model that was rewritten."""
@@ -152,6 +153,7 @@ def test_idempotent(name: str) -> None:
     assert again.model.SerializeToString() == made.SerializeToString()
 
 
+@pytest.mark.slow
 @every_export
 def test_idempotent_without_its_contract(name: str) -> None:
     """Nobody says that it was optimised before: all the same next to nothing is left to gain."""

@@ -985,6 +985,7 @@ FORMS: dict[str, tuple[str, bool]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["request", "same"])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str, interface: str) -> None:

@@ -97,6 +97,7 @@ class Cross:
         self.g.output(y, ["N", 1 if kind == "linear" else 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head", ["linear", "deep"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

@@ -345,6 +345,7 @@ FORMS: dict[str, Callable[[Encoder], Apply]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_masks(form: str) -> None:
     """Two layers: the first is request-level for all rows of the history."""

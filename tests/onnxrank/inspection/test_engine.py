@@ -89,6 +89,7 @@ def test_the_predicted_saving_is_what_optimize_achieves(name: str) -> None:
         assert sum(o.macs for o in shown.opportunities) >= sum(n.saved for n in shown.nodes)
 
 
+@pytest.mark.slow
 # Of din, a run takes the entries of padding, which are always zero, for unknown; of wukong, a few behind its norms.
 @every_export
 def test_block_ideal(name: str) -> None:
@@ -241,6 +242,7 @@ def test_refusals_name_their_nodes() -> None:
     assert all(r.reason and set(r.nodes) <= names for r in shown.refusals)
 
 
+@pytest.mark.slow
 @every_export
 def test_refusals_by_cost(name: str) -> None:
     """What costs most comes first, and no place that is left alone is missing."""

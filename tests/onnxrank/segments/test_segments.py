@@ -290,7 +290,8 @@ SHOWING = {
 }
 
 
-@pytest.mark.parametrize("own", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [1, 2])
 @pytest.mark.parametrize("name", [*HIDING, *SHOWING])
 def test_masks(name: str, own: int) -> None:
     s = attended({**HIDING, **SHOWING}[name], own=own)
@@ -306,6 +307,7 @@ def test_masks(name: str, own: int) -> None:
         assert share > 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models(seed: int) -> None:
     check_random_model(seed)

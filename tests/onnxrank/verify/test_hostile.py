@@ -34,7 +34,8 @@ def fuzz() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("seed", [*range(16), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(16, 40))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
 def test_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:

@@ -16,6 +16,7 @@ def test_enough() -> None:
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranker", RANKERS)
 def test_right(ranker: str) -> None:
     """What the mutants were made of passes."""
