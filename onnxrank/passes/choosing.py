@@ -17,7 +17,10 @@ from onnxrank.passes.studying import confirmed
 from onnxrank.report import Retreat
 
 LEAST_GAIN = 1.05
-"""A predicted ratio of times below this may be a loss: predictions are off by as much."""
+"""A predicted ratio of times below this may be a loss: predictions are off by as much.
+
+What is timed afterwards need only be predicted to be no slower.
+"""
 
 
 def rewrite(job: Job) -> bool:
@@ -71,7 +74,7 @@ def take(job: Job, form: Form) -> None:
 def _crosses(job: Job) -> bool:
     """Whether a second plan for few candidates stands beside the one for many, where one alone is not enough."""
     form, before, n = job.chosen, job.before(), job.options.usual
-    kept = form.changed and before(n) >= LEAST_GAIN * form.time(n)
+    kept = form.changed and before(n) >= _least_gain(job) * form.time(n)
     pair = crossover.find(job.found, form.time if kept else before, before, job.options.span)
     if pair is not None:
         if pair.many is not form:
@@ -102,12 +105,16 @@ def pays(job: Job) -> bool:
     if same and not form.study.packed:
         job.notes.append("the rewritten model would do the same work in another order, so it was not taken")
         return False
-    if before < LEAST_GAIN * after:
+    if before < _least_gain(job) * after:
         reason = f"the rewritten model would not be faster at N = {n}, so it was not taken"
         job.notes.append(reason)
         job.others.append(remarks.not_taken(form, reason, n))
         return False
     return True
+
+
+def _least_gain(job: Job) -> float:
+    return min(1.0, LEAST_GAIN) if job.options.tune else LEAST_GAIN
 
 
 def _operators(model: ModelProto) -> Counter[str]:

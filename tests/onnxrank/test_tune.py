@@ -45,16 +45,16 @@ def rules_of(made: ModelProto) -> set[str]:
     return {p.value for n in made.graph.node for p in n.metadata_props if p.key == "onnxrank.rule"}
 
 
-def tuned(clock: Clock, **options: Any) -> tuple[ModelProto, onnxrank.Result]:
-    """The ranker, timed by a clock that tells the ratio of a result at a number of candidates."""
+def tuned(clock: Clock, gain: float = 0.0, **options: Any) -> tuple[ModelProto, onnxrank.Result]:
+    """The ranker, timed by a clock that tells the ratio at a number of candidates; `gain` has to be predicted."""
 
     def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
         assert len(feeds) == len(race.points)
         return tuple(Measured(n, r, r * 0.99, r * 1.01) for n in race.points for r in [clock(made, n)])
 
     model = ranker()
-    with mock.patch.object(tune.Race, "measure", measure), mock.patch.object(choosing, "LEAST_GAIN", 0.0):
-        return model, onnxrank.optimize(model, request=["user"], tune=1.0, **options)
+    with mock.patch.object(tune.Race, "measure", measure), mock.patch.object(choosing, "LEAST_GAIN", gain):
+        return model, onnxrank.optimize(model, request=["user"], **{"tune": 1.0, **options})
 
 
 def agree(model: ModelProto, result: onnxrank.Result) -> None:
@@ -75,6 +75,15 @@ def test_what_is_faster_is_kept() -> None:
     assert {p.candidates for p in result.report.predictions} > {1, 8, 512}
     contract = stored_contract(result.model)
     assert contract is not None and [m["ratio"] for m in contract["plan"]["measured"]] == [1.5] * 3
+
+
+def test_what_is_timed_need_not_be_predicted_to_gain_much() -> None:
+    """The clock decides, where there is one."""
+    assert not tuned(lambda made, n: 1.5, gain=1e9, tune=0.0)[1].changed
+    model, result = tuned(lambda made, n: 1.5, gain=1e9, candidates=2048)
+    agree(model, result)
+    assert result.changed and result.plan.measured
+    assert not tuned(lambda made, n: 1.5, gain=1e9, candidates=1)[1].changed
 
 
 def test_the_rule_that_is_slow_is_left_out() -> None:
