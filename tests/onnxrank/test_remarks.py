@@ -152,6 +152,9 @@ def silent(result: Result) -> list[str]:
     nodes = result.form.study.model.graph.node
     made_for = {o: e.origin for e in result.form.rewrite.emitted() for o in e.proto.output}
     told = {r.node for r in result.report.refusals}
+    taken = result.form.rewrite.rw.taken
+    by_attention = {k for k, (rule, _) in taken.items() if rule == "attention"}
+    attended = {o for e in result.form.rewrite.emitted() if e.origin in by_attention for o in e.proto.output}
 
     def repeats(node: NodeProto) -> bool:
         if not traits(node) & Trait.REDUCTION and not traits(node) & Trait.NORMALISATION:
@@ -168,7 +171,11 @@ def silent(result: Result) -> list[str]:
                 wanted.update(nodes[k].input)
         return False
 
-    walked = [n for n in found.study.model.graph.node if operator(n) in COUNTED | {"Einsum"}]
+    def summed_up(node: NodeProto) -> bool:
+        """Whether it is a softmax over candidates' keys, to which the request's were summed up in a single entry."""
+        return operator(node) == "Softmax" and node.output[0] in attended
+
+    walked = [n for n in found.study.model.graph.node if operator(n) in COUNTED | {"Einsum"} and not summed_up(n)]
     return [label(n) for n in walked if repeats(n) and not explained(n)]
 
 
