@@ -168,7 +168,9 @@ def _through(
         count = math.prod(n or 0 for n in inner[:-1])
         target = net.array(node.input[1]) if operator(node) == "Reshape" else np.array([-1])
         # All axes but the last ones stay, and these become one.
-        if inner[-1] is None or count < 1 or count * inner[-1] != made[-1] or target is None or len(made) < 2:
+        if not inner or inner[-1] is None or len(made) < 2:
+            return None
+        if count < 1 or count * inner[-1] != made[-1] or target is None:
             return None
         if operator(node) == "Flatten" and len(made) != 2:
             return None

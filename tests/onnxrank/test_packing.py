@@ -183,6 +183,8 @@ TABLES = {
     "read by a product of features": (
         "e = Gather(D, i) q = Mul(e, e) x = Concat<axis=1>(u, e) h = MatMul(x, W) s = ReduceSum<keepdims=1>(q, one)"
         " t = ReduceSum<keepdims=1>(h, one) y = Add(s, t)", 14, 0),
+    "an axis more": (
+        "e = Gather(D, i) a = Reshape(e, apart) h = MatMul(a, V) g = Flatten(h) y = ReduceSum<keepdims=1>(g, one)", 0, 0),
     "an activation between": ("e = Gather(D, i) q = Relu(e) h = MatMul(q, V) y = ReduceSum<keepdims=1>(h, one)", 0, 0),
 }  # fmt: skip
 
@@ -195,7 +197,7 @@ def test_columns_of_tables(name: str) -> None:
     held = {"D": (300, 8), "W": (rows, 5), "V": (8, 5), "b": (5,)}
     w = {k: rng.normal(size=s).astype(np.float32) for k, s in held.items()}
     w["D"][:, 2], w["D"][:, 5], w["D"][:, 7] = 0, 0.75, w["D"][:, 1]
-    w |= {"one": np.array([1]), "flat": np.array([-1, 16])}
+    w |= {"one": np.array([1]), "flat": np.array([-1, 16]), "apart": np.array([-1, 1, 8])}
     text = f"(float[N,6] u, int64[N] i, int64[N,1] i2) => (float[N,1] y) {{ {body} }}"
     model = graph(text, **{k: v for k, v in w.items() if f" {k})" in body or f" {k}," in body or f"({k}," in body})
     net = Network(model)
