@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -142,6 +142,9 @@ class Shapes:
         types: Element types.
         seconds: Predicted times of the nodes that were asked for, by the first tensor they give; under an empty name,
             that of all of them.
+        bills: What nodes of a kind are billed for: those of one operator with equal attributes on equal extents.
+        kinds: The nodes' kinds, by the first tensor they give; the same at any number of candidates.
+        varying: Whether tensors have rows of candidates, where that was asked for.
     """
 
     facts: Facts
@@ -154,6 +157,9 @@ class Shapes:
         default_factory=dict, init=False, repr=False, compare=False
     )
     seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    bills: dict[Hashable, Bill] = field(default_factory=dict, init=False, repr=False, compare=False)
+    kinds: dict[str, Hashable] = field(default_factory=dict, repr=False, compare=False)
+    varying: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, candidates: int) -> Shapes:
         """The same at another number of candidates."""
@@ -190,8 +196,27 @@ class Shapes:
 
     def per_candidate(self, name: str) -> bool:
         """Whether a tensor has rows of candidates."""
-        found = self.facts.extents.get(name) or self.inputs.get(name) or ()
-        return any(is_candidate_symbol(s) for _, syms in found for s in syms)
+        if name not in self.varying:
+            found = self.facts.extents.get(name) or self.inputs.get(name) or ()
+            self.varying[name] = any(is_candidate_symbol(s) for _, syms in found for s in syms)
+        return self.varying[name]
+
+    def kind(self, node: NodeProto, name: str) -> Hashable:
+        """What nodes have in common that are billed alike; `name` is the first tensor that the node gives."""
+        if name not in self.kinds:
+            attributes = tuple(a.SerializeToString(deterministic=True) for a in node.attribute)
+            tensors = tuple(self._extents(t) for names in (node.input, node.output) for t in (*names, None))
+            self.kinds[name] = operator(node), attributes, tensors
+        return self.kinds[name]
+
+    def _extents(self, name: str | None) -> Hashable:
+        """What there is to know of a tensor's shape and type at any number of candidates; None for none."""
+        if not name:
+            return name
+        found = self.initializers.get(name)
+        if found is None:
+            found = self.facts.extents.get(name) or self.inputs.get(name)
+        return found, self.width(name)
 
 
 def node_macs(node: NodeProto, shapes: Shapes) -> int:
@@ -219,6 +244,16 @@ def _written(node: NodeProto, shapes: Shapes) -> int:
 
 def billed(node: NodeProto, shapes: Shapes) -> Bill:
     """What a node is billed for."""
+    name = next((o for o in node.output if o), None)
+    if name is None:
+        return _billed(node, shapes)
+    kind = shapes.kind(node, name)
+    if kind not in shapes.bills:
+        shapes.bills[kind] = _billed(node, shapes)
+    return shapes.bills[kind]
+
+
+def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     what, op, shape = traits(node), operator(node), shapes.shape
     if Trait.FREE in what:
         return Bill("free", launches=0)
@@ -400,7 +435,8 @@ def bills(graph: GraphProto, shapes: Shapes) -> Iterator[Bill]:
     for node, level in by_rows(graph, shapes):
         if level == "constant" or node.op_type in _GONE or node.output[0] in joined:
             continue
-        yield Bill("view") if Trait.FREE in traits(node) else billed(node, shapes)
+        bill = billed(node, shapes)
+        yield bill if bill.launches else Bill("view")
 
 
 def _joined(graph: GraphProto, shapes: Shapes) -> set[str]:

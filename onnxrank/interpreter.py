@@ -238,7 +238,7 @@ class Interpreter:
         """
         for original, name in names.items():
             value = self.rw.values.get(original)
-            if name and value is not None:
+            if name and value is not None and original not in self.rw.facts.unknown:
                 self.rw.emit.describe(name, value.dtype, len(value.dims))
 
     def _folded(self, node: NodeProto, name: str) -> Value:

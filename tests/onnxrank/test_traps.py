@@ -653,6 +653,22 @@ def test_loop_with_state() -> None:
     left_alone(model, ["user"], "Loop")
 
 
+def test_branches_read_what_has_no_rank() -> None:
+    """The state of a Loop whose body declares no rank: nothing is declared of what follows from it either."""
+    model = mlp(
+        "(float[N,4] user, float[N,4] item) => (float[N,1] y) {"
+        "u = Loop(steps, yes, item) <body = b (int64 i, bool cond, float[] s) => (bool cond_out, float[] s_out)"
+        "{ s_out = Add(s, item) cond_out = Identity(cond) }> k = Mul(u, item)"
+        "t = ReduceSum<keepdims=0>(item) q = Greater(t, nil) x = If(q) <"
+        "then_branch = p () => (float[] a) { a = Neg(k) }, else_branch = e () => (float[] d) { d = Relu(k) }>"
+        "f = Concat<axis=-1>(x, item) g = ReduceSum<keepdims=1>(f, last)"
+        "c = Concat<axis=1>(user, item) h = Gemm(c, W, b) r = Relu(h) o = Gemm(r, V) y = Add(o, g) }",
+        width=8, steps=np.array(2), yes=np.array(True), nil=one(0.0), last=i64(-1),
+    )  # fmt: skip
+    result = hold(model, ["user"])
+    assert not result.report.retreats
+
+
 def test_scan_over_history() -> None:
     model = mlp(
         "(float[N,5,4] hist, float[N,4] item) => (float[N,1] y) { z = ReduceSum<keepdims=0>(hist, ax1) k = Mul(z, nil)"
