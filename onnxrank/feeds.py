@@ -43,8 +43,8 @@ from onnxrank.values import (
 )
 
 Feed = dict[str, NDArray[Any]]
-FALLBACK_IDS = (0, 8)
-"""Range of whole numbers that nothing is known of."""
+FALLBACK_IDS = (0, 7.5)
+"""Range of whole numbers that nothing is known of; no table has half a row, so none is taken for this."""
 
 
 def graph_inputs(model: ModelProto) -> list[ValueInfoProto]:

@@ -136,7 +136,7 @@ def _alike(job: Job, guilty: Guilty) -> list[Site]:
     return [s for s in job.chosen.sites if s.taken and (s.place.rule, s.op) in kinds and s.place not in own]
 
 
-def _unpack(job: Job, reason: str, counts: Sequence[int]) -> None:
+def _unpack(job: Job, reason: str, counts: Sequence[int] | None) -> None:
     """Leaves what makes the check fail unpacked, and goes on with the rest."""
     packing, packed = job.preparation.packing, job.preparation.base.packed
     rules = [r for r in plans.PACKING if any(p.rule == r for p in packed)]

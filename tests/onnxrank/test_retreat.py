@@ -85,6 +85,32 @@ RULES = [
 ]
 '''
 
+ONE_ROW = '''
+import numpy as np
+from onnxrank import Rule
+from onnxrank.rules import fc
+
+
+def gemm(rw, node):
+    """Reads, at one node, the second row, which is not there where a request has one candidate."""
+    made = fc.gemm(rw, node)
+    if made is None or node.name != "second":
+        return made
+    value = rw.settle(made[0])
+    name = rw.tensor(value)
+    row = rw.emit.add("Gather", [name, rw.emit.constant(np.array([1]))], {"axis": 0})
+    same = rw.emit.add("Add", [name, rw.emit.add("Sub", [row, row])])
+    return [rw.new(value.dims, value.dtype, rw.present(value), same)]
+
+
+RULES = [
+    Rule(
+        name="second_row", title="", identity="", source="", legal="", refuses="", exactness="exact",
+        operators={"Gemm": gemm},
+    )
+]
+'''
+
 LATER = '''
 from onnxrank import Rule
 from onnxrank.rules import fc
@@ -216,6 +242,16 @@ def test_a_node_that_the_runtime_refuses(tmp_path: Path) -> None:
     (found,) = result.report.retreats
     assert (found.rule, found.node, found.cause) == ("refused", "second", "check")
     assert "NoSuchOperator" in found.reason
+
+
+def test_what_does_not_run_for_one_number_of_candidates(tmp_path: Path) -> None:
+    """The site is looked for where the model does not run, and not where it does."""
+    model, result = optimised(ONE_ROW, tmp_path)
+    agree(model, result)
+    taken = {s.node: s.chosen for s in result.plan.sites if s.place.rule == "second_row"}
+    assert taken == {"first": "take", "second": "leave", "third": "take"}
+    (found,) = result.report.retreats
+    assert (found.rule, found.node, found.cause) == ("second_row", "second", "check") and "N = " in found.reason
 
 
 def test_what_is_put_off_and_fails(tmp_path: Path) -> None:

@@ -120,6 +120,20 @@ def test_beyond_a_table_of_positions() -> None:
     assert note.severity == "note" and "51" in note.message and any("49, 50" in line for line in found.looked)
 
 
+@pytest.mark.parametrize("rows", [7, 8, 9])
+def test_ids_of_small_tables(rows: int) -> None:
+    """Ids are not taken for counts of a history, however many rows their table has."""
+    g = Graph(17)
+    kind, item = g.input("kind", ["N", 1], INT64), g.input("item", ["N", 4])
+    weights = np.random.default_rng(0).standard_normal((rows, 4)).astype(np.float32)
+    row = g.op("Squeeze", g.op("Gather", g.const(weights), kind), g.ints(1))
+    short, long = (g.on_axes("ReduceMean", g.input(f"hist_{s}", ["N", s, 4]), [1], keepdims=0) for s in "LM")
+    g.output(g.op("Mul", g.op("Mul", g.op("Mul", short, long), row), item), ["N", 4])
+    found = check(g.model(), g.model(), request=["hist_*", "kind"])
+    assert found.passed and not [f for f in found.findings if "does not run (" in f.message]
+    assert any("N = 512" in line for line in found.looked)
+
+
 def test_no_time() -> None:
     """What was not reached is listed; ordinary inputs are compared all the same."""
     found = check(pooled(), pooled(37), budget=0.0)
