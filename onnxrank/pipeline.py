@@ -121,11 +121,15 @@ def optimize(
 
 def run(job: Job, passes: Iterable[Pass]) -> Result:
     """Goes through passes, as far as they leave anything to go on with."""
-    for step in passes:
-        job.options.say(step.name)
-        if not step.run(job):
-            return unchanged(job)
-    return result(job)
+    try:
+        for step in passes:
+            job.options.say(step.name)
+            if not step.run(job):
+                return unchanged(job)
+        return result(job)
+    finally:
+        if job.side is not None:
+            job.side.close()
 
 
 def left_alone(loaded: files.LoadedModel, options: Options, roles: Roles) -> Result:

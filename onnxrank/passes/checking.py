@@ -94,6 +94,7 @@ def _held(job: Job, made: ModelProto, candidates: Sequence[int] | None = None) -
         level,
         job.options.lengths,
         candidates,
+        job.side,
     )
 
 

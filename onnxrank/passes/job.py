@@ -21,6 +21,7 @@ from onnxrank.report import Report, Retreat
 from onnxrank.roles import Roles
 from onnxrank.rule import Refusal
 from onnxrank.study import Study
+from onnxrank.verify.side import Side
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Job:
         guilty: Rules with operators at which one of their sites made the check fail.
         others: Remarks on rules that were left out as a whole.
         made: The result with its contract, and of what it was made.
+        side: The original in the process that the check runs it in, where that was begun ahead of it.
     """
 
     loaded: files.LoadedModel
@@ -86,6 +88,7 @@ class Job:
         self.guilty: set[tuple[str, str]] = set()
         self.others: list[Refusal] = []
         self.made: tuple[Form, Pair | None, tuple[Measured, ...], ModelProto] | None = None
+        self.side: Side | None = None
 
     @property
     def chosen(self) -> Form:

@@ -8,7 +8,7 @@ from onnxrank.analysis import Analysis
 from onnxrank.passes.job import Job
 from onnxrank.passes.preparation import Preparation
 from onnxrank.study import Study
-from onnxrank.verify import sizes
+from onnxrank.verify import gate, sizes
 
 
 def study(job: Job) -> bool:
@@ -16,6 +16,8 @@ def study(job: Job) -> bool:
     if job.known is None:
         job.known = Analysis(Study(files.flattened(job.loaded.proto), job.roles, job.loaded, wait=False))
     original = job.study = job.known.study
+    if job.options.check:
+        job.side = gate.begun(job.loaded)
     job.preparation = Preparation(original, job.options, job.remarks, job.notes)
     job.notes += [original.facts.note] if original.facts.note else []
     served = sizes.spans(original.symbols, job.options.lengths or {})

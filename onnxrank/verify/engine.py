@@ -89,6 +89,7 @@ class Engine:
         options: Choices.
         progress: Called with what is being done.
         known: Ranges of the original's inputs and the symbols of their shapes, where the original was studied before.
+        first: The original in its process, where somebody has it there already, who keeps it.
     """
 
     def __init__(
@@ -98,13 +99,15 @@ class Engine:
         options: Options,
         progress: Progress | None = None,
         known: tuple[Ranges, Sequence[str]] | None = None,
+        first: Side | None = None,
     ) -> None:
         self.options = options
         self.known = known
         self._progress = progress
         self.say = progress or (lambda stage: None)
         guarded = list(options.providers) == ["cpu"]
-        self.original = Side("original", original, options.timeout, options.memory, guarded)
+        self.original = first or Side("original", original, options.timeout, options.memory, guarded)
+        self._kept = first
         self.optimized = Side("optimized", optimized, options.timeout, options.memory, guarded)
         self.sides = (self.original, self.optimized)
         paths = [None if s.loaded.path is None else os.fspath(s.loaded.path) for s in self.sides]
@@ -135,7 +138,8 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         for s in self.sides:
-            s.close(self._good)
+            if s is not self._kept or not self._good:
+                s.close(self._good)
 
     def count(self, done: int, total: int | None) -> None:
         """Tells how many recorded candidates were compared, of how many if that is known."""
@@ -404,17 +408,13 @@ class Engine:
 
     def _open_ahead(self) -> None:
         """Has sessions made while requests are drawn, where it is known which and where they fit into memory."""
-        if any(s.large or runtime.has_half(s.proto) for s in self.sides):
-            return
-        for side in self.sides:
-            side.ahead(_TRUTH, precision="double")
-            for provider in self.options.providers:
-                for level in LEVELS:
-                    side.ahead(f"{provider}/{level}", **self.session(provider, level))
+        if not any(s.large or runtime.has_half(s.proto) for s in self.sides):
+            for side in self.sides:
+                open_ahead(side, self.options)
 
     def session(self, provider: str, level: str) -> dict[str, Any]:
         """How a session is made."""
-        return {"provider": provider, "level": level, "precision": self.precision, "tf32": self.options.tf32}
+        return _session(self.options, provider, level, self.precision)
 
     def _open(self, provider: str, level: str) -> bool:
         """Makes a session of each model; whether the second model loads."""
@@ -811,6 +811,18 @@ class Engine:
             return len(seen) > 1 and _class(s.optimized[at]) in seen
 
         return unstable
+
+
+def open_ahead(side: Side, options: Options) -> None:
+    """Has the sessions of a model made that it is compared in, without anybody waiting."""
+    side.ahead(_TRUTH, precision="double")
+    for provider in options.providers:
+        for level in LEVELS:
+            side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
+
+
+def _session(options: Options, provider: str, level: str, precision: str) -> dict[str, Any]:
+    return {"provider": provider, "level": level, "precision": precision, "tf32": options.tf32}
 
 
 def failing_points(engine: Engine, model: ModelProto) -> bool:

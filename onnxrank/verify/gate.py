@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from onnx import ModelProto
 
+from onnxrank import runtime
 from onnxrank.feeds import Ranges
 from onnxrank.model import LoadedModel
 from onnxrank.report import Comparison
 from onnxrank.roles import Roles
-from onnxrank.verify.engine import Engine
+from onnxrank.verify.engine import Engine, open_ahead
 from onnxrank.verify.options import Options
 from onnxrank.verify.report import Report
+from onnxrank.verify.side import Side
 from onnxrank.verify.sizes import Span
+
+_MANY = 1000
+"""Nodes of a model from which on its sessions take longer to make than a process takes to start."""
 
 
 def gate(
@@ -25,6 +30,7 @@ def gate(
     level: str = "standard",
     lengths: Mapping[str, Span] | None = None,
     candidates: Sequence[int] | None = None,
+    first: Side | None = None,
 ) -> Report:
     """Holds a rewritten model against the original.
 
@@ -37,6 +43,7 @@ def gate(
         level: How much is compared.
         lengths: Least and most of the inputs' symbolic lengths, where they are declared.
         candidates: Numbers of candidates to compare at; None for those of the level.
+        first: The original from `begun`, which stays the caller's; None for one of its own.
 
     Raises:
         ModelError: The original does not run.
@@ -45,8 +52,20 @@ def gate(
     """
     second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
     options = Options(roles=roles, level=level, lengths=lengths or {}, candidates=candidates)
-    with Engine(original, second, options, known=(ranges, symbols)) as engine:
+    with Engine(original, second, options, known=(ranges, symbols), first=first) as engine:
         return engine.run()
+
+
+def begun(original: LoadedModel) -> Side | None:
+    """An original whose sessions are made while it is rewritten; None where that takes no time, or much memory."""
+    if len(original.proto.graph.node) < _MANY or runtime.has_half(original.proto):
+        return None
+    options = Options()
+    side = Side("original", original, options.timeout, options.memory)
+    if side.large:
+        return None
+    open_ahead(side, options)
+    return side
 
 
 def failing_candidates(report: Report) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from onnxrank.errors import ModelError, OnnxrankError
 from onnxrank.model import LoadedModel
-from onnxrank.workers import Crashed, Outputs, Worker, give, memory_limit, place, take
+from onnxrank.workers import Crashed, Outputs, Worker, give, hand, memory_limit, place, take
 
 MODEL = "model"
 _BATCH = 64 << 20
@@ -39,7 +39,8 @@ class Side:
         self._memory = (memory or memory_limit(_size(loaded))) if guarded else None
         self._worker: Worker | None = None
         self._opened: dict[str, dict[str, Any]] = {}
-        self._there: set[str] = set()
+        self._there: dict[str, str] = {}
+        self._due = 0  # answers to what is asked for before the model is there
         self._ahead: list[str] = []
         self._done: dict[str, dict[str, Any] | OnnxrankError] = {}
 
@@ -61,14 +62,33 @@ class Side:
 
     def start(self) -> Worker:
         """The process, with the model in it."""
+        worker = self._begin()
+        self._settle()
+        return worker
+
+    def _begin(self) -> Worker:
+        """The process, with the model on its way to it."""
         if self._worker is None or not self._worker.alive:
             self._worker = take()
-            self._there, self._done = set(), {}
-            self._worker.call("limit", self.timeout, memory=self._memory)
-            place(self._worker, MODEL, self.loaded.proto, self.loaded.folder, self.timeout)
+            self._there, self._done = {}, {}
+            self._worker.ask("limit", memory=self._memory)
+            hand(self._worker, MODEL, self.loaded.proto, self.loaded.folder, self.timeout)
             if self.loaded.split is not None:
-                self._worker.call("split", self.timeout, key=MODEL, folder=str(self.loaded.split))
+                self._worker.ask("split", key=MODEL, folder=str(self.loaded.split))
+            self._due = self._worker.pending
         return self._worker
+
+    def _settle(self) -> None:
+        """Waits for the model to be there."""
+        while self._due:
+            assert self._worker is not None
+            self._due -= 1
+            try:
+                self._worker.result(self.timeout)
+            except OnnxrankError:
+                self._due = 0
+                self._ahead.clear()
+                raise
 
     def close(self, good: bool = True) -> None:
         """Gives the process back, or ends it."""
@@ -78,6 +98,8 @@ class Side:
             else:
                 self._worker.kill()
             self._worker = None
+        self._due = 0
+        self._ahead.clear()
 
     def replace(self, loaded: LoadedModel) -> None:
         """Takes another model that computes the same; sessions that were made stay."""
@@ -128,20 +150,33 @@ class Side:
         return self.opened(session)
 
     def request(self, session: str, **how: Any) -> None:
-        """Asks for a session; `opened` waits for it."""
-        if session in self._ahead or session in self._done:
+        """Asks for a session, unless there is one made alike; `opened` waits for it."""
+        if self._made(session, how):
             return
         self._opened[session] = {"key": MODEL} | how
         self.ask("open", session=session, **self._opened[session])
 
     def ahead(self, session: str, **how: Any) -> None:
         """`request`, without anybody waiting: what is asked next waits for it, and `opened` says what came of it."""
+        if self._made(session, how):
+            return
         self._opened[session] = {"key": MODEL} | how
-        self.start().ask("open", session=session, **self._opened[session])
+        self._begin().ask("open", session=session, **self._opened[session])
         self._ahead.append(session)
+
+    def _made(self, session: str, how: Mapping[str, Any]) -> bool:
+        """Whether a session was asked for ahead, or made before in the same way."""
+        if session in self._ahead or session in self._done:
+            return True
+        alive = self._worker is not None and self._worker.alive
+        if not alive or session not in self._there or self._opened[session] != {"key": MODEL} | dict(how):
+            return False
+        self._done[session] = {"how": self._there[session]}
+        return True
 
     def _catch_up(self) -> None:
         """Fetches what came of the sessions that were asked for ahead of their use."""
+        self._settle()
         while self._ahead:
             session = self._ahead.pop(0)
             try:
@@ -160,8 +195,8 @@ class Side:
             raise made
         if made is None:
             made = self.result()
-        self._there.add(session)
-        return str(made["how"])
+        self._there[session] = str(made["how"])
+        return self._there[session]
 
     def ensure(self, session: str) -> None:
         """Makes a session again that died with its process."""
@@ -173,7 +208,7 @@ class Side:
         """Closes the session of a model too large to be kept several times; it is made again where it is needed."""
         if session in self._there and self.large:
             self.call("close", session=session)
-            self._there.discard(session)
+            self._there.pop(session)
 
     def run(self, session: str, feeds: Sequence[Mapping[str, NDArray[Any]]], outputs: Sequence[str]) -> list[Outputs]:
         """Runs a session on several feeds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,9 @@ from onnxrank.errors import CheckFailed
 from onnxrank.passes import choosing
 from onnxrank.plans import Choice, Place, Site
 from onnxrank.retreat import GaveUp, Search
+from onnxrank.verify import gate
+from onnxrank.verify.engine import Engine
+from onnxrank.workers import Worker
 
 LAYERS = ("first", "second", "third")
 
@@ -199,6 +203,27 @@ def test_a_wrong_site_is_left_out(tmp_path: Path, at: Sequence[str]) -> None:
     assert taken == {name: "leave" if name in at else "take" for name in LAYERS}
     assert set(sites(result)["fc"]) == set(LAYERS)  # the marks are those of the rule that is called
     assert any("twice" in note and at[0] in note and "left out" in note for note in result.report.notes)
+
+
+def test_the_original_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is rewritten, and for all checks of one run together, however many retreats there are."""
+    expected = optimised(WRONG.format(at=("first", "third")), tmp_path)[1]
+    monkeypatch.setattr(gate, "_MANY", 1)
+    sessions: list[str] = []
+    checks: list[Engine] = []
+    ask, run_ = Worker.ask, Engine.run
+
+    def asked(worker: Worker, do: str, **arguments: Any) -> None:
+        sessions.extend([arguments["session"]] if do == "open" else [])
+        ask(worker, do, **arguments)
+
+    monkeypatch.setattr(Worker, "ask", asked)
+    monkeypatch.setattr(Engine, "run", lambda engine: checks.append(engine) or run_(engine))  # type: ignore[func-returns-value]
+    model, result = optimised(WRONG.format(at=("first", "third")), tmp_path)
+    agree(model, result)
+    assert result.model == expected.model and len(result.report.retreats) == 2
+    assert len(checks) > 2 and sessions.count("cpu/all") == len(checks) + 1
+    assert all(e.original is checks[0].original for e in checks)
 
 
 def test_strict(tmp_path: Path) -> None:
