@@ -184,7 +184,8 @@ TABLES = {
         "e = Gather(D, i) q = Mul(e, e) x = Concat<axis=1>(u, e) h = MatMul(x, W) s = ReduceSum<keepdims=1>(q, one)"
         " t = ReduceSum<keepdims=1>(h, one) y = Add(s, t)", 14, 0),
     "an axis more": (
-        "e = Gather(D, i) a = Reshape(e, apart) h = MatMul(a, V) g = Flatten(h) y = ReduceSum<keepdims=1>(g, one)", 0, 0),
+        "e = Gather(D, i) a = Reshape(e, apart) h = MatMul(a, V) g = Flatten(h) y = ReduceSum<keepdims=1>(g, one)",
+        0, 0),
     "an activation between": ("e = Gather(D, i) q = Relu(e) h = MatMul(q, V) y = ReduceSum<keepdims=1>(h, one)", 0, 0),
 }  # fmt: skip
 
