@@ -213,9 +213,8 @@ class Shapes:
         """What there is to know of a tensor's shape and type at any number of candidates; None for none."""
         if not name:
             return name
-        found = self.initializers.get(name)
-        if found is None:
-            found = self.facts.extents.get(name) or self.inputs.get(name)
+        stored = self.initializers.get(name)
+        found = stored if stored is not None else self.facts.extents.get(name) or self.inputs.get(name)
         return found, self.width(name)
 
 
