@@ -49,6 +49,7 @@ from onnxrank.splitting import Options, split
 from onnxrank.splitting import contract as contracts
 from onnxrank.splitting import triton as configs
 from onnxrank.splitting.lint import lint
+from onnxrank.splitting.pbtxt import write
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
 
@@ -254,12 +255,7 @@ def served(original: str, one: str, batch: str, repository: Path, name: str) -> 
         inputs, outputs = (
             [contracts.described(v) for v in values] for values in (model.graph.input, model.graph.output)
         )
-        told = batches.convention(model)
-        text = (
-            configs.model(other, inputs, outputs, 2)
-            if told is None
-            else configs.ragged(other, inputs, outputs, told, 2)
-        )
+        text = write(configs.model(other, inputs, outputs, 2, batches.convention(model)))
         (repository / other / "1").mkdir(parents=True, exist_ok=True)
         (repository / other / "1" / "model.onnx").write_bytes(Path(path).read_bytes())
         (repository / other / configs.CONFIG).write_text(text)
