@@ -17,7 +17,7 @@ def ranker_model(width: int = 12, seed: int = 0) -> ModelProto:
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
     tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(6, width, seed=seed))))
     both = g.op("Concat", tower, item, axis=1)
-    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(width + 4, 8, seed=1))))
+    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(width + 4, 8, seed=seed + 1))))
     g.op("MatMul", hidden, g.const(whole_numbers(8, 1, seed=112)))
     g.nodes[-1].output[0] = "score"
     g.output("score", ["N", 1])
