@@ -86,6 +86,19 @@ def test_serving(folder: Path) -> None:
     assert f"# {inputs}" in code and scores == "[(512, 1), (512, 1)]"
 
 
+def test_the_configuration_of_one_file(folder: Path) -> None:
+    """It is complete, and fits the model."""
+    shell("onnxrank optimize ranker.onnx ranker.fast.onnx --roles roles.yaml --no-check -q", folder)
+    (text,) = re.findall(
+        r"^  ```\n(.*?max_batch_size: 0.*?)^  ```$", (ROOT / "README.md").read_text(), re.DOTALL | re.M
+    )
+    place = folder / "models" / "ranker"
+    (place / "1").mkdir(parents=True)
+    shutil.copy(folder / "ranker.fast.onnx", place / "1" / "model.onnx")
+    (place / "config.pbtxt").write_text(text)
+    shell("onnxrank lint models", folder)
+
+
 @pytest.mark.slow
 def test_several_requests(folder: Path) -> None:
     options = "--roles roles.yaml --interface batch -q"
