@@ -135,7 +135,7 @@ def _smallest(seed: int, steps: int) -> None:
         assert small == least <= 1
 
 
-@settings(EXAMPLES, max_examples=8)
+@settings(EXAMPLES, max_examples=6)
 @given(seed=SEEDS, steps=STEPS)
 def test_no_division_has_a_smaller_state(seed: int, steps: int) -> None:
     """Of all divisions of a program, by what they hand over when they run."""
