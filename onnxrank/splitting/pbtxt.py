@@ -241,7 +241,8 @@ def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
         if name.startswith("#"):
             yield name
         elif isinstance(value, Each):
-            yield from (_field(name, v) for v in value)
+            for v in value:
+                yield from _lines({name: v})
         elif isinstance(value, list):
             yield f"{name} ["
             for k, v in enumerate(value, 1):
@@ -250,10 +251,9 @@ def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
                 yield f"  {last}{',' if k < len(value) else ''}"
             yield "]"
         elif _spread(value):
-            *above, last = _element(value)
-            yield f"{name} {above[0]}"
-            yield from above[1:]
-            yield last
+            first, *others = _element(value)
+            yield f"{name} {first}"
+            yield from others
         else:
             yield _field(name, value)
 
@@ -269,7 +269,7 @@ def _spread(value: Any) -> bool:
 
 
 def _field(name: str, value: Any) -> str:
-    message = isinstance(value, Mapping) or (isinstance(value, tuple) and any(isinstance(v, Mapping) for v in value))
+    message = any(isinstance(v, Mapping) for v in (value if isinstance(value, (tuple, list)) else [value]))
     # Of an entry of a map the value has a colon in any case, as Triton's documents write it.
     return f"{name}{'' if message and name != 'value' else ':'} {_inline(value)}"
 
@@ -277,7 +277,7 @@ def _field(name: str, value: Any) -> str:
 def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(["{", *(_field(k, v) for k, v in value.items()), "}"])
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return f"[ {', '.join(map(_inline, value))} ]" if value else "[ ]"
     if isinstance(value, bool):
         return str(value).lower()

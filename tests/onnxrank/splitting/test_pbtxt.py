@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from onnxrank.splitting.pbtxt import Each, Malformed, Message, Word, parse, quoted, write
@@ -124,6 +124,7 @@ def _meant(fields: dict[str, object]) -> list[tuple[str, object]]:
     return out
 
 
+@example({"a": Each([{"b_c": [1, {"d2": ()}]}]), "b_c": ({"a": [{"value": "x"}]},)})
 @given(_messages)
 def test_what_is_written_reads_back(fields: dict[str, object]) -> None:
     assert _plain(parse(write(fields))) == _meant(fields)
