@@ -394,8 +394,13 @@ class Ranker:
             self._ahead = None
 
     def _made(self, feed: dict[str, NDArray[Any]]) -> State:
-        tensors = dict(zip(self._state, self._request.run(self._state, feed), strict=True))
-        return State(self.contract[VERSION], tensors)
+        """The version is what the model itself says, whose file may have been replaced before the others were."""
+        names = self._state + [VERSION] * self.contract["guard"]
+        tensors = dict(zip(names, self._request.run(names, feed), strict=True))
+        version = int(tensors.pop(VERSION).item()) if self.contract["guard"] else self.contract[VERSION]
+        for t in tensors.values():
+            t.setflags(write=False)  # whoever gets the state out of the cache gets the same arrays
+        return State(version, tensors)
 
 
 def _session(file: Path, threads: int, providers: Sequence[str]) -> Any:

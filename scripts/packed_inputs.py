@@ -4,10 +4,10 @@ python scripts/packed_inputs.py [--features 128x8,32x32] [--candidates 1,512] [-
 
 --features says how many of the request's ids and of the candidates' there are, each with a table of its own, and as
 many floats of candidates as ids. One file (`optimize`) and the request model of two (`split`) are each made as they
-were before (`--ignore lookup`), with joined lookups, and with packed inputs, too. They run in turns, on one thread:
-printed are medians, the ratio of the first variant's time to each in the median of all turns, and that of least times,
-which other work on the machine changes least. "by name" is the packed model where the caller has an array per feature,
-and packs them with numpy. Scores are held against the original's.
+were before (`--ignore lookup`), with joined lookups, and with packed inputs, too. They run in turns, on one thread,
+whose own time is told (`turns.of_thread`): printed are medians, the ratio of the first variant's time to each in the
+median of all turns, and that of least times, which other work changes least. "by name" is the packed model where
+the caller has an array per feature, and packs them with numpy. Scores are held against the original's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import onnxrank
 from onnxrank import matrices, ranker
 from onnxrank.splitting import Options, split
+from onnxrank.turns import of_thread
 
 Arrays = dict[str, NDArray[Any]]
 _FAR = 1e-4
@@ -119,9 +120,9 @@ def in_turns(runs: Sequence[Callable[[], object]], seconds: float) -> list[list[
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 15:
         for own, run in zip(times, runs, strict=True):
-            begin = time.perf_counter()
+            begin = of_thread()
             run()
-            own.append(1e6 * (time.perf_counter() - begin))
+            own.append(1e6 * (of_thread() - begin))
     return [t[3:] for t in times]
 
 

@@ -8,9 +8,10 @@ With --batch it scores so many requests of so many candidates each in one call o
 after the other with the model for one request, in turns; MODELS is a model, or a folder of models with their roles.
 
 Users of the trace are Zipf-distributed, and so many that the hit rate of an unbounded cache is the one asked for.
-Numbers of candidates are log-uniform. Variants take turns in pieces of the trace, so that a machine that does other
-things too slows all of them; with one number of candidates (--candidates 64..64) the best times say what the models
-take. Every score is held against the original's.
+Numbers of candidates are log-uniform. A user's requests follow each other, whatever the number of clients: one comes
+when the one before has its answer. Variants take turns in pieces of the trace, so that a machine that does other things
+too slows all of them; with one number of candidates (--candidates 64..64) the best times say what the models take.
+Every score is held against the original's.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ from onnxrank.splitting import Options, split
 from onnxrank.splitting import contract as contracts
 from onnxrank.splitting import triton as configs
 from onnxrank.splitting.lint import lint
+from onnxrank.splitting.pbtxt import write
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
 
 Arrays = dict[str, NDArray[Any]]
 _PIECE = 40
 """Requests that a variant serves before it is another's turn."""
+_STRANGER = 1 << 25
+"""A user, and a request, of no trace."""
 _FAR = 1e-4
 """Largest difference of a score, of the output's scale, that is none."""
 
@@ -134,6 +138,10 @@ class Trace:
         low, high = np.log(self._span[0]), np.log(self._span[1])
         sizes = np.exp(rng.uniform(low, high, count)).round().astype(int)
         return [self.request(u, int(n), k) for k, (u, n) in enumerate(zip(users(count, rate, rng), sizes, strict=True))]
+
+    def first(self) -> Request:
+        """A request of a user of whom the others know nothing, with most candidates: what warms up."""
+        return self.request(_STRANGER, self._span[1], _STRANGER)
 
     def request(self, user: int, n: int, k: int) -> Request:
         """One request of a user, with so many candidates."""
@@ -254,12 +262,7 @@ def served(original: str, one: str, batch: str, repository: Path, name: str) -> 
         inputs, outputs = (
             [contracts.described(v) for v in values] for values in (model.graph.input, model.graph.output)
         )
-        told = batches.convention(model)
-        text = (
-            configs.model(other, inputs, outputs, 2)
-            if told is None
-            else configs.ragged(other, inputs, outputs, told, 2)
-        )
+        text = write(configs.model(other, inputs, outputs, 2, batches.convention(model)))
         (repository / other / "1").mkdir(parents=True, exist_ok=True)
         (repository / other / "1" / "model.onnx").write_bytes(Path(path).read_bytes())
         (repository / other / configs.CONFIG).write_text(text)
@@ -396,17 +399,17 @@ def joined_all(given: argparse.Namespace) -> int:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def race(variants: Sequence[Variant], trace: Sequence[Request], wanted: Sequence[Arrays], clients: int) -> None:
-    """Has every variant serve the trace, in turns."""
+def race(
+    variants: Sequence[Variant], trace: Sequence[Request], wanted: Sequence[Arrays], clients: int, first: Request
+) -> None:
+    """Has every variant serve the trace, in turns, when each of its clients has warmed up with a first request."""
     serves = [[v.client() for _ in range(clients)] for v in variants]
-    largest = max(trace, key=lambda r: next(iter(r.many.values())).size)
     for own in serves:
         for serve in own:
-            serve(largest)
+            serve(first)
     for v in variants:
         v.before = v.counted() if v.counted is not None else (None, None, None)
-    # Whoever warmed up is known by now.
-    seen = {largest.user}
+    seen = set()
     repeats = []
     for r in trace:
         repeats.append(r.user in seen)
@@ -429,18 +432,31 @@ def _piece(
     wanted: Sequence[Arrays],
     repeats: Sequence[bool],
 ) -> None:
-    places, lock = iter(which), threading.Lock()
+    waiting, served, free = list(which), set[int](), threading.Condition()
+
+    def following() -> int | None:
+        """The next request whose user does not wait for another; None where there is none."""
+        return next((k for k in waiting if trace[k].user not in served), None)
 
     def work(serve: Serve) -> list[tuple[int, float, Arrays]]:
         done = []
         while True:
-            with lock:
-                k = next(places, None)
-            if k is None:
-                return done
+            with free:
+                free.wait_for(lambda: not waiting or following() is not None)
+                k = following()
+                if k is None:
+                    return done
+                waiting.remove(k)
+                served.add(trace[k].user)
             begin = time.perf_counter()
-            got = serve(trace[k])
-            done.append((k, time.perf_counter() - begin, got))
+            try:
+                got = serve(trace[k])
+            finally:
+                seconds = time.perf_counter() - begin
+                with free:
+                    served.discard(trace[k].user)
+                    free.notify_all()
+            done.append((k, seconds, got))
 
     begin = time.perf_counter()
     found = [d for part in pool.map(work, serves) for d in part]
@@ -537,6 +553,7 @@ def main() -> int:
     roles = resolve(feeds.describe(loaded.proto), request=given.request, spec=spec)
     study = Study(files.flattened(loaded.proto), roles, loaded)
     trace = Trace(study, _lengths(given.length), (low, high))
+    warm = trace.first()
     rows: list[Row] = []
 
     def chosen(variants: list[Variant]) -> list[Variant]:
@@ -568,13 +585,14 @@ def main() -> int:
                     wanted,
                     rate,
                     clients,
+                    warm,
                 )
                 if given.triton:
                     print(f"{len({r.user for r in requests})} users", flush=True)
                     place = home / f"repository-{rate}-{clients}"
                     _repository(given.model, place, roles, (low, high))
                     with served(str(given.model), one, flat, place, "ranker") as variants:
-                        rows += _measured("triton", chosen(variants), requests, wanted, rate, clients)
+                        rows += _measured("triton", chosen(variants), requests, wanted, rate, clients, warm)
     print(f"\n{_table(rows)}\n\nload of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if given.json is not None:
         about = {
@@ -615,10 +633,16 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _measured(
-    runtime: str, variants: Sequence[Variant], requests: list[Request], wanted: list[Arrays], rate: int, clients: int
+    runtime: str,
+    variants: Sequence[Variant],
+    requests: list[Request],
+    wanted: list[Arrays],
+    rate: int,
+    clients: int,
+    first: Request,
 ) -> list[Row]:
     if variants:
-        race(variants, requests, wanted, clients)
+        race(variants, requests, wanted, clients, first)
     rows = [summary(runtime, v, rate / 100, clients) for v in variants]
     for row in rows:
         print(_shown(row), flush=True)

@@ -204,6 +204,11 @@ class Client:
         Raises:
             Refused: The server does not run it.
         """
+        self.ask(model, inputs)
+        return self.answer()
+
+    def ask(self, model: str, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Has a model run; `answer` waits for what it gives."""
         bodies = [np.ascontiguousarray(v).tobytes() for v in inputs.values()]
         told = [
             {
@@ -221,6 +226,13 @@ class Client:
             head + b"".join(bodies),
             {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"},
         )
+
+    def answer(self) -> dict[str, NDArray[Any]]:
+        """What a model gives that `ask` had run.
+
+        Raises:
+            Refused: The server does not run it.
+        """
         answer = self._connection.getresponse()
         data = answer.read()
         if answer.status != 200:

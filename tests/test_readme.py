@@ -76,7 +76,7 @@ def test_python_in_the_checkout(folder: Path) -> None:
 
 
 def test_serving(folder: Path) -> None:
-    """The result takes what the README says, and answers with a row per candidate."""
+    """The result takes what the README says, and answers with a row per candidate; so does its configuration."""
     shell("onnxrank optimize ranker.onnx ranker.fast.onnx --roles roles.yaml -q", folder)
     (code,) = [b for b in blocks("python") if "onnxruntime.InferenceSession" in b]
     done = subprocess.run(
@@ -84,6 +84,15 @@ def test_serving(folder: Path) -> None:
     )
     inputs, scores = done.stdout.splitlines()
     assert f"# {inputs}" in code and scores == "[(512, 1), (512, 1)]"
+    # And the configuration is complete, and fits.
+    (text,) = re.findall(
+        r"^  ```\n(.*?max_batch_size: 0.*?)^  ```$", (ROOT / "README.md").read_text(), re.DOTALL | re.M
+    )
+    place = folder / "models" / "ranker"
+    (place / "1").mkdir(parents=True)
+    shutil.copy(folder / "ranker.fast.onnx", place / "1" / "model.onnx")
+    (place / "config.pbtxt").write_text(text)
+    shell("onnxrank lint models", folder)
 
 
 @pytest.mark.slow

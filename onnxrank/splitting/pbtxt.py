@@ -1,10 +1,11 @@
-"""Protobuf's text format, as `config.pbtxt` is written in, with the line of everything."""
+"""Protobuf's text format, as `config.pbtxt` is written in: read with the line of everything, and written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 _TOKEN = re.compile(
     r"(?P<blank>[ \t\r]+|#[^\n]*)|(?P<line>\n)|(?P<string>\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*')"
@@ -211,3 +212,82 @@ def _unquoted(text: str) -> str:
 
     parts = re.finditer(r"\\(x[0-9A-Fa-f]{1,2}|[0-7]{1,3}|.)|[^\\]+", text[1:-1], re.DOTALL)
     return b"".join(map(meant, parts)).decode("utf-8", "replace")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Word(str):
+    """A value without quotes: the name of a type, or of a kind."""
+
+
+class Each(tuple[Any, ...]):
+    """Values of a field that is written once for each."""
+
+
+def write(fields: Mapping[str, Any]) -> str:
+    """Writes a message.
+
+    Args:
+        fields: Its fields, in order. Values are texts, whole numbers, truth values, `Word`s, messages (mappings),
+            tuples of these, which stay on one line, lists, whose elements have lines of their own, and `Each`. A name
+            that begins with # is a comment.
+    """
+    return "".join(f"{line}\n" for line in _lines(fields))
+
+
+def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        if name.startswith("#"):
+            yield name
+        elif isinstance(value, Each):
+            for v in value:
+                yield from _lines({name: v})
+        elif isinstance(value, list):
+            yield f"{name} ["
+            for k, v in enumerate(value, 1):
+                *above, last = _element(v)
+                yield from (f"  {line}" for line in above)
+                yield f"  {last}{',' if k < len(value) else ''}"
+            yield "]"
+        elif _spread(value):
+            first, *others = _element(value)
+            yield f"{name} {first}"
+            yield from others
+        else:
+            yield _field(name, value)
+
+
+def _element(value: Any) -> list[str]:
+    """Lines of a value by itself."""
+    return ["{", *(f"  {line}" for line in _lines(value)), "}"] if _spread(value) else [_inline(value)]
+
+
+def _spread(value: Any) -> bool:
+    """Whether a value is a message that takes several lines."""
+    return isinstance(value, Mapping) and any(isinstance(v, (list, Each)) or _spread(v) for v in value.values())
+
+
+def _field(name: str, value: Any) -> str:
+    message = any(isinstance(v, Mapping) for v in (value if isinstance(value, (tuple, list)) else [value]))
+    # Of an entry of a map the value has a colon in any case, as Triton's documents write it.
+    return f"{name}{'' if message and name != 'value' else ':'} {_inline(value)}"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(["{", *(_field(k, v) for k, v in value.items()), "}"])
+    if isinstance(value, (tuple, list)):
+        return f"[ {', '.join(map(_inline, value))} ]" if value else "[ ]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return quoted(value) if isinstance(value, str) and not isinstance(value, Word) else str(value)
+
+
+def quoted(text: str) -> str:
+    """Text as a string of the format."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else _escaped(c) for c in text) + '"'
+
+
+def _escaped(c: str) -> str:
+    return f"\\{c}" if c in '"\\' else "".join(f"\\{b:03o}" for b in c.encode())

@@ -6,8 +6,13 @@ of several users.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from onnxrank.splitting.pbtxt import Each, Word, write
+
+Values = Sequence[Mapping[str, Any]]
+"""Inputs or outputs, as the contract has them."""
 
 CONFIG = "config.pbtxt"
 TYPES = {
@@ -41,113 +46,58 @@ def configs(name: str, contract: Mapping[str, Any]) -> dict[str, str]:
         contract: Content of `contract.json`.
     """
     request, candidate = (contract["models"][part] for part in ("request", "candidate"))
-    head = f"# Written by onnxrank {contract['version']} for state version {contract['state_version']}.\n"
-    made = {o["name"] for o in request["outputs"]}
     rows = candidate.get("rows")
-    own = [i for i in candidate["inputs"] if i["name"] not in made]
-    given = candidate["outputs"]
-    if rows is not None:
-        # Clients say that theirs is one request: a first extent of 1.
-        own = [{**i, "shape": [1, *rows["inputs"][i["name"]]["dims"]]} for i in own if i["name"] in rows["inputs"]]
-        given = [{**o, "shape": [1, *_cut(rows, o["name"])]} for o in given]
-    once = [
-        "# The state of a request that comes again is in the cache (tritonserver --cache-config local,size=...).",
-        "response_cache { enable: true }",
-    ]
-    many = ["# Instances score at the same time, on a core each: write as many as there are cores to spare."]
-    return {
-        f"{name}_request/{CONFIG}": head + model(f"{name}_request", request["inputs"], request["outputs"], 1, once),
-        f"{name}_candidate/{CONFIG}": head
-        + (
-            model(f"{name}_candidate", candidate["inputs"], candidate["outputs"], 2, [], many)
-            if rows is None
-            else ragged(f"{name}_candidate", candidate["inputs"], candidate["outputs"], rows, 2, many)
-        ),
-        f"{name}/{CONFIG}": head
-        + "\n".join(
-            [
-                f'name: "{name}"',
-                'platform: "ensemble"',
-                "max_batch_size: 0",
-                *_tensors("input", [*request["inputs"], *own]),
-                *_tensors("output", given),
-                "ensemble_scheduling {",
-                "  step [",
-                *_step(f"{name}_request", request["inputs"], request["outputs"], ","),
-                *_step(f"{name}_candidate", _fed(candidate["inputs"], rows), candidate["outputs"], ""),
-                "  ]",
-                "}",
-                "",
-            ]
-        ),
-        # An ensemble has no files, and Triton wants a version all the same.
-        f"{name}/1/.keep": "",
+    head = f"# Written by onnxrank {contract['version']} for state version {contract['state_version']}."
+    cached = {
+        "# The state of a request that comes again is in the cache (tritonserver --cache-config local,size=...).": None,
+        "response_cache": {"enable": True},
     }
+    models: dict[str, dict[str, Any]] = {
+        f"{name}_request": model(f"{name}_request", request["inputs"], request["outputs"], 1) | cached,
+        f"{name}_candidate": model(f"{name}_candidate", candidate["inputs"], candidate["outputs"], 2, rows),
+        name: _ensemble(name, request, candidate, rows),
+    }
+    texts = {f"{place}/{CONFIG}": write({head: None} | fields) for place, fields in models.items()}
+    # An ensemble has no files, and Triton wants a version all the same.
+    return texts | {f"{name}/1/.keep": ""}
 
 
 def model(
-    name: str,
-    inputs: Sequence[Mapping[str, Any]],
-    outputs: Sequence[Mapping[str, Any]],
-    instances: int,
-    further: Iterable[str] = (),
-    about: Iterable[str] = (),
-) -> str:
-    """The configuration of an ONNX model whose first extent is no batch.
+    name: str, inputs: Values, outputs: Values, instances: int, rows: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The configuration of an ONNX model, as `pbtxt.write` takes it.
 
     Args:
         name: The model, and its folder.
         inputs: As the contract has them.
         outputs: Likewise.
         instances: How many run at the same time.
-        further: Lines at the end.
-        about: Lines before the instances.
+        rows: How it takes several requests, of the rows `triton`, which the server then joins; None for one per call.
     """
-    lines = [
-        f'name: "{name}"',
-        'backend: "onnxruntime"',
-        'default_model_filename: "model.onnx"',
-        "# The first extent is no batch: 1 for the request, and the number of candidates.",
-        "max_batch_size: 0",
-        *_tensors("input", inputs),
-        *_tensors("output", outputs),
-        *about,
-        *_run_by(instances),
-        *further,
-        "",
-    ]
-    return "\n".join(lines)
+    many = "# Instances score at the same time, on a core each: write as many as there are cores to spare."
+    threads = ("intra_op_thread_count", "inter_op_thread_count")
+    return {
+        "name": name,
+        "backend": "onnxruntime",
+        "default_model_filename": "model.onnx",
+        **(_alone(inputs, outputs) if rows is None else _joined(inputs, outputs, rows)),
+        **({many: None} if instances > 1 else {}),
+        "instance_group": ({"kind": Word("KIND_CPU"), "count": instances},),
+        "# 0 would be all cores, for every instance.": None,
+        "parameters": [{"key": key, "value": {"string_value": "1"}} for key in threads],
+    }
 
 
-def _run_by(instances: int) -> list[str]:
-    return [
-        f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
-        "# 0 would be all cores, for every instance.",
-        "parameters [",
-        '  { key: "intra_op_thread_count" value: { string_value: "1" } },',
-        '  { key: "inter_op_thread_count" value: { string_value: "1" } }',
-        "]",
-    ]
+def _alone(inputs: Values, outputs: Values) -> dict[str, Any]:
+    return {
+        "# The first extent is no batch: 1 for the request, and the number of candidates.": None,
+        "max_batch_size": 0,
+        "input": _tensors(inputs),
+        "output": _tensors(outputs),
+    }
 
 
-def ragged(
-    name: str,
-    inputs: Sequence[Mapping[str, Any]],
-    outputs: Sequence[Mapping[str, Any]],
-    rows: Mapping[str, Any],
-    instances: int,
-    about: Iterable[str] = (),
-) -> str:
-    """The configuration of a model of the rows `triton`, whose requests the server joins.
-
-    Args:
-        name: The model, and its folder.
-        inputs: As the contract has them.
-        outputs: Likewise.
-        rows: How it takes several requests.
-        instances: How many run at the same time.
-        about: Lines before the instances.
-    """
+def _joined(inputs: Values, outputs: Values, rows: Mapping[str, Any]) -> dict[str, Any]:
     told = rows["inputs"]
     first = next(n for n, how in told.items() if how["first"])
     items = []
@@ -155,33 +105,50 @@ def ragged(
         how = told[i["name"]]
         dims = how["dims"] if how["each"] else i["shape"][1:]
         items.append({**i, "shape": dims, "ragged": how["each"]})
-    lines = [
-        f'name: "{name}"',
-        'backend: "onnxruntime"',
-        'default_model_filename: "model.onnx"',
-        "# The server joins so many requests: rows of states, and the entries of candidates one after another.",
-        f"max_batch_size: {_MOST}",
-        f"dynamic_batching {{ max_queue_delay_microseconds: {_DELAY} }}",
-        *_tensors("input", items),
-        f"batch_input [ {{ kind: BATCH_ITEM_SHAPE target_name: {quoted(rows['name'])} data_type: TYPE_INT32 "
-        f"source_input: {quoted(first)} }} ]",
-        *_tensors("output", [{**o, "shape": _cut(rows, o["name"])} for o in outputs]),
-        "batch_output [",
-        ",\n".join(
-            f"  {{ target_name: {quoted(o['name'])} kind: BATCH_SCATTER_WITH_INPUT_SHAPE "
-            f"source_input: {quoted(first)} }}"
-            for o in outputs
-            if rows["outputs"][o["name"]]["each"]
-        ),
-        "]",
-        *about,
-        *_run_by(instances),
-        "",
+    shapes = {
+        "kind": Word("BATCH_ITEM_SHAPE"),
+        "target_name": rows["name"],
+        "data_type": Word("TYPE_INT32"),
+        "source_input": first,
+    }
+    cut = Word("BATCH_SCATTER_WITH_INPUT_SHAPE")
+    each = [o["name"] for o in outputs if rows["outputs"][o["name"]]["each"]]
+    return {
+        "# The server joins so many requests: rows of states, and the entries of candidates one after another.": None,
+        "max_batch_size": _MOST,
+        "dynamic_batching": {"max_queue_delay_microseconds": _DELAY},
+        "input": _tensors(items),
+        "batch_input": (shapes,),
+        "output": _tensors([{**o, "shape": _cut(rows, o["name"])} for o in outputs]),
+        "batch_output": [{"target_name": n, "kind": cut, "source_input": first} for n in each],
+    }
+
+
+def _ensemble(
+    name: str, request: Mapping[str, Any], candidate: Mapping[str, Any], rows: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    made = {o["name"] for o in request["outputs"]}
+    own = [i for i in candidate["inputs"] if i["name"] not in made]
+    given = candidate["outputs"]
+    if rows is not None:
+        # Clients say that theirs is one request: a first extent of 1.
+        own = [{**i, "shape": [1, *rows["inputs"][i["name"]]["dims"]]} for i in _fed(own, rows)]
+        given = [{**o, "shape": [1, *_cut(rows, o["name"])]} for o in given]
+    steps = [
+        _step(f"{name}_request", request["inputs"], request["outputs"]),
+        _step(f"{name}_candidate", _fed(candidate["inputs"], rows), candidate["outputs"]),
     ]
-    return "\n".join(lines)
+    return {
+        "name": name,
+        "platform": "ensemble",
+        "max_batch_size": 0,
+        "input": _tensors([*request["inputs"], *own]),
+        "output": _tensors(given),
+        "ensemble_scheduling": {"step": steps},
+    }
 
 
-def _fed(inputs: Sequence[Mapping[str, Any]], rows: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def _fed(inputs: Values, rows: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """The inputs that callers give: not what the server says of the batch."""
     return [i for i in inputs if rows is None or i["name"] in rows["inputs"]]
 
@@ -195,30 +162,19 @@ def _cut(rows: Mapping[str, Any], name: str) -> list[int | None]:
     return list(how["shape"]) if len(how["shape"]) == len(source["dims"]) else [None]
 
 
-def _tensors(what: str, values: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = []
-    for k, v in enumerate(values):
-        dims = ", ".join(str(d) if isinstance(d, int) else "-1" for d in v["shape"])
-        shape = f"dims: [ {dims} ]" if dims else "dims: [ 1 ] reshape { shape: [ ] }"
-        comma = "," if k + 1 < len(values) else ""
-        ragged = " allow_ragged_batch: true" if v.get("ragged") else ""
-        rows.append(f"  {{ name: {quoted(v['name'])} data_type: {TYPES[v['type']]} {shape}{ragged} }}{comma}")
-    return [f"{what} [", *rows, "]"]
+def _tensors(values: Values) -> list[dict[str, Any]]:
+    out = []
+    for v in values:
+        dims = tuple(d if isinstance(d, int) else -1 for d in v["shape"])
+        shape: dict[str, Any] = {"dims": dims} if dims else {"dims": (1,), "reshape": {"shape": ()}}
+        ragged = {"allow_ragged_batch": True} if v.get("ragged") else {}
+        out.append({"name": v["name"], "data_type": Word(TYPES[v["type"]]), **shape, **ragged})
+    return out
 
 
-def _step(
-    name: str, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]], comma: str
-) -> list[str]:
-    lines = ["    {", f'      model_name: "{name}"', "      model_version: -1"]
-    for what, values in (("input_map", inputs), ("output_map", outputs)):
-        lines += [f"      {what} {{ key: {quoted(v['name'])} value: {quoted(v['name'])} }}" for v in values]
-    return [*lines, f"    }}{comma}"]
-
-
-def quoted(text: str) -> str:
-    """Text as a string of protobuf's text format."""
-    return '"' + "".join(c if c.isprintable() and c not in '"\\' else _escaped(c) for c in text) + '"'
-
-
-def _escaped(c: str) -> str:
-    return f"\\{c}" if c in '"\\' else "".join(f"\\{b:03o}" for b in c.encode())
+def _step(name: str, inputs: Values, outputs: Values) -> dict[str, Any]:
+    maps = {
+        what: Each({"key": v["name"], "value": v["name"]} for v in values)
+        for what, values in (("input_map", inputs), ("output_map", outputs))
+    }
+    return {"model_name": name, "model_version": -1, **maps}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -216,6 +217,30 @@ def test_a_state_of_another_version(folder: Path) -> None:
         ranker.score_with(other, candidates)
     with pytest.raises(StateError, match="another request model"):
         ranker.score_with(ranker.pack(other), candidates)
+
+
+@pytest.mark.parametrize("replaced", ["request.onnx", "candidate.onnx"])
+def test_a_rollout_that_replaces_one_file_first(folder: Path, tmp_path: Path, replaced: str) -> None:
+    """Both states have one shape, so nothing but their version tells them apart; no mixture is scored."""
+    split(ranker_model(seed=7), tmp_path / "new", request=["user"], check="quick", options=Options(format="python"))
+    shutil.copytree(folder, tmp_path / "out")
+    shutil.copy(tmp_path / "new" / replaced, tmp_path / "out")
+    _, request, candidates = feeds(3)
+    ranker = Ranker(tmp_path / "out")
+    if replaced == "request.onnx":
+        for _ in range(2):
+            with pytest.raises(StateError, match="another request model"):
+                ranker.score(request, candidates)
+    else:
+        assert np.isnan(ranker.score(request, candidates)["score"]).all()
+
+
+def test_nobody_changes_a_state_of_others(folder: Path) -> None:
+    ranker = Ranker(folder)
+    _, request, _ = feeds(3)
+    for tensor in ranker.state(request).tensors.values():
+        with pytest.raises(ValueError, match="read-only"):
+            tensor[:] = 0
 
 
 def test_states_as_bytes(folder: Path) -> None:

@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from programs import program
 
 import onnxrank
-from onnxrank import cost, feeds, lookups, packing
+from onnxrank import cost, feeds, lookups, matrices, packing, ranker
 from onnxrank import model as files
 from onnxrank.joint import bring, limits
 from onnxrank.passes import choosing
@@ -147,6 +147,28 @@ def test_an_id_outside_its_own_table_fails(joined: None, level: str, rank: int, 
             for run, given_ in ((before, whole), (after, once(result, whole))):
                 with pytest.raises(Exception, match="out of data bounds"):
                     run.run(None, given_)
+
+
+@pytest.mark.parametrize("level", ["user", "candidate"])
+def test_an_id_in_a_matrix_fails_outside_its_own_table(joined: None, level: str) -> None:
+    """Side by side with the others it reads no neighbour's row either."""
+    made = model(level=level)
+    request = ["user*"] if level == "user" else ["item"]
+    result = onnxrank.pack_inputs(made, request=request, check=False)
+    assert tables(result.model) == 1
+    before, after, told = session(made), session(result.model), matrices.told(result.model)
+    for k, rows in enumerate(ROWS):
+        for value in (rows, -rows - 1, sum(ROWS), -sum(ROWS) - 1, rows - 1, -rows):
+            whole = feed(made, 3, level)
+            whole[f"{level}_{k}"] = np.full((3, 1), value)
+            once = {
+                n: v[:1] if n.startswith("user") or (n == "item" and level != "user") else v for n, v in whole.items()
+            }
+            if -rows <= value < rows:
+                assert np.array_equal(before.run(None, whole)[0], after.run(None, ranker.matrices(told, once))[0])
+            else:
+                with pytest.raises(Exception, match="out of data bounds"):
+                    after.run(None, ranker.matrices(told, once))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int8, np.float64])

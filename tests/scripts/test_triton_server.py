@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from helpers import run, session
-from split_models import feeds, history_model, numbers, ranker_model
+from split_models import Arrays, feeds, history_model, numbers, ranker_model
 from triton_server import Client, Missing, Refused, install, serving
 
 from onnxrank import cli
@@ -45,13 +46,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 
 @contextmanager
-def _served(repository: Path, explicit: bool = False) -> Iterator[Client]:
+def _served(repository: Path, **how: Any) -> Iterator[Client]:
     """Triton with a repository; where there is no Triton, the test is skipped with the reason."""
     try:
         install()
     except Missing as e:
         pytest.skip(str(e))
-    with serving(repository, explicit=explicit) as found:
+    with serving(repository, **how) as found:
         yield found
 
 
@@ -129,6 +130,79 @@ def test_states_of_another_version_among_others(client: Client) -> None:
     assert stale == []
 
 
+@pytest.mark.parametrize("odd", ["short", "none", "many"])
+def test_odd_requests_among_others(client: Client, odd: str) -> None:
+    """A state that is cut short, no candidates, ten thousand: whoever is joined with that gets scores of their own."""
+    wrong, lock, done = [], threading.Lock(), threading.Event()
+
+    def ask(worker: int) -> None:
+        with closing(Client(client.port)) as own:
+            for k in range(30):
+                whole, request, candidates = feeds(1 + k % 20, 450 + worker)
+                state = own.infer("joined_request", request)
+                got = own.infer("joined_candidate", {**state, "item": candidates["item"][None]})["score"]
+                if not np.array_equal(got, run(model, whole)["score"][None]):
+                    with lock:
+                        wrong.append((worker, k))
+
+    def ask_oddly() -> int:
+        whole, request, candidates = feeds({"short": 5, "none": 0, "many": 10_000}[odd], 460)
+        want, count = run(model, whole)["score"][None], 0
+        with closing(Client(client.port)) as own:
+            while not done.is_set():
+                state = own.infer("joined_request", request)
+                if odd == "short":
+                    state = {name: v[:, :4] if v.ndim > 1 and v.shape[1] > 4 else v for name, v in state.items()}
+                try:
+                    got = own.infer("joined_candidate", {**state, "item": candidates["item"][None]})["score"]
+                except Refused:
+                    assert odd != "many"
+                else:
+                    assert odd != "short" and np.array_equal(got, want)
+                count += 1
+        return count
+
+    model = ranker_model()
+    with ThreadPoolExecutor(4) as pool:
+        oddly = pool.submit(ask_oddly)
+        list(pool.map(ask, range(3)))
+        done.set()
+        assert oddly.result() > 0
+    assert wrong == [] and client.ready()
+
+
+def test_users_that_several_clients_ask_for_at_once(client: Client) -> None:
+    """Triton asks its cache before a request waits, and tells it after that ran: each may have the state made, once."""
+    whole, request, candidates = feeds(3, 500)
+    want, at_once = run(ranker_model(), whole)["score"], threading.Barrier(6)
+
+    def ask(_: int) -> bool:
+        with closing(Client(client.port)) as own:
+            own.ready()
+            at_once.wait()
+            return np.array_equal(own.infer("ctr", {**request, **candidates})["score"], want)
+
+    before = client.statistics("ctr_request")["executions"]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, range(6)))
+    made = client.statistics("ctr_request")["executions"] - before
+    assert 1 <= made <= 6
+    client.infer("ctr", {**request, **candidates})
+    assert client.statistics("ctr_request")["executions"] - before == made
+
+
+def test_the_servers_cache_is_full(tmp_path: Path) -> None:
+    """States that went are made again, and are their users' own."""
+    model, users, rounds = ranker_model(), 150, 3
+    split(model, tmp_path / "out", request=["user"], options=Options("triton", name="ctr"))
+    with _served(tmp_path / "out", cache=1 << 14) as client:
+        for k in range(rounds * users):
+            whole, request, candidates = feeds(3, 600 + k % users)
+            got = client.infer("ctr", {**request, **candidates})["score"]
+            np.testing.assert_array_equal(got, run(model, whole)["score"])
+        assert client.statistics("ctr_request")["executions"] > users
+
+
 def test_the_request_model_runs_once_per_user(client: Client) -> None:
     before = client.statistics("ctr_request")
     for k in range(60):
@@ -194,10 +268,48 @@ def test_a_client_that_leaves(client: Client) -> None:
     np.testing.assert_array_equal(got, run(ranker_model(), whole)["score"])
 
 
-def test_models_that_are_replaced_under_load(tmp_path: Path) -> None:
-    """In between, and from a cache of before, scores are those of one of the two models as a whole, or NaN."""
-    old, new = ranker_model(), ranker_model(20)  # other weights, and other ones of the user
-    how, out = Options("triton", name="ctr"), tmp_path / "out"
+@pytest.mark.parametrize("name", ["ctr", "joined"])
+def test_clients_that_leave_before_their_answer(client: Client, name: str) -> None:
+    model, lock, wrong, done = ranker_model(), threading.Lock(), [], threading.Event()
+
+    def given(request: Arrays, candidates: Arrays) -> Arrays:
+        return {**request, "item": candidates["item"][None] if name == "joined" else candidates["item"]}
+
+    def leave() -> int:
+        _, request, candidates = feeds(3000, 78)
+        count = 0
+        while not done.wait(0.02):
+            with closing(Client(client.port)) as gone:
+                gone.ask(name, given(request, candidates))
+            count += 1
+        return count
+
+    def ask(worker: int) -> None:
+        with closing(Client(client.port)) as own:
+            for k in range(40):
+                whole, request, candidates = feeds(1 + k % 30, 80 + worker)
+                got = own.infer(name, given(request, candidates))["score"]
+                if not np.array_equal(got.reshape(-1, 1), run(model, whole)["score"]):
+                    with lock:
+                        wrong.append((worker, k))
+
+    with ThreadPoolExecutor(4) as pool:
+        leaving = pool.submit(leave)
+        list(pool.map(ask, range(3)))
+        done.set()
+        assert leaving.result() > 0
+    assert wrong == [] and client.ready()
+
+
+@pytest.mark.parametrize("rows", [None, "triton"])
+@pytest.mark.parametrize("width", [12, 20])
+def test_models_that_are_replaced_under_load(tmp_path: Path, rows: str | None, width: int) -> None:
+    """In between, and from a cache of before, scores are those of one of the two models as a whole, or NaN.
+
+    Where both states have one shape nothing but their version tells them apart.
+    """
+    old, new = ranker_model(), ranker_model(width, seed=7)
+    how, out = Options("triton", name="ctr", rows=rows), tmp_path / "out"
     split(old, out, request=["user"], options=how)
     done, odd = threading.Event(), []
     seen = {"old": 0, "new": 0, "NaN": 0, "refused": 0}
@@ -208,8 +320,9 @@ def test_models_that_are_replaced_under_load(tmp_path: Path) -> None:
             while not done.is_set():
                 k += 1
                 whole, request, candidates = feeds(4, k % 6)
+                item = candidates["item"] if rows is None else candidates["item"][None]
                 try:
-                    got = own.infer("ctr", {**request, **candidates})["score"]
+                    got = own.infer("ctr", {**request, "item": item})["score"].reshape(-1, 1)
                 except Refused:  # while the one's state does not have the other's name or shape
                     seen["refused"] += 1
                     continue

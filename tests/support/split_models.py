@@ -11,13 +11,13 @@ from onnx import ModelProto
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def ranker_model(width: int = 12) -> ModelProto:
+def ranker_model(width: int = 12, seed: int = 0) -> ModelProto:
     """A user tower, an item, and a layer over both; whole numbers, so that scores are exact; nothing can be packed."""
     g = Graph(17)
     user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
-    tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(6, width))))
+    tower = g.op("Relu", g.op("MatMul", user, g.const(whole_numbers(6, width, seed=seed))))
     both = g.op("Concat", tower, item, axis=1)
-    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(width + 4, 8, seed=1))))
+    hidden = g.op("Relu", g.op("MatMul", both, g.const(whole_numbers(width + 4, 8, seed=seed + 1))))
     g.op("MatMul", hidden, g.const(whole_numbers(8, 1, seed=112)))
     g.nodes[-1].output[0] = "score"
     g.output("score", ["N", 1])

@@ -339,6 +339,14 @@ def test_a_model_that_would_not_gain_in_one_file_is_divided_all_the_same(tmp_pat
     assert verify(path, tmp_path / "out", Checks(level="quick")).passed
 
 
+def test_two_files_are_advised_where_the_request_takes_long() -> None:
+    """And one where candidates do, or neither."""
+    for width, n, files in ((16_384, 16, 2), (16_384, 1 << 17, 1), (12, 16, 1)):
+        advice = split(ranker_model(width), request=["user"], candidates=n, check=False).report.advice
+        assert advice.files == files, advice
+        assert advice.hit_seconds < advice.miss_seconds
+
+
 def test_a_model_that_was_optimised_before(tmp_path: Path) -> None:
     path, fast = tmp_path / "m.onnx", tmp_path / "fast.onnx"
     onnx.save(ranker_model(256), path)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from onnxrank.splitting.pbtxt import Malformed, Message, parse
-from onnxrank.splitting.triton import quoted
+from onnxrank.splitting.pbtxt import Each, Malformed, Message, Word, parse, quoted, write
 
 
 def _plain(m: Message) -> list[tuple[str, object]]:
@@ -71,3 +70,61 @@ def test_nothing_else_is_raised(text: str) -> None:
         parse(text)
     except Malformed as e:
         assert 1 <= e.line <= text.count("\n") + 1
+
+
+def test_a_message_is_written() -> None:
+    fields = {
+        "# What it is.": None,
+        "name": 'a "b"',
+        "count": 2,
+        "group": ({"kind": Word("KIND_CPU"), "on": True, "dims": (1, -1), "none": {"shape": ()}},),
+        "input": [{"name": "x"}, {"name": "y", "value": {"text": "1"}}],
+        "steps": {"step": [{"model": "m", "map": Each([{"key": "k"}, {"key": "l"}])}]},
+    }
+    assert (
+        write(fields)
+        == """# What it is.
+name: "a \\"b\\""
+count: 2
+group [ { kind: KIND_CPU on: true dims: [ 1, -1 ] none { shape: [ ] } } ]
+input [
+  { name: "x" },
+  { name: "y" value: { text: "1" } }
+]
+steps {
+  step [
+    {
+      model: "m"
+      map { key: "k" }
+      map { key: "l" }
+    }
+  ]
+}
+"""
+    )
+
+
+_names = st.sampled_from(["a", "b_c", "value", "d2"])
+_scalars = st.one_of(st.text(st.characters(codec="utf-8")), st.integers(), st.booleans(), st.just(Word("TYPE_FP32")))
+_messages = st.recursive(
+    st.dictionaries(_names, _scalars, max_size=3),
+    lambda m: st.dictionaries(
+        _names, st.one_of(_scalars, m, st.lists(m), st.lists(m).map(Each), st.lists(_scalars).map(tuple)), max_size=3
+    ),
+    max_leaves=12,
+)
+
+
+def _meant(fields: dict[str, object]) -> list[tuple[str, object]]:
+    """What is written, as `_plain` reads it: values that are repeated one by one."""
+    out: list[tuple[str, object]] = []
+    for name, value in fields.items():
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            out.append((name, _meant(v) if isinstance(v, dict) else str(v).lower() if isinstance(v, bool) else str(v)))
+    return out
+
+
+@example({"a": Each([{"b_c": [1, {"d2": ()}]}]), "b_c": ({"a": [{"value": "x"}]},)})
+@given(_messages)
+def test_what_is_written_reads_back(fields: dict[str, object]) -> None:
+    assert _plain(parse(write(fields))) == _meant(fields)
