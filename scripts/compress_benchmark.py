@@ -415,22 +415,28 @@ def pack_row(name: str, model: ModelProto, made: ModelProto, feed: dict[str, Any
 # --- many rows ----------------------------------------------------------------------------------------------------
 
 
-def memory_of(root: int) -> int:
-    """Bytes that a process and those that it started hold: proportional shares, where the system tells them."""
+def processes_of(root: int) -> list[int]:
+    """A process and those that it started, by number."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    total = 0
+    found = []
     for pid in parents:
         up = pid
         while up not in (root, 0, 1) and up in parents:
             up = parents[up]
         if up == root:
-            with contextlib.suppress(OSError):
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += sum(int(x.split()[1]) << 10 for x in rollup.splitlines() if x.startswith("Pss:"))
-    return total
+            found.append(pid)
+    return found
+
+
+def memory(pid: int, file: str, field: str) -> int:
+    """Bytes that the system says a process holds: `Pss` of `smaps_rollup`, `VmHWM` of `status`; 0 once it has ended."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        return sum(int(x.split()[1]) << 10 for x in lines if x.startswith(f"{field}:"))
+    return 0
 
 
 def scale(path: Path, rows: int, data: Path) -> None:
@@ -441,20 +447,26 @@ def scale(path: Path, rows: int, data: Path) -> None:
     if not data.exists():
         planted.write_requests(data, specs_of(path), rows // 32, 32, 900, 0)
     start, most = time.monotonic(), 0
+    peaks: dict[int, int] = {}
     with tempfile.TemporaryDirectory() as where:
         report = Path(where) / "report.json"
         command = [sys.executable, "-m", "onnxrank.cli", "compress", str(path), str(Path(where) / "out.onnx"), "--data",
                    str(data), "--labels", "label", "--size", "2x", "--report", str(report), "-q"]  # fmt: skip
         process = subprocess.Popen(command)
         while process.poll() is None:
-            most = max(most, memory_of(process.pid))
+            alive = processes_of(process.pid)
+            most = max(most, sum(memory(pid, "smaps_rollup", "Pss") for pid in alive))
+            peaks.update({pid: peak for pid in alive if (peak := memory(pid, "status", "VmHWM"))})
             time.sleep(0.5)
         found = json.loads(report.read_text())
     size = data.stat().st_size / 1e6
     print(
         f"{found['rows']} rows, {size:.0f} MB of Parquet: {found['verdict']}, {found['reached']['size']:.2f}x smaller"
     )
-    print(f"{time.monotonic() - start:.0f} s, at most {most / 1e9:.2f} GB in all processes")
+    print(
+        f"{time.monotonic() - start:.0f} s, at most {most / 1e9:.2f} GB in all processes at a time; the peaks of all "
+        f"{len(peaks)} processes come to {sum(peaks.values()) / 1e9:.2f} GB"
+    )
 
 
 def main() -> None:
