@@ -398,25 +398,25 @@ class Search:
         One place gets a milder option or none, and another one, or none, an option instead of what is done there.
         Targets are expected to come no farther away.
         """
-        back = [
-            (o, m)
-            for o in held.values()
-            for m in (None, *(m for m in options if m.step.site == o.step.site and m.error < o.error))
-        ]
+        back: list[tuple[Option | None, Option | None]] = [(None, None)]
+        for o in held.values():
+            milder = [m for m in options if m.step.site == o.step.site and m.error < o.error]
+            back += [(o, m) for m in (None, *milder)]
         more = [None, *options]
-        less = np.array([_sums([m] if m else []) - _sums([o]) for o, m in back]).reshape(-1, 1, 3)
+        less = np.array([_sums([m] if m else []) - _sums([o] if o else []) for o, m in back]).reshape(-1, 1, 3)
         plus = np.array([_sums([o]) - _sums(self._at(held, o)) if o else np.zeros(3) for o in more])
         error, *saved = np.moveaxis(less + plus, 2, 0)
         good = error < (_NEARER - 1) * _sums(held.values())[0]
         for gain, room in zip(saved, self._slack(), strict=True):
             good &= gain >= -room
         for k in np.argsort(np.where(good, error, np.inf), axis=None)[: int(good.sum())]:
-            (old, milder), option = back[k // len(more)], more[k % len(more)]
+            (old, new), option = back[k // len(more)], more[k % len(more)]
+            if old is not None and option is not None and self._at({old.step.site: old}, option):
+                continue  # two changes at one place
             after: Held = {s: o for s, o in held.items() if o is not old}
-            if option is None or not self._at({old.step.site: old}, option):
-                for o in (milder, option):
-                    after = after if o is None else self._with(after, o)
-                yield after
+            for change in (new, option):
+                after = after if change is None else self._with(after, change)
+            yield after
 
     def _slack(self) -> NDArray[np.float64]:
         """By how many bytes and seconds a model may be larger and slower, with all that was reached."""
