@@ -4,7 +4,7 @@ Each option is tried alone first. Its error is the mean square by which the mode
 over sites, because what different layers get wrong has little to do with each other. The next step is always the one
 that saves most for the error it is expected to add. It is then made, in the model as it stands, with the last layers
 fitted again, and kept only if the scores still pass on the calibration rows: what was expected decides the order, never
-what is kept.
+what is kept. Behind that steps are exchanged, by the same estimates and under the same condition.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class Given(Search):
         )  # fmt: skip
         self.together = together
         self.known: list[Option] = []
+        self.slower: Mapping[frozenset[str], float] = {}
         self.failing = math.inf
 
     def options(self) -> list[Option]:
@@ -53,7 +54,7 @@ class Given(Search):
 
     def note(self, made: Made, step: str, site: str) -> None:
         done = [o for o in self.known if o.step in made.plan.steps]
-        seconds = SECONDS - sum(o.seconds for o in done)
+        seconds = SECONDS - sum(o.seconds for o in done) + self.slower.get(frozenset(o.step.site for o in done), 0.0)
         left = SIZE - sum(o.bytes for o in done)
         speed = Speed(seconds, SECONDS / seconds, 0.0, 9.0)
         self.points.append(Point(step, site, left, 0, 0, speed, made.error, None, None))
@@ -87,13 +88,24 @@ def test_what_two_places_do_together_is_measured() -> None:
     assert {s.site for s in made.plan.steps} == {"a", "b"} and made.error == 1.9
 
 
-def test_what_is_no_better_is_not_kept() -> None:
-    search = Given((2.0, None), {frozenset("c"): 9.0})
-    search.known = [option("a", 1, 1.0, 300), option("b", 1, 1.9, 210), option("c", 1, 1.0, 200)]
-    search.together = {frozenset("b"): -1.5, frozenset("bc"): 9.0}
+def test_what_is_measured_to_be_no_better_is_not_kept() -> None:
+    search = Given((2.0, None), {frozenset("c"): 9.0, frozenset("ac"): -9.0})
+    search.known = [option("a", 1, 1.0, 300), option("c", 1, 2.0, 500)]
     made = search.run()
-    assert {s.site for s in made.plan.steps} <= {"a", "b"} or made.error < 2.9
-    assert search.points[-1].logit_error == made.error and len(search.points) == len(search.history)
+    assert {s.site for s in made.plan.steps} == {"a", "c"} and made.error == 3.0
+    assert [p.site for p in search.points] == ["", "a", "c"] and len(search.history) == 3
+
+
+def test_what_is_measured_to_be_too_slow_is_not_kept() -> None:
+    search = Given((None, 1.25), {})
+    search.known = [option("a", 1, 1.0, 0, 0.1), option("c", 1, 4.0, 0, 0.25)]
+    search.slower = {frozenset("c"): 0.2}
+    made = search.run()
+    assert {s.site for s in made.plan.steps} == {"a", "c"} and search.reached()
+    assert [p.site for p in search.points] == ["", "a", "c"] and len(search.history) == 3
+    search = Given((None, 1.25), {})
+    search.known = [option("a", 1, 1.0, 0, 0.1), option("c", 1, 4.0, 0, 0.25)]
+    assert [s.site for s in search.run().plan.steps] == ["c"] and search.reached()
 
 
 def test_the_loss_that_is_won_back_is_spent() -> None:
