@@ -94,6 +94,11 @@ class Joint:
         return self.members[0].shape[0], sum(p.shape[1] for p in self.members)
 
     @property
+    def wide(self) -> bool:
+        """Whether the layers give at least as many columns together as they read: else a basis for all saves little."""
+        return self.shape[0] <= self.shape[1]
+
+    @property
     def nodes(self) -> tuple[NodeProto, ...]:
         """The products of all layers."""
         return tuple(n for p in self.members for n in p.nodes)
@@ -127,7 +132,7 @@ class Table:
 
 
 Layer = Product | Joint
-Held = Product | Table
+Single = Product | Table
 """What has one constant."""
 Site = Layer | Table
 

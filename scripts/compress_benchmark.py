@@ -80,6 +80,11 @@ def roles_file(path: Path) -> Path:
     return path.with_name(path.name.split(".")[0] + ".roles.yaml")
 
 
+def models(folder: Path, names: str) -> list[Path]:
+    """The models of a folder whose files match a pattern."""
+    return [p for p in sorted(folder.glob(names)) if p.suffix == ".onnx"]
+
+
 def requests(path: Path, folder: Path, count: int, seed: int) -> tuple[Path, tuple[str, ...]]:
     """Recorded requests of a trained model, and the names of its labels."""
     tasks = TASKS.get(path.stem, 1)
@@ -115,7 +120,7 @@ def whole(folders: list[Path], count: int, sequential: bool, names: str) -> None
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob(names)):
+            for path in models(folder, names):
                 data, labels = requests(path, Path(where), count, 500 + seed)
                 options = Options(size=3.0, labels=labels, choice=16384, sequential=sequential)
                 result = compress(path, data, options, spec=load_spec(str(roles_file(path))))
@@ -128,7 +133,7 @@ def mlps(folders: list[Path], count: int, names: str) -> None:
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob(names)):
+            for path in models(folder, names):
                 several = [p for p in Network(onnx.load(path)).products() if min(p.shape) >= 100]
                 sites = [p for p in several if p.shape[0] == max(q.shape[0] for q in several)]
                 data, labels = requests(path, Path(where), count, 500 + seed)
@@ -159,7 +164,7 @@ def finetune(
     tunings = {"fitted": None, "trained": Tuning(epochs), "relu": Tuning(epochs, relu=True)}
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob(names)):
+            for path in models(folder, names):
                 net = Network(onnx.load(path))
                 pack(net)
                 several = [p for p in net.products() if min(p.shape) >= 32 and any(m in p.name for m in MLPS)]
@@ -188,7 +193,7 @@ def latency(folders: list[Path], count: int, names: str) -> None:
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob(names)):
+            for path in models(folder, names):
                 data, labels = requests(path, Path(where), count, 500 + seed)
                 fast = onnxrank.optimize(path, spec=load_spec(str(roles_file(path))), candidates=512)
                 place = Path(where) / f"{path.stem}.{seed}.fast.onnx"
@@ -310,7 +315,7 @@ def ranks(path: Path, count: int, least: int) -> None:
         for how in ("SVD", "ASVD", "SVD-LLM", "AFM", "AFM, one basis", "sequential"):
             net = base.copy()
             used, size = [], 0
-            together = [j for j in net.joints(least) if "one basis" in how and j.shape[0] <= j.shape[1]]
+            together = [j for j in net.joints(least) if "one basis" in how and j.wide]
             shared = {p.name for j in together for p in j.members}
             for p in [*together, *(q for q in net.products() if q.name in inputs and q.name not in shared)]:
                 rank = max(1, round(share * p.shape[0] * p.shape[1] / sum(p.shape)))

@@ -297,7 +297,7 @@ class _Job:
         """Goes over the calibration rows once."""
         o = self.options
         o.say("statistics")
-        products: list[Layer] = [*base.products(), *(j for j in base.joints(LEAST_WIDTH) if j.shape[0] <= j.shape[1])]
+        products: list[Layer] = [*base.products(), *(j for j in base.joints(LEAST_WIDTH) if j.wide)]
         tables = base.tables()
         # Where a layer adds what is computed, or several read the same, what they give does not tell the product, or
         # not in one tensor: their inputs do.

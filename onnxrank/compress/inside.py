@@ -58,7 +58,9 @@ class Inside:
             shown = ModelProto()
             shown.CopyFrom(model)
             have = {v.name for v in (*shown.graph.output, *shown.graph.input)}
-            shown.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in expose if n not in have)
+            shown.graph.output.extend(
+                helper.make_empty_tensor_value_info(n) for n in dict.fromkeys(expose) if n not in have
+            )
             model = shown
         self._sessions[session] = runtime.session(model, folder, optimise=optimise)
 

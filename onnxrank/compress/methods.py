@@ -18,7 +18,7 @@ from onnx import NodeProto
 
 from onnxrank.columns import fold
 from onnxrank.compress.statistics import Fitted, Moments, Statistics
-from onnxrank.network import METHOD, Held, Joint, Layer, Network, Product, Site, Table
+from onnxrank.network import METHOD, Joint, Layer, Network, Product, Single, Site, Table
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
@@ -97,7 +97,7 @@ def _low_rank_offers(net: Network, site: Layer, stats: Statistics) -> Sequence[i
     inner, outer = site.shape
     if min(site.shape) < LEAST_WIDTH:
         raise Refused(f"a layer of {inner} x {outer} has no rank to lose")
-    if isinstance(site, Joint) and inner > outer:
+    if isinstance(site, Joint) and not site.wide:
         raise Refused(f"its layers read {inner} columns and give {outer}, too few to be worth one basis for all")
     found = ranks(subspace(_moments(site, stats))[0], break_even(site.shape))
     if not found:
@@ -236,7 +236,7 @@ def _moments(site: Layer, stats: Statistics) -> Moments:
 # --- fewer bytes --------------------------------------------------------------------------------------------------
 
 
-def _half_offers(net: Network, site: Held, stats: Statistics) -> Sequence[int]:
+def _half_offers(net: Network, site: Single, stats: Statistics) -> Sequence[int]:
     data = net.array(site.weight)
     assert data is not None
     if data.size < _SMALL:
@@ -277,7 +277,7 @@ def _copied(node: NodeProto) -> NodeProto:
     return made
 
 
-def _half_error(net: Network, site: Held, _: int, stats: Statistics) -> float:
+def _half_error(net: Network, site: Single, _: int, stats: Statistics) -> float:
     data = net.array(site.weight)
     assert data is not None
     return _distance(data, data.astype(np.float16), _weights(site, stats))
@@ -546,7 +546,7 @@ def _type(data: NDArray[Any]) -> int:
     return 11 if data.dtype == np.float64 else 1
 
 
-def _weights(site: Held, stats: Statistics) -> NDArray[np.float64] | None:
+def _weights(site: Single, stats: Statistics) -> NDArray[np.float64] | None:
     """How often each row of a table was looked up; None for layers."""
     counts = stats.lookups.get(site.name) if isinstance(site, Table) else None
     return None if counts is None or not counts.sum() else counts.astype(np.float64)

@@ -480,6 +480,22 @@ def test_layers_that_read_the_same_are_factored_together(attended: Path) -> None
         compress(model, attended, options(plan=Plan(found.report.plan.model_sha256, both)))
 
 
+def test_layers_that_share_what_they_read_and_add_what_is_computed(attended: Path) -> None:
+    """As the candidate-level blocks of layers in optimised models."""
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(16, 4)) / 4
+    model = graph(
+        "(float[N,16] x) => (float[N,1] y) { m = ReduceMean<axes=[0]>(x) u = MatMul(m, U) h = Tanh(x) "
+        "p = Gemm(h, P, u) q = Gemm(h, Q, u) s = Tanh(p) t = Mul(s, q) z = MatMul(t, A) y = Sigmoid(z) }",
+        A=rng.normal(size=(24, 1)).astype(np.float32) / 9, U=rng.normal(size=(16, 24)).astype(np.float32),
+        **{n: (basis @ rng.normal(size=(4, 24))).astype(np.float32) for n in "PQ"},
+    )  # fmt: skip
+    (site,) = Network(model).joints(8)
+    plan = Plan(load(model).sha256, (Step(site.name, (("low-rank", 4),)),))
+    found = compress(model, attended, options(plan=plan, labels=()))
+    assert found.passed and found.report.points[-1].logit_error < 1e-3
+
+
 @pytest.mark.slow
 def test_what_layers_share_is_fitted_to_what_they_see(attended: Path) -> None:
     """Behind a layer that lost rank, the columns of all of them are found by one regression."""
