@@ -353,7 +353,7 @@ class Search:
                 break
             option = left.pop(k)
             after = self._with(held, option)
-            made = self._tried(after, option.step)
+            made = self._tried(after, option.step.told, option.step.site)
             if made is None:
                 continue
             if self.passes(made):
@@ -380,7 +380,7 @@ class Search:
                 break
             seen.add(frozenset(after.values()))
             told, site = self._difference(held, after)
-            made = self._tried(after, Step(site, ((told, 0),)))
+            made = self._tried(after, told, site)
             missed += 1
             if made is None or made.error >= now.error or not self.passes(made):
                 continue
@@ -447,13 +447,13 @@ class Search:
         gone = self._at(held, option)
         return {s: o for s, o in held.items() if o not in gone} | {option.step.site: option}
 
-    def _tried(self, held: Held, step: Step) -> Made | None:
+    def _tried(self, held: Held, told: str, site: str) -> Made | None:
         """The model of some options; None where it cannot be made or does not run."""
-        self.say(f"{step.told} at {step.site}")
+        self.say(f"{told} at {site}")
         try:
             return self.made(replace(self._empty, steps=tuple(o.step for o in held.values())))
         except (Refused, ModelError) as e:
-            self.refusals.append(Refusal(step.site, step.told, str(e)))
+            self.refusals.append(Refusal(site, told, str(e)))
             return None
 
     def begin(self) -> Made:
