@@ -67,6 +67,47 @@ class Product:
         """What is multiplied."""
         return tuple(n.input[0] for n in self.nodes)
 
+    @property
+    def members(self) -> tuple[Product, ...]:
+        """The layer itself, as those of a `Joint`."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Layers that read the same tensors, as queries, keys and values do, as one layer.
+
+    Attributes:
+        members: The layers, in the graph's order; their outputs lie side by side in that order.
+    """
+
+    members: tuple[Product, ...]
+
+    @property
+    def name(self) -> str:
+        """The layers' names."""
+        return " + ".join(p.name for p in self.members)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Inputs, and outputs of all layers together."""
+        return self.members[0].shape[0], sum(p.shape[1] for p in self.members)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the layers give at least as many columns together as they read: else a basis for all saves little."""
+        return self.shape[0] <= self.shape[1]
+
+    @property
+    def nodes(self) -> tuple[NodeProto, ...]:
+        """The products of all layers."""
+        return tuple(n for p in self.members for n in p.nodes)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What is multiplied, by each of the layers."""
+        return self.members[0].inputs
+
 
 @dataclass(frozen=True)
 class Table:
@@ -90,7 +131,10 @@ class Table:
         return tuple(n.input[1] for n in self.nodes)
 
 
-Site = Product | Table
+Layer = Product | Joint
+Single = Product | Table
+"""What has one constant."""
+Site = Layer | Table
 
 
 class Network:
@@ -263,13 +307,24 @@ class Network:
             ]
         )
 
-    def matrix(self, site: Product) -> NDArray[Any]:
-        """A layer's weights `[inputs, outputs]`."""
-        data = self.array(site.weight)
-        assert data is not None
-        return data.T if site.flipped else data
+    def joints(self, least: int = 1) -> list[Joint]:
+        """Layers of at least so many inputs and outputs that read the same tensors."""
+        by_inputs: dict[tuple[str, ...], list[Product]] = {}
+        for p in self.products():
+            if min(p.shape) >= least:
+                by_inputs.setdefault(p.inputs, []).append(p)
+        return [Joint(tuple(several)) for several in by_inputs.values() if len(several) > 1]
 
-    def adds_computed(self, site: Product) -> bool:
+    def matrix(self, site: Layer) -> NDArray[Any]:
+        """A layer's weights `[inputs, outputs]`."""
+        several = []
+        for p in site.members:
+            data = self.array(p.weight)
+            assert data is not None
+            several.append(data.T if p.flipped else data)
+        return several[0] if len(several) == 1 else np.concatenate(several, axis=1)
+
+    def adds_computed(self, site: Layer) -> bool:
         """Whether a node of a layer adds what is computed itself, as candidate-level parts of divided layers do."""
         return any(
             operator(n) == "Gemm" and len(n.input) > 2 and n.input[2] and self.array(n.input[2]) is None

@@ -22,7 +22,7 @@ from onnx import NodeProto
 
 from onnxrank.columns import pack_columns
 from onnxrank.graphs import attribute
-from onnxrank.network import Network, Product, Site
+from onnxrank.network import Network, Product, Single
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LOOKUP, PACK
 
@@ -130,7 +130,7 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
     at = {id(n): k for k, n in enumerate(net.nodes)}
     free = places is None
 
-    def allowed(kind: int, site: Site) -> bool:
+    def allowed(kind: int, site: Single) -> bool:
         return free or (at[id(site.nodes[0])], kind) in (places or ())
 
     found = _tiny(net, MOST, LEAST)
@@ -143,7 +143,7 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
     return _packed(net, tiny, MOST, allowed)
 
 
-def _tiny(net: Network, most: int | None, least: float) -> list[tuple[Site, float]]:
+def _tiny(net: Network, most: int | None, least: float) -> list[tuple[Single, float]]:
     """Layers and tables with weights that are too small, and what these are below.
 
     Args:
@@ -152,7 +152,7 @@ def _tiny(net: Network, most: int | None, least: float) -> list[tuple[Site, floa
         least: What such weights are below in any case; where that is finite, of floats only that have no more digits.
     """
     out = []
-    sites: list[Site] = [*net.products(), *net.tables(most)]
+    sites: list[Single] = [*net.products(), *net.tables(most)]
     for site in sites:
         data = net.array(site.weight)
         assert data is not None
@@ -166,7 +166,7 @@ def _tiny(net: Network, most: int | None, least: float) -> list[tuple[Site, floa
 
 
 def _packed(
-    net: Network, tiny: Sequence[tuple[Site, float]], most: int | None, allowed: Callable[[int, Site], bool]
+    net: Network, tiny: Sequence[tuple[Single, float]], most: int | None, allowed: Callable[[int, Single], bool]
 ) -> list[Packed]:
     """Packs weights below their bounds, columns of tables of so many entries, and units, where that is allowed."""
     at = {id(n): k for k, n in enumerate(net.nodes)}
@@ -207,7 +207,7 @@ def _is_smooth(net: Network, tensor: str, layers: Collection[int]) -> bool:
     return True
 
 
-def _flush(net: Network, site: Site, bound: float) -> int:
+def _flush(net: Network, site: Single, bound: float) -> int:
     """Makes weights below a bound 0; returns how many there are."""
     data = net.array(site.weight)
     assert data is not None

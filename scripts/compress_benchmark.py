@@ -42,9 +42,10 @@ from onnxrank.compress import gate
 from onnxrank.compress.engine import Options, Result, compress
 from onnxrank.compress.methods import METHODS, factor, subspace
 from onnxrank.compress.plan import Plan, Step, Tuning
+from onnxrank.compress.search import named, parts
 from onnxrank.compress.statistics import Fitted, Moments, Statistics, reduced_rank
 from onnxrank.model import load
-from onnxrank.network import Network, Product
+from onnxrank.network import Layer, Network
 from onnxrank.packing import pack
 from onnxrank.roles import load_spec
 from onnxrank.turns import interleave, ratio
@@ -79,6 +80,11 @@ def roles_file(path: Path) -> Path:
     return path.with_name(path.name.split(".")[0] + ".roles.yaml")
 
 
+def models(folder: Path, names: str) -> list[Path]:
+    """The models of a folder whose files match a pattern."""
+    return [p for p in sorted(folder.glob(names)) if p.suffix == ".onnx"]
+
+
 def requests(path: Path, folder: Path, count: int, seed: int) -> tuple[Path, tuple[str, ...]]:
     """Recorded requests of a trained model, and the names of its labels."""
     tasks = TASKS.get(path.stem, 1)
@@ -108,61 +114,66 @@ def row(result: Result) -> str:
     return " | ".join([*cells, f"{min(c.value for c in kept):.4f}", fast, report.verdict])
 
 
-def whole(folders: list[Path], count: int, sequential: bool) -> None:
+def whole(folders: list[Path], count: int, sequential: bool, names: str) -> None:
     """Size by 3 or more with the loss of the default."""
     print("| model, seed | size | weights | AUC (lower end) | top 10 | faster | gate |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob("*.onnx")):
+            for path in models(folder, names):
                 data, labels = requests(path, Path(where), count, 500 + seed)
                 options = Options(size=3.0, labels=labels, choice=16384, sequential=sequential)
                 result = compress(path, data, options, spec=load_spec(str(roles_file(path))))
                 print(f"| {path.stem}, {seed} | {row(result)} |", flush=True)
 
 
-def mlps(folders: list[Path], count: int) -> None:
+def mlps(folders: list[Path], count: int, names: str) -> None:
     """Low rank alone, in the layers of MLPs behind the first one, until what may be lost is used up."""
     print("| model, seed | weights of these layers | AUC (lower end) | top 10 | faster | gate |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob("*.onnx")):
+            for path in models(folder, names):
                 several = [p for p in Network(onnx.load(path)).products() if min(p.shape) >= 100]
                 sites = [p for p in several if p.shape[0] == max(q.shape[0] for q in several)]
                 data, labels = requests(path, Path(where), count, 500 + seed)
-                names = tuple(p.name for p in sites)
-                options = Options(size=99.0, labels=labels, choice=16384, methods=("low-rank",), sites=names)
+                own = tuple(p.name for p in sites)
+                options = Options(size=99.0, labels=labels, choice=16384, methods=("low-rank",), sites=own)
                 result = compress(path, data, options, spec=load_spec(str(roles_file(path))))
                 plan = result.report.plan
                 assert plan is not None
-                left = 0
-                for p in sites:
-                    step = plan.by_site.get(p.name)
-                    left += math.prod(p.shape) if step is None else step.chain[0][1] * sum(p.shape)
+                places = named(Network(onnx.load(path)))
+                done = {part for name in plan.by_site for part in parts(places[name])}
+                left = sum(math.prod(p.shape) for p in sites if p.name not in done)
+                left += sum(s.chain[0][1] * sum(places[name].shape) for name, s in plan.by_site.items())
                 less = sum(math.prod(p.shape) for p in sites) / left
                 shapes = ", ".join(f"{a} x {b}" for a, b in (p.shape for p in sites))
                 cells = row(result).split(" | ")[2:]
                 print(f"| {path.stem}, {seed} ({shapes}) | {less:.2f}x fewer | {' | '.join(cells)} |", flush=True)
 
 
-def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int, sequential: bool, names: str) -> None:
+WAYS = ("fitted", "trained", "relu")
+
+
+def finetune(
+    folders: list[Path], count: int, fewer: list[float], epochs: int, sequential: bool, names: str, ways: list[str]
+) -> None:
     """The same layers with so many fewer weights: as they are fitted, trained, and trained with a ReLU between."""
     print("| model, seed | fewer | how | AUC (lower, upper end) | log loss | top 10 | gate |")
     print("|---|---|---|---|---|---|---|")
-    ways = {"fitted": None, "trained": Tuning(epochs), "trained, ReLU": Tuning(epochs, relu=True)}
+    tunings = {"fitted": None, "trained": Tuning(epochs), "relu": Tuning(epochs, relu=True)}
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob(names)):
+            for path in models(folder, names):
                 net = Network(onnx.load(path))
                 pack(net)
                 several = [p for p in net.products() if min(p.shape) >= 32 and any(m in p.name for m in MLPS)]
                 data, labels = requests(path, Path(where), count, 500 + seed)
                 sha = load(path).sha256
-                for share, (how, tuning) in itertools.product(fewer, ways.items()):
+                for share, how in itertools.product(fewer, ways):
                     ranks = {p.name: max(1, int(math.prod(p.shape) / share / sum(p.shape))) for p in several}
                     steps = tuple(Step(name, (("low-rank", k),)) for name, k in ranks.items())
-                    plan = Plan(sha, steps, pack=True, sequential=sequential, finetune=tuning)
+                    plan = Plan(sha, steps, pack=True, sequential=sequential, finetune=tunings[how])
                     options = Options(labels=labels, choice=16384, seconds=0.1, plan=plan)
                     report = compress(path, data, options, spec=load_spec(str(roles_file(path)))).report
                     several_found = [{c.name: c for c in o.criteria} for o in report.outcomes]
@@ -176,13 +187,13 @@ def finetune(folders: list[Path], count: int, fewer: list[float], epochs: int, s
                     )
 
 
-def latency(folders: list[Path], count: int) -> None:
+def latency(folders: list[Path], count: int, names: str) -> None:
     """Time over the optimised model at N = 512."""
     print("| model, seed | optimised over original | size | weights | AUC (lower end) | top 10 | faster | gate |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as where:
         for seed, folder in enumerate(folders):
-            for path in sorted(folder.glob("*.onnx")):
+            for path in models(folder, names):
                 data, labels = requests(path, Path(where), count, 500 + seed)
                 fast = onnxrank.optimize(path, spec=load_spec(str(roles_file(path))), candidates=512)
                 place = Path(where) / f"{path.stem}.{seed}.fast.onnx"
@@ -223,7 +234,7 @@ def seen(model: ModelProto, feed: dict[str, Any], names: list[str]) -> dict[str,
     return runtime.run(runtime.session(shown), feed, names)
 
 
-def factored(net: Network, site: Product, how: str, rank: int, x: Floats, right: Floats) -> None:
+def factored(net: Network, site: Layer, how: str, rank: int, x: Floats, right: Floats) -> None:
     """Lowers the rank of a layer in one of the ways that there are.
 
     Args:
@@ -301,18 +312,21 @@ def ranks(path: Path, count: int, least: int) -> None:
         METHODS["int8"].apply(net, p, 0, Statistics())
     show("int8", net.finished(), 0.25, "")
     for share in (0.5, 0.25, 0.125):
-        for how in ("SVD", "ASVD", "SVD-LLM", "AFM", "sequential"):
+        for how in ("SVD", "ASVD", "SVD-LLM", "AFM", "AFM, one basis", "sequential"):
             net = base.copy()
-            used = []
-            for p in [q for q in net.products() if q.name in inputs]:
+            used, size = [], 0
+            together = [j for j in net.joints(least) if "one basis" in how and j.wide]
+            shared = {p.name for j in together for p in j.members}
+            for p in [*together, *(q for q in net.products() if q.name in inputs and q.name not in shared)]:
                 rank = max(1, round(share * p.shape[0] * p.shape[1] / sum(p.shape)))
                 used.append(rank)
-                x = original[inputs[p.name]]
+                size += rank * sum(p.shape)
+                x = original[p.inputs[0]]
                 if how == "sequential":
-                    x = seen(net.finished(), feed, [inputs[p.name]])[inputs[p.name]]
-                factored(net, p, how, rank, x.astype(np.float64), products[p.name])
-            size = sum(k * sum(p.shape) for k, p in zip(used, sites, strict=True)) / whole
-            show(how, net.finished(), size, "/".join(map(str, dict.fromkeys(used))))
+                    x = seen(net.finished(), feed, [p.inputs[0]])[p.inputs[0]]
+                right = np.concatenate([products[q.name] for q in p.members], axis=1)
+                factored(net, p, how.split(",")[0], rank, x.astype(np.float64), right)
+            show(how, net.finished(), size / whole, "/".join(map(str, dict.fromkeys(used))))
 
 
 # --- tables in 16 bits --------------------------------------------------------------------------------------------
@@ -415,22 +429,28 @@ def pack_row(name: str, model: ModelProto, made: ModelProto, feed: dict[str, Any
 # --- many rows ----------------------------------------------------------------------------------------------------
 
 
-def memory_of(root: int) -> int:
-    """Bytes that a process and those that it started hold: proportional shares, where the system tells them."""
+def processes_of(root: int) -> list[int]:
+    """A process and those that it started, by number."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    total = 0
+    found = []
     for pid in parents:
         up = pid
         while up not in (root, 0, 1) and up in parents:
             up = parents[up]
         if up == root:
-            with contextlib.suppress(OSError):
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += sum(int(x.split()[1]) << 10 for x in rollup.splitlines() if x.startswith("Pss:"))
-    return total
+            found.append(pid)
+    return found
+
+
+def memory(pid: int, file: str, field: str) -> int:
+    """Bytes that the system says a process holds: `Pss` of `smaps_rollup`, `VmHWM` of `status`; 0 once it has ended."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        return sum(int(x.split()[1]) << 10 for x in lines if x.startswith(f"{field}:"))
+    return 0
 
 
 def scale(path: Path, rows: int, data: Path) -> None:
@@ -441,38 +461,43 @@ def scale(path: Path, rows: int, data: Path) -> None:
     if not data.exists():
         planted.write_requests(data, specs_of(path), rows // 32, 32, 900, 0)
     start, most = time.monotonic(), 0
+    peaks: dict[int, int] = {}
     with tempfile.TemporaryDirectory() as where:
         report = Path(where) / "report.json"
         command = [sys.executable, "-m", "onnxrank.cli", "compress", str(path), str(Path(where) / "out.onnx"), "--data",
                    str(data), "--labels", "label", "--size", "2x", "--report", str(report), "-q"]  # fmt: skip
         process = subprocess.Popen(command)
         while process.poll() is None:
-            most = max(most, memory_of(process.pid))
+            alive = processes_of(process.pid)
+            most = max(most, sum(memory(pid, "smaps_rollup", "Pss") for pid in alive))
+            peaks.update({pid: peak for pid in alive if (peak := memory(pid, "status", "VmHWM"))})
             time.sleep(0.5)
         found = json.loads(report.read_text())
     size = data.stat().st_size / 1e6
     print(
         f"{found['rows']} rows, {size:.0f} MB of Parquet: {found['verdict']}, {found['reached']['size']:.2f}x smaller"
     )
-    print(f"{time.monotonic() - start:.0f} s, at most {most / 1e9:.2f} GB in all processes")
+    print(
+        f"{time.monotonic() - start:.0f} s, at most {most / 1e9:.2f} GB in all processes at a time; the peaks of all "
+        f"{len(peaks)} processes come to {sum(peaks.values()) / 1e9:.2f} GB"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("whole", "latency", "mlps"):
+    for name in ("whole", "latency", "mlps", "finetune"):
         p = commands.add_parser(name)
         p.add_argument("folders", nargs="+", type=Path)
         p.add_argument("--requests", type=int, default=6000)
+        p.add_argument("--names", default="*.onnx", help="pattern on the models' files")
         if name == "whole":
             p.add_argument("--sequential", action="store_true")
-    p = commands.add_parser("finetune")
-    p.add_argument("folders", nargs="+", type=Path)
-    p.add_argument("--requests", type=int, default=6000)
+    p = commands.choices["finetune"]
     p.add_argument("--fewer", nargs="+", type=float, default=[3.79], help="how many times fewer weights")
     p.add_argument("--epochs", type=int, default=5)
     p.add_argument("--sequential", action="store_true", help="fit layers to what they see before they are trained")
-    p.add_argument("--names", default="*.onnx", help="pattern on the models' files")
+    p.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     p = commands.add_parser("ranks")
     p.add_argument("model", type=Path)
     p.add_argument("--requests", type=int, default=3000)
@@ -488,13 +513,13 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=10_000_000)
     args = parser.parse_args()
     if args.command == "whole":
-        whole(args.folders, args.requests, args.sequential)
+        whole(args.folders, args.requests, args.sequential, args.names)
     elif args.command == "mlps":
-        mlps(args.folders, args.requests)
+        mlps(args.folders, args.requests, args.names)
     elif args.command == "finetune":
-        finetune(args.folders, args.requests, args.fewer, args.epochs, args.sequential, args.names)
+        finetune(args.folders, args.requests, args.fewer, args.epochs, args.sequential, args.names, args.ways)
     elif args.command == "latency":
-        latency(args.folders, args.requests)
+        latency(args.folders, args.requests, args.names)
     elif args.command == "ranks":
         ranks(args.model, args.requests, args.least)
     elif args.command == "tables":

@@ -18,9 +18,9 @@ from onnxrank import cluster, engines, feeds, workers
 from onnxrank import model as files
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import METHODS, MIXING
+from onnxrank.compress.methods import LEAST_WIDTH, METHODS, MIXING
 from onnxrank.compress.passes import Scored, Scoring, Summing, scored, summed
-from onnxrank.compress.plan import Plan, Step, Tuning
+from onnxrank.compress.plan import Plan, Tuning
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
 from onnxrank.compress.runner import ORIGINAL, Runner
@@ -28,7 +28,7 @@ from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
 from onnxrank.compress.statistics import Moments, Statistics
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.network import Network, Product, Site
+from onnxrank.network import Joint, Layer, Network, Product, Site
 from onnxrank.packing import pack
 from onnxrank.roles import Roles
 
@@ -297,39 +297,33 @@ class _Job:
         """Goes over the calibration rows once."""
         o = self.options
         o.say("statistics")
-        products, tables = base.products(), base.tables()
-        # Where a layer adds what is computed, what it gives does not tell the product: its inputs do.
-        indirect = [base.adds_computed(p) for p in products]
+        products: list[Layer] = [*base.products(), *(j for j in base.joints(LEAST_WIDTH) if j.wide)]
+        tables = base.tables()
+        # Where a layer adds what is computed, or several read the same, what they give does not tell the product, or
+        # not in one tensor: their inputs do.
+        indirect = [isinstance(p, Joint) or base.adds_computed(p) for p in products]
         sums = {
             f"p:{k}:{j}": [t]
             for k, p in enumerate(products)
-            for j, t in enumerate(p.inputs if indirect[k] else p.outputs)
+            for j, t in enumerate(p.inputs if indirect[k] else p.members[0].outputs)
         }
         wanted = {"low-rank"} & {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
         sums = sums if wanted else {}
         ids: dict[str, list[Any]] = {f"t:{k}": [list(t.ids), t.shape[0]] for k, t in enumerate(tables)}
         exposed = [*(n for ns in sums.values() for n in ns), *(i for t in tables for i in t.ids)]
-        inputs = {i.name for i in base.model.graph.input}
-        names = {i: f"{i}/looked-up" for i in exposed if i in inputs}
-        model = _with_identities(base, names)
-        ids = {k: [[names.get(n, n) for n in ns], rows] for k, (ns, rows) in ids.items()}
-        exposed = [names.get(n, n) for n in exposed]
+        model = base.finished()
         runner.load(_SUMS, model)
         # Not optimised: what is exposed could keep the runtime from fusing, which changes nothing but the time.
         runner.open(_SUMS, _SUMS, exposed, optimise=False)
-        shapes = runner.shapes(_SUMS, self.data.sample(3), [n for ns, _ in ids.values() for n in ns])
-        depths = {
-            own: len(shapes[seen])
-            for t, (ns, _) in zip(tables, ids.values(), strict=True)
-            for own, seen in zip(t.ids, ns, strict=True)
-        }
+        shapes = runner.shapes(_SUMS, self.data.sample(3), [i for t in tables for i in t.ids])
+        depths = {name: len(shape) for name, shape in shapes.items()}
         found = self._summed(model, exposed, sums, ids)
         runner.close(_SUMS)
         moments: dict[str, Moments] = {}
         for k, p in enumerate(products if sums else []):
             total: Moments | None = None
             vector = gemm_bias(base, p)
-            for j in range(len(p.nodes)):
+            for j in range(len(p.inputs)):
                 m = found[f"p:{k}:{j}"]
                 assert isinstance(m, Moments)
                 m = m.through(base.matrix(p)) if indirect[k] else m if vector is None else m.less(vector)
@@ -392,13 +386,13 @@ class _Job:
         if self.options.sequential and made.plan.steps:
             better = search.sequential(made)
             if better is not made:
-                search.note(better, Step("all layers of low rank", (("sequential", 0),)))
+                search.note(better, "sequential", "all layers of low rank")
                 search.history.append(better)
                 made = better
         if self.options.finetune is not None:
             better = self._finetuned(search, made, self.options.finetune)
             if better is not made:
-                search.note(better, Step("all layers of low rank", (("finetune", 0),)))
+                search.note(better, "finetune", "all layers of low rank")
                 search.history.append(better)
                 made = better
         return made
@@ -431,7 +425,7 @@ class _Job:
         if plan.finetune is not None:
             made = self._finetuned(search, made, plan.finetune)
         search.history = [first, made]
-        search.note(made, Step(f"{len(plan.by_site)} sites", (("plan", 0),)))
+        search.note(made, "plan", f"{len(plan.by_site)} sites")
         return made
 
     # --- the gate -----------------------------------------------------------------------------------------------
@@ -510,16 +504,6 @@ class _Job:
 def _mixes(plan: Plan) -> bool:
     """Whether scores depend on the other rows of a run."""
     return any(name in MIXING for step in plan.by_site.values() for name, _ in step.chain)
-
-
-def _with_identities(base: Network, names: Mapping[str, str]) -> ModelProto:
-    """The model with copies of inputs, which cannot be outputs themselves, by their names."""
-    from onnx import helper
-
-    out = base.finished()
-    for name, copy in names.items():
-        out.graph.node.append(helper.make_node("Identity", [name], [copy]))
-    return out
 
 
 def failure(report: Report) -> str:

@@ -34,7 +34,7 @@ _STOPS = frozenset({"Shape", "Size"})
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer of low rank in the model that is trained.
+    """A layer of low rank in the model that is trained; several may share their first factor.
 
     Attributes:
         name: The layer's name.
@@ -346,13 +346,17 @@ class Tuner:
         return value
 
     def _lift(self, site: str, value: Tensor) -> None:
-        """Adds as much before a ReLU as leaves nothing below 0, and takes off what that adds behind it."""
+        """Adds as much before a ReLU as leaves nothing below 0, and takes off what that adds behind it.
+
+        Behind a factor that several layers share it is added once, and taken off each.
+        """
         assert self._lifts is not None
         flat = value.reshape(-1, value.shape[-1])
         most = (flat.std(0) - flat.amin(0)).clamp(min=0)
         self._lifts[site] = most.clone().requires_grad_()
-        factors = next(s for s in self.cone.sites if s.name == site)
-        self._shifts[site].data -= most @ self._factors[factors.second].detach()
+        for s in self.cone.sites:
+            if self._between[s.inner[0]] == site:
+                self._shifts[s.name].data -= most @ self._factors[s.second].detach()
 
     def check(self, fed: Mapping[str, NDArray[Any]], right: Mapping[str, NDArray[Any]]) -> None:
         """Holds torch's scores against onnxruntime's.
@@ -404,7 +408,7 @@ class Tuner:
         for s in self.cone.sites:
             parts = {"first": self._factors[s.first], "second": self._factors[s.second], "shift": self._shifts[s.name]}
             if self._lifts:
-                parts["lift"] = self._lifts[s.name]
+                parts["lift"] = self._lifts[self._between[s.inner[0]]]
             out[s.name] = {k: v.detach().double().numpy() for k, v in parts.items()}
         return out
 

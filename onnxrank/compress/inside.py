@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,10 @@ class Inside:
         if expose:
             shown = ModelProto()
             shown.CopyFrom(model)
-            have = {o.name for o in shown.graph.output}
-            shown.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in expose if n not in have)
+            have = {v.name for v in (*shown.graph.output, *shown.graph.input)}
+            shown.graph.output.extend(
+                helper.make_empty_tensor_value_info(n) for n in dict.fromkeys(expose) if n not in have
+            )
             model = shown
         self._sessions[session] = runtime.session(model, folder, optimise=optimise)
 
@@ -125,7 +128,9 @@ class Inside:
         """Shapes of tensors on one request."""
         return {n: list(v.shape) for n, v in self._run(session, feed, names).items()}
 
-    def crossed(self, seen: str, wanted: str, kept: str, x: Sequence[str], y: Sequence[str]) -> dict[str, Any]:
+    def crossed(
+        self, seen: str, wanted: str, kept: str, x: Sequence[str], y: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
         """Moments of what a layer of one model sees, and with what that of another gives, over kept requests.
 
         Args:
@@ -133,16 +138,16 @@ class Inside:
             wanted: Session of the model that is right.
             kept: Name of the requests.
             x: Inputs of the layer in the first, by node.
-            y: Its outputs in the second, by node.
+            y: Its outputs in the second, by node; of layers that read the same, those of each.
         """
         inner = outer = None
         both: Any = 0.0
         for feed in self._kept[kept]:
             a = self._run(seen, feed, list(dict.fromkeys(x)))
-            b = self._run(wanted, feed, list(y))
-            for one, other in zip(x, y, strict=True):
+            b = self._run(wanted, feed, list(itertools.chain.from_iterable(y)))
+            for one, others in zip(x, y, strict=True):
                 p = a[one].reshape(-1, a[one].shape[-1]).astype(np.float64)
-                q = b[other].reshape(-1, b[other].shape[-1]).astype(np.float64)
+                q = np.concatenate([b[t].reshape(len(p), -1).astype(np.float64) for t in others], axis=1)
                 mine, its = Moments.of(p), Moments.of(q)
                 inner = mine if inner is None else inner + mine
                 outer = its if outer is None else outer + its
@@ -172,8 +177,7 @@ class Inside:
 
         self._tuner = Tuner(self._models[key][0], [Factors(**s) for s in sites], outputs, **how)
         cone = self._tuner.cone
-        given = {i.name for i in self._models[key][0].graph.input}
-        self.open(_TUNED, key, [n for n in cone.fed if n not in given], optimise=False)
+        self.open(_TUNED, key, cone.fed, optimise=False)
         self._tuned = False
         return {"sites": [s.name for s in cone.sites], "refused": cone.refused}
 
@@ -189,8 +193,8 @@ class Inside:
         assert tuner is not None
         cone, several, right = tuner.cone, [], []
         for feed in feeds:
-            made = self._run(_TUNED, feed, [*(n for n in cone.fed if n not in feed), *cone.outputs])
-            several.append({n: feed[n] if n in feed else made[n] for n in cone.fed})
+            made = self._run(_TUNED, feed, [*cone.fed, *cone.outputs])
+            several.append({n: made[n] for n in cone.fed})
             right.append(made)
         if not self._tuned:
             tuner.check(several[0], right[0])
@@ -206,8 +210,11 @@ class Inside:
         return found
 
     def _run(self, session: str, feed: Feed, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Some tensors of a session; onnxruntime itself gives all outputs where none are named."""
-        return runtime.run(self._sessions[session], feed, names) if names else {}
+        """Some tensors of a session, inputs among them."""
+        asked = [n for n in names if n not in feed]
+        # onnxruntime itself gives all outputs where none are named.
+        made = runtime.run(self._sessions[session], feed, asked) if asked else {}
+        return {n: feed[n] if n in feed else made[n] for n in names}
 
     def race(self, sessions: Sequence[str], feed: Feed, seconds: float) -> NDArray[np.float64]:
         """Times sessions in turns on one request.

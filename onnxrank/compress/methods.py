@@ -18,12 +18,14 @@ from onnx import NodeProto
 
 from onnxrank.columns import fold
 from onnxrank.compress.statistics import Fitted, Moments, Statistics
-from onnxrank.network import METHOD, Network, Product, Site, Table
+from onnxrank.network import METHOD, Joint, Layer, Network, Product, Single, Site, Table
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
 """Share of a layer's entries at which factors are not worth a further product."""
 _ENERGIES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.9995)
+LEAST_WIDTH = 8
+"""Inputs or outputs below which a layer has no rank to lose."""
 _LARGEST_HALF = 65504.0
 _TABLE = 127
 _LAYER = 63
@@ -46,7 +48,7 @@ class Method:
         source: Where it comes from.
         exact: Whether scores stay what they are but for rounding.
         contrib: Whether it needs operators of onnxruntime's own.
-        takes: The kind of site.
+        takes: The kind of site, or kinds.
         offers: Parameters worth trying at a site, the mildest first; raises `Refused`.
         apply: Changes the site by a parameter and returns the sites left behind; raises `Refused`.
         error: Estimates the relative distance of what the site gives: root of the mean square over that of its spread.
@@ -57,7 +59,7 @@ class Method:
     source: str
     exact: bool
     contrib: bool
-    takes: type[Site]
+    takes: type[Site] | tuple[type[Site], ...]
     offers: Callable[[Network, Any, Statistics], Sequence[int]]
     apply: Callable[[Network, Any, int, Statistics], list[Site]]
     error: Callable[[Network, Any, int, Statistics], float]
@@ -91,23 +93,27 @@ def ranks(values: Floats, most: int) -> list[int]:
     return sorted((k for k in found if k >= 1), reverse=True)
 
 
-def _low_rank_offers(net: Network, site: Product, stats: Statistics) -> Sequence[int]:
-    most = break_even(site.shape)
-    if min(site.shape) < 8:
-        raise Refused(f"a layer of {site.shape[0]} x {site.shape[1]} has no rank to lose")
-    moments = _moments(site, stats)
-    found = ranks(subspace(moments)[0], most)
+def _low_rank_offers(net: Network, site: Layer, stats: Statistics) -> Sequence[int]:
+    inner, outer = site.shape
+    if min(site.shape) < LEAST_WIDTH:
+        raise Refused(f"a layer of {inner} x {outer} has no rank to lose")
+    if isinstance(site, Joint) and not site.wide:
+        raise Refused(f"its layers read {inner} columns and give {outer}, too few to be worth one basis for all")
+    found = ranks(subspace(_moments(site, stats))[0], break_even(site.shape))
     if not found:
         raise Refused("what it gives does not vary over the calibration rows")
     return found
 
 
-def _low_rank(net: Network, site: Product, rank: int, stats: Statistics) -> list[Site]:
-    """`y' = ((x - 0) W U) U^T + (I - U U^T) mean(y)`, U the leading eigenvectors of Cov(y)."""
+def _low_rank(net: Network, site: Layer, rank: int, stats: Statistics) -> list[Site]:
+    """`y' = ((x - 0) W U) U^T + (I - U U^T) mean(y)`, U the leading eigenvectors of Cov(y).
+
+    Of layers that read the same tensors y is what they give side by side, and `x W U` is made once for all.
+    """
     return factor(net, site, fitted(net, site, rank, stats), "low-rank")
 
 
-def fitted(net: Network, site: Product, rank: int, stats: Statistics) -> Fitted:
+def fitted(net: Network, site: Layer, rank: int, stats: Statistics) -> Fitted:
     """A layer of low rank: as it was fitted to what the compressed model sees, else by the moments of what it gives.
 
     Raises:
@@ -124,67 +130,103 @@ def fitted(net: Network, site: Product, rank: int, stats: Statistics) -> Fitted:
     return Fitted(rank, net.matrix(site).astype(np.float64) @ basis, basis.T, shift)
 
 
-def factor(net: Network, site: Product, how: Fitted, method: str) -> list[Site]:
+def factor(net: Network, site: Layer, how: Fitted, method: str) -> list[Site]:
     """Puts `(x A) B + shift`, with a ReLU between the two if asked for, in the place of `x W`; the bias stays.
 
     Args:
         net: The model.
-        site: The layer.
+        site: The layer; of a `Joint` every layer has its own columns of B, and `x A` is made once.
         how: The factors, and what is added.
         method: What the nodes say made them.
+
+    Returns:
+        The first factor, and the second one of every layer.
     """
-    first, second, shift = how.first, how.second, how.shift
-    data = net.array(site.weight)
-    assert data is not None
-    kind = data.dtype
-    names = [net.constant(part.astype(kind), f"{site.weight}.{k}") for k, part in enumerate((first, second))]
-    made_first, made_second = [], []
-    for node in site.nodes:
-        low = inner = net.fresh(f"{node.output[0]}.low")
-        one = net.node(method, "MatMul", [node.input[0], names[0]], [low])
-        before = [one]
-        if how.lift is not None:
-            lifted, inner = (net.fresh(f"{node.output[0]}.{part}") for part in ("lifted", "bent"))
-            lift = net.constant(how.lift.astype(kind), f"{node.output[0]}.lift")
-            before += [net.node(method, "Add", [low, lift], [lifted]), net.node(method, "Relu", [lifted], [inner])]
-        if node.op_type == "Gemm":
-            given = node.input[2] if len(node.input) > 2 else ""
-            bias = net.array(given) if given else np.zeros(site.shape[1], kind)
-            made = before
-            if bias is not None:
-                total = (bias.astype(np.float64).reshape(-1) + shift).astype(kind)
-                vector = net.constant(np.broadcast_to(total, (site.shape[1],)), f"{node.output[0]}.bias")
-            else:  # what is added is computed, for one row as a rule
-                vector = net.fresh(f"{node.output[0]}.shifted")
-                constant = net.constant(shift.astype(kind), f"{node.output[0]}.shift")
-                made.append(net.node(method, "Add", [given, constant], [vector]))
-            two = net.node(method, "Gemm", [inner, names[1], vector], [node.output[0]])
-            net.replace(node, [*made, two])
-        else:
-            held = net.bias(node, site.shape[1])
-            two = net.node(method, "MatMul", [inner, names[1]], [node.output[0]])
-            net.replace(node, [*before, two])
-            if held is not None:
-                old = net.array(held.node.input[held.place])
-                assert old is not None
-                net.set_bias(held, old.astype(np.float64).reshape(-1) + shift)
-            elif np.abs(shift).max() > 0:
-                net.add_bias(two, shift.astype(kind), method)
-        made_first.append(one)
-        made_second.append(two)
-    rank = first.shape[1]
+    inner, rank = how.first.shape
+    first = net.constant(how.first.astype(_kind(net, site.members[0])), f"{site.members[0].weight}.0")
+    ends = np.cumsum([p.shape[1] for p in site.members])[:-1]
+    parts = list(zip(np.split(how.second, ends, axis=1), np.split(how.shift, ends), strict=True))
+    seconds = [
+        net.constant(part.astype(_kind(net, p)), f"{p.weight}.1")
+        for p, (part, _) in zip(site.members, parts, strict=True)
+    ]
+    place = {id(n): k for k, n in enumerate(net.nodes)}
+    low: list[NodeProto] = []
+    high: list[list[NodeProto]] = [[] for _ in site.members]
+    for nodes in zip(*(p.nodes for p in site.members), strict=True):
+        before, given = _first(net, nodes[0], first, how.lift, method)
+        low.append(before[0])
+        for k in sorted(range(len(nodes)), key=lambda k: place[id(nodes[k])]):  # what all read comes before the first
+            high[k].append(_second(net, nodes[k], before, given, seconds[k], parts[k][1], method))
+            before = []
     return [
-        Product(f"{site.name}.0", names[0], (site.shape[0], rank), tuple(made_first), False),
-        Product(f"{site.name}.1", names[1], (rank, site.shape[1]), tuple(made_second), False),
+        Product(f"{site.name}.0", first, (inner, rank), tuple(low), False),
+        *(
+            Product(f"{site.name}.{k + 1}", name, (rank, p.shape[1]), tuple(made), False)
+            for k, (p, name, made) in enumerate(zip(site.members, seconds, high, strict=True))
+        ),
     ]
 
 
-def _low_rank_error(net: Network, site: Product, rank: int, stats: Statistics) -> float:
+def _kind(net: Network, site: Product) -> np.dtype[Any]:
+    data = net.array(site.weight)
+    assert data is not None
+    return data.dtype
+
+
+def _first(net: Network, node: NodeProto, weight: str, lift: Floats | None, method: str) -> tuple[list[NodeProto], str]:
+    """The nodes of a first factor, with a ReLU behind it where there is something to lift, and what they give."""
+    low = net.fresh(f"{node.output[0]}.low")
+    made = [net.node(method, "MatMul", [node.input[0], weight], [low])]
+    if lift is None:
+        return made, low
+    lifted, bent = (net.fresh(f"{node.output[0]}.{part}") for part in ("lifted", "bent"))
+    data = net.array(weight)
+    assert data is not None
+    constant = net.constant(lift.astype(data.dtype), f"{node.output[0]}.lift")
+    made += [net.node(method, "Add", [low, constant], [lifted]), net.node(method, "Relu", [lifted], [bent])]
+    return made, bent
+
+
+def _second(
+    net: Network, node: NodeProto, before: Sequence[NodeProto], given: str, weight: str, shift: Floats, method: str
+) -> NodeProto:
+    """Puts a second factor in the place of a product, behind other nodes, with what is added to it."""
+    data = net.array(weight)
+    assert data is not None
+    kind, width = data.dtype, len(shift)
+    if node.op_type != "Gemm":
+        held = net.bias(node, width)
+        made = net.node(method, "MatMul", [given, weight], [node.output[0]])
+        net.replace(node, [*before, made])
+        if held is not None:
+            old = net.array(held.node.input[held.place])
+            assert old is not None
+            net.set_bias(held, old.astype(np.float64).reshape(-1) + shift)
+        elif np.abs(shift).max() > 0:
+            net.add_bias(made, shift.astype(kind), method)
+        return made
+    added = node.input[2] if len(node.input) > 2 else ""
+    bias = net.array(added) if added else np.zeros(width, kind)
+    several = list(before)
+    if bias is not None:
+        total = (bias.astype(np.float64).reshape(-1) + shift).astype(kind)
+        vector = net.constant(np.broadcast_to(total, (width,)), f"{node.output[0]}.bias")
+    else:  # what is added is computed, for one row as a rule
+        vector = net.fresh(f"{node.output[0]}.shifted")
+        constant = net.constant(shift.astype(kind), f"{node.output[0]}.shift")
+        several.append(net.node(method, "Add", [added, constant], [vector]))
+    made = net.node(method, "Gemm", [given, weight, vector], [node.output[0]])
+    net.replace(node, [*several, made])
+    return made
+
+
+def _low_rank_error(net: Network, site: Layer, rank: int, stats: Statistics) -> float:
     values = subspace(_moments(site, stats))[0]
     return math.sqrt(float(values[rank:].sum()) / (float(values.sum()) or 1.0))
 
 
-def _moments(site: Product, stats: Statistics) -> Moments:
+def _moments(site: Layer, stats: Statistics) -> Moments:
     found = stats.products.get(site.name)
     if found is None or found.count < 2:
         raise Refused("no calibration row reached it")
@@ -194,7 +236,7 @@ def _moments(site: Product, stats: Statistics) -> Moments:
 # --- fewer bytes --------------------------------------------------------------------------------------------------
 
 
-def _half_offers(net: Network, site: Site, stats: Statistics) -> Sequence[int]:
+def _half_offers(net: Network, site: Single, stats: Statistics) -> Sequence[int]:
     data = net.array(site.weight)
     assert data is not None
     if data.size < _SMALL:
@@ -235,7 +277,7 @@ def _copied(node: NodeProto) -> NodeProto:
     return made
 
 
-def _half_error(net: Network, site: Site, _: int, stats: Statistics) -> float:
+def _half_error(net: Network, site: Single, _: int, stats: Statistics) -> float:
     data = net.array(site.weight)
     assert data is not None
     return _distance(data, data.astype(np.float16), _weights(site, stats))
@@ -504,7 +546,7 @@ def _type(data: NDArray[Any]) -> int:
     return 11 if data.dtype == np.float64 else 1
 
 
-def _weights(site: Site, stats: Statistics) -> NDArray[np.float64] | None:
+def _weights(site: Single, stats: Statistics) -> NDArray[np.float64] | None:
     """How often each row of a table was looked up; None for layers."""
     counts = stats.lookups.get(site.name) if isinstance(site, Table) else None
     return None if counts is None or not counts.sum() else counts.astype(np.float64)
@@ -529,10 +571,11 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "low-rank",
-            "x W + b -> (x W U) U^T + U U^T b + (I - U U^T) E[y], U the leading eigenvectors of Cov(y)",
+            "x W + b -> (x W U) U^T + U U^T b + (I - U U^T) E[y], U the leading eigenvectors of Cov(y); of layers that "
+            "read the same tensor W = [W_1 W_2 ...], so that x W U is made once",
             "atomic feature mimicking (arXiv 2405.18146) without its ReLU: of all layers of rank k that with the least "
             "mean square error on the calibration rows",
-            False, False, Product, _low_rank_offers, _low_rank, _low_rank_error,
+            False, False, (Product, Joint), _low_rank_offers, _low_rank, _low_rank_error,
         ),
         Method(
             "int8-tables",

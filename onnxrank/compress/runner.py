@@ -100,10 +100,19 @@ class Runner:
         )
         return {n: tuple(v) for n, v in found.items()}
 
-    def crossed(self, seen: str, wanted: str, x: Sequence[str], y: Sequence[str]) -> tuple[Moments, Moments, Any]:
+    def crossed(
+        self, seen: str, wanted: str, x: Sequence[str], y: Sequence[Sequence[str]]
+    ) -> tuple[Moments, Moments, Any]:
         """What a layer sees in one session with what it gives in another; see `Inside.crossed`."""
         found = self._worker.call(
-            "compress", self._timeout * 4, what="crossed", seen=seen, wanted=wanted, kept=KEPT, x=list(x), y=list(y)
+            "compress",
+            self._timeout * 4,
+            what="crossed",
+            seen=seen,
+            wanted=wanted,
+            kept=KEPT,
+            x=list(x),
+            y=[list(ts) for ts in y],
         )
         return Moments(**found["seen"]), Moments(**found["wanted"]), found["both"]
 

@@ -4,14 +4,14 @@ Each option is tried alone first. Its error is the mean square by which the mode
 over sites, because what different layers get wrong has little to do with each other. The next step is always the one
 that saves most for the error it is expected to add. It is then made, in the model as it stands, with the last layers
 fitted again, and kept only if the scores still pass on the calibration rows: what was expected decides the order, never
-what is kept.
+what is kept. Behind that steps are exchanged, by the same estimates and under the same condition.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,7 +22,7 @@ from onnx import ModelProto
 
 from onnxrank.compress import gate
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import METHODS, Refused, fitted, fold_pca
+from onnxrank.compress.methods import LEAST_WIDTH, METHODS, Refused, fitted, fold_pca
 from onnxrank.compress.plan import Plan, Step, Tuning
 from onnxrank.compress.refit import heads, refit
 from onnxrank.compress.report import Point, Refusal, Speed
@@ -31,12 +31,16 @@ from onnxrank.compress.runner import ORIGINAL, Runner, speed
 from onnxrank.compress.statistics import Fitted, Statistics, reduced_rank
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.feeds import Feed
-from onnxrank.network import Network, Product, Site, Table, parameters
+from onnxrank.network import Layer, Network, Product, Site, Table, parameters
 
 Floats = NDArray[np.float64]
 Chain = tuple[tuple[str, int], ...]
 _LEAST = 1e-3
 """Share of the model that a step must save to be worth trying."""
+_NEARER = 0.98
+"""Share of the error to which an exchange must be expected to bring it."""
+_MISSED = 4
+"""Exchanges in a row that are no better than expected, after which no other is tried."""
 _RECORD = "onnxrank.compress"
 """Key, in a model's metadata, of what was done to it."""
 
@@ -56,6 +60,10 @@ class Option:
     error: float
     bytes: int
     seconds: float
+
+
+Held = Mapping[str, Option]
+"""What is done, by site."""
 
 
 @dataclass
@@ -155,12 +163,15 @@ class Search:
         self._whole = len(self.base.finished().SerializeToString())
         self._seconds = 1.0
         self.all = named(self.base)
-        self.found = {n: s for n, s in self.all.items() if not self.sites or any(fnmatchcase(n, p) for p in self.sites)}
+        self.found = {n: s for n, s in self.all.items() if not self.sites or all(map(self._is_meant, parts(s)))}
         if self.sites and not self.found:
             raise UsageError(
                 f"No layer or table is named {' or '.join(map(repr, self.sites))}. There are: "
                 f"{', '.join(sorted(self.all)[:12]) or 'none'}."
             )
+
+    def _is_meant(self, name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in self.sites)
 
     # --- making a model ---------------------------------------------------------------------------------------
 
@@ -178,9 +189,14 @@ class Search:
         """
         net = self.base.copy()
         here = named(net)
+        taken: dict[str, str] = {}
         for step in plan.by_site.values():
             if step.site not in here:
                 raise UsageError(f"The plan names the site {step.site!r}, which this model does not have.")
+            for part in parts(here[step.site]):
+                if part in taken:
+                    raise UsageError(f"The plan names {part!r} twice: at {taken[part]!r} and at {step.site!r}.")
+                taken[part] = step.site
         for step in plan.by_site.values():
             sites: list[Site] = [here[step.site]]
             for name, parameter in step.chain:
@@ -253,7 +269,7 @@ class Search:
             except Refused as e:
                 self.refusals.append(Refusal(site.name, name, str(e)))
         out = list(single)
-        second = ("fp16", "int8") if isinstance(site, Product) else ("fp16-tables", "int8-tables")
+        second = ("fp16-tables", "int8-tables") if isinstance(site, Table) else ("fp16", "int8")
         for chain in single:
             if chain[0][0] in ("low-rank", "pca-tables"):
                 out += [(*chain, (name, 0)) for name in second if name in self.methods]
@@ -265,44 +281,48 @@ class Search:
         Each method is tried alone. Of two that follow each other the error is taken to be the sum of both: it decides
         the order only.
         """
-        out = []
+        out: dict[Step, Option] = {}
         for name, site in self.found.items():
             self.say(f"trying {name}")
-            alone: dict[tuple[str, int], Option] = {}
             for chain in self.chains(site):
                 step = Step(name, chain)
-                known = [alone.get(link) for link in chain] if len(chain) > 1 else []
                 try:
                     net = self.build(replace(self._empty, steps=(step,)))
                     fold_pca(net)
                     model = net.finished()
                     saved = self._whole - len(model.SerializeToString())
-                    found = None if len(chain) > 1 else self._alone(step, model, saved)
+                    found = self._chained(step, saved, out) if len(chain) > 1 else self._alone(step, model, saved)
                 except Refused as e:
                     self.refusals.append(Refusal(name, step.told, str(e)))
                     continue
                 except ModelError as e:
                     self.refusals.append(Refusal(name, step.told, f"onnxruntime does not run it: {e}"))
                     continue
-                if len(chain) > 1 and all(o is not None for o in known):
-                    parts = [o for o in known if o is not None]
-                    # The second works on what is left of the site only; what it saves in time is not known.
-                    found = Option(step, sum(o.error for o in parts), saved, parts[0].seconds)
                 if found is None:
                     continue
                 if not math.isfinite(found.error):
                     self.refusals.append(Refusal(name, step.told, "its scores are no numbers"))
                     continue
-                alone |= {chain[0]: found} if len(chain) == 1 else {}
-                out.append(found)
-        return out
+                out[step] = found
+        return list(out.values())
+
+    def _chained(self, step: Step, saved: int, known: Mapping[Step, Option]) -> Option | None:
+        """What is expected of a method behind another, by what each does alone; None where that is not known."""
+        first, second = step.chain
+        before = known.get(Step(step.site, (first,)))
+        behind = [known.get(Step(part, (second,))) for part in parts(self.all[step.site])]
+        if before is None or any(o is None for o in behind):
+            return None
+        # The second works on what is left of the site only; what it saves in time is not known.
+        return Option(step, before.error + sum(o.error for o in behind if o is not None), saved, before.seconds)
 
     def _alone(self, step: Step, model: ModelProto, saved: int) -> Option:
         """Runs a model in which one thing was done."""
         gain = 0.0
         with self.runner.session(model) as session:
             error = self.off(self.runner.scores(session, self.kept.outputs))
-            if (self.targets[1] is not None or self.targets[0] is None) and isinstance(self.all[step.site], Product):
+            timed = self.targets[1] is not None or self.targets[0] is None
+            if timed and not isinstance(self.all[step.site], Table):
                 turns = self.runner.race([ORIGINAL, session], self.kept.feed, self.seconds / 2)
                 gain = self._seconds - float(np.median(turns[1] / turns[0])) * self._seconds
         return Option(step, error, saved, gain)
@@ -315,44 +335,133 @@ class Search:
         if not self.passes(now):
             return now
         first = self.points[0].speed
-        self._seconds = seconds = first.seconds if first is not None else 1.0
-        left = self.options()
-        held: dict[str, Option] = {}
-        tried: set[Step] = set()
+        self._seconds = first.seconds if first is not None else 1.0
+        options = self.options()
+        now, held = self._greedy(now, {}, options)
+        better, held = self._exchanged(now, held, options)
+        if better is not now and not self.reached():
+            better, _ = self._greedy(better, held, options)
+        self.stopped = "targets" if self.reached() else self.stopped
+        return better
+
+    def _greedy(self, now: Made, held: Held, options: Sequence[Option]) -> tuple[Made, Held]:
+        """Takes the step that saves most for its error, again and again."""
+        left = [o for o in options if o not in held.values()]
         while left and not self.reached():
-            best = max(
-                ((self._worth(o, held.get(o.step.site), seconds), k) for k, o in enumerate(left)), default=(0.0, -1)
-            )
-            if best[0] <= 0:
+            worth, k = max((self._worth(o, held), k) for k, o in enumerate(left))
+            if worth <= 0:
                 break
-            option = left.pop(best[1])
-            if option.step in tried:
-                continue
-            tried.add(option.step)
-            steps = (*(s for s in now.plan.steps if s.site != option.step.site), option.step)
-            self.say(f"{option.step.told} at {option.step.site}")
-            try:
-                made = self.made(replace(now.plan, steps=steps, refit=False))
-            except (Refused, ModelError) as e:
-                self.refusals.append(Refusal(option.step.site, option.step.told, str(e)))
+            option = left.pop(k)
+            after = self._with(held, option)
+            made = self._tried(after, option.step.told, option.step.site)
+            if made is None:
                 continue
             if self.passes(made):
-                now, held[option.step.site] = made, option
+                now, held = made, after
                 self.history.append(now)
-                self.note(now, option.step)
+                self.note(now, option.step.told, option.step.site)
             else:
                 self.stopped = "loss"
                 # What is expected to be worse at the same site need not be tried.
                 left = [o for o in left if o.step.site != option.step.site or o.error < option.error]
-        self.stopped = "targets" if self.reached() else self.stopped
-        return now
+        return now, held
+
+    def _exchanged(self, now: Made, held: Held, options: Sequence[Option]) -> tuple[Made, Held]:
+        """Exchanges what is done at one or two places, as long as logits come nearer and no target is farther away.
+
+        Greedy steps end beyond the target, and by the options that looked best when there was more to choose from. So
+        a place gets a milder option, or none, where that is not needed, or where another place makes up for it.
+        """
+        missed, seen = 0, {frozenset(held.values())}
+        while missed < _MISSED:
+            new = (a for a in self._neighbours(held, options) if frozenset(a.values()) not in seen)
+            after = next(new, None)
+            if after is None:
+                break
+            seen.add(frozenset(after.values()))
+            told, site = self._difference(held, after)
+            made = self._tried(after, told, site)
+            missed += 1
+            if made is None or made.error >= now.error or not self.passes(made):
+                continue
+            self.note(made, told, site)
+            if self._lost(*self.points[-2:]):
+                self.points.pop()
+                continue
+            now, held, missed = made, after, 0
+            self.history.append(now)
+        return now, held
+
+    def _neighbours(self, held: Held, options: Sequence[Option]) -> Iterator[Held]:
+        """What one or two changes make of the options held, that of the least expected error first.
+
+        One place gets a milder option or none, and another one, or none, an option instead of what is done there.
+        Targets are expected to come no farther away.
+        """
+        back: list[tuple[Option | None, Option | None]] = [(None, None)]
+        for o in held.values():
+            milder = [m for m in options if m.step.site == o.step.site and m.error < o.error]
+            back += [(o, m) for m in (None, *milder)]
+        more = [None, *options]
+        less = np.array([_sums([m] if m else []) - _sums([o] if o else []) for o, m in back]).reshape(-1, 1, 3)
+        plus = np.array([_sums([o]) - _sums(self._at(held, o)) if o else np.zeros(3) for o in more])
+        error, *saved = np.moveaxis(less + plus, 2, 0)
+        good = error < (_NEARER - 1) * _sums(held.values())[0]
+        for gain, room in zip(saved, self._slack(), strict=True):
+            good &= gain >= -room
+        for k in np.argsort(np.where(good, error, np.inf), axis=None)[: int(good.sum())]:
+            (old, new), option = back[k // len(more)], more[k % len(more)]
+            if old is not None and option is not None and self._at({old.step.site: old}, option):
+                continue  # two changes at one place
+            after: Held = {s: o for s, o in held.items() if o is not old}
+            for change in (new, option):
+                after = after if change is None else self._with(after, change)
+            yield after
+
+    def _slack(self) -> NDArray[np.float64]:
+        """By how many bytes and seconds a model may be larger and slower, with all that was reached."""
+        first, last = self.points[0], self.points[-1]
+        have = zip(self.goals, (self.size, _seconds(first)), (last.bytes, _seconds(last)), strict=True)
+        return np.array([max(before / goal - now, 0.0) if goal else math.inf for goal, before, now in have])
+
+    def _lost(self, before: Point, after: Point) -> bool:
+        """Whether a goal is farther away than before, which is not reached any more or was not."""
+        have = zip(self.goals, self._ratios(before), self._ratios(after), strict=True)
+        return any(new < min(goal, old) for goal, old, new in have)
+
+    def _difference(self, held: Held, after: Held) -> tuple[str, str]:
+        """What an exchange does, and where, in words."""
+        found = [(o.step.told, s) for s, o in after.items() if held.get(s) != o]
+        changed = {part for _, s in found for part in parts(self.all[s])}
+        found += [("nothing", s) for s in held if s not in after and changed.isdisjoint(parts(self.all[s]))]
+        *others, (told, site) = found
+        return " and ".join([*(f"{t} at {s}" for t, s in others), told]), site
+
+    def _at(self, held: Held, option: Option) -> list[Option]:
+        """What is done so far at the layers of an option."""
+        mine = set(parts(self.all[option.step.site]))
+        return [o for s, o in held.items() if not mine.isdisjoint(parts(self.all[s]))]
+
+    def _with(self, held: Held, option: Option) -> Held:
+        """Options held, with one more in the place of those at the same layers."""
+        gone = self._at(held, option)
+        return {s: o for s, o in held.items() if o not in gone} | {option.step.site: option}
+
+    def _tried(self, held: Held, told: str, site: str) -> Made | None:
+        """The model of some options; None where it cannot be made or does not run."""
+        self.say(f"{told} at {site}")
+        try:
+            return self.made(replace(self._empty, steps=tuple(o.step for o in held.values())))
+        except (Refused, ModelError) as e:
+            self.refusals.append(Refusal(site, told, str(e)))
+            return None
 
     def begin(self) -> Made:
         """The model before anything is compressed; with the original, where something was packed away."""
         now = self.made(self._empty)
-        self.note(replace(now, model=self.original), Step("", ()))
+        self.note(replace(now, model=self.original), "", "")
         if self.pack:
-            self.note(now, Step("all layers", (("pack", 0),)))
+            self.note(now, "pack", "all layers")
         self.history = [now]
         return now
 
@@ -360,39 +469,37 @@ class Search:
         """Whether the scores on the kept rows keep all limits."""
         return gate.together(made.outcomes) == "passed"
 
+    @property
+    def goals(self) -> tuple[float, float]:
+        """Ratios of size and time to reach: 0 where only the other is asked for, infinite where none is."""
+        size, latency = (0.0 if t is None else t for t in self.targets)
+        return (size, latency) if size or latency else (math.inf, math.inf)
+
+    def _ratios(self, point: Point) -> tuple[float, float]:
+        """How many times smaller and faster a model is."""
+        return self.size / point.bytes, 1.0 if point.speed is None else point.speed.ratio
+
     def reached(self) -> bool:
         """Whether every target is reached; never without targets."""
-        size, latency = self.targets
-        last = self.points[-1]
-        if size is None and latency is None:
-            return False
-        small = size is None or self.size / last.bytes >= size
-        fast = latency is None or (last.speed is not None and last.speed.ratio >= latency)
-        return small and fast
+        return all(has >= goal for has, goal in zip(self._ratios(self.points[-1]), self.goals, strict=True))
 
-    def _worth(self, option: Option, held: Option | None, seconds: float) -> float:
-        """What a step saves for the error that it adds."""
-        size, latency = self.targets
-        last = self.points[-1]
-        wants_size = size is None or self.size / last.bytes < size
-        wants_time = latency is None or last.speed is None or last.speed.ratio < latency
-        if size is None and latency is not None:
-            wants_size = False
-        if latency is None and size is not None:
-            wants_time = False
+    def _worth(self, option: Option, held: Held) -> float:
+        """What a step saves for the error that it adds, against what is done at its layers so far."""
+        error, size, seconds = _sums([option]) - _sums(self._at(held, option))
+        small, fast = (has < goal for has, goal in zip(self._ratios(self.points[-1]), self.goals, strict=True))
         saved = 0.0
-        if wants_size:
-            saved += (option.bytes - (held.bytes if held else 0)) / self.size
-        if wants_time:
-            saved += (option.seconds - (held.seconds if held else 0.0)) / seconds
+        if small:
+            saved += size / self.size
+        if fast:
+            saved += seconds / self._seconds
         if saved < _LEAST:
             return 0.0
-        return saved / max(option.error - (held.error if held else 0.0), 1e-9)
+        return float(saved / max(error, 1e-9))
 
     # --- what was reached -------------------------------------------------------------------------------------
 
-    def note(self, made: Made, step: Step) -> None:
-        """Adds a model to the points of the report, with its time."""
+    def note(self, made: Made, step: str, site: str) -> None:
+        """Adds a model to the points of the report, with its time; the original has no step."""
         with self.runner.session(made.model) as session:
             turns = self.runner.race([ORIGINAL, session], self.kept.feed, self.seconds)
         took = Speed(*speed(turns))
@@ -401,9 +508,8 @@ class Search:
         worst = min(aucs, key=lambda c: c.low, default=None)
         self.points.append(
             Point(
-                step.told, step.site,
-                len(signed(made.model, made.plan).SerializeToString()) if step.chain else self.size,
-                parameters(made.model), self.cost(made) if step.chain else self.before, took, made.error,
+                step, site, len(signed(made.model, made.plan).SerializeToString()) if step else self.size,
+                parameters(made.model), self.cost(made) if step else self.before, took, made.error,
                 None if worst is None else (worst.value, worst.low, worst.high),
                 min((c.value for c in kept), default=None),
             )
@@ -414,6 +520,7 @@ class Search:
         total = 0
         ranks = {s.site: k for s in made.plan.by_site.values() for m, k in s.chain if m in ("low-rank", "pca-tables")}
         narrower: dict[str, int] = {}
+        shared = {part for name in ranks for part in parts(self.all[name])} - set(ranks)
         for name, site in self.all.items():
             rank, rows = ranks.get(name), self.macs.get(name, 0)
             if rank is None or not isinstance(site, Table):
@@ -424,8 +531,9 @@ class Search:
                 for read in layers or ():
                     narrower[read] = narrower.get(read, 0) + site.shape[1] - rank
         for name, site in self.all.items():
-            if isinstance(site, Product):
-                rank, rows = ranks.get(name), self.macs.get(name, 0)
+            rank = ranks.get(name)
+            if isinstance(site, Product if rank is None else Layer) and name not in shared:
+                rows = self.macs.get(site.members[0].name, 0)
                 inner, outer = site.shape[0] - narrower.get(site.inputs[0], 0), site.shape[1]
                 total += rows * (inner * outer if rank is None else rank * (inner + outer))
         return total
@@ -438,18 +546,20 @@ class Search:
         The better of the two models is returned.
         """
         low = {s.site: s for s in made.plan.by_site.values() if s.chain[0][0] == "low-rank"}
-        order = [p.name for p in self.base.products() if p.name in low and not self.base.adds_computed(p)]
+        order = [n for n, s in self.all.items() if n in low and not self.base.adds_computed(_layer(s))]
+        place = {id(n): k for k, n in enumerate(self.base.nodes)}
+        order.sort(key=lambda n: min(place[id(node)] for node in self.all[n].nodes))
         maps: dict[str, Fitted] = {}
-        with self.runner.session(self.base.finished(), [t for n in order for t in self._tensors(n)[1]]) as right:
+        with self.runner.session(
+            self.base.finished(), [t for n in order for ts in self._tensors(n)[1] for t in ts]
+        ) as right:
             for name in order:
                 x, y = self._tensors(name)
                 self.say(f"fitting {name} to what it sees")
                 model = self.build(made.plan, replace(self.stats, maps=maps)).finished()
                 with self.runner.session(model, x) as session:
                     seen, wanted, both = self.runner.crossed(session, right, x, y)
-                site = self.found[name]
-                assert isinstance(site, Product)
-                vector = gemm_bias(self.base, site)
+                vector = gemm_bias(self.base, _layer(self.all[name]))
                 if vector is not None:
                     both = both - np.outer(seen.total, vector)
                     wanted = wanted.less(vector)
@@ -476,32 +586,36 @@ class Search:
         tables = [s for s in made.plan.by_site.values() if isinstance(self.all[s.site], Table)]
         left: dict[str, list[Site]] = {}
         net = self.build(replace(made.plan, steps=(*tables, *first.values())), stats, left)
-        sites = [_factors(name, left[name]) for name in first]
+        several = {name: _factors(left[name]) for name in first}
         named = {"steps": steps, "relu": how.relu, "seed": how.seed}
+        sites = [f for fs in several.values() for f in fs]
         kept, refused = self.runner.prepare(net.finished(), sites, self.kept.outputs, **named)
-        self.refusals += [Refusal(n, "finetune", f"torch does not run {op} here") for n, op in refused.items()]
+        for name, fs in several.items():
+            odd = [refused[f["name"]] for f in fs if f["name"] in refused]
+            self.refusals += [Refusal(name, "finetune", f"torch does not run {op} here") for op in odd[:1]]
         if not kept:
             return made
         for k, batch in enumerate(batches):
             labels = {} if batch.labels is None else dict(zip(self.kept.outputs, batch.labels.T, strict=False))
             loss = self.runner.tune(batch, labels)
             self.say(f"training {len(kept)} layers: step {k + 1} of {steps}, loss {loss:.4f}")
-        maps = dict(made.maps)
-        for name, parts in self.runner.tuned().items():
-            site = self.all[name]
-            assert isinstance(site, Product)
-            before = fitted(self.base, site, first[name].chain[0][1], stats)
-            shift = before.shift + parts["shift"]
-            maps[name] = Fitted(before.rank, parts["first"], parts["second"], shift, parts.get("lift"))
+        maps, tuned = dict(made.maps), self.runner.tuned()
+        for name, fs in several.items():
+            trained = [tuned[f["name"]] for f in fs if f["name"] in tuned]
+            if trained:
+                before = fitted(self.base, _layer(self.all[name]), first[name].chain[0][1], stats)
+                second, shift = (np.concatenate([t[part] for t in trained], axis=-1) for part in ("second", "shift"))
+                lift = trained[0].get("lift")
+                maps[name] = Fitted(before.rank, trained[0]["first"], second, before.shift + shift, lift)
         better = self.made(replace(made.plan, finetune=how, refit=False), replace(stats, maps=maps))
         better = replace(better, maps=maps)
         passes = self.passes(better) or not self.passes(made)
         return better if passes and better.standing > made.standing else made
 
-    def _tensors(self, name: str) -> tuple[list[str], list[str]]:
-        site = self.found[name]
-        assert isinstance(site, Product)
-        return list(site.inputs), list(site.outputs)
+    def _tensors(self, name: str) -> tuple[list[str], list[list[str]]]:
+        """What a layer reads, by node, and what it gives there, by the layers that it consists of."""
+        site = _layer(self.all[name])
+        return list(site.inputs), [list(ts) for ts in zip(*(p.outputs for p in site.members), strict=True)]
 
 
 def signed(model: ModelProto, plan: Plan) -> ModelProto:
@@ -522,22 +636,53 @@ def _trained(step: Step) -> bool:
     return step.chain[0][0] == "low-rank"
 
 
-def _factors(name: str, sites: Sequence[Site]) -> dict[str, Any]:
-    """A layer of low rank, as `finetune.Factors` has it."""
-    one, two = sites
-    assert isinstance(one, Product) and isinstance(two, Product)
+def _sums(options: Iterable[Option]) -> Floats:
+    """Error, bytes and seconds of several options, `[3]`, as if they added up."""
+    several = [(0.0, 0.0, 0.0), *((o.error, o.bytes, o.seconds) for o in options)]
+    return np.asarray(np.sum(several, axis=0), np.float64)
+
+
+def _seconds(point: Point) -> float:
+    return 1.0 if point.speed is None else point.speed.seconds
+
+
+def _layer(site: Site) -> Layer:
+    assert not isinstance(site, Table)
+    return site
+
+
+def _factors(sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """A layer of low rank, as `finetune.Factors` has it: one for each of several that share their first factor."""
+    one, *others = (_layer(s).members[0] for s in sites)
     inner = [n.output[0] for n in one.nodes]
-    return {"name": name, "first": one.weight, "second": two.weight, "inner": inner, "outer": list(two.outputs)}
+    return [
+        {"name": p.name, "first": one.weight, "second": p.weight, "inner": inner, "outer": list(p.outputs)}
+        for p in others
+    ]
 
 
 def named(net: Network) -> dict[str, Site]:
-    """All sites of a model by name, tables first."""
-    several: list[Site] = [*net.tables(), *net.products()]
+    """All sites of a model by name, tables first, layers that share what they read last."""
+    several: list[Site] = [*net.tables(), *net.products(), *net.joints(LEAST_WIDTH)]
     return {s.name: s for s in several}
 
 
-def gemm_bias(net: Network, site: Product) -> Floats | None:
+def parts(site: Site) -> tuple[str, ...]:
+    """Names of the tables or layers that a site consists of."""
+    return (site.name,) if isinstance(site, Table) else tuple(p.name for p in site.members)
+
+
+def gemm_bias(net: Network, site: Layer) -> Floats | None:
     """The bias within a layer's nodes, where they have one and the same; None where they have none."""
+    several = [_gemm_bias(net, p) for p in site.members]
+    if all(b is None for b in several):
+        return None
+    return np.concatenate(
+        [np.zeros(p.shape[1]) if b is None else b for p, b in zip(site.members, several, strict=True)]
+    )
+
+
+def _gemm_bias(net: Network, site: Product) -> Floats | None:
     for node in site.nodes:
         if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
             data = net.array(node.input[2])

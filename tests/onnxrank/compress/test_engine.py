@@ -440,6 +440,77 @@ def test_what_tables_of_fewer_columns_cost(tmp_path: Path) -> None:
     assert {tuple(t.dims) for t in found.model.graph.initializer} >= {(300, 3), (6, 20)}
 
 
+def attention(seed: int = 0) -> ModelProto:
+    """Queries, keys and values that use the same few directions of what they read."""
+    rng = np.random.default_rng(seed)
+    basis = rng.normal(size=(24, 4)) / 5
+    own = {n: (basis @ rng.normal(size=(4, 24))).astype(np.float32) for n in "QKV"}
+    return graph(
+        "(float[N,16] x) => (float[N,1] y) { h = Gemm(x, W, b) q = MatMul(h, Q) k = MatMul(h, K) v = Gemm(h, V, c) "
+        "p = Mul(q, k) s = Tanh(p) r = Mul(s, v) t = Add(r, q) z = MatMul(t, A) y = Sigmoid(z) }",
+        W=rng.normal(size=(16, 24)).astype(np.float32) / 4, b=np.ones(24, np.float32), c=np.ones(24, np.float32),
+        A=rng.normal(size=(24, 1)).astype(np.float32) / 40, **own,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def attended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Requests of that model, with labels drawn from its scores."""
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=(8000, 16)) * np.linspace(2, 0.1, 16)).astype(np.float32)
+    (y,) = session(attention()).run(None, {"x": x})
+    path = tmp_path_factory.mktemp("attention") / "r.npz"
+    np.savez(path, x=x, label=(rng.random(8000) < y[:, 0]).astype(np.int8), request_id=np.arange(8000) // 20)
+    return path
+
+
+def test_layers_that_read_the_same_are_factored_together(attended: Path) -> None:
+    model = attention()
+    (site,) = Network(model).joints(8)
+    found = compress(model, attended, options(methods=("low-rank",), size=99.0, sites=("[qkv]",)))
+    assert found.report.plan is not None and found.report.points[-1].logit_error < 1e-3
+    assert found.report.plan.by_site == {site.name: Step(site.name, (("low-rank", 4),))}
+    assert found.report.points[-1].macs == 512 * (16 * 24 + 4 * (24 + 72) + 24)
+    again = compress(model, attended, options(plan=found.report.plan))
+    assert again.model.SerializeToString(deterministic=True) == found.model.SerializeToString(deterministic=True)
+    alone = compress(model, attended, options(methods=("low-rank",), size=1.2, sites=("[qk]",)))
+    assert alone.report.plan is not None and site.name not in alone.report.plan.by_site
+    both = (*found.report.plan.steps, Step(site.members[0].name, (("fp16", 0),)))
+    with pytest.raises(UsageError, match="twice"):
+        compress(model, attended, options(plan=Plan(found.report.plan.model_sha256, both)))
+
+
+def test_layers_that_share_what_they_read_and_add_what_is_computed(attended: Path) -> None:
+    """As the candidate-level blocks of layers in optimised models."""
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(16, 4)) / 4
+    model = graph(
+        "(float[N,16] x) => (float[N,1] y) { m = ReduceMean<axes=[0]>(x) u = MatMul(m, U) h = Tanh(x) "
+        "p = Gemm(h, P, u) q = Gemm(h, Q, u) s = Tanh(p) t = Mul(s, q) z = MatMul(t, A) y = Sigmoid(z) }",
+        A=rng.normal(size=(24, 1)).astype(np.float32) / 9, U=rng.normal(size=(16, 24)).astype(np.float32),
+        **{n: (basis @ rng.normal(size=(4, 24))).astype(np.float32) for n in "PQ"},
+    )  # fmt: skip
+    (site,) = Network(model).joints(8)
+    plan = Plan(load(model).sha256, (Step(site.name, (("low-rank", 4),)),))
+    found = compress(model, attended, options(plan=plan, labels=()))
+    assert found.passed and found.report.points[-1].logit_error < 1e-3
+
+
+@pytest.mark.slow
+def test_what_layers_share_is_fitted_to_what_they_see(attended: Path) -> None:
+    """Behind a layer that lost rank, the columns of all of them are found by one regression."""
+    model = attention()
+    first, (site,) = Network(model).products()[0], Network(model).joints(8)
+    steps = (Step(site.name, (("low-rank", 2),)), Step(first.name, (("low-rank", 5),)))
+    limits = Limits(loss=1.0, overlap=0.0, rmse=9.0, calibration=1.0)
+    plain, fitted = (
+        compress(model, attended, options(plan=Plan(load(model).sha256, steps, sequential=s), limits=limits))
+        for s in (False, True)
+    )
+    assert fitted.report.plan is not None and fitted.report.plan.sequential
+    assert fitted.report.points[-1].logit_error < 0.97 * plain.report.points[-1].logit_error
+
+
 @pytest.mark.slow
 def test_several_processes_find_the_same(data: Path) -> None:
     one, two = (

@@ -88,6 +88,26 @@ def test_training_brings_back_what_was_lost(data: Path, relu: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("relu", [False, True])
+def test_layers_that_share_a_factor_are_trained_together(data: Path, relu: bool) -> None:
+    model = ranker("g = Gemm(r, V, c) l = MatMul(r, U)", "j = Concat<axis=1>(g, l) q = Relu(j) k = Gemm(q, M, s)")
+    rng = RNG(6)
+    for name, shape in (("U", (32, 32)), ("M", (64, 32))):
+        data_of = (rng.normal(size=shape) / 8).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(data_of, name))
+    (site,) = engine.Network(model).joints(8)
+    how: dict[str, Any] = {"labels": (), "limits": Limits(loss=0.2, overlap=0.0, calibration=1.0, rmse=9.0)}
+    sha = engine.files.load(model).sha256
+    plans = [Plan(sha, (Step(site.name, (("low-rank", 8),)),), finetune=t) for t in (None, Tuning(12, relu))]
+    plain, tuned = (compress(model, data, Options(plan=p, choice=2000, seconds=0.02, **how)) for p in plans)
+    assert tuned.report.plan is not None and tuned.report.plan.finetune is not None, tuned.report.notes
+    assert off(model, tuned.model) < 0.95 * off(model, plain.model)
+    onnx.checker.check_model(tuned.model, full_check=True)
+    assert [n.op_type for n in tuned.model.graph.node].count("Relu") == 2 + relu
+    assert tuned.report.points[-1].macs == 512 * (16 * 32 + 8 * (32 + 64) + 64 * 32 + 32)
+
+
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(data: Path) -> None:
     one, two, other = (made(ranker(), data, Tuning(1, True, seed)).model for seed in (3, 3, 4))
     assert one.SerializeToString() == two.SerializeToString() != other.SerializeToString()

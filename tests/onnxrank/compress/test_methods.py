@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from onnxrank.compress.methods import METHODS, Refused, break_even, column_scales, fold_pca, ranks, subspace
 from onnxrank.compress.statistics import Moments, Statistics, counted, reduced_rank
-from onnxrank.network import Network, Product, Table
+from onnxrank.network import Joint, Network, Product, Table
 from tests.support.modelkit import graph, session
 
 RNG = np.random.default_rng
@@ -378,4 +378,99 @@ def test_reduced_rank_regression_beats_the_projection_on_other_inputs() -> None:
 def test_methods_say_what_they_are() -> None:
     for m in METHODS.values():
         assert "->" in m.identity or m.name == "sparse-tables"
-        assert len(m.source) > 20 and m.takes in (Product, Table)
+        assert len(m.source) > 20 and m.takes in (Product, Table, (Product, Joint))
+
+
+JOINT = "(float[N,%s] x) => (float[N,%s] y) { %s }"
+SHARED = {
+    "MatMul": "q = MatMul(x, Q) k = MatMul(x, K) v = MatMul(x, V)",
+    "biases": "q = Gemm(x, Q, bq) p = MatMul(x, K) k = Add(p, bk) v = Gemm(x, V)",
+    "flipped, other nodes between": (
+        "t = Transpose(V) v = MatMul(x, t) r = Relu(x) k = MatMul(r, E) q = Gemm<transB=1>(x, Q, bq)"
+    ),
+    "bias computed": "c = Mul(bq, bq) q = Gemm(x, Q, c) k = MatMul(x, K) v = MatMul(x, V)",
+}  # fmt: skip
+
+
+def shared(form: str, inner: str = "12") -> ModelProto:
+    """Layers that read the same tensor, their results side by side."""
+    rng = RNG(0)
+    body = SHARED[form]
+    names = ["Q", "K", "V", "E", "bq", "bk"]
+    shapes = {"Q": (12, 10), "K": (12, 16), "V": (12, 8), "E": (12, 16), "bq": (10,), "bk": (16,)}
+    if "flipped" in form:
+        shapes |= {"Q": (10, 12), "V": (8, 12)}
+    used = {n: rng.normal(size=shapes[n]).astype(np.float32) for n in names if f"{n})" in body or f" {n}," in body}
+    model = graph(JOINT % (inner, f"{inner[:-2]}34", f"{body} y = Concat<axis=-1>(q, k, v)"), **used)
+    onnx.checker.check_model(model)
+    return model
+
+
+def joint_statistics(net: Network, x: np.ndarray) -> tuple[Joint, Statistics]:
+    (site,) = net.joints(8)
+    return site, Statistics(len(x), {site.name: Moments.of(x.astype(np.float64) @ net.matrix(site))})
+
+
+@pytest.mark.parametrize(("form", "inner"), [*((form, "12") for form in SHARED), ("MatMul", "3,12")])
+def test_layers_that_read_the_same_get_one_basis(form: str, inner: str) -> None:
+    model = shared(form, inner=inner)
+    net = Network(model)
+    rows = inputs(rank=12)
+    x = rows[:399].reshape(-1, *(int(n) for n in inner.split(",")))
+    site, stats = joint_statistics(net, rows[:399])
+    weight = net.matrix(site).astype(np.float64)
+    product = x.astype(np.float64) @ weight
+    mean = product.reshape(-1, weight.shape[1]).mean(0)
+    basis = np.linalg.svd((product - mean).reshape(-1, weight.shape[1]), full_matrices=False)[2][:5]
+    expected = mean + (product - mean) @ basis.T @ basis - product
+    error = METHODS["low-rank"].error(net, site, 5, stats)
+    assert error == pytest.approx(np.sqrt((expected**2).sum() / ((product - mean) ** 2).sum()), rel=1e-3)
+    left = METHODS["low-rank"].apply(net, site, 5, stats)
+    made = net.finished()
+    onnx.checker.check_model(made, full_check=True)
+    off = run(made, {"x": x}) - run(model, {"x": x})
+    columns = {"q": slice(0, 10), "k": slice(10, 26), "v": slice(26, 34)}
+    given = np.split(expected, np.cumsum([p.shape[1] for p in site.members])[:-1], axis=-1)
+    changed = np.zeros(off.shape)
+    for p, part in zip(site.members, given, strict=True):
+        which = {"Q": "q", "K": "k", "V": "v", "t": "v"}[p.weight]
+        changed[..., columns[which]] = part
+    assert off == pytest.approx(changed, abs=2e-4)
+    assert [s.shape for s in left] == [(12, 5), *((5, p.shape[1]) for p in site.members)]
+    firsts = [n for n in made.graph.node if n.op_type == "MatMul" and n.input[0] == "x"]
+    assert len(firsts) == 1 and not any(n.op_type == "Gemm" and n.input[0] == "x" for n in made.graph.node)
+
+
+def test_one_basis_at_every_tensor_that_is_read() -> None:
+    """Weights that are shared between a history and a candidate."""
+    rng = RNG(0)
+    text = (
+        "(float[N,12] x, float[N,12] z) => (float[N,32] y, float[N,32] w) { a = MatMul(x, K) b = MatMul(x, V) "
+        "c = MatMul(z, K) d = MatMul(z, V) y = Concat<axis=1>(a, b) w = Concat<axis=1>(c, d) }"
+    )
+    held = {n: rng.normal(size=(12, 16)).astype(np.float32) for n in "KV"}
+    model = graph(text, **held)
+    net = Network(model)
+    x, z = inputs(rank=4), inputs(rank=4)[::-1].copy()
+    site, stats = joint_statistics(net, np.concatenate([x, z]))
+    assert [len(p.nodes) for p in site.members] == [2, 2] and site.inputs == ("x", "z")
+    METHODS["low-rank"].apply(net, site, 4, stats)
+    made = net.finished()
+    assert [n.op_type for n in made.graph.node].count("MatMul") == 6
+    for name in "yw":
+        assert run(made, {"x": x, "z": z}, name) == pytest.approx(run(model, {"x": x, "z": z}, name), abs=1e-3)
+
+
+def test_what_is_not_joined() -> None:
+    model = shared("MatMul")
+    net = Network(model)
+    (site,) = net.joints(8)
+    assert [p.weight for p in site.members] == ["Q", "K", "V"] and site.shape == (12, 34)
+    assert Network(model).joints(9)[0].shape == (12, 26)  # the narrow one stays by itself
+    assert Network(layer("MatMul")).joints() == [] and Network(layer("read twice")).joints() == []
+    wide = graph(
+        "(float[N,40] x) => (float[N,20] y) { a = MatMul(x, A) b = MatMul(x, B) y = Concat<axis=1>(a, b) }",
+        A=np.ones((40, 10), np.float32), B=np.ones((40, 10), np.float32),
+    )  # fmt: skip
+    with pytest.raises(Refused, match="too few to be worth one basis"):
+        METHODS["low-rank"].offers(Network(wide), Network(wide).joints(8)[0], Statistics())
