@@ -126,15 +126,15 @@ def find(
 
 
 def with_any_few(pair: Pair, plain: Form) -> Iterator[Pair]:
-    """A pair; where its plan for few candidates is the original, also with that in the other form there is of it.
+    """A pair, and the same with the original for few candidates, in the form that the pair does not have already.
 
     Args:
         pair: The pair.
-        plain: The original as it is, where the pair may have it as it was prepared for the plan for many.
+        plain: The original as it is, where that is not what the plan for many was made of.
     """
     yield pair
-    if not pair.few.rules and plain.study is not pair.many.study:
-        yield replace(pair, few=pair.many.limited(()) if pair.few.study is plain.study else plain)
+    if plain.study is not pair.many.study:
+        yield replace(pair, few=pair.many.limited(()) if pair.few is plain else plain)
 
 
 def _points(span: tuple[int, int]) -> Iterator[int]:
