@@ -60,7 +60,7 @@ class Job:
         full: The form with all rules.
         pair: The chosen form, and another one for few candidates; None where it holds for any number.
         measured: What timing gave.
-        until: When timing has to be done with trying.
+        spent: Seconds that timing took.
         without: Rules that were out before timing left any out.
         guilty: Rules with operators at which one of their sites made the check fail.
         others: Remarks on rules that were left out as a whole.
@@ -84,7 +84,7 @@ class Job:
         self.full: Form | None = None
         self.pair: Pair | None = None
         self.measured: tuple[Measured, ...] = ()
-        self.until = 0.0
+        self.spent = 0.0
         self.without: frozenset[str] = frozenset()
         self.guilty: set[tuple[str, str]] = set()
         self.others: list[Refusal] = []

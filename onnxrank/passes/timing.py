@@ -19,6 +19,7 @@ from onnxrank.passes.emission import written
 from onnxrank.passes.job import Job
 from onnxrank.plans import Measured
 from onnxrank.report import Retreat
+from onnxrank.runtime import Feeds
 from onnxrank.study import Study
 from onnxrank.values import CANDIDATES
 
@@ -27,14 +28,13 @@ _MOST_ROUNDS = 2
 _AGAIN = 2
 """How often a narrow loss is timed again."""
 _PATIENCE = 4
-"""After how many times the time there is for timing no more is tried for what is not faster."""
+"""Once timing took so many times as long as it may, nothing more is tried for what is not faster."""
 
 
 def measure(job: Job) -> bool:
     """Times original and result in turns, and takes back what is not faster; whether anything is left."""
     if not job.options.tune or job.form is None:
         return job.form is not None
-    job.until = time.monotonic() + _PATIENCE * job.options.tune
     race = _race(job, tune.points(job.options.span, job.options.usual))
     try:
         if job.pair is not None:
@@ -59,9 +59,8 @@ def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     points = pair.around(job.options.span)
     feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in points)
     assert pair.few.model is not None
-    times = tune.Race(replace(loaded, proto=pair.few.model), points, feeds).measure(
-        _model(pair.many), feeds, 0.25 * job.options.tune
-    )
+    few = tune.Race(replace(loaded, proto=pair.few.model), points, feeds)
+    times = _against(job, few, _model(pair.many), feeds, 0.25)
     checked, job.pair = job.pair, pair.measured(times)
     same = checked is not None and (job.pair.few, job.pair.below) == (checked.few, checked.below)
     right = not job.options.check or same or gated(job).passed
@@ -120,7 +119,7 @@ def _other(job: Job, race: tune.Race, reason: str) -> bool:
 
 
 def _patient(job: Job) -> bool:
-    return time.monotonic() < job.until
+    return job.spent < _PATIENCE * job.options.tune
 
 
 def _rank(times: Sequence[Measured]) -> tuple[bool, float]:
@@ -148,10 +147,18 @@ def _timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto
 def _raced(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto) -> tuple[Measured, ...]:
     """Times what is made of a form; more than once, in other sessions, where it seems to lose a little."""
     feeds = [form.rewrite.translate(f) for f in race.feeds]
-    tries = [race.measure(made, feeds, share * job.options.tune)]
+    tries = [_against(job, race, made, feeds, share)]
     while tune.unsure(tries[0]) and len(tries) <= _AGAIN:
-        tries.append(race.measure(made, feeds, share * job.options.tune))
+        tries.append(_against(job, race, made, feeds, share))
     return tune.middle(tries)
+
+
+def _against(job: Job, race: tune.Race, made: ModelProto, feeds: Sequence[Feeds], share: float) -> tuple[Measured, ...]:
+    """Times a model against another one, and adds up what that takes."""
+    begin = time.monotonic()
+    found = race.measure(made, feeds, share * job.options.tune)
+    job.spent += time.monotonic() - begin
+    return found
 
 
 def _model(form: Form) -> ModelProto:

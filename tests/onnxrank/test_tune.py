@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -179,6 +181,19 @@ def test_another_way_is_taken() -> None:
     assert any("in another way" in note for note in result.report.notes)
     again = onnxrank.optimize(model, plan=result.plan)
     assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+def test_what_takes_long_to_time_is_not_tried_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def clock(made: ModelProto, n: int) -> float:
+        calls.append(n)
+        return 0.9
+
+    ticks = itertools.count(0.0, 100.0)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert not tuned(clock)[1].changed
+    assert len(calls) == 2  # the result, and that without its first rule
 
 
 def test_for_a_range_the_clock_decides_what_is_predicted_to_lose_somewhere() -> None:
