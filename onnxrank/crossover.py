@@ -46,7 +46,8 @@ class Pair:
         count = where(self.many)
         if self.few.model is None or self.many.model is None or count is None:
             return None
-        return joined(self.few.model, self.many.model, self.below, count)
+        shapes = self.many.shapes
+        return joined(self.few.model, self.many.model, self.below, count, lambda name, n: shapes(n).shape(name))
 
     def time(self, candidates: int) -> float:
         """Predicted seconds at a number of candidates."""
@@ -79,7 +80,8 @@ class Pair:
 
     def stored(self) -> Few:
         """What a plan says of the first one."""
-        return Few(self.below, tuple(dict.fromkeys(r.name for r in self.few.rules)), self.few.sites)
+        rules = tuple(dict.fromkeys(r.name for r in self.few.rules))
+        return Few(self.below, rules, self.few.sites, self.few.study is not self.many.study)
 
 
 def where(form: Form) -> Count | None:
@@ -88,7 +90,9 @@ def where(form: Form) -> Count | None:
     return None if found is None else Count(*found)
 
 
-def find(forms: Sequence[Form], single: Seconds, original: Seconds, span: tuple[int, int]) -> Pair | None:
+def find(
+    forms: Sequence[Form], single: Seconds, original: Seconds, span: tuple[int, int], plain: Form | None = None
+) -> Pair | None:
     """The two plans that serve a range of numbers of candidates where a single one does not.
 
     Args:
@@ -96,6 +100,7 @@ def find(forms: Sequence[Form], single: Seconds, original: Seconds, span: tuple[
         single: Time of the single plan that would be taken, or of the original where none pays.
         original: Time of the original.
         span: Least and most candidates expected.
+        plain: The original as it is, which may stand beside any of the forms.
 
     Returns:
         The pair; None where the single plan is near the best one everywhere, or two are not nearer.
@@ -113,11 +118,23 @@ def find(forms: Sequence[Form], single: Seconds, original: Seconds, span: tuple[
 
     if behind(single) <= NEAR:
         return None
-    pairs = list(_pairs(sorted(known, key=lambda f: f.time(span[1])), span))
+    pairs = list(_pairs(sorted(known, key=lambda f: f.time(span[1])), span, plain))
     found = min(pairs, key=lambda p: behind(p.time), default=None)
     if found is None or behind(found.time) * NEAR > behind(single) or found.model() is None:
         return None
     return found
+
+
+def with_any_few(pair: Pair, plain: Form) -> Iterator[Pair]:
+    """A pair, and the same with the original for few candidates, in the form that the pair does not have already.
+
+    Args:
+        pair: The pair.
+        plain: The original as it is, where that is not what the plan for many was made of.
+    """
+    yield pair
+    if plain.study is not pair.many.study:
+        yield replace(pair, few=pair.many.limited(()) if pair.few is plain else plain)
 
 
 def _points(span: tuple[int, int]) -> Iterator[int]:
@@ -126,14 +143,15 @@ def _points(span: tuple[int, int]) -> Iterator[int]:
     yield from dict.fromkeys(round(low * (high / low) ** (k / (_POINTS - 1))) for k in range(_POINTS))
 
 
-def _pairs(known: Sequence[Form], span: tuple[int, int]) -> Iterator[Pair]:
+def _pairs(known: Sequence[Form], span: tuple[int, int], plain: Form | None = None) -> Iterator[Pair]:
     """Plans, the best for many candidates first, and what may stand beside each for few.
 
-    That is another plan, or the original; beside the first one also less of it.
+    That is the original, as it is or as it was prepared, or another plan; beside the first one also less of it.
     """
     for many in known:
         others = [f for f in known if f is not many and f.study is many.study]
-        for few in [*_fewer(many, span[0], many is known[0]), *others]:
+        as_it_is = [plain] if plain is not None and plain.study is not many.study else []
+        for few in [*as_it_is, *_fewer(many, span[0], many is known[0]), *others]:
             below = _crossing(few.time, many.time, span)
             if below is not None:
                 yield Pair(few, many, below)

@@ -225,7 +225,7 @@ class Host:
         Args:
             sessions: Their keys.
             feeds: The feeds.
-            seconds: Most seconds to spend.
+            seconds: Most seconds to spend, of the thread's time.
 
         Returns:
             Seconds per run, `[sessions, rounds, runs of a turn]`.
@@ -242,9 +242,8 @@ class Host:
             return run
 
         try:
-            return interleave(
-                [timed(self._sessions[s], f) for s, f in zip(sessions, feeds, strict=True)], seconds
-            ).seconds
+            runs = [timed(self._sessions[s], f) for s, f in zip(sessions, feeds, strict=True)]
+            return interleave(runs, seconds, of_thread).seconds
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {runtime.first_line(e)}") from e
 

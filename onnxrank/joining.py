@@ -7,15 +7,17 @@ Less alone, which run on the CPU wherever the model does, so that no data are wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import reduce
+from operator import xor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from onnxrank.graphs import claimed, names_in, reads, rename, subgraphs, versions
+from onnxrank.graphs import captured, claimed, names_in, reads, rename, subgraphs, versions
 from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
@@ -41,6 +43,10 @@ class Count:
     each: int = 1
 
 
+Shape = Callable[[str, int], Sequence[int] | None]
+"""Shape of a tensor that stands outside the `If`, at a number of candidates; None if it is not known."""
+_COUNTS = (1, 2, 3, 8, 64, 512)
+"""Numbers of candidates at which plans of memory are told apart."""
 _SMALL = 1 << 14
 """Bytes of a weight up to which both branches have it, if both multiply by it."""
 
@@ -49,7 +55,7 @@ _TINY = 1 << 10
 """Bytes of a part of a weight up to which it is stored beside the weight."""
 
 
-def joined(few: ModelProto, many: ModelProto, below: int, at: Count) -> ModelProto | None:
+def joined(few: ModelProto, many: ModelProto, below: int, at: Count, shape: Shape | None = None) -> ModelProto | None:
     """One model of two that compute the same from the same inputs.
 
     Args:
@@ -57,6 +63,7 @@ def joined(few: ModelProto, many: ModelProto, below: int, at: Count) -> ModelPro
         many: The model for all others, whose metadata and signature the result has.
         below: The number of candidates from which on `many` holds.
         at: Where that is read.
+        shape: Tells shapes of the second one's tensors, where they are known.
 
     Returns:
         The model; None where the graphs cannot stand in one `If`.
@@ -65,7 +72,7 @@ def joined(few: ModelProto, many: ModelProto, below: int, at: Count) -> ModelPro
     sparse = any(m.graph.sparse_initializer for m in (few, many))
     if versions(many)[""] < _LEAST_OPSET or sparse or inputs[0] != inputs[1] or outputs[0] != outputs[1]:
         return None
-    return _Join(few, many).model(below, at)
+    return _Join(few, many).model(below, at, shape)
 
 
 def is_crossover(node: NodeProto) -> bool:
@@ -234,7 +241,7 @@ class _Join:
 
     # --- putting together ------------------------------------------------------------------------------------------
 
-    def model(self, below: int, at: Count) -> ModelProto:
+    def model(self, below: int, at: Count, shape: Shape | None) -> ModelProto:
         """The result."""
         out = ModelProto()
         out.CopyFrom(self.base)
@@ -246,9 +253,11 @@ class _Join:
         graph.initializer.extend(self._weights([*front, *behind], branches))
         made, stored = _condition(below, at, self.taken)
         graph.initializer.extend(stored)
+        outer = [*(i.name for i in graph.input), *(o for n in front for o in n.output if o)]
+        views, told = self._told_apart(branches, outer, at.input, shape)
         ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
-        choice = helper.make_node("If", [made[-1].output[0]], list(given.values()), name=NAME, **ways)
-        graph.node.extend([*front, *made, choice, *behind])
+        choice = helper.make_node("If", [made[-1].output[0]], [*given.values(), *told], name=NAME, **ways)
+        graph.node.extend([*front, *views, *made, choice, *behind])
         graph.value_info.extend(_described(self.many.graph, {o for n in front for o in n.output}, {}))
         return out
 
@@ -296,6 +305,41 @@ class _Join:
                 out.node.append(helper.make_node("Identity", [names.get(name, name)], [made]))
             out.output.add().name = made
         return out
+
+    def _told_apart(
+        self, branches: Sequence[GraphProto], outer: Sequence[str], counted: str, shape: Shape | None
+    ) -> tuple[list[NodeProto], list[str]]:
+        """Has branches plan their memory for every number of candidates.
+
+        onnxruntime plans a graph's memory once for each exclusive or of all extents of what the graph is given. Of an
+        even number of tensors with rows of candidates those cancel out: the plan for the number that is seen first is
+        taken for all, and fits no other. Such a branch takes in one more of them, and gives its shape.
+
+        Returns:
+            Nodes to stand in front, and what the `If` gives more, which nobody reads.
+        """
+        views: list[NodeProto] = []
+        more: dict[str, str] = {}
+        if shape is None:
+            return [], []
+        for branch in branches:
+            read = captured(branch) & set(outer)
+            if _plans(read, shape) or not any(_plans([o], shape) for o in read):
+                continue
+            found = next((o for o in outer if _plans(read | {o}, shape)), None)
+            if found is None and branch is branches[0]:  # with many candidates memory is little of the time
+                found = claimed(f"{NAME}/rows", self.taken)
+                views = [helper.make_node("Flatten", [counted], [found], axis=0)]
+            if found is not None:
+                more[branch.name] = found
+        for branch in branches if more else ():
+            made = branch.output.add().name = claimed(f"{branch.name}/{NAME}/extents", self.taken)
+            if branch.name in more:
+                branch.node.append(helper.make_node("Shape", [more[branch.name]], [made]))
+            else:
+                nothing = numpy_helper.from_array(np.zeros(1, np.int64))
+                branch.node.append(helper.make_node("Constant", [], [made], value=nothing))
+        return views, [claimed(f"{NAME}/extents", self.taken)] if more else []
 
     def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
         """What is stored outside; weights of products that one branch alone reads are put into it.
@@ -384,6 +428,12 @@ def _places(rows: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64] | None
     known = {row.tobytes(): k for k, row in enumerate(among)}
     found = [known.get(row.tobytes(), -1) for row in rows]
     return None if -1 in found else np.array(found, np.int64)
+
+
+def _plans(given: Iterable[str], shape: Shape) -> bool:
+    """Whether a graph that is given some tensors gets a plan of memory for every number of candidates."""
+    keys = {reduce(xor, (e for g in given for e in shape(g, n) or ()), 0) for n in _COUNTS}
+    return len(keys) == len(_COUNTS)
 
 
 def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:

@@ -138,11 +138,13 @@ class Few:
         below: The number of candidates from which on the plan's own sites hold.
         rules: Names of the rules that could be applied.
         sites: Where they could be.
+        original: Whether that is in the original as it is, and not as it was prepared for the plan's own sites.
     """
 
     below: int
     rules: tuple[str, ...]
     sites: tuple[Site, ...]
+    original: bool = False
 
     def choice(self) -> Choice:
         """What a rewrite asks in order to do the same again."""
@@ -150,13 +152,16 @@ class Few:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `from_dict` reads back."""
-        return {"below": self.below, "rules": list(self.rules), "sites": [_site_to_dict(s) for s in self.sites]}
+        original = {"original": True} if self.original else {}
+        sites = [_site_to_dict(s) for s in self.sites]
+        return {"below": self.below, "rules": list(self.rules), "sites": sites, **original}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Few:
         """Reads what `to_dict` returned."""
         rules, sites = (_as(list, d[key]) for key in ("rules", "sites"))
-        return cls(_as(int, d["below"]), tuple(_as(str, r) for r in rules), tuple(map(_site_from_dict, sites)))
+        taken, original = tuple(_as(str, r) for r in rules), _as(bool, d.get("original", False))
+        return cls(_as(int, d["below"]), taken, tuple(map(_site_from_dict, sites)), original)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from onnxrank.turns import RESOLUTION, ratio
 
 _TIMEOUT = 120.0
 """Seconds for loading a model, or beyond the time that is asked for."""
+_STEP = 8
+"""Between the ends of a range each number of candidates that is timed is about so many times the one before."""
+_CLOSE = 0.06
+"""Logarithm of a loss that may still come from where the memory of two sessions lies: it is timed again in others."""
 SUSPECTS = ("fold", "cross", "attention")
 """Rules that trade multiply-adds for moving data, those whose predictions miss most first."""
 
@@ -76,11 +81,39 @@ def points(span: tuple[int, int], usual: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([usual, *span]))
 
 
+def between(span: tuple[int, int], usual: int) -> tuple[int, ...]:
+    """Numbers of candidates between those, where a result is looked at that is slower at none of them."""
+    low, high = span
+    steps = round(math.log(high / low, _STEP))
+    found = [round(low * (high / low) ** (k / steps)) for k in range(1, steps)]
+    return tuple(n for n in dict.fromkeys(found) if n not in points(span, usual))
+
+
 def faster(measured: Sequence[Measured]) -> bool:
-    """Whether a result is faster at the usual number of candidates, beyond noise, and slower at no other."""
-    usual, *ends = measured
-    wins = usual.low > 1 and math.log(usual.ratio) > RESOLUTION
-    return wins and not any(m.high < 1 and math.log(m.ratio) < -RESOLUTION for m in ends)
+    """Whether a result is faster at some number of candidates, beyond noise, and slower at none."""
+    wins = any(m.low > 1 and math.log(m.ratio) > RESOLUTION for m in measured)
+    return wins and not any(m.high < 1 and math.log(m.ratio) < -RESOLUTION for m in measured)
+
+
+def unsure(measured: Sequence[Measured]) -> bool:
+    """Whether a result that is faster elsewhere loses so little, or so unsurely, that other sessions may say else."""
+    lost = [m for m in measured if math.log(m.ratio) < -RESOLUTION]
+    return bool(lost) and mean(measured) > 1 and all(m.high >= 1 or math.log(m.ratio) > -_CLOSE for m in lost)
+
+
+def worst(measured: Sequence[Measured]) -> float:
+    """The least ratio."""
+    return min(m.ratio for m in measured)
+
+
+def mean(measured: Sequence[Measured]) -> float:
+    """The geometric mean of the ratios."""
+    return statistics.geometric_mean(m.ratio for m in measured)
+
+
+def middle(tries: Sequence[Sequence[Measured]]) -> tuple[Measured, ...]:
+    """Of several measurements at the same numbers of candidates the median one at each."""
+    return tuple(sorted(of, key=lambda m: m.ratio)[len(of) // 2] for of in zip(*tries, strict=True))
 
 
 def told(measured: Sequence[Measured]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import isclose
+from math import isclose, isinf, log
 
 from onnx import ModelProto
 
-from onnxrank import crossover, remarks
+from onnxrank import crossover, remarks, tune
 from onnxrank.forms import Form
 from onnxrank.operators import operator
 from onnxrank.passes.job import Job
@@ -19,7 +19,7 @@ from onnxrank.report import Retreat
 LEAST_GAIN = 1.05
 """A predicted ratio of times below this may be a loss: predictions are off by as much.
 
-What is timed afterwards need only be predicted to be no slower.
+What is timed afterwards need only be predicted to be no slower, and at any of the numbers of candidates it is timed at.
 """
 
 
@@ -38,16 +38,24 @@ def rewrite(job: Job) -> bool:
 
 def choose(job: Job, found: Sequence[Form]) -> None:
     """Takes the form that costs least at the expected number of candidates."""
-    seconds = job.before()
+    seconds, span = job.before(), job.options.span
     job.found = tuple(found)
     if len(found) == 1:
-        _go_on_with(job, found[0])
+        go_on_with(job, found[0])
         return
     # Of forms that are all out the last is the plainest.
-    _go_on_with(job, min(reversed(found), key=lambda f: f.seconds(job.options.span, seconds)))
+    chosen = min(reversed(found), key=lambda f: f.seconds(span, seconds))
+    tried = promising(job, found) if job.options.tune and isinf(chosen.seconds(span, seconds)) else []
+    go_on_with(job, next(iter(tried), chosen))
 
 
-def _go_on_with(job: Job, chosen: Form) -> None:
+def promising(job: Job, found: Iterable[Form]) -> list[Form]:
+    """Forms by their predicted times at all numbers of candidates that they are timed at, the best first."""
+    points = tune.points(job.options.span, job.options.usual)
+    return sorted((f for f in found if f.changed), key=lambda f: sum(log(f.time(n)) for n in points))
+
+
+def go_on_with(job: Job, chosen: Form) -> None:
     """Goes on with one of the ways to rewrite the model."""
     job.pair, job.form = None, chosen
     job.full = next(f for f in job.found if f.study is chosen.study)
@@ -73,12 +81,14 @@ def take(job: Job, form: Form) -> None:
 
 def _crosses(job: Job) -> bool:
     """Whether a second plan for few candidates stands beside the one for many, where one alone is not enough."""
-    form, before, n = job.chosen, job.before(), job.options.usual
+    form, before, n, o = job.chosen, job.before(), job.options.usual, job.options
+    if o.span[0] == o.span[1]:
+        return False
     kept = form.changed and before(n) >= _least_gain(job) * form.time(n)
-    pair = crossover.find(job.found, form.time if kept else before, before, job.options.span)
+    pair = crossover.find(job.found, form.time if kept else before, before, o.span, job.plain)
     if pair is not None:
         if pair.many is not form:
-            _go_on_with(job, pair.many)
+            go_on_with(job, pair.many)
         job.pair = pair
     return pair is not None
 
@@ -100,12 +110,13 @@ def pays(job: Job) -> bool:
         return False
     n = job.options.usual
     original, made = form.study.model, form.model
-    before, after = job.before()(n), form.time(n)
-    same = made is not None and _operators(made) == _operators(original) and isclose(before, after)
+    before = job.before()
+    same = made is not None and _operators(made) == _operators(original) and isclose(before(n), form.time(n))
     if same and not form.study.packed:
         job.notes.append("the rewritten model would do the same work in another order, so it was not taken")
         return False
-    if before < _least_gain(job) * after:
+    points = tune.points(job.options.span, n) if job.options.tune else (n,)
+    if all(before(k) < _least_gain(job) * form.time(k) for k in points):
         reason = f"the rewritten model would not be faster at N = {n}, so it was not taken"
         job.notes.append(reason)
         job.others.append(remarks.not_taken(form, reason, n))

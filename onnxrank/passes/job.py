@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 
 from onnx import ModelProto
@@ -60,6 +61,7 @@ class Job:
         full: The form with all rules.
         pair: The chosen form, and another one for few candidates; None where it holds for any number.
         measured: What timing gave.
+        spent: Seconds that timing took.
         without: Rules that were out before timing left any out.
         guilty: Rules with operators at which one of their sites made the check fail.
         others: Remarks on rules that were left out as a whole.
@@ -84,6 +86,7 @@ class Job:
         self.full: Form | None = None
         self.pair: Pair | None = None
         self.measured: tuple[Measured, ...] = ()
+        self.spent = 0.0
         self.without: frozenset[str] = frozenset()
         self.guilty: set[tuple[str, str]] = set()
         self.others: list[Refusal] = []
@@ -95,6 +98,12 @@ class Job:
         """The form that was chosen; there must be one."""
         assert self.form is not None
         return self.form
+
+    @cached_property
+    def plain(self) -> Form:
+        """The original as it is, with the result's signature."""
+        o = self.options
+        return Form(self.preparation.original, (), o.interface, o.guard, o.span)
 
     def before(self) -> Callable[[int], float]:
         """Predicted time of the original, by the number of candidates."""

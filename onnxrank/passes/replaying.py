@@ -35,7 +35,8 @@ def follow(job: Job, found: Plan) -> bool:
     take(job, job.full)
     if found.few is not None:
         rules = [r for r in o.rules if r.name in found.few.rules]
-        few = job.full.limited(rules, found.few.choice())
+        base = job.plain if found.few.original else job.full
+        few = base.limited(rules, found.few.choice())
         job.pair = Pair(few, job.full, found.few.below)
     wanted, made = (
         {(s.place, s.chosen) for s in (*p.sites, *(p.few.sites if p.few else ()))}

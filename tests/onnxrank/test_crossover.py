@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,11 @@ WIDE = (1, 4096)
 
 
 @cache
-def ranker() -> ModelProto:
-    """Experts over a user and an item: each is one operator more when it is divided, which pays for many."""
+def ranker(dead: bool = False) -> ModelProto:
+    """Experts over a user and an item: each is one operator more when it is divided, which pays for many.
+
+    With `dead` there is a layer behind them of which a unit does nothing: it is packed away before any rule looks.
+    """
     g, rng = Graph(), np.random.default_rng(0)
     user, item = g.input("user", ["N", 96]), g.input("item", ["N", 32])
     both = g.op("Concat", user, item, axis=1)
@@ -40,7 +44,11 @@ def ranker() -> ModelProto:
     for _ in range(24):
         weight, bias = g.const(rng.integers(-2, 3, (128, 48))), g.const(rng.integers(0, 3, 48))
         hidden.append(g.op("Relu", g.op("Gemm", both, weight, bias)))
-    g.output(g.op("MatMul", g.op("Sum", *hidden), g.const(rng.integers(-2, 3, (48, 1)))), ["N", 1])
+    last = g.op("Sum", *hidden)
+    if dead:
+        kept = np.arange(48) != 5
+        last = g.op("Relu", g.op("Gemm", last, g.const(rng.integers(-2, 3, (48, 48)) * kept), g.const(1.0 * kept)))
+    g.output(g.op("MatMul", last, g.const(rng.integers(-2, 3, (48, 1)))), ["N", 1])
     return g.model()
 
 
@@ -287,6 +295,43 @@ def test_another_plan_may_stand_for_few() -> None:
     assert found == {(id(nothing), id(much)): 25, (id(little), id(much)): 90, (id(nothing), id(little)): 4}
     other = SimpleNamespace(**{**vars(little), "study": object()})
     assert (id(other), id(much)) not in {(id(p.few), id(p.many)) for p in crossover._pairs([much, other], WIDE)}
+
+
+def test_the_original_as_it_is_may_stand_for_few() -> None:
+    """Not as it was prepared for the plan for many; and the plan says which."""
+    model, find = ranker(dead=True), crossover.find
+
+    def found(*given: Any) -> Pair | None:
+        pair = find(*given)
+        return pair and replace(pair, few=given[-1])
+
+    with mock.patch.object(crossover, "find", found):
+        result = onnxrank.optimize(model, request=["user"], candidates=WIDE, check="quick")
+    few = result.plan.few
+    assert few is not None and few.original and not few.sites
+    assert any(s.place.rule == "pack" and s.taken for s in result.plan.sites)
+    for plan in (Plan.from_dict(result.plan.to_dict()), Plan.from_contract(stored_contract(result.model) or {})):
+        assert plan.few is not None and plan.few.original
+        again = onnxrank.optimize(model, plan=plan, check=False)
+        assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_two_plans_are_tried_with_the_original_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plans that are slow are timed with the original as it is for few, before they are taken back."""
+    tried: list[bytes] = []
+
+    def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
+        r = 2.0
+        if any(map(is_crossover, made.graph.node)):
+            tried.append(branch(made, "then_branch").SerializeToString(deterministic=True))
+            r = 0.5 if tried[-1] == tried[0] else 2.0
+        return tuple(Measured(n, r, r * 0.99, r * 1.01) for n in race.points)
+
+    monkeypatch.setattr(tune.Race, "measure", measure)
+    result = onnxrank.optimize(ranker(dead=True), request=["user"], candidates=WIDE, tune=1.0, check="quick")
+    assert len(set(tried)) == 2
+    assert result.plan.few is not None and result.plan.few.original
+    assert not any(r.rule == crossover.RULE for r in result.report.retreats)
 
 
 def test_predictions_are_those_at_each_number_of_candidates() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
+from operator import xor
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -114,6 +118,40 @@ def test_selections_of_weights_are_folded_when_the_model_is_loaded(tmp_path) -> 
     onnxruntime.InferenceSession(both().SerializeToString(), options, providers=["CPUExecutionProvider"])
     many = attribute(crossover(onnx.load(tmp_path / "m.onnx")), "else_branch")
     assert "Gather" not in [n.op_type for n in many.node]
+
+
+def keys(branch: onnx.GraphProto, shapes: dict[str, Callable[[int], list[int]]]) -> set[int]:
+    """What onnxruntime tells requests of several numbers of candidates apart by, when it plans memory."""
+    given = captured(branch) & shapes.keys()
+    return {reduce(xor, (e for g in given for e in shapes[g](n)), 0) for n in (1, 2, 5, 100)}
+
+
+@pytest.mark.parametrize(("more", "taken"), [(False, "Flatten"), (True, "Neg")])
+def test_a_branch_plans_memory_for_every_number_of_candidates(more: bool, taken: str) -> None:
+    """Not where an even number of tensors with rows of candidates is handed in: so one more is, or a view of one."""
+    few, many = ranker(False), ranker(True)
+    for model in (few, many) if more else ():
+        model.graph.node.insert(0, onnx.helper.make_node("Neg", ["ids"], ["out 1"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("out 1", onnx.TensorProto.INT64, ["N"]))
+    item = next(n.output[0] for n in many.graph.node if n.op_type == "Gather")
+    shapes = {"user": lambda n: [1, WIDTH], "ids": lambda n: [n], item: lambda n: [n, WIDTH], "out 1": lambda n: [n]}
+
+    def shape(name: str, candidates: int) -> list[int] | None:
+        return shapes[name](candidates) if name in shapes else None
+
+    plain, made = (joined(few, many, BELOW, Count("ids", 0), s) for s in (None, shape))
+    assert plain is not None and made is not None
+    onnx.checker.check_model(made, full_check=True)
+    few_of = [attribute(crossover(m), "then_branch") for m in (plain, made)]
+    makers = {o: n.op_type for n in made.graph.node for o in n.output}
+    (extra,) = captured(few_of[1]) - captured(few_of[0])
+    assert makers[extra] == taken
+    shapes.setdefault(extra, lambda n: [1, n])
+    assert [len(keys(b, shapes)) for b in few_of] == [1, 4]
+    for n in (0, 2, BELOW, 40):
+        feed = {"user": np.ones((1, WIDTH), np.float32), "ids": np.arange(n)}
+        for wanted, found in zip(run(plain, feed).values(), run(made, feed).values(), strict=True):
+            np.testing.assert_array_equal(wanted, found)
 
 
 def test_what_is_declared_of_tensors_is_kept() -> None:

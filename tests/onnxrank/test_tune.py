@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -138,6 +140,69 @@ def test_slower_at_an_end_of_the_range() -> None:
 )
 def test_beyond_noise(measured: list[tuple[int, float, float, float]], found: bool) -> None:
     assert tune.faster([Measured(*m) for m in measured]) is found
+
+
+def test_a_loss_between_the_ends_counts() -> None:
+    """A range is looked at in steps, not at its ends alone."""
+    _, result = tuned(lambda made, n: 0.8 if n == 8 else 1.5, candidates=(1, 4096))
+    assert not result.changed
+    assert any("0.8x at N = 8" in note for note in result.report.notes)
+    _, result = tuned(lambda made, n: 1.5, candidates=(1, 4096))
+    assert [m.candidates for m in result.plan.measured] == [64, 1, 4096, 8, 512]
+    assert tune.between((32, 2048), 256) == tune.between((2, 8), 4) == tune.between((7, 7), 7) == ()
+
+
+def test_a_gain_for_many_alone_counts() -> None:
+    assert tune.faster([Measured(64, 1.0, 0.99, 1.01), Measured(1, 0.99, 0.98, 1.0), Measured(4096, 1.3, 1.2, 1.4)])
+
+
+def test_a_loss_that_may_be_none_is_timed_again() -> None:
+    """Where the memory of sessions lies makes some of it: the median of three counts."""
+    calls: list[float] = []
+
+    def clock(made: ModelProto, n: int) -> float:
+        calls.append(n)
+        return 1.5 if n > 1 else [0.96, 1.0, 0.99][calls.count(1) - 1]
+
+    _, result = tuned(clock, candidates=(1, 9))
+    assert result.changed and calls.count(1) == 3
+    assert {m.candidates: m.ratio for m in result.plan.measured} == {3: 1.5, 1: 0.99, 9: 1.5}
+    surely = Measured(1, 0.9, 0.89, 0.91)
+    assert not tune.unsure([Measured(3, 1.5, 1.4, 1.6), surely])
+    assert tune.unsure([Measured(3, 1.5, 1.4, 1.6), Measured(1, 0.9, 0.8, 1.1)])
+    assert not tune.unsure([Measured(3, 1.5, 1.4, 1.6), Measured(1, 0.99, 0.98, 1.1)])
+
+
+def test_another_way_is_taken() -> None:
+    """One of those that the model can be rewritten in, where leaving out two rules is not enough."""
+    model, result = tuned(lambda made, n: 1.5 if rules_of(made) == {"movement"} else 0.9, candidates=(1, 4096))
+    agree(model, result)
+    assert result.changed and rules_of(result.model) == {"movement"}
+    assert any("in another way" in note for note in result.report.notes)
+    again = onnxrank.optimize(model, plan=result.plan)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+def test_what_takes_long_to_time_is_not_tried_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def clock(made: ModelProto, n: int) -> float:
+        calls.append(n)
+        return 0.9
+
+    ticks = itertools.count(0.0, 100.0)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert not tuned(clock)[1].changed
+    assert len(calls) == 2  # the result, and that without its first rule
+
+
+def test_for_a_range_the_clock_decides_what_is_predicted_to_lose_somewhere() -> None:
+    """Three operators more for one candidate are a loss, as predicted; not as measured."""
+    with mock.patch.object(choosing.crossover, "find", return_value=None):
+        assert not tuned(lambda made, n: 1.5, tune=0.0, candidates=(1, 4096), gain=1.01)[1].changed
+        model, result = tuned(lambda made, n: 1.5, candidates=(1, 4096))
+    agree(model, result)
+    assert "fold" in rules_of(result.model)
 
 
 def test_a_race() -> None:
