@@ -140,8 +140,9 @@ def _asked(
     if len(shapes) < 2 or shapes[0] is None:
         return
     if operator(node) == "Reshape":
-        asked = prod(n for n in constants.get(node.input[1], ()) if n > 0)
-        yield product(shapes[0]), asked
+        asked = [n for n in constants.get(node.input[1], ()) if n > 0]
+        yield product(shapes[0]), prod(asked)
+        yield from itertools.product(shapes[0], asked)  # beside axes that are computed, as that of rows and heads
     elif operator(node) in ("MatMul", "Gemm") and shapes[0] and shapes[1]:
         yield shapes[0][-1], next((n for n in shapes[1][-2:][:1] if isinstance(n, int)), 0)
     elif Trait.ELEMENTWISE in traits(node):

@@ -203,6 +203,7 @@ def maximum(a: int | Expr, b: int | Expr) -> int | Expr:
 
 
 def _extreme(op: str, a: int | Expr, b: int | Expr) -> int | Expr:
+    a, b = _without_less(a), _without_less(b)
     low, high = bounds(a - b)
     if high <= 0:
         return a if op == "min" else b
@@ -217,6 +218,17 @@ def _extreme(op: str, a: int | Expr, b: int | Expr) -> int | Expr:
         args = {x: None for x in args if not isinstance(x, int)} | {kept: None}
     ordered = sorted(args, key=lambda x: (isinstance(x, int), str(x)))
     return ordered[0] if len(ordered) == 1 else Expr((((Call(op, tuple(ordered)),), 1),))
+
+
+def _without_less(size: int | Expr) -> int | Expr:
+    """`n - max(a, b)` as `min(n - a, n - b)`, and the other way round, which what a slice leaves is made of."""
+    terms = size.terms if isinstance(size, Expr) else ()
+    less = [a for atoms, c in terms if c == -1 and len(atoms) == 1 for a in atoms if isinstance(a, Call)]
+    if len(less) != 1 or less[0].op not in ("min", "max"):
+        return size
+    rest = _total(t for t in terms if t != ((less[0],), -1))
+    other = minimum if less[0].op == "max" else maximum
+    return reduce(other, (rest - a for a in less[0].args))
 
 
 def is_cut_of(size: int | Expr, whole: int | Expr) -> bool:

@@ -44,13 +44,19 @@ class Setting:
     seed: int
 
 
-def settings(symbols: Iterable[str], candidates: Iterable[int] = (2, 3, 5, 3)) -> list[Setting]:
-    """Runs whose extents tell the symbols apart; the last repeats the second with other data."""
+def settings(symbols: Iterable[str], candidates: Iterable[int] = (2, 3, 5, 3), beyond: int = 0) -> list[Setting]:
+    """Runs whose extents tell the symbols apart; the last repeats the second with other data.
+
+    Args:
+        symbols: The symbols.
+        candidates: Number of candidates of each run.
+        beyond: Added to every other extent.
+    """
     primes = [(7, 11, 13, 11), (17, 19, 23, 19), (29, 31, 37, 31), (41, 43, 47, 43)]
     others = [s for s in symbols if s != CANDIDATES]
     out = []
     for k, n in enumerate(candidates):
-        point = {s: primes[i % len(primes)][k % 4] for i, s in enumerate(others)}
+        point = {s: beyond + primes[i % len(primes)][k % 4] for i, s in enumerate(others)}
         out.append(Setting({CANDIDATES: n, **point}, seed=k))
     return out
 

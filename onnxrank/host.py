@@ -102,7 +102,7 @@ class Host:
         return found
 
     def study(self, key: str, roles: Mapping[str, Any], sha256: str, size: int) -> dict[str, Any]:
-        """Shapes and ranges of the inputs of a ranker: what `feeds.Maker` needs to make more."""
+        """Shapes and ranges of the inputs of a ranker, what `feeds.Maker` needs to make more, and its least length."""
         from onnxrank.model import LoadedModel
         from onnxrank.roles import Roles
         from onnxrank.study import Study
@@ -114,6 +114,7 @@ class Host:
             "ranges": {k: list(v) for k, v in (study.maker.ranges or {}).items()},
             "symbols": study.symbols,
             "note": study.facts.note,
+            "shortest": study.shortest,
         }
 
     def open(

@@ -229,7 +229,19 @@ class Interpreter:
             renamed.CopyFrom(node)
             rename_captured(renamed, captured)
             node = renamed
-        return self.rw.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
+        made = self.rw.keep(node, names, dims, {s for d in dims for s in symbols(d)}, opaque=True)
+        for o, value in zip(node.output, made, strict=True):
+            if o and self.rw.facts.dims(o) is not None:
+                self._count(value)
+        return made
+
+    def _count(self, made: Abstract) -> None:
+        """Notes where extents can be read that only a node's result has, as that of the positions NonZero finds."""
+        layout = self.rw.layout
+        for axis, d in enumerate(made.dims):
+            if len(symbols([d])) == 1 and symbols([d])[0] not in layout.expressions:
+                (held,) = extents((d,))
+                layout.extent_of.setdefault(symbols([d])[0], (self.rw.tensor(made), axis, held))
 
     def _describe(self, names: Mapping[str, str]) -> None:
         """Declares what original tensors are now, by their new names, for a node with graphs inside.

@@ -49,6 +49,8 @@ from onnxrank.workers import Crashed
 
 _LONG = 61
 """Extent of symbols in the run that confirms long ones; a prime, as the shorter ones are."""
+_LONGER = (16, 32, 64, 128, 256, 512)
+"""What is added to lengths that a model does not run at, until it does."""
 
 
 class Study:
@@ -58,6 +60,7 @@ class Study:
         flow: How often the entries of every tensor need be made.
         contradiction: What a run said against a derived shape, which is an error of onnxrank; None if nothing did.
         packed: What was packed away of the model that was given.
+        shortest: The least length of histories at which the model was seen to run, where it does not at short ones.
 
     Args:
         model: The model, functions inlined.
@@ -101,6 +104,7 @@ class Study:
         self._shapes: dict[int, cost.Shapes] = {}
         self._lookups: dict[int, Lookups] = {}
         self.contradiction: facts.Contradiction | None = None
+        self.shortest = 1
         self._points = self._settings()
         self._probe: facts.Probe | None = facts.Probe(self.model, loaded.folder)
         for point in self._points:
@@ -133,11 +137,11 @@ class Study:
             or without_loops(self.model, self.facts)
         )
 
-    def _settings(self) -> list[facts.Setting]:
-        """Where the model is run to confirm its shapes."""
-        points = facts.settings(self.symbols, (2, 3))
+    def _settings(self, beyond: int = 0) -> list[facts.Setting]:
+        """Where the model is run to confirm its shapes, with lengths beyond a number."""
+        points = facts.settings(self.symbols, (2, 3), beyond)
         if len(self.symbols) > 1:
-            long = {s: _LONG + 6 * k for k, s in enumerate(self.symbols)} | {CANDIDATES: 1}
+            long = {s: beyond + _LONG + 6 * k for k, s in enumerate(self.symbols)} | {CANDIDATES: 1}
             points.append(facts.Setting(long, seed=2))
         return points
 
@@ -150,16 +154,16 @@ class Study:
         if self._probe is None:
             return
         problem: ModelError | None = None
-        # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
-        makers = (None, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
         with self._probe as probe:
             self._probe = None
-            for maker in makers:
+            for beyond in (0, *(_LONGER if len(self.symbols) > 1 else ())):
                 try:
-                    self.contradiction = self._contradiction(probe, maker)
+                    self._run_at(probe, beyond)
                     return
                 except ModelError as e:
                     problem = problem or e
+                    if isinstance(e, Crashed):
+                        break
         if isinstance(problem, Crashed):
             raise ModelError(self._crash(problem)) from problem
         shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
@@ -170,9 +174,53 @@ class Study:
             "roles file."
         )
 
-    def _contradiction(self, probe: facts.Probe, maker: feeds.Maker | None) -> facts.Contradiction | None:
+    def _run_at(self, probe: facts.Probe, beyond: int) -> None:
+        """Holds the derived shapes against those of runs with lengths beyond a number.
+
+        Raises:
+            ModelError: The model does not run there.
+        """
+        points = self._settings(beyond)
+        problem: ModelError | None = None
+        # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
+        makers = (None if not beyond else self.maker, feeds.Maker(self.declared, None))
+        for maker in (*makers, feeds.Maker(self.declared, None, fill=0)):
+            try:
+                self.contradiction = self._contradiction(probe, maker, points)
+            except ModelError as e:
+                problem = problem or e
+                continue
+            if beyond:
+                self._points = points
+                self.shortest = self._shortest(probe, maker or self.maker, points[0])
+            return
+        assert problem is not None
+        raise problem
+
+    def _shortest(self, probe: facts.Probe, maker: feeds.Maker, runs: facts.Setting) -> int:
+        """The least length at which the model runs, if it runs at all that are longer.
+
+        Args:
+            probe: The model.
+            maker: What makes inputs that it takes.
+            runs: A point at which it runs, where it does not at the lengths that are tried first.
+        """
+        low, high = 1, max(n for s, n in runs.symbols.items() if s != CANDIDATES)
+        while high - low > 1:
+            middle = (low + high) // 2
+            lengths = dict.fromkeys(self.symbols, middle)
+            try:
+                probe.measure(maker(facts.Setting({**lengths, CANDIDATES: 2}, seed=0)))
+                high = middle
+            except ModelError:
+                low = middle
+        return high
+
+    def _contradiction(
+        self, probe: facts.Probe, maker: feeds.Maker | None, points: Sequence[facts.Setting]
+    ) -> facts.Contradiction | None:
         """What inputs of a maker say, or those that were asked for, against what was derived."""
-        for k, point in enumerate(self._points):
+        for k, point in enumerate(points):
             try:
                 measured = probe.answer() if maker is None else probe.measure(maker(point))
             except ModelError:

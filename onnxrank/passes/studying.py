@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from onnxrank import cost
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
@@ -33,6 +35,23 @@ def confirmed(job: Job) -> bool:
     Raises:
         ModelError: It does not run.
     """
-    stray = job.preparation.original.contradicted()
+    original = job.preparation.original
+    stray = original.contradicted()
+    if original.shortest > 1:
+        _lengthen(job, original)
     job.report.refusals = [stray] if stray is not None else []
     return stray is None
+
+
+def _lengthen(job: Job, original: Study) -> None:
+    """Takes histories to be no shorter than the original takes them, where nothing else is declared."""
+    given = job.options.lengths or {}
+    served = sizes.spans(original.symbols, given, original.shortest)
+    job.report.lengths = {sizes.name_of(s): span for s, span in served.items()}
+    job.options = replace(job.options, lengths=job.report.lengths)
+    told = [f"{name} = {low}..{high}" for name, (low, high) in job.report.lengths.items() if name not in given]
+    if told:
+        job.notes.append(
+            f"the model does not run with a history of fewer than {original.shortest}: what is served is taken to be "
+            f"{' and '.join(told)} (--length says otherwise)"
+        )

@@ -180,4 +180,5 @@ def _suspects(form: Form) -> list[str]:
 
 def _setting(study: Study, candidates: int) -> Setting:
     """Symbols of a request that is timed: of so many candidates, and lengths as costs have them."""
-    return Setting({**dict.fromkeys(study.symbols, cost.LENGTH), CANDIDATES: candidates}, seed=0)
+    lengths = dict.fromkeys(study.symbols, max(cost.LENGTH, study.shortest))
+    return Setting({**lengths, CANDIDATES: candidates}, seed=0)

@@ -61,12 +61,14 @@ class Tensor:
         cuts: Per axis the extents of its segments; one for an axis that is whole.
         parts: Per segment, by its number along every axis, what holds it.
         dtype: Element type.
+        merged: How many of the first axes the original has as one, `[N * L]` for `[N, L]`; they are kept apart here.
     """
 
     sizes: Sizes
     cuts: tuple[Sizes, ...]
     parts: Mapping[Index, Part]
     dtype: int
+    merged: int = 1
 
     @property
     def rank(self) -> int:
@@ -163,6 +165,8 @@ class Division:
         self._cut: dict[tuple[str, tuple[Sizes, ...], int, Sizes], Tensor] = {}
         self._constants: dict[str, NDArray[Any]] = {}
         self._written: set[str] = set()
+        self.lead: Sizes = ()
+        """Axes that the node at hand has merged into its first one, and that are kept apart."""
         self.totals: dict[Size, Sizes] = {}
         """Per length of a sequence the lengths of its segments."""
         for k in places:
@@ -174,17 +178,26 @@ class Division:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def sizes(self, name: str) -> Sizes:
-        """Shape of an original tensor.
+        """Shape of an original tensor, with axes apart that the node at hand has merged.
 
         Raises:
             Left: It is not proved.
         """
+        found = self._original(name)
+        return (*self.lead, *found[1:]) if self._merges(found) else found
+
+    def _original(self, name: str) -> Sizes:
+        """Shape of an original tensor."""
         found = self.facts.sizes.get(name, self._stored.get(name))
         if found is None and name in self._inputs:
             found = tuple(self.facts.size_of(d) for d in self._inputs[name])
         if found is None or any(s in self.facts.opaque for n in found for s in ex.symbols_of(n)):
             raise Left
         return tuple(found)
+
+    def _merges(self, sizes: Sizes) -> bool:
+        """Whether a shape's first axis is what the node at hand has merged."""
+        return bool(self.lead and sizes) and sizes[0] == ex.product(self.lead)
 
     def dtype(self, name: str) -> int:
         """Element type of an original tensor; 0 if it is not known."""
@@ -275,7 +288,8 @@ class Division:
         sizes = self.sizes(output)
         if tuple(map(total, cuts)) != sizes:
             raise Left
-        return Tensor(sizes, tuple(cuts), parts, self.dtype(output))
+        merged = len(self.lead) if self._merges(self._original(output)) else 1
+        return Tensor(sizes, tuple(cuts), parts, self.dtype(output), merged)
 
     def copies(
         self,
@@ -393,11 +407,15 @@ class Division:
         made = self.tensors[name]
         rows = {i: self.name(made, i) for i in made.parts}
         axes = [k for k, c in enumerate(made.cuts) if len(c) > 1]
-        if not axes:
-            self.emit.add("Identity", list(rows.values()), output=name)
+        flat = made.merged > 1
         for axis in axes[::-1]:
             joined: dict[Index, list[str]] = {}
             for i in sorted(rows):
                 joined.setdefault((*i[:axis], 0, *i[axis + 1 :]), []).append(rows[i])
-            output = name if axis == axes[0] else None
+            output = name if axis == axes[0] and not flat else None
             rows = {i: self.emit.add("Concat", names, {"axis": axis}, output=output) for i, names in joined.items()}
+        if flat:
+            shape = self.vector((ex.product(made.sizes[: made.merged]), *made.sizes[made.merged :]))
+            self.emit.add("Reshape", [*rows.values(), shape], output=name)
+        elif not axes:
+            self.emit.add("Identity", list(rows.values()), output=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import inf
 from typing import Any
@@ -22,6 +22,7 @@ from onnxrank.segments.spans import BOOLEAN, UNKNOWN, ZERO, Known, Size, Span
 _FIRST = frozenset({"CastLike", "Clip", "Dropout"})
 """Elementwise operators whose further operands are numbers, or give a type."""
 _COMPARED = frozenset(having(Trait.COMPARISON))
+_ELEMENTWISE = frozenset(having(Trait.ELEMENTWISE))
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization"})
 _REDUCED = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"})
 _EXACT_FLOATS = frozenset({int(TensorProto.FLOAT), int(TensorProto.DOUBLE)})
@@ -447,8 +448,10 @@ def squeeze(d: Division, node: NodeProto) -> Tensor:
 
 
 def reshape(d: Division, node: NodeProto) -> Tensor:
-    """Reshape: an axis in segments has to stay an axis."""
+    """Reshape: an axis in segments has to stay an axis, or is merged with that of rows."""
     x, sizes = d.tensor(node.input[0]), d.sizes(node.output[0])
+    if len(x.cuts) > 1 and len(x.cuts[1]) > 1 and sizes == (ex.product(x.sizes[:2]), *x.sizes[2:]):
+        return replace(x, merged=2)
     order: list[int | None] = [None] * len(sizes)
     for a, c in enumerate(x.cuts):
         if len(c) > 1:
@@ -469,6 +472,46 @@ def reshape(d: Division, node: NodeProto) -> Tensor:
         score = part.score.anywhere() if part.score is not None and part.score.all.fixed else None
         parts[i] = Part(name, known, score, part.candidate)
     return d.made(node.output[0], cuts, parts)
+
+
+def lead(given: Sequence[Tensor | None]) -> Sizes:
+    """The first axes of operands, where the original has these as one.
+
+    Raises:
+        Left: They are not the same of all of them.
+    """
+    found = {t.sizes[: t.merged] for t in given if t is not None and t.merged > 1}
+    if len(found) > 1:
+        raise Left
+    return found.pop() if found else ()
+
+
+def by_row(node: NodeProto, given: Sequence[Tensor | None], rank: int) -> NodeProto:
+    """A node of which merged rows are kept apart: its axis, if it has one, is counted from the last.
+
+    Args:
+        node: The node.
+        given: Its operands.
+        rank: Number of dimensions that its result has.
+
+    Raises:
+        Left: It may not treat the rows independently.
+    """
+    op, axis = operator(node), attribute(node, "axis")
+    if op == "Gather":
+        if axis or (given[0] is not None and given[0].merged > 1):
+            raise Left
+    elif op == "Concat" or op in _ELEMENTWISE:
+        if axis in (0, -rank) or any(t.rank - t.merged + 1 != rank for t in given if t is not None and t.merged > 1):
+            raise Left
+    elif op != "Reshape":
+        raise Left
+    if op != "Concat" or axis < 0:
+        return node
+    out = NodeProto()
+    out.CopyFrom(node)
+    next(a for a in out.attribute if a.name == "axis").i = axis - rank
+    return out
 
 
 def _reshaped(d: Division, name: str, have: Sizes, want: Sizes) -> str:
@@ -610,20 +653,37 @@ def slice_(d: Division, node: NodeProto) -> Tensor:
         raise Left
     (axis,) = cut
     found = _stretches(x.cuts[axis], sizes[axis], starts, ends)
-    cuts = (*x.cuts[:axis], tuple(n for _, _, n in found), *x.cuts[axis + 1 :])
+    cuts = (*x.cuts[:axis], tuple(s.count for s in found), *x.cuts[axis + 1 :])
     parts = {}
     for i in indices(cuts):
-        k, start, n = found[i[axis]]
-        own = (*i[:axis], k, *i[axis + 1 :])
+        taken = found[i[axis]]
+        own = (*i[:axis], taken.segment, *i[axis + 1 :])
         part = x.parts[own]
-        if n != x.cuts[axis][k]:
-            at = [d.emit.constant(np.array([v])) for v in (start, start + n, axis)]
+        if taken.count != x.cuts[axis][taken.segment]:
+            at = [d.emit.constant(np.array([v])) for v in (taken.start, taken.end, axis)]
             part = Part(d.emit.add("Slice", [d.name(x, own), *at]), UNKNOWN, None, part.candidate)
         parts[i] = replace(part, joint=None)
     return d.made(node.output[0], cuts, parts)
 
 
-def _stretches(segments: Sizes, size: Size, starts: Any, ends: Any) -> list[tuple[int, int, Size]]:
+@dataclass(frozen=True)
+class _Stretch:
+    """What a slice takes of one segment.
+
+    Attributes:
+        segment: The segment.
+        start: Where it starts in there; counted from its end if negative.
+        end: Where it ends.
+        count: How many positions it takes.
+    """
+
+    segment: int
+    start: int
+    end: int
+    count: Size
+
+
+def _stretches(segments: Sizes, size: Size, starts: Any, ends: Any) -> list[_Stretch]:
     """What a slice takes of each segment that it takes something of.
 
     Args:
@@ -632,32 +692,47 @@ def _stretches(segments: Sizes, size: Size, starts: Any, ends: Any) -> list[tupl
         starts: Where it starts, an array of one number; None if that is computed.
         ends: Where it ends.
 
-    Returns:
-        The segments, each with the first position that is taken and how many are.
-
     Raises:
         Left: That cannot be told.
     """
+    out: list[_Stretch] = []
     if starts is not None and ends is not None and all(isinstance(n, int) for n in segments):
-        out: list[tuple[int, int, Size]] = []
         at = 0
         taken = range(int(total(segments)))[int(starts[0]) : int(ends[0])]  # type: ignore[arg-type]
         for k, n in enumerate(segments):
             assert isinstance(n, int)
             low, high = max(taken.start, at), min(taken.stop, at + n)
-            out += [(k, low - at, high - low)] if low < high else []
+            out += [_Stretch(k, low - at, high - at, high - low)] if low < high else []
             at += n
-        if out:
-            return out
     elif starts is not None and int(starts[0]) == 0:
-        for k in range(1, len(segments) + 1):
-            if total(segments[:k]) == size:
-                return [(j, 0, segments[j]) for j in range(k)]
+        k = next((k for k in range(1, len(segments) + 1) if total(segments[:k]) == size), 0)
+        out = [_Stretch(j, 0, _END, segments[j]) for j in range(k)]
+    elif starts is not None and ends is not None and int(starts[0]) < 0 and not 0 <= int(ends[0]) < _END:
+        out = _from_the_back(segments, size, -int(starts[0]), -min(int(ends[0]), 0))
     elif ends is not None and int(ends[0]) >= _END:
-        for k in range(len(segments)):
-            if total(segments[k:]) == size:
-                return [(j, 0, segments[j]) for j in range(k, len(segments))]
-    raise Left
+        k = next((k for k in range(len(segments)) if total(segments[k:]) == size), len(segments))
+        out = [_Stretch(j, 0, _END, segments[j]) for j in range(k, len(segments))]
+    if not out:
+        raise Left
+    return out
+
+
+def _from_the_back(segments: Sizes, size: Size, first: int, last: int) -> list[_Stretch]:
+    """What a slice takes between positions that are counted from the end; of the first segment all that there is."""
+    out: list[_Stretch] = []
+    at = 0
+    for k, n in list(enumerate(segments))[:0:-1]:
+        if at >= first:
+            break
+        if not isinstance(n, int):
+            raise Left
+        low, high = max(last - at, 0), min(first - at, n)
+        out += [_Stretch(k, n - high, n - low, high - low)] if low < high else []
+        at += n
+    if at < first:
+        rest = max(last - at, 0)
+        out.append(_Stretch(0, at - first, -rest if rest else _END, size - total(s.count for s in out)))
+    return out[::-1]
 
 
 def split(d: Division, node: NodeProto) -> list[Tensor]:
@@ -725,7 +800,7 @@ SOURCES: Mapping[str, Step] = {
 }
 """What makes tensors as long as a sequence of none."""
 STEPS: Mapping[str, Step] = {
-    **dict.fromkeys((*having(Trait.ELEMENTWISE), *_FIRST), elementwise),
+    **dict.fromkeys((*_ELEMENTWISE, *_FIRST), elementwise),
     **dict.fromkeys(_NORMS, norm),
     **dict.fromkeys(_REDUCED, reduction),
     "MatMul": mat_mul,

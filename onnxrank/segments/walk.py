@@ -111,7 +111,17 @@ def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:
     try:
         if step is None or not (mine or any(n in d.totals for n in d.sizes(node.output[0]))):
             return None
+        node = _apart(d, node)
         made = step(d, node)
         return made if isinstance(made, list) else [made]
     except (Left, ex.Unproved):
         return None
+    finally:
+        d.lead = ()
+
+
+def _apart(d: Division, node: NodeProto) -> NodeProto:
+    """A node, with the rows of merged operands kept apart."""
+    given = d.operands(node)
+    d.lead = steps.lead(given)
+    return steps.by_row(node, given, len(d.facts.sizes[node.output[0]])) if d.lead else node

@@ -123,6 +123,7 @@ class Engine:
         self.spans: dict[str, Span] = {}
         self.changed: list[tables.Changed] = []
         self.usual: dict[str, int] = {}
+        self._shortest = sizes.LENGTHS[0]
         self.span: Span | None = None
         self.truth = False
         self.precision = "own"
@@ -358,6 +359,7 @@ class Engine:
             raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
         if made["note"]:
             raise ModelError(f"The models cannot be compared: {made['note']}.")
+        self._shortest = int(made["shortest"])
         return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
 
     def _studied(self, found: Terms) -> dict[str, Any]:
@@ -386,7 +388,7 @@ class Engine:
     def _extents(self) -> None:
         """What is served: lengths and numbers of candidates."""
         options = self.options
-        self.spans = sizes.spans(self.symbols, options.lengths)
+        self.spans = sizes.spans(self.symbols, options.lengths, self._shortest)
         self.usual = sizes.usual(self.symbols, self.spans)
         stored = (stored_contract(self.optimized.proto) or {}).get("candidates")
         told = isinstance(stored, list) and len(stored) == 2 and all(isinstance(n, int) and n > 0 for n in stored)

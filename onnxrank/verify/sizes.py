@@ -95,12 +95,13 @@ def lengths_of(symbols: Iterable[str]) -> list[str]:
     return sorted(s for s in symbols if s != CANDIDATES)
 
 
-def spans(symbols: Iterable[str], given: Mapping[str, Span]) -> dict[str, Span]:
+def spans(symbols: Iterable[str], given: Mapping[str, Span], least: int = LENGTHS[0]) -> dict[str, Span]:
     """Least and most of every length, by symbol.
 
     Args:
         symbols: Symbols of the inputs' shapes.
         given: What the user declares, by name.
+        least: The least that others are taken to be.
 
     Raises:
         UsageError: A name is none of the inputs' lengths, or a range is none.
@@ -114,7 +115,7 @@ def spans(symbols: Iterable[str], given: Mapping[str, Span]) -> dict[str, Span]:
             raise UsageError(f"No input has a length named {name!r}: {have}.{hint}")
         if low < 0 or high < low:
             raise UsageError(f"The length {name!r} cannot be in {low}..{high}.")
-    return {s: given.get(name, LENGTHS) for name, s in known.items()}
+    return {s: given.get(name, (least, max(least, LENGTHS[1]))) for name, s in known.items()}
 
 
 def usual(symbols: Iterable[str], ranges: Mapping[str, Span]) -> dict[str, int]:

@@ -27,6 +27,11 @@ def baked(how: str) -> ModelProto:
     elif how == "rows of the history":
         rows = g.op("Slice", g.op("Shape", ids), g.ints(0), g.ints(1))
         flat = g.op("Reshape", x, g.op("Concat", rows, g.ints(48), axis=0))
+    elif how == "among computed axes":
+        rows = g.op("Slice", g.op("Shape", ids), g.ints(0), g.ints(1))
+        turned = g.op("Transpose", x, perm=[1, 0, 2])
+        apart = g.op("Reshape", turned, g.op("Concat", g.ints(12), rows, g.ints(2, 2), axis=0))
+        flat = g.op("Reshape", g.op("Transpose", apart, perm=[1, 0, 2, 3]), g.ints(-1, 48))
     elif how == "positions":
         flat = g.op("Flatten", g.op("Add", x, g.const(np.ones((1, 12, 4)))), axis=1)
     else:
@@ -41,7 +46,9 @@ def baked(how: str) -> ModelProto:
     return g.model()
 
 
-@pytest.mark.parametrize("how", ["rows left open", "rows of the history", "positions", "product"])
+@pytest.mark.parametrize(
+    "how", ["rows left open", "rows of the history", "among computed axes", "positions", "product"]
+)
 def test_the_length_that_runs_is_found(how: str) -> None:
     """No --length is asked for; the result declares what it takes, and verify compares there."""
     result = onnxrank.optimize(baked(how), request=["hist"], lengths={"L": (1, 100)})
@@ -134,3 +141,25 @@ def test_export(tmp_path: Path) -> None:
     assert cli.main(["verify", str(path), str(tmp_path / "out.onnx")]) == 0
     made = onnx.load(tmp_path / "out.onnx")
     assert made.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 50
+
+
+def test_histories_that_may_not_be_short() -> None:
+    """Without 12 entries there are no largest 12: from where on the model runs is found, and said."""
+    g = Graph(17)
+    hist, item = g.input("hist", ["N", "L", 8]), g.input("item", ["N", 8])
+    best, _ = g.ops("TopK", 2, g.on_axes("ReduceSum", hist, [2], keepdims=0), g.ints(12), axis=1)
+    x = g.op("Concat", best, g.on_axes("ReduceMean", hist, [1], keepdims=0), item, axis=1)
+    h = g.op("Relu", g.op("MatMul", x, g.const(np.random.default_rng(0).standard_normal((28, 16)))))
+    g.output(g.op("MatMul", h, g.const(np.ones((16, 1)))), ["N", 1])
+    result = onnxrank.optimize(g.model(), request=["hist"])
+    assert result.changed and result.report.lengths == {"L": (12, 1024)}
+    assert any("fewer than 12" in note for note in result.report.notes)
+    declared = onnxrank.optimize(g.model(), request=["hist"], lengths={"L": (20, 90)})
+    assert declared.changed and declared.report.lengths == {"L": (20, 90)}
+    rng = np.random.default_rng(1)
+    feed = {"hist": rng.standard_normal((1, 400, 8), np.float32), "item": rng.standard_normal((40, 8), np.float32)}
+    want = run(g.model(), {**feed, "hist": np.repeat(feed["hist"], 40, 0)})
+    for made in (result, declared):
+        for name, got in run(made.model, feed).items():
+            np.testing.assert_allclose(got, want[name], rtol=1e-4, atol=1e-4)
+    assert verify(g.model(), result.model).passed

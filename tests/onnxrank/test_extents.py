@@ -106,6 +106,8 @@ def test_exact_division() -> None:
         (ex.floor_divide(4 * N - 1, 4), "N - 1"),
         (ex.floor_divide(N + 1, 2), "((N + 1) // 2)"),
         (ex.modulo(6 * N + 7, 3), "1"),
+        (ex.maximum(L - ex.maximum(L - 49, 0), 0), "min(S:L, 49)"),
+        (ex.minimum(N - ex.minimum(N, 4), 7), "min(max(N - 4, 0), 7)"),
         (2 * N * L - 3, "2*N*S:L - 3"),
     ],
 )

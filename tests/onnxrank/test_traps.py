@@ -503,6 +503,17 @@ def test_shapes_that_depend_on_data(where: str) -> None:
     left_alone(model, ["user"])
 
 
+def test_as_many_as_the_data_says_are_counted() -> None:
+    """Whole rows of a mask set anew, as `mask[mask.all(-1), 0] = 0` is exported: only NonZero knows how many."""
+    model = mlp(
+        "(float[N,5] mask, float[N,8] user, float[N,3] item) => (float[N,1] y) { full = ReduceMin<axes=[1]>(mask)"
+        "z = NonZero(full) t = Transpose(z) s = Shape(t) k = Slice(s, i0, i1, i0) v = Expand(zero, k)"
+        f"m = ScatterND(mask, t, v) c = Concat<axis=1>(user, item, m) {HEAD} }}",
+        width=16, i0=i64(0), i1=i64(1), zero=one(0.0),
+    )  # fmt: skip
+    hold(model, ["mask", "user"], rules=["fc"], share=0.9)
+
+
 def test_boolean_mask_with_row_numbers() -> None:
     """A triangle by NonZero over `[N, 3, 3]`: its coordinates hold the row's number."""
     model = mlp(

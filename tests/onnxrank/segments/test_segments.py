@@ -127,6 +127,34 @@ def _appended(s: Sequence) -> str:
     return s.graph.op("Concat", s.tokens, s.graph.op("Neg", "c"), axis=1)
 
 
+def _rows(s: Sequence) -> str:
+    """All tokens of all rows, one after another."""
+    return s.graph.op("Reshape", s.tokens, s.graph.ints(-1, D))
+
+
+def _apart_again(s: Sequence, rows: str, width: int) -> str:
+    g = s.graph
+    return g.op("Reshape", rows, g.op("Concat", g.ints(-1), g.on_axes("Unsqueeze", s.size, [0]), g.ints(width), axis=0))
+
+
+def _merged_entries(s: Sequence) -> str:
+    g, rows = s.graph, _rows(s)
+    both = g.op("Concat", g.op("Relu", rows), g.op("Mul", rows, g.const(np.arange(1, 1 + D).reshape(1, D))), axis=1)
+    return _apart_again(s, both, 2 * D)
+
+
+def _merged_lookups(s: Sequence) -> str:
+    g = s.graph
+    first = g.op("Gather", s.tokens, g.const(0, np.int64), axis=2)
+    ids = g.op("Reshape", g.op("Cast", g.op("Abs", first), to=int(TensorProto.INT64)), g.ints(-1))
+    tables = [g.const(np.arange(5 * D).reshape(5, D) * k) for k in (1, 3)]
+    return _apart_again(s, g.op("Concat", *(g.op("Gather", t, ids) for t in tables), axis=-1), 2 * D)
+
+
+def _slice(start: int, end: int) -> Build:
+    return lambda s: s.graph.op("Slice", s.tokens, s.graph.ints(start), s.graph.ints(end), s.graph.ints(1))
+
+
 FOLLOWED: dict[str, Build] = {
     "relu": _op("Relu"),
     "where": lambda s: s.graph.op(
@@ -153,6 +181,11 @@ FOLLOWED: dict[str, Build] = {
     "slice of the last": lambda s: s.graph.op(
         "Slice", s.tokens, s.graph.ints(-1), s.graph.ints(1 << 40), s.graph.ints(1)
     ),
+    "last of the history": _slice(-4, -1),
+    "last of both": _slice(-4, 1 << 40),
+    "last of the history but one": _slice(-5, -2),
+    "merged and apart again": _merged_entries,
+    "lookups of merged ids": _merged_lookups,
     "slice of entries": lambda s: s.graph.op("Slice", s.tokens, s.graph.ints(1), s.graph.ints(3), s.graph.ints(2)),
     "mean over tokens": _mean_of_others,
     "sum over tokens": lambda s: s.graph.on_axes("ReduceSum", s.tokens, [1, 2], keepdims=0),
@@ -171,7 +204,12 @@ LEFT: dict[str, Build] = {
     "all but the first": lambda s: s.graph.op(
         "Slice", s.tokens, s.graph.ints(1), s.graph.ints(1 << 40), s.graph.ints(1)
     ),
-    "merged": lambda s: s.graph.op("Reshape", s.tokens, s.graph.ints(-1, D)),
+    "merged": _rows,
+    "merged and summed": lambda s: s.graph.on_axes("ReduceSum", s.graph.op("Relu", _rows(s)), [0], keepdims=1),
+    "merged and one after another": lambda s: s.graph.op("Concat", _rows(s), s.graph.op("Neg", _rows(s)), axis=0),
+    "softmax over merged rows": lambda s: _apart_again(s, s.graph.op("Softmax", _rows(s), axis=0), D),
+    "first of merged rows": lambda s: s.graph.op("Gather", _rows(s), s.graph.ints(0), axis=0),
+    "all but the last but one": _slice(-1 << 40, -2),
 }
 
 
