@@ -17,7 +17,7 @@ import logging
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import onnx
 import torch
 from export_models import run, session
 from torch import Tensor, nn
+from torch.func import functional_call
 from yardstick import Trace, count
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -134,6 +135,39 @@ class OpenTransformer(HistoryTransformer):
         return torch.sigmoid(self.head(self.norm(x[:, -1])))
 
 
+class Opened(Ranker):
+    """A model of long histories whose positions and masks are cut to the length of the request.
+
+    Args:
+        model: The model.
+        cuts: Per parameter or buffer how many entries it has beyond those of the history, along each of its axes that
+            goes over positions.
+    """
+
+    def __init__(self, model: nn.Module, cuts: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.model, self.cuts, self.specs = model, dict(cuts), model.specs
+        self.output_names = model.output_names
+        self.history = next(k for k, s in enumerate(model.specs) if s.name.startswith("hist_"))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Returns what the model does."""
+        length, own = (
+            inputs[self.history].shape[1],
+            dict(self.model.named_parameters()) | dict(self.model.named_buffers()),
+        )
+        cut = {name: own[name][tuple(slice(length + k) for k in beyond)] for name, beyond in self.cuts.items()}
+        return functional_call(self.model, cut, inputs)
+
+
+def _opened(name: str, **cuts: Sequence[int]) -> Callable[[], tuple[nn.Module, list[InputSpec]]]:
+    def make() -> tuple[nn.Module, list[InputSpec]]:
+        module, specs = build(name, history=1000)
+        return Opened(module, cuts).eval(), specs
+
+    return make
+
+
 def _transformer() -> tuple[nn.Module, list[InputSpec]]:
     module = OpenTransformer(history=1000, vocab=100, dim=16, heads=2, layers=2, hidden=(16,))
     initialise(module, seed=1)
@@ -166,6 +200,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[InputSpec]]]] = {
     "sasrec_target": lambda: build("sasrec_target", history=1000, dim=16),
     "history_transformer": _transformer,
     "candidate_query": _query,
+    "dmr": _opened("dmr", positions=(0,)),
+    "sim": _opened("sim"),
+    "hyformer": _opened("hyformer"),
+    "interformer": _opened("interformer", positions=(0,)),
+    "transact": _opened("transact"),
+    "hstu": _opened("hstu", positions=(1,), distance=(1, 1), causal=(1, 1)),
+    "onetrans": _opened("onetrans", positions=(0,), later=(5, 5), others=(5, 5)),
 }
 
 
