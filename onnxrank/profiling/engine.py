@@ -156,8 +156,8 @@ def profile(
             for p, own in zip(points, found, strict=True)
             if analyses is not None
         ]
-        own = e.name, s.loaded.sha256, s.loaded.size, s.contract is not None, providers[k]
-        models.append(ModelProfile(*own, line, tuple(found), peak, tuple(reached)))
+        file = e.name, s.loaded.sha256, s.loaded.size, s.contract is not None
+        models.append(ModelProfile(*file, providers[k], line, tuple(found), peak, tuple(reached)))
     if trace is not None:
         trace.update(kernel_times.trace(traced))
     return Profile(

@@ -97,7 +97,7 @@ def test_small_differences_are_not_told(ratio: float, told: bool) -> None:
 
 def test_percentiles() -> None:
     seconds = np.arange(1, 101, dtype=float).reshape(1, 10, 10)
-    (times,) = point(5, Rounds(seconds, True), [0.5]).times
+    (times,) = point(5, Rounds(seconds, True), [0.5], 1e9).times
     assert (times.runs, times.median, times.candidates_per_second) == (100, 50.5, 5 / 50.5)
     assert times.p90 == pytest.approx(90.1) and times.p99 == pytest.approx(99.01) and times.copies == 0.5
     assert times.low <= times.median <= times.high
