@@ -26,7 +26,6 @@ import onnx
 import torch
 from export_models import run, session
 from torch import Tensor, nn
-from torch.func import functional_call
 from yardstick import Trace, count
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -149,15 +148,17 @@ class Opened(Ranker):
         self.model, self.cuts, self.specs = model, dict(cuts), model.specs
         self.output_names = model.output_names
         self.history = next(k for k, s in enumerate(model.specs) if s.name.startswith("hist_"))
+        for name in cuts:
+            whole = getattr(model, name).detach()
+            delattr(model, name)
+            self.register_buffer(name, whole)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Returns what the model does."""
-        length, own = (
-            inputs[self.history].shape[1],
-            dict(self.model.named_parameters()) | dict(self.model.named_buffers()),
-        )
-        cut = {name: own[name][tuple(slice(length + k) for k in beyond)] for name, beyond in self.cuts.items()}
-        return functional_call(self.model, cut, inputs)
+        length = inputs[self.history].shape[1]
+        for name, beyond in self.cuts.items():
+            setattr(self.model, name, getattr(self, name)[tuple(slice(length + k) for k in beyond)])
+        return self.model(*inputs)
 
 
 def _opened(name: str, **cuts: Sequence[int]) -> Callable[[], tuple[nn.Module, list[InputSpec]]]:
