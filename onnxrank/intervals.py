@@ -7,7 +7,7 @@ over all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from math import prod
 from typing import Any, Protocol
@@ -165,6 +165,8 @@ class Intervals:
             return _compared(op, x[0], x[1])
         if op == "Dropout":
             return low, high
+        if op == "Clip":
+            return _clipped(node, x)
         if Trait.MOVEMENT in traits(node):
             return self._moved(node, x)
         if op == "Not":
@@ -208,7 +210,7 @@ _RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"
 _SCORES = {"MatMul", "Einsum"}
 _ON_SCORES = {*_RESHAPES, "Transpose", "Cast", "Add", "Sub", "Where", "Mul", "Div"}
 _FOLLOWED = {*having(Trait.MOVEMENT), *_VARIADIC, *_COMPARED}
-_FOLLOWED |= {"Dropout", "Cast", "Not", "Neg", "Where", "Sub", "Mul", "Div"}
+_FOLLOWED |= {"Dropout", "Cast", "Clip", "Not", "Neg", "Where", "Sub", "Mul", "Div"}
 
 
 def _cast(low: NDArray[np.float64], high: NDArray[np.float64], to: int) -> Interval:
@@ -217,6 +219,15 @@ def _cast(low: NDArray[np.float64], high: NDArray[np.float64], to: int) -> Inter
         away = (low > 0) | (high < 0)
         return away.astype(np.float64), ((low != 0) | (high != 0)).astype(np.float64)
     return (low, high) if to in runtime.FLOATS else (np.trunc(low), np.trunc(high))
+
+
+def _clipped(node: NodeProto, x: Sequence[Interval]) -> Interval:
+    """An interval cut at both ends, which are operands, or attributes before opset 11."""
+    ends = dict(zip([k for k, i in enumerate(node.input) if i], x, strict=True))
+    for k, (name, number) in enumerate((("min", -np.inf), ("max", np.inf)), 1):
+        ends.setdefault(k, (np.array(attribute(node, name, number)),) * 2)
+    low, high = (np.minimum(np.maximum(x[0][k], ends[1][k]), ends[2][k]) for k in (0, 1))
+    return low, high
 
 
 def _compared(op: str, a: Interval, b: Interval) -> Interval:

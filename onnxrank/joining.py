@@ -80,6 +80,16 @@ def is_crossover(node: NodeProto) -> bool:
     return node.op_type == "If" and node.name == NAME
 
 
+def exchanged(model: ModelProto) -> ModelProto:
+    """A model of two plans with each in the other's place: whoever follows that for many then follows that for few."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    for node in filter(is_crossover, out.graph.node):
+        for branch in node.attribute:
+            branch.name = "then_branch" if branch.name == "else_branch" else "else_branch"
+    return out
+
+
 class _Side:
     """One of two graphs.
 

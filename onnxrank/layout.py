@@ -328,6 +328,10 @@ class Layout:
             The tensor, its shape, and where its entries go; the source itself where no axis can be cut.
         """
         name, have = self.name_of(source), source.dims
+        squeezed = tuple(d for d in have if d != ())
+        ready = self.before_reshape(name, have, squeezed) if at.size < source.size else None
+        if ready is not None:  # what is cut from it has axes of its own
+            name, have = ready, squeezed
         found = _positions(at, extents(have))
         if found is None and at.shape:
             # The last axis of what is wanted may be part of a longer one.

@@ -49,7 +49,7 @@ from onnxrank.values import (
     with_extents,
 )
 
-from . import fold
+from . import fold, unstack
 
 ELEMENTWISE = having(Trait.ELEMENTWISE)
 _LARGEST_SCALED = 1 << 18
@@ -140,7 +140,7 @@ def _elementwise(rw: Rewrite, node: NodeProto, values: Sequence[Value], present:
         keys = _by_factors(rw, wide, keys)
     orders = rw.grouping.memory_order(wide)
     wide, keys = [permuted(w, orders) for w in wide], permuted(keys, orders)
-    boxes = rw.grouping.boxes(wide)
+    boxes = unstack.apart(rw, node.output[0], wide) or rw.grouping.boxes(wide)
     alone = len(boxes) == 1 and not orders
     for box in boxes:
         some = [w[box] for w in wide]

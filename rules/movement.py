@@ -33,6 +33,7 @@ from onnxrank.values import (
 )
 
 from .broadcast import attribute
+from .unstack import is_stack, is_summed
 
 _PICKS = {"Split", "Slice", "Gather"}
 _POSITIONS = {"Gather", "GatherND"}
@@ -162,9 +163,11 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     plain = all(
         v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) and not rw.is_open(v) for v in values
     )
-    if plain and not _of_lookup(rw, node):
+    made = joined.take(*(v.codes for v in values))
+    stack = is_stack(rw, made, axis) and is_summed(rw, node.output[0], rank, axis)
+    if plain and not stack and not _of_lookup(rw, node):
         return rw.keep(node, [rw.tensor(v) for v in values], [joined.dims], held)
-    return [rw.tidy(joined.dims, values[0].dtype, joined.take(*(v.codes for v in values)))]
+    return [rw.tidy(joined.dims, values[0].dtype, made)]
 
 
 def _concat_sums(rw: Rewrite, node: NodeProto, operands: list[Value | Sum]) -> list[Abstract]:

@@ -28,22 +28,10 @@ from onnxrank.values import (
 from .broadcast import attribute, elementwise, is_square, rowwise
 from .pieces import Piece
 from .products import Contraction, distribute, partials, with_addend
+from .unstack import axes_of, is_stack
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}
 _EXTREMA = {"ReduceMax": "Max", "ReduceMin": "Min"}
-
-
-def axes_of(rw: Rewrite, node: NodeProto, rank: int) -> list[int] | None:
-    """The axes that a reduction reduces; None if they are computed at run time."""
-    axes = attribute(node, "axes")
-    if axes is None and len(node.input) > 1 and node.input[1]:
-        given = rw.array(node, 1)
-        if given is None:
-            return None
-        axes = given.reshape(-1).tolist()
-    if not axes:
-        return [] if attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
-    return sorted(a % rank for a in axes)
 
 
 def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] | None:
@@ -93,6 +81,10 @@ def reduce(rw: Rewrite, node: NodeProto, rule: str = "pool") -> list[Abstract] |
         return [parts[0] if len(parts) == 1 else elementwise(rw, _EXTREMA[op], parts, node.output[0])]
 
     def one(v: Value) -> Abstract:
+        if op == "ReduceSum" and len(axes) == 1 and is_stack(rw, v.codes, axes[0]):
+            dims = result(v.dims)
+            each = [part.reshape(extents(dims)) for part in np.moveaxis(v.codes, axes[0], 0)]
+            return rw.add([view(dims, v.dtype, part) for part in each], dims, v.dtype)
         how = _Reduction(rw, at, _ADDITIVE[op], v.dtype, count if op == "ReduceMean" else 1)
         parts = partials(rw, merged(v), at, how, rule, unread)
         return rw.add([unmerged(p) for p in parts], result(v.dims), v.dtype)

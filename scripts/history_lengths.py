@@ -2,10 +2,11 @@
 
 Production exports leave the length of a history symbolic. Each model here is exported both ways, by both exporters,
 and optimised; the table says which share of the multiply-adds is left at a length of 50, counted by running, whether
-the scores are right at other lengths and numbers of candidates, and, with `--time`, the speed-up of each.
+the scores are right at other lengths and numbers of candidates, and, with `--time`, the speed-up at some lengths of
+the symbolic export over that of one of just that length.
 
     python scripts/history_lengths.py
-    python scripts/history_lengths.py --names ranker din --exporter torchscript --refusals --time
+    python scripts/history_lengths.py --names ranker din --exporter torchscript --refusals --time 20 50 200
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import io
 import logging
 import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from models import InputSpec, build
 from models.din import Dice
 from models.history_transformer import HistoryTransformer
 from models.layers import Fields, Ranker, SelfAttention, Table, ids, initialise, mlp
+from onnxrank.turns import of_thread
 
 LENGTH = 50
 LENGTHS = (0, 1, 2, 20, 50, 200, 1000)
@@ -133,6 +134,41 @@ class OpenTransformer(HistoryTransformer):
         return torch.sigmoid(self.head(self.norm(x[:, -1])))
 
 
+class Opened(Ranker):
+    """A model of long histories whose positions and masks are cut to the length of the request.
+
+    Args:
+        model: The model.
+        cuts: Per parameter or buffer how many entries it has beyond those of the history, along each of its axes that
+            goes over positions.
+    """
+
+    def __init__(self, model: nn.Module, cuts: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.model, self.cuts, self.specs = model, dict(cuts), model.specs
+        self.output_names = model.output_names
+        self.history = next(k for k, s in enumerate(model.specs) if s.name.startswith("hist_"))
+        for name in cuts:
+            whole = getattr(model, name).detach()
+            delattr(model, name)
+            self.register_buffer(name, whole)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Returns what the model does."""
+        length = inputs[self.history].shape[1]
+        for name, beyond in self.cuts.items():
+            setattr(self.model, name, getattr(self, name)[tuple(slice(length + k) for k in beyond)])
+        return self.model(*inputs)
+
+
+def _opened(name: str, **cuts: Sequence[int]) -> Callable[[], tuple[nn.Module, list[InputSpec]]]:
+    def make() -> tuple[nn.Module, list[InputSpec]]:
+        module, specs = build(name, history=1000)
+        return Opened(module, cuts).eval(), specs
+
+    return make
+
+
 def _transformer() -> tuple[nn.Module, list[InputSpec]]:
     module = OpenTransformer(history=1000, vocab=100, dim=16, heads=2, layers=2, hidden=(16,))
     initialise(module, seed=1)
@@ -165,6 +201,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[InputSpec]]]] = {
     "sasrec_target": lambda: build("sasrec_target", history=1000, dim=16),
     "history_transformer": _transformer,
     "candidate_query": _query,
+    "dmr": _opened("dmr", positions=(0,)),
+    "sim": _opened("sim"),
+    "hyformer": _opened("hyformer"),
+    "interformer": _opened("interformer", positions=(0,)),
+    "transact": _opened("transact"),
+    "hstu": _opened("hstu", positions=(1,), distance=(1, 1), causal=(1, 1)),
+    "onetrans": _opened("onetrans", positions=(0,), later=(5, 5), others=(5, 5)),
 }
 
 
@@ -187,9 +230,11 @@ def once(feed: Feed, specs: Sequence[InputSpec]) -> Feed:
     return {s.name: feed[s.name][:1] if s.level == "request" else feed[s.name] for s in specs}
 
 
-def export(module: nn.Module, specs: Sequence[InputSpec], exporter: str, symbolic: bool) -> onnx.ModelProto:
+def export(
+    module: nn.Module, specs: Sequence[InputSpec], exporter: str, symbolic: bool, length: int = LENGTH
+) -> onnx.ModelProto:
     """Exports with rows of candidates, and lengths that are fixed or not."""
-    feed = draw(specs, 7, LENGTH)
+    feed = draw(specs, 7, length)
     args = tuple(torch.from_numpy(feed[s.name]) for s in specs)
     axes = {s.name: {0: "N", **({1: "L"} if symbolic and s.name.startswith("hist_") else {})} for s in specs}
     names, buffer = [s.name for s in specs], io.BytesIO()
@@ -247,23 +292,33 @@ def wrong(before: onnx.ModelProto, after: onnx.ModelProto, specs: Sequence[Input
 
 
 def times(models: Sequence[tuple[onnx.ModelProto, Feed]], repeats: int = 25) -> list[float]:
-    """Median seconds per run of each model, run in turns."""
+    """Median seconds per run of each model, run in turns; of the thread, so that a busy machine does not count."""
     opened = [(session(m), feed) for m, feed in models]
     taken: list[list[float]] = [[] for _ in opened]
     for k in range(repeats + 2):
         for (s, feed), into in zip(opened, taken, strict=True):
-            start = time.perf_counter()
+            start = of_thread()
             run(s, feed)
             if k > 1:
-                into.append(time.perf_counter() - start)
+                into.append(of_thread() - start)
     return [statistics.median(t) for t in taken]
+
+
+def speed_ups(pairs: Sequence[tuple[onnx.ModelProto, onnxrank.Result]], feed: Feed, specs: Sequence[InputSpec]) -> str:
+    """Of an export of a fixed and of one of a symbolic length, and how they compare."""
+    cut = once(feed, specs)
+    every = [form for before, result in pairs
+             for form in ((before, feed), (result.model, cut if result.changed else feed))]  # fmt: skip
+    found = times(every)
+    fixed, symbolic = found[0] / found[1], found[2] / found[3]
+    return f"{fixed:.2f} -> {symbolic:.2f} ({symbolic / fixed:.2f})"
 
 
 def study(name: str, exporter: str, options: argparse.Namespace) -> None:
     """Prints the line of one model."""
     module, specs = MODELS[name]()
     request = [s.name for s in specs if s.level == "request"]
-    shares, said, timed, refusals = [], [], [], {}
+    shares, said, made, refusals = [], [], [], {}
     for symbolic in (False, True):
         try:
             before = export(module, specs, exporter, symbolic)
@@ -274,6 +329,7 @@ def study(name: str, exporter: str, options: argparse.Namespace) -> None:
             options.save.mkdir(parents=True, exist_ok=True)
             onnx.save(before, options.save / f"{name}.{exporter}.{'open' if symbolic else 'fixed'}.onnx")
         result = onnxrank.optimize(before, request=request, check=False)
+        made.append((before, result))
         if options.save:
             onnx.save(result.model, options.save / f"{name}.{exporter}.{'open' if symbolic else 'fixed'}.fast.onnx")
         shares.append(left(before, result.model, specs) if result.changed else 1.0)
@@ -282,16 +338,13 @@ def study(name: str, exporter: str, options: argparse.Namespace) -> None:
         # onnxruntime aborts in recurrent layers over no steps.
         lengths = [n for n in LENGTHS if n or "GRU" not in {k.op_type for k in before.graph.node}]
         said.append(wrong(before, result.model, specs, lengths if symbolic else (LENGTH,)) if result.changed else "-")
-        for length in options.time:
-            feed = draw(specs, 512, length)
-            if symbolic or length == LENGTH:
-                cut = once(feed, specs) if result.changed else feed
-                timed.append(((before, feed), (result.model, cut)))
     line = f"{name:20} {exporter:12} left {shares[0]:6.1%} fixed {shares[1]:6.1%} symbolic   {said[0]}, {said[1]}"
-    if timed:
-        found = times([model for pair in timed for model in pair])
-        ratios = [a / b for a, b in zip(found[::2], found[1::2], strict=True)]
-        line += "   speed-up " + " ".join(f"{r:.2f}" for r in ratios)
+    for length in options.time:
+        fixed = made[0]
+        if length != LENGTH:
+            before = export(module, specs, exporter, False, length)
+            fixed = before, onnxrank.optimize(before, request=request, check=False)
+        line += f"   L = {length}: {speed_ups([fixed, made[1]], draw(specs, 512, length), specs)}"
     print(line, flush=True)
     if options.refusals:
         for symbolic, lines in refusals.items():

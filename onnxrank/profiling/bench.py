@@ -24,7 +24,7 @@ from onnxrank.model import LoadedModel
 from onnxrank.profiling import timing
 from onnxrank.profiling.kernels import Event, Node, Tracer, telling
 from onnxrank.profiling.report import Kernel, Kernels, Memory, Share
-from onnxrank.profiling.sessions import Loop, Requests, Runner, Target, open_session
+from onnxrank.profiling.sessions import Loop, Peak, Requests, Runner, Target, open_session
 from onnxrank.workers import Crashed, Worker
 
 _STATUS = Path("/proc/self/status")
@@ -44,6 +44,7 @@ class Bench:
         self._models = models
         self._sessions: dict[str, tuple[Any, Target]] = {}
         self._runners: dict[str, Runner | Loop] = {}
+        self._peak: Peak | None = None
         self._tracer: Tracer | None = None
 
     def open(self, session: str, path: str | None, target: Sequence[Any]) -> list[str]:
@@ -81,10 +82,14 @@ class Bench:
         return max(run(k) for k in range(len(requests) // turns))
 
     def interleave(self, sessions: Sequence[str], seconds: float) -> dict[str, Any]:
-        """Times sessions in turns on the requests that they hold."""
+        """Times sessions in turns on the requests that they hold, and the machine's peak before and after."""
         runners = [self._runners[s] for s in sessions]
+        self._peak = self._peak or Peak(self._sessions[sessions[0]][1])
+        before = self._peak()
         rounds = timing.interleave(runners, seconds)
-        return {"seconds": rounds.seconds, "settled": rounds.settled, "copies": [r.copies for r in runners]}
+        copies = [r.copies for r in runners]
+        peak = (before + self._peak()) / 2
+        return {"seconds": rounds.seconds, "settled": rounds.settled, "copies": copies, "peak": peak}
 
     def scores(self, session: str) -> list[NDArray[Any]]:
         """Outputs for the first request that a session holds."""
@@ -218,11 +223,12 @@ class RemoteBench:
 
     def interleave(
         self, models: Sequence[Entrant], candidates: int, seconds: float
-    ) -> tuple[timing.Rounds, list[float | None]]:
+    ) -> tuple[timing.Rounds, list[float | None], float]:
         """Times models in turns on the requests that they hold.
 
         Returns:
-            The times, and per model the seconds per run for copies between host and device, where known.
+            The times, per model the seconds per run for copies between host and device, where known, and the
+            multiply-adds per second of one large product.
         """
         keys = [m.key for m in models]
         with self._watching(models, f"at N = {candidates}"):
@@ -230,7 +236,7 @@ class RemoteBench:
             took = np.asarray(got["seconds"], np.float64)
             if took.ndim != 3 or len(took) != len(models) or len(got["copies"]) != len(models):
                 raise ValueError
-            return timing.Rounds(took, bool(got["settled"])), list(got["copies"])
+            return timing.Rounds(took, bool(got["settled"])), list(got["copies"]), float(got["peak"])
 
     def scores(self, model: Entrant, candidates: int) -> list[NDArray[Any]]:
         """Outputs for the first request that a model holds."""

@@ -20,8 +20,10 @@ from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, UsageError
 from onnxrank.facts import Setting
+from onnxrank.joining import exchanged, is_crossover
+from onnxrank.plans import Plan
 from onnxrank.profiling import kernels as kernel_times
-from onnxrank.profiling import timing
+from onnxrank.profiling import timing, work
 from onnxrank.profiling.bench import Entrant, RemoteBench
 from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
 from onnxrank.profiling.sessions import Requests, Target, environment
@@ -121,8 +123,7 @@ def profile(
             drawn.check_memory(n)
             for e, s in zip(entrants, subjects, strict=True):
                 bench.hold(e, n, drawn.of(s)(n))
-            rounds, copies = bench.interleave(entrants, n, seconds)
-            points.append(timing.point(n, rounds, copies))
+            points.append(timing.point(n, *bench.interleave(entrants, n, seconds)))
         if other is not None:
             say("comparing scores")
             last = max(candidates)
@@ -133,15 +134,16 @@ def profile(
             drawn.check_memory(n, r)
             for e, s in zip(entrants, subjects, strict=True):
                 bench.hold(e, n, drawn.several(s, n, r), 1 if s.told else r)
-            rounds, _ = bench.interleave(entrants, n, seconds)
+            rounds = bench.interleave(entrants, n, seconds)[0]
             several.append(timing.several(r, n, rounds, [s.told is not None for s in subjects]))
     if difference is not None and not difference <= _SAME:
         notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
     models, traced = [], []
     for k, (e, s) in enumerate(zip(entrants, subjects, strict=True)):
         say(f"profiling kernels of {e.name}")
-        found, events, note = _kernels(e, s, study, roles, drawn, [p.candidates for p in points], target, timeout)
+        analyses, note = _analyses(s, study, roles)
         notes += [f"{e.name}: {note}"] if note else []
+        found, events = _kernels(e, s, analyses, drawn, [p.candidates for p in points], target, timeout)
         traced.append((e.name, events))
         peak, note = None, None
         if memory:
@@ -149,11 +151,13 @@ def profile(
             peak, note = _memory(e, drawn.of(s)(max(candidates)), max(candidates), target, timeout)
             notes += [note] if note and note not in notes else []
         line = timing.fit([p.candidates for p in points], [p.times[k].median for p in points])
-        models.append(
-            ModelProfile(
-                e.name, s.loaded.sha256, s.loaded.size, s.contract is not None, providers[k], line, tuple(found), peak
-            )
-        )
+        reached = [
+            work.works(work.macs(analyses.at(p.candidates), drawn.extents(p.candidates)), p, k, own)
+            for p, own in zip(points, found, strict=True)
+            if analyses is not None
+        ]
+        file = e.name, s.loaded.sha256, s.loaded.size, s.contract is not None
+        models.append(ModelProfile(*file, providers[k], line, tuple(found), peak, tuple(reached)))
     if trace is not None:
         trace.update(kernel_times.trace(traced))
     return Profile(
@@ -230,6 +234,13 @@ class _Subject:
             second: Whether it is held against another.
         """
         return Entrant(key, self.name, self.loaded, self.working, second and self.contract is not None)
+
+    def below(self) -> int:
+        """The number of candidates below which another plan holds; 0 where there is one plan."""
+        if not any(map(is_crossover, self.alone.graph.node)):
+            return 0
+        few = Plan.from_contract(self.contract or {}).few
+        return 0 if few is None else few.below
 
     def joined(self, requests: Sequence[feeds.Feed]) -> Requests:
         """Requests as the model takes them: inputs side by side, in one call, where it takes them so."""
@@ -329,9 +340,13 @@ class _Drawn:
 
     def _bytes(self, n: int) -> int:
         """Bytes of the inputs of a request, as they are drawn: as 64-bit floats."""
-        point = {**self._point, CANDIDATES: n}
+        point = self.extents(n)
         counts = [prod(f if isinstance(f, int) else point[f] for d in i.dims for f in d) for i in self._study.declared]
         return 8 * sum(counts)
+
+    def extents(self, n: int) -> dict[str, int]:
+        """Values of the symbols at a number of candidates."""
+        return {**self._point, CANDIDATES: n}
 
     def of(self, subject: _Subject) -> Callable[[int], Requests]:
         """Makes requests with a number of candidates for a model."""
@@ -350,7 +365,7 @@ class _Drawn:
     def _requests(self, n: int, count: int) -> list[feeds.Feed]:
         if self._held[:2] != (n, count):
             self._held = (0, 0, [])  # those before would take up memory
-            point = {**self._point, CANDIDATES: n}
+            point = self.extents(n)
             self._held = (n, count, [self._study.maker(Setting(point, 7 * n + k)) for k in range(count)])
         return self._held[2]
 
@@ -402,35 +417,60 @@ def _memory(
         return bench.memory(model, requests, candidates), None
 
 
+@dataclass(frozen=True)
+class _Analyses:
+    """What is known of one of the models.
+
+    Attributes:
+        many: Of the model; of its plan for many candidates, where it has two.
+        few: Of its plan for few.
+        below: The number of candidates from which on the plan for many holds.
+    """
+
+    many: Analysis
+    few: Analysis | None = None
+    below: int = 0
+
+    def at(self, candidates: int) -> Analysis:
+        """Of what runs at a number of candidates."""
+        return self.few if self.few is not None and candidates < self.below else self.many
+
+
+def _analyses(subject: _Subject, study: Study, roles: Roles) -> tuple[_Analyses | None, str | None]:
+    """What the analysis proves of a model, or why nothing is known."""
+
+    def analysed(model: ModelProto) -> Analysis:
+        known = study
+        if subject.one is not study.loaded or model is not subject.alone:
+            known = Study(model, _roles_of(subject, study, roles), subject.one)
+        stray = known.contradicted()
+        if stray is not None:
+            raise ModelError(stray.reason)
+        return Analysis(known)
+
+    try:
+        many = analysed(subject.alone)
+        below = subject.below()
+        return _Analyses(many, analysed(exchanged(subject.alone)) if below else None, below), None
+    except OnnxrankError as e:
+        return None, f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
+
+
 def _kernels(
     entrant: Entrant,
     subject: _Subject,
-    study: Study,
-    roles: Roles,
+    analyses: _Analyses | None,
     drawn: _Drawn,
     candidates: Sequence[int],
     target: Target,
     timeout: float,
-) -> tuple[list[Kernels], list[kernel_times.Event], str | None]:
+) -> tuple[list[Kernels], list[kernel_times.Event]]:
     """Kernels of a model, with the levels that the analysis proves."""
-    once: dict[str, bool] = {}
-    note = None
-    try:
-        known = study
-        if subject.one is not study.loaded:
-            known = Study(subject.alone, _roles_of(subject, study, roles), subject.one)
-        stray = known.contradicted()
-        if stray is not None:
-            raise ModelError(stray.reason)
-        analysis = Analysis(known)
-        once = {name: analysis.is_once(name) for name in analysis.tensors}
-    except OnnxrankError as e:
-        note = f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
+    once = {} if analyses is None else {name: analyses.many.is_once(name) for name in analyses.many.tensors}
     moved = subject.contract is not None and "broadcast" in subject.contract.get("rules", {})
     nodes = kernel_times.nodes_of(subject.working, once, moved)
     with RemoteBench(target, timeout) as bench:
-        found, events = bench.kernels(entrant, nodes, drawn.of(subject), candidates)
-    return found, events, note
+        return bench.kernels(entrant, nodes, drawn.of(subject), candidates)
 
 
 def _roles_of(subject: _Subject, study: Study, roles: Roles) -> Roles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from onnxrank import charts, pages
-from onnxrank.profiling.render import LEVELS, duration, how, ratio, shown_candidates, spread, verdict
+from onnxrank.profiling.render import LEVELS, duration, how, ratio, shown_candidates, spread, verdict, works_table
 from onnxrank.profiling.report import Kernels, ModelProfile, Profile
 from onnxrank.profiling.timing import fitted
 from onnxrank.writers import human, percent
@@ -35,6 +35,7 @@ def to_html(profile: Profile) -> str:
         *_speedups(profile),
         *_several(profile),
         *_costs(profile, names),
+        *_works(profile),
         "<h2>Where the time goes, by level</h2>",
         '<p class="faint">Kernel time per request by onnxruntime\'s profiler, which slows small kernels down; at every '
         "N the longer bar is as long as the room.</p>",
@@ -135,6 +136,14 @@ def _costs(profile: Profile, names: list[str]) -> list[str]:
         heads = ["model", "peak above an empty process", "of it the loaded model"]
         out += ["<h2>Memory</h2>", pages.table(heads, memory)]
     return out
+
+
+def _works(profile: Profile) -> list[str]:
+    title, heads, rows = works_table(profile)
+    if not rows:
+        return []
+    by_kernels = '<p class="faint">All by the time of a request, levels by that of their kernels.</p>'
+    return [f"<h2>{title}</h2>", by_kernels, pages.table(heads, rows)]
 
 
 def _at(model: ModelProfile, candidates: int) -> Kernels:

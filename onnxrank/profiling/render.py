@@ -15,7 +15,7 @@ from onnxrank.writers import Markdown, Terminal, Writer, as_text, count, human, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxrank.profiling.report import Call, Kernels, ModelProfile, Profile, Share, Speedup
+    from onnxrank.profiling.report import Call, Kernels, ModelProfile, Profile, Share, Speedup, Work
 
 LEVELS = {
     "request": "once per request",
@@ -57,6 +57,28 @@ def verdict(speedup: Speedup, times: str) -> str:
 def how(call: Call, requests: int) -> str:
     """How a model scores several requests."""
     return "one call" if call.together else f"{requests} call{'s' * (requests > 1)}"
+
+
+def works_table(profile: Profile) -> tuple[str, list[str], list[list[str]]]:
+    """How near the machine the models are: a title, heads and rows; no rows where nothing is known."""
+    several = len(profile.models) > 1
+    reached = [(k, x) for k, m in enumerate(profile.models, 1) for x in m.works]
+    levels = [level for level in LEVELS if any(w.name == level for _, x in reached for w in x.levels)]
+    rows = []
+    for point in profile.points:
+        for k, x in reached:
+            if x.candidates == point.candidates:
+                own = {w.name: w for w in x.levels}
+                shown = [_share(x.all), *(_share(own.get(level)) for level in levels)]
+                rows.append([str(x.candidates), *[str(k)] * several, human(x.all.macs), *shown])
+    peaks = sorted(point.peak for point in profile.points)
+    found = " to ".join(dict.fromkeys(human(p, "MACs") for p in (peaks[0], peaks[-1])))
+    title = f"Share of the machine's peak, {found} per second in one large product"
+    return title, ["N", *["model"] * several, "MACs", "all", *(LEVELS[level] for level in levels)], rows
+
+
+def _share(work: Work | None) -> str:
+    return "" if work is None or work.of_peak is None else percent(work.of_peak)
 
 
 def ratio(speedup: Speedup | None, times: str) -> str:
@@ -104,6 +126,7 @@ class _Printer:
         self.speedups()
         self.several()
         self.costs()
+        self.works()
         shown = [p.candidates for p in self.profile.points] if verbose else [shown_candidates(self.profile)]
         for n in shown:
             self.where(n, verbose)
@@ -201,6 +224,16 @@ class _Printer:
         if fitted(measured) != measured:
             self.to.item("N = 1 is left out of the fit: a product with one row runs another kernel")
 
+    def works(self) -> None:
+        title, names, rows = works_table(self.profile)
+        if not rows:
+            return
+        self.to.title(title)
+        table = self.to.table(names, ())
+        for row in rows:
+            table.add_row(*map(self.to.text, row))
+        self.to.show(table)
+
     def where(self, candidates: int, verbose: bool) -> None:
         found = [next(k for k in m.kernels if k.candidates == candidates) for m in self.profile.models]
         self.to.title(f"Where the time goes at N = {candidates}, by onnxruntime's profiler")
@@ -265,7 +298,7 @@ def to_csv(profile: Profile) -> str:
     writer.writerow(
         "candidates model runs median low high p90 p99 candidates_per_second copies kernels once repeated "
         "per_candidate speedup speedup_low speedup_high significant requests seconds_per_request "
-        "seconds_per_candidate".split()
+        "seconds_per_candidate macs of_peak".split()
     )
     for p in profile.points:
         for k, (model, t) in enumerate(zip(profile.models, p.times, strict=True)):
@@ -276,11 +309,13 @@ def to_csv(profile: Profile) -> str:
             row += [levels.get(level, 0.0) for level in ("request", "repeated", "candidate")]
             s = p.speedup if k == 1 else None
             row += [s.ratio, s.low, s.high, int(s.significant)] if s else [""] * 4
-            writer.writerow([*row, 1, t.median, t.median / p.candidates])
+            reached = next((x.all for x in model.works if x.candidates == p.candidates), None)
+            row += [1, t.median, t.median / p.candidates]
+            writer.writerow([*row, *(["", ""] if reached is None else [reached.macs, reached.of_peak])])
     for v in profile.several:
         for k, (model, c) in enumerate(zip(profile.models, v.calls, strict=True)):
             row = [v.candidates, model.source, c.runs, c.median, c.low, c.high, "", "", 1 / c.per_candidate, *[""] * 5]
             s = v.speedup if k == 1 else None
             row += [s.ratio, s.low, s.high, int(s.significant)] if s else [""] * 4
-            writer.writerow([*row, v.requests, c.per_request, c.per_candidate])
+            writer.writerow([*row, v.requests, c.per_request, c.per_candidate, "", ""])
     return out.getvalue()

@@ -62,12 +62,14 @@ class Point:
         times: Per model, in the order given.
         speedup: First over second; None for a single model.
         settled: Whether the interval was narrow enough before the time was used up.
+        peak: Multiply-adds per second of one large product, right before and after.
     """
 
     candidates: int
     times: tuple[Times, ...]
     speedup: Speedup | None
     settled: bool
+    peak: float
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,36 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Multiply-adds of matrix products, and how near the machine they come.
+
+    Attributes:
+        name: The level, or `all`.
+        macs: Multiply-adds per request.
+        of_peak: Those per second over those of one large product in the same run; None where nothing took time.
+    """
+
+    name: str
+    macs: int
+    of_peak: float | None
+
+
+@dataclass(frozen=True)
+class Works:
+    """The share of the machine's peak that a model reaches at one number of candidates.
+
+    Attributes:
+        candidates: Number of candidates.
+        all: By the time of a request.
+        levels: By the time of each level's kernels.
+    """
+
+    candidates: int
+    all: Work
+    levels: tuple[Work, ...]
+
+
+@dataclass(frozen=True)
 class Memory:
     """Resident memory of a process of its own that loads the model and runs it, in bytes.
 
@@ -234,6 +266,7 @@ class ModelProfile:
         line: Fitted cost; None with fewer than two numbers of candidates.
         kernels: Per number of candidates where the time goes.
         memory: Peak memory; None where it was not asked for or could not be measured.
+        works: Per number of candidates how near the machine the model is; nothing where its products are not known.
     """
 
     source: str
@@ -244,6 +277,7 @@ class ModelProfile:
     line: Line | None
     kernels: tuple[Kernels, ...]
     memory: Memory | None
+    works: tuple[Works, ...] = ()
 
 
 @dataclass(frozen=True)

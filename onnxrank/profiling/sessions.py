@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxrank import runtime
 
@@ -196,6 +197,37 @@ class Loop:
     def scores(self, request: int) -> list[Any]:
         """Outputs for the first of them."""
         return self._runner.scores(request * self._turns)
+
+
+class Peak:
+    """How many multiply-adds per second the machine does in one large product, which has nothing to wait for.
+
+    Args:
+        target: Where it runs.
+    """
+
+    _SIZE = 512
+    _RUNS = 5
+
+    def __init__(self, target: Target) -> None:
+        plain = replace(target, cuda_graph=False)
+        model, x = self.product()
+        self._run = Runner(open_session(model, plain), [{"x": x}], plain)
+
+    @classmethod
+    def product(cls) -> tuple[ModelProto, NDArray[np.float32]]:
+        """The product of square matrices, as a model, and its input `x`."""
+        weight = np.linspace(-1, 1, cls._SIZE**2, dtype=np.float32).reshape(cls._SIZE, -1)
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape) for name in "xy"]
+        node = helper.make_node("MatMul", ["x", "w"], ["y"])
+        graph = helper.make_graph([node], "peak", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7), weight
+
+    def __call__(self) -> float:
+        """Multiply-adds per second now."""
+        self._run(0)
+        took = float(np.median([self._run(0) for _ in range(self._RUNS)])) - (self._run.copies or 0.0)
+        return self._SIZE**3 / took
 
 
 def processor(provider: str) -> str:

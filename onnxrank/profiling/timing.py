@@ -30,13 +30,14 @@ STRAIGHT = 0.05
 """Largest relative error of a straight line through the times for which it is not bent."""
 
 
-def point(candidates: int, rounds: Rounds, copies: Sequence[float | None]) -> Point:
+def point(candidates: int, rounds: Rounds, copies: Sequence[float | None], peak: float) -> Point:
     """Sums up the rounds at one number of candidates.
 
     Args:
         candidates: The number.
         rounds: The times.
         copies: Per model, seconds per run for copies between host and device, where known.
+        peak: Multiply-adds per second of one large product.
     """
     turns = np.median(rounds.seconds, axis=2)
     times = []
@@ -46,7 +47,7 @@ def point(candidates: int, rounds: Rounds, copies: Sequence[float | None]) -> Po
         low, high = interval(own)
         rate = candidates / median
         times.append(Times(every.size, median, min(low, median), max(high, median), p90, p99, rate, copied))
-    return Point(candidates, tuple(times), _speedup(turns), rounds.settled)
+    return Point(candidates, tuple(times), _speedup(turns), rounds.settled, peak)
 
 
 def _speedup(turns: NDArray[np.float64]) -> Speedup | None:

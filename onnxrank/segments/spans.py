@@ -86,6 +86,18 @@ class Span:
         """Truth of the opposite."""
         return Span(1, 1) + -self
 
+    def largest(self, other: Span) -> Span:
+        """The larger of two entries, as far as that is known without comparing expressions."""
+        if self == other:
+            return self
+        lows = [s.low for s in (self, other) if not isinstance(s.low, Expr)]
+        highs = [inf if isinstance(s.high, Expr) else s.high for s in (self, other)]
+        return Span(max(lows, default=-inf), max(highs))
+
+    def smallest(self, other: Span) -> Span:
+        """The smaller of two entries."""
+        return -(-self).largest(-other)
+
     def truth(self) -> Span:
         """Whether entries are not 0."""
         if isinstance(self.low, Expr) or isinstance(self.high, Expr):

@@ -143,6 +143,8 @@ def _known(node: NodeProto, x: Sequence[Known], sizes: Sequence[Size]) -> Known:
         return _product(x)
     if op == "IsNaN":
         return x[0].map(lambda a: Span(0, 0) if a.number is not None else spans.TRUTH)
+    if op == "Clip":
+        return _clipped(node, x)
     if op in _SPANS:
         return x[0].map(_SPANS[op], *x[1:])
     return BOOLEAN if Trait.BOOLEAN in traits(node) else UNKNOWN
@@ -158,7 +160,7 @@ def note(d: Division, node: NodeProto) -> None:
         d.seen[outputs[0]] = reduce(Span.hull, others, first)
     elif Trait.MOVEMENT in traits(node):
         d.seen[outputs[0]] = _flat(d.known(node.input[0]).all)
-    elif op in _COMPARED or op in _SPANS or op in ("Cast", "Mul"):
+    elif op in _COMPARED or op in _SPANS or op in ("Cast", "Clip", "Mul"):
         x = [spans.of(_flat(d.known(i).all)) for i in node.input if i]
         d.seen[outputs[0]] = _flat(_known(node, x, []).all)
 
@@ -177,7 +179,18 @@ _SPANS: Mapping[str, Callable[..., Span]] = {
     "Add": Span.__add__,
     "Sub": lambda a, b: a + -b,
     "Neg": Span.__neg__,
+    "Max": lambda a, *more: reduce(Span.largest, more, a),
+    "Min": lambda a, *more: reduce(Span.smallest, more, a),
 }
+
+
+def _clipped(node: NodeProto, x: Sequence[Known]) -> Known:
+    """Entries cut at both ends, where those are operands."""
+    ends = dict(zip([k for k, i in enumerate(node.input) if i], x, strict=False))
+    if len(ends) < 2:
+        return UNKNOWN
+    made = x[0].map(Span.largest, ends[1]) if 1 in ends else x[0]
+    return made.map(Span.smallest, ends[2]) if 2 in ends else made
 
 
 def _cast(to: int, x: Known) -> Known:

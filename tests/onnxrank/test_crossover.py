@@ -25,6 +25,7 @@ from onnxrank.errors import UsageError
 from onnxrank.graphs import attribute
 from onnxrank.joining import NAME, is_crossover
 from onnxrank.plans import Measured, Plan
+from onnxrank.profiling.engine import profile
 from onnxrank.values import CANDIDATES
 from onnxrank.verify import Options, verify
 
@@ -347,3 +348,16 @@ def test_predictions_are_those_at_each_number_of_candidates() -> None:
         for p in result.report.predictions:
             old = bent(result.study.model.graph, result.study.shapes(p.candidates))
             assert p.ratio == round(old / result.form.time(p.candidates), 3)
+
+
+def test_profile_counts_the_plan_that_runs() -> None:
+    """Below the crossover the multiply-adds are those of the plan for few, which here is the original."""
+    result = made()
+    at = below(result)
+    found = profile(ranker(), result.model, candidates=[at - 1, at], seconds=1e-3, memory=False)
+    per_candidate = {n: n * (24 * 128 + 1) * 48 for n in (at - 1, at)}
+    before, after = (m.works for m in found.models)
+    assert {w.candidates: w.all.macs for w in before} == per_candidate
+    few, many = after
+    assert few.all.macs == per_candidate[at - 1]
+    assert {w.name: w.macs for w in many.levels} == {"request": 24 * 96 * 48, "candidate": at * (24 * 32 + 1) * 48}

@@ -361,7 +361,18 @@ MORE_FORMS: dict[str, Callable[[Encoder], Apply]] = {
         e, e.g.op("Slice", e.g.op("Or", hides(e), empty(e)), e.g.ints(0), e.g.ints(T), e.g.ints(1))
     ),
     "halved": lambda e: add(e, e.g.op("Add", causal(e), e.g.op("Div", padding(e, FAR), e.g.const(2)))),
+    "length of at least 1": lambda e: fill(e, e.g.op("Or", hides(e), beyond(e, 1)), FAR),
 }
+
+
+def beyond(e: Encoder, least: int) -> str:
+    """Which keys lie beyond the history's length, which is counted and cut from below; the candidate's never does."""
+    g = e.g
+    ids = g.op("Cast", g.op("Not", g.op("Equal", e.ids, g.const(0, np.int64))), to=int(TensorProto.INT64))
+    length = g.op("Clip", g.on_axes("ReduceSum", ids, [1], keepdims=1), g.const(least, np.int64))
+    at = np.arange(e.length + 1)
+    inside = g.op("Less", g.const(at, np.int64), length)
+    return over_heads(e, g.op("And", g.op("Not", inside), g.const(at < e.length, bool)))
 
 
 def seen_keys(e: Encoder) -> str:
@@ -502,6 +513,7 @@ UNPROVEN: dict[str, Callable[[Encoder], Apply]] = {
     "infinite padding": lambda e: lambda x: fill(e, empty(e))(add(e, causal(e, FAR))(x)),
     "finite on infinite": lambda e: lambda x: fill(e, hides(e), FAR)(fill(e, empty(e))(x)),
     "too near": lambda e: add(e, causal(e, -1e4)),
+    "length of 0": lambda e: fill(e, e.g.op("Or", hides(e), beyond(e, 0)), FAR),
     "infinite padding added": lambda e: add(
         e, e.g.op("Add", causal(e, FAR), e.g.op("Where", empty(e), e.g.const(INF), e.g.const(0)))
     ),

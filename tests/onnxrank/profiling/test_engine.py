@@ -85,6 +85,23 @@ def test_levels_and_rules(found: tuple[Profile, dict[str, Any]], pair: tuple[Pat
     assert {"fold", "fc"} & made and made & rules and "broadcast" in rules
 
 
+def test_share_of_the_peak(found: tuple[Profile, dict[str, Any]]) -> None:
+    """Multiply-adds add up over levels, and are held against the time of a request, and that of its kernels."""
+    profile, _ = found
+    for k, m in enumerate(profile.models):
+        for point, works in zip(profile.points, m.works, strict=True):
+            assert point.peak > 0 and works.candidates == point.candidates
+            assert works.all.macs == sum(w.macs for w in works.levels)
+            assert works.all.of_peak == pytest.approx(works.all.macs / point.times[k].median / point.peak)
+            assert all(w.of_peak is not None and w.of_peak > 0 for w in works.levels)
+    before, after = (m.works for m in profile.models)
+    assert before[1].all.macs == 12 * before[0].all.macs
+    assert [w.name for w in before[0].levels] == ["candidate"]
+    assert [w.name for w in after[0].levels] == ["request", "candidate"]
+    assert after[0].levels[0].macs == after[1].levels[0].macs
+    assert after[1].all.macs < before[1].all.macs
+
+
 def test_memory(found: tuple[Profile, dict[str, Any]]) -> None:
     for m in found[0].models:
         assert m.memory is not None and 0 < m.memory.start <= m.memory.loaded <= m.memory.peak
@@ -119,6 +136,9 @@ def test_csv(found: tuple[Profile, dict[str, Any]]) -> None:
         parts = sum(float(r[k]) for k in ("once", "repeated", "per_candidate"))
         assert parts == pytest.approx(float(r["kernels"])) and float(r["median"]) > 0
     assert not rows[0]["speedup"] and float(rows[1]["speedup"]) > 0
+    for k, row in enumerate(rows):
+        reached = found[0].models[k % 2].works[k // 2].all
+        assert int(row["macs"]) == reached.macs and float(row["of_peak"]) == reached.of_peak
 
 
 def test_trace(found: tuple[Profile, dict[str, Any]]) -> None:

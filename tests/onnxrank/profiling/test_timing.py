@@ -76,7 +76,7 @@ def test_drift_does_not_matter() -> None:
     """A machine that gets slower all the time: the medians say nothing, the ratio is right."""
     machine = Machine()
     slow = [machine.model("a", lambda k: 1 + k / 10), machine.model("b", lambda k: (1 + k / 10) / 2)]
-    found = point(8, interleave(slow, 400, machine.clock), [None, None])
+    found = point(8, interleave(slow, 400, machine.clock), [None, None], 1e9)
     assert found.speedup is not None and found.speedup.ratio == pytest.approx(2, rel=0.05)
 
 
@@ -84,20 +84,20 @@ def test_drift_does_not_matter() -> None:
 def test_no_significant_difference(seed: int) -> None:
     machine = Machine()
     same = [machine.model(n, noisy(1e-2, 0.05, 10 * seed + k)) for k, n in enumerate("ab")]
-    speedup = point(8, interleave(same, 30, machine.clock), [None, None]).speedup
+    speedup = point(8, interleave(same, 30, machine.clock), [None, None], 1e9).speedup
     assert speedup is not None and not speedup.significant and speedup.low <= speedup.ratio <= speedup.high
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(1 + RESOLUTION / 2, False), (1.1, True), (0.9, True)])
 def test_small_differences_are_not_told(ratio: float, told: bool) -> None:
     seconds = np.stack([np.full((20, 3), ratio), np.ones((20, 3))])
-    speedup = point(8, Rounds(seconds, True), [None, None]).speedup
+    speedup = point(8, Rounds(seconds, True), [None, None], 1e9).speedup
     assert speedup is not None and speedup.ratio == pytest.approx(ratio) and speedup.significant is told
 
 
 def test_percentiles() -> None:
     seconds = np.arange(1, 101, dtype=float).reshape(1, 10, 10)
-    (times,) = point(5, Rounds(seconds, True), [0.5]).times
+    (times,) = point(5, Rounds(seconds, True), [0.5], 1e9).times
     assert (times.runs, times.median, times.candidates_per_second) == (100, 50.5, 5 / 50.5)
     assert times.p90 == pytest.approx(90.1) and times.p99 == pytest.approx(99.01) and times.copies == 0.5
     assert times.low <= times.median <= times.high
@@ -139,7 +139,7 @@ def test_a_single_candidate_runs_other_kernels() -> None:
 
 
 def points(*pairs: tuple[int, float, float]) -> list[Point]:
-    return [Point(n, tuple(Times(1, t, t, t, t, t, n / t) for t in (a, b)), None, True) for n, a, b in pairs]
+    return [Point(n, tuple(Times(1, t, t, t, t, t, n / t) for t in (a, b)), None, True, 1e9) for n, a, b in pairs]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_arithmetic(given: list[float], x: float, y: float) -> None:
     assert (-spans_of[0]).low <= -a <= (-spans_of[0]).high  # type: ignore[operator]
     joined = spans_of[0].hull(spans_of[1])
     assert joined.low <= min(a, b) and max(a, b) <= joined.high  # type: ignore[operator]
+    for cut, want in ((spans_of[0].largest(spans_of[1]), max(a, b)), (spans_of[0].smallest(spans_of[1]), min(a, b))):
+        assert cut.low <= want <= cut.high  # type: ignore[operator]
     truth = spans_of[0].truth()
     assert truth.low <= (a != 0) <= truth.high  # type: ignore[operator]
     for factor in (-2.0, 0.5):
@@ -110,6 +112,8 @@ def test_what_is_not_known() -> None:
     assert expression.truth() == TRUTH
     assert expression.times(2.0) == ANY
     assert expression.hull(Span(0, 0)) == ANY
+    assert expression.largest(Span(1, 1)) == Span(1, float("inf"))
+    assert expression.smallest(Span(1, 1)) == Span(float("-inf"), 1)
     assert expression.number is None
     assert (expression + Span(0.5, 0.5)) == ANY
     assert spans.least(ex.product([ex.symbol("#0"), L]), [L]) == float("-inf")
