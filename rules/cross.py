@@ -40,7 +40,7 @@ from onnxrank.values import (
     with_extents,
 )
 
-from .broadcast import elementwise
+from .elementwise import elementwise
 
 _THROUGH = frozenset({"Add"})
 

@@ -49,7 +49,8 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import ELEMENTWISE, as_split, batches_agree, elementwise, mark_unread
+from .broadcast import ELEMENTWISE, batches_agree
+from .elementwise import as_split, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}

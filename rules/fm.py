@@ -14,7 +14,7 @@ from onnxrank.rewrite import RESHAPES, Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import Abstract
 
-from .broadcast import is_square
+from .elementwise import is_square
 from .reduce import reduce
 
 

@@ -12,6 +12,7 @@ from onnx import NodeProto
 
 from onnxrank import moves
 from onnxrank.contract import RULE as RULE_KEY
+from onnxrank.graphs import attribute
 from onnxrank.moves import Movement
 from onnxrank.operators import Placed, Trait, find, having, operator, traits
 from onnxrank.plans import LOOKUP
@@ -31,8 +32,6 @@ from onnxrank.values import (
     symbols,
     view,
 )
-
-from .broadcast import attribute
 
 _PICKS = {"Split", "Slice", "Gather"}
 _POSITIONS = {"Gather", "GatherND"}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank import cost
+from onnxrank.graphs import attribute
 from onnxrank.grouping import groups
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
@@ -41,8 +42,9 @@ from onnxrank.values import (
     with_extents,
 )
 
-from .broadcast import attribute, is_square, pointwise, rowwise
+from .elementwise import is_square, pointwise
 from .pieces import Piece, pieces
+from .rowwise import rowwise
 
 _LEAST_SAVED = 500_000
 """Multiply-adds per request from which on a split pays; see `worth_splitting`."""

@@ -50,7 +50,7 @@ from onnxrank.values import (
 from onnxrank.weights import Weights
 
 from . import fold
-from .broadcast import elementwise, mark_unread
+from .elementwise import elementwise, mark_unread
 from .pieces import Piece, pieces
 
 
