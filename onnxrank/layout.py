@@ -42,6 +42,7 @@ from onnxrank.values import (
 )
 
 _MOST_CUTS = 16
+"""Pieces of a grid at most that are joined one by one: a bound on the size of the result."""
 _MOST_PARTS, _NARROW = 16, 32
 _NOT_TAKEN_IN = {"MatMul", "Add", "Mul", "Div", "Softmax", "Reshape"}
 """Operators that onnxruntime does not take into a product that follows."""

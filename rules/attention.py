@@ -56,6 +56,7 @@ _MOVES = MOVES | {"Split", "Gather"}
 _STEPS = {"Mul", "Div", "Add", "Sub", "Where", "Cast", "Dropout", "Max", "Clip"}
 _PLAIN = {"MatMul", "Einsum", "Mul", "Div", "Cast"}
 _MOST_BOXES = 32
+"""Parts at most that queries are divided into: a bound on the size of the result."""
 _MASKED = 3
 """Beside the levels: a score that gets weight 0."""
 

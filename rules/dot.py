@@ -60,6 +60,10 @@ _FEW_ROWS = 4
 _LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
 _BLOCKWISE = frozenset(ELEMENTWISE)
 _MOST_HEADS = 16
+"""Matrices of a stack at most that become products of their own: a bound on the size of the result.
+
+Whether those before and behind a softmax do is a choice of the plan, between forms of `attention`.
+"""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ from onnxrank.values import (
 from onnxrank.weights import Weights
 
 _LARGEST = 1 << 24
+"""Entries of weights made per request, and of what they are made of, at most; below, costs decide."""
 _FEW = 3
+"""Tensors at most that a basis is kept apart by: a bound on the number of products that one becomes."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def _regular(left: Codes, right: Codes, basis: Codes, zero: int, width: int) -> 
     kind = kind.reshape(-1)
     sizes = np.bincount(kind)
     groups, most = len(kinds), int(sizes.max())
-    if groups * most * terms > 2 * len(item) + 64 or groups * terms * width > _LARGEST:
+    if groups * terms * max(most, width) > _LARGEST:
         return None
     by_kind = np.argsort(kind, kind="stable")
     within = np.empty(len(items), np.int64)

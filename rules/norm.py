@@ -43,7 +43,7 @@ from onnxrank.values import (
 )
 
 from .elementwise import is_square, pointwise
-from .pieces import Piece, pieces
+from .pieces import Division, Piece
 from .rowwise import rowwise
 
 _LEAST_SAVED = 500_000
@@ -88,7 +88,7 @@ def _two_levels(rw: Rewrite, x: Value) -> tuple[Piece, Piece] | None:
     """The request-level and the candidate-level columns of a value; None where it has not exactly those, each once."""
     if symbols(x.dims[-1:]):
         return None
-    found = list(pieces(rw, x.codes, x.dims))
+    found = list(Division(rw, "norm").pieces(x.codes, x.dims))
     if len(found) != 2 or any(p.group.index is not Ellipsis or p.codes.shape[-1] != len(p.members) for p in found):
         return None
     first, second = sorted(found, key=lambda p: p.level)
