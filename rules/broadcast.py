@@ -35,9 +35,9 @@ from onnxrank.values import (
     with_extents,
 )
 
-from . import rowwise
 from .addition import addition
 from .elementwise import pointwise
+from .rowwise import ROWWISE
 
 ELEMENTWISE = having(Trait.ELEMENTWISE)
 
@@ -238,7 +238,7 @@ RULE = Rule(
     operators={
         **dict.fromkeys(ELEMENTWISE, pointwise),
         **dict.fromkeys(("Add", "Sub"), addition),
-        **rowwise.OPERATORS,
+        **ROWWISE,
         "Gather": lookup,
         "GatherND": _gather_nd,
         "GatherElements": _gather_elements,

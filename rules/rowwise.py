@@ -255,7 +255,7 @@ def _dropout(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rowwise(rw, node, [], lambda dims: [dims] * len(node.output))
 
 
-OPERATORS: dict[str, Transfer] = {
+ROWWISE: dict[str, Transfer] = {
     "QuantizeLinear": _quantise,
     "DequantizeLinear": _quantise,
     "Softmax": _softmax,

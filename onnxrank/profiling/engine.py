@@ -23,7 +23,7 @@ from onnxrank.facts import Setting
 from onnxrank.profiling import kernels as kernel_times
 from onnxrank.profiling import timing
 from onnxrank.profiling.bench import Entrant, RemoteBench
-from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
+from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Point, Profile, Several
 from onnxrank.profiling.sessions import Requests, Target, environment
 from onnxrank.ranker import Matrices
 from onnxrank.roles import InputInfo, InputRole, Roles
@@ -109,32 +109,16 @@ def profile(
     for s in subjects:
         s.check_inputs(drawn.single(s, 2), base)
     entrants = [s.entrant(str(k), other is not None and s is not base) for k, s in enumerate(subjects)]
-    points, several = [], []
-    difference = None
+    race = _Race(entrants, subjects, drawn, seconds, say)
+    difference, several = None, []
     with RemoteBench(target, timeout) as bench:
-        providers = []
-        for e in entrants:
-            say(f"loading {e.name}")
-            providers.append(bench.open(e))
-        for n in sorted(set(candidates)):
-            say(f"timing N = {n}")
-            drawn.check_memory(n)
-            for e, s in zip(entrants, subjects, strict=True):
-                bench.hold(e, n, drawn.of(s)(n))
-            rounds, copies = bench.interleave(entrants, n, seconds)
-            points.append(timing.point(n, rounds, copies))
+        providers = race.open(bench)
+        points = [race.point(bench, n) for n in sorted(set(candidates))]
         if other is not None:
             say("comparing scores")
-            last = max(candidates)
-            first, second = (s.parted(bench.scores(e, last), last) for e, s in zip(entrants, subjects, strict=True))
-            difference = _difference(first, second)
+            difference = race.difference(bench, max(candidates))
         for n, r in itertools.product(sorted(set(candidates)), sorted(set(requests))):
-            say(f"timing R = {r}, N = {n}")
-            drawn.check_memory(n, r)
-            for e, s in zip(entrants, subjects, strict=True):
-                bench.hold(e, n, drawn.several(s, n, r), 1 if s.told else r)
-            rounds, _ = bench.interleave(entrants, n, seconds)
-            several.append(timing.several(r, n, rounds, [s.told is not None for s in subjects]))
+            several.append(race.several(bench, n, r))
     if difference is not None and not difference <= _SAME:
         notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
     models, traced = [], []
@@ -143,17 +127,14 @@ def profile(
         found, events, note = _kernels(e, s, study, roles, drawn, [p.candidates for p in points], target, timeout)
         notes += [f"{e.name}: {note}"] if note else []
         traced.append((e.name, events))
-        peak, note = None, None
+        peak = None
         if memory:
             say(f"measuring memory of {e.name}")
             peak, note = _memory(e, drawn.of(s)(max(candidates)), max(candidates), target, timeout)
             notes += [note] if note and note not in notes else []
         line = timing.fit([p.candidates for p in points], [p.times[k].median for p in points])
-        models.append(
-            ModelProfile(
-                e.name, s.loaded.sha256, s.loaded.size, s.contract is not None, providers[k], line, tuple(found), peak
-            )
-        )
+        of_file = s.loaded.sha256, s.loaded.size, s.contract is not None
+        models.append(ModelProfile(e.name, *of_file, providers[k], line, tuple(found), peak))
     if trace is not None:
         trace.update(kernel_times.trace(traced))
     return Profile(
@@ -168,6 +149,56 @@ def profile(
         notes=tuple(notes),
         several=tuple(several),
     )
+
+
+@dataclass(frozen=True)
+class _Race:
+    """The models, timed in turns.
+
+    Attributes:
+        entrants: The models as they are measured.
+        subjects: The same as they were given.
+        drawn: Requests.
+        seconds: Most seconds of timing per number of candidates.
+        say: Called with the name of each stage.
+    """
+
+    entrants: Sequence[Entrant]
+    subjects: Sequence[_Subject]
+    drawn: _Drawn
+    seconds: float
+    say: Callable[[str], None]
+
+    def open(self, bench: RemoteBench) -> list[tuple[str, ...]]:
+        """Loads all models; gives the providers that each runs on."""
+        providers = []
+        for e in self.entrants:
+            self.say(f"loading {e.name}")
+            providers.append(bench.open(e))
+        return providers
+
+    def point(self, bench: RemoteBench, n: int) -> Point:
+        """Times of single requests with a number of candidates."""
+        self.say(f"timing N = {n}")
+        self.drawn.check_memory(n)
+        for e, s in zip(self.entrants, self.subjects, strict=True):
+            bench.hold(e, n, self.drawn.of(s)(n))
+        return timing.point(n, *bench.interleave(self.entrants, n, self.seconds))
+
+    def difference(self, bench: RemoteBench, n: int) -> float:
+        """By how much the scores of two models differ, over the largest."""
+        both = zip(self.entrants, self.subjects, strict=True)
+        first, second = (s.parted(bench.scores(e, n), n) for e, s in both)
+        return _difference(first, second)
+
+    def several(self, bench: RemoteBench, n: int, requests: int) -> Several:
+        """Times of so many requests with a number of candidates each."""
+        self.say(f"timing R = {requests}, N = {n}")
+        self.drawn.check_memory(n, requests)
+        for e, s in zip(self.entrants, self.subjects, strict=True):
+            bench.hold(e, n, self.drawn.several(s, n, requests), 1 if s.told else requests)
+        rounds, _ = bench.interleave(self.entrants, n, self.seconds)
+        return timing.several(requests, n, rounds, [s.told is not None for s in self.subjects])
 
 
 def _target(
