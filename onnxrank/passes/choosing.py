@@ -106,7 +106,8 @@ def pays(job: Job) -> bool:
         job.notes.append("the rewritten model would do the same work in another order, so it was not taken")
         return False
     if before < _least_gain(job) * after:
-        reason = f"the rewritten model would not be faster at N = {n}, so it was not taken"
+        short = "" if before <= after else f" by {100 * (LEAST_GAIN - 1):.0f} % or more"
+        reason = f"the rewritten model would not be faster at N = {n}{short}, so it was not taken"
         job.notes.append(reason)
         job.others.append(remarks.not_taken(form, reason, n))
         return False
