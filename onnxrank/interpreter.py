@@ -13,9 +13,9 @@ from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.errors import OnnxrankError
 from onnxrank.graphs import captured_by, rename_captured, subgraphs
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import Place, label
-from onnxrank.rewrite import LINEAR, Rewrite
+from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule, SiteFailed, Transfer, internal_error, opaque_reason
 from onnxrank.uses import Uses
 from onnxrank.values import (
@@ -251,7 +251,7 @@ class Interpreter:
             for v in operands
         )
         written = not symbols(dims) and own and operator(node) not in ("Shape", "Size") and not subgraphs(node)
-        rounded = operator(node) in LINEAR or any(
+        rounded = Trait.LINEAR in traits(node) or any(
             isinstance(v, Value) and v.whole is not None and v.whole.rounded for v in operands
         )
         source = self.rw.sources.add(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.grouping import COLUMNS
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, having, operator
 from onnxrank.rewrite import MOVES, Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import (
@@ -57,7 +57,7 @@ from .products import with_addend
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
-_LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
+_LINEAR = {*having(Trait.LINEAR), "ReduceSum", "ReduceMean"}
 _BLOCKWISE = frozenset(ELEMENTWISE)
 _MOST_HEADS = 16
 """Matrices of a stack at most that become products of their own: a bound on the size of the result.

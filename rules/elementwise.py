@@ -52,7 +52,6 @@ from . import fold
 
 _LARGEST_SCALED = 1 << 18
 """Entries per row up to which a product is put off: whoever takes it apart looks at each of them."""
-_COMMUTATIVE = {"Add", "Mul", "Max", "Min"}
 _FIRST_DECIDES = {"PRelu"}
 """Elementwise operators whose first operand has the result's shape: the others are broadcast to it."""
 
@@ -164,7 +163,12 @@ class _Elementwise:
         """The operands, of commutative operators by level, and a key per entry: those of one key are made together."""
         rw = self.rw
         outer, entire = _is_outer(wide), self._keeps_whole(values, dims)
-        if not entire and self.op in _COMMUTATIVE and len(wide) == 2 and values[0].rank == values[1].rank:
+        if (
+            not entire
+            and Trait.COMMUTATIVE in traits(self.node)
+            and len(wide) == 2
+            and values[0].rank == values[1].rank
+        ):
             wide = _ordered(rw, wide)
         keys = rw.grouping.joint_levels(wide) if entire else _kinds(rw, wide, outer)
         if self.op == "Mul" and len(wide) == 2 and rw.uses("fold"):
