@@ -245,7 +245,7 @@ def shape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         raise Unrepresentable("the number of entries of a tensor of several levels")
     start, end = attribute(node, "start", 0), attribute(node, "end", x.rank)
     wanted = x.dims[start:end]
-    name = rw.layout.shape_vector(wanted)
+    name = rw.layout.sizes.vector(wanted)
     return [rw.new((canonical([len(wanted)]),), rw.dtype(node.output[0], 7), (), name)]
 
 
