@@ -87,11 +87,15 @@ class Target:
     call: float = 0.0
     spill: float = 0.0
 
+    def rate(self, kind: str) -> Rate:
+        """What operators of a kind take."""
+        return self.rates.get(kind) or Rate(self.launch, self.byte, 0.0, self.mac)
+
     def seconds(self, bill: Bill) -> float:
         """Time of one run of an operator."""
         if not bill.launches:
             return 0.0
-        rate = self.rates.get(bill.kind) or Rate(self.launch, self.byte, 0.0, self.mac)
+        rate = self.rate(bill.kind)
         byte = rate.byte + (self.spill if bill.bytes > CACHE else 0.0)
         return bill.launches * rate.launch + bill.bytes * byte + bill.runs * rate.run + bill.macs * rate.mac
 
@@ -412,6 +416,18 @@ def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
         launches: Operators run.
     """
     return macs * CPU.mac + written * CPU.byte + launches * CPU.launch
+
+
+def beside(columns: int) -> float:
+    """Seconds per row of copying a tensor of so many columns, so that it lies beside others."""
+    rate = CPU.rate("copy")
+    return 4 * columns * rate.byte + rate.run
+
+
+def added(columns: int) -> tuple[float, float]:
+    """Seconds, per request and per row, of one more product of so many columns that is added to another."""
+    rate = CPU.rate("product")
+    return rate.launch, 4 * columns * rate.byte
 
 
 def node_seconds(node: NodeProto, shapes: Shapes) -> float:

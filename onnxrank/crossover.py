@@ -86,7 +86,7 @@ class Pair:
 
 def where(form: Form) -> Count | None:
     """Where a result reads the number of candidates; None where no input tells it."""
-    found = form.rewrite.rw.layout.extent_of.get(CANDIDATES)
+    found = form.rewrite.rw.layout.sizes.extent_of.get(CANDIDATES)
     return None if found is None else Count(*found)
 
 

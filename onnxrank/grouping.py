@@ -28,11 +28,17 @@ from onnxrank.values import (
 )
 
 _MOST_BOXES = 16
+"""Rectangles at most that entries are divided into: a bound on the size of the result."""
 _LARGEST = 1 << 20
+"""Entries at most that are looked at one by one for rectangles: a bound on what rewriting takes."""
 COLUMNS = 16
 """Columns of a product that a core makes at once: fewer take as long."""
 LARGE = 32
-"""Entries per row from which on a tensor is not copied to lie beside others."""
+"""Entries per row of the smallest tensor that is kept apart from others.
+
+A bound on how finely a result is divided: whether larger ones lie side by side is decided by what that costs, where a
+product reads them (`rules/pieces.py`).
+"""
 Orders = dict[int, NDArray[np.int64]]
 """Per axis, an order of its positions."""
 

@@ -13,9 +13,9 @@ from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.errors import OnnxrankError
 from onnxrank.graphs import captured_by, rename_captured, subgraphs
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import Place, label
-from onnxrank.rewrite import LINEAR, Rewrite
+from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule, SiteFailed, Transfer, internal_error, opaque_reason
 from onnxrank.uses import Uses
 from onnxrank.values import (
@@ -237,11 +237,11 @@ class Interpreter:
 
     def _count(self, made: Abstract) -> None:
         """Notes where extents can be read that only a node's result has, as that of the positions NonZero finds."""
-        layout = self.rw.layout
+        sizes = self.rw.layout.sizes
         for axis, d in enumerate(made.dims):
-            if len(symbols([d])) == 1 and symbols([d])[0] not in layout.expressions:
+            if len(symbols([d])) == 1 and symbols([d])[0] not in sizes.expressions:
                 (held,) = extents((d,))
-                layout.extent_of.setdefault(symbols([d])[0], (self.rw.tensor(made), axis, held))
+                sizes.extent_of.setdefault(symbols([d])[0], (self.rw.tensor(made), axis, held))
 
     def _describe(self, names: Mapping[str, str]) -> None:
         """Declares what original tensors are now, by their new names, for a node with graphs inside.
@@ -263,7 +263,7 @@ class Interpreter:
             for v in operands
         )
         written = not symbols(dims) and own and operator(node) not in ("Shape", "Size") and not subgraphs(node)
-        rounded = operator(node) in LINEAR or any(
+        rounded = Trait.LINEAR in traits(node) or any(
             isinstance(v, Value) and v.whole is not None and v.whole.rounded for v in operands
         )
         source = self.rw.sources.add(

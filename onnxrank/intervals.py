@@ -206,7 +206,7 @@ _VARIADIC: dict[str, Callable[..., NDArray[np.float64]]] = {
     **{"And": np.minimum, "Min": np.minimum, "Or": np.maximum, "Max": np.maximum, "Add": np.add, "Sum": np.add}
 }
 _COMPARED = frozenset(having(Trait.COMPARISON))
-_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"}
+_RESHAPES = {*having(Trait.RESHAPE), "Identity", "Dropout"}
 _SCORES = {"MatMul", "Einsum"}
 _ON_SCORES = {*_RESHAPES, "Transpose", "Cast", "Add", "Sub", "Where", "Mul", "Div"}
 _FOLLOWED = {*having(Trait.MOVEMENT), *_VARIADIC, *_COMPARED}

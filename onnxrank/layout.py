@@ -15,8 +15,9 @@ from math import prod
 import numpy as np
 
 from onnxrank.emitter import Emitter
-from onnxrank.extents import Call, Expr, bounds
+from onnxrank.extents import Expr
 from onnxrank.moves import one_by_one
+from onnxrank.shape_tensors import ShapeTensors
 from onnxrank.values import (
     HOLE,
     Codes,
@@ -42,6 +43,7 @@ from onnxrank.values import (
 )
 
 _MOST_CUTS = 16
+"""Pieces of a grid at most that are joined one by one: a bound on the size of the result."""
 _MOST_PARTS, _NARROW = 16, 32
 _NOT_TAKEN_IN = {"MatMul", "Add", "Mul", "Div", "Softmax", "Reshape"}
 """Operators that onnxruntime does not take into a product that follows."""
@@ -64,12 +66,10 @@ class Layout:
         expressions: Mapping[str, Expr],
         writing: Callable[[Origin], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.expressions = expressions
+        self.sizes = ShapeTensors(emitter, expressions)
         self.writing = writing or emitter.at
         self.sources = sources
         self.emit = emitter
-        self.extent_of: dict[str, tuple[str, int, int]] = {}
-        """Per symbol: a graph input, the axis on which it is found, and by what to divide that extent."""
         self._done: dict[tuple[object, ...], str] = {}
         self._reshaped: dict[str, tuple[str, Dims]] = {}
         sources.journal.watch(self._done, self._reshaped)
@@ -120,13 +120,13 @@ class Layout:
         if len(dims) == 2 or self.emit.op_of.get(name) in _NOT_TAKEN_IN:
             return name
         if symbols(dims[-1:]):
-            return self.emit.add("Reshape", [name, self.shape_vector(dims)], self._literal(dims, dims), hint=hint)
+            return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims), hint=hint)
         shape = np.array([*extents(dims)[:-2], -1, extents(dims)[-1]], np.int64)
         return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
 
     def written_anew(self, name: str, dims: Dims) -> str:
         """A tensor behind a Reshape to its own shape, so that what makes it is not fused with what follows."""
-        return self.emit.add("Reshape", [name, self.shape_vector(dims)], self._literal(dims, dims))
+        return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims))
 
     def _make(self, codes: Codes, dims: Dims) -> str:
         """Makes the tensor with all the symbols in `dims` present."""
@@ -487,7 +487,7 @@ class Layout:
         literal: dict[str, int] = {}
         if unknown > 1 or (unknown and 0 in target):
             # Each of the symbols may be 0, and then -1 is no quotient of what is left.
-            shape, literal = self.shape_vector(want), self._literal(have, want)
+            shape, literal = self.sizes.vector(want), self._literal(have, want)
         else:
             if target.count(0) == 1:
                 # -1 also holds for a tensor without entries, and is what people expect to read.
@@ -546,80 +546,8 @@ class Layout:
         inner, outer = tuple(split_have), tuple(split_want)
         name = self.reshape(name, have, inner) if inner != have else name
         goal = tuple(w if h != w else () for h, w in zip(inner, outer, strict=True))
-        name = self.emit.add("Expand", [name, self.shape_vector(goal)])
+        name = self.emit.add("Expand", [name, self.sizes.vector(goal)])
         return self.reshape(name, outer, want)
-
-    def shape_vector(self, dims: Dims) -> str:
-        """An int64 vector holding a shape; extents that are not constant are read from a graph input."""
-        if not symbols(dims):
-            return self.emit.constant(np.array(extents(dims), np.int64))
-        parts: list[str] = []
-        run: list[int] = []
-        for d in dims:
-            syms = symbols([d])
-            if not syms:
-                run.append(prod(f for f in d if isinstance(f, int)))
-                continue
-            if run:
-                parts.append(self.emit.constant(np.array(run, np.int64)))
-                run = []
-            part = self.extent(syms[0])
-            for s in syms[1:]:
-                part = self.emit.add("Mul", [part, self.extent(s)])
-            c = prod(f for f in d if isinstance(f, int))
-            parts.append(self.emit.add("Mul", [part, self.emit.constant(np.array([c], np.int64))]) if c > 1 else part)
-        if run:
-            parts.append(self.emit.constant(np.array(run, np.int64)))
-        return parts[0] if len(parts) == 1 else self.emit.add("Concat", parts, {"axis": 0}, hint="candidates")
-
-    def extent(self, symbol: str) -> str:
-        """A one-element int64 tensor with the value of a symbol.
-
-        Raises:
-            Unrepresentable: No graph input has the extent.
-        """
-        if symbol in self.expressions:
-            return self._computed(self.expressions[symbol])
-        if symbol not in self.extent_of:
-            raise Unrepresentable(f"the extent {symbol} is not that of an input")
-        name, axis, divisor = self.extent_of[symbol]
-        hint = "candidates" if is_candidate_symbol(symbol) else "extent"
-        if self.emit.opset >= 15:
-            out = self.emit.add("Shape", [name], {"start": axis, "end": axis + 1}, hint=hint)
-        else:
-            shape = self.emit.add("Shape", [name], hint=hint)
-            index = self.emit.constant(np.array([axis], np.int64))
-            out = self.emit.add("Gather", [shape, index], {"axis": 0}, hint=hint)
-        if divisor > 1:
-            out = self.emit.add("Div", [out, self.emit.constant(np.array([divisor], np.int64))], hint=hint)
-        return out
-
-    def _computed(self, size: int | Expr) -> str:
-        """A one-element int64 tensor with the value of an expression."""
-        if not isinstance(size, Expr):
-            return self.emit.constant(np.array([size], np.int64))
-        total: str | None = None
-        for atoms, c in size.terms:
-            parts = [self.extent(a) if isinstance(a, str) else self._called(a) for a in atoms]
-            if c != 1 or not parts:
-                parts.append(self.emit.constant(np.array([c], np.int64)))
-            made = parts[0]
-            for other in parts[1:]:
-                made = self.emit.add("Mul", [made, other], hint="extent")
-            total = made if total is None else self.emit.add("Add", [total, made], hint="extent")
-        assert total is not None
-        return total
-
-    def _called(self, call: Call) -> str:
-        """A one-element int64 tensor with the value of a function of extents."""
-        if call.op in ("min", "max"):
-            if self.emit.opset < 12:
-                raise Unrepresentable(f"{call} of integers needs opset 12")
-            return self.emit.add(call.op.capitalize(), [self._computed(a) for a in call.args], hint="extent")
-        if bounds(call.args[0])[0] < 0:
-            raise Unrepresentable(f"{call} of a number that may be negative")
-        op = "Div" if call.op == "//" else "Mod"
-        return self.emit.add(op, [self._computed(a) for a in call.args], hint="extent")
 
 
 def _labelled(factors: Iterable[Factor]) -> list[tuple[Factor, str]]:

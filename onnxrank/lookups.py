@@ -20,10 +20,9 @@ from onnxrank.flow import Walk
 from onnxrank.graphs import attribute, reads
 from onnxrank.joint import bring
 from onnxrank.network import Network
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.packing import LOOKUPS, MOST_JOINED, Packed
 from onnxrank.plans import LOOKUP, label
-from onnxrank.rewrite import RESHAPES
 from onnxrank.rule import Refusal
 from onnxrank.values import Dim, Level, extents, is_candidate_symbol, symbols
 
@@ -145,7 +144,7 @@ class Lookups:
             for reader in net.readers.get(name, []):
                 if operator(reader) == "Concat":
                     found.append((self._now[id(reader)], list(reader.input).index(name)))
-                elif operator(reader) in RESHAPES and name not in reader.input[1:]:
+                elif Trait.RESHAPE in traits(reader) and name not in reader.input[1:]:
                     waiting.append(reader.output[0])
                 else:
                     return None

@@ -303,6 +303,8 @@ class Trait(Flag):
     """Results hold entries of the operands in other places, and nothing else."""
     FREE = auto()
     """Entries stay in their order, or are constants, so that nothing is done at run time."""
+    RESHAPE = auto()
+    """Movement that gives entries another shape and leaves them in their order."""
     PICK = auto()
     """Movement or look-up that copies some entries of one tensor, or of several, side by side."""
     LOOKUP = auto()
@@ -311,12 +313,16 @@ class Trait(Flag):
     """A sum of products, which counts as multiply-adds."""
     MATRIX = auto()
     """A product of two matrices, or stacks of them, the first of which is the first input."""
+    LINEAR = auto()
+    """A product that is linear in its first operand, where the others are constants."""
     RECURRENT = auto()
     """Steps along a sequence, with products in each."""
     REDUCTION = auto()
     """Entries along some axes are taken in together: sums, extrema, pools, running sums."""
     NORMALISATION = auto()
     """The shape stays, and every entry depends on all those along some axes."""
+    COMMUTATIVE = auto()
+    """An elementwise operator of two operands whose order does not matter."""
     FUNCTION = auto()
     """An elementwise function that takes a runtime longer than arithmetic does."""
     ROWS = auto()
@@ -1302,6 +1308,7 @@ _TRAITS = {
     Trait.FUNCTION: """
         Sigmoid Tanh Exp Erf Gelu Softplus Log Pow Elu Selu Celu Mish Sin Cos Swish HardSwish com.microsoft::Gelu
         com.microsoft::FastGelu com.microsoft::BiasGelu""",
+    Trait.COMMUTATIVE: "Add Mul Max Min",
     Trait.CAST: "Cast CastLike",
     Trait.BOOLEAN: "And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor",
     Trait.COMPARISON: "Equal Greater GreaterOrEqual Less LessOrEqual",
@@ -1311,6 +1318,7 @@ _TRAITS = {
     Trait.MOVEMENT: """
         Reshape Flatten Squeeze Unsqueeze Identity Transpose Slice Split Concat Expand Tile Gather GatherND""",
     Trait.FREE: "Constant Identity Reshape Flatten Squeeze Unsqueeze",
+    Trait.RESHAPE: "Reshape Flatten Squeeze Unsqueeze",
     Trait.PICK: "Gather Slice Concat Split Expand",
     Trait.LOOKUP: "Gather GatherND GatherElements",
     Trait.MATRIX: """
@@ -1323,6 +1331,7 @@ _TRAITS = {
         com.microsoft::FusedMatMulActivation com.microsoft::MatMulNBits ai.onnx.ml::LinearRegressor
         Conv ConvTranspose ConvInteger QLinearConv com.microsoft::FusedConv com.microsoft.nchwc::Conv Einsum Attention
         com.microsoft::Attention com.microsoft::MultiHeadAttention""",
+    Trait.LINEAR: "MatMul Gemm Conv Einsum",
     Trait.RECURRENT: "GRU LSTM RNN",
     Trait.REDUCTION: """
         ReduceSum ReduceMean ReduceSumSquare ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum

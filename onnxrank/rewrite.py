@@ -19,7 +19,7 @@ from onnxrank.facts import Facts, constant_data
 from onnxrank.grouping import groups
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, having, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Site, break_even, label
 from onnxrank.rule import Refusal, Rule, SiteFailed, internal_error
 from onnxrank.sums import Sums
@@ -47,13 +47,10 @@ from onnxrank.values import (
 )
 from onnxrank.weights import Weights
 
-RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
-"""Operators that give entries another shape."""
-MOVES = RESHAPES | {"Transpose", "Slice", "Identity"}
+MOVES = frozenset(having(Trait.RESHAPE)) | {"Transpose", "Slice", "Identity"}
 """Operators that give some entries of one tensor other places."""
 _EXACT = MOVES | {"Constant", "Gather", "Expand"}
 _MOVES = MOVES | {"Concat", "Expand"}
-LINEAR = {"MatMul", "Gemm", "Conv", "Einsum"}
 
 
 T = TypeVar("T")
@@ -328,7 +325,7 @@ class Rewrite:
         """
 
         def judge(node: NodeProto, _: str) -> bool | None:
-            if operator(node) == "Shape" or (operator(node) in LINEAR and not self.computed(node)):
+            if operator(node) == "Shape" or (Trait.LINEAR in traits(node) and not self.computed(node)):
                 return True
             return None if operator(node) in _MOVES | through else False
 
@@ -572,7 +569,7 @@ class Rewrite:
         present = set(present)
         lowered = not opaque and any(is_candidate_symbol(s) and s not in present for d in dims for s in symbols(d))
         names = [(self.claim(o) or self.emit.fresh(o)) if o else "" for o in node.output]
-        if operator(node) in RESHAPES and inputs:
+        if Trait.RESHAPE in traits(node) and inputs:
             operand = self.values.get(node.input[0])
             if isinstance(operand, Value) and operand.whole is not None and operand.whole.name == inputs[0]:
                 self.layout.note_reshape(names[0], inputs[0], operand.whole.dims)

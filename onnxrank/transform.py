@@ -119,7 +119,7 @@ class Transformation:
                 if role.level == "mixed" and self.interface == "request" and axis == i.mixed_axis:
                     held = len(i.candidate_positions)
                 if symbols([i.dims[axis]]) == (s,):
-                    self.rw.layout.extent_of.setdefault(s, (where, axis, held))
+                    self.rw.layout.sizes.extent_of.setdefault(s, (where, axis, held))
         if role.level == "candidate" or role.candidate_axis is None:
             self._declare(info, i.name, i.dims)
             return Value(i.dims, i.dtype, sources.add(i.dims, i.dtype, i.name))
@@ -173,7 +173,7 @@ class Transformation:
         shape = [1 if lengths else max(1, extents((d,))[0]) for d in once]
         zeros = self.emit.constant(np.zeros(shape, helper.tensor_dtype_to_np_dtype(i.dtype)))
         if lengths:
-            zeros = self.emit.add("Expand", [zeros, self.rw.layout.shape_vector(once)], hint=i.name)
+            zeros = self.emit.add("Expand", [zeros, self.rw.layout.sizes.vector(once)], hint=i.name)
         both = self.emit.add("Concat", [row, zeros], {"axis": axis}, hint=i.name)
         return self.emit.add("Slice", [both, *ends], hint=i.name)
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.graphs import attribute
 from onnxrank.operators import operator
 from onnxrank.rewrite import MOVES, Rewrite
 from onnxrank.rule import Rule, Transfer
@@ -48,12 +49,14 @@ from onnxrank.values import (
 )
 
 from . import dot
-from .broadcast import attribute, elementwise, mark_unread, note_fused
+from .broadcast import note_fused
+from .elementwise import elementwise, mark_unread
 
 _MOVES = MOVES | {"Split", "Gather"}
 _STEPS = {"Mul", "Div", "Add", "Sub", "Where", "Cast", "Dropout", "Max", "Clip"}
 _PLAIN = {"MatMul", "Einsum", "Mul", "Div", "Cast"}
 _MOST_BOXES = 32
+"""Parts at most that queries are divided into: a bound on the size of the result."""
 _MASKED = 3
 """Beside the levels: a score that gets weight 0."""
 

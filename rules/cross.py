@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.operators import operator
@@ -40,7 +41,7 @@ from onnxrank.values import (
     with_extents,
 )
 
-from .broadcast import elementwise
+from .elementwise import elementwise
 
 _THROUGH = frozenset({"Add"})
 
@@ -63,63 +64,118 @@ def _is_last(rw: Rewrite, name: str) -> bool:
 
 def scaled(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A pending sum with a product, times a value that is request-level in part."""
-    operands = [rw.operand(node, k) for k in (0, 1)]
-    sums = [o for o in operands if isinstance(o, Sum)]
-    if len(sums) != 1 or not rw.uses("fold"):
-        return None
-    (x,) = sums
-    (other,) = (o for o in operands if o is not x)
-    if other is None or rw.needed.get(node.output[0]):
-        return None
-    v = rw.settle(other)
-    shape = extents(x.dims)
-    if v.dims != x.dims or symbols(x.dims) != (CANDIDATES,) or prod(shape) != max(shape) or prod(shape) == 1:
-        return None
-    levels = rw.sources.levels(v.codes).reshape(-1)
-    once, each = np.flatnonzero(levels <= Level.REQUEST), np.flatnonzero(levels == Level.CANDIDATE)
-    terms = [t.codes.reshape(-1) for t in x.terms]
-    moving = [t for t in terms if (rw.sources.levels(t[once]) == Level.CANDIDATE).any()] if len(once) else []
-    if not moving or not len(each):
-        return None
-    ahead = [rw.grouping.narrowed(t[once]) for t in moving]
-    factors = [_affine(rw, t) for t in ahead]
-    if any(f is None for f in factors):
+    found = _Scaled.of(rw, node)
+    affine = found.affine() if found is not None else None
+    if found is None or affine is None:
         return None
     if not rw.read_by_linear_maps(node.output[0], _THROUGH):
         rw.refuse("cross", "something other than additions and linear maps reads the result")
         return None
-    axis = int(np.argmax(shape))
+    return [found.made(affine)]
 
-    def part(codes: Codes) -> Value:
-        dims = with_extents(x.dims, [len(codes) if k == axis else 1 for k in range(len(shape))])
-        return view(dims, x.dtype, codes.reshape(extents(dims)))
 
-    def fresh(kind: str) -> str:
-        return rw.emit.fresh(f"{node.output[0]}/{kind}")
+@dataclass(frozen=True)
+class _Scaled:
+    """A pending sum times a value: a vector per candidate, entry by entry.
 
-    zero = rw.zero(x.dtype)
-    scale = v.codes.reshape(-1)
-    still = [t[once] for t in terms if not any(t is m for m in moving)]
-    lead = part(scale[once])
-    fixed = rw.add([part(t) for t in still], lead.dims, x.dtype) if still else part(np.full(len(once), zero))
-    plain = np.full(len(scale), zero)
-    plain[once] = elementwise(rw, "Mul", [lead, rw.settle(fixed)], fresh("request")).codes.reshape(-1)
-    made = rw.settle(rw.add([part(rw.grouping.narrowed(t[each])) for t in terms], part(scale[each]).dims, x.dtype))
-    plain[each] = elementwise(rw, "Mul", [part(scale[each]), made], fresh("candidate")).codes.reshape(-1)
-    left = np.concatenate([f[0] for f in factors if f is not None], 1)
-    right = np.concatenate([f[1] for f in factors if f is not None], 1)
+    Attributes:
+        rw: The rewrite.
+        name: The original tensor.
+        x: The sum.
+        scale: Codes of the value.
+        once: Entries where the value is the request's.
+        each: Entries where it is the candidate's.
+        moving: Candidate-level terms of the sum, at the entries `once`.
+        still: Its other terms, there.
+    """
 
-    products = [s for t in ahead for s in rw.sources.of(t) if s.level is Level.CANDIDATE]
-    whole = all(s.size == len(once) for s in products)
-    whole = whole and all(np.array_equal(offsets(t), np.arange(len(once))) for t in ahead)
-    followed: list[Multiplicable] = [s.deferred for s in products if isinstance(s.deferred, Multiplicable)]
-    layer = _Layer(rw, lead, [part(t) for t in ahead], (left, right))
-    if whole and len(followed) == len(products):
-        layer = _WholeLayer(rw, lead, layer.products, layer.affine, followed)
-    source = rw.defer(lead.dims, x.dtype, layer, None)
-    opened = np.full(len(scale), zero)
-    opened[once] = codes_of(source).reshape(-1)
-    return [Sum(x.dims, x.dtype, [view(x.dims, x.dtype, c.reshape(shape)) for c in (opened, plain)])]
+    rw: Rewrite
+    name: str
+    x: Sum
+    scale: Codes
+    once: NDArray[np.int64]
+    each: NDArray[np.int64]
+    moving: Sequence[Codes]
+    still: Sequence[Codes]
+
+    @classmethod
+    def of(cls, rw: Rewrite, node: NodeProto) -> _Scaled | None:
+        """What a node multiplies; None where it is not such a product."""
+        operands = [rw.operand(node, k) for k in (0, 1)]
+        sums = [o for o in operands if isinstance(o, Sum)]
+        if len(sums) != 1 or not rw.uses("fold"):
+            return None
+        (x,) = sums
+        (other,) = (o for o in operands if o is not x)
+        if other is None or rw.needed.get(node.output[0]):
+            return None
+        v = rw.settle(other)
+        shape = extents(x.dims)
+        if v.dims != x.dims or symbols(x.dims) != (CANDIDATES,) or prod(shape) != max(shape) or prod(shape) == 1:
+            return None
+        scale = v.codes.reshape(-1)
+        levels = rw.sources.levels(scale)
+        once, each = np.flatnonzero(levels <= Level.REQUEST), np.flatnonzero(levels == Level.CANDIDATE)
+        moving: list[Codes] = []
+        still: list[Codes] = []
+        for t in x.terms:
+            own = t.codes.reshape(-1)[once]
+            (moving if (rw.sources.levels(own) == Level.CANDIDATE).any() else still).append(own)
+        if not moving or not len(each):
+            return None
+        moving = [rw.grouping.narrowed(t) for t in moving]
+        return cls(rw, node.output[0], x, scale, once, each, moving, still)
+
+    def affine(self) -> tuple[Codes, Codes] | None:
+        """The terms `moving` as coefficients and candidate-level entries, `[columns, terms]` each, if that is known."""
+        found = [_affine(self.rw, t) for t in self.moving]
+        factors = [f for f in found if f is not None]
+        if len(factors) < len(found):
+            return None
+        return np.concatenate([f[0] for f in factors], 1), np.concatenate([f[1] for f in factors], 1)
+
+    def made(self, affine: tuple[Codes, Codes]) -> Sum:
+        """The product: what stays affine in the candidate, and everything else."""
+        shape, plain = extents(self.x.dims), self._plain()
+        opened = np.full(len(self.scale), self.rw.zero(self.x.dtype))
+        opened[self.once] = codes_of(self._layer(affine)).reshape(-1)
+        terms = [view(self.x.dims, self.x.dtype, c.reshape(shape)) for c in (opened, plain)]
+        return Sum(self.x.dims, self.x.dtype, terms)
+
+    def _part(self, codes: Codes) -> Value:
+        """Some entries as a vector of their own."""
+        shape = extents(self.x.dims)
+        axis = int(np.argmax(shape))
+        dims = with_extents(self.x.dims, [len(codes) if k == axis else 1 for k in range(len(shape))])
+        return view(dims, self.x.dtype, codes.reshape(extents(dims)))
+
+    def _plain(self) -> Codes:
+        """Products of the request with itself, once per request, and of anything with the candidate's scale."""
+        rw, x, zero = self.rw, self.x, self.rw.zero(self.x.dtype)
+        out = np.full(len(self.scale), zero)
+        lead = self._part(self.scale[self.once])
+        fixed = self._part(np.full(len(self.once), zero))
+        if self.still:
+            fixed = rw.settle(rw.add([self._part(t) for t in self.still], lead.dims, x.dtype))
+        request = elementwise(rw, "Mul", [lead, fixed], rw.emit.fresh(f"{self.name}/request"))
+        out[self.once] = request.codes.reshape(-1)
+        by = self._part(self.scale[self.each])
+        terms = [self._part(rw.grouping.narrowed(t.codes.reshape(-1)[self.each])) for t in x.terms]
+        whole = rw.settle(rw.add(terms, by.dims, x.dtype))
+        candidate = elementwise(rw, "Mul", [by, whole], rw.emit.fresh(f"{self.name}/candidate"))
+        out[self.each] = candidate.codes.reshape(-1)
+        return out
+
+    def _layer(self, affine: tuple[Codes, Codes]) -> Source:
+        """The products of the candidate, scaled by what the request has there, put off."""
+        rw, lead, count = self.rw, self._part(self.scale[self.once]), len(self.once)
+        products = [s for t in self.moving for s in rw.sources.of(t) if s.level is Level.CANDIDATE]
+        followed: list[Multiplicable] = [s.deferred for s in products if isinstance(s.deferred, Multiplicable)]
+        whole = all(s.size == count for s in products) and len(followed) == len(products)
+        layer = _Layer(rw, lead, [self._part(t) for t in self.moving], affine)
+        if whole and all(np.array_equal(offsets(t), np.arange(count)) for t in self.moving):
+            layer = _WholeLayer(rw, lead, layer.products, layer.affine, followed)
+        return rw.defer(lead.dims, self.x.dtype, layer, None)
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ is selected of the result, a triangle say, folds into the weights of the layer t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.grouping import COLUMNS
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, having, operator
 from onnxrank.rewrite import MOVES, Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import (
@@ -49,15 +50,20 @@ from onnxrank.values import (
 )
 
 from . import fold
-from .broadcast import ELEMENTWISE, as_split, batches_agree, elementwise, mark_unread
+from .broadcast import ELEMENTWISE, batches_agree
+from .elementwise import as_split, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
-_LINEAR = {"MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceMean", "Conv"}
+_LINEAR = {*having(Trait.LINEAR), "ReduceSum", "ReduceMean"}
 _BLOCKWISE = frozenset(ELEMENTWISE)
 _MOST_HEADS = 16
+"""Matrices of a stack at most that become products of their own: a bound on the size of the result.
+
+Whether those before and behind a softmax do is a choice of the plan, between forms of `attention`.
+"""
 
 
 @dataclass(frozen=True)
@@ -177,33 +183,33 @@ def multiply(
         return None if found is None else [rw.moved(found[0], dims, lambda codes: codes.reshape(extents(dims)))]
     places = [({v.rank - k: p} if (p := unread.get(len(dims) - k)) is not None else {}) for v, k in ((a, 2), (b, 1))]
     left, right = operand(rw, a, places[0]), operand(rw, b, places[1])
-    stack = extents(dims[:-2])
-    boxes = _alike(left, right, stack)
+    boxes = _alike(left, right, extents(dims[:-2]))
     if boxes is None:
         rw.refuse(rule, "the matrices of a stack differ in their levels in a way that follows no axis")
         return None
+    shapes = [with_extents(dims, (*map(len, box), *extents(dims[-2:]))) for box in boxes]
+    how = _How(rw, output, rule, stacked)
+    parts = [_Blocks(how, left.part(box), right.part(box), own) for box, own in zip(boxes, shapes, strict=True)]
     # Queries of several levels on request-level keys: rows that are request-level stay so behind any softmax.
     once = any(rw.level(v) <= Level.REQUEST for v in (a, b))
-    parts = []
-    for box in boxes:
-        own = with_extents(dims, (*map(len, box), *extents(dims[-2:])))
-        x, y = left.part(box), right.part(box)
-        rows = [in_memory_order(x.terms[0], at, -2) for at in alike(x.kinds)]
-        columns = [in_memory_order(y.terms[0], at, -1) for at in alike(y.kinds.T)]
-        if len(rows) * len(columns) > 1 and not once and not _stays_apart(rw, output):
-            rw.refuse(rule, "what reads the product needs its blocks side by side again")
-            return None
-        parts.append((box, _Blocks(rw, x, y, own, output, rule, stacked), rows, columns))
-    if len(parts) == 1:
-        ((_, blocks, rows, columns),) = parts
-        return [blocks.made(rows, columns)]
+    if not once and any(len(p.rows) * len(p.columns) > 1 for p in parts) and not _stays_apart(rw, output):
+        rw.refuse(rule, "what reads the product needs its blocks side by side again")
+        return None
+    return [parts[0].made() if len(parts) == 1 else _in_stack(rw, boxes, [p.made() for p in parts], dims)]
+
+
+def _in_stack(
+    rw: Rewrite, boxes: Sequence[tuple[NDArray[np.int64], ...]], made: Sequence[Abstract], dims: Dims
+) -> Abstract:
+    """The product of a stack, of those of its parts."""
+    dtype = made[0].dtype
     terms: list[Codes] = []
-    for box, blocks, rows, columns in parts:
-        for slot, term in enumerate(rw.terms(blocks.made(rows, columns))):
+    for box, part in zip(boxes, made, strict=True):
+        for slot, term in enumerate(rw.terms(part)):
             if slot == len(terms):
-                terms.append(np.full(extents(dims), HOLE if slot == 0 else blocks.zero))
+                terms.append(np.full(extents(dims), HOLE if slot == 0 else rw.zero(dtype)))
             terms[slot][np.ix_(*box)] = term.codes
-    return [rw.add([view(dims, a.dtype, t) for t in terms], dims, a.dtype)]
+    return rw.add([view(dims, dtype, t) for t in terms], dims, dtype)
 
 
 def _apart(x: Value | Sum, dims: Dims) -> Value | Sum:
@@ -243,33 +249,50 @@ def _stays_apart(rw: Rewrite, name: str) -> bool:
     return rw.graph.behind(name, "apart", judge, join)
 
 
-class _Blocks:
-    """The blocks of one product.
+@dataclass(frozen=True)
+class _How:
+    """What a product is written for.
 
-    Args:
+    Attributes:
         rw: The rewrite.
-        left: Left operand.
-        right: Right operand.
-        dims: Logical shape of the product.
         output: The original tensor.
         rule: Name of the rule.
         stacked: Whether the matrices of a stack stay one product.
     """
 
-    def __init__(
-        self, rw: Rewrite, left: Operand, right: Operand, dims: Dims, output: str, rule: str, stacked: bool
-    ) -> None:
-        self.rw, self.left, self.right, self.dims, self.output, self.rule = rw, left, right, dims, output, rule
-        self.stacked = stacked
-        self.zero = rw.zero(left.dtype)
+    rw: Rewrite
+    output: str
+    rule: str
+    stacked: bool
+
+
+class _Blocks:
+    """The blocks of one product.
+
+    Args:
+        how: What it is written for.
+        left: Left operand.
+        right: Right operand.
+        dims: Logical shape of the product.
+
+    Attributes:
+        rows: Rows of the left operand that have the same levels.
+        columns: The same for columns of the right one.
+    """
+
+    def __init__(self, how: _How, left: Operand, right: Operand, dims: Dims) -> None:
+        self.how, self.rw, self.left, self.right, self.dims = how, how.rw, left, right, dims
+        self.zero = how.rw.zero(left.dtype)
+        self.rows = [in_memory_order(left.terms[0], at, -2) for at in alike(left.kinds)]
+        self.columns = [in_memory_order(right.terms[0], at, -1) for at in alike(right.kinds.T)]
         same = len(left.terms) == len(right.terms) == 1 and left.terms[0].shape == right.terms[0].swapaxes(-1, -2).shape
         self.mirrored = same and np.array_equal(left.terms[0], right.terms[0].swapaxes(-1, -2))
 
-    def made(self, rows: list[NDArray[np.int64]], columns: list[NDArray[np.int64]]) -> Abstract:
+    def made(self) -> Abstract:
         """All blocks; where the inner axis holds several levels, the sum of one product for each."""
         terms: list[Codes] = []
-        for i in rows:
-            for j in columns:
+        for i in self.rows:
+            for j in self.columns:
                 parts = self._inner(i, j)
                 whole = len(parts) == 1
                 if whole and self.mirrored and self.left.kinds[i[0], 0] < self.left.kinds[j[0], 0]:
@@ -306,7 +329,7 @@ class _Blocks:
         out = np.full(extents(own), HOLE)
         low = max(levels) <= Level.REQUEST
         stack = extents(own[:-2])
-        each_head = 1 < prod(stack) <= _MOST_HEADS and not low and not self.stacked
+        each_head = 1 < prod(stack) <= _MOST_HEADS and not low and not self.how.stacked
         # One row per candidate: heads side by side cost less than a product for each.
         each_head = each_head and max(len(i) if levels[0] == Level.CANDIDATE else 1,
                                       len(j) if levels[1] == Level.CANDIDATE else 1) > 1  # fmt: skip
@@ -314,8 +337,8 @@ class _Blocks:
         for at in places:
             a, b = self._part(self.left, at, i, inner), self._part(self.right, at, inner, j)
             cut = with_extents(own, ((1,) * len(stack) if each_head else stack) + extents(own[-2:]))
-            with rw.emit.under(self.rule if low or levels[0] != levels[1] else None):
-                made = self._put_off(a, b, cut) or _product(rw, None, a, b, cut, self.output)
+            with rw.emit.under(self.how.rule if low or levels[0] != levels[1] else None):
+                made = self._put_off(a, b, cut) or _product(rw, None, a, b, cut, self.how.output)
             wide = np.broadcast_to(made.codes, extents(cut))
             out[at or ...] = wide.reshape(wide.shape[-2:]) if at else wide
         return out
@@ -355,9 +378,9 @@ class _Blocks:
         if not rw.sources.symbols(by).isdisjoint(inner):
             return None
         left = rw.held(view(a.dims, a.dtype, factors[..., 0]), inner)
-        pooled = _product(rw, None, left, b, dims, self.output)
+        pooled = _product(rw, None, left, b, dims, self.how.output)
         scale = view((*a.dims[:-1], ()), a.dtype, by[..., :1, 0])
-        return elementwise(rw, "Mul", [scale, pooled], rw.emit.fresh(f"{self.output}/mul"))
+        return elementwise(rw, "Mul", [scale, pooled], rw.emit.fresh(f"{self.how.output}/mul"))
 
 
 def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims, hint: str = "") -> Value:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnxrank.graphs import einsum_terms
+from onnxrank.graphs import attribute, einsum_terms
 from onnxrank.grouping import groups
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
@@ -32,7 +32,7 @@ from onnxrank.weights import Weights
 
 from . import dot, stacks
 from .attention import reaches_softmax
-from .broadcast import attribute, elementwise
+from .elementwise import elementwise
 from .products import linear_last, worthwhile
 
 

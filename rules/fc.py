@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
+from onnxrank.graphs import attribute
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
@@ -29,7 +30,6 @@ from onnxrank.values import (
 from onnxrank.weights import Weights
 
 from . import stacks
-from .broadcast import attribute
 from .einsum import einsum
 from .products import MatrixProduct, contract, distribute, linear_last, linear_left, with_addend, worthwhile
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from onnxrank.operators import operator
-from onnxrank.rewrite import RESHAPES, Rewrite
+from onnxrank.operators import Trait, operator, traits
+from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import Abstract
 
-from .broadcast import is_square
+from .elementwise import is_square
 from .reduce import reduce
 
 
@@ -35,7 +35,7 @@ def _is_squared(rw: Rewrite, name: str) -> bool:
     """Whether a sum is squared, perhaps in another shape."""
 
     def judge(node: NodeProto, _: str) -> bool | None:
-        return True if is_square(rw, node) else None if operator(node) in RESHAPES else False
+        return True if is_square(rw, node) else None if Trait.RESHAPE in traits(node) else False
 
     return rw.graph.behind(name, "squared", judge, lambda _, answers: any(answers))
 

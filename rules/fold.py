@@ -50,7 +50,9 @@ from onnxrank.values import (
 from onnxrank.weights import Weights
 
 _LARGEST = 1 << 24
+"""Entries of weights made per request, and of what they are made of, at most; below, costs decide."""
 _FEW = 3
+"""Tensors at most that a basis is kept apart by: a bound on the number of products that one becomes."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,11 @@ def find(
         return None
     joined = candidate & np.isin(flat, basis).all(0) & ~opened
     along = tuple(s for s in symbols(dims) if s != CANDIDATES)
-    found = _regular(rw, flat, along, np.flatnonzero(opened | joined), opened, basis, width)
+    operand = _Operand(rw, flat, along, opened, basis, width)
+    found = operand.fold(np.flatnonzero(opened | joined))
     if found is None and joined.any():
         # Columns that are candidate-level factors themselves add to the weights made per request.
-        found = _regular(rw, flat, along, np.flatnonzero(opened), opened, basis, width, np.flatnonzero(joined))
+        found = operand.fold(np.flatnonzero(opened), np.flatnonzero(joined))
     return found
 
 
@@ -180,23 +183,81 @@ def _refuse_lengths(rw: Rewrite, factors: Codes, saved: int) -> None:
     rw.refuse("fold", reason, rows)
 
 
-def _regular(
-    rw: Rewrite,
-    flat: Codes,
-    along: tuple[str, ...],
-    columns: NDArray[np.int64],
-    opened: NDArray[np.bool_],
-    basis: Codes,
-    width: int,
-    plain: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.int64], Fold] | None:
-    """The fold of some columns, if the weights are regular and pay; `plain` columns have their own weights added."""
-    left, right = expand(rw, flat[:, columns])
-    held = rw.sources.symbols(left)
-    along = tuple(s for s in along if s in held)
-    if any(is_candidate_symbol(s) for s in held):
-        return None
-    rows, zero = flat.shape[0], rw.zero(rw.sources.of(basis)[0].dtype)
+@dataclass(frozen=True)
+class _Operand:
+    """An operand that is contracted over its columns.
+
+    Attributes:
+        rw: The rewrite.
+        flat: Its entries, `[rows, columns]`.
+        along: Symbols other than the number of candidates along which it may vary.
+        opened: Which columns are products that were put off.
+        basis: The candidate-level factors of those.
+        width: Columns of the weights.
+    """
+
+    rw: Rewrite
+    flat: Codes
+    along: tuple[str, ...]
+    opened: NDArray[np.bool_]
+    basis: Codes
+    width: int
+
+    def fold(
+        self, columns: NDArray[np.int64], plain: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], Fold] | None:
+        """The fold of some columns, if the weights are regular and pay; `plain` columns have their own weights added.
+
+        Returns:
+            The columns, those of `plain` last, and how; None where there is no such fold, or it does not pay.
+        """
+        rw = self.rw
+        left, right = expand(rw, self.flat[:, columns])
+        held = rw.sources.symbols(left)
+        if any(is_candidate_symbol(s) for s in held):
+            return None
+        found = _regular(left, right, self.basis, rw.zero(rw.sources.of(self.basis)[0].dtype), self.width)
+        if found is None:
+            return None
+        plain = np.zeros(0, np.int64) if plain is None else plain
+        own = np.searchsorted(self.basis, self.flat[:, plain]).T
+        fold = replace(found, plain=own, along=tuple(s for s in self.along if s in held))
+        if fold.along and len(self.flat) > 1 and (fold.order is not None or len(plain)):
+            return None
+        members = np.concatenate([columns, plain])
+        return (members, fold) if self._pays(fold, len(members)) else None
+
+    def _pays(self, fold: Fold, columns: int) -> bool:
+        """Decides for a fold of so many columns, or for products as they stand."""
+        rw, rows, width = self.rw, len(self.flat), self.width
+        groups, most, terms = fold.coefficients.shape
+        long = cost.LENGTH ** len(fold.along)
+        # Every product that is not folded is written, and read again.
+        made = rows * int(self.opened.sum())
+        multiplied = int((fold.coefficients != rw.zero(rw.sources.of(self.basis)[0].dtype)).sum())
+        direct = cost.estimate(long * (rows * columns * width + multiplied), 8 * long * made)
+        each = cost.estimate(long * len(self.basis) * (1 if fold.order is not None else rows) * width)
+        written = 8 * (groups * terms + groups * most * long) * width
+        once = cost.estimate(groups * most * long * terms * width, written, launches=5)
+        ways = (Alternative(LEAVE, "", 0, direct), Alternative(TAKE, "reassociates", once, each))
+        return rw.decide("fold", ways) != LEAVE
+
+
+def _regular(left: Codes, right: Codes, basis: Codes, zero: int, width: int) -> Fold | None:
+    """The weights of a fold as one stack of products, or None.
+
+    Entries `[rows, columns, terms]` are sorted by the candidate-level factor and the row that they belong to: an item
+    is the weight of one factor in one row, a sum over some columns. Items over the same columns are a group, and one
+    product of their coefficients with the weights of these columns.
+
+    Args:
+        left: Request-level factors.
+        right: Candidate-level factors.
+        basis: The latter, once each.
+        zero: Code of 0.
+        width: Columns of the weights.
+    """
+    rows = len(left)
     r, k, j = np.nonzero(left != zero)
     item = np.searchsorted(basis, right[r, k, j]) * rows + r
     order = np.lexsort((k, item))
@@ -213,7 +274,7 @@ def _regular(
     kind = kind.reshape(-1)
     sizes = np.bincount(kind)
     groups, most = len(kinds), int(sizes.max())
-    if groups * most * terms > 2 * len(item) + 64 or groups * terms * width > _LARGEST:
+    if groups * terms * max(most, width) > _LARGEST:
         return None
     by_kind = np.argsort(kind, kind="stable")
     within = np.empty(len(items), np.int64)
@@ -222,22 +283,7 @@ def _regular(
     coefficients[kind, within] = values
     place = np.full((len(basis), rows), -1)
     place.reshape(-1)[items] = kind * most + within
-    made = rows * int(opened.sum())
-    plain = np.zeros(0, np.int64) if plain is None else plain
-    # Every product that is not folded is written, and read again.
-    long = cost.LENGTH ** len(along)
-    direct = cost.estimate(long * (rows * (len(columns) + len(plain)) * width + len(item)), 8 * long * made)
-    own = np.searchsorted(basis, flat[:, plain]).T
-    fold = Fold(coefficients, np.maximum(kinds, 0), basis, place, own, along)
-    if along and rows > 1 and (fold.order is not None or len(plain)):
-        return None
-    each = cost.estimate(long * len(basis) * (1 if fold.order is not None else rows) * width)
-    written = 8 * (groups * terms + groups * most * long) * width
-    once = cost.estimate(groups * most * long * terms * width, written, launches=5)
-    ways = (Alternative(LEAVE, "", 0, direct), Alternative(TAKE, "reassociates", once, each))
-    if rw.decide("fold", ways) == LEAVE:
-        return None
-    return np.concatenate([columns, plain]), fold
+    return Fold(coefficients, np.maximum(kinds, 0), basis, place, np.zeros((0, rows), np.int64))
 
 
 @dataclass(eq=False)

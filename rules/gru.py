@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
+from onnxrank.graphs import attribute
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import Abstract, Dims, Level, canonical, extents, is_candidate_symbol, symbols
-
-from .broadcast import attribute
 
 
 def recurrent(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank.graphs import attribute
 from onnxrank.intervals import Intervals
 from onnxrank.moves import Movement
 from onnxrank.operators import find, operator
@@ -22,7 +23,7 @@ from onnxrank.rule import Rule
 from onnxrank.values import HOLE, Abstract, Dims, Level, Unrepresentable, Value, extents
 
 from . import attention, movement
-from .broadcast import attribute, elementwise
+from .elementwise import elementwise
 
 
 def softmax(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -12,6 +12,7 @@ from onnx import NodeProto
 
 from onnxrank import moves
 from onnxrank.contract import RULE as RULE_KEY
+from onnxrank.graphs import attribute
 from onnxrank.moves import Movement
 from onnxrank.operators import Placed, Trait, find, having, operator, traits
 from onnxrank.plans import LOOKUP
@@ -32,7 +33,6 @@ from onnxrank.values import (
     view,
 )
 
-from .broadcast import attribute
 from .unstack import is_stack, is_summed
 
 _PICKS = {"Split", "Slice", "Gather"}
@@ -249,7 +249,7 @@ def shape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         raise Unrepresentable("the number of entries of a tensor of several levels")
     start, end = attribute(node, "start", 0), attribute(node, "end", x.rank)
     wanted = x.dims[start:end]
-    name = rw.layout.shape_vector(wanted)
+    name = rw.layout.sizes.vector(wanted)
     return [rw.new((canonical([len(wanted)]),), rw.dtype(node.output[0], 7), (), name)]
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank import cost
+from onnxrank.graphs import attribute
 from onnxrank.grouping import groups
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
@@ -41,8 +42,9 @@ from onnxrank.values import (
     with_extents,
 )
 
-from .broadcast import attribute, is_square, pointwise, rowwise
-from .pieces import Piece, pieces
+from .elementwise import is_square, pointwise
+from .pieces import Division, Piece
+from .rowwise import rowwise
 
 _LEAST_SAVED = 500_000
 """Multiply-adds per request from which on a split pays; see `worth_splitting`."""
@@ -86,7 +88,7 @@ def _two_levels(rw: Rewrite, x: Value) -> tuple[Piece, Piece] | None:
     """The request-level and the candidate-level columns of a value; None where it has not exactly those, each once."""
     if symbols(x.dims[-1:]):
         return None
-    found = list(pieces(rw, x.codes, x.dims))
+    found = list(Division(rw, "norm").pieces(x.codes, x.dims))
     if len(found) != 2 or any(p.group.index is not Ellipsis or p.codes.shape[-1] != len(p.members) for p in found):
         return None
     first, second = sorted(found, key=lambda p: p.level)

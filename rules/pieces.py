@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxrank import cost
 from onnxrank.grouping import LARGE, Group
+from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import (
     Codes,
@@ -82,40 +84,135 @@ class Piece:
 
 
 _FEW = 3
+"""Tensors at most whose rows are contracted apart: what comes of more is joined again sooner or later."""
 _MOST_PRODUCTS = 8
+"""Products at most that one becomes because tensors do not lie side by side: a bound on the size of the result."""
 
 
-def pieces(
-    rw: Rewrite, codes: Codes, dims: Dims, width: int = 0, sums: bool = False, stack: Sequence[int] = ()
-) -> Iterator[Piece]:
-    """Divides the entries `[rows..., columns]` of an operand that is contracted over its last axis.
+@dataclass(frozen=True)
+class Division:
+    """How an operand that is contracted over its last axis may be divided.
 
-    Args:
+    Attributes:
         rw: The rewrite.
-        codes: The entries.
-        dims: Logical shape.
+        rule: Name of the rule that contracts it.
         width: Columns of the weights that the pieces are for, which may undo entries nobody asked for by 0 and fold
             products; 0 for other contractions.
         sums: Whether entries are added up, so that zeros may be left out.
         stack: Axes of rows that have weights of their own, along which results vary where the operand does not.
-
-    Raises:
-        Unrepresentable: The levels follow no axis.
     """
-    whole = _whole(rw, codes, dims)
-    if whole is not None:
-        yield whole
-        return
-    levels, groups = _rows_alike(rw, codes, dims)
-    for index, own in groups:
-        index = _together(rw, codes, index)
-        level_of = levels[index].reshape(-1, codes.shape[-1])[0]
-        if (level_of == Level.UNREAD).any():
-            continue
-        if (levels[index] != level_of).any():
-            raise Unrepresentable("levels that follow no single axis")
-        group = Group(Level.CANDIDATE, index, (*own[:-1],))
-        yield from _by_columns(rw, codes[index], own, level_of, group, width, sums, stack)
+
+    rw: Rewrite
+    rule: str
+    width: int = 0
+    sums: bool = False
+    stack: Sequence[int] = ()
+
+    def pieces(self, codes: Codes, dims: Dims) -> Iterator[Piece]:
+        """Divides the entries `[rows..., columns]` of an operand.
+
+        Args:
+            codes: The entries.
+            dims: Logical shape.
+
+        Raises:
+            Unrepresentable: The levels follow no axis.
+        """
+        whole = _whole(self.rw, codes, dims)
+        if whole is not None:
+            yield whole
+            return
+        levels, groups = _rows_alike(self.rw, codes, dims)
+        for index, own in groups:
+            index = _together(self.rw, codes, index)
+            level_of = levels[index].reshape(-1, codes.shape[-1])[0]
+            if (level_of == Level.UNREAD).any():
+                continue
+            if (levels[index] != level_of).any():
+                raise Unrepresentable("levels that follow no single axis")
+            yield from self._by_columns(codes[index], own, level_of, Group(Level.CANDIDATE, index, (*own[:-1],)))
+
+    def _by_columns(self, part: Codes, own: Dims, level_of: NDArray[np.int64], group: Group) -> Iterator[Piece]:
+        """Divides rows that are alike by their columns: what folds, then what varies along the same axes."""
+        rw, slots = self.rw, itertools.count()
+        found = None
+        if self.width and rw.uses("fold"):
+            found = fold.find(rw, part, own, level_of == Level.CANDIDATE, self.width)
+        if found is not None:
+            members, how = found
+            level_of = level_of.copy()
+            level_of[members] = Level.UNREAD
+            sub = part[..., members]
+            columns = np.arange(len(members))
+            yield Piece(Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how)
+        nothing = (part == rw.zero(rw.sources.of(part)[0].dtype)).all(tuple(range(part.ndim - 1))) & self.sums
+        if nothing.all():
+            nothing[0] = False
+        level_of = np.where(nothing, Level.UNREAD, level_of)
+        signature = self._signature(part, level_of)
+        for key in dict.fromkeys(signature.tolist()):
+            members = np.flatnonzero(signature == key)
+            if level_of[members[0]] == Level.UNREAD:
+                continue
+            sub, columns = self._distinct(part[..., members])
+            level = Level(int(level_of[members[0]]))
+            yield Piece(level, group, sub, with_extents(own, sub.shape), next(slots), columns, members)
+
+    def _signature(self, part: Codes, level_of: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Per column a number: columns that vary along the same axes go together."""
+        signature = level_of.copy()
+        rows = tuple(range(part.ndim - 1))
+        for axis in rows:
+            if part.shape[axis] > 1:
+                still = (part == part.take([0], axis)).all(rows)
+                signature = signature * 2 + ~still
+        if self.width:
+            signature = signature * (1 << 32) + self._on_their_own(part, level_of)
+        return signature
+
+    def _distinct(self, part: Codes) -> tuple[Codes, NDArray[np.int64]]:
+        """Columns without repeats, cut to 1 along axes where they do not vary; and which of them each one is."""
+        sub = cut_repeats(part, [k for k in range(part.ndim - 1) if k not in self.stack])
+        flat = sub.reshape(-1, sub.shape[-1])
+        order = np.argsort(flat[0], kind="stable")
+        ranked = flat[:, order]
+        starts = np.concatenate([[True], (ranked[:, 1:] != ranked[:, :-1]).any(0)])
+        keep, columns = order[starts], np.empty(sub.shape[-1], np.int64)
+        columns[order] = np.cumsum(starts) - 1
+        sub = sub[..., keep]
+        if self.width and flat.shape[0] == 1:
+            sub, moved = _completed(self.rw, sub)
+            columns = moved[columns]
+        return sub, columns
+
+    def _on_their_own(self, codes: Codes, levels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the tensor of each column that has a product of its own; 0 for those that lie side by side.
+
+        To lie beside other columns a tensor has to be copied; a product of its own gives a result more, that is added.
+        """
+        out = np.zeros(codes.shape[-1], np.int64)
+        if prod(codes.shape[:-1]) > 1:
+            return out
+        numbers = source_numbers(codes).reshape(-1)
+        found, counts = np.unique(numbers[levels == Level.CANDIDATE], return_counts=True)
+        if len(found) < 2 or len(found) > _MOST_PRODUCTS:
+            return out
+        copied, (once, added) = [cost.beside(int(count)) for count in counts], cost.added(self.width)
+        own = [
+            k
+            for k, (source, count) in enumerate(zip(map(self.rw.sources.__getitem__, found), counts, strict=True))
+            if source.part and count == source.size >= LARGE and copied[k] > added
+        ]
+        rest = [c for k, c in enumerate(copied) if k not in own]
+        # One product there is in any case, and what is alone is not copied.
+        more = len(own) - (not rest)
+        left = Alternative(LEAVE, "", 0, sum(copied))
+        each = more * added + (sum(rest) if len(rest) > 1 else 0)
+        apart = Alternative(TAKE, "reassociates", more * once, each)
+        if own and self.rw.decide(self.rule, (left, apart)) == TAKE:
+            for k in own:
+                out[numbers == found[k]] = found[k] + 1
+        return out
 
 
 def _whole(rw: Rewrite, codes: Codes, dims: Dims) -> Piece | None:
@@ -154,94 +251,12 @@ def _rows_alike(rw: Rewrite, codes: Codes, dims: Dims) -> tuple[NDArray[np.int64
     return levels, groups
 
 
-def _by_columns(
-    rw: Rewrite,
-    part: Codes,
-    own: Dims,
-    level_of: NDArray[np.int64],
-    group: Group,
-    width: int,
-    sums: bool,
-    stack: Sequence[int],
-) -> Iterator[Piece]:
-    """Divides rows that are alike by their columns: what folds, then what varies along the same axes."""
-    slots = itertools.count()
-    found = fold.find(rw, part, own, level_of == Level.CANDIDATE, width) if width and rw.uses("fold") else None
-    if found is not None:
-        members, how = found
-        level_of = level_of.copy()
-        level_of[members] = Level.UNREAD
-        sub = part[..., members]
-        columns = np.arange(len(members))
-        yield Piece(Level.CANDIDATE, group, sub, with_extents(own, sub.shape), next(slots), columns, members, how)
-    nothing = (part == rw.zero(rw.sources.of(part)[0].dtype)).all(tuple(range(part.ndim - 1))) & sums
-    if nothing.all():
-        nothing[0] = False
-    level_of = np.where(nothing, Level.UNREAD, level_of)
-    signature = _signature(rw, part, level_of, width)
-    for key in dict.fromkeys(signature.tolist()):
-        members = np.flatnonzero(signature == key)
-        if level_of[members[0]] == Level.UNREAD:
-            continue
-        sub, columns = _distinct(rw, part[..., members], width, stack)
-        level = Level(int(level_of[members[0]]))
-        yield Piece(level, group, sub, with_extents(own, sub.shape), next(slots), columns, members)
-
-
-def _signature(rw: Rewrite, part: Codes, level_of: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Per column a number: columns that vary along the same axes go together."""
-    signature = level_of.copy()
-    rows = tuple(range(part.ndim - 1))
-    for axis in rows:
-        if part.shape[axis] > 1:
-            still = (part == part.take([0], axis)).all(rows)
-            signature = signature * 2 + ~still
-    if width:
-        signature = signature * (1 << 32) + _on_their_own(rw, part, level_of, width)
-    return signature
-
-
-def _distinct(rw: Rewrite, part: Codes, width: int, stack: Sequence[int]) -> tuple[Codes, NDArray[np.int64]]:
-    """Columns without repeats, cut to 1 along axes where they do not vary; and which of them each one is."""
-    sub = cut_repeats(part, [k for k in range(part.ndim - 1) if k not in stack])
-    flat = sub.reshape(-1, sub.shape[-1])
-    order = np.argsort(flat[0], kind="stable")
-    ranked = flat[:, order]
-    starts = np.concatenate([[True], (ranked[:, 1:] != ranked[:, :-1]).any(0)])
-    keep, columns = order[starts], np.empty(sub.shape[-1], np.int64)
-    columns[order] = np.cumsum(starts) - 1
-    sub = sub[..., keep]
-    if width and flat.shape[0] == 1:
-        sub, moved = _completed(rw, sub)
-        columns = moved[columns]
-    return sub, columns
-
-
 def _together(rw: Rewrite, codes: Codes, index: Any) -> Any:
     """The index of some rows with those of one tensor side by side."""
     orders = {k: o for k, o in rw.grouping.memory_order([codes[index]]).items() if k < codes.ndim - 1}
     if index is ...:
         return tuple(orders.get(k, slice(None)) for k in range(codes.ndim - 1)) if len(orders) == 1 else index
     return tuple(i[orders[k]] if k in orders and not isinstance(i, slice) else i for k, i in enumerate(index))
-
-
-def _on_their_own(rw: Rewrite, codes: Codes, levels: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Number of the tensor of each column that has a product of its own: large ones before narrow weights.
-
-    To lie beside other columns they would have to be copied, which costs more than adding a narrow result.
-    """
-    out = np.zeros(codes.shape[-1], np.int64)
-    if prod(codes.shape[:-1]) > 1 or codes.shape[-1] < 2 * LARGE:
-        return out
-    numbers = source_numbers(codes).reshape(-1)
-    found, counts = np.unique(numbers[levels == Level.CANDIDATE], return_counts=True)
-    if len(found) < 2 or len(found) > _MOST_PRODUCTS:
-        return out
-    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
-        source = rw.sources[number]
-        if source.part and count >= max(LARGE, 4 * width) and count == source.size:
-            out[numbers == number] = number + 1
-    return out
 
 
 def _completed(rw: Rewrite, codes: Codes) -> tuple[Codes, NDArray[np.int64]]:

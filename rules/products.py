@@ -50,8 +50,8 @@ from onnxrank.values import (
 from onnxrank.weights import Weights
 
 from . import fold
-from .broadcast import elementwise, mark_unread
-from .pieces import Piece, pieces
+from .elementwise import elementwise, mark_unread
+from .pieces import Division, Piece
 
 
 class Contraction(ABC):
@@ -175,7 +175,8 @@ def partials(
     terms: list[Codes] = []
     split = not rw.single_level(x)
     apart = [a - (a > axis) for a in stack]
-    for piece in pieces(rw, codes, dims, how.width if how.weighted else 0, not how.idempotent, apart):
+    division = Division(rw, rule, how.width if how.weighted else 0, not how.idempotent, apart)
+    for piece in division.pieces(codes, dims):
         if piece.slot == len(terms):
             terms.append(np.full(shape, HOLE if unread or how.idempotent else zero))
         small = piece.codes.shape[:-1]
@@ -302,6 +303,7 @@ def contract(
 
 
 _LARGEST_AFFINE = 1 << 20
+"""Weights of a product at most that are followed one by one: a bound on what rewriting takes."""
 
 
 @dataclass(eq=False)

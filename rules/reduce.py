@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from onnxrank.graphs import attribute
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
@@ -25,9 +26,10 @@ from onnxrank.values import (
     view,
 )
 
-from .broadcast import attribute, elementwise, is_square, rowwise
+from .elementwise import elementwise, is_square
 from .pieces import Piece
 from .products import Contraction, distribute, partials, with_addend
+from .rowwise import rowwise
 from .unstack import axes_of, is_stack
 
 _ADDITIVE = {"ReduceSum": "ReduceSum", "ReduceMean": "ReduceSum", "ReduceSumSquare": "ReduceSum"}

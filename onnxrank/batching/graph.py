@@ -276,7 +276,7 @@ class Batch:
                 at = axis + (rows.added and axis >= rows.axis)
                 if self.shape.form == PADDED and rows.each:
                     name, at = i.name, axis + 1
-                self.layout.extent_of.setdefault(syms[0], (name, at, extents((d,))[0]))
+                self.layout.sizes.extent_of.setdefault(syms[0], (name, at, extents((d,))[0]))
 
     # --- nodes -------------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class Writer:
 
     def _extent(self, n: Expr | Count) -> str:
         if isinstance(n, Expr):
-            return self.layout.extent(self.facts.symbol_of(n))
+            return self.layout.sizes.extent(self.facts.symbol_of(n))
         rows = self.requests.candidates() if n.each else self.requests.count()
         if n.factor == 1:
             return rows

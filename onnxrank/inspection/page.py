@@ -150,10 +150,15 @@ def _inputs(found: Inspection) -> str:
 
 
 def _layers(found: Inspection) -> str:
-    """The layers that cost something; all of them on demand."""
-    dear = [x for x in found.layers if not x.scope or x.macs >= _LEAST_SHARE * max(found.macs_before, 1)]
+    """The layers that cost something; all of them on demand.
+
+    Of very many, only the outer ones and those with something that is the same for all candidates.
+    """
+    shown = [x for x in found.layers if not x.scope or x.macs >= _LEAST_SHARE * max(found.macs_before, 1)]
+    if len(shown) > _MOST_ROWS:
+        shown = [x for x in shown if x.once or x.saved or "/" not in x.scope]
     every = f"<details><summary>all {len(found.layers)} layers</summary>{_layer_table(found, found.layers)}</details>"
-    return _layer_table(found, dear) + (every if len(dear) < len(found.layers) else "")
+    return _layer_table(found, shown) + (every if len(shown) < len(found.layers) else "")
 
 
 def _layer_table(found: Inspection, layers: Iterable[Layer]) -> str:

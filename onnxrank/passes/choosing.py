@@ -117,7 +117,8 @@ def pays(job: Job) -> bool:
         return False
     points = tune.points(job.options.span, n) if job.options.tune else (n,)
     if all(before(k) < _least_gain(job) * form.time(k) for k in points):
-        reason = f"the rewritten model would not be faster at N = {n}, so it was not taken"
+        short = "" if before(n) <= form.time(n) else f" by {100 * (LEAST_GAIN - 1):.0f} % or more"
+        reason = f"the rewritten model would not be faster at N = {n}{short}, so it was not taken"
         job.notes.append(reason)
         job.others.append(remarks.not_taken(form, reason, n))
         return False

@@ -25,7 +25,7 @@ from onnxrank.plans import Plan
 from onnxrank.profiling import kernels as kernel_times
 from onnxrank.profiling import timing, work
 from onnxrank.profiling.bench import Entrant, RemoteBench
-from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Profile
+from onnxrank.profiling.report import Kernels, Memory, ModelProfile, Point, Profile, Several
 from onnxrank.profiling.sessions import Requests, Target, environment
 from onnxrank.ranker import Matrices
 from onnxrank.roles import InputInfo, InputRole, Roles
@@ -111,31 +111,16 @@ def profile(
     for s in subjects:
         s.check_inputs(drawn.single(s, 2), base)
     entrants = [s.entrant(str(k), other is not None and s is not base) for k, s in enumerate(subjects)]
-    points, several = [], []
-    difference = None
+    race = _Race(entrants, subjects, drawn, seconds, say)
+    difference, several = None, []
     with RemoteBench(target, timeout) as bench:
-        providers = []
-        for e in entrants:
-            say(f"loading {e.name}")
-            providers.append(bench.open(e))
-        for n in sorted(set(candidates)):
-            say(f"timing N = {n}")
-            drawn.check_memory(n)
-            for e, s in zip(entrants, subjects, strict=True):
-                bench.hold(e, n, drawn.of(s)(n))
-            points.append(timing.point(n, *bench.interleave(entrants, n, seconds)))
+        providers = race.open(bench)
+        points = [race.point(bench, n) for n in sorted(set(candidates))]
         if other is not None:
             say("comparing scores")
-            last = max(candidates)
-            first, second = (s.parted(bench.scores(e, last), last) for e, s in zip(entrants, subjects, strict=True))
-            difference = _difference(first, second)
+            difference = race.difference(bench, max(candidates))
         for n, r in itertools.product(sorted(set(candidates)), sorted(set(requests))):
-            say(f"timing R = {r}, N = {n}")
-            drawn.check_memory(n, r)
-            for e, s in zip(entrants, subjects, strict=True):
-                bench.hold(e, n, drawn.several(s, n, r), 1 if s.told else r)
-            rounds = bench.interleave(entrants, n, seconds)[0]
-            several.append(timing.several(r, n, rounds, [s.told is not None for s in subjects]))
+            several.append(race.several(bench, n, r))
     if difference is not None and not difference <= _SAME:
         notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
     models, traced = [], []
@@ -145,7 +130,7 @@ def profile(
         notes += [f"{e.name}: {note}"] if note else []
         found, events = _kernels(e, s, analyses, drawn, [p.candidates for p in points], target, timeout)
         traced.append((e.name, events))
-        peak, note = None, None
+        peak = None
         if memory:
             say(f"measuring memory of {e.name}")
             peak, note = _memory(e, drawn.of(s)(max(candidates)), max(candidates), target, timeout)
@@ -172,6 +157,56 @@ def profile(
         notes=tuple(notes),
         several=tuple(several),
     )
+
+
+@dataclass(frozen=True)
+class _Race:
+    """The models, timed in turns.
+
+    Attributes:
+        entrants: The models as they are measured.
+        subjects: The same as they were given.
+        drawn: Requests.
+        seconds: Most seconds of timing per number of candidates.
+        say: Called with the name of each stage.
+    """
+
+    entrants: Sequence[Entrant]
+    subjects: Sequence[_Subject]
+    drawn: _Drawn
+    seconds: float
+    say: Callable[[str], None]
+
+    def open(self, bench: RemoteBench) -> list[tuple[str, ...]]:
+        """Loads all models; gives the providers that each runs on."""
+        providers = []
+        for e in self.entrants:
+            self.say(f"loading {e.name}")
+            providers.append(bench.open(e))
+        return providers
+
+    def point(self, bench: RemoteBench, n: int) -> Point:
+        """Times of single requests with a number of candidates."""
+        self.say(f"timing N = {n}")
+        self.drawn.check_memory(n)
+        for e, s in zip(self.entrants, self.subjects, strict=True):
+            bench.hold(e, n, self.drawn.of(s)(n))
+        return timing.point(n, *bench.interleave(self.entrants, n, self.seconds))
+
+    def difference(self, bench: RemoteBench, n: int) -> float:
+        """By how much the scores of two models differ, over the largest."""
+        both = zip(self.entrants, self.subjects, strict=True)
+        first, second = (s.parted(bench.scores(e, n), n) for e, s in both)
+        return _difference(first, second)
+
+    def several(self, bench: RemoteBench, n: int, requests: int) -> Several:
+        """Times of so many requests with a number of candidates each."""
+        self.say(f"timing R = {requests}, N = {n}")
+        self.drawn.check_memory(n, requests)
+        for e, s in zip(self.entrants, self.subjects, strict=True):
+            bench.hold(e, n, self.drawn.several(s, n, requests), 1 if s.told else requests)
+        rounds = bench.interleave(self.entrants, n, self.seconds)[0]
+        return timing.several(requests, n, rounds, [s.told is not None for s in self.subjects])
 
 
 def _target(

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from onnxrank import charts, pages
-from onnxrank.profiling.render import LEVELS, duration, how, ratio, shown_candidates, spread, verdict, works_table
+from onnxrank.profiling.render import (
+    LEVELS,
+    conclusion,
+    duration,
+    how,
+    ratio,
+    shown_candidates,
+    spread,
+    verdict,
+    works_table,
+)
 from onnxrank.profiling.report import Kernels, ModelProfile, Profile
 from onnxrank.profiling.timing import fitted
 from onnxrank.writers import human, percent
@@ -23,6 +33,7 @@ def to_html(profile: Profile) -> str:
     where = f"onnxrank {profile.version}, onnxruntime {profile.onnxruntime} on {profile.provider} ({profile.device})"
     body = [
         f"<h1>{pages.escape(title)}</h1>",
+        *_verdict(profile),
         f'<p class="faint">{pages.escape(where)}, {", ".join(how)}</p>',
         *(f"<p>Note: {pages.escape(n)}</p>" for n in profile.notes),
         "<h2>Time per request against the number of candidates</h2>",
@@ -55,6 +66,10 @@ def _names(profile: Profile) -> list[str]:
     return [PurePath(m.source).name for m in profile.models]
 
 
+def _verdict(profile: Profile) -> list[str]:
+    return [] if profile.break_even is None else [f'<p class="verdict">{conclusion(profile, "The second model")}</p>']
+
+
 def time_chart(profile: Profile) -> str:
     """Time per request against the number of candidates, with the medians' intervals."""
     series = [
@@ -79,17 +94,10 @@ def _speedups(profile: Profile) -> list[str]:
     if profile.break_even is None:
         return []
     rows = [[p.candidates, verdict(p.speedup, "×")] for p in profile.points if p.speedup]
-    at = profile.break_even.candidates
-    said = {
-        "always": "The second model is faster at every number measured.",
-        "measured": f"The second model is faster from {at} candidates on.",
-        "extrapolated": f"The second model would be faster from about {at} candidates on, beyond those measured.",
-        "never": "The second model is not faster at any number of candidates.",
-    }[profile.break_even.kind]
     heads = ["N", "time of the first over time of the second, and its 95 % interval"]
     told = pages.table(heads, rows, (1,))
     chart = f'<div class="row"><div>{speedup_chart(profile)}</div><div>{told}</div></div>'
-    return ["<h2>Speed-up</h2>", f'<p class="verdict">{said}</p>', chart]
+    return ["<h2>Speed-up</h2>", chart]
 
 
 def _several(profile: Profile) -> list[str]:

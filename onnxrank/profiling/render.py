@@ -54,6 +54,23 @@ def verdict(speedup: Speedup, times: str) -> str:
     return f"{three(speedup.ratio)}{times} ({interval})"
 
 
+def conclusion(profile: Profile, second: str) -> str:
+    """What the times of two models say, in a sentence; `second` is what the second one is called."""
+    even, points = profile.break_even, profile.points
+    assert even is not None
+    sure = [str(p.candidates) for p in points if p.speedup is not None and p.speedup.significant]
+    if not sure:
+        return "No difference can be told at any number measured."
+    if even.kind == "always" and len(sure) < len(points):
+        return f"{second} is faster at N = {', '.join(sure)}; elsewhere no difference can be told."
+    return {
+        "always": f"{second} is faster at every number measured.",
+        "measured": f"{second} is faster from {even.candidates} candidates on.",
+        "extrapolated": f"{second} would be faster from about {even.candidates} candidates on, beyond those measured.",
+        "never": f"{second} is not faster at any number of candidates.",
+    }[even.kind]
+
+
 def how(call: Call, requests: int) -> str:
     """How a model scores several requests."""
     return "one call" if call.together else f"{requests} call{'s' * (requests > 1)}"
@@ -178,16 +195,7 @@ class _Printer:
         for point in p.points:
             assert point.speedup is not None
             self.to.item(verdict(point.speedup, self.to.times), f"N = {point.candidates:>{width}}  ")
-        assert p.break_even is not None
-        at = p.break_even.candidates
-        self.to.item(
-            {
-                "always": "2 is faster at every number measured.",
-                "measured": f"2 is faster from {at} candidates on.",
-                "extrapolated": f"2 would be faster from about {at} candidates on, beyond those measured.",
-                "never": "2 is not faster at any number of candidates.",
-            }[p.break_even.kind]
-        )
+        self.to.item(conclusion(p, "2"))
 
     def several(self) -> None:
         if not self.profile.several:

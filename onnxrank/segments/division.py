@@ -159,7 +159,7 @@ class Division:
             for axis, d in enumerate(inputs[name]):
                 held = next((f for f in d if isinstance(f, int)), 1)
                 if len(symbols([d])) == 1:
-                    self._layout.extent_of.setdefault(symbols([d])[0], (name, axis, held))
+                    self._layout.sizes.extent_of.setdefault(symbols([d])[0], (name, axis, held))
         self._depends = changed_by(graph.node, candidate)
         self._stored = {t.name: tuple(t.dims) for t in graph.initializer}
         self._cut: dict[tuple[str, tuple[Sizes, ...], int, Sizes], Tensor] = {}
@@ -262,7 +262,7 @@ class Division:
             c, found = self.facts.extent(n)
             whole = n if len(found) > 1 else None
             dims.append(canonical([self.facts.symbol_of(whole)] if isinstance(whole, Expr) else [c, *found]))
-        return self._layout.shape_vector(tuple(dims))
+        return self._layout.sizes.vector(tuple(dims))
 
     def scalar(self, size: Size) -> str:
         """An extent as a scalar."""

@@ -20,6 +20,7 @@ from onnxrank import joining
 from onnxrank.errors import UsageError
 from onnxrank.facts import settings
 from onnxrank.graphs import subgraphs
+from onnxrank.operators import Trait, having, operator
 from onnxrank.values import CANDIDATES
 
 Span = tuple[int, int]
@@ -46,11 +47,11 @@ _MOST_CORNERS = 8
 _CARRY = set("Identity Cast Unsqueeze Squeeze Reshape Concat Neg Add Sub Flatten".split())
 """Operators whose result still holds the constants that went into them."""
 _CUT = {"Slice": 1, "Pad": 1, "TopK": 1, "Clip": 1, "Split": 1, "Min": 0, "Max": 0, "Where": 0, "Range": 0, "Mod": 0,
-        "Less": 0, "Greater": 0, "LessOrEqual": 0, "GreaterOrEqual": 0, "Equal": 0, "Trilu": 1}  # fmt: skip
+        "Trilu": 1, **dict.fromkeys(having(Trait.COMPARISON), 0)}  # fmt: skip
 """Operators that cut, pad or choose, with the first operand that says where."""
 _ALONG = {"Slice", "Split", "TopK"}
 """Those of them that work along an axis."""
-_TABLES = {"Gather", "GatherND", "GatherElements", "Slice"}
+_TABLES = {*having(Trait.LOOKUP), "Slice"}
 """Operators that a constant's own extents bound, where they read one."""
 
 
@@ -176,18 +177,18 @@ def _follow(
             known[node.output[0]], shapes[node.output[0]] = numbers, dims
             found.far |= numbers
             continue
-        read = [known.get(i, frozenset()) for i in node.input]
-        if node.op_type in _CARRY:
+        read, op = [known.get(i, frozenset()) for i in node.input], operator(node)
+        if op in _CARRY:
             carried = frozenset(itertools.chain(*read))
             known[node.output[0]] = carried if len(carried) <= _SMALL else frozenset()
-        first = _CUT.get(node.op_type)
+        first = _CUT.get(op)
         if first is not None:
             here = set(itertools.chain(*read[first:]))
             here.update(n for a in node.attribute if a.name not in ("axis", "axes") for n in (a.i, *a.ints))
             found.near |= here
-            if node.op_type not in _ALONG or 0 in _axes(node, known):
+            if op not in _ALONG or 0 in _axes(node, known):
                 found.rows |= here
-        if node.op_type in _TABLES:
+        if op in _TABLES:
             found.near.update(shapes.get(node.input[0], ()))
         for graph in subgraphs(node):
             _look(graph, known, found)
@@ -196,7 +197,7 @@ def _follow(
 def _axes(node: NodeProto, known: Mapping[str, frozenset[int]]) -> set[int]:
     """Axes that a node works along, as far as they can be told."""
     given = {n for a in node.attribute if a.name in ("axis", "axes") for n in (*a.ints, a.i)}
-    if node.op_type == "Slice" and len(node.input) > 3:
+    if operator(node) == "Slice" and len(node.input) > 3:
         return set(known.get(node.input[3], frozenset({0})))
     return given or {0}
 

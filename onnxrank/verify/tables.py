@@ -18,6 +18,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxrank.graphs import subgraphs
 from onnxrank.joint import limits
 from onnxrank.model import LoadedModel
+from onnxrank.operators import operator
 
 _CHUNK = 8 << 20
 _SAMPLE = 64
@@ -126,7 +127,7 @@ def _tables(graph: GraphProto) -> dict[str, tuple[list[str], bool]]:
 
 
 def _looks_up(node: NodeProto) -> bool:
-    return node.op_type in _LOOKUPS and all(a.i == 0 for a in node.attribute)
+    return operator(node) in _LOOKUPS and all(a.i == 0 for a in node.attribute)
 
 
 def _inside(node: NodeProto) -> Iterator[NodeProto]:

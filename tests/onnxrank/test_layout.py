@@ -141,7 +141,7 @@ def test_entries_are_those_of_their_sources(opset: int, picture: tuple[Dims, NDA
     dims, at = picture
     sources, emit = Sources(), Emitter(TENSORS, opset)
     layout = Layout(sources, emit, {})
-    layout.extent_of = {CANDIDATES: ("a", 0, 1), LENGTH: ("h", 1, 1)}
+    layout.sizes.extent_of = {CANDIDATES: ("a", 0, 1), LENGTH: ("h", 1, 1)}
     data = np.arange(5, dtype=np.float32) + 900
     made = [sources.add(d, FLOAT, n) for n, d in TENSORS.items() if set(symbols(d)) <= set(symbols(dims))]
     made.append(sources.add(((5,),), FLOAT, load=lambda: data))
@@ -187,12 +187,12 @@ def test_extents_are_computed_from_those_of_inputs(opset: int) -> None:
     for symbol, size in sizes.items():
         emit = Emitter(TENSORS, opset)
         layout = Layout(Sources(), emit, sizes)
-        layout.extent_of = {CANDIDATES: ("a", 0, 1), LENGTH: ("h", 1, 1)}
+        layout.sizes.extent_of = {CANDIDATES: ("a", 0, 1), LENGTH: ("h", 1, 1)}
         if opset < 12 and ("min" in symbol or "max" in symbol):
             with pytest.raises(Unrepresentable, match="opset 12"):
-                layout.extent(symbol)
+                layout.sizes.extent(symbol)
             continue
-        found = layout.extent(symbol)
+        found = layout.sizes.extent(symbol)
         for rows in (1, 3, 60):
             for long in (0, 1, 19, 21, 50, 51, 300):
                 feed = {"a": np.zeros((rows, 6), np.float32), "h": np.zeros((1, long, 3), np.float32)}
@@ -202,4 +202,4 @@ def test_extents_are_computed_from_those_of_inputs(opset: int) -> None:
 
 def test_an_extent_that_no_input_has() -> None:
     with pytest.raises(Unrepresentable, match="not that of an input"):
-        Layout(Sources(), Emitter([], 17), {}).extent("~?y.0")
+        Layout(Sources(), Emitter([], 17), {}).sizes.extent("~?y.0")

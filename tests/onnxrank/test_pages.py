@@ -283,6 +283,24 @@ def test_verdict_and_ideal_on_top() -> None:
     assert ">optimize would change nothing.<" in inspection_page.to_html(unchanged)
 
 
+def test_many_layers_do_not_open_on_a_wall() -> None:
+    """Of a tower of 40 layers those that are shared are shown, and what they lie in; all of them on demand."""
+    small = inspected("dlrm.torchscript.onnx")
+    like = next(x for x in small.layers if x.macs)
+    each = small.macs_before // 80
+    layers = [
+        replace(like, scope="", macs=80 * each, once=each),
+        replace(like, scope="tower", macs=80 * each, once=each),
+    ]
+    for k in range(40):
+        for scope in (f"tower/layers.{k}", f"tower/layers.{k}/linear"):
+            layers.append(replace(like, scope=scope, macs=2 * each, once=each * (k == 0), saved=0))
+    text = inspection_page.to_html(replace(small, layers=tuple(layers)))
+    first, _, rest = text[text.index("<h2>Layers</h2>") :].partition("<details>")
+    assert first.count("<tr>") == 1 + 4 and "layers.0<" in first and "layers.1<" not in first
+    assert "all 82 layers" in rest and "layers.39<" in rest
+
+
 def test_layers_that_cost_nothing_are_folded_away(browser: Any, tmp_path: Path) -> None:
     found = inspected("dlrm.torchscript.onnx")
     free = [layer for layer in found.layers if not layer.macs]
