@@ -31,10 +31,6 @@ _POINTS = ((8, 64), (32, 16), (8, 512))
 """Numbers of requests and of candidates of each at which the report says what batching brings."""
 
 
-_STACKS = "attention"
-"""The rule whose stacks of matrices per candidate cannot always be kept apart by request."""
-
-
 @dataclass(frozen=True)
 class Options:
     """What a caller may choose about several requests per call.
@@ -113,33 +109,14 @@ def batch(
     chosen = options or Options()
     say = progress or (lambda stage: None)
 
-    def optimised(**more: Any) -> pipeline.Result:
-        return pipeline.optimize(
-            model, interface="request", check=check, lengths=lengths, plan=plan, progress=progress, **{**how, **more}
-        )
-
-    result = optimised()
+    result = pipeline.optimize(
+        model, interface="request", check=check, lengths=lengths, plan=plan, progress=progress, **how
+    )
     say("joining requests")
-    try:
-        made = _Job(result, chosen)
-    except ModelError as e:
-        if plan is not None or not any(r.name == _STACKS for r in result.report.rules):
-            raise
-        result = optimised(ignore=[*(how.get("ignore") or ()), _STACKS])
-        made = _Job(result, chosen)
-        result.report.notes.append(f"{_STACKS} was left out: {e}")
+    made = _Job(result, chosen)
     if check:
         say("checking several requests")
-        level = "standard" if check is True else check
-        try:
-            made.check(level, lengths or {})
-        except CheckFailed as e:
-            if not made.graph.turns:
-                raise
-            # The loop is what is given up, not the model.
-            made = _Job(result, replace(chosen, turns=False))
-            made.check(level, lengths or {})
-            result.report.notes.append(f"no nodes run in a loop over requests: {e}")
+        made.check("standard" if check is True else check, lengths or {})
     return made.result()
 
 

@@ -8,6 +8,7 @@ on requests alone runs request by request, and one that depends on candidates ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -545,13 +546,36 @@ def _packed(site: Site, a: Tensor, b: Tensor, sizes: tuple[Size, ...]) -> Tensor
     many, once = (a, b) if a.each else (b, a)
     assert many.rows is not None
     place = many.place
-    if many.rows.outer != 1 or place == (-1 if many is a else -2):
+    if place == (-1 if many is a else -2):
         raise Impossible("it adds up over candidates")
     if place == -1:
         raise Impossible("candidates are columns")
+    stacks = many.rank > 2 or any(n != 1 for n in once.sizes[:-2])
+    if many.rows.outer == 1 and not stacks:
+        return _packed_matrix(site, many, once, sizes)
+    if not many.rows.plain:
+        return _packed_apart(site, many, once, sizes, many is a)
     if place <= -3:
         return _packed_stacks(site, many, once, sizes, many is a)
-    return _packed_matrix(site, many, once, sizes) if many.rank == 2 else _packed_rows(site, many, once, sizes)
+    return _packed_rows(site, many, once, sizes)
+
+
+def _packed_apart(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...], left: bool) -> Tensor:
+    """A product in which an axis holds candidates and other entries: those get axes of their own meanwhile."""
+    writer, rows, place = site.writer, many.rows, many.place
+    assert rows is not None
+    own = [*([rows.outer] if rows.outer != 1 else []), ex.symbol("N"), *([rows.inner] if rows.inner != 1 else [])]
+    at, along, k = rows.axis, len(sizes) + place, max(0, once.rank + place)
+    before = 0 if rows.outer == 1 else 1
+    wide = (*many.sizes[:at], *own, *many.sizes[at + 1 :])
+    apart = Tensor("", wide, Rows(True, at + before))
+    apart = replace(apart, name=writer.reshape(many.name, apart.shape()))
+    lead = (*once.sizes[:k], *(1,) * (len(own) - 1), *once.sizes[k:])
+    weights = Tensor(writer.reshape(writer.first(once), [Count(False), *lead]), lead, Rows(False, 0, added=True))
+    pair = (apart, weights) if left else (weights, apart)
+    product = _packed(site, *pair, (*sizes[:along], *own, *sizes[along + 1 :]))
+    out = Tensor("", sizes, Rows(True, along, rows.outer, rows.inner))
+    return replace(out, name=writer.reshape(product.name, out.shape()))
 
 
 def _merging(site: Site, packed: str, weights: str, left: Sequence[Size], columns: Size) -> str:
@@ -569,8 +593,6 @@ def _packed_matrix(
     writer, rank = site.writer, len(sizes)
     assert many.rows is not None
     inner, depth, columns = many.rows.inner, many.sizes[-1], once.sizes[-1]
-    if any(n != 1 for n in once.sizes[:-2]):
-        raise Impossible("candidates are rows of one matrix, for several")
     weights = writer.first(once)
     if once.rank > 2:
         weights = writer.reshape(weights, [Count(False), depth, columns])
@@ -596,13 +618,14 @@ def _packed_stacks(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ..
     writer, rank = site.writer, len(sizes)
     assert many.rows is not None
     place, axis = many.place, many.rows.axis
-    if many.rows.inner != 1 or once.size(place) != 1:
-        raise Impossible("candidates lie together with other entries")
+    if once.size(place) != 1:
+        raise Impossible("an operand has other entries for every candidate")
     mine = [n for k, n in enumerate(many.sizes) if k != axis]
     its = [n for k, n in enumerate(once.sizes) if k != once.rank + place]
-    if len(its) > len(mine):
-        raise Impossible("a matrix of candidates for a stack of others")
     lead = writer.transpose(many.name, [axis, *(k for k in range(many.rank) if k != axis)])
+    if len(its) > len(mine):
+        mine = [*(1,) * (len(its) - len(mine)), *mine]
+        lead = writer.reshape(lead, [Count(True), *mine])
     packed = writer.packed(lead, mine)
     rest = [n for k, n in enumerate(sizes) if k != rank + place]
     own = writer.first(once)
@@ -621,8 +644,6 @@ def _packed_rows(site: Site, many: Tensor, once: Tensor, sizes: tuple[Size, ...]
     """A product of matrices with a row per candidate, one of a stack each, with others that the request gives."""
     writer, rank = site.writer, len(sizes)
     assert many.rows is not None
-    if once.rank > many.rank or many.rows.inner != 1:
-        raise Impossible("a matrix of candidates for a stack of others")
     packed = site.emit.add("Gather", [many.name, writer.requests.pack()], {"axis": many.rows.axis})
     own = writer.first(once)
     if once.rank > 2:
