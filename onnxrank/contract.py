@@ -32,6 +32,18 @@ def stored_contract(model: ModelProto) -> dict[str, Any] | None:
     return None
 
 
+def store(model: ModelProto, contract: Mapping[str, Any]) -> None:
+    """Puts a contract into a model's metadata, in place of any that is there."""
+    forget(model)
+    model.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
+
+
+def forget(model: ModelProto) -> None:
+    """Takes the contract out of a model's metadata."""
+    for k in [k for k, p in enumerate(model.metadata_props) if p.key == CONTRACT][::-1]:
+        del model.metadata_props[k]
+
+
 def is_done(
     contract: Mapping[str, Any],
     described: Sequence[InputInfo],

@@ -21,7 +21,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from onnxrank import batches, ranker, runtime
 from onnxrank import model as files
-from onnxrank.contract import CONTRACT
+from onnxrank.contract import forget, store
 from onnxrank.errors import ModelError
 from onnxrank.graphs import names_in, rename
 from onnxrank.model import LoadedModel
@@ -81,13 +81,12 @@ def load(folder: str | os.PathLike[str]) -> LoadedModel:
             )
         # A candidate model for several requests takes the state of one as well.
         alone = batches.single(found)
-        for k in [k for k, p in enumerate(alone.proto.metadata_props) if p.key == CONTRACT][::-1]:
-            del alone.proto.metadata_props[k]
+        forget(alone.proto)
         parts.append(alone)
     made = merged(
         *(_moved(p.proto, os.path.dirname(contract["models"][n]["file"])) for n, p in zip(PARTS, parts, strict=True))
     )
-    made.metadata_props.add(key=CONTRACT, value=json.dumps(contract["optimize"], sort_keys=True))
+    store(made, contract["optimize"])
     external = {
         os.path.join(os.path.dirname(contract["models"][n]["file"]), e)
         for n, p in zip(PARTS, parts, strict=True)

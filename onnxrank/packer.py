@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,12 +12,12 @@ from onnx import ModelProto
 from onnxrank import matrices, pipeline
 from onnxrank import model as files
 from onnxrank.batching.single import for_one
-from onnxrank.contract import CONTRACT, stored_contract
+from onnxrank.contract import store, stored_contract
 from onnxrank.errors import CheckFailed, UsageError
+from onnxrank.passes.checking import held
 from onnxrank.passes.emission import Result
 from onnxrank.roles import Roles
-from onnxrank.verify import Engine, failure, gate
-from onnxrank.verify import Options as Checks
+from onnxrank.verify import failure
 
 
 def pack_inputs(
@@ -63,17 +62,17 @@ def pack_inputs(
     result.report.notes += made.notes
     if not made.told:
         return result
-    stale = [k for k, p in enumerate(made.model.metadata_props) if p.key == CONTRACT]
-    for k in stale[::-1]:
-        del made.model.metadata_props[k]
-    stored = json.dumps({**contract, matrices.KEY: made.told}, sort_keys=True)
-    made.model.metadata_props.add(key=CONTRACT, value=stored)
+    store(made.model, {**contract, matrices.KEY: made.told})
     result.report.changed = True
     result.report.size_after = made.model.ByteSize()
     out = replace(result, model=made.model)
     if check:
         say("checking packed inputs")
-        _check(out, "standard" if check is True else check, lengths or {})
+        second = files.LoadedModel(out.model, None, out.loaded.folder, "", out.model.ByteSize(), out.loaded.external)
+        found = held(out, matrices.unpacked(second), "standard" if check is True else check, lengths or {}, out.report)
+        if not found.passed:
+            out.report.changed = False
+            raise CheckFailed(f"The model with packed inputs did not pass its check: {failure(found)}", out.report)
     return out
 
 
@@ -95,24 +94,3 @@ def _base(result: Result) -> tuple[ModelProto, dict[str, Any]]:
         "rules": {},
     }
     return result.model, told
-
-
-def _check(result: Result, level: str, lengths: Mapping[str, tuple[int, int]]) -> None:
-    """Holds the packed model against the original.
-
-    Raises:
-        CheckFailed: It does not give its scores.
-    """
-    report, study, loaded = result.report, result.study, result.loaded
-    known = None
-    if study is not None and study.maker.ranges is not None:
-        known = (study.maker.ranges, study.symbols)
-    second = files.LoadedModel(result.model, None, loaded.folder, "", result.model.ByteSize(), loaded.external)
-    options = Checks(roles=Roles.from_dict(report.roles), level=level, lengths=lengths, span=report.candidates)
-    with Engine(loaded, matrices.unpacked(second), options, known=known) as engine:
-        found = engine.run()
-    report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
-    if not found.passed:
-        report.changed = False
-        raise CheckFailed(f"The model with packed inputs did not pass its check: {failure(found)}", report)
-    report.notes += [f.message for f in found.findings if f.severity != "error" and f.message not in report.notes]

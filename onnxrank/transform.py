@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import cost, facts, feeds, runtime
 from onnxrank import model as files
-from onnxrank.contract import CONTRACT, RULE
+from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
 from onnxrank.errors import ModelError
 from onnxrank.graphs import captured_by, names_in, reads, rename, versions
@@ -292,9 +292,7 @@ class Transformation:
                 else:
                     setattr(made, field.name, value)
         del made.functions[:]
-        stale = [k for k, p in enumerate(made.metadata_props) if p.key == CONTRACT]
-        for k in stale[::-1]:
-            del made.metadata_props[k]
+        forget(made)
         graph = made.graph
         graph.name, graph.doc_string = base.graph.name, base.graph.doc_string
         graph.metadata_props.extend(base.graph.metadata_props)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +16,13 @@ from onnxrank.batching.regions import TURN
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
 from onnxrank.batching.single import for_one
 from onnxrank.batching.tensors import Tensor
-from onnxrank.contract import CONTRACT
+from onnxrank.contract import store
 from onnxrank.errors import CheckFailed, ModelError, UsageError
+from onnxrank.passes.checking import held
 from onnxrank.plans import Plan
 from onnxrank.roles import Roles
 from onnxrank.study import Study
-from onnxrank.verify import Engine, failure, gate
-from onnxrank.verify import Options as Checks
+from onnxrank.verify import failure
 
 CALL = 1e-5
 """Seconds that a call of the runtime takes besides its nodes."""
@@ -179,7 +178,7 @@ class _Job:
         )
         told = convention(self.graph, self.study)
         self.contract |= {"interface": options.interface, "rows": told, "requests": options.requests}
-        self.made.metadata_props.add(key=CONTRACT, value=json.dumps(self.contract, sort_keys=True))
+        store(self.made, self.contract)
 
     def result(self) -> pipeline.Result:
         """The result, and the report of it."""
@@ -228,16 +227,9 @@ class _Job:
         Raises:
             CheckFailed: It does not give the original's scores.
         """
-        report, study = self.before.report, self.before.study
-        known = None
-        if study is not None and study.maker.ranges is not None:
-            known = (study.maker.ranges, study.symbols)
+        report = self.before.report
         second = files.LoadedModel(self.made, None, self.loaded.folder, "", self.made.ByteSize(), self.loaded.external)
-        options = Checks(roles=Roles.from_dict(report.roles), level=level, lengths=lengths, span=report.candidates)
-        with Engine(self.loaded, batches.single(second), options, known=known) as engine:
-            found = engine.run()
-        report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
+        found = held(self.before, batches.single(second), level, lengths, report)
         if not found.passed:
             report.changed = False
             raise CheckFailed(f"The model for several requests did not pass its check: {failure(found)}", report)
-        report.notes += [f.message for f in found.findings if f.severity != "error" and f.message not in report.notes]

@@ -18,7 +18,7 @@ from onnxrank.batching import regions, rules
 from onnxrank.batching.rows import NAMES, PADDED, Requests
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
 from onnxrank.batching.writer import Writer
-from onnxrank.contract import CONTRACT, RULE
+from onnxrank.contract import RULE
 from onnxrank.emitter import Emitter
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import constant_data
@@ -455,9 +455,6 @@ class Batch:
             graph.sparse_initializer,
         ):
             del part[:]
-        stale = [k for k, p in enumerate(made.metadata_props) if p.key == CONTRACT]
-        for k in stale[::-1]:
-            del made.metadata_props[k]
         graph.node.extend(n for n, _ in first)
         infos = {o.name: o for o in base.graph.output}
         branches = {

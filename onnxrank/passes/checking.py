@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from onnx import ModelProto
 
 from onnxrank import plans
 from onnxrank.errors import CheckFailed, ModelError
+from onnxrank.model import LoadedModel
 from onnxrank.passes.choosing import choose, pays, take, uncross
-from onnxrank.passes.emission import emitted
+from onnxrank.passes.emission import Result, emitted
 from onnxrank.passes.job import Job
 from onnxrank.passes.preparation import Way
 from onnxrank.plans import Choice, Site, label
-from onnxrank.report import Retreat
+from onnxrank.report import Comparison, Retreat
 from onnxrank.retreat import GaveUp, Guilty, Search, order
-from onnxrank.verify import failure, gate
+from onnxrank.roles import Roles
+from onnxrank.verify import Engine, Options, failure, gate
 from onnxrank.verify import report as verdicts
 from onnxrank.verify.structure import quantises
 
@@ -78,6 +81,40 @@ def gated(job: Job) -> verdicts.Report:
     job.report.checks = gate.comparisons(found)
     if found.passed:
         job.notes += [f.message for f in found.findings if f.severity != "error"]
+    return found
+
+
+class Told(Protocol):
+    """A report that says what a check looked at."""
+
+    checks: list[Comparison]
+    looked: list[str]
+    unseen: list[str]
+    notes: list[str]
+
+
+def held(
+    result: Result, made: LoadedModel, level: str, lengths: Mapping[str, tuple[int, int]], report: Told
+) -> verdicts.Report:
+    """Holds what was made of a result, as a model of the original's inputs, against the original.
+
+    Args:
+        result: The result.
+        made: What was made of it.
+        level: How much is compared.
+        lengths: Least and most of the inputs' symbolic lengths.
+        report: Receives what was looked at, and what is worth knowing of it if nothing is wrong.
+    """
+    told, study = result.report, result.study
+    known = None
+    if study is not None and study.maker.ranges is not None:
+        known = (study.maker.ranges, study.symbols)
+    options = Options(roles=Roles.from_dict(told.roles), level=level, lengths=lengths, span=told.candidates)
+    with Engine(result.loaded, made, options, known=known) as engine:
+        found = engine.run()
+    report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
+    if found.passed:
+        report.notes += [f.message for f in found.findings if f.severity != "error" and f.message not in report.notes]
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from onnx import ModelProto
 
 from onnxrank import cost, plans, remarks
 from onnxrank import model as files
-from onnxrank.contract import CONTRACT
+from onnxrank.contract import store
 from onnxrank.errors import UsageError
 from onnxrank.forms import Form
 from onnxrank.passes.job import Job
@@ -102,7 +101,7 @@ def emitted(job: Job) -> ModelProto:
     }
     if job.report.lengths:
         contract["lengths"] = {name: list(span) for name, span in job.report.lengths.items()}
-    made.metadata_props.add(key=CONTRACT, value=json.dumps(contract, sort_keys=True))
+    store(made, contract)
     job.made = form, job.pair, job.measured, made
     return made
 

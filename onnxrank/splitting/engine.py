@@ -24,12 +24,13 @@ from onnxrank.batching.engine import convention
 from onnxrank.batching.graph import Shape, joined
 from onnxrank.batching.rows import FORMS as FORMS_OF_ROWS
 from onnxrank.batching.rows import NAMES
-from onnxrank.contract import CONTRACT, roles_again, stored_contract
+from onnxrank.contract import roles_again, store, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.extents import Expr
 from onnxrank.facts import settings
 from onnxrank.feeds import Maker, describe
 from onnxrank.graphs import names_in
+from onnxrank.passes.checking import held
 from onnxrank.plans import Plan, label
 from onnxrank.roles import InputRole, Roles
 from onnxrank.splitting import contract, folder, formats, graph
@@ -37,8 +38,7 @@ from onnxrank.splitting.cut import PRICE, Cut, Impossible, Problem, Step, divide
 from onnxrank.splitting.graph import Handed, Layout
 from onnxrank.splitting.report import Advice, Part, Report, StateTensor, Sunk
 from onnxrank.study import Study
-from onnxrank.verify import Engine, failure, gate, sizes
-from onnxrank.verify import Options as Checks
+from onnxrank.verify import failure, sizes
 from onnxrank.workers import RemoteSession
 
 FORMS = ("named", "packed")
@@ -534,7 +534,7 @@ class Job:
         batch, made = joined(study, axes, shape, usual, BatchOptions().requests)
         rows = convention(batch, study)
         told = {**self.contract, "roles": roles.to_dict(), "interface": "batch", "rows": rows}
-        made.metadata_props.add(key=CONTRACT, value=json.dumps(told, sort_keys=True))
+        store(made, told)
         self.notes += batch.notes
         return made, rows
 
@@ -544,20 +544,10 @@ class Job:
         Raises:
             CheckFailed: They do not give its scores.
         """
-        study = self.result.study
-        known = None
-        if study is not None and study.maker.ranges is not None:
-            known = (study.maker.ranges, study.symbols)
-        roles = Roles.from_dict(self.result.report.roles)
-        span = self.result.report.candidates
-        options = Checks(roles=roles, level=level, lengths=lengths, span=span)
-        with Engine(self.loaded, matrices.unpacked(halves.load(stage)), options, known=known) as engine:
-            found = engine.run()
-        report.checks, report.looked, report.unseen = gate.comparisons(found), found.looked, found.unseen
+        found = held(self.result, matrices.unpacked(halves.load(stage)), level, lengths, report)
         if not found.passed:
             half = " The state is rounded to 16 bits; use --state-dtype float32." if self.layout.half else ""
             raise CheckFailed(f"Both models together did not pass their check: {failure(found)}{half}")
-        report.notes += [f.message for f in found.findings if f.severity != "error" and f.message not in report.notes]
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 

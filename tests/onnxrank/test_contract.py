@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from onnx import ModelProto, helper
 
-from onnxrank.contract import CONTRACT, find_roles, is_done, roles_again, same_roles, stored_contract
+from onnxrank.contract import CONTRACT, find_roles, forget, is_done, roles_again, same_roles, store, stored_contract
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange
 
@@ -37,6 +37,18 @@ ROLES = Roles(
         "X": MIXED,
     }
 )
+
+
+def test_a_contract_takes_the_place_of_the_one_before_and_leaves_what_is_the_users():
+    model = model_with('{"schema": 1}')
+    model.metadata_props.add(key=CONTRACT, value='{"schema": 0}')
+    store(model, {"schema": 1, "roles": {}})
+    assert [(p.key, p.value) for p in model.metadata_props] == [
+        ("owner", "ranking"),
+        (CONTRACT, '{"roles": {}, "schema": 1}'),
+    ]
+    forget(model)
+    assert [p.key for p in model.metadata_props] == ["owner"]
 
 
 def contract_of(interface: str = "request", roles: Roles = ROLES, **more: Any) -> dict[str, Any]:
