@@ -1,4 +1,4 @@
-"""What becomes of single operators: products of candidates with what their request gives, in stacks and without."""
+"""Products of candidates with what their request gives, in stacks and without, several requests per call."""
 
 from __future__ import annotations
 
