@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onnxrank import extents as ex
 from onnxrank.batching.site import Rule, Site
@@ -225,6 +226,16 @@ def _gather_elements(site: Site) -> list[Tensor]:
     return site.same([x.name, ids.name], x.rows)
 
 
+def _tile(site: Site) -> list[Tensor]:
+    x = site.only()
+    assert x.rows is not None
+    repeats = site.constants(1, "repeats")
+    if x.rows.added:
+        repeats.insert(x.rows.axis, 1)
+        return site.same([x.name, site.writer.constant(repeats)], x.rows)
+    return site.same(site.with_first(x.name), replace(x.rows, outer=x.rows.outer * repeats[x.rows.axis]))
+
+
 def _expand(site: Site) -> list[Tensor]:
     x, sizes, writer = site.operand(0), site.sizes[0], site.writer
     rank = len(sizes)
@@ -281,6 +292,7 @@ RULES: dict[str, Rule] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "TopK": _top_k,
+    "Tile": _tile,
     "Expand": _expand,
 }
 """By operator."""

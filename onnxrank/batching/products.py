@@ -272,12 +272,42 @@ def _einsum(site: Site) -> list[Tensor]:
         if letter in result and not elsewhere and terms[k].count(letter) == 1:
             return site.same([x.name for x in tensors], Rows(rows.each, result.index(letter), rows.outer, rows.inner))
     if any(t.each for t in tensors):
-        raise Impossible("candidates meet other entries")
+        return _einsum_of_candidates(site, terms, result)
     fresh = next(c for c in "abcdefghijklmnopqrstuvwxyz" if c not in equation)
     names = [t.name if t.rows is None else site.writer.leading(t).name for t in tensors]
     terms = [term if t.rows is None else fresh + term for term, t in zip(terms, tensors, strict=True)]
     equation = f"{','.join(terms)}->{fresh}{result}"
     return site.same(names, Rows(False, 0, added=True), {"equation": equation})
+
+
+def _einsum_of_candidates(site: Site, terms: Sequence[str], result: str) -> list[Tensor]:
+    """An Einsum in which one letter counts candidates; packed per request where it meets what the request gives."""
+    tensors, sizes, writer = site.given, site.sizes[0], site.writer
+    found = [(term[t.rows.axis], t.rows) for term, t in zip(terms, tensors, strict=True) if t.rows and t.rows.each]
+    letter, rows = found[0]
+    apart = all(term.count(letter) == int(t.each) for term, t in zip(terms, tensors, strict=True))
+    if not apart or result.count(letter) != 1 or len({(x, r.outer, r.inner) for x, r in found}) > 1:
+        raise Impossible("candidates meet other entries")
+    at = result.index(letter)
+    if all(t.each or t.rows is None for t in tensors):
+        return site.same([t.name for t in tensors], Rows(True, at, rows.outer, rows.inner))
+    if not rows.plain:
+        raise Impossible("candidates lie together with other entries")
+    fresh = next(c for c in "abcdefghijklmnopqrstuvwxyz" if c not in "".join([*terms, result]))
+    names, packed = [], []
+    for term, t in zip(terms, tensors, strict=True):
+        if t.each:
+            rest = [n for c, n in zip(term, t.sizes, strict=True) if c != letter]
+            names.append(writer.packed(writer.first(t), rest))
+            packed.append(fresh + letter + term.replace(letter, ""))
+        else:
+            names.append(t.name if t.rows is None else writer.leading(t).name)
+            packed.append(term if t.rows is None else fresh + term)
+    equation = f"{','.join(packed)}->{fresh}{letter}{result.replace(letter, '')}"
+    product = site.emit.add("Einsum", names, {"equation": equation})
+    taken = writer.unpacked(product, [n for k, n in enumerate(sizes) if k != at])
+    name = writer.transpose(taken, [*range(1, at + 1), 0, *range(at + 1, len(sizes))])
+    return [Tensor(name, sizes, Rows(True, at))]
 
 
 RULES: dict[str, Rule] = {"MatMul": _product, "Gemm": _gemm, "Einsum": _einsum}

@@ -52,7 +52,43 @@ def _product(own: list[int], order: list[int], joined: list[int] | None, keys: l
 def test_products_with_what_the_request_gives(
     own: list[int], order: list[int], joined: list[int] | None, keys: list[int], left: bool, form: dict[str, str]
 ) -> None:
-    model = _product(own, order, joined, keys, left)
+    _held(_product(own, order, joined, keys, left), keys, form)
+
+
+@pytest.mark.parametrize(
+    ("keys", "own", "equation"),
+    [
+        pytest.param([3, 4, 5], [2, 4], "nak,hkc->hnac", id="candidates and keys"),
+        pytest.param([4, 5], [2, 4], "nak,nbk,kc->nabc", id="candidates twice, and keys"),
+        pytest.param([8], [2, 4], "nak,nbk->nab", id="candidates twice"),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_einsum(keys: list[int], own: list[int], equation: str, form: dict[str, str]) -> None:
+    g = Graph(17)
+    given, item = g.input("keys", keys), g.input("item", ["N", 8])
+    each = g.op("Reshape", item, g.ints(-1, *own))
+    terms, _, result = equation.partition("->")
+    out = g.op("Einsum", *(each if "n" in term else given for term in terms.split(",")), equation=equation)
+    if result.index("n"):  # outputs have their rows of candidates first
+        out = g.op("Transpose", out, perm=[1, 0, 2, 3])
+    g.output(g.op("Add", out, g.op("ReduceSum", given, keepdims=0)), None)
+    _held(g.model(), keys, form)
+
+
+def test_tiles() -> None:
+    """Of candidates, along their axis and others, and of what is the request's."""
+    g = Graph(17)
+    given, item = g.input("keys", [4]), g.input("item", ["N", 8])
+    twice = g.op("Tile", item, g.ints(2, 1))  # all candidates, and all again
+    each = g.op("ReduceMax", g.op("Reshape", twice, g.ints(2, -1, 8)), axes=[0], keepdims=0)
+    own = g.op("Tile", g.op("Unsqueeze", given, g.ints(0)), g.ints(1, 4))
+    g.output(g.op("Add", g.op("Tile", each, g.ints(1, 2)), own), None)
+    for form in FORMS:
+        _held(g.model(), [4], form)
+
+
+def _held(model: ModelProto, keys: list[int], form: dict[str, str]) -> None:
     made = batch(model, request=["keys"], check=False, options=Options(**form)).model
     told = batches.convention(made)
     assert told is not None

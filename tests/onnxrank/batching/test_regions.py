@@ -98,6 +98,14 @@ def test_no_way_leads_out_of_a_region_and_back() -> None:
     assert found == {0, 1, 2, 3, 4}
 
 
+def test_two_regions_do_not_wait_for_each_other() -> None:
+    """Each hands something small over to the other, and no way leads from a node of one back to itself."""
+    ops = [("A", "B"), ("B", "P"), ("P", "Q"), ("X", "D"), ("D", "R"), ("R", "S"), ("D Q", "E"), ("B S", "F")]
+    assert _chosen(ops, dict.fromkeys("AXPQRSEF", 8)) == [set(range(8))]
+    one_way = _chosen([*ops[:7], ("B", "F")], dict.fromkeys("AXPQRSEF", 8))
+    assert sorted(map(sorted, one_way)) == [[0, 1, 7], [3, 4, 6]]
+
+
 def test_small_ones_stay_together() -> None:
     assert _chosen([("A", "B"), ("B", "C")], dict.fromkeys("ABC", 1000)) == []
 
