@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from onnxrank.contract import CONTRACT, stored_contract
+from onnxrank import ranker
+from onnxrank.contract import CONTRACT, PACKED, stored_contract
 from onnxrank.errors import ModelError
 from onnxrank.graphs import rename, versions
 from onnxrank.model import LoadedModel
@@ -40,7 +41,7 @@ def convention(model: ModelProto) -> dict[str, Any] | None:
     names = {i.name for i in model.graph.input}
     if not isinstance(told, dict) or not isinstance(told.get("inputs"), dict) or not told["inputs"].keys() <= names:
         raise ModelError("The stored contract does not say how the model takes requests. Optimise the original again.")
-    return told
+    return {**told, PACKED: stored.get(PACKED, {})}
 
 
 def joined(told: Mapping[str, Any], requests: Sequence[Mapping[str, NDArray[Any]]]) -> Feed:
@@ -48,9 +49,11 @@ def joined(told: Mapping[str, Any], requests: Sequence[Mapping[str, NDArray[Any]
 
     Args:
         told: How the model takes requests.
-        requests: Per request its inputs under the interface `request`; with `padded` all have as many candidates.
+        requests: Per request its inputs under the interface `request`, packed or not; with `padded` all have as many
+            candidates.
     """
     out: Feed = {}
+    requests = [ranker.matrices(told.get(PACKED, {}), r) for r in requests]
     for name, how in told["inputs"].items():
         parts = [r[name] for r in requests]
         apart = how["added"] or (told["form"] == "padded" and how["each"])
@@ -60,7 +63,7 @@ def joined(told: Mapping[str, Any], requests: Sequence[Mapping[str, NDArray[Any]
                 out[told["name"]] = np.array([p.shape for p in parts], np.int32)
             whole = whole.reshape(-1)
         out[name] = whole
-    counts = np.array([candidates(told, r) for r in requests], np.int64)
+    counts = np.array([_count(told, r) for r in requests], np.int64)
     if told["form"] == "lengths":
         out[told["name"]] = counts
     elif told["form"] == "offsets":
@@ -72,6 +75,10 @@ def joined(told: Mapping[str, Any], requests: Sequence[Mapping[str, NDArray[Any]
 
 def candidates(told: Mapping[str, Any], request: Mapping[str, NDArray[Any]]) -> int:
     """The number of candidates of a request."""
+    return _count(told, ranker.matrices(told.get(PACKED, {}), request))
+
+
+def _count(told: Mapping[str, Any], request: Mapping[str, NDArray[Any]]) -> int:
     name, how = next((n, h) for n, h in told["inputs"].items() if h["each"])
     return int(request[name].shape[how["axis"]]) // int(how["inner"])
 

@@ -16,6 +16,8 @@ from onnxrank.roles import InputInfo, InputRole, Roles, ValueRange, infer, resol
 
 CONTRACT = "onnxrank.contract"
 """Key of the contract in a model's metadata."""
+PACKED = "packed"
+"""Where a contract says which columns of the matrices are whose, for a model that takes its inputs side by side."""
 RULE = "onnxrank.rule"
 """Key, in a node's metadata, of the rule that made or changed the node; nodes of the user's own have none."""
 
@@ -138,7 +140,7 @@ def roles_again(described: Sequence[InputInfo], contract: Mapping[str, Any]) -> 
         raise ModelError(
             f"The model takes several requests per call (interface {interface}). Give the original instead."
         )
-    if contract.get("packed"):
+    if contract.get(PACKED):
         raise ModelError("The model takes its inputs side by side (--pack-inputs). Give the original instead.")
     if interface not in ("request", "same"):
         raise ModelError(f"The stored interface {interface!r} is not known. Optimise the original model again.")

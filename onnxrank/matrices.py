@@ -18,16 +18,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from onnxrank.contract import CONTRACT, stored_contract
+from onnxrank.contract import CONTRACT, PACKED, stored_contract
 from onnxrank.errors import ModelError
-from onnxrank.graphs import attribute, captured_by, live, names_in, reads, rename, renamed, versions
+from onnxrank.graphs import attribute, captured_by, live, names_in, reads, rename, versions
 from onnxrank.model import LoadedModel, flattened
 from onnxrank.operators import operator
 from onnxrank.ranker import Matrices
-from onnxrank.roles import Roles
+from onnxrank.roles import InputRole, Roles, ValueRange
 
-KEY = "packed"
-"""Where a contract says which columns of the matrices are whose."""
 _KINDS = {int(TensorProto.INT64): ("ids", "int64"), int(TensorProto.FLOAT): ("values", "float32")}
 _FEW = 2
 """Pieces of a matrix up to which each is a Slice; more are one Split."""
@@ -40,7 +38,7 @@ def told(model: ModelProto) -> Matrices:
         ModelError: The contract does not fit the inputs.
     """
     stored = stored_contract(model)
-    found = stored.get(KEY) if stored is not None else None
+    found = stored.get(PACKED) if stored is not None else None
     if not found:
         return {}
     inputs = {i.name for i in model.graph.input}
@@ -140,6 +138,35 @@ def pack(model: ModelProto, roles: Roles, state: Iterable[str] = ()) -> Packing:
     return Packing(out, front, [f"inputs are packed ({counts})", *notes])
 
 
+def roles_of(packing: Packing, before: Roles) -> Roles:
+    """Roles of the inputs of a packed model.
+
+    Args:
+        packing: The model, whose request-level matrices have one row.
+        before: Roles of the inputs that it had.
+    """
+    found = {}
+    for info in packing.model.graph.input:
+        if info.name in before.inputs:
+            found[info.name] = before.inputs[info.name]
+        elif info.name in packing.told:
+            level = info.name.partition(".")[0]
+            ranges = [r for c in packing.told[info.name]["columns"] for r in _ranges(c, before.inputs[c["name"]])]
+            rows, along = None if level == "request" else 0, 1 if ranges else None
+            found[info.name] = InputRole(info.name, level, rows, along, ranges=tuple(ranges))
+    return Roles(found)
+
+
+def _ranges(column: Mapping[str, Any], role: InputRole) -> list[ValueRange]:
+    """What values an input takes, by columns of its matrix."""
+    width = int(column["width"])
+    rest = [n for n in column["shape"] if isinstance(n, int)]
+    places = np.arange(width).reshape(rest if prod(rest) == width else [width]) + int(column["at"])
+    axis = None if role.axis is None else role.axis - (len(column["shape"]) - places.ndim)
+    own = [places if r.positions is None else places.take(r.positions, axis) for r in role.ranges]
+    return [replace(r, positions=tuple(p.ravel().tolist())) for r, p in zip(role.ranges, own, strict=True)]
+
+
 def _input(info: ValueInfoProto, roles: Roles) -> _Input | str:
     """An input as columns; why it is none otherwise."""
     kind = info.type.tensor_type
@@ -213,6 +240,10 @@ class _Front:
             if i.name in read:
                 self._take_apart(i)
         nodes = [*self._cuts(), *self._front, *kept]
+        # What is cut out is no input, and may stand beside one: see `unpacked`.
+        names = {i.name: self._fresh(f"{i.name}/column") for i in self._inputs}
+        for node in nodes:
+            rename(node, names)
         rows = {i.matrix: i.rows for i in self._inputs[::-1]}
         others = [i for i in graph.input if i.name not in self._by_name]
         first = [helper.make_tensor_value_info(m, self._kind(m), [rows[m], width]) for m, width in self._ends.items()]
@@ -424,9 +455,8 @@ def unpacked(loaded: LoadedModel) -> LoadedModel:
 def _one_by_one(model: ModelProto, found: Matrices) -> ModelProto:
     """The model behind nodes that bring its inputs side by side."""
     taken = names_in(model.graph)
-    inner = {o for n in model.graph.node for o in n.output}
-    columns = [c["name"] for t in found.values() for c in t["columns"]]
-    out = renamed(model, {name: _unlike(f"{name}/column", taken) for name in columns if name in inner})
+    out = ModelProto()
+    out.CopyFrom(model)
     kinds = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
     inputs: list[ValueInfoProto] = []
     before: list[NodeProto] = []
@@ -449,7 +479,7 @@ def _one_by_one(model: ModelProto, found: Matrices) -> ModelProto:
     stored = stored_contract(out) or {}
     for p in out.metadata_props:
         if p.key == CONTRACT:
-            p.value = json.dumps({k: v for k, v in stored.items() if k != KEY}, sort_keys=True)
+            p.value = json.dumps({k: v for k, v in stored.items() if k != PACKED}, sort_keys=True)
     return out
 
 

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from onnxrank import matrices, pipeline
 from onnxrank import model as files
 from onnxrank.batching.single import for_one
-from onnxrank.contract import store, stored_contract
+from onnxrank.contract import PACKED, store, stored_contract
 from onnxrank.errors import CheckFailed, UsageError
 from onnxrank.passes.checking import held
 from onnxrank.passes.emission import Result
@@ -62,7 +62,7 @@ def pack_inputs(
     result.report.notes += made.notes
     if not made.told:
         return result
-    store(made.model, {**contract, matrices.KEY: made.told})
+    store(made.model, {**contract, PACKED: made.told})
     result.report.changed = True
     result.report.size_after = made.model.ByteSize()
     out = replace(result, model=made.model)

@@ -9,14 +9,14 @@ from typing import Any
 
 from onnx import ModelProto
 
-from onnxrank import batches, cost, pipeline
+from onnxrank import batches, cost, matrices, pipeline
 from onnxrank import model as files
 from onnxrank.batching.graph import Batch, Shape, joined
 from onnxrank.batching.regions import TURN
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
 from onnxrank.batching.single import for_one
 from onnxrank.batching.tensors import Tensor
-from onnxrank.contract import store
+from onnxrank.contract import PACKED, store
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.passes.checking import held
 from onnxrank.plans import Plan
@@ -28,10 +28,6 @@ CALL = 1e-5
 """Seconds that a call of the runtime takes besides its nodes."""
 _POINTS = ((8, 64), (32, 16), (8, 512))
 """Numbers of requests and of candidates of each at which the report says what batching brings."""
-
-
-_STACKS = "attention"
-"""The rule whose stacks of matrices per candidate cannot always be kept apart by request."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class Options:
         requests: Expected number of requests per call.
         guard: Whether scores become NaN where what tells the requests apart does not add up.
         turns: Whether nodes may run request by request in a loop, where that is quicker on a CPU.
+        pack: Whether inputs lie side by side in few matrices, with a row per request or per candidate.
 
     Raises:
         UsageError: A value is not one that there is.
@@ -57,6 +54,7 @@ class Options:
     requests: int = 8
     guard: bool = True
     turns: bool = True
+    pack: bool = False
 
     def __post_init__(self) -> None:
         if self.interface not in batches.INTERFACES:
@@ -112,33 +110,14 @@ def batch(
     chosen = options or Options()
     say = progress or (lambda stage: None)
 
-    def optimised(**more: Any) -> pipeline.Result:
-        return pipeline.optimize(
-            model, interface="request", check=check, lengths=lengths, plan=plan, progress=progress, **{**how, **more}
-        )
-
-    result = optimised()
+    result = pipeline.optimize(
+        model, interface="request", check=check, lengths=lengths, plan=plan, progress=progress, **how
+    )
     say("joining requests")
-    try:
-        made = _Job(result, chosen)
-    except ModelError as e:
-        if plan is not None or not any(r.name == _STACKS for r in result.report.rules):
-            raise
-        result = optimised(ignore=[*(how.get("ignore") or ()), _STACKS])
-        made = _Job(result, chosen)
-        result.report.notes.append(f"{_STACKS} was left out: {e}")
+    made = _Job(result, chosen)
     if check:
         say("checking several requests")
-        level = "standard" if check is True else check
-        try:
-            made.check(level, lengths or {})
-        except CheckFailed as e:
-            if not made.graph.turns:
-                raise
-            # The loop is what is given up, not the model.
-            made = _Job(result, replace(chosen, turns=False))
-            made.check(level, lengths or {})
-            result.report.notes.append(f"no nodes run in a loop over requests: {e}")
+        made.check("standard" if check is True else check, lengths or {})
     return made.result()
 
 
@@ -188,14 +167,20 @@ class _Job:
         self.before, self.options = result, options
         self.loaded = result.loaded
         proto, roles, self.contract = for_one(result)
+        original = Roles.from_dict(self.contract["roles"])
+        axes: dict[str, int | None] = {}
+        for name, role in original.inputs.items():
+            axes[name] = axes[f"{name}.request"] = role.candidate_axis
+        self.notes: list[str] = []
+        if options.pack:
+            packing = matrices.pack(proto, original)
+            proto, roles, self.notes = packing.model, matrices.roles_of(packing, roles), packing.notes
+            self.contract |= {PACKED: packing.told}
+            axes |= dict.fromkeys(packing.told, 0)
         self.study = Study(files.flattened(proto), roles, replace(self.loaded, proto=proto, path=None))
         stray = self.study.contradicted()
         if stray is not None:
             raise ModelError(f"Several requests cannot be scored in one call: {stray.reason}.")
-        original = Roles.from_dict(self.contract["roles"]).inputs
-        axes: dict[str, int | None] = {}
-        for name, role in original.items():
-            axes[name] = axes[f"{name}.request"] = role.candidate_axis
         self.graph, self.made = joined(
             self.study, axes, options.shape, result.report.usual, options.requests if options.turns else 1
         )
@@ -209,7 +194,7 @@ class _Job:
         report.interface = self.options.interface
         report.changed = True
         report.size_after = self.made.ByteSize()
-        report.notes += self.graph.notes
+        report.notes += self.notes + self.graph.notes
         if self.graph.alone:
             report.notes.append(f"these run request by request: {', '.join(self.graph.alone)}")
         if self.graph.turns:
@@ -252,7 +237,7 @@ class _Job:
         """
         report = self.before.report
         second = files.LoadedModel(self.made, None, self.loaded.folder, "", self.made.ByteSize(), self.loaded.external)
-        found = held(self.before, batches.single(second), level, lengths, report)
+        found = held(self.before, matrices.unpacked(batches.single(second)), level, lengths, report)
         if not found.passed:
             report.changed = False
             raise CheckFailed(f"The model for several requests did not pass its check: {failure(found)}", report)

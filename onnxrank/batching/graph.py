@@ -1,4 +1,4 @@
-"""The graph for many requests, put together: inputs, every node, outputs, and the guard."""
+"""The nodes for many requests: inputs, every node of the model for one, outputs, and the guard."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
-from onnxrank import batches, cost, halves, runtime
+from onnxrank import cost, runtime
 from onnxrank import extents as ex
-from onnxrank import model as files
 from onnxrank.batching import regions, rules
+from onnxrank.batching.assembly import Assembly, declared
 from onnxrank.batching.rows import NAMES, PADDED, Requests
+from onnxrank.batching.site import Site
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
 from onnxrank.batching.writer import Writer
-from onnxrank.contract import RULE
 from onnxrank.emitter import Emitter
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.facts import constant_data
 from onnxrank.feeds import Input
-from onnxrank.graphs import attribute, captured, names_in, reads, rename, subgraphs, versions
+from onnxrank.graphs import attribute, names_in, reads, versions
 from onnxrank.layout import Layout
 from onnxrank.operators import Known, Use, constant, domain_of, operator
 from onnxrank.plans import label
@@ -32,10 +32,6 @@ from onnxrank.values import CANDIDATES, Sources, extents, is_candidate_symbol, s
 
 _LARGE = 1 << 12
 """Entries of initializers that operators may read their options from."""
-
-
-_SMALL = 1 << 12
-"""Bytes of a constant up to which each branch of an `If` has its own: what is outside costs time at every run."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +47,6 @@ class Shape:
     form: str = "lengths"
     name: str = NAMES["lengths"]
     guard: bool = True
-
-
-def _body(name: str, nodes: Sequence[NodeProto], outputs: Sequence[tuple[str, onnx.ValueInfoProto]]) -> onnx.GraphProto:
-    """A branch of an `If`."""
-    kinds = [helper.make_tensor_value_info(n, o.type.tensor_type.elem_type, None) for n, o in outputs]
-    return helper.make_graph(list(nodes), name, [], kinds)
-
-
-def _live(marked: Sequence[tuple[NodeProto, str | None]], wanted: set[str]) -> list[tuple[NodeProto, str | None]]:
-    """The nodes that some tensors depend on, in order."""
-    kept, needed = [], set(wanted)
-    for node, rule in reversed(marked):
-        if needed & set(node.output):
-            kept.append((node, rule))
-            needed |= reads(node)
-    return kept[::-1]
 
 
 def joined(
@@ -161,7 +141,11 @@ class Batch:
                 self._in_turns([k, *more])
             else:
                 self._step(nodes[k])
-        return self._assembled(self._outputs())
+        outputs = self._outputs()
+        frame = Assembly(self.study.model, self.emit, self.shape.form, self.given, self.tensors)
+        made = frame.run(outputs, self.requests.alone(), self.inputs)
+        self.further = frame.further
+        return made
 
     def _in_turns(self, places: Sequence[int]) -> None:
         """Writes nodes that run request by request."""
@@ -213,7 +197,7 @@ class Batch:
             axis = self.axes.get(i.name)
             rows = Rows(False, 0, added=True) if axis is None else Rows(False, axis, 1, sizes[axis])
             tensor = Tensor(i.name, sizes, rows)
-            _declare(made, [*made.type.tensor_type.shape.dim], rows, "requests")
+            declared(made, [*made.type.tensor_type.shape.dim], rows, "requests")
             if not isinstance(rows.inner, int):
                 raise ModelError(f"The rows of {i.name!r} have a length that varies.")
             self.requests.once.append((i.name, rows.axis, rows.inner))
@@ -251,7 +235,7 @@ class Batch:
         assert axis is not None
         if record > 1:
             raise ModelError(f"The input {i.name!r} is flat: --interface padded has no axis for its requests.")
-        _declare(made, dims, Rows(False, 0, added=True), "requests")
+        declared(made, dims, Rows(False, 0, added=True), "requests")
         if self.requests.width is None:
             self.requests.width = i.name, axis + 1
         self.requests.once.append((i.name, 0, 1))
@@ -332,7 +316,7 @@ class Batch:
             [self._constant(i) for i in node.input],
         )
         mark = len(self.emit.nodes)
-        made = rules.translate(rules.Site(self.writer, node, operands, sizes, use, self._types))
+        made = rules.translate(Site(self.writer, node, operands, sizes, use, self._types))
         self.alone += [label(node)] if any(e.proto.op_type == "Scan" for e in self.emit.nodes[mark:]) else []
         for o, t in zip(node.output, made, strict=True):
             if o:
@@ -427,138 +411,3 @@ class Batch:
         parts += [self.writer.vector(t.sizes[at + 1 :])] if at + 1 < t.rank else []
         name = self.writer.shaped(t.name, self.emit.add("Concat", parts, {"axis": 0}))
         return self.writer.transpose(name, [at, *range(at), *range(at + 1, t.rank + 1)])
-
-    def _assembled(self, outputs: dict[str, str]) -> ModelProto:
-        """The model: one request by the nodes that it has for one, several by those for several."""
-        base = self.study.model
-        alone = self.requests.alone()
-        several = [*self._named(outputs)]
-        flat = {t.name for t in self.given.values()} if self.shape.form == "triton" else set()
-        marked = [*((e.proto, e.rule) for e in self.emit.nodes), *((n, None) for n in several)]
-        live = _live(marked, {f"{name}/several" for name in outputs} | {alone} | flat)
-        first = _live(live, {alone} | flat)
-        self.further = max(0, len(live) - len(base.graph.node))
-        for node, rule in live:
-            if rule == "batch" and not any(p.key == RULE for p in node.metadata_props):
-                node.metadata_props.add(key=RULE, value="batch")
-        early = {n.output[0] for n, _ in first}
-        names = list(outputs)
-        made = ModelProto()
-        made.CopyFrom(base)
-        graph = made.graph
-        for part in (
-            graph.node,
-            graph.input,
-            graph.output,
-            graph.value_info,
-            graph.initializer,
-            graph.sparse_initializer,
-        ):
-            del part[:]
-        graph.node.extend(n for n, _ in first)
-        infos = {o.name: o for o in base.graph.output}
-        branches = {
-            "then_branch": _body("one", self._one(names), [(f"{n}/one", infos[n]) for n in names]),
-            "else_branch": _body(
-                "several", [n for n, _ in live if n.output[0] not in early], [(f"{n}/several", infos[n]) for n in names]
-            ),
-        }
-        graph.node.append(helper.make_node("If", [alone], names, name=batches.NODE, **branches))
-        outside = {i for n in graph.node for i in n.input if i} | files.overridable(base)
-        inside = [captured(g) for g in subgraphs(graph.node[-1])]
-        read = outside.union(*inside)
-        for t in (*base.graph.initializer, *self.emit.initializers.values()):
-            if t.name not in read:
-                continue
-            if t.name in outside or t.ByteSize() > _SMALL or t.external_data:
-                graph.initializer.append(t)
-                continue
-            for branch, own in zip(subgraphs(graph.node[-1]), inside, strict=True):
-                if t.name in own:
-                    branch.initializer.append(t)
-        graph.sparse_initializer.extend(t for t in base.graph.sparse_initializer if t.values.name in read)
-        graph.input.extend(self.inputs)
-        fed = {i.name for i in self.inputs}
-        have = {t.name for t in graph.initializer}
-        graph.input.extend(i for i in base.graph.input if i.name in have and i.name not in fed)
-        for info in base.graph.output:
-            graph.output.append(self._output(info))
-        return made
-
-    def _named(self, outputs: dict[str, str]) -> list[NodeProto]:
-        """Gives outputs a name of their own: the model's are those of the `If`."""
-        names = {name: f"{name}/several" for name, tensor in outputs.items() if name == tensor}
-        own = {o for e in self.emit.nodes for o in e.proto.output}
-        hidden = {name: self.emit.fresh(f"{name}/rows") for name in outputs if name in own and name not in names}
-        for e in self.emit.nodes:
-            rename(e.proto, hidden | names)
-        return [
-            helper.make_node("Identity", [hidden.get(tensor, tensor)], [f"{name}/several"], name=f"{name}/several")
-            for name, tensor in outputs.items()
-            if name != tensor
-        ]
-
-    def _one(self, outputs: Sequence[str]) -> list[NodeProto]:
-        """The nodes for one request."""
-        before: list[NodeProto] = []
-        behind: list[NodeProto] = []
-        names: dict[str, str] = {}
-
-        def axis(to: list[NodeProto], op: str, name: str, result: str) -> None:
-            if self.emit.opset < 13:
-                to.append(helper.make_node(op, [name], [result], name=result, axes=[0]))
-            else:
-                to.append(helper.make_node(op, [name, self.emit.constant(np.array([0]))], [result], name=result))
-
-        def apart(t: Tensor) -> bool:
-            return t.rows is not None and (t.rows.added or (self.shape.form == PADDED and t.rows.each))
-
-        for name, t in self.given.items():
-            if apart(t):
-                names[name] = f"{name}/one"
-                axis(before, "Squeeze", name, names[name])
-            elif t.name != name:
-                names[name] = t.name
-        for name in outputs:
-            t = self.tensors[name]
-            if apart(t):
-                names[name] = f"{name}/plain"
-                axis(behind, "Unsqueeze", names[name], f"{name}/one")
-            elif self.shape.form == "triton" and t.each and t.axes > 1:
-                names[name] = f"{name}/plain"
-                flat = self.emit.constant(np.array([-1]))
-                behind.append(helper.make_node("Reshape", [names[name], flat], [f"{name}/one"], name=f"{name}/one"))
-            else:
-                names[name] = f"{name}/one"
-        return [*before, *(halves.renamed(n, names) for n in self.study.model.graph.node), *behind]
-
-    def _output(self, info: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-        """The description of an output."""
-        made = onnx.ValueInfoProto()
-        made.CopyFrom(info)
-        t = self.tensors[info.name]
-        dims = [*made.type.tensor_type.shape.dim]
-        assert t.rows is not None
-        if not made.type.tensor_type.HasField("shape"):
-            return made
-        if self.shape.form == "triton" and t.each and t.axes > 1:
-            del made.type.tensor_type.shape.dim[:]
-            made.type.tensor_type.shape.dim.add().dim_param = f"{info.name}.entries"
-        elif self.shape.form == PADDED and t.each:
-            _declare(made, dims, Rows(False, 0, added=True), "requests")
-            made.type.tensor_type.shape.dim[t.rows.axis + 1].Clear()
-        elif not t.each:
-            _declare(made, dims, t.rows, "requests")
-        return made
-
-
-def _declare(made: onnx.ValueInfoProto, dims: Sequence[onnx.TensorShapeProto.Dimension], rows: Rows, name: str) -> None:
-    """Gives a description the axis of the requests."""
-    copied = [onnx.TensorShapeProto.Dimension.FromString(d.SerializeToString()) for d in dims]
-    axis = onnx.TensorShapeProto.Dimension(dim_param=name)
-    if not rows.added and not rows.plain:
-        axis.Clear()
-    copied[rows.axis : rows.axis + (not rows.added)] = [axis]
-    shape = made.type.tensor_type.shape
-    del shape.dim[:]
-    shape.dim.extend(copied)

@@ -109,16 +109,14 @@ class _Choice:
 
     def run(self) -> list[frozenset[int]]:
         """The regions."""
-        found = [self._convex(group) for group in self._groups()]
+        groups = self._groups()
+        unit = {k: group for group in groups for k in group}
         joined: list[set[int]] = []
-        while found:
-            own = found.pop()
-            near = [other for other in found if own & other]
-            if not near:
-                joined.append(own)
-                continue
-            found = [other for other in found if not own & other]
-            found.append(self._convex(own.union(*near)))
+        while groups:
+            own = groups.pop()
+            whole = _reached(own, unit, self._after) & _reached(own, unit, self._before)
+            groups = [group for group in groups if not group & whole]
+            joined.append(whole)
         return [frozenset(r) for r in joined if self._worth(r) > TURN]
 
     def _worth(self, inside: set[int]) -> float:
@@ -196,17 +194,25 @@ class _Choice:
     def _readers(self, k: int) -> set[int]:
         return set().union(*(self.readers[o] for o in self.nodes[k].output if o and self._rows(o) is not None))
 
-    def _convex(self, inside: set[int]) -> set[int]:
-        """With all nodes that lie on a way from one of them to another."""
-        low, high = min(inside), max(inside)
-        behind, before = set(inside), set(inside)
-        for k in range(low, high + 1):
-            if any(self.maker.get(i) in behind for i in self.reads[k]):
-                behind.add(k)
-        for k in range(high, low - 1, -1):
-            if self._readers(k) & before:
-                before.add(k)
-        return behind & before
+    def _after(self, k: int) -> set[int]:
+        return set().union(*(self.readers[o] for o in self.nodes[k].output if o))
+
+    def _before(self, k: int) -> set[int]:
+        return {self.maker[i] for i in self.reads[k] if i in self.maker}
+
+
+def _reached(start: set[int], unit: Mapping[int, set[int]], near: Callable[[int], set[int]]) -> set[int]:
+    """Nodes that a way leads to from a group; at any of a group it goes on from all of that.
+
+    What is reached from a group and reaches it has to be one with it: else neither could run before the other.
+    """
+    seen, line = set(start), list(start)
+    while line:
+        for k in near(line.pop()):
+            fresh = unit.get(k, {k}) - seen
+            seen |= fresh
+            line += fresh
+    return seen
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

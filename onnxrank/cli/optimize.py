@@ -159,11 +159,9 @@ def _entry(
 ) -> Callable[..., Result]:
     """What makes a model with this interface."""
     if interface in ("batch", "padded"):
-        if pack:
-            raise click.UsageError("--pack-inputs is for --interface request and same, and for split.", ctx)
         from onnxrank.batching.engine import Options, batch
 
-        return partial(batch, options=Options(interface, rows, name, requests, guard, turns))
+        return partial(batch, options=Options(interface, rows, name, requests, guard, turns, pack))
     for option in ("rows", "rows_name", "requests", "no_turns"):
         if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{option.replace('_', '-')} is for --interface batch and padded.", ctx)

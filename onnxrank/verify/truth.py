@@ -142,9 +142,9 @@ class _Part:
             return runtime.run(self.session, feeds, self.outputs)
         try:
             if self._evaluator is None:
-                from onnx.reference import ReferenceEvaluator
+                from onnxrank.verify import reference
 
-                self._evaluator = ReferenceEvaluator(self.model)
+                self._evaluator = reference.evaluator(self.model)
             with np.errstate(all="ignore"):
                 made = self._evaluator.run(self.outputs, feeds)
             return dict(zip(self.outputs, made, strict=True))

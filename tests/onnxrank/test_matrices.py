@@ -16,11 +16,14 @@ from onnx import ModelProto
 from programs import program
 
 import onnxrank
-from onnxrank import cli, lookups, matrices, ranker
+from onnxrank import batches, cli, lookups, matrices, ranker
 from onnxrank import model as files
+from onnxrank.batching.engine import Options as BatchOptions
 from onnxrank.contract import stored_contract
 from onnxrank.errors import ModelError, UsageError
-from onnxrank.roles import Roles
+from onnxrank.feeds import describe
+from onnxrank.profiling.engine import profile
+from onnxrank.roles import Roles, resolve
 from onnxrank.verify import Options, verify
 
 EVERY = (
@@ -245,9 +248,79 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path, out = str(tmp_path / "m.onnx"), str(tmp_path / "p.onnx")
     common = (path, out, "--request", "u_*", "--pack-inputs", "--tune", "0", "--check", "quick")
     assert call("optimize", *common)[0] == 0
-    assert call("optimize", *common, "--interface", "batch")[0] == 2
+    many = str(tmp_path / "b.onnx")
+    assert call("optimize", path, many, *common[2:], "--interface", "batch")[0] == 0
+    assert "request.ids" in {i.name for i in onnx.load(many).graph.input}
     assert call("verify", path, out, "--level", "quick")[0] == 0
     code, text = call("inspect", out)
     assert code == 0 and "u_flat" in text and "request.ids" not in text
     assert call("profile", path, out, "--candidates", "2", "--seconds", "0.05", "--no-memory")[0] == 0
     assert call("optimize", out, str(tmp_path / "q.onnx"))[0] == 3
+
+
+# --- several requests per call ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["lengths", "index", "triton", "padded"])
+def test_several_requests(form: str) -> None:
+    """A matrix has a row per request, or per candidate; what it cannot take stays an input of its own."""
+    how = {"interface": "padded"} if form == "padded" else {"rows": form}
+    made = onnxrank.batch(every(), request=["u_*"], check=False, options=BatchOptions(pack=True, **how)).model
+    onnx.checker.check_model(made, full_check=True)
+    names = {i.name for i in made.graph.input}
+    assert {"request.ids", "request.values", "candidate.ids", "candidate.values", "u_hist"} <= names
+    assert not names & {"u_flat", "u_one", "c_one", "c_dense"}
+    told = batches.convention(made)
+    assert told is not None
+    for counts in ([1], [4], [2, 1, 3], [0, 5, 0, 40]):
+        sizes = [3] * len(counts) if form == "padded" else counts
+        both = [fed(n, k) for k, n in enumerate(sizes)]
+        feed = batches.joined(told, [once for _, once in both])
+        if form in ("lengths", "index"):
+            assert [len(feed[m]) for m in ("request.ids", "candidate.ids")] == [len(sizes), sum(sizes)]
+        got = batches.parted(told, run(made, feed), sizes)
+        assert [batches.candidates(told, once) for _, once in both] == sizes
+        for (whole, _), n, found in zip(both, sizes, got, strict=True):
+            if n:
+                np.testing.assert_array_equal(found["y"], run(every(), whole)["y"])
+
+
+def test_several_requests_are_verified(tmp_path: Path) -> None:
+    made = onnxrank.batch(every(), request=["u_*"], check="quick", options=BatchOptions(pack=True))
+    assert made.report.checks and any("inputs are packed" in n for n in made.report.notes)
+    checks = Options(level="quick", requests=(1, 3))
+    found = verify(every(), made.model, checks)
+    assert found.passed and any(c.inputs == "3 requests" for c in found.cases)
+    wrong = ModelProto()
+    wrong.CopyFrom(made.model)
+    for p in wrong.metadata_props:
+        p.value = p.value.replace('"u_one"', '"?"').replace('"u_flat"', '"u_one"').replace('"?"', '"u_flat"')
+    with pytest.raises(Exception):  # noqa: B017
+        assert verify(every(), wrong, checks).passed
+    onnx.save(made.model, tmp_path / "b.onnx")
+    assert profile(tmp_path / "b.onnx", candidates=[4], requests=[1, 2], seconds=0.01)
+
+
+def test_ranges_of_columns() -> None:
+    """What values an input takes holds of its columns."""
+    model = graph(
+        "(int64[N,1] user, int64[N,2] item, float[N,2,2] cube) => (float[N,4] y) {"
+        " a = Cast<to=1>(user) b = Cast<to=1>(item) c = Flatten(cube) d = Concat<axis=1>(b, b) e = Add(a, d)"
+        " y = Add(c, e) }"
+    )
+    spec = {
+        "inputs": {
+            "user": {"level": "request", "range": [3, 9]},
+            "item": {"ranges": {"1": [5, 6]}},
+        }
+    }
+    roles = resolve(describe(model), spec=spec)
+    packing = matrices.pack(model, roles)
+    found = matrices.roles_of(packing, roles).inputs
+    assert {m: (r.level, r.candidate_axis) for m, r in found.items()} == {
+        "request.ids": ("request", None),
+        "candidate.ids": ("candidate", 0),
+        "candidate.values": ("candidate", 0),
+    }
+    assert [(r.low, r.high, r.positions) for r in found["request.ids"].ranges] == [(3, 9, (0,))]
+    assert [(r.low, r.high, r.positions) for r in found["candidate.ids"].ranges] == [(5, 6, (1,))]

@@ -52,13 +52,15 @@ def _held(seed: int, steps: int, **options: Any) -> None:
 
 def _without(told: Any, feed: Feed) -> Feed:
     """A request of no candidates."""
-    return {k: v.take([], told["inputs"][k]["axis"]) if told["inputs"][k]["each"] else v for k, v in feed.items()}
+    how = {name: h["axis"] for name, h in told["inputs"].items() if h["each"]}
+    how |= {c["name"]: 0 for name, t in told["packed"].items() if name in how for c in t["columns"]}
+    return {k: v.take([], how[k]) if k in how else v for k, v in feed.items()}
 
 
 @EXAMPLES
-@given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "offsets", "index", "triton"]))
-def test_same_bits(seed: int, steps: int, rows: str) -> None:
-    _held(seed, steps, rows=rows)
+@given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "offsets", "index", "triton"]), pack=st.booleans())
+def test_same_bits(seed: int, steps: int, rows: str, pack: bool) -> None:
+    _held(seed, steps, rows=rows, pack=pack)
 
 
 def _in_turns(seed: int, steps: int, **options: Any) -> None:
@@ -85,6 +87,6 @@ def test_same_bits_of_many_in_turns(seed: int, steps: int, rows: str) -> None:
 
 @pytest.mark.slow
 @settings(EXAMPLES, max_examples=150)
-@given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "index", "padded"]))
-def test_same_bits_of_many(seed: int, steps: int, rows: str) -> None:
-    _held(seed, steps, **({"interface": "padded"} if rows == "padded" else {"rows": rows}))
+@given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "index", "padded"]), pack=st.booleans())
+def test_same_bits_of_many(seed: int, steps: int, rows: str, pack: bool) -> None:
+    _held(seed, steps, **({"interface": "padded"} if rows == "padded" else {"rows": rows}), pack=pack)

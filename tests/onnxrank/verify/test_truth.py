@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import Graph, run
+from helpers import INT64, Graph, run
 from mutants import FOLDER
 from onnx import ModelProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -71,6 +71,43 @@ def test_scales_stay_wide() -> None:
 def test_every_model_loads(path: object) -> None:
     """No committed ranker is left to the reference evaluator as a whole."""
     assert Truth(onnx.load(str(path))).how in ("onnxruntime", "parts")
+
+
+@pytest.mark.parametrize("going", [True, False, None])
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 4), (0, 2)])
+def test_a_loop_gives_what_its_turns_give(shape: tuple[int, ...], going: bool | None) -> None:
+    """One entry per turn along an axis of its own, whether or not a condition says that there is a first turn."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Gather", ["item", "turn"], ["row"], axis=0),
+            helper.make_node("Add", ["turn", "total"], ["sum"]),
+            helper.make_node("Identity", ["go"], ["on"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", INT64, []),
+            helper.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("total", INT64, []),
+        ],
+        [
+            helper.make_tensor_value_info("on", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum", INT64, []),
+            helper.make_tensor_value_info("row", onnx.TensorProto.FLOAT, shape[1:]),
+        ],
+    )
+    g = Graph(17)
+    item = g.input("item", ["N", *shape[1:]])
+    most = g.op("Reshape", g.op("Shape", item, start=0, end=1), g.ints())
+    on = "" if going is None else g.const(going, bool)
+    total, rows = g.ops("Loop", 2, most, on, g.const(5, np.int64), body=body)
+    g.output(total, [], INT64)
+    g.output(rows, ["turns", *shape[1:]])
+    model, feed = g.model(), {"item": weights(*shape)}
+    truth = Truth(model, avoided=["Loop"])
+    assert truth.how == "parts"
+    found = truth.run(feed)
+    for name, want in run(model, feed).items():
+        np.testing.assert_array_equal(found[name], want)
 
 
 def test_failing_run_is_no_missing_kernel() -> None:
