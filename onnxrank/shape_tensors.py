@@ -20,7 +20,8 @@ class ShapeTensors:
         expressions: What symbols stand for that are not extents of inputs.
 
     Attributes:
-        extent_of: Per symbol: a graph input, or a tensor of a count found in the data, the axis on which it is found, and by what to divide that extent.
+        extent_of: Per symbol: a graph input, or a tensor whose extent is found in the data, the axis on which it is,
+            and by what to divide that extent.
     """
 
     def __init__(self, emitter: Emitter, expressions: Mapping[str, Expr]) -> None:
