@@ -41,7 +41,7 @@ def convention(model: ModelProto) -> dict[str, Any] | None:
     names = {i.name for i in model.graph.input}
     if not isinstance(told, dict) or not isinstance(told.get("inputs"), dict) or not told["inputs"].keys() <= names:
         raise ModelError("The stored contract does not say how the model takes requests. Optimise the original again.")
-    return {**told, PACKED: stored.get(PACKED, {})}
+    return {**told, PACKED: stored[PACKED]} if stored.get(PACKED) else told
 
 
 def joined(told: Mapping[str, Any], requests: Sequence[Mapping[str, NDArray[Any]]]) -> Feed:

@@ -53,7 +53,7 @@ def _held(seed: int, steps: int, **options: Any) -> None:
 def _without(told: Any, feed: Feed) -> Feed:
     """A request of no candidates."""
     how = {name: h["axis"] for name, h in told["inputs"].items() if h["each"]}
-    how |= {c["name"]: 0 for name, t in told["packed"].items() if name in how for c in t["columns"]}
+    how |= {c["name"]: 0 for name, t in told.get("packed", {}).items() if name in how for c in t["columns"]}
     return {k: v.take([], how[k]) if k in how else v for k, v in feed.items()}
 
 
