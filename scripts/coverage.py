@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ ERROR_FLOOR = 5e-7
 # Both graphs computed in float64.
 ALGEBRA_ERROR = 1e-9
 SHARE = 0.97
+# Extent of histories of symbolic length.
+LENGTH = 11
 # Less than this share of the MACs to be saved: nothing to speak of.
 NEGLIGIBLE = 0.005
 
@@ -75,6 +77,7 @@ class Input:
         axis: The axis that positions count along.
         record: Entries of one candidate where `rows` holds several.
         ranges: `(positions or None, low, high)`.
+        length: What to take for extents that are symbolic.
     """
 
     name: str
@@ -86,10 +89,11 @@ class Input:
     axis: int
     record: int | None
     ranges: tuple[tuple[tuple[int, ...] | None, float, float], ...]
+    length: int = LENGTH
 
     def draw(self, n: int, rng: np.random.Generator) -> Array:
         """Values for n rows, with the axis of rows first and records on the second."""
-        shape = [d if isinstance(d, int) else 11 for k, d in enumerate(self.dims) if k != self.rows]
+        shape = [d if isinstance(d, int) else self.length for k, d in enumerate(self.dims) if k != self.rows]
         if self.rows is not None:
             shape = [n, *([self.record] if self.record is not None else []), *shape]
         whole = self.dtype.kind in "iu"
@@ -127,9 +131,10 @@ class Input:
 class Requests:
     """Draws requests that keep to a roles file."""
 
-    def __init__(self, model: onnx.ModelProto, spec: Mapping[str, Any]) -> None:
+    def __init__(self, model: onnx.ModelProto, spec: Mapping[str, Any], length: int = LENGTH) -> None:
         known = {t.name for t in model.graph.initializer}
-        self.inputs = [_input(value, spec) for value in model.graph.input if value.name not in known]
+        found = [_input(value, spec) for value in model.graph.input if value.name not in known]
+        self.inputs = [replace(i, length=length) for i in found]
 
     def __call__(self, n: int, seed: int) -> tuple[Feed, Feed]:
         """Inputs of the original, and the same ones as the interface `request` takes them."""
@@ -304,7 +309,7 @@ def _measure(
     row.message = f"{_DIED} measuring"
     say(row)
     row.message = ""
-    draw = Requests(original, yaml.safe_load(roles.read_text()))
+    draw = Requests(original, yaml.safe_load(roles.read_text()), options.length)
 
     def feeds(n: int, seed: int) -> tuple[Feed, Feed]:
         first, second = draw(n, seed)
@@ -785,6 +790,7 @@ def main() -> int:
     parser.add_argument("--no-check", action="store_true", help="without the optimiser's own check")
     parser.add_argument("--algebra", action="store_true", help="compare in float64 as well")
     parser.add_argument("--interface", choices=("request", "same"), default="request")
+    parser.add_argument("--length", type=int, default=LENGTH, help="of histories of symbolic length")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time; 1 if times matter")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
