@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from math import prod
 
 import numpy as np
@@ -92,10 +93,16 @@ class ShapeTensors:
     def _called(self, call: Call) -> str:
         """A one-element int64 tensor with the value of a function of extents."""
         if call.op in ("min", "max"):
-            if self.emit.opset < 12:
-                raise Unrepresentable(f"{call} of integers needs opset 12")
+            if self.emit.opset < 12:  # Min and Max took no integers
+                return reduce(lambda a, b: self._chosen(call.op, a, b), map(self._computed, call.args))
             return self.emit.add(call.op.capitalize(), [self._computed(a) for a in call.args], hint="extent")
         if bounds(call.args[0])[0] < 0:
             raise Unrepresentable(f"{call} of a number that may be negative")
         op = "Div" if call.op == "//" else "Mod"
         return self.emit.add(op, [self._computed(a) for a in call.args], hint="extent")
+
+    def _chosen(self, op: str, a: str, b: str) -> str:
+        """The smaller or the larger of two one-element int64 tensors."""
+        first, second = (a, b) if op == "min" else (b, a)
+        less = self.emit.add("Less", [first, second], hint="extent")
+        return self.emit.add("Where", [less, a, b], hint="extent")

@@ -223,7 +223,7 @@ def _whole_rows(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
             return None
     values = [rw.held(v, symbols(v.dims[1:])) for v in values]
     present: set[str] = set().union(*(rw.present(v) for v in values))
-    names = iter([rw.tensor(v) for v in values])
+    names = iter([rw.rows_along(v, present) for v in values])
     return rw.keep(node, [next(names) if i else "" for i in node.input], [known], present)
 
 

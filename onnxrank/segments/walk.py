@@ -8,6 +8,7 @@ from onnx import ModelProto, NodeProto
 
 from onnxrank import extents as ex
 from onnxrank.emitter import replaced
+from onnxrank.errors import ModelError
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
 from onnxrank.graphs import attribute, captured_by, subgraphs
@@ -15,7 +16,7 @@ from onnxrank.operators import operator
 from onnxrank.segments import steps
 from onnxrank.segments.division import Data, Division, Left, Tensor
 from onnxrank.uses import changed_by
-from onnxrank.values import Dims, is_candidate_symbol
+from onnxrank.values import Dims, Unrepresentable, is_candidate_symbol
 
 _MOST_SEGMENTS = 8
 
@@ -76,6 +77,9 @@ def divided(
         candidate: Inputs that may differ between candidates.
         data: Entries of constants; None for what is none.
         places: The nodes that join a sequence (`sequences`).
+
+    Raises:
+        ModelError: An extent that segments are joined again to cannot be computed.
     """
     try:
         d = Division(model, facts, dtypes, inputs, candidate, data, places)
@@ -96,7 +100,10 @@ def divided(
         for o in model.graph.output:
             d.join(o.name)
 
-    out = replaced(model, d.emit, write, finish)
+    try:
+        out = replaced(model, d.emit, write, finish)
+    except Unrepresentable as e:
+        raise ModelError(str(e)) from e
     del out.graph.value_info[:]
     return out
 
@@ -114,7 +121,7 @@ def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:
         node = _apart(d, node)
         made = step(d, node)
         return made if isinstance(made, list) else [made]
-    except (Left, ex.Unproved):
+    except (Left, ex.Unproved, Unrepresentable):
         return None
     finally:
         d.lead = ()

@@ -20,6 +20,13 @@ def test_same_scores(interface: str, seed: int, steps: int) -> None:
     holds(program(seed, steps), seed, interface)
 
 
+def test_positions_of_rows_that_do_not_differ_by_candidate() -> None:
+    """RotaryEmbedding takes positions for every row: constant ones have as many rows as what is turned."""
+    made = program(400014568, 15, fields=5)
+    assert "com.microsoft::RotaryEmbedding" in written(made)
+    holds(made, 400014568, "request")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("interface", ["request", "same"])
 @pytest.mark.parametrize("key", sorted(KINDS))

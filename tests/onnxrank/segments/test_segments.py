@@ -479,3 +479,13 @@ def test_what_fails_the_check_is_joined_again(monkeypatch: pytest.MonkeyPatch) -
     assert_equal(model, result.model, s.given, 2e-6, cut=True)
     (site,) = [p for p in result.plan.sites if p.place.rule == SEGMENTS]
     assert site.chosen == "leave"
+
+
+def test_shapes_of_what_is_cut_in_old_opsets() -> None:
+    """Min and Max take no integers up to opset 11."""
+    s = sq.sequence(opset=11)
+    g = s.graph
+    cut = g.op("Slice", s.tokens, g.ints(-50), g.ints(1 << 40), g.ints(0))
+    g.output(g.op("Add", cut, g.op("ConstantOfShape", g.op("Shape", cut))), None)
+    model = g.model()
+    assert_equal(model, divided(model, s.given), s.given, 1e-6)
