@@ -40,7 +40,7 @@ def einsum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Einsum of one operand with constants, or of two that are computed."""
     if len(node.input) != 2:
         return None
-    terms, out = einsum_terms(attribute(node, "equation"), [rw.value(node, k).rank for k in (0, 1)])
+    terms, out = einsum_terms(attribute(node, "equation"), [rw.values[i].rank for i in node.input])
     for k in (0, 1):
         weight, x = rw.array(node, 1 - k), rw.operand(node, k)
         if weight is None or x is None or not worthwhile(rw, x, None):

@@ -244,6 +244,20 @@ def test_one_factor_for_all_columns() -> None:
         optimised(g, given, candidates=n)
 
 
+@pytest.mark.parametrize("kind", ["MatMul", "Einsum"])
+def test_cross_layers_by_a_vector(kind: str) -> None:
+    """`x_0 (x w) + b + x`, as DCN has it, with `x w` as a product or as torch exports a tensordot."""
+    given = [request("u", 48), candidate("c", 16)]
+    g = Graph()
+    x = start = g.op("Concat", *(i.declare(g) for i in given), axis=1)
+    for k in range(3):
+        w, b = g.const(whole_numbers(64, 1, seed=k)), g.const(whole_numbers(64, seed=k + 3))
+        scale = g.op("MatMul", x, w) if kind == "MatMul" else g.op("Einsum", x, w, equation="ij,jk->ik")
+        x = g.op("Add", g.op("Add", g.op("Mul", start, scale), b), x)
+    g.output(g.op("MatMul", x, g.const(whole_numbers(64, 2))), ["N", 2])
+    assert rules(optimised(g, given, tolerance=1e-5)).get("fold", 0) >= 2
+
+
 def test_sum_of_products() -> None:
     """`a * x + b * y + x` before a layer, factors in common or not."""
     given = [request("a", 16), request("b", 16), candidate("x", 16), candidate("y", 16)]
