@@ -142,7 +142,8 @@ def _asked(
     if operator(node) == "Reshape":
         asked = [n for n in constants.get(node.input[1], ()) if n > 0]
         yield product(shapes[0]), prod(asked)
-        yield from itertools.product(shapes[0], asked)  # beside axes that are computed, as that of rows and heads
+        if shapes[0] and asked:
+            yield shapes[0][0], asked[0]  # in front of axes that are computed, as that of rows and heads
     elif operator(node) in ("MatMul", "Gemm") and shapes[0] and shapes[1]:
         yield shapes[0][-1], next((n for n in shapes[1][-2:][:1] if isinstance(n, int)), 0)
     elif Trait.ELEMENTWISE in traits(node):

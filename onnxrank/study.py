@@ -49,7 +49,7 @@ from onnxrank.workers import Crashed
 
 _LONG = 61
 """Extent of symbols in the run that confirms long ones; a prime, as the shorter ones are."""
-_LONGER = (16, 32, 64, 128, 256, 512)
+_LONGER = (32, 128, 512)
 """What is added to lengths that a model does not run at, until it does."""
 
 
@@ -183,8 +183,8 @@ class Study:
         points = self._settings(beyond)
         problem: ModelError | None = None
         # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
-        makers = (None if not beyond else self.maker, feeds.Maker(self.declared, None))
-        for maker in (*makers, feeds.Maker(self.declared, None, fill=0)):
+        makers = (None, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
+        for maker in (self.maker,) if beyond else makers:
             try:
                 self.contradiction = self._contradiction(probe, maker, points)
             except ModelError as e:

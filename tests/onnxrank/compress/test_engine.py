@@ -263,6 +263,7 @@ def test_parts_share_no_request_and_follow_the_identity(data: Path, changed: Cal
     assert 0.4 < len(parts["gate"]) / 1200 < 0.6
 
 
+@pytest.mark.slow
 def test_without_labels_it_says_what_it_was_held_against(data: Path, tmp_path: Path) -> None:
     found = compress(DLRM, data, options(labels=(), methods=("fp16",)))
     assert found.passed and found.report.outcomes[0].basis == "original"
@@ -351,6 +352,7 @@ def test_optimised_models_are_compressed_by_the_requests_of_the_original(data: P
     assert next(i.type.tensor_type.shape.dim[0].dim_value for i in found.model.graph.input) == 1
 
 
+@pytest.mark.slow
 def test_optimised_models_with_divided_inputs(tmp_path: Path) -> None:
     """Columns of one input that the optimised model takes in two parts."""
     rng = np.random.default_rng(0)
@@ -385,6 +387,7 @@ def test_guarded_models_are_run_request_by_request(data: Path, tmp_path: Path) -
     assert found.passed and found.report.changed
 
 
+@pytest.mark.slow
 def test_external_data(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(onnx.load(DLRM), path, save_as_external_data=True, location="m.data", size_threshold=100)
