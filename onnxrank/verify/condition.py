@@ -255,7 +255,7 @@ class Condition:
     def _nudged(self, feed: Mapping[str, NDArray[Any]], seed: int) -> Feed:
         """A request with every real number of it moved by one unit in the last place; ids stay."""
         rng = np.random.default_rng(seed)
-        whole = {name: bool(r[2].any()) for name, r in self.engine.ranges.items()}
+        whole = {name: bool(r[2].any()) for name, r in self.engine.inputs.ranges.items()}
         return {k: compare.nudged(v, rng) if is_float(v) and not whole.get(k, False) else v for k, v in feed.items()}
 
     # --- operators that are not exact in float64 ---------------------------------------------------------------------

@@ -20,7 +20,7 @@ from onnxrank import baked, batches, halves, matrices, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.feeds import Ranges
+from onnxrank.feeds import Known
 from onnxrank.graphs import live
 from onnxrank.values import CANDIDATES
 from onnxrank.verify import compare, judge, sizes, structure, tables
@@ -88,7 +88,7 @@ class Engine:
         optimized: The model under test.
         options: Choices.
         progress: Called with what is being done.
-        known: Ranges of the original's inputs and the symbols of their shapes, where the original was studied before.
+        known: What is known of the original's inputs, where it was studied before.
         first: The original in its process, where somebody has it there already, who keeps it.
     """
 
@@ -98,7 +98,7 @@ class Engine:
         optimized: files.LoadedModel,
         options: Options,
         progress: Progress | None = None,
-        known: tuple[Ranges, Sequence[str]] | None = None,
+        known: Known | None = None,
         first: Side | None = None,
     ) -> None:
         self.options = options
@@ -118,12 +118,10 @@ class Engine:
         self.samples: list[Sample] = []
         self.shared: list[str] = []
         self.held: dict[tuple[str, str, str], judge.Measure] = {}
-        self.ranges: Ranges = {}
-        self.symbols: list[str] = []
+        self.inputs = known or Known({}, ())
         self.spans: dict[str, Span] = {}
         self.changed: list[tables.Changed] = []
         self.usual: dict[str, int] = {}
-        self._shortest = sizes.LENGTHS[0]
         self.span: Span | None = None
         self.truth = False
         self.precision = "own"
@@ -177,9 +175,9 @@ class Engine:
         self._open_ahead()
         self.say("finding the ranges of the inputs")
         try:
-            self.ranges, self.symbols = self._study(found)
+            self.inputs = self.known or self._study(found)
             self._extents()
-            self.points = list(generate(self.binding, self.ranges, self.symbols, self.options, self.usual))
+            self.points = list(generate(self.binding, self.inputs, self.options, self.usual))
         except ModelError as e:
             if self.options.data is None:
                 raise
@@ -349,18 +347,16 @@ class Engine:
     def _crash(self, verdict: str, side: Side, doing: str, e: Crashed) -> None:
         self.report.find(verdict, e.kind, f"The {side.name} model made its process fail {doing}: {e}.", model=side.name)
 
-    def _study(self, found: Terms) -> tuple[Ranges, list[str]]:
-        """Ranges of the original's inputs, and the symbols of their shapes."""
-        if self.known is not None:
-            return self.known[0], list(self.known[1])
+    def _study(self, found: Terms) -> Known:
+        """What a study of the original finds of its inputs."""
         try:
             made = self._studied(found)
         except Crashed as e:
             raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
         if made["note"]:
             raise ModelError(f"The models cannot be compared: {made['note']}.")
-        self._shortest = int(made["shortest"])
-        return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
+        ranges = {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}
+        return Known(ranges, tuple(made["symbols"]), int(made["shortest"]))
 
     def _studied(self, found: Terms) -> dict[str, Any]:
         """What the original's process finds out: at the second model's declared lengths, if it runs at no others."""
@@ -388,8 +384,8 @@ class Engine:
     def _extents(self) -> None:
         """What is served: lengths and numbers of candidates."""
         options = self.options
-        self.spans = sizes.spans(self.symbols, options.lengths, self._shortest)
-        self.usual = sizes.usual(self.symbols, self.spans)
+        self.spans = sizes.spans(self.inputs.symbols, options.lengths, self.inputs.shortest)
+        self.usual = sizes.usual(self.inputs.symbols, self.spans)
         stored = (stored_contract(self.optimized.proto) or {}).get("candidates")
         told = isinstance(stored, list) and len(stored) == 2 and all(isinstance(n, int) and n > 0 for n in stored)
         self.span = options.span or ((stored[0], stored[1]) if told and stored is not None else None)
@@ -852,7 +848,7 @@ def failing_points(engine: Engine, model: ModelProto) -> bool:
         candidates=sorted(counts),
         sizes=sized,
     )
-    known = (engine.ranges, engine.symbols) if engine.symbols else None
+    known = engine.inputs if engine.inputs.symbols else None
     with Engine(loaded, second, replace(chosen, request=(), spec=None), known=known) as other:
         return not other.run().passed
 

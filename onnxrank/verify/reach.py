@@ -134,7 +134,7 @@ class Reach:
                 if self._left <= 0:
                     self._miss(size, _LATE)
                     continue
-                yield points.sized(engine.binding, engine.ranges, engine.symbols, engine.usual, size, seed)
+                yield points.sized(engine.binding, engine.inputs, engine.usual, size, seed)
 
     def _miss(self, size: Size, why: str) -> None:
         found = self._unseen.setdefault(why, [])
@@ -154,8 +154,8 @@ class Reach:
             left = np.array([r for r in changed.rows.tolist() if r in missing], np.int64)
             if not len(left) or self._left <= 0:
                 break
-            maker = inputs.Rows(declared, engine.ranges, left, changed.size)
-            feed = maker(inputs.point(engine.symbols, size.candidates, seed, engine.usual))
+            maker = inputs.Rows(declared, engine.inputs.ranges, left, changed.size)
+            feed = maker(inputs.point(engine.inputs.symbols, size.candidates, seed, engine.usual))
             point = Point(about, size.candidates, seed, feed, engine.binding(feed), size=size)
             met = self._met(changed, point)
             if not met & missing:
@@ -217,7 +217,7 @@ class Reach:
                 if p.size.full and p.size.lengths and not isinstance(a, Crashed):
                     # Counts that nothing is known of may have been too much for it.
                     size = Size(p.size.candidates, p.size.lengths, False)
-                    plain = points.sized(engine.binding, engine.ranges, engine.symbols, engine.usual, size, p.seed)
+                    plain = points.sized(engine.binding, engine.inputs, engine.usual, size, p.seed)
                     if any(not np.array_equal(plain.feed[k], v) for k, v in p.feed.items()):
                         return self._compare(plain)
                 self._original(p.size, a)

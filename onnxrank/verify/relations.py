@@ -26,11 +26,11 @@ def relate(engine: Engine) -> None:
     count = max([n for n in engine.options.counts if 2 <= n <= MOST_ODD], default=0)
     if not count or not engine.samples:
         return
-    maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.ranges)
+    maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.inputs.ranges)
     per_row = _per_row(engine)
     for seed in range(2 if engine.options.level == "full" else 1):
-        feed = maker(inputs.point(engine.symbols, count, 50 + seed, engine.usual))
-        user = maker(inputs.point(engine.symbols, count, 70 + seed, engine.usual))
+        feed = maker(inputs.point(engine.inputs.symbols, count, 50 + seed, engine.usual))
+        user = maker(inputs.point(engine.inputs.symbols, count, 70 + seed, engine.usual))
         try:
             _relate(engine, feed, user, per_row, seed, count)
         except Crashed as e:

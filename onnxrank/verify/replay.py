@@ -152,7 +152,7 @@ def replay(engine: Engine) -> None:
     where = cluster.engine(options.engine, min(jobs, len(found.parts)))
     setting = _Setting(
         engine.binding, options, engine.shared, engine.truth, engine.coarse, engine.step, engine.rounds_weights,
-        engine.held, engine.ranges,
+        engine.held, engine.inputs.ranges,
     )  # fmt: skip
     total = _Found()
     engine.say("recorded requests")

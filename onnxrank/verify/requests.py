@@ -63,7 +63,7 @@ class _Several:
         self.engine, self.side, self.told = engine, side, told
         self.provider = engine.options.providers[0]
         self.level = ""
-        self.maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.ranges)
+        self.maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.inputs.ranges)
 
     def run(self) -> None:
         """Compares at every number of requests: in float64 where that can be, and as it is served."""
@@ -114,7 +114,7 @@ class _Several:
     def _feed(self, k: int, candidates: int) -> tuple[Feed | None, Feed]:
         """Inputs of the original, none without candidates, and of the other model as if it took one request."""
         engine = self.engine
-        setting = inputs.point(engine.symbols, max(candidates, 1), _SEED + k, engine.usual)
+        setting = inputs.point(engine.inputs.symbols, max(candidates, 1), _SEED + k, engine.usual)
         feed = self.maker(setting)
         if candidates:
             return feed, engine.binding(feed)
