@@ -76,7 +76,7 @@ class Condition:
         by_key = {(p.inputs, p.candidates, p.seed): p for p in points}
         failed = [k for k, c in enumerate(found) if not c.passed]
         failed.sort(key=lambda k: -found[k].error / max(found[k].allowed, 1e-300))
-        limits = {key: m.allowed for key, m in self.engine.held.items()}
+        limits = {key: m.allowed for key, m in self.engine.verdicts.held.items()}
         seen: set[int] = set()
         for k in failed:
             c = found[k]
@@ -133,9 +133,9 @@ class Condition:
         if old is None or old[0] < mine:
             self.told[c.output] = (mine, precision)
         key = (c.provider, c.inputs, c.output)
-        if c.verdict == "rounding" and key in self.engine.held:
-            held = self.engine.held[key]
-            self.engine.held[key] = replace(held, allowed=max(held.allowed, allowed))
+        if c.verdict == "rounding" and key in self.engine.verdicts.held:
+            held = self.engine.verdicts.held[key]
+            self.engine.verdicts.held[key] = replace(held, allowed=max(held.allowed, allowed))
         return replace(c, allowed=allowed, passed=True, place=None)
 
     def tell(self) -> None:

@@ -97,7 +97,7 @@ class Reach:
         for (point, pairs), truth in zip(ran, truths, strict=True):
             for provider, a, b in pairs:
                 for k in engine.shared:
-                    if _empty(point) and engine.vacuous(k, a[k], b[k], _lengths(point)):
+                    if _empty(point) and engine.emptiness.vacuous(k, a[k], b[k], _lengths(point)):
                         continue
                     pair = (truth[0][k], truth[1][k]) if truth is not None else (None, None)
                     engine.samples.append(
@@ -224,10 +224,10 @@ class Reach:
                 return None
             if isinstance(b, ModelError):
                 # Kernels that give nothing the wrong shape may pass it to others that do not take it.
-                odd = next((k for k in engine.shared if _empty(p) and not engine.declares(k, a[k])), None)
+                odd = next((k for k in engine.shared if _empty(p) and not engine.emptiness.declares(k, a[k])), None)
                 if odd is not None:
-                    engine.malformed(odd, a[odd], _lengths(p))
-                elif not _empty(p) or not engine.excused(p, b, provider, _lengths(p)):
+                    engine.emptiness.malformed(odd, a[odd], _lengths(p))
+                elif not _empty(p) or not engine.emptiness.excused(p, b, provider, _lengths(p)):
                     self._optimized(p, b, provider, patience)
                 return None
             if 0 in p.size.lengths.values() and not self._determined(p, a, provider):

@@ -45,7 +45,7 @@ def _relate(engine: Engine, feed: Feed, user: Feed, per_row: dict[str, int], see
     declared = engine.binding.declared
 
     def allowed(output: str, scale: float) -> float:
-        m = engine.held.get((provider, ORDINARY, output))
+        m = engine.verdicts.held.get((provider, ORDINARY, output))
         if engine.truth:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0
@@ -74,7 +74,7 @@ def _relate(engine: Engine, feed: Feed, user: Feed, per_row: dict[str, int], see
             "warning",
             model="original",
         )
-    engine.file("metamorphic", engine.condition.relaxed(cases, feed, provider, engine.truth))
+    engine.verdicts.file("metamorphic", engine.condition.relaxed(cases, feed, provider, engine.truth))
 
 
 def _per_row(engine: Engine) -> dict[str, int]:

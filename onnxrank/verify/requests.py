@@ -96,7 +96,7 @@ class _Several:
                     cases += self._compared(f"a part of {count} requests", bound[part], counts[part], wanted[part])
         if any(counts):
             cases += self._guarded(bound, sum(counts))
-        self.engine.file("metamorphic", cases)
+        self.engine.verdicts.file("metamorphic", cases)
 
     def _counts(self, requests: int) -> list[int]:
         """Candidates of each request: none, one, and many among them."""
@@ -165,7 +165,7 @@ class _Several:
         return cases
 
     def _allowed(self, output: str, scale: float) -> float:
-        m = self.engine.held.get((self.provider, ORDINARY, output))
+        m = self.engine.verdicts.held.get((self.provider, ORDINARY, output))
         if self.level == _TRUTH:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0
