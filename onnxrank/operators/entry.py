@@ -63,6 +63,8 @@ class Trait(Flag):
     """Two runs may give different results."""
     IMAGES = auto()
     """Rows lie along the first axis, and everything behind it is taken in together."""
+    PARAMETERS = auto()
+    """Operands behind the first have no entries in places: they are single numbers, or give a type."""
     CAST = auto()
     """Entries in another type."""
     BOOLEAN = auto()
