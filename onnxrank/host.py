@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from onnxrank.compress.inside import Inside
     from onnxrank.profiling.bench import Bench
 
+_AT_ONCE = 2
+"""Sessions that are made at once where nobody waits for them yet."""
 _TOO_MUCH = {"error": "it needs more memory than its process may use", "kind": OutOfMemory.__name__}
 
 
@@ -43,6 +45,7 @@ class Host:
         self._splits: dict[str, str] = {}
         self._sessions: dict[str, Any] = {}
         self._begun: dict[str, Future[Any]] = {}
+        self._turns = threading.Semaphore(_AT_ONCE)
         self._bench: Bench | None = None
         self._inside: Inside | None = None
 
@@ -135,12 +138,14 @@ class Host:
             self._flattened(key)  # once for all sessions
         made: Future[Any] = Future()
         self._begun[session] = made
+        turns = self._turns
 
         def make() -> None:
-            try:
-                made.set_result(self._make(key, **how))
-            except BaseException as e:
-                made.set_exception(e)
+            with turns:
+                try:
+                    made.set_result(self._make(key, **how))
+                except BaseException as e:
+                    made.set_exception(e)
 
         threading.Thread(target=make, daemon=True).start()
 
@@ -227,7 +232,11 @@ class Host:
         self._sessions.pop(session, None)
 
     def run(
-        self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None
+        self,
+        session: str,
+        feeds: Sequence[Mapping[str, Any]],
+        outputs: Sequence[str] | None,
+        shapes: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """Runs a session on several feeds.
 
@@ -235,6 +244,7 @@ class Host:
             session: Its key.
             feeds: Inputs by name.
             outputs: Names of outputs; None for all.
+            shapes: Those that are answered with their shapes.
 
         Returns:
             Per feed `{"outputs": {name: array}}` or `{"error": message, "kind": name of the error's class}`.
@@ -255,7 +265,7 @@ class Host:
             if other is not None:
                 answers.append(_refusal(ModelError(f"output {other!r} is no tensor")))
                 continue
-            answers.append({"outputs": arrays})
+            answers.append({"outputs": arrays | {k: np.array(out[k].shape, np.int64) for k in shapes}})
         return answers
 
     def race(self, sessions: Sequence[str], feeds: Sequence[Mapping[str, Any]], seconds: float) -> NDArray[np.float64]:

@@ -590,11 +590,14 @@ class Engine:
 
 
 def open_ahead(side: Side, options: Options) -> None:
-    """Has the sessions of a model made that it is compared in, without anybody waiting."""
+    """Has the sessions of a model made that it is compared in, without anybody waiting; what takes longest first."""
+    optimised = [(provider, LEVELS[-1]) for provider in options.providers]
+    others = [(provider, level) for provider in options.providers for level in LEVELS[:-1]]
+    for provider, level in optimised:
+        side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
     side.ahead(_TRUTH, precision="double")
-    for provider in options.providers:
-        for level in LEVELS:
-            side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
+    for provider, level in others:
+        side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
 
 
 def _session(options: Options, provider: str, level: str, precision: str) -> dict[str, Any]:
