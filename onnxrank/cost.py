@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import fsum, prod
+from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
@@ -136,6 +137,52 @@ CPU = Target(
 """One core of an x86 server, onnxruntime on one thread; `scripts/calibrate.py --models` fits it to whole models."""
 
 
+@dataclass
+class Alike:
+    """What holds of the nodes of a graph at any number of candidates, found when somebody asks.
+
+    Attributes:
+        kinds: The nodes' kinds as numbers, by the first tensor they give: those of one operator with equal attributes
+            on equal extents are of one kind.
+        numbers: What is behind the numbers.
+        varying: Whether tensors have rows of candidates.
+        runs: What runs for a request.
+    """
+
+    kinds: dict[str, int] = field(default_factory=dict)
+    numbers: dict[Hashable, int] = field(default_factory=dict)
+    varying: dict[str, bool] = field(default_factory=dict)
+    runs: Runs | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The nodes of a graph that run for a request, as a runtime runs them.
+
+    Attributes:
+        nodes: One of each kind, with how many there are.
+        sums: Additions right behind products.
+    """
+
+    nodes: tuple[tuple[NodeProto, int], ...]
+    sums: tuple[ProductSum, ...]
+
+
+@dataclass(frozen=True)
+class ProductSum:
+    """An addition right behind products, which a runtime makes part of one of them where what is added is a row.
+
+    Attributes:
+        products: First outputs of the products that nothing else reads.
+        node: The addition.
+        behind: The addition, and the activation right behind it, if there is one.
+    """
+
+    products: tuple[str, ...]
+    node: NodeProto
+    behind: tuple[NodeProto, ...]
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Shapes of all tensors of a graph at one number of candidates.
@@ -148,9 +195,8 @@ class Shapes:
         types: Element types.
         seconds: Predicted times of the nodes that were asked for, by the first tensor they give; under an empty name,
             that of all of them.
-        bills: What nodes of a kind are billed for: those of one operator with equal attributes on equal extents.
-        kinds: The nodes' kinds, by the first tensor they give; the same at any number of candidates.
-        varying: Whether tensors have rows of candidates, where that was asked for.
+        bills: What nodes of a kind are billed for.
+        alike: What holds of the graph's nodes at any number of candidates.
     """
 
     facts: Facts
@@ -163,9 +209,8 @@ class Shapes:
         default_factory=dict, init=False, repr=False, compare=False
     )
     seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    bills: dict[Hashable, Bill] = field(default_factory=dict, init=False, repr=False, compare=False)
-    kinds: dict[str, Hashable] = field(default_factory=dict, repr=False, compare=False)
-    varying: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
+    bills: dict[int, Bill] = field(default_factory=dict, init=False, repr=False, compare=False)
+    alike: Alike = field(default_factory=Alike, repr=False, compare=False)
 
     def at(self, candidates: int) -> Shapes:
         """The same at another number of candidates."""
@@ -202,18 +247,20 @@ class Shapes:
 
     def per_candidate(self, name: str) -> bool:
         """Whether a tensor has rows of candidates."""
-        if name not in self.varying:
+        varying = self.alike.varying
+        if name not in varying:
             found = self.facts.extents.get(name) or self.inputs.get(name) or ()
-            self.varying[name] = any(is_candidate_symbol(s) for _, syms in found for s in syms)
-        return self.varying[name]
+            varying[name] = any(is_candidate_symbol(s) for _, syms in found for s in syms)
+        return varying[name]
 
-    def kind(self, node: NodeProto, name: str) -> Hashable:
-        """What nodes have in common that are billed alike; `name` is the first tensor that the node gives."""
-        if name not in self.kinds:
-            attributes = tuple(a.SerializeToString(deterministic=True) for a in node.attribute)
-            tensors = tuple(self._extents(t) for names in (node.input, node.output) for t in (*names, None))
-            self.kinds[name] = operator(node), attributes, tensors
-        return self.kinds[name]
+    def kind(self, node: NodeProto, name: str) -> int:
+        """A number for nodes that are billed alike; `name` is the first tensor that the node gives."""
+        kinds, numbers = self.alike.kinds, self.alike.numbers
+        if name not in kinds:
+            attributes = tuple([a.SerializeToString(deterministic=True) for a in node.attribute])
+            tensors = tuple([self._extents(t) for names in (node.input, node.output) for t in (*names, None)])
+            kinds[name] = numbers.setdefault((operator(node), attributes, tensors), len(numbers))
+        return kinds[name]
 
     def _extents(self, name: str | None) -> Hashable:
         """What there is to know of a tensor's shape and type at any number of candidates; None for none."""
@@ -247,9 +294,18 @@ def _written(node: NodeProto, shapes: Shapes) -> int:
     return sum([shapes.width(o) * prod(s) for o, s in found if s is not None])
 
 
+def _first(node: NodeProto) -> str | None:
+    """The first tensor that a node gives."""
+    name: str
+    for name in node.output:
+        if name:
+            return name
+    return None
+
+
 def billed(node: NodeProto, shapes: Shapes) -> Bill:
     """What a node is billed for."""
-    name = next((o for o in node.output if o), None)
+    name = _first(node)
     if name is None:
         return _billed(node, shapes)
     kind = shapes.kind(node, name)
@@ -434,7 +490,7 @@ def added(columns: int) -> tuple[float, float]:
 
 def node_seconds(node: NodeProto, shapes: Shapes) -> float:
     """Predicted time of one node on one core."""
-    name = next((o for o in node.output if o), None)
+    name = _first(node)
     if name is None:
         return CPU.seconds(billed(node, shapes))
     if name not in shapes.seconds:
@@ -443,53 +499,84 @@ def node_seconds(node: NodeProto, shapes: Shapes) -> float:
 
 
 def bills(graph: GraphProto, shapes: Shapes) -> Iterator[Bill]:
-    """What the nodes of a graph are billed for that run for a request, as a runtime runs them.
+    """What the nodes of a graph are billed for that run for a request, as a runtime runs them; those alike together.
 
     It computes what is constant when it loads the model, and adds biases and takes activations within products. What
     only gives a tensor another shape moves nothing, but runs.
     """
-    joined = _joined(graph, shapes)
-    for node, level in by_rows(graph, shapes):
-        if level == "constant" or node.op_type in _GONE or node.output[0] in joined:
-            continue
-        bill = billed(node, shapes)
-        yield bill if bill.launches else Bill("view")
-
-
-def _joined(graph: GraphProto, shapes: Shapes) -> set[str]:
-    """First outputs of nodes that a runtime makes part of the product before them."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for i in node.input:
-            readers.setdefault(i, []).append(node)
-    kept = {o.name for o in graph.output}
-    found: set[str] = set()
-
-    def only(node: NodeProto) -> NodeProto | None:
-        after = readers.get(node.output[0], [])
-        return after[0] if len(after) == 1 and node.output[0] not in kept else None
-
-    for node in graph.node:
-        after: NodeProto | None = node
-        if operator(node) == "MatMul":
-            out = shapes.shape(node.output[0]) or ()
-            after = only(node)
-            if after is None or operator(after) != "Add" or len(out) != 2:
-                continue
-            if not any(prod(shapes.shape(i) or (0,)) == out[1] for i in after.input if i != node.output[0]):
-                continue
-            found.add(after.output[0])
-        elif operator(node) != "Gemm":
-            continue
-        assert after is not None
-        after = only(after)
-        if after is not None and operator(after) in _ACTIVATIONS:
-            found.add(after.output[0])
-    return found
+    for bill, times in _counted(graph, shapes):
+        yield from [bill] * times
 
 
 def seconds(graph: GraphProto, shapes: Shapes) -> float:
     """Predicted time of one request on one core."""
     if "" not in shapes.seconds:
-        shapes.seconds[""] = CPU.call + sum(map(CPU.seconds, bills(graph, shapes)))
+        # However the nodes are ordered, the sum of their times is the same number.
+        shapes.seconds[""] = CPU.call + fsum([CPU.seconds(bill) * n for bill, n in _counted(graph, shapes)])
     return shapes.seconds[""]
+
+
+def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
+    """What is billed for a request, and how often."""
+    if shapes.alike.runs is None:
+        shapes.alike.runs = _runs_of(graph, shapes)
+    runs = shapes.alike.runs
+    apart = [(node, 1) for found in runs.sums if not _adds_row(found, shapes) for node in found.behind]
+    for node, times in (*runs.nodes, *apart):
+        bill = billed(node, shapes)
+        yield bill if bill.launches else Bill("view"), times
+
+
+def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
+    """The nodes that run for a request."""
+    sums, activations = _behind_products(graph)
+    within = activations | {n.output[0] for found in sums for n in found.behind}
+    found: dict[int, list[Any]] = {}
+    running: set[str] = set()
+    for node, level in by_rows(graph, shapes):
+        if level == "constant" or node.op_type in _GONE:
+            continue
+        running.add(node.output[0])
+        if node.output[0] not in within:
+            name = _first(node)
+            kind = -1 - len(found) if name is None else shapes.kind(node, name)
+            found.setdefault(kind, [node, 0])[1] += 1
+    counted = tuple((node, times) for node, times in found.values())
+    return Runs(counted, tuple(s for s in sums if s.node.output[0] in running))
+
+
+def _behind_products(graph: GraphProto) -> tuple[list[ProductSum], set[str]]:
+    """Additions right behind products, and the first outputs of activations that are part of a product in any case."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for i in node.input:
+            readers.setdefault(i, []).append(node)
+    kept = {o.name for o in graph.output}
+
+    def only(node: NodeProto, operators: Collection[str]) -> NodeProto | None:
+        """The only reader of a node's result, if it is one of some operators."""
+        after = readers.get(node.output[0], [])
+        alone = len(after) == 1 and node.output[0] not in kept
+        return after[0] if alone and operator(after[0]) in operators else None
+
+    sums: dict[str, ProductSum] = {}
+    activations: set[str] = set()
+    for node in graph.node:
+        op = operator(node)
+        if op == "Gemm" and (after := only(node, _ACTIVATIONS)) is not None:
+            activations.add(after.output[0])
+        elif op == "MatMul" and (plus := only(node, ("Add",))) is not None:
+            after = only(plus, _ACTIVATIONS)
+            products = sums[plus.output[0]].products if plus.output[0] in sums else ()
+            behind = (plus,) if after is None else (plus, after)
+            sums[plus.output[0]] = ProductSum((*products, node.output[0]), plus, behind)
+    return list(sums.values()), activations
+
+
+def _adds_row(found: ProductSum, shapes: Shapes) -> bool:
+    """Whether what is added to a product is a row, so that a runtime adds it there."""
+    for product in found.products:
+        out = shapes.shape(product) or ()
+        if len(out) == 2 and any(prod(shapes.shape(i) or (0,)) == out[1] for i in found.node.input if i != product):
+            return True
+    return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -84,6 +84,8 @@ class Facts:
     unknown: dict[str, str] = field(default_factory=dict)
     opaque: dict[str, tuple[str, str]] = field(default_factory=dict)
     note: str | None = None
+    _extents: dict[int | Expr, Extent] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sizes: dict[Dim, int | Expr] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def dims(self, name: str) -> Dims | None:
         """Shape with each extent as one factor, when known; merged extents are symbols of their own."""
@@ -101,20 +103,26 @@ class Facts:
 
     def extent(self, size: int | Expr) -> Extent:
         """An extent as a constant times symbols."""
-        c, found = ex.factors(size)
-        named = [f if isinstance(f, str) else self.symbol_of(f) for f in found]
-        return c, tuple(sorted(named, key=lambda s: s != CANDIDATES))
+        if size not in self._extents:
+            c, found = ex.factors(size)
+            named = [f if isinstance(f, str) else self.symbol_of(f) for f in found]
+            self._extents[size] = c, tuple(sorted(named, key=lambda s: s != CANDIDATES))
+        return self._extents[size]
 
     def symbol_of(self, size: Expr) -> str:
         """The symbol that stands for an expression."""
         rows = any(map(is_candidate_symbol, size.symbols))
         name = f"{CANDIDATES if rows else ''}~{size}"
-        self.expressions[name] = size
+        if name not in self.expressions:
+            self.expressions[name] = size
+            self._sizes.clear()  # it may have stood for itself before
         return name
 
     def size_of(self, dim: Dim) -> int | Expr:
         """The extent of a factored dimension as an expression."""
-        return ex.product(f if isinstance(f, int) else self.meaning(f) for f in dim)
+        if dim not in self._sizes:
+            self._sizes[dim] = ex.product(f if isinstance(f, int) else self.meaning(f) for f in dim)
+        return self._sizes[dim]
 
     def meaning(self, symbol: str) -> Expr:
         """The expression that a symbol stands for."""
@@ -295,9 +303,12 @@ class Probe:
     Args:
         model: The model, functions inlined.
         folder: Where its external data lies.
+        small: Tensors that may as well be given whole, which takes no node of their own.
     """
 
-    def __init__(self, model: ModelProto, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, model: ModelProto, folder: str | os.PathLike[str] | None = None, small: Collection[str] = ()
+    ) -> None:
         good, _ = available(model)
         exposed = ModelProto()
         exposed.CopyFrom(model)
@@ -305,9 +316,13 @@ class Probe:
         exposed.graph.node.extend(good)
         others = _not_tensors(model)
         self._names = [o for n in good for o in n.output if o and o not in others]
+        self._small = [n for n in self._names if n in small]
+        exposed.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in self._small)
         for name in self._names:
-            exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
-            exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
+            if name not in small:
+                exposed.graph.node.append(helper.make_node("Shape", [name], [name + _MARK]))
+                exposed.graph.output.append(helper.make_tensor_value_info(name + _MARK, TensorProto.INT64, None))
+        self._outputs = [o.name for o in exposed.graph.output]
         precision = "float" if runtime.has_half(model) else "own"
         self._session = RemoteSession(exposed, folder, precision=precision, ahead=True)
 
@@ -320,7 +335,7 @@ class Probe:
     def ask(self, feeds: runtime.Feeds) -> None:
         """Has shapes measured that `answer` fetches, in the order in which they were asked for."""
         if self._names:
-            self._session.ask(feeds, [n + _MARK for n in self._names])
+            self._session.ask(feeds, self._outputs, self._small)
 
     def answer(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors for the inputs that were asked for first.
@@ -336,10 +351,10 @@ class Probe:
         Raises:
             ModelError: onnxruntime does not take the model, or cannot run it on these inputs.
         """
-        return self._shapes(self._session.run(feeds, [n + _MARK for n in self._names])) if self._names else {}
+        return self._shapes(self._session.run(feeds, self._outputs, self._small)) if self._names else {}
 
     def _shapes(self, found: runtime.Feeds) -> dict[str, tuple[int, ...]]:
-        return {n: tuple(found[n + _MARK].tolist()) for n in self._names}
+        return {name.removesuffix(_MARK): tuple(shape.tolist()) for name, shape in found.items()}
 
 
 def contradictions(facts: Facts, measured: Mapping[str, tuple[int, ...]], setting: Setting) -> Iterator[Contradiction]:

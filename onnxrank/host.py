@@ -12,6 +12,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -29,8 +30,9 @@ from onnxrank.turns import interleave, of_thread
 if TYPE_CHECKING:
     from onnxrank.compress.inside import Inside
     from onnxrank.profiling.bench import Bench
-    from onnxrank.verify.truth import Truth
 
+_AT_ONCE = 2
+"""Sessions that are made at once where nobody waits for them yet."""
 _TOO_MUCH = {"error": "it needs more memory than its process may use", "kind": OutOfMemory.__name__}
 
 
@@ -42,12 +44,19 @@ class Host:
         self._flat: dict[str, ModelProto] = {}
         self._splits: dict[str, str] = {}
         self._sessions: dict[str, Any] = {}
-        self._truths: dict[str, Truth] = {}
+        self._begun: dict[str, Future[Any]] = {}
+        self._turns = threading.Semaphore(_AT_ONCE)
         self._bench: Bench | None = None
         self._inside: Inside | None = None
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets everything.
+
+        Raises:
+            ModelError: Sessions are being made still.
+        """
+        if not all(made.done() for made in self._begun.values()):
+            raise ModelError("sessions are being made")
         self.__init__()  # type: ignore[misc]
 
     def limit(self, memory: int | None) -> None:
@@ -117,9 +126,48 @@ class Host:
             "shortest": study.shortest,
         }
 
-    def open(
+    def begin(self, session: str, key: str, **how: Any) -> None:
+        """Begins to make a session, beside whatever is asked for next; `open` waits for it, and says what came of it.
+
+        Args:
+            session: Its key.
+            key: The model.
+            **how: As for `open`.
+        """
+        with contextlib.suppress(Exception):  # whoever waits is told
+            self._flattened(key)  # once for all sessions
+        made: Future[Any] = Future()
+        self._begun[session] = made
+        turns = self._turns
+
+        def make() -> None:
+            with turns:
+                try:
+                    made.set_result(self._make(key, **how))
+                except BaseException as e:
+                    made.set_exception(e)
+
+        threading.Thread(target=make, daemon=True).start()
+
+    def open(self, session: str, key: str, **how: Any) -> dict[str, Any]:
+        """Makes a session, or waits for the one that was begun under its key.
+
+        Args:
+            session: Its key.
+            key: The model.
+            **how: As for `_make`.
+
+        Raises:
+            ModelError: The runtime does not take it.
+            EnvironmentProblem: The provider is not there, or the session fell back to another.
+        """
+        begun = self._begun.pop(session, None)
+        made, on = self._make(key, **how) if begun is None else begun.result()
+        self._sessions[session] = made
+        return {"how": on}
+
+    def _make(
         self,
-        session: str,
         key: str,
         provider: str = "cpu",
         level: str = "all",
@@ -127,11 +175,10 @@ class Host:
         tf32: bool = False,
         to: int = TensorProto.FLOAT16,
         threads: int = 1,
-    ) -> dict[str, Any]:
-        """Makes a session.
+    ) -> tuple[Any, str]:
+        """Makes a session, and tells what it runs on.
 
         Args:
-            session: Its key.
             key: The model.
             provider: `cpu` or `cuda`.
             level: ORT's graph optimisations, `disabled` or `all`.
@@ -140,10 +187,6 @@ class Host:
             to: ONNX element type.
             tf32: Whether a GPU may round the operands of float32 products to 10 bits.
             threads: Threads inside an operator.
-
-        Raises:
-            ModelError: The runtime does not take it.
-            EnvironmentProblem: The provider is not there, or the session fell back to another.
         """
         flat, folder = self._flattened(key)
         flat = live(flat)
@@ -152,8 +195,7 @@ class Host:
 
             wide = truth.rounded(flat, to, folder) if precision == "rounded" else flat
             exact = truth.Truth(wide, folder, truth.INEXACT if precision == "exact" else ())
-            self._truths[session] = exact
-            return {"how": exact.how}
+            return exact, exact.how
         settings = {"use_tf32": str(int(tf32))} if provider == "cuda" else {}
         how: dict[str, Any] = {
             "provider": provider,
@@ -167,8 +209,7 @@ class Host:
             model = flat if precision == "own" else runtime.retype(flat, TensorProto.FLOAT, folder)
             made = runtime.session(model, folder, **how)
         made.disable_fallback()  # from a provider that fails while it runs
-        self._sessions[session] = made
-        return {"how": "onnxruntime"}
+        return made, "onnxruntime"
 
     def nudge(self, key: str, of: str, seed: int, exact: bool) -> None:
         """Makes a model of which every float weight is moved by one unit in the last place.
@@ -187,11 +228,15 @@ class Host:
 
     def close(self, session: str) -> None:
         """Forgets a session."""
+        self._begun.pop(session, None)
         self._sessions.pop(session, None)
-        self._truths.pop(session, None)
 
     def run(
-        self, session: str, feeds: Sequence[Mapping[str, Any]], outputs: Sequence[str] | None
+        self,
+        session: str,
+        feeds: Sequence[Mapping[str, Any]],
+        outputs: Sequence[str] | None,
+        shapes: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """Runs a session on several feeds.
 
@@ -199,12 +244,15 @@ class Host:
             session: Its key.
             feeds: Inputs by name.
             outputs: Names of outputs; None for all.
+            shapes: Those that are answered with their shapes.
 
         Returns:
             Per feed `{"outputs": {name: array}}` or `{"error": message, "kind": name of the error's class}`.
         """
-        truth = self._truths.get(session)
-        run = truth.run if truth is not None else functools.partial(runtime.run, self._sessions[session])
+        from onnxrank.verify.truth import Truth
+
+        made = self._sessions[session]
+        run = made.run if isinstance(made, Truth) else functools.partial(runtime.run, made)
         answers: list[dict[str, Any]] = []
         for feed in feeds:
             try:
@@ -217,7 +265,7 @@ class Host:
             if other is not None:
                 answers.append(_refusal(ModelError(f"output {other!r} is no tensor")))
                 continue
-            answers.append({"outputs": arrays})
+            answers.append({"outputs": arrays | {k: np.array(out[k].shape, np.int64) for k in shapes}})
         return answers
 
     def race(self, sessions: Sequence[str], feeds: Sequence[Mapping[str, Any]], seconds: float) -> NDArray[np.float64]:
@@ -326,8 +374,9 @@ def _as_array(value: Any) -> NDArray[Any] | None:
 _DO: dict[str, Callable[..., Any]] = {
     do.__name__: do
     for do in (
-        Host.reset, Host.limit, Host.model, Host.split, Host.check, Host.study, Host.open, Host.close, Host.run,
-        Host.race, Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available, Host.compress,
+        Host.reset, Host.limit, Host.model, Host.split, Host.check, Host.study, Host.begin, Host.open, Host.close,
+        Host.run, Host.race, Host.expose, Host.bench, Host.nudge, Host.inlined, Host.raised, Host.available,
+        Host.compress,
     )
 }  # fmt: skip
 """What may be asked for."""

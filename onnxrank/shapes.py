@@ -132,7 +132,7 @@ class _Walk:
         )
         values: Sequence[Known | None] = ()
         names = [o for o in node.output if o]
-        if names and all(o in self.given for o in names):
+        if self.given and names and all(o in self.given for o in names):
             values = [constant(self.given[o]) if o else None for o in node.output]
         elif self._from_constants(node, entry):
             if entry is not None and entry.value is not None and not entry.random:
@@ -175,6 +175,9 @@ class _Walk:
         """Whether a node reads extents and small constants alone."""
         if entry is not None and Trait.EXTENTS in entry.traits:
             return node.input[0] in self.out.shapes
+        for name in node.input:  # most nodes have one that is not, and need not be gone into
+            if name and name not in self.out.values and not self._small(name):
+                return False
         return all(i in self.out.values or self._small(i) for i in reads(node))
 
     def _small(self, name: str) -> bool:
@@ -189,11 +192,14 @@ class _Walk:
         """Whether a node's result is the same at all extents, so that running it once tells it."""
         if entry is not None and entry.random:
             return False
-        for i in reads(node):
-            found = self.out.values.get(i)
-            if i not in self._left and not self._small(i) and (found is None or not found.fixed):
-                return False
-        return True
+        return all(map(self._is_fixed, node.input)) and all(map(self._is_fixed, reads(node)))
+
+    def _is_fixed(self, name: str) -> bool:
+        """Whether an input of a node, if it is one at all, is the same at all extents."""
+        if not name or name in self._left or self._small(name):
+            return True
+        found = self.out.values.get(name)
+        return found is not None and found.fixed
 
     # --- shapes ----------------------------------------------------------------------------------------------------
 

@@ -6,11 +6,12 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from itertools import count
+from math import prod
 from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import cost, facts, feeds, joining, operators, segments, selections
 from onnxrank import model as files
@@ -47,6 +48,9 @@ from onnxrank.values import (
 )
 from onnxrank.workers import Crashed
 
+_NUMBERS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+_FEW_ENTRIES = 1 << 10
+"""Entries per candidate up to which a tensor may as well be given as its shape."""
 _LONG = 61
 """Extent of symbols in the run that confirms long ones; a prime, as the shorter ones are."""
 _LONGER = (32, 128, 512)
@@ -109,11 +113,21 @@ class Study:
         self.contradiction: facts.Contradiction | None = None
         self.shortest = shortest
         self._points = self._settings(shortest - 1)
-        self._probe: facts.Probe | None = facts.Probe(self.model, loaded.folder)
+        self._probe: facts.Probe | None = facts.Probe(self.model, loaded.folder, self._small())
         for point in self._points:
             self._probe.ask(self.maker(point))
         if wait:
             self._confirm()
+
+    def _small(self) -> set[str]:
+        """Tensors of numbers that have few entries for few candidates, however long histories are."""
+        return {
+            name
+            for name, found in self.facts.extents.items()
+            if self.dtypes.get(name) in _NUMBERS
+            and {s for _, syms in found for s in syms} <= {CANDIDATES}
+            and prod(c for c, _ in found) <= _FEW_ENTRIES
+        }
 
     def _out_of_the_way(self, model: ModelProto) -> ModelProto:
         """The model with other names for inner tensors that are called like the parts of an input that is divided."""

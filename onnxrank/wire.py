@@ -5,6 +5,7 @@ Nothing that comes from a process that has run an untrusted model is ever unpick
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from typing import Any, BinaryIO
@@ -16,6 +17,8 @@ _LENGTH = struct.Struct("<Q")
 _MOST = 1 << 40
 _MOST_BUFFERS = 1 << 24
 _PIECE = 1 << 28
+_SMALL = 1 << 16
+"""Bytes of an array up to which it is written together with others: a model may have thousands of inputs."""
 _MARK = "\0"
 """Key of what stands for an array, bytes or a tuple; no message has it otherwise."""
 
@@ -29,10 +32,16 @@ def send(stream: BinaryIO, message: Any) -> None:
     """
     buffers: list[bytes | memoryview] = []
     head = json.dumps(_pack(message, buffers)).encode()
-    stream.write(_LENGTH.pack(len(head)) + head + _LENGTH.pack(len(buffers)))
+    parts: list[bytes | memoryview] = [_LENGTH.pack(len(head)), head, _LENGTH.pack(len(buffers))]
     for b in buffers:
-        stream.write(_LENGTH.pack(len(b)))
+        parts.append(_LENGTH.pack(len(b)))
+        if len(b) < _SMALL:
+            parts.append(b)
+            continue
+        stream.write(b"".join(parts))
         stream.write(b)
+        parts = []
+    stream.write(b"".join(parts))
     stream.flush()
 
 
@@ -71,12 +80,16 @@ def _exactly(stream: BinaryIO, n: int) -> bytearray:
     return data
 
 
+_kind = functools.cache(lambda dtype: int(helper.np_dtype_to_tensor_dtype(dtype)))
+"""ONNX's number of an element type."""
+
+
 def _pack(value: Any, buffers: list[bytes | memoryview]) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "OUS":
             flat = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in value.reshape(-1)]
             return {_MARK: "strings", "shape": list(value.shape), "data": flat}
-        kind = int(helper.np_dtype_to_tensor_dtype(value.dtype))
+        kind = _kind(value.dtype)
         buffers.append(np.ascontiguousarray(value).tobytes())
         return {_MARK: "array", "shape": list(value.shape), "type": kind, "at": len(buffers) - 1}
     if isinstance(value, (bytes, bytearray)):

@@ -416,10 +416,10 @@ class RemoteSession:
             raise
         return worker
 
-    def ask(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> None:
+    def ask(self, feeds: Feeds, outputs: Sequence[str] | None = None, shapes: Sequence[str] = ()) -> None:
         """`run`, whose answer `answer` fetches: answers come in the order of the questions."""
         names = None if outputs is None else list(outputs)
-        self._begin().ask("run", session="session", feeds=[feeds], outputs=names)
+        self._begin().ask("run", session="session", feeds=[feeds], outputs=names, shapes=list(shapes))
         self._asked += 1
 
     def answer(self) -> dict[str, NDArray[Any]]:
@@ -440,12 +440,15 @@ class RemoteSession:
             raise answer
         return answer
 
-    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    def run(
+        self, feeds: Feeds, outputs: Sequence[str] | None = None, shapes: Sequence[str] = ()
+    ) -> dict[str, NDArray[Any]]:
         """Runs the model on the feeds it knows.
 
         Args:
             feeds: Arrays by name of input; floats are given in the type it takes.
             outputs: Names of outputs; None for all.
+            shapes: Those of which only the shapes are wanted.
 
         Raises:
             ModelError: onnxruntime cannot run it on them; the message has the first line of its own.
@@ -454,7 +457,7 @@ class RemoteSession:
         while self._asked:  # of what was asked before nobody wants to know any more
             with contextlib.suppress(ModelError):
                 self.answer()
-        self.ask(feeds, outputs)
+        self.ask(feeds, outputs, shapes)
         return self.answer()
 
     def close(self) -> None:

@@ -141,6 +141,7 @@ class Engine:
     def run(self) -> Report:
         """Does everything."""
         start = time.monotonic()
+        self._open_ahead()
         self.say("reading the contract")
         self._not_swapped()
         self._limits_known()
@@ -162,7 +163,6 @@ class Engine:
         return self.report
 
     def _compare(self, found: Terms) -> None:
-        self._open_ahead()
         self.say("finding the ranges of the inputs")
         try:
             self.inputs = self.known or self._study(found)
@@ -395,7 +395,7 @@ class Engine:
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def _open_ahead(self) -> None:
-        """Has sessions made while requests are drawn, where it is known which and where they fit into memory."""
+        """Has sessions made while the rest is done, where it is known which and where they fit into memory."""
         if not any(s.large or runtime.has_half(s.proto) for s in self.sides):
             for side in self.sides:
                 open_ahead(side, self.options)
@@ -590,11 +590,14 @@ class Engine:
 
 
 def open_ahead(side: Side, options: Options) -> None:
-    """Has the sessions of a model made that it is compared in, without anybody waiting."""
+    """Has the sessions of a model made that it is compared in, without anybody waiting; what takes longest first."""
+    optimised = [(provider, LEVELS[-1]) for provider in options.providers]
+    others = [(provider, level) for provider in options.providers for level in LEVELS[:-1]]
+    for provider, level in optimised:
+        side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
     side.ahead(_TRUTH, precision="double")
-    for provider in options.providers:
-        for level in LEVELS:
-            side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
+    for provider, level in others:
+        side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
 
 
 def _session(options: Options, provider: str, level: str, precision: str) -> dict[str, Any]:

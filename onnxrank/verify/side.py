@@ -41,8 +41,8 @@ class Side:
         self._opened: dict[str, dict[str, Any]] = {}
         self._there: dict[str, str] = {}
         self._due = 0  # answers to what is asked for before the model is there
-        self._ahead: list[str] = []
-        self._done: dict[str, dict[str, Any] | OnnxrankError] = {}
+        self._begun: set[str] = set()  # sessions that are made without anybody waiting
+        self._asked: set[str] = set()  # sessions that somebody waits for
 
     @property
     def proto(self) -> ModelProto:
@@ -70,7 +70,9 @@ class Side:
         """The process, with the model on its way to it."""
         if self._worker is None or not self._worker.alive:
             self._worker = take()
-            self._there, self._done = {}, {}
+            self._there = {}
+            self._begun.clear()
+            self._asked.clear()
             self._worker.ask("limit", memory=self._memory)
             hand(self._worker, MODEL, self.loaded.proto, self.loaded.folder, self.timeout)
             if self.loaded.split is not None:
@@ -85,10 +87,20 @@ class Side:
             self._due -= 1
             try:
                 self._worker.result(self.timeout)
-            except OnnxrankError:
+            except OnnxrankError as e:
                 self._due = 0
-                self._ahead.clear()
-                raise
+                if not self._died_of_others(e):
+                    raise
+                self._begin()
+
+    def _died_of_others(self, e: OnnxrankError) -> bool:
+        """Whether the process may have died of a session that was being made, and not of what it was asked.
+
+        Such sessions are made again where they are needed, one at a time, so that it is known which is to blame.
+        """
+        others = isinstance(e, Crashed) and e.kind == "crash" and bool(self._begun)
+        self._begun.clear()
+        return others
 
     def close(self, good: bool = True) -> None:
         """Gives the process back, or ends it."""
@@ -99,11 +111,9 @@ class Side:
                 self._worker.kill()
             self._worker = None
         self._due = 0
-        self._ahead.clear()
 
     def replace(self, loaded: LoadedModel) -> None:
         """Takes another model that computes the same; sessions that were made stay."""
-        self._catch_up()
         self.loaded = loaded
         place(self.start(), MODEL, loaded.proto, loaded.folder, self.timeout)
 
@@ -114,12 +124,15 @@ class Side:
             Crashed: The process died of it.
             ModelError: It cannot be done.
         """
-        self._catch_up()
-        return self.start().call(do, self.timeout, **arguments)
+        try:
+            return self.start().call(do, self.timeout, **arguments)
+        except Crashed as e:
+            if not self._died_of_others(e):
+                raise
+            return self.start().call(do, self.timeout, **arguments)
 
     def ask(self, do: str, **arguments: Any) -> None:
         """Has the process do something; `result` waits for it."""
-        self._catch_up()
         self.start().ask(do, **arguments)
 
     def outputs(self, seconds: float | None = None) -> list[Outputs]:
@@ -151,51 +164,40 @@ class Side:
 
     def request(self, session: str, **how: Any) -> None:
         """Asks for a session, unless there is one made alike; `opened` waits for it."""
-        if self._made(session, how):
+        if self._alike(session, how):
             return
         self._opened[session] = {"key": MODEL} | how
         self.ask("open", session=session, **self._opened[session])
+        self._asked.add(session)
 
     def ahead(self, session: str, **how: Any) -> None:
-        """`request`, without anybody waiting: what is asked next waits for it, and `opened` says what came of it."""
-        if self._made(session, how):
+        """Has a session made while the process does other things; `open` waits for it where it is needed."""
+        if session in self._begun or self._alike(session, how):
             return
         self._opened[session] = {"key": MODEL} | how
-        self._begin().ask("open", session=session, **self._opened[session])
-        self._ahead.append(session)
+        self._begin().ask("begin", session=session, **self._opened[session])
+        self._due += 1
+        self._begun.add(session)
 
-    def _made(self, session: str, how: Mapping[str, Any]) -> bool:
-        """Whether a session was asked for ahead, or made before in the same way."""
-        if session in self._ahead or session in self._done:
-            return True
+    def _alike(self, session: str, how: Mapping[str, Any]) -> bool:
+        """Whether a session was made before in the same way."""
         alive = self._worker is not None and self._worker.alive
-        if not alive or session not in self._there or self._opened[session] != {"key": MODEL} | dict(how):
-            return False
-        self._done[session] = {"how": self._there[session]}
-        return True
-
-    def _catch_up(self) -> None:
-        """Fetches what came of the sessions that were asked for ahead of their use."""
-        self._settle()
-        while self._ahead:
-            session = self._ahead.pop(0)
-            try:
-                self._done[session] = self.result()
-            except Crashed as e:
-                self._done[session] = e
-                self._ahead.clear()  # the others died with it, and are asked for again
-            except OnnxrankError as e:
-                self._done[session] = e
+        return alive and session in self._there and self._opened[session] == {"key": MODEL} | dict(how)
 
     def opened(self, session: str) -> str:
         """What a session that was asked for runs on."""
-        self._catch_up()
-        made = self._done.pop(session, None)
-        if isinstance(made, OnnxrankError):
-            raise made
-        if made is None:
-            made = self.result()
-        self._there[session] = str(made["how"])
+        if session in self._asked:
+            self._asked.discard(session)
+            others = self._begun - {session}
+            try:
+                made = self.result()
+            except Crashed as e:
+                if not others or not self._died_of_others(e):
+                    raise
+                made = self.start().call("open", self.timeout, session=session, **self._opened[session])
+            finally:
+                self._begun.discard(session)
+            self._there[session] = str(made["how"])
         return self._there[session]
 
     def ensure(self, session: str) -> None:

@@ -160,3 +160,38 @@ def test_what_leaves_the_cache_costs_more() -> None:
     target = cost.Target(0.0, 1.0, 0.0, spill=2.0)
     few, many = cost.Bill("other", cost.CACHE), cost.Bill("other", cost.CACHE + 4)
     assert target.seconds(few) == few.bytes and target.seconds(many) == 3.0 * many.bytes
+
+
+def two_products(added: str) -> tuple[Any, cost.Shapes]:
+    """A layer, and a sum of two products, of which one is of as many rows as it has columns where N is 8."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["x", "w"], ["b"]),
+        helper.make_node("Add", ["a", added], ["c"]),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    rows = {name: ((1, ("N",)), (8, ())) for name in "xabcy"} | {"r": ((1, ("N",)),)}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 8]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:])
+    return graph, cost.Shapes(Facts(), {"w": (8, 8)}, rows, {"N": 512})
+
+
+@pytest.mark.parametrize("added", ["b", "r"])
+def test_what_runs_is_counted_once_and_billed_anew_for_each_number_of_candidates(added: str) -> None:
+    graph, known = two_products(added)
+    with mock.patch.object(cost, "CPU", cost.Target(1.0, 0.0, 0.0, call=10.0)):
+        assert cost.seconds(graph, known) == 10.0 + 4
+        # A row of as many entries as there are columns is added within the product.
+        assert cost.seconds(graph, known.at(8)) == 10.0 + (4 if added == "b" else 2)
+        assert cost.seconds(graph, known.at(512)) == 10.0 + 4
+
+
+def test_times_do_not_depend_on_the_order_of_the_nodes() -> None:
+    nodes = [helper.make_node("Relu", [f"x{k}"], [f"y{k}"]) for k in range(50)]
+    rows = {f"{name}{k}": ((1, ("N",)), (7 * k % 50 + 1, ())) for k in range(50) for name in "xy"}
+    ends = [helper.make_tensor_value_info(f"y{k}", TensorProto.FLOAT, None) for k in range(50)]
+    times = {
+        cost.seconds(helper.make_graph(order, "g", [], ends), cost.Shapes(Facts(), {}, rows, {"N": 512}))
+        for order in (nodes, nodes[::-1], sorted(nodes, key=lambda n: n.output[0]))
+    }
+    assert len(times) == 1

@@ -217,5 +217,16 @@ def test_every_entry_names_an_operator_that_exists() -> None:
             assert onnx.defs.has(op), op
 
 
+def test_what_a_dimension_means_follows_what_is_known_of_its_symbols() -> None:
+    """A symbol stands for itself until it is known what it is made of."""
+    known = facts.Facts()
+    made = symbol("S:a") + symbol("S:b")
+    dim = (f"~{made}", 3)
+    assert known.size_of(dim) == symbol(f"~{made}") * 3
+    assert known.symbol_of(made) == dim[0]
+    assert known.size_of(dim) == made * 3
+    assert known.extent(made * 3) == known.extent(made * 3) == (3, (dim[0],))
+
+
 def test_an_operator_has_one_entry() -> None:
     assert sum(len(kind.OPERATORS) for kind in KINDS) == len(operators.REGISTRY)

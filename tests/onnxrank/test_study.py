@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from helpers import FLOAT, Graph, candidate, request
@@ -13,7 +14,7 @@ from modelkit import mlp
 from onnx import ModelProto
 
 import onnxrank
-from onnxrank import cli, operators
+from onnxrank import cli, facts, operators
 from onnxrank.errors import ModelError
 from onnxrank.extents import minimum
 from onnxrank.feeds import describe
@@ -41,6 +42,23 @@ def studied(model: ModelProto, *patterns: str) -> Study:
 
 def test_a_right_entry_is_not_contradicted() -> None:
     assert studied(mlp(), "user").contradicted() is None
+
+
+def test_large_and_long_tensors_are_measured_within_the_run() -> None:
+    """Those of few entries are given as they are; of all of them, shapes alone come back, and all are held."""
+    g = Graph(17)
+    item, hist = g.input("item", ["N", 4]), g.input("hist", ["N", "L", 4])
+    wide = g.op("MatMul", item, g.const(np.ones((4, 2048), np.float32)))
+    pooled = g.op("ReduceSum", g.op("Neg", hist), g.ints(0, 1, 2), keepdims=0)
+    g.output(g.op("Add", g.op("Relu", wide), pooled), ["N", 2048])
+    study = studied(g.model(), "hist")
+    made = {o for n in study.model.graph.node for o in n.output}
+    small = study._small() & made
+    assert {n.output[0] for n in study.model.graph.node if n.op_type == "ReduceSum"} == small
+    with facts.Probe(study.model, None, small) as probe:
+        found = probe.measure({"item": np.ones((3, 4), np.float32), "hist": np.ones((3, 5, 4), np.float32)})
+    assert found.keys() == made
+    assert {wide: (3, 2048), pooled: ()}.items() <= found.items() and (3, 5, 4) in found.values()
 
 
 def test_a_contradiction_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,17 @@ def test_messages(value: object) -> None:
         wire.receive(stream)
 
 
+def test_large_and_small_arrays_side_by_side() -> None:
+    sizes = [1, wire._SMALL, 3, 0, wire._SMALL // 4 - 1, wire._SMALL // 4, 2]
+    sent = [np.arange(n, dtype=np.int32) for n in sizes]
+    stream = io.BytesIO()
+    wire.send(stream, sent)
+    wire.send(stream, sent[::-1])
+    stream.seek(0)
+    for whole in (sent, sent[::-1]):
+        assert all(np.array_equal(a, b) for a, b in zip(wire.receive(stream), whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "uint8", "bool"])
 def test_arrays(dtype: str) -> None:
     data = np.arange(6).reshape(2, 1, 3).astype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from onnxrank import host, runtime, workers
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
 from onnxrank.model import load
 from onnxrank.verify import verify
-from onnxrank.verify.side import Side, run_both
+from onnxrank.verify.side import MODEL, Side, run_both
 from onnxrank.workers import Crashed
 
 
@@ -60,6 +61,16 @@ def crashing() -> ModelProto:
     weights = [g.const(np.ones((1, 6, 2), np.float32)) for _ in range(2)]
     y = g.ops("GRU", 2, x, *weights, hidden_size=2)[1]
     g.output(g.op("Squeeze", y, g.ints(0)), ["N", 2])
+    return g.model()
+
+
+def crashing_as_it_loads() -> ModelProto:
+    """Kills onnxruntime where it computes what is constant ahead."""
+    g = Graph(17)
+    nothing = g.op("ConstantOfShape", g.ints(1, 0, 2))
+    weights = [g.const(np.ones((1, 6, 2), np.float32)) for _ in range(2)]
+    y = g.op("ReduceSum", g.ops("GRU", 2, nothing, *weights, hidden_size=2)[1], keepdims=0)
+    g.output(g.op("Add", g.input("item", ["N", 2]), y), ["N", 2])
     return g.model()
 
 
@@ -135,6 +146,56 @@ def test_original_that_crashes_is_named() -> None:
     found = verify(crashing(), crashing())
     assert found.passed
     assert any("makes onnxruntime fail" in f.message for f in found.findings)
+
+
+def test_sessions_are_made_beside_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, real = threading.Event(), runtime.session
+
+    def slow(*args: Any, **how: Any) -> Any:
+        assert goes_on.wait(60)
+        return real(*args, **how)
+
+    monkeypatch.setattr(runtime, "session", slow)
+    made = host.Host()
+    made.model("m", plain().SerializeToString(), None)
+    made.begin("s", "m", level="all")
+    made.begin("exact", "m", precision="double")
+    assert made.check("m") == {}
+    with pytest.raises(ModelError, match="being made"):
+        made.reset()
+    goes_on.set()
+    for session in ("exact", "s"):
+        assert made.open(session, "m") == {"how": "onnxruntime"}
+        (out,) = made.run(session, [rows(3)], None)
+        assert np.allclose(out["outputs"]["sin_1"], np.sin(1))
+    assert made.run("exact", [rows(1)], None)[0]["outputs"]["sin_1"].dtype == np.float64
+    made.reset()
+
+
+def test_what_came_of_a_session_is_told_to_who_waits_for_it() -> None:
+    model = plain()
+    model.graph.node[0].op_type = "NoSuchOperator"
+    made = Side("optimized", load(model), 60)
+    made.ahead("s", level="all")
+    assert "error" in made.call("check", key=MODEL)
+    for _ in range(2):  # asked for anew where it was not made
+        with pytest.raises(ModelError, match="NoSuchOperator"):
+            made.open("s", level="all")
+    made.close()
+
+
+def test_death_of_a_session_is_not_that_of_others() -> None:
+    made = Side("optimized", load(crashing_as_it_loads()), 60)
+    for session in ("all", "disabled"):
+        made.ahead(session, level=session)
+    process = made.start()
+    assert made.call("check", key=MODEL) == {}
+    assert made.open("disabled", level="disabled") == "onnxruntime"
+    with pytest.raises(Crashed, match="died of SIG"):
+        made.open("all", level="all")
+    assert not process.alive
+    assert made.open("disabled", level="disabled") == "onnxruntime"
+    made.close()
 
 
 def test_process_that_cannot_answer() -> None:
