@@ -39,8 +39,6 @@ from onnxrank.values import (
 from .elementwise import repeated
 from .products import linear_last
 
-_NORMALISE = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
-
 
 @dataclass(eq=False)
 class _Picked(Deferred):
@@ -215,7 +213,7 @@ RULE = Rule(
     operators={
         "GatherElements": gather_elements,
         "MatMul": matmul,
-        **dict.fromkeys(_NORMALISE, norm),
+        **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), norm),
         **dict.fromkeys(having(Trait.ELEMENTWISE), pointwise),
     },
     cost="All rows of the history are mapped once, where each candidate mapped those that it picks.",
