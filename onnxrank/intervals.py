@@ -25,6 +25,7 @@ from onnxrank.values import Dims, extents
 
 _LARGEST = 1 << 22
 Interval = tuple[NDArray[np.float64], NDArray[np.float64]]
+Step = Callable[[NodeProto, Sequence[Interval]], "Interval | None"]
 """Least and greatest value of every entry; truth is 0 or 1."""
 
 
@@ -88,9 +89,9 @@ class Intervals:
         made = self._tensors.producers.get(name)
         if made is None or not steps or self._constant(name) is not None:
             return None
-        if operator(made) in _SCORES:
+        if operator(made) in ("MatMul", "Einsum"):
             return np.zeros(()), np.zeros(())
-        if operator(made) not in _ON_SCORES:
+        if not traits(made) & _ON_SCORES and operator(made) not in ("Transpose", "Cast", "Where", "Dropout"):
             return None
         mine = [self.scores(i, steps - 1) if i else None for i in made.input]
         if sum(m is not None for m in mine) != 1 or (operator(made) in ("Sub", "Div") and mine[0] is None):
@@ -118,7 +119,7 @@ class Intervals:
             top = stack[-1]
             made = self._tensors.producers.get(top)
             needs = [i for i in made.input if i] if made is not None and self._constant(top) is None else []
-            missing = [i for i in needs if i not in self._known] if made and operator(made) in _FOLLOWED else []
+            missing = [i for i in needs if i not in self._known] if made and _is_followed(made) else []
             if missing and top not in self._known:
                 stack += missing
             else:
@@ -144,7 +145,7 @@ class Intervals:
             return data, data
         truth, dims = self._tensors.type_of(name) == TensorProto.BOOL, self._tensors.shape_of(name)
         unknown = (np.zeros(()), np.ones(())) if truth else (np.array(-np.inf), np.array(np.inf))
-        if made is None or operator(made) not in _FOLLOWED or dims is None or prod(extents(dims)) > _LARGEST:
+        if made is None or not _is_followed(made) or dims is None or prod(extents(dims)) > _LARGEST:
             return unknown
         with np.errstate(invalid="ignore"):
             found = self._step(made, [self._known[i] for i in made.input if i])
@@ -154,39 +155,8 @@ class Intervals:
 
     def _step(self, node: NodeProto, x: list[Interval]) -> Interval | None:
         """One operator on intervals; None where nothing is known of the result."""
-        op = operator(node)
-        (low, high) = x[0]
-        if op in _VARIADIC:
-            sides = [reduce(_VARIADIC[op], [part[k] for part in x]) for k in (0, 1)]
-            return sides[0], sides[1]
-        if op == "Cast":
-            return _cast(low, high, attribute(node, "to"))
-        if op in _COMPARED:
-            return _compared(op, x[0], x[1])
-        if op == "Dropout":
-            return low, high
-        if op == "Clip":
-            return _clipped(node, x)
-        if Trait.MOVEMENT in traits(node):
-            return self._moved(node, x)
-        if op == "Not":
-            return 1 - high, 1 - low
-        if op == "Neg":
-            return -high, -low
-        if op == "Where":
-            (when, sure), (a, b), (c, d) = x
-            return np.where(sure > 0, np.where(when > 0, a, np.minimum(a, c)), c), np.where(
-                sure > 0, np.where(when > 0, b, np.maximum(b, d)), d
-            )
-        (other, most) = x[1]
-        if op == "Sub":
-            return low - most, high - other
-        if op == "Div":
-            if (other <= 0).any():
-                return None
-            other, most = 1 / most, 1 / other
-        ends = np.broadcast_arrays(*(a * b for a in (low, high) for b in (other, most)))
-        return np.minimum.reduce(ends), np.maximum.reduce(ends)
+        step = _STEPS.get(operator(node))
+        return self._moved(node, x) if step is None else step(node, x)
 
     def _moved(self, node: NodeProto, x: list[Interval]) -> Interval | None:
         """Bounds moved as entries are."""
@@ -202,15 +172,8 @@ class Intervals:
         return low, high
 
 
-_VARIADIC: dict[str, Callable[..., NDArray[np.float64]]] = {
-    **{"And": np.minimum, "Min": np.minimum, "Or": np.maximum, "Max": np.maximum, "Add": np.add, "Sum": np.add}
-}
-_COMPARED = frozenset(having(Trait.COMPARISON))
-_RESHAPES = {*having(Trait.RESHAPE), "Identity", "Dropout"}
-_SCORES = {"MatMul", "Einsum"}
-_ON_SCORES = {*_RESHAPES, "Transpose", "Cast", "Add", "Sub", "Where", "Mul", "Div"}
-_FOLLOWED = {*having(Trait.MOVEMENT), *_VARIADIC, *_COMPARED}
-_FOLLOWED |= {"Dropout", "Cast", "Clip", "Not", "Neg", "Where", "Sub", "Mul", "Div"}
+_ON_SCORES = Trait.FREE | Trait.ADDITIVE | Trait.SCALING
+"""What scores meet between their product and a softmax, beside transposes, casts, choices by a mask, and dropout."""
 
 
 def _cast(low: NDArray[np.float64], high: NDArray[np.float64], to: int) -> Interval:
@@ -242,3 +205,55 @@ def _compared(op: str, a: Interval, b: Interval) -> Interval:
     else:
         sure, may = high <= other, low <= most
     return sure.astype(np.float64), may.astype(np.float64)
+
+
+def _folded(do: Callable[..., NDArray[np.float64]]) -> Step:
+    """An operator on any number of operands that grows with each."""
+
+    def step(node: NodeProto, x: Sequence[Interval]) -> Interval:
+        low, high = (reduce(do, [part[k] for part in x]) for k in (0, 1))
+        return low, high
+
+    return step
+
+
+def _chosen(node: NodeProto, x: Sequence[Interval]) -> Interval:
+    """Where: one of two intervals, or what holds both, as the condition is known or not."""
+    (when, sure), (a, b), (c, d) = x
+    low = np.where(sure > 0, np.where(when > 0, a, np.minimum(a, c)), c)
+    return low, np.where(sure > 0, np.where(when > 0, b, np.maximum(b, d)), d)
+
+
+def _product(node: NodeProto, x: Sequence[Interval]) -> Interval:
+    """Every product of ends may be one of the result."""
+    ends = np.broadcast_arrays(*(a * b for a in x[0] for b in x[1]))
+    return np.minimum.reduce(ends), np.maximum.reduce(ends)
+
+
+def _quotient(node: NodeProto, x: Sequence[Interval]) -> Interval | None:
+    """A product with the reciprocal, where that has one sign."""
+    low, high = x[1]
+    return None if (low <= 0).any() else _product(node, [x[0], (1 / high, 1 / low)])
+
+
+def _is_followed(node: NodeProto) -> bool:
+    """Whether bounds of an operator's result follow from those of its operands."""
+    return operator(node) in _STEPS or Trait.MOVEMENT in traits(node)
+
+
+_STEPS: dict[str, Step] = {
+    **{op: _folded(np.minimum) for op in ("And", "Min")},
+    **{op: _folded(np.maximum) for op in ("Or", "Max")},
+    **{op: _folded(np.add) for op in ("Add", "Sum")},
+    **dict.fromkeys(having(Trait.COMPARISON), lambda node, x: _compared(operator(node), x[0], x[1])),
+    "Cast": lambda node, x: _cast(*x[0], attribute(node, "to")),
+    "Clip": _clipped,
+    "Dropout": lambda node, x: x[0],
+    "Not": lambda node, x: (1 - x[0][1], 1 - x[0][0]),
+    "Neg": lambda node, x: (-x[0][1], -x[0][0]),
+    "Sub": lambda node, x: (x[0][0] - x[1][1], x[0][1] - x[1][0]),
+    "Mul": _product,
+    "Div": _quotient,
+    "Where": _chosen,
+}
+"""What becomes of intervals, beside movement."""

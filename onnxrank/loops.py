@@ -17,10 +17,10 @@ from onnxrank.emitter import Emitter, emitter_for, replaced
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
 from onnxrank.graphs import attribute, names_in, subgraphs, versions
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, having, operator
 
 REDUCTIONS = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"})
-_SAME = frozenset({"Identity", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze"})
+_SAME = frozenset([*having(Trait.MOVEMENT | Trait.FREE), *having(Trait.CAST)])
 """Operators that leave a whole number as it is."""
 
 

@@ -62,11 +62,6 @@ _BINARY: dict[str, Callable[[Floats, Floats], Floats]] = {
     "PRelu": lambda x, c: np.where(x < 0, c * x, x),
 }
 """The same with a constant per unit as the second operand."""
-_SMOOTH = frozenset(
-    {*_UNARY, *_BINARY, "BatchNormalization", "Clip", "Einsum", "Elu", "Erf", "Gelu", "Gemm", "HardSigmoid", "MatMul"}
-    | {"ReduceMean", "ReduceSum", "Softmax", "Softplus", "Sum"}
-)
-"""What makes no more of a small difference than its operands are large, beside what only moves entries."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def _is_smooth(net: Network, tensor: str, layers: Collection[int]) -> bool:
         for node in net.readers.get(at, []):
             if id(node) in layers and at not in node.input[1:]:
                 continue
-            if operator(node) not in _SMOOTH and not traits(node) & Trait.MOVEMENT:
+            if not traits(node) & (Trait.SMOOTH | Trait.MOVEMENT):
                 return False
             waiting += [o for o in node.output if o not in seen]
             seen.update(node.output)

@@ -47,9 +47,9 @@ from onnxrank.values import (
 )
 from onnxrank.weights import Weights
 
-MOVES = frozenset(having(Trait.RESHAPE)) | {"Transpose", "Slice", "Identity"}
+MOVES = frozenset(having(Trait.ONCE))
 """Operators that give some entries of one tensor other places."""
-_EXACT = MOVES | {"Constant", "Gather", "Expand"}
+_EXACT = MOVES | {*having(Trait.FREE), "Gather", "Expand"}
 _MOVES = MOVES | {"Concat", "Expand"}
 
 

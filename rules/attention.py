@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.graphs import attribute
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.rewrite import MOVES, Rewrite
 from onnxrank.rule import Rule, Transfer
 from onnxrank.values import (
@@ -53,8 +53,8 @@ from .broadcast import note_fused
 from .elementwise import elementwise, mark_unread
 
 _MOVES = MOVES | {"Split", "Gather"}
-_STEPS = {"Mul", "Div", "Add", "Sub", "Where", "Cast", "Dropout", "Max", "Clip"}
-_PLAIN = {"MatMul", "Einsum", "Mul", "Div", "Cast"}
+_STEPS = Trait.SCALING | Trait.ADDITIVE | Trait.CHOICE | Trait.CAST
+"""What scales and masks scores, beside dropout."""
 _MOST_BOXES = 32
 """Parts at most that queries are divided into: a bound on the size of the result."""
 _MASKED = 3
@@ -83,7 +83,8 @@ def reaches_softmax(rw: Rewrite, name: str, steps: int = 8) -> bool:
     def judge(node: NodeProto, _: str) -> int | None:
         if operator(node) == "Softmax":
             return 0
-        return None if operator(node) in _MOVES | _STEPS else steps
+        passed = operator(node) in _MOVES | {"Dropout"} or traits(node) & _STEPS
+        return None if passed else steps
 
     # The answers are numbers of steps.
     return rw.graph.behind(name, ("softmax", steps), judge, lambda _, answers: 1 + min(answers, default=steps)) <= steps
@@ -103,10 +104,11 @@ def _is_softmax(rw: Rewrite, name: str) -> bool:
 def _is_plain(rw: Rewrite, name: str) -> bool:
     """Whether scores are products, perhaps scaled: then none of them stands for a key that is masked."""
     made = rw.producers.get(name)
-    while made is not None and operator(made) in _MOVES | _PLAIN:
+    while made is not None:
         if operator(made) in ("MatMul", "Einsum"):
             return True
-        if operator(made) in ("Mul", "Div") and all(rw.array(made, k) is None for k in (0, 1)):
+        scaled = operator(made) in ("Mul", "Div") and any(rw.array(made, k) is not None for k in (0, 1))
+        if not scaled and operator(made) not in _MOVES | {"Cast"}:
             return False
         made = rw.producers.get(made.input[0])
     return False

@@ -20,7 +20,7 @@ from onnx import NodeProto
 
 from onnxrank.grouping import COLUMNS
 from onnxrank.operators import Trait, having, operator
-from onnxrank.rewrite import MOVES, Rewrite
+from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import (
     HOLE,
@@ -54,7 +54,7 @@ from .broadcast import ELEMENTWISE, batches_agree
 from .elementwise import as_split, elementwise, mark_unread
 from .products import with_addend
 
-_MOVES = MOVES | {"Gather", "GatherND", "Split", "Concat"}
+_MOVES = frozenset(having(Trait.MOVEMENT))
 _FEW_ROWS = 4
 """Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {*having(Trait.LINEAR), "ReduceSum", "ReduceMean"}

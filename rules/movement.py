@@ -36,7 +36,7 @@ from onnxrank.values import (
 from .unstack import is_stack, is_summed
 
 _PICKS = {"Split", "Slice", "Gather"}
-_POSITIONS = {"Gather", "GatherND"}
+_POSITIONS = frozenset(having(Trait.MOVEMENT | Trait.LOOKUP))
 
 
 def placed(rw: Rewrite, node: NodeProto) -> Placed:

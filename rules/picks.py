@@ -42,8 +42,6 @@ from .elementwise import repeated
 from .movement import placed
 from .products import linear_last
 
-_NORMALISE = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
-
 
 @dataclass(eq=False)
 class _Picked(Deferred):
@@ -283,7 +281,7 @@ RULE = Rule(
         "Gather": gather,
         **dict.fromkeys(having(Trait.RESHAPE), reshape),
         "MatMul": matmul,
-        **dict.fromkeys(_NORMALISE, norm),
+        **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), norm),
         **dict.fromkeys(having(Trait.ELEMENTWISE), pointwise),
     },
     cost="All rows of the history are mapped once, where each candidate mapped those that it picks.",

@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto
 
 from onnxrank.graphs import attribute
 from onnxrank.grouping import Group, groups, permuted, restored
-from onnxrank.operators import Trait, having, operator
+from onnxrank.operators import Trait, having, traits
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Transfer
 from onnxrank.values import (
@@ -35,12 +35,6 @@ from onnxrank.values import (
 )
 
 from .elementwise import mark_unread, pointwise
-
-_NORMALISE = {
-    *("Softmax", "LogSoftmax", "Hardmax", "LpNormalization"),
-    *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
-}
-"""Operators that keep the shape, and whose axis is an attribute, the last one if there is none."""
 
 
 def rowwise(
@@ -126,7 +120,7 @@ class _Rows:
             part = cut_repeats(part, set(range(part.ndim)) - set(self.core))
             own = with_extents(group.dims, part.shape)
             keep = extended(own, rw.sources.symbols(part))
-            if operator(self.node) in _NORMALISE and list(self.core) == [x.rank - 1] and len(keep) < x.rank:
+            if Trait.AXIS in traits(self.node) and list(self.core) == [x.rank - 1] and len(keep) < x.rank:
                 few = part.reshape([part.shape[k] for k in keep])
                 group.put(out[0], self._flat(group, few, tuple(own[k] for k in keep)).reshape(part.shape))
                 continue

@@ -14,6 +14,9 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 MODULES = [p.relative_to(ROOT).as_posix() for p in (ROOT / "onnxrank").rglob("*.py") if p.name != "__init__.py"]
 SCRIPTS = [p.relative_to(ROOT).as_posix() for f in ("rules", "scripts", "tests") for p in (ROOT / f).rglob("*.py")]
 
+WRITTEN = {"my_rule.py", "repro.py"}
+"""Files that a user writes, or that onnxrank writes for one."""
+
 
 def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
@@ -25,12 +28,42 @@ def test_links(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"])
-def test_files_that_are_named_exist(name: str) -> None:
-    named = set(re.findall(r"`([\w./]+\.py)(?:: [^`]*)?`", read(ROOT / name)))
-    known = ["/" + m for m in (*MODULES, *SCRIPTS)]
-    lost = {n for n in named - {"my_rule.py", "repro.py"} if not any(m.endswith("/" + n) for m in known)}
-    assert named and not lost
+def files_named(name: str) -> list[str]:
+    """The files of Python that a document may mean by a name."""
+    return [m for m in (*MODULES, *SCRIPTS) if f"/{m}".endswith(f"/{name}")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    """In `code` and in commands; other people's files are named where they are written."""
+    text = read(path)
+    named = set(re.findall(r"`([\w./]+\.py)(?:: [^`]*)?`", text)) | set(re.findall(r"python ([\w./]+\.py)", text))
+    assert not {n for n in named - WRITTEN if not files_named(n)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_names_in_files_exist(path: Path) -> None:
+    """`flow.py: Walk` is in that file."""
+    for name, what in re.findall(r"`([\w./]+\.py): ([\w., ]+)`", read(path)):
+        found = [read(ROOT / f) for f in files_named(name)]
+        for word in re.findall(r"\w+", what):
+            assert any(re.search(rf"^\s*(?:def |class |async def )?{word}\b", text, re.MULTILINE) for text in found), (
+                name,
+                word,
+            )
+
+
+def test_entries_of_the_map_exist() -> None:
+    """The functions and classes of its first table are in the files of their row."""
+    rows = re.findall(r"^\| [\w ]+ \| (`.*?) \| (`.*?) \| ", read(ROOT / "ARCHITECTURE.md"), re.MULTILINE)
+    assert len(rows) > 10
+    for places, entries in rows:
+        files = [f for p in re.findall(r"`([\w./]+)`", places) for f in (*files_named(p), *MODULES) if p in f]
+        texts = [read(ROOT / f) for f in files]
+        for entry in re.findall(r"`([\w.]+)`", entries):
+            for word in entry.split("."):
+                defined = any(re.search(rf"^\s*(?:def|class) {word}\b", text, re.MULTILINE) for text in texts)
+                assert defined or any(f.endswith(f"/{word}.py") for f in files), (places, entry)
 
 
 def test_the_map_has_every_module() -> None:

@@ -23,13 +23,11 @@ from torch.nn import functional
 from onnxrank.errors import ModelError
 from onnxrank.graphs import attribute, versions
 from onnxrank.model import tensor_data
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 
 Given = Sequence[Tensor | None]
 _CLOSE = 1e-3
 """Distance of torch's scores from onnxruntime's, relative to their size, above which nothing is trained."""
-_STOPS = frozenset({"Shape", "Size"})
-"""What gives the same whatever the numbers."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ class Cone:
         moving = {name for s in sites for name in (s.first, s.second)}
         out = []
         for node in self._nodes:
-            if node.op_type not in _STOPS and not moving.isdisjoint(node.input) and id(node) in self._wanted:
+            if Trait.EXTENTS not in traits(node) and not moving.isdisjoint(node.input) and id(node) in self._wanted:
                 moving.update(node.output)
                 out.append(node)
         return out

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxrank.network import Bias, Network, Product
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 
 Floats = NDArray[np.float64]
-_THROUGH = {"Sigmoid", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _RIDGE = 1e-4
 
 
@@ -50,7 +49,7 @@ def heads(net: Network) -> list[Head]:
                 sigmoids += 1
                 if sigmoids == 1 and not added:
                     waiting.append((node.input[0], added))
-            elif operator(node) in _THROUGH:
+            elif Trait.MOVEMENT | Trait.FREE in traits(node):
                 waiting.append((node.input[0], added))
             elif operator(node) == "Add":
                 waiting += [(i, True) for i in node.input if net.array(i) is None]

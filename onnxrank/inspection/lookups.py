@@ -16,14 +16,7 @@ from onnxrank.operators import Trait, operator, traits
 from onnxrank.study import Study
 from onnxrank.values import is_candidate_symbol, symbols
 
-_WITHIN = Trait.MOVEMENT | Trait.CAST
-"""Operators that ids pass on their way to a table without being taken apart."""
-_CHOOSE = {"Clip", "Where", "Max", "Min"}
-"""Such that may replace an id by another."""
-_APART = {"Slice", "Split", "Concat", "Gather", "GatherND"}
-"""Movement that takes a sequence apart, or joins it with another."""
 _READERS = Trait.PRODUCT | Trait.RECURRENT | Trait.REDUCTION | Trait.NORMALISATION
-_ALSO_READ = {"Scan", "Loop", "TopK"}
 _FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
@@ -145,8 +138,9 @@ def _looked_up(name: str, links: Links, tables: set[str]) -> list[tuple[NodeProt
 
 def _passes(node: NodeProto) -> bool:
     """Whether ids that a node reads are among those that it gives, in their order."""
-    op = operator(node)
-    return op in _CHOOSE or (bool(traits(node) & _WITHIN) and op not in _APART)
+    found = traits(node)
+    apart = found & (Trait.PICK | Trait.LOOKUP) and operator(node) != "Expand"
+    return bool(found & (Trait.CHOICE | Trait.CAST)) or (Trait.MOVEMENT in found and not apart)
 
 
 def _readers(begin: Sequence[str], links: Links) -> tuple[str, ...]:
@@ -155,7 +149,7 @@ def _readers(begin: Sequence[str], links: Links) -> tuple[str, ...]:
     stack, seen = list(begin), set(begin)
     while stack:
         for node in links.read_by.get(stack.pop(0), []):
-            if traits(node) & _READERS or operator(node) in _ALSO_READ:
+            if traits(node) & _READERS or operator(node) in ("Scan", "Loop", "TopK"):
                 out.append(node.op_type)
                 continue
             fresh = [o for o in node.output if o and o not in seen]

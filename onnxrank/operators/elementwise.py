@@ -144,6 +144,7 @@ def _matrix_diagonal(u: Use) -> list[Known | None]:
 
 _ENTRYWISE = Trait.ELEMENTWISE
 _SYMMETRIC = Trait.ELEMENTWISE | Trait.COMMUTATIVE
+_EVEN = Trait.ELEMENTWISE | Trait.SMOOTH
 _SLOW = Trait.ELEMENTWISE | Trait.FUNCTION
 _LOGIC = Trait.ELEMENTWISE | Trait.BOOLEAN
 _ORDER = Trait.ELEMENTWISE | Trait.BOOLEAN | Trait.COMPARISON
@@ -159,20 +160,39 @@ OPERATORS = {
     **{
         op: Operator(broadcast_together, traits=_ENTRYWISE)
         for op in """
-            Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cosh HardSigmoid
-            LeakyRelu Mean PRelu Round Shrink Sinh Softsign Sum Tan ThresholdedRelu""".split()
+            Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cosh Mean Round Shrink
+            Sinh Softsign Tan ThresholdedRelu""".split()
     },
+    **{op: Operator(broadcast_together, traits=_EVEN) for op in "HardSigmoid LeakyRelu PRelu Sum".split()},
     **{
         op: Operator(broadcast_together, traits=_SLOW)
-        for op in "Celu Cos Elu Erf Exp Gelu HardSwish Log Mish Pow Selu Sigmoid Sin Softplus Swish Tanh".split()
+        for op in "Celu Cos Exp HardSwish Log Mish Pow Selu Sin Swish".split()
     },
-    "Add": Operator(broadcast_together, _entrywise(lambda a, b: a + b, np.add), traits=_SYMMETRIC),
-    "Sub": Operator(broadcast_together, _entrywise(lambda a, b: a - b, np.subtract), traits=_ENTRYWISE),
-    "Mul": Operator(broadcast_together, _entrywise(lambda a, b: a * b, np.multiply), traits=_SYMMETRIC),
-    "Div": Operator(broadcast_together, _entrywise(_quotient_of, _quotient), traits=_ENTRYWISE),
+    **{
+        op: Operator(broadcast_together, traits=_SLOW | Trait.SMOOTH)
+        for op in "Elu Erf Gelu Sigmoid Softplus Tanh".split()
+    },
+    "Add": Operator(
+        broadcast_together, _entrywise(lambda a, b: a + b, np.add), traits=_SYMMETRIC | Trait.ADDITIVE | Trait.SMOOTH
+    ),
+    "Sub": Operator(
+        broadcast_together,
+        _entrywise(lambda a, b: a - b, np.subtract),
+        traits=_ENTRYWISE | Trait.ADDITIVE | Trait.SMOOTH,
+    ),
+    "Mul": Operator(
+        broadcast_together,
+        _entrywise(lambda a, b: a * b, np.multiply),
+        traits=_SYMMETRIC | Trait.SCALING | Trait.SMOOTH,
+    ),
+    "Div": Operator(broadcast_together, _entrywise(_quotient_of, _quotient), traits=_ENTRYWISE | Trait.SCALING),
     "Mod": Operator(broadcast_together, _remainder, traits=_ENTRYWISE),
-    "Min": Operator(broadcast_together, _entrywise(_fold(ex.minimum), _ordered(np.minimum)), traits=_SYMMETRIC),
-    "Max": Operator(broadcast_together, _entrywise(_fold(ex.maximum), _ordered(np.maximum)), traits=_SYMMETRIC),
+    "Min": Operator(
+        broadcast_together, _entrywise(_fold(ex.minimum), _ordered(np.minimum)), traits=_SYMMETRIC | Trait.CHOICE
+    ),
+    "Max": Operator(
+        broadcast_together, _entrywise(_fold(ex.maximum), _ordered(np.maximum)), traits=_SYMMETRIC | Trait.CHOICE
+    ),
     "Neg": Operator(same, _entrywise(lambda a: -a, np.negative), traits=_ENTRYWISE),
     "Abs": Operator(same, _entrywise(_absolute, np.abs), traits=_ENTRYWISE),
     "Sqrt": Operator(same, fixed_only(np.sqrt), traits=_ENTRYWISE),
@@ -180,8 +200,8 @@ OPERATORS = {
     "Floor": Operator(same, fixed_only(np.floor), traits=_ENTRYWISE),
     "Ceil": Operator(same, fixed_only(np.ceil), traits=_ENTRYWISE),
     "Sign": Operator(same, fixed_only(np.sign), traits=_ENTRYWISE),
-    "Relu": Operator(same, fixed_only(lambda a: np.maximum(a, 0).astype(a.dtype)), traits=_ENTRYWISE),
-    "Clip": Operator(same, traits=_ENTRYWISE | Trait.PARAMETERS),
+    "Relu": Operator(same, fixed_only(lambda a: np.maximum(a, 0).astype(a.dtype)), traits=_EVEN),
+    "Clip": Operator(same, traits=_ENTRYWISE | Trait.PARAMETERS | Trait.CHOICE | Trait.SMOOTH),
     "Equal": _compared(0, 0, np.equal),
     "Less": _compared(-_INF, -1, np.less),
     "LessOrEqual": _compared(-_INF, 0, np.less_equal),
@@ -193,7 +213,7 @@ OPERATORS = {
     "And": Operator(broadcast_together, fixed_only(np.logical_and), traits=_LOGIC),
     "Or": Operator(broadcast_together, fixed_only(np.logical_or), traits=_LOGIC),
     "Xor": Operator(broadcast_together, fixed_only(np.logical_xor), traits=_LOGIC),
-    "Where": Operator(broadcast_together, _where, traits=_ENTRYWISE, levels=transfers.where),
+    "Where": Operator(broadcast_together, _where, traits=_ENTRYWISE | Trait.CHOICE, levels=transfers.where),
     "Cast": Operator(same, _cast, traits=_ENTRYWISE | Trait.CAST, levels=transfers.kept_zero),
     "CastLike": Operator(same, traits=_ENTRYWISE | Trait.CAST | Trait.PARAMETERS),
     "Trilu": Operator(same, _matrix_diagonal, levels=transfers.kept_zero),

@@ -35,6 +35,8 @@ class Trait(Flag):
     """Entries stay in their order, or are constants, so that nothing is done at run time."""
     RESHAPE = auto()
     """Movement that gives entries another shape and leaves them in their order."""
+    ONCE = auto()
+    """Movement that gives entries of one tensor other places in one result, each at most one."""
     PICK = auto()
     """Movement or look-up that copies some entries of one tensor, or of several, side by side."""
     LOOKUP = auto()
@@ -55,6 +57,8 @@ class Trait(Flag):
     """An elementwise operator of two operands whose order does not matter."""
     FUNCTION = auto()
     """An elementwise function that takes a runtime longer than arithmetic does."""
+    AXIS = auto()
+    """A normalisation along the attribute `axis`, the last one if there is none."""
     ROWS = auto()
     """A normalisation whose time goes by rows."""
     EXTENTS = auto()
@@ -63,6 +67,14 @@ class Trait(Flag):
     """Two runs may give different results."""
     IMAGES = auto()
     """Rows lie along the first axis, and everything behind it is taken in together."""
+    ADDITIVE = auto()
+    """The sum or the difference of two numbers."""
+    SCALING = auto()
+    """The product or the quotient of two numbers."""
+    CHOICE = auto()
+    """Of several numbers one, which is why ids behind it are still ids."""
+    SMOOTH = auto()
+    """Makes no more of a small difference than its operands are large."""
     PARAMETERS = auto()
     """Operands behind the first have no entries in places: they are single numbers, or give a type."""
     CAST = auto()

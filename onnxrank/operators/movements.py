@@ -341,7 +341,7 @@ def _pad(u: Use) -> list[Partial | None]:
 
 _MOVED = Trait.MOVEMENT
 _PICKED = Trait.MOVEMENT | Trait.PICK
-_IN_ORDER = Trait.MOVEMENT | Trait.FREE | Trait.RESHAPE
+_IN_ORDER = Trait.MOVEMENT | Trait.ONCE | Trait.FREE | Trait.RESHAPE
 
 
 def _reshaping(shape: Shaper, move: moves.Mover) -> Operator:
@@ -353,7 +353,7 @@ OPERATORS = {
     "Identity": Operator(
         same,
         lambda u: [u.value(0)],
-        traits=Trait.ELEMENTWISE | Trait.MOVEMENT | Trait.FREE,
+        traits=Trait.ELEMENTWISE | Trait.MOVEMENT | Trait.ONCE | Trait.FREE,
         move=moves.identity,
     ),
     "Reshape": _reshaping(_reshape, moves.reshape),
@@ -361,10 +361,13 @@ OPERATORS = {
     "Squeeze": _reshaping(_squeeze, moves.squeeze),
     "Unsqueeze": _reshaping(_unsqueeze, moves.unsqueeze),
     "Transpose": Operator(
-        _transpose, _moved(_transpose, lambda u, d, s: d.transpose(_perm(u))), traits=_MOVED, move=moves.transpose
+        _transpose,
+        _moved(_transpose, lambda u, d, s: d.transpose(_perm(u))),
+        traits=_MOVED | Trait.ONCE,
+        move=moves.transpose,
     ),
     "Slice": Operator(
-        _slice, _moved(_slice, _slice_entries), traits=_PICKED, move=moves.slice_, levels=transfers.slice_
+        _slice, _moved(_slice, _slice_entries), traits=_PICKED | Trait.ONCE, move=moves.slice_, levels=transfers.slice_
     ),
     "Split": Operator(_split, _split_entries, traits=_PICKED, move=moves.split),
     "Concat": Operator(concat, _concat_entries, traits=_PICKED, move=moves.concat, levels=transfers.concat),

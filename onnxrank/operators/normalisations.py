@@ -28,15 +28,17 @@ def _skip_normalization(u: Use) -> list[Partial | None]:
 
 _WHOLE = Trait.NORMALISATION
 _BY_ROWS = Trait.NORMALISATION | Trait.ROWS
+_ALONG = Trait.NORMALISATION | Trait.AXIS
+_ROWS_ALONG = _BY_ROWS | Trait.AXIS
 
 OPERATORS = {
-    "Softmax": Operator(same, traits=_BY_ROWS, axes=_softmax_axes, levels=transfers.softmax),
-    "LogSoftmax": Operator(same, traits=_BY_ROWS, axes=_softmax_axes),
-    "Hardmax": Operator(same, traits=_WHOLE, axes=_softmax_axes, levels=transfers.normalised),
+    "Softmax": Operator(same, traits=_ROWS_ALONG | Trait.SMOOTH, axes=_softmax_axes, levels=transfers.softmax),
+    "LogSoftmax": Operator(same, traits=_ROWS_ALONG, axes=_softmax_axes),
+    "Hardmax": Operator(same, traits=_ALONG, axes=_softmax_axes, levels=transfers.normalised),
     "com.microsoft::BiasSoftmax": Operator(same),
-    "LayerNormalization": Operator(_layer_normalization, traits=_BY_ROWS, axes=from_axis(-1)),
-    "RMSNormalization": Operator(same, traits=_BY_ROWS, axes=from_axis(-1)),
-    "SimplifiedLayerNormalization": Operator(_layer_normalization, traits=_WHOLE, axes=from_axis(-1)),
+    "LayerNormalization": Operator(_layer_normalization, traits=_ROWS_ALONG, axes=from_axis(-1)),
+    "RMSNormalization": Operator(same, traits=_ROWS_ALONG, axes=from_axis(-1)),
+    "SimplifiedLayerNormalization": Operator(_layer_normalization, traits=_ALONG, axes=from_axis(-1)),
     "com.microsoft::SimplifiedLayerNormalization": Operator(_skip_normalization),
     "com.microsoft::SkipLayerNormalization": Operator(
         _skip_normalization, traits=_BY_ROWS, levels=transfers.skip_normalised
@@ -44,8 +46,8 @@ OPERATORS = {
     "com.microsoft::SkipSimplifiedLayerNormalization": Operator(
         _skip_normalization, traits=_WHOLE, levels=transfers.skip_normalised
     ),
-    "BatchNormalization": Operator(same, traits=_WHOLE, levels=transfers.batch_normalised),
-    "LpNormalization": Operator(same, traits=_WHOLE, axes=one_axis(-1)),
+    "BatchNormalization": Operator(same, traits=_WHOLE | Trait.SMOOTH, levels=transfers.batch_normalised),
+    "LpNormalization": Operator(same, traits=_ALONG, axes=one_axis(-1)),
     "MeanVarianceNormalization": Operator(same, traits=_WHOLE, axes=lambda u: u.attribute("axes", [0, 2, 3])),
     **dict.fromkeys(
         ("InstanceNormalization", "GroupNormalization", "LRN"), Operator(same, traits=_WHOLE | Trait.IMAGES)

@@ -93,8 +93,10 @@ def _fused_mat_mul_levels(f: Flow) -> list[transfers.Made] | None:
 MATRIX = Trait.PRODUCT | Trait.MATRIX
 
 OPERATORS = {
-    "MatMul": Operator(mat_mul, traits=MATRIX | Trait.LINEAR, levels=transfers.mat_mul, macs=matrix_macs),
-    "Gemm": Operator(gemm, traits=MATRIX | Trait.LINEAR, levels=transfers.gemm, macs=matrix_macs),
+    "MatMul": Operator(
+        mat_mul, traits=MATRIX | Trait.LINEAR | Trait.SMOOTH, levels=transfers.mat_mul, macs=matrix_macs
+    ),
+    "Gemm": Operator(gemm, traits=MATRIX | Trait.LINEAR | Trait.SMOOTH, levels=transfers.gemm, macs=matrix_macs),
     "com.microsoft::FusedMatMul": Operator(
         _fused_mat_mul, traits=MATRIX, levels=_fused_mat_mul_levels, macs=matrix_macs
     ),
@@ -112,6 +114,8 @@ OPERATORS = {
     "ConvTranspose": Operator(traits=Trait.PRODUCT | Trait.IMAGES),
     "com.microsoft::FusedConv": Operator(traits=Trait.PRODUCT, macs=_conv_macs),
     "com.microsoft.nchwc::Conv": Operator(traits=Trait.PRODUCT, macs=_conv_macs),
-    "Einsum": Operator(_einsum, traits=Trait.PRODUCT | Trait.LINEAR, levels=transfers.einsum, macs=_einsum_macs),
+    "Einsum": Operator(
+        _einsum, traits=Trait.PRODUCT | Trait.LINEAR | Trait.SMOOTH, levels=transfers.einsum, macs=_einsum_macs
+    ),
     "com.microsoft::Inverse": Operator(same),
 }

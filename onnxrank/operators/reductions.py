@@ -96,15 +96,16 @@ def _cum_sum_entries(u: Use) -> list[Known | None]:
     return [constant(np.cumsum(x.data, int(axis.data), dtype=x.dtype))]
 
 
-def _reducing(since: int, do: Callable[[Any, Any], Any] | None = None) -> Operator:
+def _reducing(since: int, do: Callable[[Any, Any], Any] | None = None, traits: Trait = Trait.NONE) -> Operator:
     """A reduction whose axes are an input from an opset on, and what it does to two integers."""
     value = None if do is None else _reduced(since, do)
-    return Operator(_reduction(since), value, traits=Trait.REDUCTION, axes=_reduced_axes(since))
+    return Operator(_reduction(since), value, traits=Trait.REDUCTION | traits, axes=_reduced_axes(since))
 
 
 OPERATORS = {
-    **{op: _reducing(18) for op in "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceSumSquare".split()},
-    "ReduceSum": _reducing(13, lambda a, b: a + b),
+    **{op: _reducing(18) for op in "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceSumSquare".split()},
+    "ReduceMean": _reducing(18, traits=Trait.SMOOTH),
+    "ReduceSum": _reducing(13, lambda a, b: a + b, Trait.SMOOTH),
     "ReduceProd": _reducing(18, lambda a, b: a * b),
     "ReduceMax": _reducing(18, ex.maximum),
     "ReduceMin": _reducing(18, ex.minimum),

@@ -20,7 +20,7 @@ from onnxrank import joining
 from onnxrank.errors import UsageError
 from onnxrank.facts import settings
 from onnxrank.graphs import subgraphs
-from onnxrank.operators import Trait, having, operator
+from onnxrank.operators import Trait, having, operator, traits
 from onnxrank.values import CANDIDATES
 
 Span = tuple[int, int]
@@ -44,13 +44,12 @@ _MOST_FAR = 24
 _MOST_ROWS = 12
 _MOST_CORNERS = 8
 
-_CARRY = set("Identity Cast Unsqueeze Squeeze Reshape Concat Neg Add Sub Flatten".split())
-"""Operators whose result still holds the constants that went into them."""
-_CUT = {"Slice": 1, "Pad": 1, "TopK": 1, "Clip": 1, "Split": 1, "Min": 0, "Max": 0, "Where": 0, "Range": 0, "Mod": 0,
-        "Trilu": 1, **dict.fromkeys(having(Trait.COMPARISON), 0)}  # fmt: skip
-"""Operators that cut, pad or choose, with the first operand that says where."""
-_ALONG = {"Slice", "Split", "TopK"}
-"""Those of them that work along an axis."""
+_CARRY = Trait.FREE | Trait.CAST | Trait.ADDITIVE
+"""Operators, beside Concat and Neg, whose result still holds the constants that went into them."""
+_CUT = {"Slice": (1, True), "Pad": (1, False), "TopK": (1, True), "Clip": (1, False), "Split": (1, True),
+        "Min": (0, False), "Max": (0, False), "Where": (0, False), "Range": (0, False), "Mod": (0, False),
+        "Trilu": (1, False), **dict.fromkeys(having(Trait.COMPARISON), (0, False))}  # fmt: skip
+"""Operators that cut, pad or choose, with the first operand that says where, and whether that is along an axis."""
 _TABLES = {*having(Trait.LOOKUP), "Slice"}
 """Operators that a constant's own extents bound, where they read one."""
 
@@ -178,15 +177,15 @@ def _follow(
             found.far |= numbers
             continue
         read, op = [known.get(i, frozenset()) for i in node.input], operator(node)
-        if op in _CARRY:
+        if traits(node) & _CARRY or op in ("Concat", "Neg"):
             carried = frozenset(itertools.chain(*read))
             known[node.output[0]] = carried if len(carried) <= _SMALL else frozenset()
-        first = _CUT.get(op)
-        if first is not None:
+        if op in _CUT:
+            first, along = _CUT[op]
             here = set(itertools.chain(*read[first:]))
             here.update(n for a in node.attribute if a.name not in ("axis", "axes") for n in (a.i, *a.ints))
             found.near |= here
-            if op not in _ALONG or 0 in _axes(node, known):
+            if not along or 0 in _axes(node, known):
                 found.rows |= here
         if op in _TABLES:
             found.near.update(shapes.get(node.input[0], ()))

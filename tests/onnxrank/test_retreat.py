@@ -26,11 +26,27 @@ from onnxrank.workers import Worker
 
 LAYERS = ("first", "second", "third")
 
-WRONG = '''
+
+def rules_file(name: str, source: str) -> str:
+    """A file with one rule, for Gemm: the function `gemm` of some source, which has `fc` to go on from."""
+    return f'''
 from onnxrank import Rule
 from onnxrank.rules import fc
+{source}
+
+RULES = [
+    Rule(
+        name="{name}", title="", identity="", source="", legal="", refuses="", exactness="exact",
+        operators={{"Gemm": gemm}},
+    )
+]
+'''
 
 
+def wrong(*at: str) -> str:
+    return rules_file(
+        "twice",
+        f'''
 def gemm(rw, node):
     """Adds the bias twice, at some nodes."""
     made = fc.gemm(rw, node)
@@ -38,39 +54,23 @@ def gemm(rw, node):
         return made
     terms = rw.terms(made[0])
     return [rw.add([*terms, terms[-1]], made[0].dims, made[0].dtype)]
-
-
-RULES = [
-    Rule(
-        name="twice", title="", identity="", source="", legal="", refuses="", exactness="exact",
-        operators={{"Gemm": gemm}},
+''',
     )
-]
-'''
-
-RAISES = '''
-from onnxrank import Rule
 
 
+RAISES = rules_file(
+    "zero",
+    '''
 def gemm(rw, node):
     """Writes something, and fails."""
     rw.emit.add("Neg", [rw.tensor(rw.value(node, 0))])
     return [1 // 0]
+''',
+)
 
-
-RULES = [
-    Rule(
-        name="zero", title="", identity="", source="", legal="", refuses="", exactness="exact",
-        operators={"Gemm": gemm},
-    )
-]
-'''
-
-REFUSED = '''
-from onnxrank import Rule
-from onnxrank.rules import fc
-
-
+REFUSED = rules_file(
+    "refused",
+    '''
 def gemm(rw, node):
     """Writes, at one node, an operator that no runtime has; its deferred neighbours fail when they are written."""
     value = fc.gemm(rw, node)
@@ -79,20 +79,13 @@ def gemm(rw, node):
     name = rw.tensor(value[0])
     made = value[0]
     return [rw.new(made.dims, made.dtype, rw.present(rw.settle(made)), rw.emit.add("NoSuchOperator", [name]))]
+''',
+)
 
-
-RULES = [
-    Rule(
-        name="refused", title="", identity="", source="", legal="", refuses="", exactness="exact",
-        operators={"Gemm": gemm},
-    )
-]
-'''
-
-ONE_ROW = '''
+ONE_ROW = rules_file(
+    "second_row",
+    '''
 import numpy as np
-from onnxrank import Rule
-from onnxrank.rules import fc
 
 
 def gemm(rw, node):
@@ -105,19 +98,12 @@ def gemm(rw, node):
     row = rw.emit.add("Gather", [name, rw.emit.constant(np.array([1]))], {"axis": 0})
     same = rw.emit.add("Add", [name, rw.emit.add("Sub", [row, row])])
     return [rw.new(value.dims, value.dtype, rw.present(value), same)]
+''',
+)
 
-
-RULES = [
-    Rule(
-        name="second_row", title="", identity="", source="", legal="", refuses="", exactness="exact",
-        operators={"Gemm": gemm},
-    )
-]
-'''
-
-LATER = '''
-from onnxrank import Rule
-from onnxrank.rules import fc
+LATER = rules_file(
+    "later",
+    '''
 from onnxrank.values import Deferred
 
 
@@ -134,15 +120,8 @@ def gemm(rw, node):
 
     source = rw.defer(made[0].dims, made[0].dtype, Failing(), "later")
     return [type(rw.settle(made[0]))(made[0].dims, made[0].dtype, source)]
-
-
-RULES = [
-    Rule(
-        name="later", title="", identity="", source="", legal="", refuses="", exactness="exact",
-        operators={"Gemm": gemm},
-    )
-]
-'''
+''',
+)
 
 
 def towers(quantised: bool = False) -> ModelProto:
@@ -193,7 +172,7 @@ def sites(result: onnxrank.Result) -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize("at", [("first",), ("second",), ("third",), ("first", "third")])
 def test_a_wrong_site_is_left_out(tmp_path: Path, at: Sequence[str]) -> None:
     """The other sites of the rule stay; rule, site, inputs and numbers are named; the plan says so too."""
-    model, result = optimised(WRONG.format(at=tuple(at)), tmp_path)
+    model, result = optimised(wrong(*at), tmp_path)
     agree(model, result)
     assert result.changed and all(c.passed for c in result.report.checks)
     assert [(r.rule, r.node, r.cause) for r in result.report.retreats] == [("twice", node, "check") for node in at]
@@ -207,7 +186,7 @@ def test_a_wrong_site_is_left_out(tmp_path: Path, at: Sequence[str]) -> None:
 
 def test_the_original_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is rewritten, and for all checks of one run together, however many retreats there are."""
-    expected = optimised(WRONG.format(at=("first", "third")), tmp_path)[1]
+    expected = optimised(wrong("first", "third"), tmp_path)[1]
     monkeypatch.setattr(gate, "_MANY", 1)
     sessions: list[str] = []
     checks: list[Engine] = []
@@ -219,7 +198,7 @@ def test_the_original_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Worker, "ask", asked)
     monkeypatch.setattr(Engine, "run", lambda engine: checks.append(engine) or run_(engine))  # type: ignore[func-returns-value]
-    model, result = optimised(WRONG.format(at=("first", "third")), tmp_path)
+    model, result = optimised(wrong("first", "third"), tmp_path)
     agree(model, result)
     assert result.model == expected.model and len(result.report.retreats) == 2
     assert len(checks) > 2 and sessions.count("cpu/all") == len(checks) + 1
@@ -228,13 +207,13 @@ def test_the_original_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_strict(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="algebra") as e:
-        optimised(WRONG.format(at=("second",)), tmp_path, strict=True)
+        optimised(wrong("second"), tmp_path, strict=True)
     assert e.value.report is not None and not e.value.report.changed and not e.value.report.retreats
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0 with what could be kept, 1 with --strict and no file, 0 with the original's bytes where nothing could."""
-    (tmp_path / "rules.py").write_text(WRONG.format(at=("second",)))
+    (tmp_path / "rules.py").write_text(wrong("second"))
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     source.write_bytes(towers().SerializeToString())
     arguments = ["optimize", str(source), str(out), "--request", "user", "--rules", str(tmp_path / "rules.py")]
@@ -297,7 +276,7 @@ def test_a_node_that_reads_nothing(tmp_path: Path) -> None:
     assert found.node == "second" and "nothing makes" in found.reason
 
 
-@pytest.mark.parametrize("rules", [WRONG.format(at=("second",)), REFUSED], ids=["wrong", "refused"])
+@pytest.mark.parametrize("rules", [wrong("second"), REFUSED], ids=["wrong", "refused"])
 def test_replay_after_a_retreat(tmp_path: Path, rules: str) -> None:
     """The plan in the contract gives the same bytes, and nothing is looked for again."""
     model, result = optimised(rules, tmp_path)
@@ -368,7 +347,7 @@ def test_a_search_gives_up() -> None:
 
 def test_sites_that_are_alike_are_left_out_at_once(tmp_path: Path) -> None:
     """Of values that are quantised on the way: behind the second that fails no third is looked for."""
-    _, result = optimised(WRONG.format(at=("first", "second", "third")), tmp_path, quantised=True)
+    _, result = optimised(wrong("first", "second", "third"), tmp_path, quantised=True)
     assert result.changed and all(c.passed for c in result.report.checks)
     assert [(r.rule, r.node) for r in result.report.retreats] == [("twice", name) for name in LAYERS]
     assert result.report.retreats[2].reason == "as at 'second'"
