@@ -21,7 +21,7 @@ _TIMEOUT = 120.0
 _STEP = 8
 """Between the ends of a range each number of candidates that is timed is about so many times the one before."""
 _LOSS = 0.0125
-"""Logarithm of the most that a result may lose; less than `RESOLUTION`, since whoever times it again sees more or less."""
+"""Logarithm of the most that a result may lose: whoever times it again sees more, or less, and is to find no 2 %."""
 _CLOSE = 0.06
 """Logarithm of a loss that may still come from where the memory of two sessions lies: it is timed again in others."""
 SUSPECTS = ("fold", "cross", "attention")
