@@ -354,8 +354,7 @@ class _Join:
         return views, [claimed(f"{NAME}/extents", self.taken)] if more else []
 
     def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
-        """What is stored outside; weights of products that one branch alone reads are put into it, small ones into
-        each that reads them.
+        """What is stored outside; a branch has weights of products that it alone reads, and small ones of any kind.
 
         A subgraph of onnxruntime that captures weights of products, which are packed, plans no memory, and whatever a
         branch captures is handed over in every run.
