@@ -1,7 +1,7 @@
 """Two plans in one file: an `If` on the number of candidates, around what they do in different ways.
 
 What both do alike stands outside: in front of the `If` what does not depend on a difference, behind it what follows
-from tensors that either gives. Weights that both read are stored once. The condition is made of a Shape, a Gather and a
+from tensors that either gives. Large weights that both read are stored once. The condition is made of an extent and a
 Less alone, which run on the CPU wherever the model does, so that no data are waited for.
 """
 
@@ -26,6 +26,8 @@ LAUNCHES = 10
 """Operators that the `If` costs as many as: its condition, itself, and the graph that it enters."""
 _LEAST_OPSET = 9
 """Version of ONNX from which on whole numbers can be compared."""
+_PART_OF_SHAPE = 15
+"""Version of ONNX from which on a single extent can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ Shape = Callable[[str, int], Sequence[int] | None]
 _COUNTS = (1, 2, 3, 8, 64, 512)
 """Numbers of candidates at which plans of memory are told apart."""
 _SMALL = 1 << 14
-"""Bytes of a weight up to which both branches have it, if both multiply by it."""
+"""Bytes of a weight up to which both branches have it."""
 
 
 _TINY = 1 << 10
@@ -261,7 +263,7 @@ class _Join:
         branches = [self._branch(side, [pair[k] for pair in given]) for k, side in enumerate((self.few, self.many))]
         front = [nodes[k] for k in sorted(self.many.front)]
         graph.initializer.extend(self._weights([*front, *behind], branches))
-        made, stored = _condition(below, at, self.taken)
+        made, stored = _condition(below, at, versions(self.base)[""], front, self.taken)
         graph.initializer.extend(stored)
         outer = [*(i.name for i in graph.input), *(o for n in front for o in n.output if o)]
         views, told = self._told_apart(branches, outer, at.input, shape)
@@ -352,9 +354,10 @@ class _Join:
         return views, [claimed(f"{NAME}/extents", self.taken)] if more else []
 
     def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
-        """What is stored outside; weights of products that one branch alone reads are put into it.
+        """What is stored outside; a branch has weights of products that it alone reads, and small ones of any kind.
 
-        A subgraph of onnxruntime that captures weights of products, which are packed, plans no memory.
+        A subgraph of onnxruntime that captures weights of products, which are packed, plans no memory, and whatever a
+        branch captures is handed over in every run.
         """
         stored = [*self.base.graph.initializer]
         for t in self.few.graph.initializer:
@@ -370,8 +373,8 @@ class _Join:
         out = []
         for t in stored:
             homes = [b for b, own in zip(branches, read, strict=True) if t.name in own]
-            alone = t.name not in outside and _multiplied(t.name, homes)
-            if alone and (len(homes) == 1 or _is_small(t)):
+            alone = len(homes) == 1 and _multiplied(t.name, homes)
+            if homes and t.name not in outside and (alone or _is_small(t)):
                 for home in homes:
                     own = home.initializer.add()
                     own.CopyFrom(t)
@@ -465,16 +468,29 @@ def _described(graph: GraphProto, made: Set[str], names: Mapping[str, str]) -> l
     return out
 
 
-def _condition(below: int, at: Count, taken: set[str]) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes that tell whether there are less candidates than some number, and what they read."""
+def _condition(
+    below: int, at: Count, opset: int, front: Sequence[NodeProto], taken: set[str]
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes that tell whether there are less candidates than some number, and what they read.
+
+    Args:
+        below: The number.
+        at: Where the number of candidates is read.
+        opset: The version of ONNX.
+        front: Nodes that stand in front of the condition; the extent is not read twice.
+        taken: Names that are taken.
+    """
     names = {part: claimed(f"{NAME}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
-    stored = [
-        numpy_helper.from_array(np.array(value, np.int64), names[part])
-        for part, value in (("axis", at.axis), ("below", below * at.each))
-    ]
-    nodes = [
-        helper.make_node("Shape", [at.input], [names["shape"]]),
-        helper.make_node("Gather", [names["shape"], names["axis"]], [names["rows"]], axis=0),
-        helper.make_node("Less", [names["rows"], names["below"]], [names["few"]]),
-    ]
-    return nodes, stored
+    stored = [numpy_helper.from_array(np.array([below * at.each], np.int64), names["below"])]
+    if opset >= _PART_OF_SHAPE:
+        read = [helper.make_node("Shape", [at.input], [names["rows"]], start=at.axis, end=at.axis + 1)]
+    else:
+        stored.append(numpy_helper.from_array(np.array([at.axis], np.int64), names["axis"]))
+        read = [
+            helper.make_node("Shape", [at.input], [names["shape"]]),
+            helper.make_node("Gather", [names["shape"], names["axis"]], [names["rows"]], axis=0),
+        ]
+    last = read[-1]
+    same = next((n for n in front if n.input == last.input and _kind(n) == _kind(last)), None)
+    less = helper.make_node("Less", [(same or last).output[0], names["below"]], [names["few"]])
+    return [*([] if same else read), less], stored

@@ -20,6 +20,8 @@ _TIMEOUT = 120.0
 """Seconds for loading a model, or beyond the time that is asked for."""
 _STEP = 8
 """Between the ends of a range each number of candidates that is timed is about so many times the one before."""
+_LOSS = 0.0125
+"""Logarithm of the most that a result may lose: whoever times it again sees more, or less, and is to find no 2 %."""
 _CLOSE = 0.06
 """Logarithm of a loss that may still come from where the memory of two sessions lies: it is timed again in others."""
 SUSPECTS = ("fold", "cross", "attention")
@@ -92,12 +94,12 @@ def between(span: tuple[int, int], usual: int) -> tuple[int, ...]:
 def faster(measured: Sequence[Measured]) -> bool:
     """Whether a result is faster at some number of candidates, beyond noise, and slower at none."""
     wins = any(m.low > 1 and math.log(m.ratio) > RESOLUTION for m in measured)
-    return wins and not any(m.high < 1 and math.log(m.ratio) < -RESOLUTION for m in measured)
+    return wins and not any(m.high < 1 and math.log(m.ratio) < -_LOSS for m in measured)
 
 
 def unsure(measured: Sequence[Measured]) -> bool:
     """Whether a result that is faster elsewhere loses so little, or so unsurely, that other sessions may say else."""
-    lost = [m for m in measured if math.log(m.ratio) < -RESOLUTION]
+    lost = [m for m in measured if math.log(m.ratio) < -_LOSS]
     return bool(lost) and mean(measured) > 1 and all(m.high >= 1 or math.log(m.ratio) > -_CLOSE for m in lost)
 
 

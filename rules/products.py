@@ -52,6 +52,7 @@ from onnxrank.weights import Weights
 from . import fold
 from .elementwise import elementwise, mark_unread
 from .pieces import Division, Piece
+from .selected import selected_after
 
 
 class Contraction(ABC):
@@ -581,10 +582,17 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
     if isinstance(x, Sum) and fold.has_open(rw, x):
         return _of_open(rw, x, axis, weight, lambda v, w: linear_last(rw, v, w, rule, unread))
 
-    def one(v: Value) -> Abstract:
-        return contract(rw, v, axis, weight, RightMatrix(rw, weight.data.shape[1], real), rule, unread)
+    width = weight.data.shape[1]
 
-    return distribute(rw, x, axis, lambda v: commuted(rw, v, axis, one), rule, weight.data.shape[1])
+    def one(v: Value) -> Abstract:
+        return contract(rw, v, axis, weight, RightMatrix(rw, width, real), rule, unread)
+
+    def each(v: Value) -> Abstract:
+        return commuted(rw, v, axis, one)
+
+    if unread:
+        return distribute(rw, x, axis, each, rule, width)
+    return distribute(rw, x, axis, lambda v: selected_after(rw, v, axis, each, rule, width), rule, width)
 
 
 def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:

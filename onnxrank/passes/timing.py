@@ -55,17 +55,25 @@ def measure(job: Job) -> bool:
 
 def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     """Times two plans against each other, to see from where on which is faster; whether both together are."""
-    study, loaded = pair.many.study, job.loaded
-    points = pair.around(job.options.span)
-    feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in points)
-    assert pair.few.model is not None
-    few = tune.Race(replace(loaded, proto=pair.few.model), points, feeds)
-    times = _against(job, few, _model(pair.many), feeds, 0.25)
+    times = _around(job, pair)
     checked, job.pair = job.pair, pair.measured(times)
     same = checked is not None and (job.pair.few, job.pair.below) == (checked.few, checked.below)
     right = not job.options.check or same or gated(job).passed
     job.measured = _timed(job, race, pair.many, 0.25, made=written(job))
     return right and tune.faster(job.measured)
+
+
+def _around(job: Job, pair: Pair) -> list[Measured]:
+    """Times the plan for many candidates against that for few, and goes on with more candidates until it is faster."""
+    most, study, found = job.options.span[1], pair.many.study, list[Measured]()
+    while not any(m.ratio > 1 for m in found) and all(m.candidates < most for m in found):
+        known = max((m.candidates for m in found), default=0)
+        points = tuple(n for n in pair.around(job.options.span) if n > known)
+        feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in points)
+        few = tune.Race(replace(job.loaded, proto=_model(pair.few)), points, feeds)
+        found += _against(job, few, _model(pair.many), feeds, 0.25)
+        pair = replace(pair, below=2 * points[-1])
+    return found
 
 
 def _with_less(job: Job, race: tune.Race, form: Form, reason: str) -> bool:

@@ -226,6 +226,28 @@ def test_it_is_timed_around_the_crossover(monkeypatch: pytest.MonkeyPatch) -> No
     assert onnxrank.optimize(ranker(), plan=result.plan, check=False).model == result.model
 
 
+@pytest.mark.parametrize("turn", [200, 9000])
+def test_the_crossover_is_looked_for_until_it_is_found(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
+    """It may be predicted at far too few candidates."""
+    asked: list[tuple[int, ...]] = []
+
+    def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
+        if any(map(is_crossover, made.graph.node)):
+            return tuple(Measured(n, 2.0, 1.9, 2.1) for n in race.points)
+        asked.append(race.points)
+        return tuple(Measured(n, r := 1.5 if n >= turn else 0.5, r, r) for n in race.points)
+
+    monkeypatch.setattr(tune.Race, "measure", measure)
+    result = onnxrank.optimize(ranker(), request=["user"], candidates=WIDE, tune=1.0, check="quick")
+    points = [n for more in asked for n in more]
+    assert len(asked) > 1 and points == sorted(set(points)) and points[-1] <= WIDE[1]
+    if turn <= WIDE[1]:
+        assert max(n for n in points if n < turn) < below(result) <= points[-1]
+        assert points[-2] < 2 * turn
+    else:
+        assert points[-1] == WIDE[1] < below(result)
+
+
 def test_two_plans_that_are_not_faster_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
         r = 0.5 if any(map(is_crossover, made.graph.node)) else 2.0

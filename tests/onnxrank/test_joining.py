@@ -1,4 +1,4 @@
-"""Two models in one: the same scores at every N, nothing stored twice, a condition of three nodes."""
+"""Two models in one: the same scores at every N, nothing large stored twice, a condition made of an extent."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def named(model: ModelProto) -> ModelProto:
     return model
 
 
-def both(**options: float) -> ModelProto:
-    made = joined(ranker(False, **options), ranker(True), BELOW, Count("ids", 0))
+def both(opset: int = 17, **options: float) -> ModelProto:
+    made = joined(ranker(False, opset, **options), ranker(True, opset), BELOW, Count("ids", 0))
     assert made is not None
     onnx.checker.check_model(made, full_check=True)
     return made
@@ -78,16 +78,54 @@ def test_the_condition_counts_candidates(n: int, same: bool) -> None:
     assert np.array_equal(found, wanted) == same
 
 
+def condition(model: ModelProto) -> list[onnx.NodeProto]:
+    """What the `If` asks, from the last node back to the first."""
+    maker = {o: n for n in model.graph.node for o in n.output}
+    found, name = [], crossover(model).input[0]
+    while name in maker:
+        found.append(maker[name])
+        name = maker[name].input[0]
+    return found
+
+
 def test_the_condition_is_made_of_extents_alone() -> None:
-    graph = both().graph
-    maker = {o: n for n in graph.node for o in n.output}
-    less = maker[crossover(both()).input[0]]
-    gather = maker[less.input[0]]
-    shape = maker[gather.input[0]]
-    assert [n.op_type for n in (less, gather, shape)] == ["Less", "Gather", "Shape"]
+    made = both(opset=14)
+    less, gather, shape = found = condition(made)
+    assert [n.op_type for n in found] == ["Less", "Gather", "Shape"]
     assert list(shape.input) == ["ids"]
-    stored = {t.name for t in graph.initializer}
+    stored = {t.name for t in made.graph.initializer}
     assert {gather.input[1], less.input[1]} <= stored
+
+
+def test_one_extent_is_asked_for_where_that_can_be() -> None:
+    less, shape = condition(both(opset=15))
+    assert (less.op_type, shape.op_type, list(shape.input)) == ("Less", "Shape", ["ids"])
+    assert {a.name: a.i for a in shape.attribute} == {"start": 0, "end": 1}
+
+
+def test_an_extent_that_both_read_is_read_once() -> None:
+    few, many = ranker(False), ranker(True)
+    for k, model in enumerate((few, many)):
+        model.graph.node.insert(0, onnx.helper.make_node("Shape", ["ids"], [f"rows {k}"], "as many", start=0, end=1))
+        model.graph.node.append(onnx.helper.make_node("Identity", [f"rows {k}"], ["out 1"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("out 1", onnx.TensorProto.INT64, [1]))
+    made = joined(few, many, BELOW, Count("ids", 0))
+    assert made is not None
+    assert [n.name for n in condition(made)] == ["", "as many"]
+    for n in (0, BELOW - 1, BELOW):
+        feed = {"user": np.ones((1, WIDTH), np.float32), "ids": np.arange(n)}
+        for wanted, found in zip(run(few, feed).values(), run(made, feed).values(), strict=True):
+            np.testing.assert_array_equal(wanted, found)
+
+
+def test_small_weights_are_handed_to_no_branch() -> None:
+    """Whatever a branch captures costs a little in every run."""
+    made = both()
+    large = {t.name for t in made.graph.initializer if t.ByteSize() > 1 << 14}
+    stored = {t.name for t in made.graph.initializer}
+    for branch in crossover(made).attribute:
+        assert captured(branch.g) & stored <= large
+        assert len(branch.g.initializer) > 0
 
 
 def test_what_both_do_alike_stands_outside() -> None:

@@ -1,0 +1,163 @@
+"""How near the machine the products of rewritten models could be, if they stood alone.
+
+Every product of a model that `optimize` made is timed in a session of its own, with operands of the shapes that it has
+there, in turns with one large product. What they reach together is the most that the model can reach with the products
+it has: what is missing to the share of the whole model (`scripts/peak_share.py`) is everything else. Softmax is timed
+twice, on scores and on scores of which half are masked. All times are the thread's.
+
+    python scripts/export_models.py OUT --scale industrial
+    python scripts/kernel_floor.py OUT --only "autoint.torchscript*"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import yaml
+from onnx import TensorProto, helper
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from onnxrank import optimize, turns
+from onnxrank.profiling.sessions import Peak
+from onnxrank.roles import load_spec
+from scripts.benchmark import session
+from scripts.coverage import Feed, Requests
+
+PRODUCTS = ("MatMul", "Gemm")
+MASKED = -1e9
+Shape = tuple[int, ...]
+
+
+def bound(model: bytes, feed: Feed) -> turns.Run:
+    """Runs a model that writes to the same memory every time, as a node within a model does."""
+    own = session(model)
+    binding = own.io_binding()
+    for name, data in feed.items():
+        binding.bind_cpu_input(name, data)
+    for output, made in zip(own.get_outputs(), own.run(None, feed), strict=True):
+        binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.ortvalue_from_numpy(made))
+
+    def run(_: int) -> float:
+        begin = turns.of_thread()
+        own.run_with_iobinding(binding)
+        return turns.of_thread() - begin
+
+    return run
+
+
+def seconds_of(runs: Sequence[turns.Run], seconds: float) -> list[float]:
+    """Median times of several models that take turns, each a few runs long, so that their data are in the caches."""
+    return [float(np.median(m)) for m in turns.interleave(runs, seconds, turns.of_thread).seconds]
+
+
+def kernels(model: bytes, feed: Feed) -> Iterator[tuple[onnx.NodeProto, list[Shape]]]:
+    """The products and softmaxes of a model, and the shapes that their inputs have in a run."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_profiling, options.log_severity_level = True, 4
+    options.add_session_config_entry("session.disable_prepacking", "1")  # no shapes are told of packed weights
+    nodes = {n.name: n for n in onnx.load_from_string(model).graph.node}
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "run")
+        made = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        made.run(None, feed)
+        events = json.loads(Path(made.end_profiling()).read_text())
+    for event in events:
+        name = event["name"].removesuffix("_kernel_time")
+        node = nodes.get(name)
+        if event.get("cat") == "Node" and node is not None and node.op_type in (*PRODUCTS, "Softmax"):
+            found = event["args"]["input_type_shape"]
+            yield node, [tuple(next(iter(i.values()))) for i in found]
+
+
+def alone(node: onnx.NodeProto, shapes: list[Shape]) -> tuple[bytes, Feed]:
+    """A model of one node, with constants on the right, and its input."""
+    rng = np.random.default_rng(0)
+    names = [f"x{k}" for k in range(len(shapes))]
+    data = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in zip(names, shapes, strict=True)}
+    own = helper.make_node(node.op_type, names, ["y"])
+    own.attribute.extend(node.attribute)
+    stored = [name for name in names[1:] if data[name].ndim <= 2]
+    given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, data[n].shape) for n in names if n not in stored]
+    kept = [onnx.numpy_helper.from_array(data[n], n) for n in stored]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([own], "alone", given, [y], kept)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString(), {n: data[n] for n in names if n not in stored}
+
+
+def macs(node: onnx.NodeProto, shapes: list[Shape]) -> int:
+    """Multiply-adds of a product."""
+    turned = {a.name: a.i for a in node.attribute}
+    a, b = shapes[0], shapes[1]
+    inner, width = (b[-1], b[-2]) if turned.get("transB") else (b[-2], b[-1])
+    rows = a[-1] if turned.get("transA") else a[-2]
+    batch = np.broadcast_shapes(a[:-2], b[:-2])
+    return int(np.prod(batch, dtype=np.int64)) * rows * inner * width
+
+
+def floor(path: Path, candidates: int, seconds: float) -> dict[str, Any]:
+    """What the kernels of a rewritten model take alone."""
+    roles = path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
+    result = optimize(path, spec=load_spec(roles), candidates=candidates, check=False)
+    feed = Requests(onnx.load(path), yaml.safe_load(roles.read_text()))(candidates, 0)[result.changed]
+    made = result.model.SerializeToString()
+    counts: Counter[tuple[Any, ...]] = Counter()
+    first: dict[tuple[Any, ...], tuple[onnx.NodeProto, list[Shape]]] = {}
+    for node, shapes in kernels(made, feed):
+        if node.op_type == "Softmax" or all(len(s) >= 2 for s in shapes[:2]):
+            key = (node.op_type, str(node.attribute), *shapes)
+            counts[key] += 1
+            first.setdefault(key, (node, shapes))
+    product, x = Peak.product()
+    peak = bound(product.SerializeToString(), {"x": x})
+    times, work = Counter[str](), 0.0
+    for key, (node, shapes) in first.items():
+        model, given = alone(node, shapes)
+        feeds = [given]
+        if node.op_type == "Softmax":
+            scores = given["x0"].copy()
+            scores[..., ::2] = MASKED
+            feeds.append({"x0": scores})
+        else:
+            work += counts[key] * macs(node, shapes)
+        *found, best = seconds_of([*(bound(model, f) for f in feeds), peak], seconds)
+        for kind, t in zip((node.op_type, "masked Softmax"), found, strict=False):
+            times[kind if kind not in PRODUCTS else "products"] += counts[key] * t / best
+    whole, best = seconds_of([bound(made, feed), peak], 10 * seconds)
+    taken, least = whole / best, work / x.shape[0] ** 3
+    of = {kind: t / taken for kind, t in times.items()}
+    return {"whole": least / taken, "alone": least / times["products"], "of": of}
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="*.torchscript.onnx", metavar="GLOB")
+    parser.add_argument("--candidates", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=0.2, help="per kernel")
+    options = parser.parse_args()
+    print("| model | share of peak | of its products alone | products take | Softmax takes | were half of it masked |")
+    print("|" + "---|" * 6)
+    for path in sorted(options.folder.glob(options.only)):
+        row = floor(path, options.candidates, options.seconds)
+        of = [row["of"].get(kind, 0.0) for kind in ("products", "Softmax", "masked Softmax")]
+        cells = [f"{100 * s:.0f} %" for s in (row["whole"], row["alone"], *of)]
+        print(f"| {path.name.split('.')[0]} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
