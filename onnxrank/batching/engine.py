@@ -110,8 +110,10 @@ def batch(
     chosen = options or Options()
     say = progress or (lambda stage: None)
 
+    if how.pop("blocks", None):
+        raise UsageError("Candidates are scored in blocks for one request per call: leave blocks out.")
     result = pipeline.optimize(
-        model, interface="request", check=check, lengths=lengths, plan=plan, progress=progress, **how
+        model, interface="request", check=check, lengths=lengths, blocks=0, plan=plan, progress=progress, **how
     )
     say("joining requests")
     made = _Job(result, chosen)
