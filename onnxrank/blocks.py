@@ -103,6 +103,8 @@ class _Derivation:
         rows: Where the candidates lie, of tensors that have a row per candidate.
         counts: Tensors of whole numbers that follow from how many candidates there are.
         moving: Tensors that depend on the candidates, or on their number.
+        given: Shapes of the inputs.
+        once: Inputs that are the same for all candidates, and may repeat them in rows nonetheless.
     """
 
     def __init__(self, form: Form) -> None:
@@ -115,6 +117,7 @@ class _Derivation:
             name: tuple(c * ex.product(map(self.facts.meaning, symbols)) for c, symbols in extents)
             for name, extents in form.rewrite.input_extents().items()
         }
+        self.once = {i.name for i in form.study.declared if i.role.level == "request"}
         self.rows: dict[str, Rows] = {}
         self.counts: set[str] = set()
         self.moving: set[str] = set()
@@ -123,11 +126,11 @@ class _Derivation:
         """The nodes inside and outside."""
         if self.opsets[""] < _LEAST_OPSET:
             raise Impossible(f"the model has opset {self.opsets['']}, and blocks need {_LEAST_OPSET}")
-        for i in self.model.graph.input:
-            axis = _axis(self.sizes(i.name))
+        for name in self.given.keys() - self.once:
+            axis = _axis(self.sizes(name))
             if axis is not None:
-                self.take(i.name, Rows(axis))
-        found = Split({name: r.axis for name, r in self.rows.items()})
+                self.take(name, Rows(axis))
+        found = Split({i.name: self.rows[i.name].axis for i in self.model.graph.input if i.name in self.rows})
         for node in self.model.graph.node:
             inside = bool(reads(node) & self.moving)
             (found.inside if inside else found.outside).append(node)
@@ -171,6 +174,8 @@ class _Derivation:
     def follow(self, node: NodeProto) -> None:
         """Takes up what comes of a node."""
         outputs = [o for o in node.output if o]
+        if any(self._is_for_all(name) for name in reads(node) - self.moving - self.stored.keys()):
+            raise Impossible(f"{label(node)!r} reads request-level rows for all candidates at once")
         if subgraphs(node) or traits(node) & Trait.RANDOM:
             raise self.unknown(node)
         if all(o in self.facts.entries for o in outputs):
@@ -184,6 +189,10 @@ class _Derivation:
             self.counts |= set(outputs)
         else:
             self._data(node, outputs)
+
+    def _is_for_all(self, name: str) -> bool:
+        """Whether a tensor from outside has rows of candidates, or tells how many there are."""
+        return any(map(_counts, (*self.sizes(name), *self.facts.entries.get(name, ()))))
 
     def _data(self, node: NodeProto, outputs: Sequence[str]) -> None:
         known = _RULES.get(operator(node))
@@ -482,8 +491,15 @@ class _Writer:
         given = [self._add("Gather", [name, index], axis=axis) for name, axis in parts.inputs.items()]
         results = [claimed(f"{NAME}/{o.name}", self.taken) for o in ends]
         self.nodes.append(
-            helper.make_node("Scan", given, results, name=NAME, body=body, num_scan_inputs=len(given),
-                             scan_input_axes=list(parts.inputs.values()))  # fmt: skip
+            helper.make_node(
+                "Scan",
+                given,
+                results,
+                name=NAME,
+                body=body,
+                num_scan_inputs=len(given),
+                scan_input_axes=list(parts.inputs.values()),
+            )  # fmt: skip
         )
         for o, found in zip(ends, results, strict=True):
             self._flat(found, o.name, total)

@@ -84,7 +84,7 @@ class Pair:
 
     def stored(self) -> Few:
         """What a plan says of the first one."""
-        rules = tuple(dict.fromkeys(r.name for r in self.few.rules))
+        rules = tuple(dict.fromkeys(r.name for r in self.few.rules if self.few.choice.uses(r.name)))
         return Few(self.below, rules, self.few.sites, self.few.study is not self.many.study)
 
 

@@ -38,8 +38,13 @@ def divide(job: Job) -> bool:
         job.notes.append(f"candidates were not tried in blocks: {e}")
         return True
     before = job.blocks, job.pair, job.measured
+    slow = None
     try:
-        slow = _fastest(job) if o.blocks is None else _as_asked(job, o.blocks)
+        if o.blocks is None:
+            slow = _fastest(job)
+        else:
+            job.blocks = o.blocks
+            job.measured = _against_original(job) if o.tune else ()
     except ModelError as e:
         slow = f"they could not be timed: {e}"
     wrong = None if slow or not o.check else _wrong(job)
@@ -55,13 +60,6 @@ def divide(job: Job) -> bool:
         job.report.retreats.append(Retreat(RULE, None, "check", wrong))
         gated(job)  # the report is about the result in one piece again
     return True
-
-
-def _as_asked(job: Job, rows: int) -> None:
-    """Takes blocks of a size."""
-    job.blocks = rows
-    if job.options.tune:
-        job.measured = _against_original(job)
 
 
 def _fastest(job: Job) -> str | None:
