@@ -499,7 +499,7 @@ class _Writer:
                 body=body,
                 num_scan_inputs=len(given),
                 scan_input_axes=list(parts.inputs.values()),
-            )  # fmt: skip
+            )
         )
         for o, found in zip(ends, results, strict=True):
             self._flat(found, o.name, total)

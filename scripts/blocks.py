@@ -5,9 +5,9 @@
     python scripts/blocks.py OUT --memory
 
 The bound is what no graph can be much faster than: the nodes that depend on candidates as a model of their own, run
-once per block from outside, with inputs and outputs bound beforehand. All forms take turns on one thread; a ratio is the
-median over rounds of the time of the result in one piece over that of the form. The time is the thread's unless `--wall`
-is given. With `--memory` it is megabytes that a process of its own holds at most, for one number of candidates.
+once per block from outside, with inputs and outputs bound beforehand. All forms take turns on one thread; a ratio is
+the median over rounds of the time of the result in one piece over that of the form. The time is the thread's unless
+`--wall` is given. With `--memory` it is megabytes that a process of its own holds at most, for one N.
 """
 
 from __future__ import annotations
