@@ -16,7 +16,7 @@ from onnx import ModelProto
 import onnxrank
 from onnxrank import blocks
 from onnxrank.batching.engine import batch
-from onnxrank.errors import CheckFailed, UsageError
+from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.passes import blocking
 from onnxrank.plans import Measured, Plan
 from onnxrank.verify import sizes
@@ -178,6 +178,8 @@ def test_old_opsets_are_left() -> None:
 def test_several_requests_have_a_loop_of_their_own() -> None:
     with pytest.raises(UsageError, match="one request per call"):
         batch(ranker(), request=["user"], blocks=B)
+    with pytest.raises(ModelError, match="in blocks: start from the original"):
+        batch(plain().model, request=["user"], check=False)
 
 
 def test_a_plan_gives_the_same_bytes() -> None:
