@@ -41,13 +41,17 @@ class Pair:
     many: Form
     below: int
 
-    def model(self) -> ModelProto | None:
-        """Both in one model; None where that cannot be written."""
-        count = where(self.many)
-        if self.few.model is None or self.many.model is None or count is None:
+    def model(self, many: ModelProto | None = None) -> ModelProto | None:
+        """Both in one model; None where that cannot be written.
+
+        Args:
+            many: What stands for the second one; its own model if None.
+        """
+        many, count = many or self.many.model, where(self.many)
+        if self.few.model is None or many is None or count is None:
             return None
         shapes = self.many.shapes
-        return joined(self.few.model, self.many.model, self.below, count, lambda name, n: shapes(n).shape(name))
+        return joined(self.few.model, many, self.below, count, lambda name, n: shapes(n).shape(name))
 
     def time(self, candidates: int) -> float:
         """Predicted seconds at a number of candidates."""
@@ -80,7 +84,7 @@ class Pair:
 
     def stored(self) -> Few:
         """What a plan says of the first one."""
-        rules = tuple(dict.fromkeys(r.name for r in self.few.rules))
+        rules = tuple(dict.fromkeys(r.name for r in self.few.rules if self.few.choice.uses(r.name)))
         return Few(self.below, rules, self.few.sites, self.few.study is not self.many.study)
 
 

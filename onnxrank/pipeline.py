@@ -14,7 +14,7 @@ from onnxrank import baked, feeds, workers
 from onnxrank import model as files
 from onnxrank.contract import is_done, same_roles, stored_contract
 from onnxrank.errors import DoesNotRun, UsageError
-from onnxrank.passes import checking, choosing, studying, timing
+from onnxrank.passes import blocking, checking, choosing, studying, timing
 from onnxrank.passes.emission import Result, plan_of, result, unchanged
 from onnxrank.passes.job import Job, Pass
 from onnxrank.passes.options import Options, span_of
@@ -32,6 +32,7 @@ STUDY = Pass("deriving shapes", "none", studying.study)
 REWRITE = Pass("rewriting", "exact", choosing.rewrite)
 CHECK = Pass("checking", "undo", checking.check)
 TIME = Pass("timing", "undo", timing.measure)
+BLOCKS = Pass("dividing candidates", "exact", blocking.divide)
 
 
 def optimize(
@@ -51,6 +52,7 @@ def optimize(
     lengths: Mapping[str, tuple[int, int]] | None = None,
     strict: bool = False,
     tune: float = 0.0,
+    blocks: int | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
@@ -78,6 +80,8 @@ def optimize(
         strict: Whether a result that does not pass its check is an error instead of taken back in part.
         tune: Seconds to time original and result in turns; 0 for none. What was measured makes the bytes depend on the
             machine; `Result.plan` gives the same ones again.
+        blocks: Most candidates of a block, to score them block by block; 0 for never. None: where timing with `tune`
+            says that it is faster and a thousand candidates or more are expected. For results that run on a CPU.
         plan: A plan, or its file, to be replayed: it has roles, interface, candidates, guard and rules.
         progress: Called with the name of each stage.
 
@@ -91,7 +95,9 @@ def optimize(
         EnvironmentProblem: onnxruntime is missing, or memory ran out.
     """
     span, how = span_of(candidates), "standard" if check is True else check
-    options = Options(interface, guard, span, check=how, lengths=lengths, strict=strict, tune=tune, progress=progress)
+    options = Options(
+        interface, guard, span, check=how, lengths=lengths, strict=strict, tune=tune, blocks=blocks, progress=progress
+    )
     if check:
         workers.warm()
     options.say("reading")
@@ -106,7 +112,7 @@ def optimize(
     use = (given, options.interface, options.span, options.names, options.lengths or {})
     if contract is not None and roles is None and is_done(contract, described(loaded), *use):
         return left_alone(loaded, options, given)
-    passes = [STUDY, REWRITE, *([CHECK] if options.check else []), *([TIME] if options.tune else [])]
+    passes = [STUDY, REWRITE, *([CHECK] if options.check else []), *([TIME] if options.tune else []), BLOCKS]
     try:
         return run(Job(loaded, given, options, notes), passes)
     except DoesNotRun:

@@ -181,6 +181,7 @@ class Plan:
         changed: Whether anything was applied; if not, the result is the original.
         measured: What timing the result gave, if it was timed.
         few: What holds for few candidates instead; None where the sites hold for any number.
+        blocks: Most candidates of a block, where they are scored in blocks; 0 where they are not.
     """
 
     source_sha256: str
@@ -195,6 +196,7 @@ class Plan:
     changed: bool = True
     measured: tuple[Measured, ...] = ()
     few: Few | None = None
+    blocks: int = 0
 
     @property
     def preparation(self) -> tuple[Site, ...]:
@@ -213,6 +215,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `from_dict` reads back."""
         few = {} if self.few is None else {"few": self.few.to_dict()}
+        blocks = {"blocks": self.blocks} if self.blocks else {}
         return {
             "plan_version": VERSION,
             "source_sha256": self.source_sha256,
@@ -227,6 +230,7 @@ class Plan:
             "measured": [vars(m) for m in self.measured],
             "sites": [_site_to_dict(s) for s in self.sites],
             **few,
+            **blocks,
         }
 
     def to_json(self) -> str:
@@ -261,6 +265,7 @@ class Plan:
                 ),
                 sites=tuple(_site_from_dict(s) for s in _as(list, d["sites"])),
                 few=Few.from_dict(_as(dict, d["few"])) if "few" in d else None,
+                blocks=_as(int, d.get("blocks", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"{where} cannot be read: {type(e).__name__}: {e}") from e
@@ -278,7 +283,7 @@ class Plan:
         """The form in a model's contract: what that does not say already, without what depends on a cost model."""
         few = None if self.few is None else replace(self.few, sites=_bare(self.few.sites))
         full = replace(self, sites=_bare(self.sites), few=few).to_dict()
-        kept = ("plan_version", "guard", "rules", "changed", "measured", "sites", "few")
+        kept = ("plan_version", "guard", "rules", "changed", "measured", "sites", "few", "blocks")
         return {k: full[k] for k in kept if k in full}
 
     @classmethod

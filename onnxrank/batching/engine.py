@@ -16,6 +16,7 @@ from onnxrank.batching.regions import TURN
 from onnxrank.batching.rows import FORMS, NAMES, PADDED
 from onnxrank.batching.single import for_one
 from onnxrank.batching.tensors import Tensor
+from onnxrank.blocks import ROWS
 from onnxrank.contract import PACKED, store
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.passes.checking import held
@@ -110,8 +111,10 @@ def batch(
     chosen = options or Options()
     say = progress or (lambda stage: None)
 
+    if how.pop("blocks", None):
+        raise UsageError("Candidates are scored in blocks for one request per call: leave blocks out.")
     result = pipeline.optimize(
-        model, interface="request", check=check, lengths=lengths, plan=plan, progress=progress, **how
+        model, interface="request", check=check, lengths=lengths, blocks=0, plan=plan, progress=progress, **how
     )
     say("joining requests")
     made = _Job(result, chosen)
@@ -167,6 +170,8 @@ class _Job:
         self.before, self.options = result, options
         self.loaded = result.loaded
         proto, roles, self.contract = for_one(result)
+        if any(t.name == ROWS for t in proto.graph.initializer):
+            raise ModelError("The model scores its candidates in blocks: start from the original, or use --blocks 0.")
         original = Roles.from_dict(self.contract["roles"])
         axes: dict[str, int | None] = {}
         for name, role in original.inputs.items():

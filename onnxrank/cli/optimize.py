@@ -53,6 +53,13 @@ if TYPE_CHECKING:
     help="Time original and result in turns, for about so long, and take back what is not faster; 0 for not at all. "
     "What was measured may decide the bytes: --plan-out keeps it. Also from the variable ONNXRANK_TUNE.",
 )
+@click.option(
+    "--blocks",
+    type=click.IntRange(0),
+    metavar="ROWS",
+    help="Score candidates in blocks of at most so many, so that their rows stay in the cache; 0 for never.  [default: "
+    "with --tune, where a thousand candidates or more are expected and it is faster; for a GPU use 0]",
+)
 @click.option("--plan-out", metavar="FILE", help="Write every decision as JSON, for --plan.")
 @click.option(
     "--plan",
@@ -88,6 +95,7 @@ def optimize(
     no_check: bool,
     strict: bool,
     tune: float,
+    blocks: int | None,
     plan_out: str | None,
     plan: str | None,
     require_change: bool,
@@ -130,6 +138,7 @@ def optimize(
                 lengths=lengths,
                 strict=strict,
                 tune=tune,
+                blocks=blocks,
                 plan=plan,
                 progress=progress,
             )

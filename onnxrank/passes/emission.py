@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from onnx import ModelProto
 
-from onnxrank import cost, plans, remarks
+from onnxrank import blocks, cost, plans, remarks
 from onnxrank import model as files
 from onnxrank.contract import store
 from onnxrank.errors import UsageError
@@ -79,14 +79,15 @@ def plan_of(job: Job, form: Form | None) -> Plan:
         changed=form is not None,
         measured=job.measured,
         few=job.pair.stored() if job.pair is not None and form is not None else None,
+        blocks=job.blocks if form is not None else 0,
     )
 
 
 def emitted(job: Job) -> ModelProto:
     """The result with its contract."""
     form = job.chosen
-    if job.made is not None and job.made[:3] == (form, job.pair, job.measured):
-        return job.made[3]
+    if job.made is not None and job.made[:-1] == (form, job.pair, job.measured, job.blocks):
+        return job.made[-1]
     made = ModelProto()
     made.CopyFrom(written(job))
     contract = {
@@ -102,13 +103,17 @@ def emitted(job: Job) -> ModelProto:
     if job.report.lengths:
         contract["lengths"] = {name: list(span) for name, span in job.report.lengths.items()}
     store(made, contract)
-    job.made = form, job.pair, job.measured, made
+    job.made = form, job.pair, job.measured, job.blocks, made
     return made
 
 
 def written(job: Job) -> ModelProto:
     """The result without its contract."""
-    made = job.chosen.model if job.pair is None else job.pair.model()
+    try:
+        many = blocks.blocked(job.chosen, job.blocks) if job.blocks else job.chosen.model
+    except blocks.Impossible as e:
+        raise UsageError(f"candidates cannot be scored in blocks: {e}") from e
+    made = many if job.pair is None else job.pair.model(many)
     if made is None:
         raise UsageError("the plan cannot be replayed: its two ways cannot stand in one file any more")
     return made

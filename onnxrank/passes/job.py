@@ -61,6 +61,7 @@ class Job:
         full: The form with all rules.
         pair: The chosen form, and another one for few candidates; None where it holds for any number.
         measured: What timing gave.
+        blocks: Most candidates of a block, where they are scored in blocks; 0 where they are not.
         spent: Seconds that timing took.
         without: Rules that were out before timing left any out.
         guilty: Rules with operators at which one of their sites made the check fail.
@@ -86,11 +87,12 @@ class Job:
         self.full: Form | None = None
         self.pair: Pair | None = None
         self.measured: tuple[Measured, ...] = ()
+        self.blocks = 0
         self.spent = 0.0
         self.without: frozenset[str] = frozenset()
         self.guilty: set[tuple[str, str]] = set()
         self.others: list[Refusal] = []
-        self.made: tuple[Form, Pair | None, tuple[Measured, ...], ModelProto] | None = None
+        self.made: tuple[Form, Pair | None, tuple[Measured, ...], int, ModelProto] | None = None
         self.side: Side | None = None
 
     @property

@@ -25,6 +25,7 @@ class Options:
         lengths: Least and most of symbolic lengths, for the check.
         strict: Whether a failing check is an error.
         tune: Seconds for timing.
+        blocks: Most candidates of a block; 0 for no blocks, None for what timing says.
         progress: Called with the name of each stage.
 
     Raises:
@@ -40,6 +41,7 @@ class Options:
     lengths: Mapping[str, tuple[int, int]] | None = None
     strict: bool = False
     tune: float = 0.0
+    blocks: int | None = None
     progress: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +53,8 @@ class Options:
             )
         if not 0 <= self.tune < float("inf"):
             raise UsageError(f"tune {self.tune!r} is not a number of seconds")
+        if self.blocks is not None and self.blocks < 0:
+            raise UsageError(f"blocks {self.blocks!r} is not a number of candidates, or 0 for none")
 
     def say(self, stage: str) -> None:
         """Tells what is being done."""

@@ -32,6 +32,7 @@ def follow(job: Job, found: Plan) -> bool:
     o = job.options
     job.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
     job.measured = found.measured
+    job.blocks = found.blocks if o.blocks is None else o.blocks
     take(job, job.full)
     if found.few is not None:
         rules = [r for r in o.rules if r.name in found.few.rules]
@@ -70,6 +71,7 @@ def replayed_options(
         ("candidates", given.span, found.candidates, default.span),
         ("guard", given.guard, found.guard, default.guard),
         ("tune", given.tune, 0.0, default.tune),
+        ("blocks", given.blocks or None, found.blocks, default.blocks),
         ("select", select, None, None),
         ("ignore", tuple(ignore), (), ()),
     ):

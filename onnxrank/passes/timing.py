@@ -35,7 +35,7 @@ def measure(job: Job) -> bool:
     """Times original and result in turns, and takes back what is not faster; whether anything is left."""
     if not job.options.tune or job.form is None:
         return job.form is not None
-    race = _race(job, tune.points(job.options.span, job.options.usual))
+    race = race_of(job, tune.points(job.options.span, job.options.usual))
     try:
         if job.pair is not None:
             if any(_pair_measured(job, race, pair) for pair in crossover.with_any_few(job.pair, job.plain)):
@@ -43,7 +43,7 @@ def measure(job: Job) -> bool:
             if not (uncross(job, "tune", f"measured {tune.told(job.measured)} with two") and check(job)):
                 job.form = None
                 return False
-        job.measured, job.without = _timed(job, race, job.form, 0.5), job.form.choice.without
+        job.measured, job.without = timed(job, race, job.form, 0.5), job.form.choice.without
         reason = f"measured {tune.told(job.measured)}"
         if not (tune.faster(job.measured) or _with_less(job, race, job.form, reason) or _other(job, race, reason)):
             job.measured = ()
@@ -59,7 +59,7 @@ def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     checked, job.pair = job.pair, pair.measured(times)
     same = checked is not None and (job.pair.few, job.pair.below) == (checked.few, checked.below)
     right = not job.options.check or same or gated(job).passed
-    job.measured = _timed(job, race, pair.many, 0.25, made=written(job))
+    job.measured = timed(job, race, pair.many, 0.25, made=written(job))
     return right and tune.faster(job.measured)
 
 
@@ -71,7 +71,7 @@ def _around(job: Job, pair: Pair) -> list[Measured]:
         points = tuple(n for n in pair.around(job.options.span) if n > known)
         feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in points)
         few = tune.Race(replace(job.loaded, proto=_model(pair.few)), points, feeds)
-        found += _against(job, few, _model(pair.many), feeds, 0.25)
+        found += against(job, few, _model(pair.many), feeds, 0.25)
         pair = replace(pair, below=2 * points[-1])
     return found
 
@@ -108,7 +108,7 @@ def _without_each(job: Job, race: tune.Race, form: Form) -> list[tuple[str, Form
     for rule in rules:
         other = form.leaving(form.choice.leaving(rules=[rule]))
         if other.changed and (not tried or _patient(job)):
-            tried.append((rule, other, _timed(job, race, other, 0.5 / len(rules))))
+            tried.append((rule, other, timed(job, race, other, 0.5 / len(rules))))
     return sorted(tried, key=lambda t: _rank(t[2]), reverse=True)
 
 
@@ -116,7 +116,7 @@ def _other(job: Job, race: tune.Race, reason: str) -> bool:
     """Takes the best of the other ways to rewrite the model; whether one is faster."""
     first = job.chosen
     forms = promising(job, [f for f in job.found if f.changed and f.model != first.model])
-    tried = [(f, _timed(job, race, f, 0.5 / len(forms))) for f in forms if _patient(job)]
+    tried = [(f, timed(job, race, f, 0.5 / len(forms))) for f in forms if _patient(job)]
     for form, times in sorted(tried, key=lambda t: _rank(t[1]), reverse=True):
         go_on_with(job, form)
         if _taken(job, form, times):
@@ -136,32 +136,32 @@ def _rank(times: Sequence[Measured]) -> tuple[bool, float]:
     return found, tune.mean(times) if found else tune.worst(times)
 
 
-def _race(job: Job, points: tuple[int, ...]) -> tune.Race:
+def race_of(job: Job, points: tuple[int, ...]) -> tune.Race:
     """The original and the requests that it is timed with."""
     study = job.study
     return tune.Race(job.loaded, points, tuple(study.maker(_setting(study, n)) for n in points))
 
 
-def _timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto | None = None) -> tuple[Measured, ...]:
+def timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto | None = None) -> tuple[Measured, ...]:
     """Times a form, or what is made of it, for a share of the time there is; between the ends where that is faster."""
     made = _model(form) if made is None else made
     found = _raced(job, race, form, share, made)
     points = tune.between(job.options.span, job.options.usual)
     if points and tune.faster(found):  # sessions see the usual number first, as a server's do
-        found += _raced(job, _race(job, (job.options.usual, *points)), form, share, made)[1:]
+        found += _raced(job, race_of(job, (job.options.usual, *points)), form, share, made)[1:]
     return found
 
 
 def _raced(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto) -> tuple[Measured, ...]:
     """Times what is made of a form; more than once, in other sessions, where it seems to lose a little."""
     feeds = [form.rewrite.translate(f) for f in race.feeds]
-    tries = [_against(job, race, made, feeds, share)]
+    tries = [against(job, race, made, feeds, share)]
     while tune.unsure(tries[0]) and len(tries) <= _AGAIN:
-        tries.append(_against(job, race, made, feeds, share))
+        tries.append(against(job, race, made, feeds, share))
     return tune.middle(tries)
 
 
-def _against(job: Job, race: tune.Race, made: ModelProto, feeds: Sequence[Feeds], share: float) -> tuple[Measured, ...]:
+def against(job: Job, race: tune.Race, made: ModelProto, feeds: Sequence[Feeds], share: float) -> tuple[Measured, ...]:
     """Times a model against another one, and adds up what that takes."""
     begin = time.monotonic()
     found = race.measure(made, feeds, share * job.options.tune)

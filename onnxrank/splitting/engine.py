@@ -194,6 +194,7 @@ def split(
         lengths=lengths,
         strict=strict,
         tune=tune,
+        blocks=0,
         plan=plan,
         progress=progress,
     )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from onnxrank import joining
+from onnxrank.blocks import ROWS
 from onnxrank.errors import UsageError
 from onnxrank.facts import settings
 from onnxrank.graphs import subgraphs
@@ -309,11 +310,13 @@ def many_of(span: Span | None, level: str, counts: Sequence[int]) -> list[int]:
 
 
 def turns(models: Iterable[ModelProto]) -> list[int]:
-    """Numbers of candidates around those at which a file of two plans goes over from one to the other."""
+    """Numbers of candidates around those at which a file goes from one plan to the other, or to one more block."""
     found = []
     for model in models:
         shapes = {o: node for node in model.graph.node for o in node.output}
         stored = {t.name: t for t in model.graph.initializer}
+        for n in _numbers(stored[ROWS]) if ROWS in stored else ():
+            found += [k + d for k in (n, 2 * n) for d in (-1, 0, 1)]
         for node in filter(joining.is_crossover, model.graph.node):
             less = shapes.get(node.input[0])
             for i in less.input if less is not None else ():

@@ -167,7 +167,7 @@ def test_a_wrong_branch_is_found(name: str) -> None:
 def test_a_second_plan_that_fails_the_check_is_taken_back() -> None:
     whole = Pair.model
 
-    def wrong(self: Pair) -> ModelProto | None:
+    def wrong(self: Pair, *many: ModelProto) -> ModelProto | None:
         model = whole(self)
         assert model is not None
         graph = branch(model, "then_branch")
@@ -351,7 +351,7 @@ def test_two_plans_are_tried_with_the_original_as_it_is(monkeypatch: pytest.Monk
         return tuple(Measured(n, r, r * 0.99, r * 1.01) for n in race.points)
 
     monkeypatch.setattr(tune.Race, "measure", measure)
-    result = onnxrank.optimize(ranker(dead=True), request=["user"], candidates=WIDE, tune=1.0, check="quick")
+    result = onnxrank.optimize(ranker(dead=True), request=["user"], candidates=WIDE, tune=1.0, blocks=0, check="quick")
     assert len(set(tried)) == 2
     assert result.plan.few is not None and result.plan.few.original
     assert not any(r.rule == crossover.RULE for r in result.report.retreats)
