@@ -449,6 +449,11 @@ class Network:
         return out
 
 
+def made_by(node: NodeProto, method: str) -> bool:
+    """Whether a method of `compress` made a node."""
+    return any(p.key == METHOD and p.value == method for p in node.metadata_props)
+
+
 def without_constants(model: ModelProto) -> ModelProto:
     """A copy of a model without its initializers, which may be most of it."""
     out = ModelProto()

@@ -39,6 +39,7 @@ import onnxrank
 from models.spec import InputSpec, sample
 from onnxrank import runtime
 from onnxrank.compress import gate
+from onnxrank.compress.casts import join_casts
 from onnxrank.compress.engine import Options, Result, compress
 from onnxrank.compress.methods import METHODS, factor, subspace
 from onnxrank.compress.plan import Plan, Step, Tuning
@@ -347,6 +348,7 @@ def tables(folder: Path, seconds: float, requests: int) -> None:
         size = sum(a * b for a, b in (t.shape for t in sites))
         for t in sites:
             METHODS["fp16-tables"].apply(net, t, 0, Statistics())
+        join_casts(net)
         made = net.finished()
         kept = [t for t in made.graph.initializer if t.data_type == 10]
         shares = []

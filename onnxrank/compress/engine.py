@@ -40,6 +40,8 @@ TUNED = 1024
 """Rows of a step of training."""
 _SUMS = "sums"
 _TRIES = 3
+_LIKELY = 0.75
+"""Share of what is allowed that a model is expected to take up which the gate is asked about after one was refused."""
 _MOST_BYTES = 1 << 31
 
 
@@ -451,7 +453,7 @@ class _Job:
             told = any("too few to tell" in r or "tell these labels" in r for x in report.outcomes for r in x.reasons)
             if report.verdict == "passed" or at == 0 or told or o.plan is not None or report.tries == _TRIES:
                 break
-            at //= 2
+            at = milder(history, at, report.outcomes)
             limits = replace(limits, level=1 - (1 - limits.level) / 2)
         if _mixes(history[at].plan):
             report.notes.append(
@@ -499,6 +501,22 @@ class _Job:
         """Scores of a model on the gate's rows."""
         o = self.options
         return scored(self.engine, Scoring(self.data, model, o.timeout, o.memory, outputs=outputs))
+
+
+def milder(history: Sequence[Made], at: int, outcomes: Sequence[Outcome]) -> int:
+    """Which of some models to ask the gate about next: the last one that can be expected to pass.
+
+    What scores lose, and how wide the intervals of that are, goes about by how far logits are off. Steps differ in that
+    by far, so their number says nothing.
+
+    Args:
+        history: The models, the one that nothing was done to first.
+        at: The one that did not pass.
+        outcomes: What the gate said of that.
+    """
+    used = max((c.used for o in outcomes for c in o.criteria), default=math.inf)
+    error = history[at].error * _LIKELY / max(used, 1.0)
+    return max((k for k in range(1, at) if history[k].error <= error), default=0)
 
 
 def _mixes(plan: Plan) -> bool:

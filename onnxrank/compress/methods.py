@@ -18,7 +18,7 @@ from onnx import NodeProto
 
 from onnxrank.columns import fold
 from onnxrank.compress.statistics import Fitted, Moments, Statistics
-from onnxrank.network import METHOD, Joint, Layer, Network, Product, Single, Site, Table
+from onnxrank.network import Joint, Layer, Network, Product, Single, Site, Table, made_by
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
@@ -463,7 +463,7 @@ def fold_pca(net: Network) -> dict[str, list[str]]:
         Per lookup, by the name of what it gave, the inputs of the layers that read it.
     """
     out = {}
-    for node in [n for n in net.nodes if n.op_type == "MatMul" and _made_by(n, "pca-tables")]:
+    for node in [n for n in net.nodes if n.op_type == "MatMul" and made_by(n, "pca-tables")]:
         after = net.alone(node.output[0])
         back = net.array(node.input[1])
         mean = None if after is None else net.array(after.input[1])
@@ -475,10 +475,6 @@ def fold_pca(net: Network) -> dict[str, list[str]]:
             net.nodes = [n for n in net.nodes if n is not node and n is not after]
             net.renewed()
     return out
-
-
-def _made_by(node: NodeProto, method: str) -> bool:
-    return any(p.key == METHOD and p.value == method for p in node.metadata_props)
 
 
 def _pca_error(net: Network, site: Table, rank: int, stats: Statistics) -> float:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxrank.compress import gate
+from onnxrank.compress.casts import join_casts
 from onnxrank.compress.gate import Limits, Outcome
 from onnxrank.compress.methods import LEAST_WIDTH, METHODS, Refused, fitted, fold_pca
 from onnxrank.compress.plan import Plan, Step, Tuning
@@ -227,6 +228,7 @@ class Search:
         """Makes a model and measures it on the kept rows, its last layers fitted again where that helps."""
         net = self.build(plan, stats)
         folded = fold_pca(net)
+        join_casts(net)
         model = net.finished()
         if self.refit and plan.steps and plan.finetune is None:
             several = [h for h in heads(net) if h.output in self.kept.outputs]
