@@ -26,14 +26,15 @@ from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
 from onnxrank.compress.runner import ORIGINAL, Runner
 from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
 from onnxrank.compress.statistics import Moments, Statistics
+from onnxrank.compress.units import MOST, needed
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.network import Joint, Layer, Network, Product, Site
-from onnxrank.packing import pack
+from onnxrank.packing import hidden, pack
 from onnxrank.roles import Roles
 
 PACK = "pack"
-DEFAULT = ("fp16-tables", "low-rank", "int8-tables", "int8", "fp16", "pca-tables", PACK)
+DEFAULT = ("fp16-tables", "low-rank", "units", "int8-tables", "int8", "fp16", "pca-tables", PACK)
 """Methods that are tried if none are named."""
 NAMES = (*METHODS, PACK)
 TUNED = 1024
@@ -309,8 +310,10 @@ class _Job:
             for k, p in enumerate(products)
             for j, t in enumerate(p.inputs if indirect[k] else p.members[0].outputs)
         }
-        wanted = {"low-rank"} & {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
-        sums = sums if wanted else {}
+        wanted = {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
+        sums = sums if "low-rank" in wanted else {}
+        between = {f"h:{k}": h for k, h in enumerate(hidden(base))} if "units" in wanted else {}
+        sums |= {key: [h.tensor] for key, h in between.items()}
         ids: dict[str, list[Any]] = {f"t:{k}": [list(t.ids), t.shape[0]] for k, t in enumerate(tables)}
         exposed = [*(n for ns in sums.values() for n in ns), *(i for t in tables for i in t.ids)]
         model = base.finished()
@@ -322,7 +325,7 @@ class _Job:
         found = self._summed(model, exposed, sums, ids)
         runner.close(_SUMS)
         moments: dict[str, Moments] = {}
-        for k, p in enumerate(products if sums else []):
+        for k, p in enumerate(products if "low-rank" in wanted else []):
             total: Moments | None = None
             vector = gemm_bias(base, p)
             for j in range(len(p.inputs)):
@@ -333,7 +336,12 @@ class _Job:
             assert total is not None
             moments[p.name] = total
         lookups = {t.name: found[f"t:{k}"] for k, t in enumerate(tables)}
-        stats = Statistics(self.report.rows[CALIBRATION], moments, lookups, depths)
+        units = {
+            h.name: needed(np.concatenate([base.matrix(r) for r in h.readers], axis=1), found[key])
+            for key, h in between.items()
+            if LEAST_WIDTH <= h.width <= MOST
+        }
+        stats = Statistics(self.report.rows[CALIBRATION], moments, lookups, depths, hidden=units)
         return stats, self._kept(runner, outputs)
 
     def _summed(self, model: ModelProto, exposed: list[str], sums: Any, ids: Any) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnxrank.columns import fold
-from onnxrank.compress.statistics import Fitted, Moments, Statistics
-from onnxrank.network import Joint, Layer, Network, Product, Single, Site, Table, made_by
+from onnxrank.compress import units
+from onnxrank.compress.statistics import Fitted, Moments, Needed, Statistics
+from onnxrank.network import Hidden, Joint, Layer, Network, Product, Single, Site, Table, made_by
 
 Floats = NDArray[np.float64]
 _LEAST_SAVING = 0.95
@@ -123,7 +124,9 @@ def fitted(net: Network, site: Layer, rank: int, stats: Statistics) -> Fitted:
         raise Refused(f"a layer of {site.shape[0]} x {site.shape[1]} has no rank {rank}")
     found = stats.maps.get(site.name)
     if found is not None and found.rank == rank:
-        return found
+        first = found.first.copy()
+        first[(net.matrix(site) == 0).all(axis=1)] = 0  # units that are gone stay so
+        return replace(found, first=first)
     moments = _moments(site, stats)
     basis = subspace(moments)[1][:, :rank]
     shift = moments.mean - basis @ (basis.T @ moments.mean)
@@ -230,6 +233,38 @@ def _moments(site: Layer, stats: Statistics) -> Moments:
     found = stats.products.get(site.name)
     if found is None or found.count < 2:
         raise Refused("no calibration row reached it")
+    return found
+
+
+# --- fewer units --------------------------------------------------------------------------------------------------
+
+
+def _units_offers(net: Network, site: Hidden, stats: Statistics) -> Sequence[int]:
+    found = _needed(site, stats)
+    return units.counts(found.lost, [1 - e for e in _ENERGIES], int(_LEAST_SAVING * site.width))
+
+
+def _fewer_units(net: Network, site: Hidden, kept: int, stats: Statistics) -> list[Site]:
+    """`x_S C_SS^-1 C_S W` and a constant, S the units that are needed most, C the covariance of all."""
+    if not 1 <= kept <= site.width:
+        raise Refused(f"there are {site.width} units, and not {kept}")
+    found = _needed(site, stats)
+    units.keep(net, site, found.order[:kept], found.moments)
+    return []
+
+
+def _units_error(net: Network, site: Hidden, kept: int, stats: Statistics) -> float:
+    return math.sqrt(float(_needed(site, stats).lost[kept]))
+
+
+def _needed(site: Hidden, stats: Statistics) -> Needed:
+    if site.width < LEAST_WIDTH:
+        raise Refused(f"there are {site.width} units only")
+    if site.width > units.MOST:
+        raise Refused(f"among {site.width} units those that are needed least take too long to find")
+    found = stats.hidden.get(site.name)
+    if found is None or found.moments.count < 2:
+        raise Refused("no calibration row reached them")
     return found
 
 
@@ -572,6 +607,13 @@ METHODS: Mapping[str, Method] = {
             "atomic feature mimicking (arXiv 2405.18146) without its ReLU: of all layers of rank k that with the least "
             "mean square error on the calibration rows",
             False, False, (Product, Joint), _low_rank_offers, _low_rank, _low_rank_error,
+        ),
+        Method(
+            "units",
+            "x W -> x_S C_SS^-1 C_S W and a constant, S the units that are needed most, C their covariance",
+            "optimal brain surgeon (Hassibi and Stork, 1993) on what the next layers give, a unit at a time; the units "
+            "are packed away",
+            False, False, Hidden, _units_offers, _fewer_units, _units_error,
         ),
         Method(
             "int8-tables",

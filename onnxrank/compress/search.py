@@ -32,7 +32,8 @@ from onnxrank.compress.runner import ORIGINAL, Runner, speed
 from onnxrank.compress.statistics import Fitted, Statistics, reduced_rank
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.feeds import Feed
-from onnxrank.network import Layer, Network, Product, Site, Table, parameters
+from onnxrank.network import Hidden, Joint, Layer, Network, Product, Site, Table, parameters
+from onnxrank.packing import drop_units, hidden
 
 Floats = NDArray[np.float64]
 Chain = tuple[tuple[str, int], ...]
@@ -198,8 +199,9 @@ class Search:
                 if part in taken:
                     raise UsageError(f"The plan names {part!r} twice: at {taken[part]!r} and at {step.site!r}.")
                 taken[part] = step.site
-        for step in plan.by_site.values():
-            sites: list[Site] = [here[step.site]]
+        # Units first: what is done to the layers around them then finds which of them are still read.
+        for step in sorted(plan.by_site.values(), key=lambda s: not isinstance(here[s.site], Hidden)):
+            sites: list[Site] = [_renewed(here[step.site])]
             for name, parameter in step.chain:
                 method = METHODS[name]
                 if any(not isinstance(s, method.takes) for s in sites):
@@ -208,6 +210,14 @@ class Search:
             if left is not None:
                 left[step.site] = sites
         return net
+
+    def _closed(self, net: Network, plan: Plan) -> dict[str, list[str]]:
+        """Does what can be done when all steps are made; returns what `fold_pca` does."""
+        if any(isinstance(self.all[s], Hidden) for s in plan.by_site):
+            drop_units(net)
+        folded = fold_pca(net)
+        join_casts(net)
+        return folded
 
     def scored(self, model: ModelProto, expose: Sequence[str] = ()) -> dict[str, Floats]:
         """What a model gives on the kept rows."""
@@ -227,8 +237,7 @@ class Search:
     def made(self, plan: Plan, stats: Statistics | None = None) -> Made:
         """Makes a model and measures it on the kept rows, its last layers fitted again where that helps."""
         net = self.build(plan, stats)
-        folded = fold_pca(net)
-        join_casts(net)
+        folded = self._closed(net, plan)
         model = net.finished()
         if self.refit and plan.steps and plan.finetune is None:
             several = [h for h in heads(net) if h.output in self.kept.outputs]
@@ -289,8 +298,9 @@ class Search:
             for chain in self.chains(site):
                 step = Step(name, chain)
                 try:
-                    net = self.build(replace(self._empty, steps=(step,)))
-                    fold_pca(net)
+                    plan = replace(self._empty, steps=(step,))
+                    net = self.build(plan)
+                    self._closed(net, plan)
                     model = net.finished()
                     saved = self._whole - len(model.SerializeToString())
                     found = self._chained(step, saved, out) if len(chain) > 1 else self._alone(step, model, saved)
@@ -522,6 +532,7 @@ class Search:
         total = 0
         ranks = {s.site: k for s in made.plan.by_site.values() for m, k in s.chain if m in ("low-rank", "pca-tables")}
         narrower: dict[str, int] = {}
+        gone = self._gone(made.plan)
         shared = {part for name in ranks for part in parts(self.all[name])} - set(ranks)
         for name, site in self.all.items():
             rank, rows = ranks.get(name), self.macs.get(name, 0)
@@ -536,9 +547,19 @@ class Search:
             rank = ranks.get(name)
             if isinstance(site, Product if rank is None else Layer) and name not in shared:
                 rows = self.macs.get(site.members[0].name, 0)
-                inner, outer = site.shape[0] - narrower.get(site.inputs[0], 0), site.shape[1]
+                inner = site.shape[0] - narrower.get(site.inputs[0], 0) - gone.get(site.inputs[0], 0)
+                outer = site.shape[1] - sum(gone.get(p.name, 0) for p in site.members)
                 total += rows * (inner * outer if rank is None else rank * (inner + outer))
         return total
+
+    def _gone(self, plan: Plan) -> dict[str, int]:
+        """How many units went, by the name of the layer that gave them and by the tensor that others read."""
+        out: dict[str, int] = {}
+        for step in plan.by_site.values():
+            site = self.all[step.site]
+            if isinstance(site, Hidden):
+                out[site.layer.name] = out[site.tensor] = site.width - step.chain[0][1]
+        return out
 
     # --- sequentially ------------------------------------------------------------------------------------------
 
@@ -585,9 +606,9 @@ class Search:
         """
         stats = replace(self.stats, maps=made.maps)
         first = {s.site: replace(s, chain=s.chain[:1]) for s in made.plan.by_site.values() if _trained(s)}
-        tables = [s for s in made.plan.by_site.values() if isinstance(self.all[s.site], Table)]
+        others = [s for s in made.plan.by_site.values() if isinstance(self.all[s.site], (Table, Hidden))]
         left: dict[str, list[Site]] = {}
-        net = self.build(replace(made.plan, steps=(*tables, *first.values())), stats, left)
+        net = self.build(replace(made.plan, steps=(*others, *first.values())), stats, left)
         several = {name: _factors(left[name]) for name in first}
         named = {"steps": steps, "relu": how.relu, "seed": how.seed}
         sites = [f for fs in several.values() for f in fs]
@@ -649,7 +670,16 @@ def _seconds(point: Point) -> float:
 
 
 def _layer(site: Site) -> Layer:
-    assert not isinstance(site, Table)
+    assert not isinstance(site, (Table, Hidden))
+    return site
+
+
+def _renewed(site: Site) -> Site:
+    """A site whose weights may be others by now."""
+    if isinstance(site, Product):
+        return replace(site, weight=site.nodes[0].input[1])
+    if isinstance(site, Joint):
+        return Joint(tuple(replace(p, weight=p.nodes[0].input[1]) for p in site.members))
     return site
 
 
@@ -664,14 +694,14 @@ def _factors(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def named(net: Network) -> dict[str, Site]:
-    """All sites of a model by name, tables first, layers that share what they read last."""
-    several: list[Site] = [*net.tables(), *net.products(), *net.joints(LEAST_WIDTH)]
+    """All sites of a model by name: tables, layers, layers that share what they read, and units between layers."""
+    several: list[Site] = [*net.tables(), *net.products(), *net.joints(LEAST_WIDTH), *hidden(net)]
     return {s.name: s for s in several}
 
 
 def parts(site: Site) -> tuple[str, ...]:
-    """Names of the tables or layers that a site consists of."""
-    return (site.name,) if isinstance(site, Table) else tuple(p.name for p in site.members)
+    """Names of the tables, units or layers that a site consists of."""
+    return (site.name,) if isinstance(site, (Table, Hidden)) else tuple(p.name for p in site.members)
 
 
 def gemm_bias(net: Network, site: Layer) -> Floats | None:
