@@ -42,9 +42,10 @@ from onnxrank import runtime
 from onnxrank.compress import gate
 from onnxrank.compress.casts import join_casts
 from onnxrank.compress.engine import Options, Result, compress
-from onnxrank.compress.methods import METHODS, factor, subspace
+from onnxrank.compress.low_rank import factor, subspace
+from onnxrank.compress.methods import METHODS
 from onnxrank.compress.plan import Plan, Step, Tuning
-from onnxrank.compress.search import named, parts
+from onnxrank.compress.sites import named, parts
 from onnxrank.compress.statistics import Fitted, Moments, Statistics, reduced_rank
 from onnxrank.model import load
 from onnxrank.network import Layer, Network

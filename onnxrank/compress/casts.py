@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
+from onnxrank.compress.quantised import FP16_TABLES
 from onnxrank.graphs import attribute
 from onnxrank.network import Network, made_by
 from onnxrank.operators import Trait, operator, traits
 
-FP16_TABLES = "fp16-tables"
+_METHOD = FP16_TABLES.name
 _MANY = 16
 """Casts side by side that are joined where a concatenation has other operands: what they give is then copied twice."""
 
@@ -59,7 +60,7 @@ def _way(net: Network, operand: str) -> _Way | None:
     while net.alone(tensors[-1]) is not None:
         node = net.maker.get(tensors[-1])
         if node is not None and operator(node) == "Cast":
-            return _Way(node, tuple(tensors)) if made_by(node, FP16_TABLES) else None
+            return _Way(node, tuple(tensors)) if made_by(node, _METHOD) else None
         if node is None or Trait.RESHAPE not in traits(node):
             return None
         tensors.append(node.input[0])
@@ -92,8 +93,8 @@ def _join(net: Network, node: NodeProto, start: int, ways: Sequence[_Way]) -> No
     half = net.fresh(f"{node.output[0]}.half")
     wide = node.output[0] if whole else net.fresh(f"{node.output[0]}.wide")
     made = [
-        net.node(FP16_TABLES, "Concat", operands, [half], axis=attribute(node, "axis")),
-        net.node(FP16_TABLES, "Cast", [half], [wide], to=ways[0].to),
+        net.node(_METHOD, "Concat", operands, [half], axis=attribute(node, "axis")),
+        net.node(_METHOD, "Cast", [half], [wide], to=ways[0].to),
     ]
     node.input[start : start + len(ways)] = [wide]
     net.replace(node, made if whole else [*made, node])

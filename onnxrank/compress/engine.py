@@ -17,14 +17,17 @@ from onnx import ModelProto, TensorProto
 from onnxrank import cluster, engines, feeds, workers
 from onnxrank import model as files
 from onnxrank.compress import gate
+from onnxrank.compress.behind import finetuned, sequential
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import LEAST_WIDTH, METHODS, MIXING
+from onnxrank.compress.method import LEAST_WIDTH
+from onnxrank.compress.methods import METHODS, MIXING
 from onnxrank.compress.passes import Scored, Scoring, Summing, scored, summed
 from onnxrank.compress.plan import Plan, Tuning
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
 from onnxrank.compress.runner import ORIGINAL, Runner
-from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
+from onnxrank.compress.search import Kept, Made, Search, signed
+from onnxrank.compress.sites import gemm_bias
 from onnxrank.compress.statistics import Moments, Statistics
 from onnxrank.compress.units import MOST, needed
 from onnxrank.contract import find_roles, stored_contract
@@ -394,7 +397,7 @@ class _Job:
     def _search(self, search: Search) -> Made:
         made = search.run()
         if self.options.sequential and made.plan.steps:
-            better = search.sequential(made)
+            better = sequential(search, made)
             if better is not made:
                 search.note(better, "sequential", "all layers of low rank")
                 search.history.append(better)
@@ -413,7 +416,7 @@ class _Job:
             self.report.notes.append("no layer has a low rank, so nothing was trained")
             return made
         steps = how.epochs * -(-self.report.rows[CALIBRATION] // TUNED)
-        better = search.finetuned(made, how, self.data.shuffled(how.epochs, TUNED, how.seed), steps)
+        better = finetuned(search, made, how, self.data.shuffled(how.epochs, TUNED, how.seed), steps)
         if better is made:
             self.report.notes.append("training did not make the model better, so it was left as it was fitted")
         return better
@@ -431,7 +434,7 @@ class _Job:
         first = search.begin()
         made = search.made(replace(plan, sequential=False, refit=False, finetune=None))
         if plan.sequential:
-            made = search.sequential(made)
+            made = sequential(search, made)
         if plan.finetune is not None:
             made = self._finetuned(search, made, plan.finetune)
         search.history = [first, made]

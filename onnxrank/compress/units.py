@@ -11,13 +11,15 @@ the units out of the model behind everything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxrank.compress.statistics import Moments, Needed
-from onnxrank.network import Hidden, Network
+from onnxrank.compress.method import ENERGIES, LEAST_SAVING, LEAST_WIDTH, Method, Refused
+from onnxrank.compress.statistics import Moments, Needed, Statistics
+from onnxrank.network import Hidden, Network, Site
 
 Floats = NDArray[np.float64]
 _RIDGE = 1e-8
@@ -75,3 +77,41 @@ def _covariance(moments: Moments) -> Floats:
     made = moments.covariance
     made[np.diag_indices_from(made)] += _RIDGE * float(np.trace(made)) / len(made) + 1e-12
     return made
+
+
+def _units_offers(net: Network, site: Hidden, stats: Statistics) -> Sequence[int]:
+    found = _needed(site, stats)
+    return counts(found.lost, [1 - e for e in ENERGIES], int(LEAST_SAVING * site.width))
+
+
+def _fewer_units(net: Network, site: Hidden, kept: int, stats: Statistics) -> list[Site]:
+    """`x_S C_SS^-1 C_S W` and a constant, S the units that are needed most, C the covariance of all."""
+    if not 1 <= kept <= site.width:
+        raise Refused(f"there are {site.width} units, and not {kept}")
+    found = _needed(site, stats)
+    keep(net, site, found.order[:kept], found.moments)
+    return []
+
+
+def _units_error(net: Network, site: Hidden, kept: int, stats: Statistics) -> float:
+    return math.sqrt(float(_needed(site, stats).lost[kept]))
+
+
+def _needed(site: Hidden, stats: Statistics) -> Needed:
+    if site.width < LEAST_WIDTH:
+        raise Refused(f"there are {site.width} units only")
+    if site.width > MOST:
+        raise Refused(f"among {site.width} units those that are needed least take too long to find")
+    found = stats.hidden.get(site.name)
+    if found is None or found.moments.count < 2:
+        raise Refused("no calibration row reached them")
+    return found
+
+
+UNITS = Method(
+    "units",
+    "x W -> x_S C_SS^-1 C_S W and a constant, S the units that are needed most, C their covariance",
+    "optimal brain surgeon (Hassibi and Stork, 1993) on what the next layers give, a unit at a time; the units "
+    "are packed away",
+    False, False, Hidden, _units_offers, _fewer_units, _units_error,
+)  # fmt: skip

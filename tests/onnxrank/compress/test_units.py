@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
 
-from onnxrank.compress.methods import METHODS, Refused
+from onnxrank.compress.method import Refused
+from onnxrank.compress.methods import METHODS
 from onnxrank.compress.statistics import Moments, Statistics
 from onnxrank.compress.units import MOST, counts, needed
 from onnxrank.network import Hidden, Network, Product
