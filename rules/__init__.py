@@ -2,10 +2,28 @@
 
 from onnxrank.rule import Rule
 
-from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, lookup, movement, norm, pack, reduce, select
+from . import (
+    attention,
+    broadcast,
+    cross,
+    dot,
+    fc,
+    fm,
+    fold,
+    gru,
+    history,
+    lookup,
+    movement,
+    norm,
+    pack,
+    picks,
+    reduce,
+    select,
+)
 
 RULES: tuple[Rule, ...] = (
     movement.RULE,
+    picks.RULE,
     norm.RULE,
     cross.RULE,
     fc.RULE,
