@@ -45,8 +45,6 @@ BUSY = {
     "RAY_raylet_start_wait_time_s": "900",
     "RAY_gcs_server_port_wait_time_s": "900",
     "RAY_worker_register_timeout_seconds": "900",
-    "RAY_agent_register_timeout_ms": "900000",  # a node that waits longer for its own agent ends itself
-    "RAY_gcs_server_request_timeout_seconds": "300",
     "RAY_gcs_rpc_server_connect_timeout_s": "300",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "900",
     "RAY_raylet_client_connect_timeout_milliseconds": "60000",
