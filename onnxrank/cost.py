@@ -25,6 +25,8 @@ _LINE = 64
 """Bytes of a row up to which copying it takes as long as finding it."""
 CACHE = 1 << 20
 """Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
+WIDE = 512
+"""Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
 ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 _GONE = ("Constant", "Identity")

@@ -28,8 +28,12 @@ from onnxrank.values import Dim, Level, extents, is_candidate_symbol, symbols
 
 _STEPS = 9
 """Nodes of a joined lookup: ids side by side, what brings them to their tables, and the Gather."""
-_PER_ID = 4 * 8 + 3
-"""Bytes written per id on the way: four whole numbers, and three conditions."""
+_PER_ID = 5.7e-9
+"""Seconds per id on the way: three conditions, three choices and a sum, by kernels that take number after number."""
+_FLOAT = 4
+"""Bytes of a float."""
+_ID = 2
+"""Floats that an id is as long as."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class _Lookup:
         along: Rows of the ids.
         kind: Type of the ids.
         level: Their level.
+        width: Floats, or as many bytes, per row of the table.
         place: Which Concat brings the rows side by side with others, and as which operand.
         like: What joined lookups must have in common.
     """
@@ -55,6 +60,7 @@ class _Lookup:
     along: Dim
     kind: int
     level: Level
+    width: int
     place: tuple[int, int]
     like: tuple[object, ...]
 
@@ -128,7 +134,9 @@ class Lookups:
         index, place = self._at.get(id(node)), self._side_by_side(node)
         if index is None or place is None:
             return None
-        return _Lookup(node, index, table.dims[0], columns, dims[0], kind, level, place, like)
+        size = helper.tensor_dtype_to_np_dtype(table.data_type).itemsize
+        width = -(-prod(table.dims[1:]) * size // _FLOAT)
+        return _Lookup(node, index, table.dims[0], columns, dims[0], kind, level, width, place, like)
 
     def _side_by_side(self, node: NodeProto) -> tuple[int, int] | None:
         """Where the rows of a lookup are brought side by side with others; None where something else is done to them.
@@ -183,8 +191,26 @@ class Lookups:
         if group[0].level is Level.CANDIDATE and any(map(is_candidate_symbol, symbols([group[0].along]))):
             rows *= self._candidates
         ids = sum(x.columns or 1 for x in group)
-        before, after = cost.estimate(launches=len(group)), cost.estimate(0, rows * ids * _PER_ID, 2 * _STEPS)
+        copied = self._copied(group, rows)
+        before = cost.estimate(launches=len(group)) + rows * copied
+        after = cost.estimate(launches=2 * _STEPS) + rows * ids * (_PER_ID + cost.beside(_ID))
         return pays(before, after)
+
+    def _copied(self, group: Sequence[_Lookup], rows: int) -> float:
+        """Seconds per row of copying what each lookup gives beside the others, which joined ones need not."""
+        widths = [(x.columns or 1) * x.width for x in group]
+        alone = sum(widths) >= cost.WIDE and all(self._contracted(self._net.nodes[x.place[0]]) for x in group)
+        if not alone:  # copied in one piece, then
+            return len(group) * cost.beside(0)
+        spilled = 2 * _FLOAT * sum(widths) * rows > cost.CACHE  # with the copy
+        return sum(map(cost.beside, widths)) + spilled * _FLOAT * sum(widths) * cost.CPU.spill
+
+    def _contracted(self, node: NodeProto) -> bool:
+        """Whether products alone read what a node gives, in this shape or another."""
+        readers = self._net.readers.get(node.output[0], [])
+        return bool(readers) and all(
+            Trait.PRODUCT in traits(r) or (Trait.RESHAPE in traits(r) and self._contracted(r)) for r in readers
+        )
 
 
 def join(net: Network, flow: Walk, at: Mapping[int, int], places: Collection[int]) -> list[Packed]:

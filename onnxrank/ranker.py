@@ -171,23 +171,52 @@ def matrices(matrices: Matrices, given: Arrays) -> dict[str, NDArray[Any]]:
         KeyError: An input is missing.
         ValueError: One has another type or shape than the model was made for.
     """
-    packed = {c["name"] for m in matrices.values() for c in m["columns"]}
-    out = {name: data for name, data in given.items() if name not in packed}
-    for name, m in matrices.items():
-        if name not in out:
-            kind = np.dtype(m["type"])
-            out[name] = np.concatenate([_column(given[c["name"]], c, kind) for c in m["columns"]], axis=1)
-    return out
+    return SideBySide(matrices)(given)
 
 
-def _column(data: NDArray[Any], told: Mapping[str, Any], kind: np.dtype[Any]) -> NDArray[Any]:
-    """An input as columns; only its first extent may vary."""
-    data, wanted = np.asarray(data), told["shape"]
-    shape = list(data.shape)
-    varies = bool(wanted) and not isinstance(wanted[0], int)
-    if data.dtype != kind or (shape != wanted and not (varies and shape and shape[1:] == wanted[1:])):
-        raise ValueError(f"the input {told['name']!r} is {data.dtype} {shape}, and must be {kind} {wanted}")
-    return data if data.ndim == 2 else data.reshape(-1, told["width"])
+class SideBySide:
+    """Brings inputs side by side, as `matrices` does, call after call.
+
+    Args:
+        matrices: Which columns are whose.
+    """
+
+    def __init__(self, matrices: Matrices) -> None:
+        self._matrices = {
+            name: (np.dtype(m["type"]), [_Column(c["name"], tuple(c["shape"]), c["width"]) for c in m["columns"]])
+            for name, m in matrices.items()
+        }
+        self._packed = {c.name for _, columns in self._matrices.values() for c in columns}
+
+    def __call__(self, given: Arrays) -> dict[str, NDArray[Any]]:
+        """See `matrices`."""
+        out = {name: data for name, data in given.items() if name not in self._packed}
+        for name, (kind, columns) in self._matrices.items():
+            if name not in out:
+                out[name] = np.concatenate([c.of(given[c.name], kind) for c in columns], axis=1)
+        return out
+
+
+class _Column:
+    """An input that is columns of a matrix; only its first extent may vary, and is no number then."""
+
+    __slots__ = ("_rest", "_varies", "_width", "name", "shape")
+
+    def __init__(self, name: str, shape: tuple[Any, ...], width: int) -> None:
+        self.name, self.shape, self._width = name, shape, width
+        self._varies, self._rest = bool(shape) and not isinstance(shape[0], int), shape[1:]
+
+    def of(self, data: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+        """The columns."""
+        if type(data) is not np.ndarray:
+            data = np.asarray(data)
+        shape = data.shape
+        fits = shape and shape[1:] == self._rest if self._varies else shape == self.shape
+        if not fits or data.dtype != kind:
+            raise ValueError(
+                f"the input {self.name!r} is {data.dtype} {list(shape)}, and must be {kind} {list(self.shape)}"
+            )
+        return data if len(shape) == 2 else data.reshape(-1, self._width)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -321,10 +350,11 @@ class Ranker:
         self._request, self._candidate = (
             _session(home / models[part]["file"], threads, providers) for part in ("request", "candidate")
         )
-        self._request_inputs = models["request"]["inputs"]
+        self._request_inputs = _Inputs("request", models["request"]["inputs"])
         self._state = [t["name"] for t in self.contract["state"]["tensors"]]
         given = {*self._state, VERSION}
-        self._candidate_inputs = [i for i in models["candidate"]["inputs"] if i["name"] not in given]
+        features = [i for i in models["candidate"]["inputs"] if i["name"] not in given]
+        self._candidate_inputs = _Inputs("candidate", features)
         self.outputs = [o["name"] for o in models["candidate"]["outputs"]]
         self.cache = StateCache(cache_bytes)
         self._ahead: ThreadPoolExecutor | None = None
@@ -354,7 +384,7 @@ class Ranker:
             request: Inputs of the request model.
             key: As for `score`.
         """
-        feed = _picked(request, self._request_inputs, "request")
+        feed = self._request_inputs.of(request)
         return self.cache.get(_key(feed) if key is None else key, lambda: self._made(feed))
 
     def prepare(self, request: Arrays, key: Hashable | None = None) -> Future[State]:
@@ -377,7 +407,7 @@ class Ranker:
         if isinstance(state, (bytes, bytearray, memoryview)):
             state = unpack(self.contract, bytes(state))
         check_version(self.contract, state.version)
-        feed = _picked(candidates, self._candidate_inputs, "candidate")
+        feed = self._candidate_inputs.of(candidates)
         feed |= {name: state.tensors[name] for name in self._state}
         if self.contract["guard"]:
             feed[VERSION] = np.array([state.version], np.int64)
@@ -412,16 +442,27 @@ def _session(file: Path, threads: int, providers: Sequence[str]) -> Any:
     return onnxruntime.InferenceSession(os.fspath(file), options, providers=list(providers))
 
 
-def _picked(given: Arrays, inputs: Sequence[Mapping[str, Any]], model: str) -> dict[str, NDArray[Any]]:
-    """What a model takes, of arrays by name: inputs that it takes side by side one by one, or packed."""
-    packed = {i["name"]: i for i in inputs if "columns" in i}
-    try:
-        if packed:
-            given = matrices(packed, given)
-        return {i["name"]: given[i["name"]] for i in inputs}
-    except KeyError as e:
-        names = [c["name"] for i in inputs for c in i.get("columns", [i])]
-        raise ValueError(f"the {model} model's input {e.args[0]!r} is missing; it takes {names}") from None
+class _Inputs:
+    """What a model takes.
+
+    Args:
+        model: Which of the two it is.
+        inputs: Its inputs, as the contract has them.
+    """
+
+    def __init__(self, model: str, inputs: Sequence[Mapping[str, Any]]) -> None:
+        self._model, self._inputs = model, inputs
+        self._names = [i["name"] for i in inputs]
+        self._side_by_side = SideBySide({i["name"]: i for i in inputs if "columns" in i})
+
+    def of(self, given: Arrays) -> dict[str, NDArray[Any]]:
+        """Its inputs, of arrays by name: those that it takes side by side one by one, or packed."""
+        try:
+            found = self._side_by_side(given)
+            return {name: found[name] for name in self._names}
+        except KeyError as e:
+            names = [c["name"] for i in self._inputs for c in i.get("columns", [i])]
+            raise ValueError(f"the {self._model} model's input {e.args[0]!r} is missing; it takes {names}") from None
 
 
 def _key(feed: Arrays) -> Hashable:

@@ -22,8 +22,8 @@ from . import (
 )
 
 RULES: tuple[Rule, ...] = (
-    movement.RULE,
     picks.RULE,
+    movement.RULE,
     norm.RULE,
     cross.RULE,
     fc.RULE,

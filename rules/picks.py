@@ -21,10 +21,11 @@ from onnx import NodeProto, helper
 
 from onnxrank import cost
 from onnxrank.graphs import attribute
-from onnxrank.operators import Trait, having
+from onnxrank.operators import Trait, find, having
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import (
+    CANDIDATES,
     Abstract,
     Deferred,
     Dims,
@@ -36,7 +37,9 @@ from onnxrank.values import (
     symbols,
 )
 
+from . import own_rows
 from .elementwise import repeated
+from .movement import placed
 from .products import linear_last
 
 _NORMALISE = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
@@ -91,6 +94,43 @@ def gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return [_Picked(rw, table, picked).made]
 
 
+def gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """GatherND by which every row of candidates picks of what is the same for all of them."""
+    of, at = rw.values[node.input[0]].dims, rw.values[node.input[1]].dims
+    batch, last = attribute(node, "batch_dims", 0), extents(at)[-1]
+    if batch == 0 and last == 1:
+        return _of_merged(rw, node, at[:-1])
+    if batch > 1 or last != 2 - batch or len(of) < 2 or of[0] != (CANDIDATES,):
+        return None
+    found = _part(rw, rw.value(node, 1), [len(at) - 1]) if batch else own_rows.beside(rw, node.input[1])
+    if found is None or found.dims[:1] != of[:1]:
+        return None
+    data = rw.value(node, 0)
+    if not _is_repeated(rw, data, [0]) or any(map(is_candidate_symbol, symbols(of[1:]))):
+        return None
+    return [_Picked(rw, _part(rw, rw.held(data, symbols([of[1]])), [0]), found).made]
+
+
+def gather(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """Gather by which every row of candidates picks of its own part of what is the same for all of them."""
+    return None if attribute(node, "axis", 0) else _of_merged(rw, node, rw.values[node.input[1]].dims)
+
+
+def _of_merged(rw: Rewrite, node: NodeProto, dims: Dims) -> list[Abstract] | None:
+    """Rows `[N L, d]` of all candidates, picked at `n L + i`."""
+    first, *others = rw.values[node.input[0]].dims
+    if len(first) < 2 or first[0] != CANDIDATES or any(map(is_candidate_symbol, symbols([first[1:], *others]))):
+        return None
+    found = own_rows.added(rw, node.input[1], first[1:])
+    if found is None:
+        return None
+    data = rw.value(node, 0)
+    if CANDIDATES in rw.present(data):
+        return None
+    table = rw.held(rw.tidy((first[1:], *others), data.dtype, data.codes), symbols([first[1:]]))
+    return [_Picked(rw, table, rw.tidy(dims, found.dtype, found.codes.reshape(extents(dims)))).made]
+
+
 def _is_repeated(rw: Rewrite, value: Value, axes: Sequence[int]) -> bool:
     """Whether a value does not vary along some of its axes."""
     along = {s for k in axes for s in symbols([value.dims[k]])}
@@ -128,6 +168,31 @@ def _pays(rw: Rewrite, rows: _Picked, macs: int) -> bool:
         for dims in (rows.table.dims[:1], rows.ids.dims)
     )
     return rw.pays("picks", cost.estimate(macs * there, written * there), 0, cost.estimate(macs * here, written * here))
+
+
+def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A reshape that divides or joins axes of candidates and of what each picks, and leaves rows as they are."""
+    rows, entry = _picked(rw.operand(node, 0)), find(node)
+    if rows is None or entry is None or entry.move is None:
+        return None
+    found = entry.move(placed(rw, node))
+    if not found:
+        return None
+    (dims,) = (m.dims for m in found)
+    ids = _along(rw, rows, dims)
+    return None if ids is None else [replace(rows, ids=ids).made]
+
+
+def _along(rw: Rewrite, rows: _Picked, dims: Dims) -> Value | None:
+    """Positions in the shape that rows have in another; None where their entries are not the last axes of that."""
+    lead, ids = len(dims) - rows.table.rank + 1, rows.ids
+    if lead < 0 or dims[lead:] != rows.table.dims[1:] or _factors(dims[:lead]) != _factors(ids.dims):
+        return None
+    return rw.tidy(dims[:lead], ids.dtype, ids.codes.reshape(extents(dims[:lead])))
+
+
+def _factors(dims: Dims) -> list[int | str]:
+    return [f for d in dims for f in d]
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -214,6 +279,9 @@ RULE = Rule(
     exactness="reassociates",
     operators={
         "GatherElements": gather_elements,
+        "GatherND": gather_nd,
+        "Gather": gather,
+        **dict.fromkeys(having(Trait.RESHAPE), reshape),
         "MatMul": matmul,
         **dict.fromkeys(_NORMALISE, norm),
         **dict.fromkeys(having(Trait.ELEMENTWISE), pointwise),

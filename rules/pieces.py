@@ -195,14 +195,16 @@ class Division:
             return out
         numbers = source_numbers(codes).reshape(-1)
         found, counts = np.unique(numbers[levels == Level.CANDIDATE], return_counts=True)
-        if len(found) < 2 or len(found) > _MOST_PRODUCTS:
+        if len(found) < 2:
             return out
+        least = LARGE if len(found) <= _MOST_PRODUCTS else cost.WIDE
         copied, (once, added) = [cost.beside(int(count)) for count in counts], cost.added(self.width)
         own = [
             k
             for k, (source, count) in enumerate(zip(map(self.rw.sources.__getitem__, found), counts, strict=True))
-            if source.part and count == source.size >= LARGE and copied[k] > added
+            if count == source.size >= (least if source.part else cost.WIDE) and copied[k] > added
         ]
+        own = sorted(own, key=lambda k: -copied[k])[: _MOST_PRODUCTS - (len(own) < len(found))]
         rest = [c for k, c in enumerate(copied) if k not in own]
         # One product there is in any case, and what is alone is not copied.
         more = len(own) - (not rest)

@@ -28,6 +28,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxrank
 from onnxrank import matrices, ranker
+from onnxrank.contract import PACKED, store
 from onnxrank.splitting import Options, split
 from onnxrank.turns import of_thread
 
@@ -149,8 +150,9 @@ def measured(features: str, rank: int, counts: Sequence[int], seconds: float) ->
                 for name, pack, ignore in (("before", False, ["lookup"]), ("joined and packed", True, []))
             }
             for half in halves.values():
-                packed = half.contract["optimize"].get("packed", {})
-                half.request.metadata_props.add(key="onnxrank", value=json.dumps({"packed": packed}))
+                packed = half.contract["optimize"].get(PACKED, {})
+                own = {i.name for i in half.request.graph.input}
+                store(half.request, {PACKED: {k: v for k, v in packed.items() if k in own}})
             requests = {name: half.request for name, half in halves.items()}
             rows += _race(features, "request model", n, requests, (once, once), None, seconds)
     return rows
@@ -169,15 +171,15 @@ def _race(
     for name, proto in made.items():
         own = session(proto)
         names = {i.name for i in own.get_inputs()}
-        stored = next((json.loads(p.value) for p in proto.metadata_props if "packed" in p.value), {})
-        told = {k: v for k, v in stored.get(matrices.KEY, {}).items() if k in names}
+        told = matrices.told(proto)
         # A model that rewriting does not pay for takes all rows.
         rows = feeds[0] if _takes_all(own) else feeds[1]
         given = {k: v for k, v in ranker.matrices(told, rows).items() if k in names}
         runs[name] = lambda own=own, given=given: own.run(None, given)
         if told:
-            runs[f"{name}, by name"] = lambda own=own, told=told, rows=rows, names=names: own.run(
-                None, {k: v for k, v in ranker.matrices(told, rows).items() if k in names}
+            side_by_side = ranker.SideBySide(told)
+            runs[f"{name}, by name"] = lambda own=own, packed=side_by_side, rows=rows, names=names: own.run(
+                None, {k: v for k, v in packed(rows).items() if k in names}
             )
     times = in_turns(list(runs.values()), seconds)
     out = []

@@ -130,6 +130,17 @@ def test_a_model_repository(folder: Path) -> None:
     assert (folder / "repository" / "ctr" / "config.pbtxt").exists()
 
 
+@pytest.mark.slow
+def test_commands_of_the_serving_document(folder: Path) -> None:
+    """Those with names of files, in blocks and in sentences, one after the other, behind the README's first one."""
+    text = (ROOT / "docs" / "serve.md").read_text()
+    commands = re.findall(r"^    (onnxrank .*)$|`(onnxrank [^`]*)`", text, re.MULTILINE)
+    shown = [c for pair in commands for c in pair if "ranker.onnx" in c or "ranker.fast.onnx" in c]
+    assert len(shown) == 6
+    for command in ["onnxrank optimize ranker.onnx ranker.fast.onnx --roles roles.yaml", *shown]:
+        shell(command, folder)
+
+
 def test_quick_start_is_two_lines_and_its_output() -> None:
     """`.ci/run` takes the second line from here; the output shown is what the first one prints."""
     text = (ROOT / "README.md").read_text()

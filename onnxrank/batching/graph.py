@@ -275,7 +275,7 @@ class Batch:
         if name not in self.tensors:
             sizes = self._sizes(name)
             if sizes is None:
-                raise Impossible(f"the number of axes of {name!r} is not known")
+                raise self._unknown(name)
             self.tensors[name] = Tensor(name, sizes)
         return self.tensors[name]
 
@@ -326,11 +326,17 @@ class Batch:
     def _known(self, name: str) -> tuple[Size, ...]:
         sizes = self.study.facts.sizes.get(name)
         if sizes is None:
-            raise Impossible(f"the number of axes of {name!r} is not known")
+            raise self._unknown(name)
         lost = [s for n in sizes for s in ex.symbols_of(n) if s in self.study.facts.opaque]
         if lost:
-            raise Impossible(f"the shape of {name!r} is found in the data")
+            tensor, reason = self.study.facts.opaque[lost[0]]
+            raise Impossible(f"the shape of {name!r} is found in the data of each request ({tensor!r}: {reason})")
         return sizes
+
+    def _unknown(self, name: str) -> Impossible:
+        """What stops at a tensor whose rank is not proved."""
+        reason = self.study.facts.unknown.get(name)
+        return Impossible(f"the number of axes of {name!r} is not known{f' ({reason})' if reason else ''}")
 
     def _constant(self, name: str) -> Known | None:
         if name not in self._constants:

@@ -93,7 +93,7 @@ def _squeeze(u: Use) -> list[Partial | None]:
     axes = u.integers(1, "axes")
     if axes is None:
         if any(isinstance(n, Expr) and _may_be_one(n) for n in have):
-            return [None]  # another number of dimensions where an extent is 1
+            raise Unproved("without axes it drops every axis of 1, which the candidates' may be")
         return [[n for n in have if n != 1]]
     gone = {a % len(have) for a in axes}
     return [[n for k, n in enumerate(have) if k not in gone]]

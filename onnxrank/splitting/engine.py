@@ -24,7 +24,7 @@ from onnxrank.batching.engine import convention
 from onnxrank.batching.graph import Shape, joined
 from onnxrank.batching.rows import FORMS as FORMS_OF_ROWS
 from onnxrank.batching.rows import NAMES
-from onnxrank.contract import roles_again, store, stored_contract
+from onnxrank.contract import PACKED, roles_again, store, stored_contract
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.extents import Expr
 from onnxrank.facts import settings
@@ -99,8 +99,6 @@ class Options:
                 "several requests per call: rows 'triton' are for the format 'triton', others for 'plain', none for "
                 "'python'"
             )
-        if self.rows is not None and self.pack:
-            raise UsageError("packed inputs are for a candidate model of one request per call, without rows")
         if self.most is not None and self.most < 1:
             raise UsageError(f"a state of at most {self.most} bytes cannot be")
         if self.name is not None and not _NAME.fullmatch(self.name):
@@ -454,8 +452,12 @@ class Job:
         inside = frozenset(levels.request[k] for k in self.cut.request)
         request, candidate = graph.divide(self.model, levels, inside, self.layout)
         packed: dict[str, Any] = {}
+        columns: ranker.Matrices = {}
+        roles = self.roles
         if options.pack:
-            request, candidate = (self._packed(m, packed) for m in (request, candidate))
+            request = self._packed(request, packed).model
+            packing = self._packed(candidate, packed)
+            candidate, columns, roles = packing.model, packing.told, matrices.roles_of(packing, roles)
         told = contract.state(self.layout)
         if options.rows is not None:
             contract.give_rows(told)
@@ -469,7 +471,7 @@ class Job:
         rows = None
         if options.rows is not None:
             graph.in_rows(request, candidate)
-            candidate, rows = self._several(candidate, options.rows)
+            candidate, rows = self._several(candidate, roles, columns, options.rows)
         data = {
             p: m.SerializeToString(deterministic=True) for p, m in zip(halves.PARTS, (request, candidate), strict=True)
         }
@@ -504,7 +506,7 @@ class Job:
         report.files = [*written, ranker.CONTRACT_FILE]
         return Split(request, candidate, agreed, report)
 
-    def _packed(self, model: ModelProto, told: dict[str, Any]) -> ModelProto:
+    def _packed(self, model: ModelProto, told: dict[str, Any]) -> matrices.Packing:
         """One of the models with its inputs side by side.
 
         Args:
@@ -515,15 +517,24 @@ class Job:
         made = matrices.pack(model, Roles.from_dict(self.result.report.roles), handed)
         told |= made.told
         self.notes += made.notes
-        return made.model
+        return made
 
-    def _several(self, candidate: ModelProto, form: str) -> tuple[ModelProto, dict[str, Any]]:
-        """The candidate model for several requests, and how it takes them."""
+    def _several(
+        self, candidate: ModelProto, known: Roles, columns: ranker.Matrices, form: str
+    ) -> tuple[ModelProto, dict[str, Any]]:
+        """The candidate model for several requests, and how it takes them.
+
+        Args:
+            candidate: The model.
+            known: Roles of its inputs, but for the state.
+            columns: Which columns of them are whose.
+            form: What tells it which candidates are whose.
+        """
         proto = files.flattened(candidate)
         state = {t.name for t in self.layout.tensors} | {self.layout.packed, ranker.VERSION}
         roles = Roles(
             {
-                i.name: InputRole(i.name, "request", None) if i.name in state else self.roles.inputs[i.name]
+                i.name: InputRole(i.name, "request", None) if i.name in state else known.inputs[i.name]
                 for i in describe(proto)
             }
         )
@@ -534,6 +545,7 @@ class Job:
         batch, made = joined(study, axes, shape, usual, BatchOptions().requests)
         rows = convention(batch, study)
         told = {**self.contract, "roles": roles.to_dict(), "interface": "batch", "rows": rows}
+        told |= {PACKED: columns} if columns else {}
         store(made, told)
         self.notes += batch.notes
         return made, rows

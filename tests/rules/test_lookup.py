@@ -259,7 +259,7 @@ def test_lookups_by_themselves_stay(joined: None, body: str, left: int) -> None:
 
 
 def test_few_do_not_pay() -> None:
-    """Nor do those of hundreds of candidates."""
+    """Nor do those of hundreds of candidates, where what they give is narrow and copied anyway."""
     assert tables(onnxrank.optimize(model(), request=["user*"]).model) == 4
     many = many_lookups(60)
     assert tables(onnxrank.optimize(many, request=["user*"], check=False).model) == 1
@@ -267,16 +267,30 @@ def test_few_do_not_pay() -> None:
         assert tables(onnxrank.optimize(many, request=["item"], candidates=n, check=False).model) == left
 
 
-def many_lookups(count: int) -> ModelProto:
-    """So many ids of a row each, and a layer."""
+@pytest.mark.parametrize(("after", "joined"), [("", 1), ("r = Reshape(x, shape)", 1), ("r = Relu(x)", 60)])
+def test_what_only_a_layer_reads_is_not_copied(after: str, joined: int) -> None:
+    """So lookups of hundreds of candidates are joined, too: each would be copied to lie beside the others."""
+    many = many_lookups(60, 16, after)
+    result = onnxrank.optimize(many, request=["item"], candidates=512)
+    assert tables(result.model) == joined
+    if joined == 1:  # nor is the whole
+        wide = {o for n in result.model.graph.node if n.op_type == "Gather" for o in n.output}
+        behind = {o for n in result.model.graph.node if n.op_type == "Reshape" and wide & {*n.input} for o in n.output}
+        readers = [n.op_type for n in result.model.graph.node if behind & {*n.input}]
+        assert readers and set(readers) <= {"MatMul", "Gemm"}
+
+
+def many_lookups(count: int, width: int = 4, after: str = "") -> ModelProto:
+    """So many ids of a row each, and a layer; between both a step, from `x` to `r`, if any."""
     inputs = ", ".join(f"int64[N,1] user_{k}" for k in range(count))
     nodes = " ".join(f"g{k} = Gather(T{k}, user_{k}) e{k} = Flatten(g{k})" for k in range(count))
     joined = ", ".join(f"e{k}" for k in range(count))
-    body = f"{nodes} x = Concat<axis=1>({joined}, item) y = MatMul(x, W)"
+    body = f"{nodes} x = Concat<axis=1>({joined}, item) {after} y = MatMul({'r' if after else 'x'}, W)"
     text = f"({inputs}, float[N,3] item) => (float[N,2] y) {{ {body} }}"
     rng = np.random.default_rng(0)
-    held = {f"T{k}": rng.integers(-3, 4, (20 + k, 4)).astype(np.float32) for k in range(count)}
-    return graph(text, W=rng.integers(-2, 3, (4 * count + 3, 2)).astype(np.float32), **held)
+    held = {f"T{k}": rng.integers(-3, 4, (20 + k, width)).astype(np.float32) for k in range(count)}
+    size = width * count + 3
+    return graph(text, W=rng.integers(-2, 3, (size, 2)).astype(np.float32), shape=np.array([-1, size]), **held)
 
 
 def test_ranges_of_ids_are_found_behind_it(joined: None) -> None:

@@ -40,3 +40,15 @@ def test_the_plan_has_the_choice() -> None:
     plan = rewritten(model, candidates=512, **how).plan
     assert "Concat" not in operators(rewritten(model, plan=plan, **how).model)
     assert "Concat" in operators(rewritten(model, candidates=1, **how).model)
+
+
+@pytest.mark.parametrize(("wide", "apart"), [(600, True), (100, False)])
+def test_what_is_wide_is_not_copied_beside_many_that_are_narrow(wide: int, apart: bool) -> None:
+    given = [candidate("w", wide), *(candidate(f"c{k}", 2) for k in range(12)), request("u", 3)]
+    g = Graph()
+    names = [i.declare(g) for i in given]
+    joined = g.op("Concat", g.op("Relu", names[0]), *names[1:], axis=1)
+    g.output(g.op("Relu", g.op("MatMul", joined, g.const(whole_numbers(wide + 27, 16)))), ["N", 16])
+    result = optimised(g, given, candidates=512)
+    (concat,) = [n for n in result.model.graph.node if n.op_type == "Concat"]
+    assert len(concat.input) == 12 + (not apart)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,11 +35,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         if model.is_dir():
             model.rename(out / model.name)
     # And one whose candidate model takes several requests at once.
-    how = Options("triton", name="joined", rows="triton")
-    split(ranker_model(), out.parent / "joined", request=["user"], options=how)
-    for model in (out.parent / "joined").iterdir():
-        if model.is_dir():
-            model.rename(out / model.name)
+    for name, pack in (("joined", False), ("packed", True)):
+        how = Options("triton", name=name, rows="triton", pack=pack)
+        split(ranker_model(), out.parent / name, request=["user"], options=how)
+        for model in (out.parent / name).iterdir():
+            if model.is_dir():
+                model.rename(out / model.name)
     assert lint(out) == []
     with _served(out) as found:
         yield found
@@ -80,15 +81,16 @@ def test_many_clients_get_their_own_scores(client: Client) -> None:
     assert candidate["executions"] == 400
 
 
-def _ask_joined(port: int, count: int, users: int) -> list[int]:
-    """Requests of four clients to the model that joins requests; those with wrong scores."""
+def _ask_joined(port: int, count: int, users: int, name: str = "joined", inputs: Sequence[str] = ()) -> list[int]:
+    """Requests of four clients to a model that joins requests; those with wrong scores."""
+    user, item = inputs or ("user", "item")
     model, lock, wrong = session(ranker_model()), threading.Lock(), []
 
     def ask(worker: int) -> None:
         with closing(Client(port)) as own:
             for k in range(worker, count, 4):
                 whole, request, candidates = feeds(1 + 7 * k % 60, 300 + k * k % users)
-                got = own.infer("joined", {**request, "item": candidates["item"][None]})["score"]
+                got = own.infer(name, {user: request["user"], item: candidates["item"][None]})["score"]
                 if not np.array_equal(got, run(model, whole)["score"][None]):
                     with lock:
                         wrong.append(k)
@@ -106,6 +108,12 @@ def test_requests_that_the_server_joins(client: Client) -> None:
     after = {name: client.statistics(name) for name in before}
     assert after["joined_request"]["executions"] - before["joined_request"]["executions"] == 12
     assert after["joined_candidate"]["executions"] - before["joined_candidate"]["executions"] < 400
+
+
+def test_inputs_side_by_side_of_requests_that_the_server_joins(client: Client) -> None:
+    before = client.statistics("packed_candidate")["executions"]
+    assert _ask_joined(client.port, 200, 12, "packed", ("request.values", "candidate.values")) == []
+    assert client.statistics("packed_candidate")["executions"] - before < 200
 
 
 def test_states_of_another_version_among_others(client: Client) -> None:

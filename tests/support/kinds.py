@@ -291,9 +291,48 @@ def _size(w: Writer, x: Tensor, op: str) -> None:
 @_since(11, "GatherElements")
 def _gather_elements(w: Writer, x: Tensor, op: str) -> None:
     axis, like = w._axis(x, 1), w.like(x)
-    if axis is not None and like:
+    if axis is not None and w.number(0, 1):
+        _rows_picked(w, x, axis, op)
+    elif axis is not None and like:
         at = w.ids(w.pick(like), x.sizes[axis])
         w.put(w.graph.op(op, x.name, at, axis=axis), x.dims, x.bound, x.bits)
+
+
+def _rows_picked(w: Writer, x: Tensor, axis: int, op: str) -> None:
+    """Whole rows at positions that something else gives, as torch's gather is used."""
+    g, rest = w.graph, x.dims[axis + 1 :]
+    found = [v for v in w.values if v.rank == axis + 1 and v.dims[:axis] == x.dims[:axis] and v.bits != INEXACT]
+    if not found or not w.told(x.dims):
+        return
+    y = w.pick(found)
+    at = w.ids(y, x.sizes[axis])
+    dims = (*y.dims, *rest)
+    if rest and w.told(dims):
+        at = g.op("Expand", g.on_axes("Unsqueeze", at, range(axis + 1, x.rank)), w.target(dims))
+    elif rest:
+        return
+    w.put(g.op(op, x.name, at, axis=axis), dims, x.bound, x.bits)
+
+
+def _own_rows(w: Writer, x: Tensor) -> None:
+    """Positions of every candidate's own rows: with the number of the row beside them, or added."""
+    g = w.graph
+    found = [v for v in w.values if v.rank == 2 and v.dims[0] == (N,) and w.extended(v, 1) and v.bits != INEXACT]
+    if not found:
+        return
+    y = w.pick(found)
+    zero, one = (g.const(n, np.int64) for n in (0, 1))
+    rows = g.on_axes("Unsqueeze", g.op("Range", zero, w.number_of(N), one), [1])
+    if y.dims[1] == x.dims[1] and w.number(0, 1):
+        at = g.op("ArgMax", y.name, axis=1)
+        merged = g.op("Reshape", x.name, w.target([(*x.dims[0], *x.dims[1]), *x.dims[2:]]))
+        at = g.op("Add", at, g.op("Mul", rows, g.const(x.sizes[1], np.int64)))
+        w.put(g.op("GatherND", merged, g.on_axes("Unsqueeze", at, [2])), [(N,), (), *x.dims[2:]], x.bound, x.bits)
+        return
+    at = w.ids(y, x.sizes[1])
+    wide = g.op("Expand", rows, w.target(y.dims))
+    pairs = g.op("Concat", *(g.on_axes("Unsqueeze", i, [2]) for i in (wide, at)), axis=2)
+    w.put(g.op("GatherND", x.name, pairs), [*y.dims, *x.dims[2:]], x.bound, x.bits)
 
 
 @_since(11, "GatherND")
@@ -301,7 +340,9 @@ def _gather_nd(w: Writer, x: Tensor, op: str) -> None:
     g = w.graph
     if x.rank < 2:
         return
-    if w.extended(x, 0):
+    if x.dims[0] == (N,) and w.extended(x, 1) and w.told(x.dims) and w.number(0, 2):
+        _own_rows(w, x)
+    elif w.extended(x, 0):
         at = np.array(w.some(range(x.sizes[0]), 1, 4), np.int64)[:, None]
         w.put(g.op(op, x.name, g.const(at, np.int64)), [(len(at),), *x.dims[1:]], x.bound, x.bits)
     elif w.extended(x, 1) and g.opset >= 12:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from helpers import INT64, Graph, run, session, whole_numbers
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from split_models import history_model, ranker_model
 
 import onnxrank
@@ -258,6 +258,28 @@ def test_candidates_that_influence_each_other_are_refused() -> None:
     g.nodes[-1].output[0] = "score"
     g.output("score", ["N", 4])
     with pytest.raises(ModelError, match="takes in candidates together"):
+        _batch(g.model())
+
+
+@pytest.mark.parametrize(
+    ("op", "reason"),
+    [
+        ("Squeeze", r"number of axes of .* is not known \(Squeeze: without axes it drops every axis of 1"),
+        ("NonZero", r"found in the data of each request \(.*: NonZero gives an extent that is not proved\)"),
+    ],
+)
+def test_shapes_that_differ_between_requests_are_refused_with_their_cause(op: str, reason: str) -> None:
+    g = Graph(17)
+    user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
+    both = g.op("Unsqueeze", g.op("Add", user, item), g.ints(2))
+    if op == "Squeeze":
+        odd = g.op("Squeeze", both)
+    else:
+        odd = g.op("ReduceSum", g.op("Cast", g.op("NonZero", both), to=TensorProto.FLOAT), keepdims=0)
+    g.op("Add", odd, item)
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 4])
+    with pytest.raises(ModelError, match=reason):
         _batch(g.model())
 
 

@@ -21,6 +21,7 @@ from split_models import feeds, history_model, numbers, ranker_model
 
 import onnxrank
 from onnxrank import batches, halves, ranker
+from onnxrank.contract import PACKED
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.splitting import Options, Split, split
 from onnxrank.splitting.engine import Job
@@ -658,16 +659,21 @@ def test_inputs_side_by_side(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("rows", ["lengths", "offsets", "index"])
-@pytest.mark.parametrize("how", [{}, {"state": "packed"}, {"guard": False}])
+@pytest.mark.parametrize("how", [{}, {"state": "packed"}, {"guard": False}, {"pack": True}])
 def test_the_candidate_model_takes_several_states(tmp_path: Path, rows: str, how: dict[str, Any]) -> None:
     model = ranker_model()
     made = _split(model, tmp_path / "out", rows=rows, **how)
     jsonschema.validate(json.loads((tmp_path / "out" / "contract.json").read_text()), CONTRACT)
     told = batches.convention(made.candidate)
-    assert told is not None and told == made.contract["models"]["candidate"]["rows"]
+    assert told is not None
+    columns = told.get(PACKED, {})
+    assert {k: v for k, v in told.items() if k != PACKED} == made.contract["models"]["candidate"]["rows"]
+    assert set(columns) == ({"candidate.values"} if how.get("pack") else set())
+    of_request = {k: v for k, v in made.contract["optimize"].get(PACKED, {}).items() if k not in columns}
     for counts in ([3], [2, 0, 5, 1]):
         every = [feeds(n, seed=10 * k) for k, n in enumerate(counts)]
-        single = [{**run(made.request, request), **candidates} for _, request, candidates in every]
+        once = [run(made.request, ranker.matrices(of_request, request)) for _, request, _ in every]
+        single = [{**state, **candidates} for state, (_, _, candidates) in zip(once, every, strict=True)]
         got = batches.parted(told, run(made.candidate, batches.joined(told, single)), counts)
         for (whole, _, _), found, n in zip(every, got, counts, strict=True):
             want = run(model, whole)["score"] if n else np.zeros((0, 1))
@@ -704,8 +710,7 @@ def test_states_whose_length_varies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"format": "python", "rows": "lengths"}, {"format": "triton", "rows": "index"},
-                                     {"rows": "triton"}, {"rows": "counts"},
-                                     {"rows": "lengths", "pack": True}])  # fmt: skip
+                                     {"rows": "triton"}, {"rows": "counts"}])  # fmt: skip
 def test_rows_that_a_format_does_not_have(options: Mapping[str, Any]) -> None:
     with pytest.raises(UsageError, match="rows"):
         Options(**options)
