@@ -131,10 +131,43 @@ class Table:
         return tuple(n.input[1] for n in self.nodes)
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """The units between a layer and those that read it.
+
+    Attributes:
+        layer: The layer that gives them.
+        readers: All that reads them.
+    """
+
+    layer: Product
+    readers: tuple[Product, ...]
+
+    @property
+    def name(self) -> str:
+        """What `--sites` matches."""
+        return f"units of {self.layer.name}"
+
+    @property
+    def width(self) -> int:
+        """How many there are."""
+        return self.layer.shape[1]
+
+    @property
+    def tensor(self) -> str:
+        """What the readers read."""
+        return self.readers[0].inputs[0]
+
+    @property
+    def nodes(self) -> tuple[NodeProto, ...]:
+        """The products of the layers that read them."""
+        return tuple(n for p in self.readers for n in p.nodes)
+
+
 Layer = Product | Joint
 Single = Product | Table
 """What has one constant."""
-Site = Layer | Table
+Site = Layer | Table | Hidden
 
 
 class Network:
@@ -397,8 +430,18 @@ class Network:
         self.replace(node, [node, self.node(method, "Add", [inner, vector], [given])])
 
     def set_matrix(self, site: Product, matrix: NDArray[Any]) -> None:
-        """Gives a layer other weights `[inputs, outputs]`."""
-        name = self.constant(matrix.T if site.flipped else matrix, f"{site.weight}.packed")
+        """Gives a layer other weights `[inputs, outputs]`, which are kept in as many bits as those before."""
+        data = matrix.T if site.flipped else matrix
+        cast = self.maker.get(site.nodes[0].input[1])
+        stored = self.array(cast.input[0]) if cast is not None and operator(cast) == "Cast" else None
+        stored = stored if stored is not None and stored.dtype.kind == "f" else None
+        name = self.constant(data if stored is None else data.astype(stored.dtype), f"{site.weight}.packed")
+        if cast is not None and stored is not None:  # as `fp16` leaves them
+            wide = NodeProto()
+            wide.CopyFrom(cast)
+            wide.name, wide.input[0], wide.output[0] = self.fresh(cast.name), name, self.fresh(f"{name}.wide")
+            self.nodes.insert(0, wide)
+            name = wide.output[0]
         for node in site.nodes:
             node.input[1] = name
         self.renewed()
@@ -447,6 +490,11 @@ class Network:
             del out.graph.value_info[:]
             out.graph.value_info.extend(known)
         return out
+
+
+def made_by(node: NodeProto, method: str) -> bool:
+    """Whether a method of `compress` made a node."""
+    return any(p.key == METHOD and p.value == method for p in node.metadata_props)
 
 
 def without_constants(model: ModelProto) -> ModelProto:

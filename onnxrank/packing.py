@@ -22,7 +22,7 @@ from onnx import NodeProto
 
 from onnxrank.columns import pack_columns
 from onnxrank.graphs import attribute
-from onnxrank.network import Network, Product, Single
+from onnxrank.network import Hidden, Network, Product, Single
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LOOKUP, PACK
 
@@ -136,6 +136,19 @@ def pack_at(net: Network, places: Collection[tuple[int, int]] | None = None) -> 
         if allowed(WEIGHTS, site) and all(_is_smooth(net, n.output[0], layers) for n in site.nodes)
     ]
     return _packed(net, tiny, MOST, allowed)
+
+
+def hidden(net: Network) -> list[Hidden]:
+    """The units behind every layer all readers of which are known, in the graph's order."""
+    products = net.products()
+    runs = [(p, _run(net, p, products)) for p in products]
+    return [Hidden(p, run.readers) for p, run in runs if run is not None]
+
+
+def drop_units(net: Network) -> None:
+    """Packs units away, in place, and nothing else."""
+    while _once(net, lambda _: True) is not None:
+        pass
 
 
 def _tiny(net: Network, most: int | None, least: float) -> list[tuple[Single, float]]:

@@ -38,7 +38,8 @@ from models.sparse_training import Entries, Rows, SparseTraining, Target, Units,
 from models.spec import sample
 from models.training import fit, settle
 from onnxrank import charts, runtime
-from onnxrank.compress.methods import METHODS, Refused
+from onnxrank.compress.method import Refused
+from onnxrank.compress.methods import METHODS
 from onnxrank.compress.statistics import Statistics
 from onnxrank.network import Network
 from onnxrank.packing import pack

@@ -19,7 +19,7 @@ from onnxrank.cli.output import show_progress, show_report
 from onnxrank.errors import CheckFailed, NothingApplied
 from onnxrank.formats import COMPRESS, Style, check_file, put
 
-_DEFAULT = "fp16-tables,low-rank,int8-tables,int8,fp16,pca-tables,pack"
+_DEFAULT = "fp16-tables,low-rank,units,int8-tables,int8,fp16,pca-tables,pack"
 
 
 def _times(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:

@@ -17,29 +17,35 @@ from onnx import ModelProto, TensorProto
 from onnxrank import cluster, engines, feeds, workers
 from onnxrank import model as files
 from onnxrank.compress import gate
+from onnxrank.compress.behind import finetuned, sequential
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import LEAST_WIDTH, METHODS, MIXING
+from onnxrank.compress.method import LEAST_WIDTH
+from onnxrank.compress.methods import METHODS, MIXING
 from onnxrank.compress.passes import Scored, Scoring, Summing, scored, summed
 from onnxrank.compress.plan import Plan, Tuning
 from onnxrank.compress.report import Report
 from onnxrank.compress.requests import CALIBRATION, GATE, Batch, Requests
 from onnxrank.compress.runner import ORIGINAL, Runner
-from onnxrank.compress.search import Kept, Made, Search, gemm_bias, signed
+from onnxrank.compress.search import Kept, Made, Search, signed
+from onnxrank.compress.sites import gemm_bias
 from onnxrank.compress.statistics import Moments, Statistics
+from onnxrank.compress.units import MOST, needed
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
 from onnxrank.network import Joint, Layer, Network, Product, Site
-from onnxrank.packing import pack
+from onnxrank.packing import hidden, pack
 from onnxrank.roles import Roles
 
 PACK = "pack"
-DEFAULT = ("fp16-tables", "low-rank", "int8-tables", "int8", "fp16", "pca-tables", PACK)
+DEFAULT = ("fp16-tables", "low-rank", "units", "int8-tables", "int8", "fp16", "pca-tables", PACK)
 """Methods that are tried if none are named."""
 NAMES = (*METHODS, PACK)
 TUNED = 1024
 """Rows of a step of training."""
 _SUMS = "sums"
 _TRIES = 3
+_LIKELY = 0.75
+"""Share of what is allowed that a model is expected to take up which the gate is asked about after one was refused."""
 _MOST_BYTES = 1 << 31
 
 
@@ -307,8 +313,10 @@ class _Job:
             for k, p in enumerate(products)
             for j, t in enumerate(p.inputs if indirect[k] else p.members[0].outputs)
         }
-        wanted = {"low-rank"} & {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
-        sums = sums if wanted else {}
+        wanted = {*o.methods, *(m for s in (o.plan.steps if o.plan else ()) for m, _ in s.chain)}
+        sums = sums if "low-rank" in wanted else {}
+        between = {f"h:{k}": h for k, h in enumerate(hidden(base))} if "units" in wanted else {}
+        sums |= {key: [h.tensor] for key, h in between.items()}
         ids: dict[str, list[Any]] = {f"t:{k}": [list(t.ids), t.shape[0]] for k, t in enumerate(tables)}
         exposed = [*(n for ns in sums.values() for n in ns), *(i for t in tables for i in t.ids)]
         model = base.finished()
@@ -320,7 +328,7 @@ class _Job:
         found = self._summed(model, exposed, sums, ids)
         runner.close(_SUMS)
         moments: dict[str, Moments] = {}
-        for k, p in enumerate(products if sums else []):
+        for k, p in enumerate(products if "low-rank" in wanted else []):
             total: Moments | None = None
             vector = gemm_bias(base, p)
             for j in range(len(p.inputs)):
@@ -331,7 +339,12 @@ class _Job:
             assert total is not None
             moments[p.name] = total
         lookups = {t.name: found[f"t:{k}"] for k, t in enumerate(tables)}
-        stats = Statistics(self.report.rows[CALIBRATION], moments, lookups, depths)
+        units = {
+            h.name: needed(np.concatenate([base.matrix(r) for r in h.readers], axis=1), found[key])
+            for key, h in between.items()
+            if LEAST_WIDTH <= h.width <= MOST
+        }
+        stats = Statistics(self.report.rows[CALIBRATION], moments, lookups, depths, hidden=units)
         return stats, self._kept(runner, outputs)
 
     def _summed(self, model: ModelProto, exposed: list[str], sums: Any, ids: Any) -> Mapping[str, Any]:
@@ -384,7 +397,7 @@ class _Job:
     def _search(self, search: Search) -> Made:
         made = search.run()
         if self.options.sequential and made.plan.steps:
-            better = search.sequential(made)
+            better = sequential(search, made)
             if better is not made:
                 search.note(better, "sequential", "all layers of low rank")
                 search.history.append(better)
@@ -403,7 +416,7 @@ class _Job:
             self.report.notes.append("no layer has a low rank, so nothing was trained")
             return made
         steps = how.epochs * -(-self.report.rows[CALIBRATION] // TUNED)
-        better = search.finetuned(made, how, self.data.shuffled(how.epochs, TUNED, how.seed), steps)
+        better = finetuned(search, made, how, self.data.shuffled(how.epochs, TUNED, how.seed), steps)
         if better is made:
             self.report.notes.append("training did not make the model better, so it was left as it was fitted")
         return better
@@ -421,7 +434,7 @@ class _Job:
         first = search.begin()
         made = search.made(replace(plan, sequential=False, refit=False, finetune=None))
         if plan.sequential:
-            made = search.sequential(made)
+            made = sequential(search, made)
         if plan.finetune is not None:
             made = self._finetuned(search, made, plan.finetune)
         search.history = [first, made]
@@ -451,7 +464,7 @@ class _Job:
             told = any("too few to tell" in r or "tell these labels" in r for x in report.outcomes for r in x.reasons)
             if report.verdict == "passed" or at == 0 or told or o.plan is not None or report.tries == _TRIES:
                 break
-            at //= 2
+            at = milder(history, at, report.outcomes)
             limits = replace(limits, level=1 - (1 - limits.level) / 2)
         if _mixes(history[at].plan):
             report.notes.append(
@@ -499,6 +512,22 @@ class _Job:
         """Scores of a model on the gate's rows."""
         o = self.options
         return scored(self.engine, Scoring(self.data, model, o.timeout, o.memory, outputs=outputs))
+
+
+def milder(history: Sequence[Made], at: int, outcomes: Sequence[Outcome]) -> int:
+    """Which of some models to ask the gate about next: the last one that can be expected to pass.
+
+    What scores lose, and how wide the intervals of that are, goes about by how far logits are off. Steps differ in that
+    by far, so their number says nothing.
+
+    Args:
+        history: The models, the one that nothing was done to first.
+        at: The one that did not pass.
+        outcomes: What the gate said of that.
+    """
+    used = max((c.used for o in outcomes for c in o.criteria), default=math.inf)
+    error = history[at].error * _LIKELY / max(used, 1.0)
+    return max((k for k in range(1, at) if history[k].error <= error), default=0)
 
 
 def _mixes(plan: Plan) -> bool:

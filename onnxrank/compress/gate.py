@@ -97,6 +97,13 @@ class Criterion:
     verdict: Verdict
     rows: int | None = None
 
+    @property
+    def used(self) -> float:
+        """Share of what is allowed that is lost at the worse end of the interval: below 1 where the criterion holds."""
+        lost = {"auc": -self.low, "overlap": 1 - self.low, "calibration": max(-self.low, self.high)}
+        allowed = 1 - self.limit if self.name == "overlap" else abs(self.limit)
+        return max(lost.get(self.name, self.high), 0.0) / allowed if allowed > 0 else math.inf
+
 
 @dataclass(frozen=True)
 class Worst:

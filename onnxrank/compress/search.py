@@ -14,24 +14,28 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxrank.compress import gate
+from onnxrank.compress.casts import join_casts
 from onnxrank.compress.gate import Limits, Outcome
-from onnxrank.compress.methods import LEAST_WIDTH, METHODS, Refused, fitted, fold_pca
-from onnxrank.compress.plan import Plan, Step, Tuning
+from onnxrank.compress.macs import multiply_adds
+from onnxrank.compress.method import Refused
+from onnxrank.compress.methods import METHODS
+from onnxrank.compress.plan import Plan, Step
 from onnxrank.compress.refit import heads, refit
 from onnxrank.compress.report import Point, Refusal, Speed
-from onnxrank.compress.requests import Batch
 from onnxrank.compress.runner import ORIGINAL, Runner, speed
-from onnxrank.compress.statistics import Fitted, Statistics, reduced_rank
+from onnxrank.compress.sites import named, parts, renewed
+from onnxrank.compress.statistics import Fitted, Statistics
+from onnxrank.compress.tables import fold_pca
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.feeds import Feed
-from onnxrank.network import Layer, Network, Product, Site, Table, parameters
+from onnxrank.network import Hidden, Network, Site, Table, parameters
+from onnxrank.packing import drop_units
 
 Floats = NDArray[np.float64]
 Chain = tuple[tuple[str, int], ...]
@@ -197,8 +201,9 @@ class Search:
                 if part in taken:
                     raise UsageError(f"The plan names {part!r} twice: at {taken[part]!r} and at {step.site!r}.")
                 taken[part] = step.site
-        for step in plan.by_site.values():
-            sites: list[Site] = [here[step.site]]
+        # Units first: what is done to the layers around them then finds which of them are still read.
+        for step in sorted(plan.by_site.values(), key=lambda s: not isinstance(here[s.site], Hidden)):
+            sites: list[Site] = [renewed(here[step.site])]
             for name, parameter in step.chain:
                 method = METHODS[name]
                 if any(not isinstance(s, method.takes) for s in sites):
@@ -207,6 +212,14 @@ class Search:
             if left is not None:
                 left[step.site] = sites
         return net
+
+    def _closed(self, net: Network, plan: Plan) -> dict[str, list[str]]:
+        """Does what can be done when all steps are made; returns what `fold_pca` does."""
+        if any(isinstance(self.all[s], Hidden) for s in plan.by_site):
+            drop_units(net)
+        folded = fold_pca(net)
+        join_casts(net)
+        return folded
 
     def scored(self, model: ModelProto, expose: Sequence[str] = ()) -> dict[str, Floats]:
         """What a model gives on the kept rows."""
@@ -226,7 +239,7 @@ class Search:
     def made(self, plan: Plan, stats: Statistics | None = None) -> Made:
         """Makes a model and measures it on the kept rows, its last layers fitted again where that helps."""
         net = self.build(plan, stats)
-        folded = fold_pca(net)
+        folded = self._closed(net, plan)
         model = net.finished()
         if self.refit and plan.steps and plan.finetune is None:
             several = [h for h in heads(net) if h.output in self.kept.outputs]
@@ -287,8 +300,9 @@ class Search:
             for chain in self.chains(site):
                 step = Step(name, chain)
                 try:
-                    net = self.build(replace(self._empty, steps=(step,)))
-                    fold_pca(net)
+                    plan = replace(self._empty, steps=(step,))
+                    net = self.build(plan)
+                    self._closed(net, plan)
                     model = net.finished()
                     saved = self._whole - len(model.SerializeToString())
                     found = self._chained(step, saved, out) if len(chain) > 1 else self._alone(step, model, saved)
@@ -506,116 +520,15 @@ class Search:
         aucs = [c for o in made.outcomes if (c := o.criterion("auc")) is not None]
         kept = [c for o in made.outcomes if (c := o.criterion("overlap")) is not None]
         worst = min(aucs, key=lambda c: c.low, default=None)
+        macs = multiply_adds(self.all, self.macs, made.plan, made.folded) if step else self.before
         self.points.append(
             Point(
                 step, site, len(signed(made.model, made.plan).SerializeToString()) if step else self.size,
-                parameters(made.model), self.cost(made) if step else self.before, took, made.error,
+                parameters(made.model), macs, took, made.error,
                 None if worst is None else (worst.value, worst.low, worst.high),
                 min((c.value for c in kept), default=None),
             )
         )  # fmt: skip
-
-    def cost(self, made: Made) -> int:
-        """Multiply-adds of the layers and tables of a model."""
-        total = 0
-        ranks = {s.site: k for s in made.plan.by_site.values() for m, k in s.chain if m in ("low-rank", "pca-tables")}
-        narrower: dict[str, int] = {}
-        shared = {part for name in ranks for part in parts(self.all[name])} - set(ranks)
-        for name, site in self.all.items():
-            rank, rows = ranks.get(name), self.macs.get(name, 0)
-            if rank is None or not isinstance(site, Table):
-                continue
-            for node in site.nodes:
-                layers = made.folded.get(node.output[0])
-                total += 0 if layers else rows // len(site.nodes) * rank * site.shape[1]
-                for read in layers or ():
-                    narrower[read] = narrower.get(read, 0) + site.shape[1] - rank
-        for name, site in self.all.items():
-            rank = ranks.get(name)
-            if isinstance(site, Product if rank is None else Layer) and name not in shared:
-                rows = self.macs.get(site.members[0].name, 0)
-                inner, outer = site.shape[0] - narrower.get(site.inputs[0], 0), site.shape[1]
-                total += rows * (inner * outer if rank is None else rank * (inner + outer))
-        return total
-
-    # --- sequentially ------------------------------------------------------------------------------------------
-
-    def sequential(self, made: Made) -> Made:
-        """Fits layers of low rank to what they see in the compressed model, one behind the other.
-
-        The better of the two models is returned.
-        """
-        low = {s.site: s for s in made.plan.by_site.values() if s.chain[0][0] == "low-rank"}
-        order = [n for n, s in self.all.items() if n in low and not self.base.adds_computed(_layer(s))]
-        place = {id(n): k for k, n in enumerate(self.base.nodes)}
-        order.sort(key=lambda n: min(place[id(node)] for node in self.all[n].nodes))
-        maps: dict[str, Fitted] = {}
-        with self.runner.session(
-            self.base.finished(), [t for n in order for ts in self._tensors(n)[1] for t in ts]
-        ) as right:
-            for name in order:
-                x, y = self._tensors(name)
-                self.say(f"fitting {name} to what it sees")
-                model = self.build(made.plan, replace(self.stats, maps=maps)).finished()
-                with self.runner.session(model, x) as session:
-                    seen, wanted, both = self.runner.crossed(session, right, x, y)
-                vector = gemm_bias(self.base, _layer(self.all[name]))
-                if vector is not None:
-                    both = both - np.outer(seen.total, vector)
-                    wanted = wanted.less(vector)
-                maps[name] = reduced_rank(seen, both, wanted, low[name].chain[0][1])
-        better = self.made(replace(made.plan, sequential=True, refit=False), replace(self.stats, maps=maps))
-        return replace(better, maps=maps) if better.error < made.error and self.passes(better) else made
-
-    # --- training -----------------------------------------------------------------------------------------------
-
-    def finetuned(self, made: Made, how: Tuning, batches: Iterable[Batch], steps: int) -> Made:
-        """Trains the layers of low rank; what else is done to layers is done behind that.
-
-        Args:
-            made: The model.
-            how: How.
-            batches: Small batches of calibration rows, as often as they are wanted.
-            steps: About how many those are.
-
-        Returns:
-            The better of the two models.
-        """
-        stats = replace(self.stats, maps=made.maps)
-        first = {s.site: replace(s, chain=s.chain[:1]) for s in made.plan.by_site.values() if _trained(s)}
-        tables = [s for s in made.plan.by_site.values() if isinstance(self.all[s.site], Table)]
-        left: dict[str, list[Site]] = {}
-        net = self.build(replace(made.plan, steps=(*tables, *first.values())), stats, left)
-        several = {name: _factors(left[name]) for name in first}
-        named = {"steps": steps, "relu": how.relu, "seed": how.seed}
-        sites = [f for fs in several.values() for f in fs]
-        kept, refused = self.runner.prepare(net.finished(), sites, self.kept.outputs, **named)
-        for name, fs in several.items():
-            odd = [refused[f["name"]] for f in fs if f["name"] in refused]
-            self.refusals += [Refusal(name, "finetune", f"torch does not run {op} here") for op in odd[:1]]
-        if not kept:
-            return made
-        for k, batch in enumerate(batches):
-            labels = {} if batch.labels is None else dict(zip(self.kept.outputs, batch.labels.T, strict=False))
-            loss = self.runner.tune(batch, labels)
-            self.say(f"training {len(kept)} layers: step {k + 1} of {steps}, loss {loss:.4f}")
-        maps, tuned = dict(made.maps), self.runner.tuned()
-        for name, fs in several.items():
-            trained = [tuned[f["name"]] for f in fs if f["name"] in tuned]
-            if trained:
-                before = fitted(self.base, _layer(self.all[name]), first[name].chain[0][1], stats)
-                second, shift = (np.concatenate([t[part] for t in trained], axis=-1) for part in ("second", "shift"))
-                lift = trained[0].get("lift")
-                maps[name] = Fitted(before.rank, trained[0]["first"], second, before.shift + shift, lift)
-        better = self.made(replace(made.plan, finetune=how, refit=False), replace(stats, maps=maps))
-        better = replace(better, maps=maps)
-        passes = self.passes(better) or not self.passes(made)
-        return better if passes and better.standing > made.standing else made
-
-    def _tensors(self, name: str) -> tuple[list[str], list[list[str]]]:
-        """What a layer reads, by node, and what it gives there, by the layers that it consists of."""
-        site = _layer(self.all[name])
-        return list(site.inputs), [list(ts) for ts in zip(*(p.outputs for p in site.members), strict=True)]
 
 
 def signed(model: ModelProto, plan: Plan) -> ModelProto:
@@ -631,11 +544,6 @@ def signed(model: ModelProto, plan: Plan) -> ModelProto:
     return out
 
 
-def _trained(step: Step) -> bool:
-    """Whether a step leaves factors that can be trained."""
-    return step.chain[0][0] == "low-rank"
-
-
 def _sums(options: Iterable[Option]) -> Floats:
     """Error, bytes and seconds of several options, `[3]`, as if they added up."""
     several = [(0.0, 0.0, 0.0), *((o.error, o.bytes, o.seconds) for o in options)]
@@ -644,51 +552,6 @@ def _sums(options: Iterable[Option]) -> Floats:
 
 def _seconds(point: Point) -> float:
     return 1.0 if point.speed is None else point.speed.seconds
-
-
-def _layer(site: Site) -> Layer:
-    assert not isinstance(site, Table)
-    return site
-
-
-def _factors(sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """A layer of low rank, as `finetune.Factors` has it: one for each of several that share their first factor."""
-    one, *others = (_layer(s).members[0] for s in sites)
-    inner = [n.output[0] for n in one.nodes]
-    return [
-        {"name": p.name, "first": one.weight, "second": p.weight, "inner": inner, "outer": list(p.outputs)}
-        for p in others
-    ]
-
-
-def named(net: Network) -> dict[str, Site]:
-    """All sites of a model by name, tables first, layers that share what they read last."""
-    several: list[Site] = [*net.tables(), *net.products(), *net.joints(LEAST_WIDTH)]
-    return {s.name: s for s in several}
-
-
-def parts(site: Site) -> tuple[str, ...]:
-    """Names of the tables or layers that a site consists of."""
-    return (site.name,) if isinstance(site, Table) else tuple(p.name for p in site.members)
-
-
-def gemm_bias(net: Network, site: Layer) -> Floats | None:
-    """The bias within a layer's nodes, where they have one and the same; None where they have none."""
-    several = [_gemm_bias(net, p) for p in site.members]
-    if all(b is None for b in several):
-        return None
-    return np.concatenate(
-        [np.zeros(p.shape[1]) if b is None else b for p, b in zip(site.members, several, strict=True)]
-    )
-
-
-def _gemm_bias(net: Network, site: Product) -> Floats | None:
-    for node in site.nodes:
-        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
-            data = net.array(node.input[2])
-            if data is not None:
-                return np.broadcast_to(data.astype(np.float64).reshape(-1), (site.shape[1],))
-    return None
 
 
 def _probabilities(scores: Floats) -> bool:

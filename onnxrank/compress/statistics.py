@@ -86,6 +86,22 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class Needed:
+    """Units of a layer by how much they are needed.
+
+    Attributes:
+        moments: Of what the next layers read.
+        order: The units, the one that is needed most first.
+        lost: Share of the variance of what the next layers give that is lost with the first k units alone,
+            `[units + 1]`.
+    """
+
+    moments: Moments
+    order: NDArray[np.int64]
+    lost: Floats
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What methods may ask of the calibration rows.
 
@@ -95,6 +111,7 @@ class Statistics:
         lookups: How often each row of a table was looked up, by the site's name.
         depths: Number of axes of ids, by tensor.
         maps: Layers fitted in sequence, by the site's name.
+        hidden: Units between layers, by the site's name.
     """
 
     rows: int = 0
@@ -102,6 +119,7 @@ class Statistics:
     lookups: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     depths: Mapping[str, int] = field(default_factory=dict)
     maps: Mapping[str, Fitted] = field(default_factory=dict)
+    hidden: Mapping[str, Needed] = field(default_factory=dict)
 
     def depth(self, ids: str) -> int | None:
         """Number of axes of ids, which is the axis of the table's columns behind the lookup."""

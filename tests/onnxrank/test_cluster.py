@@ -39,12 +39,24 @@ DLRM = ROOT / "models" / "trained" / "dlrm.onnx"
 SPEC = load_spec(str(DLRM.with_suffix(".roles.yaml")))
 REQUESTS, CANDIDATES = 300, 16
 PART = 700
+PATIENT = 900.0
+"""Seconds for one step of a model: whoever hangs is not looked for here."""
+BUSY = {
+    "RAY_raylet_start_wait_time_s": "900",
+    "RAY_gcs_server_port_wait_time_s": "900",
+    "RAY_worker_register_timeout_seconds": "900",
+    "RAY_gcs_rpc_server_connect_timeout_s": "300",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "900",
+    "RAY_raylet_client_connect_timeout_milliseconds": "60000",
+    "RAY_health_check_timeout_ms": "900000",
+}
+"""How long Ray waits for processes that are there and slow. One that is gone refuses connections: it is found at once,
+however long that is."""
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    # Before it is imported: a busy machine takes longer than Ray waits by itself.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **BUSY}  # before it is imported
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'onnxrank[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -52,7 +64,7 @@ def nodes() -> Iterator[Any]:
     made = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
     made.add_node(**size)
     ray.init(address=made.address, log_to_driver=False)
-    made.wait_for_nodes(300)
+    made.wait_for_nodes(900)
     # What tests define is no module that another process could import.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield made
@@ -109,7 +121,7 @@ def summing(data: Path) -> Summing:
     net = Network(onnx.load(DLRM))
     names = {f"p:{p.name}": list(p.outputs) for p in net.products()}
     exposed = [t for ts in names.values() for t in ts]
-    return Summing(asked(data), net.finished(), 60.0, None, exposed, False, names)
+    return Summing(asked(data), net.finished(), PATIENT, None, exposed, False, names)
 
 
 def same(one: Any, other: Any) -> None:
@@ -145,7 +157,8 @@ def test_sums_with_a_process_killed(nodes: Any, data: Path, tmp_path: Path) -> N
 def test_compress(nodes: Any, data: Path) -> None:
     net = Network(onnx.load(DLRM))
     plan = Plan(load(DLRM).sha256, (Step(max(net.products(), key=lambda p: p.shape).name, (("low-rank", 20),)),))
-    how: dict[str, Any] = {"labels": ("label",), "limits": Limits(loss=0.2, overlap=0.1), "plan": plan, "seconds": 0.05}
+    how: dict[str, Any] = {"labels": ("label",), "limits": Limits(loss=0.2, overlap=0.1), "plan": plan, "seconds": 0.05,
+                           "timeout": PATIENT}  # fmt: skip
     here, there = (compress(DLRM, data, Options(engine=e, **how), spec=SPEC) for e in ("local", "ray"))
     assert here.model.SerializeToString(deterministic=True) == there.model.SerializeToString(deterministic=True)
     (one,), (other,) = here.report.outcomes, there.report.outcomes
@@ -163,7 +176,8 @@ def test_verify(nodes: Any, data: Path) -> None:
     values[3] += 1
     table.CopyFrom(numpy_helper.from_array(values, table.name))
     for other in (onnx.load(DLRM), wrong):
-        how: dict[str, Any] = {"spec": SPEC, "level": "quick", "candidates": (2,), "seeds": 1, "budget": 0.0}
+        how: dict[str, Any] = {"spec": SPEC, "level": "quick", "candidates": (2,), "seeds": 1, "budget": 0.0,
+                               "timeout": PATIENT}  # fmt: skip
         here, there = (
             verify(DLRM, other, Verifying(data=data, labels="label", engine=e, jobs=1, **how)) for e in ("local", "ray")
         )
@@ -176,7 +190,7 @@ def test_verify(nodes: Any, data: Path) -> None:
 def test_a_lost_node(nodes: Any, data: Path) -> None:
     """The last test: the node does not come back."""
     task = summing(data)
-    scoring = Scoring(task.data, task.model, 60.0, None, outputs=[o.name for o in task.model.graph.output])
+    scoring = Scoring(task.data, task.model, PATIENT, None, outputs=[o.name for o in task.model.graph.output])
     here = scored(Local(1), scoring)
     found = cluster.engine("ray").each(scoring, task.data.portions)
     several = [next(found)]

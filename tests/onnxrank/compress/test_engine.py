@@ -23,6 +23,7 @@ from onnxrank.errors import ModelError, UsageError
 from onnxrank.formats import COMPRESS, Style
 from onnxrank.model import load
 from onnxrank.network import Network
+from onnxrank.packing import pack
 from tests.support.modelkit import graph, session
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -128,6 +129,27 @@ def test_a_plan_does_the_same_again(result: Any, data: Path, tmp_path: Path) -> 
     found = compress(DLRM, data, options(plan=again))
     assert found.passed and found.report.stopped == "plan"
     assert found.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+@pytest.mark.slow
+def test_fewer_units_and_fewer_casts(data: Path) -> None:
+    """Layers are as wide as units are left, whatever else is done to them, and one cast is behind all lookups."""
+    base = Network(onnx.load(DLRM))
+    pack(base)
+    first, second = (p for p in base.products() if min(p.shape) > 8)
+    steps = [Step(t.name, (("fp16-tables", 0),)) for t in base.tables()]
+    steps += [Step(first.name, (("low-rank", 20), ("fp16", 0))), Step(f"units of {first.name}", (("units", 48),))]
+    plan = Plan(load(DLRM).sha256, tuple(steps), pack=True)
+    found = compress(DLRM, data, options(plan=plan, limits=Limits(0.2, 0.1)))
+    assert found.passed, found.report.outcomes
+    shapes = [p.shape for p in Network(found.model).products() if min(p.shape) > 8]
+    assert shapes == [(first.shape[0], 20), (20, 48), (48, second.shape[1])]
+    least = 512 * sum(a * b for a, b in shapes)
+    assert found.report.points[-1].macs == least + 512 * sum(
+        p.shape[0] * p.shape[1] for p in base.products() if min(p.shape) <= 8
+    )
+    (cast,) = [n for n in found.model.graph.node if n.op_type == "Cast" and "weight" not in n.input[0]]
+    assert len(base.tables()) == 8 and cast.output[0] in {i for n in found.model.graph.node for i in n.input}
 
 
 @pytest.mark.parametrize(

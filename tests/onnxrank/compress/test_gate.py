@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import ModelProto
 
-from onnxrank.compress.gate import Limits, Outcome, Paired, Scores, judge, overlaps, soft_auc, together
+from onnxrank.compress.engine import milder
+from onnxrank.compress.gate import Criterion, Limits, Outcome, Paired, Scores, judge, overlaps, soft_auc, together
+from onnxrank.compress.plan import Plan
+from onnxrank.compress.search import Made
 from onnxrank.verify.ranking import auc, order
 
 RNG = np.random.default_rng
@@ -123,6 +130,19 @@ def test_the_number_of_rows_is_about_right() -> None:
     assert again is not None and again.verdict == "passed"
 
 
+def test_what_is_used_up_says_what_holds_and_goes_by_the_noise() -> None:
+    """The gate picks what it is asked about next by that."""
+    found = {noise: held(noise, 3) for noise in (0.02, 0.05, 0.1, 0.2, 1.0)}
+    for outcome in found.values():
+        assert all((c.used < 1) == (c.verdict == "passed") for c in outcome.criteria)
+    assert {o.verdict for o in found.values()} == {"passed", "cannot tell", "failed"}
+    for name in ("auc", "log_loss", "logit_rmse", "overlap"):
+        small, large = (found[n].criterion(name) for n in (0.05, 0.1))
+        assert small is not None and large is not None and 1.5 < large.used / small.used < 4  # its square at most
+    moved = held(0.05, limits=Limits(loss=0.0)).criterion("auc")
+    assert moved is not None and moved.used == math.inf
+
+
 def test_much_noise_fails() -> None:
     found = held(2.0)
     assert found.verdict == "failed"
@@ -219,3 +239,15 @@ def test_together() -> None:
     good, bad, unclear = held(0.0), held(2.0), held(0.0, requests=5)
     assert together([good]) == "passed" and together([good, unclear]) == "cannot tell"
     assert together([unclear, bad]) == "failed" and together([]) == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("at", "used", "expected"), [(5, 1.01, 4), (5, 2.0, 3), (5, 100.0, 1), (2, 0.9, 1), (3, 1e9, 0)]
+)
+def test_the_gate_asks_next_about_what_is_as_near_as_it_has_to_be(at: int, used: float, expected: int) -> None:
+    """By how far logits are off, and not by the number of steps."""
+    off = Criterion("logit_rmse", used / 4, used / 4, used / 4, 0.25, "failed")
+    outcomes = (replace(held(0.0), verdict="failed", criteria=(off,)), held(0.0))
+    assert off.used == pytest.approx(used)
+    history = [Made(Plan(""), ModelProto(), (), e) for e in (0.0, 0.001, 0.3, 0.35, 0.7, 1.0)]
+    assert milder(history, at, outcomes) == expected

@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
 
-from onnxrank.compress.methods import METHODS, Refused, break_even, column_scales, fold_pca, ranks, subspace
+from onnxrank.compress.low_rank import break_even, ranks, subspace
+from onnxrank.compress.method import Refused
+from onnxrank.compress.methods import METHODS
+from onnxrank.compress.quantised import column_scales
 from onnxrank.compress.statistics import Moments, Statistics, counted, reduced_rank
-from onnxrank.network import Joint, Network, Product, Table
+from onnxrank.compress.tables import fold_pca
+from onnxrank.network import Hidden, Joint, Network, Product, Table
 from tests.support.modelkit import graph, session
 
 RNG = np.random.default_rng
@@ -378,7 +382,7 @@ def test_reduced_rank_regression_beats_the_projection_on_other_inputs() -> None:
 def test_methods_say_what_they_are() -> None:
     for m in METHODS.values():
         assert "->" in m.identity or m.name == "sparse-tables"
-        assert len(m.source) > 20 and m.takes in (Product, Table, (Product, Joint))
+        assert len(m.source) > 20 and m.takes in (Product, Table, Hidden, (Product, Joint))
 
 
 JOINT = "(float[N,%s] x) => (float[N,%s] y) { %s }"
