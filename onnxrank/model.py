@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
@@ -233,7 +233,7 @@ def flattened(model: ModelProto) -> ModelProto:
     out = model
     if model.functions:
         try:
-            out = inliner.inline_local_functions(_one_opset(model))
+            out = inliner.inline_local_functions(_with_defaults(_one_opset(model)))
         except Exception as e:
             raise ModelError(f"The model's functions cannot be inlined: {e}.") from e
     sparse = [k for k, n in enumerate(out.graph.node) if any(a.HasField("sparse_tensor") for a in n.attribute)]
@@ -290,6 +290,27 @@ def _one_opset(model: ModelProto) -> ModelProto:
     for f in out.functions:
         for o in f.opset_import:
             o.version = own.get(o.domain, o.version)
+    return out
+
+
+def _with_defaults(model: ModelProto) -> ModelProto:
+    """The model with all attributes at calls of its functions, which the inliner does not pass on to inner calls."""
+    defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in model.functions if f.attribute_proto}
+    if not defaults:
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+
+    def fill(nodes: Iterable[NodeProto]) -> None:
+        for node in nodes:
+            given = {a.name for a in node.attribute}
+            kept = defaults.get((node.domain, node.op_type, node.overload), ())
+            node.attribute.extend(a for a in kept if a.name not in given)
+            for inner in subgraphs(node):
+                fill(inner.node)
+
+    for nodes in (out.graph.node, *(f.node for f in out.functions)):
+        fill(nodes)
     return out
 
 
