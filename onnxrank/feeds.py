@@ -135,6 +135,21 @@ Ranges = dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bo
 """Per input, shaped as its entries per row: least value, least value not taken, whether it must be a whole number."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a study of a model found of its inputs.
+
+    Attributes:
+        ranges: Values of their entries.
+        symbols: Symbols of their shapes.
+        shortest: The least length of histories at which the model runs.
+    """
+
+    ranges: Ranges
+    symbols: tuple[str, ...]
+    shortest: int = 1
+
+
 class Maker:
     """Makes inputs that obey the roles.
 

@@ -113,7 +113,7 @@ def gate(
         EnvironmentProblem: onnxruntime is missing.
     """
     study = analysis.study
-    return checks.gate(study.loaded, model, study.roles, analysis.ranges, study.symbols, level, lengths, candidates)
+    return checks.gate(study.loaded, model, study.roles, study.known, level, lengths, candidates)
 
 
 def _job(analysis: Analysis, options: Options) -> Job:

@@ -67,13 +67,16 @@ class Study:
         roles: Roles of its inputs.
         loaded: Where it comes from.
         wait: Whether to wait for the runs that confirm the shapes; if not, `contradicted` does.
+        shortest: The least length of histories at which it is run, where that is known.
 
     Raises:
         UsageError: No input has a candidate axis.
         ModelError: The model is invalid, or does not run.
     """
 
-    def __init__(self, model: ModelProto, roles: Roles, loaded: files.LoadedModel, wait: bool = True) -> None:
+    def __init__(
+        self, model: ModelProto, roles: Roles, loaded: files.LoadedModel, wait: bool = True, shortest: int = 1
+    ) -> None:
         self.loaded, self.roles = loaded, roles
         self.packed: tuple[Packed, ...] = ()
         self.declared = feeds.inputs(model, roles)
@@ -104,8 +107,8 @@ class Study:
         self._shapes: dict[int, cost.Shapes] = {}
         self._lookups: dict[int, Lookups] = {}
         self.contradiction: facts.Contradiction | None = None
-        self.shortest = 1
-        self._points = self._settings()
+        self.shortest = shortest
+        self._points = self._settings(shortest - 1)
         self._probe: facts.Probe | None = facts.Probe(self.model, loaded.folder)
         for point in self._points:
             self._probe.ask(self.maker(point))
@@ -137,7 +140,7 @@ class Study:
             or without_loops(self.model, self.facts)
         )
 
-    def _settings(self, beyond: int = 0) -> list[facts.Setting]:
+    def _settings(self, beyond: int) -> list[facts.Setting]:
         """Where the model is run to confirm its shapes, with lengths beyond a number."""
         points = facts.settings(self.symbols, (2, 3), beyond)
         if len(self.symbols) > 1:
@@ -153,17 +156,13 @@ class Study:
         """
         if self._probe is None:
             return
-        problem: ModelError | None = None
         with self._probe as probe:
             self._probe = None
-            for beyond in (0, *(_LONGER if len(self.symbols) > 1 else ())):
-                try:
-                    self._run_at(probe, beyond)
-                    return
-                except ModelError as e:
-                    problem = problem or e
-                    if isinstance(e, Crashed):
-                        break
+            # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
+            makers = (None, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
+            problem = self._fails(probe, self._points, makers)
+            if problem is None or (not isinstance(problem, Crashed) and self._runs_at_longer(probe)):
+                return
         if isinstance(problem, Crashed):
             raise ModelError(self._crash(problem)) from problem
         shown = ", ".join(f"{i.name} {_shown(i.dims)}" for i in self.declared)
@@ -174,35 +173,45 @@ class Study:
             "roles file."
         )
 
-    def _run_at(self, probe: facts.Probe, beyond: int) -> None:
-        """Holds the derived shapes against those of runs with lengths beyond a number.
+    def _fails(
+        self, probe: facts.Probe, points: Sequence[facts.Setting], makers: Iterable[feeds.Maker | None]
+    ) -> ModelError | None:
+        """Holds the derived shapes against those of runs; why the model does not run there, if it does not.
 
-        Raises:
-            ModelError: The model does not run there.
+        Args:
+            probe: The model.
+            points: Where it is run.
+            makers: What makes inputs, one after the other until the model takes them; None for those that were asked
+                for.
         """
-        points = self._settings(beyond)
         problem: ModelError | None = None
-        # Ranges may be found wrong where ids are looked up in a way that cannot be followed: most models take ones.
-        makers = (None, feeds.Maker(self.declared, None), feeds.Maker(self.declared, None, fill=0))
-        for maker in (self.maker,) if beyond else makers:
+        for maker in makers:
             try:
                 self.contradiction = self._contradiction(probe, maker, points)
+                return None
             except ModelError as e:
                 problem = problem or e
-                continue
-            if beyond:
-                self._points = points
-                self.shortest = self._shortest(probe, maker or self.maker, points[0])
-            return
-        assert problem is not None
-        raise problem
+        return problem
 
-    def _shortest(self, probe: facts.Probe, maker: feeds.Maker, runs: facts.Setting) -> int:
+    def _runs_at_longer(self, probe: facts.Probe) -> bool:
+        """Whether the model runs with longer histories than those that are tried first; from where on is found then."""
+        if self.shortest > 1 or len(self.symbols) == 1:
+            return False
+        for more in _LONGER:
+            points = self._settings(more)
+            problem = self._fails(probe, points, [self.maker])
+            if problem is None:
+                self.shortest = self._least(probe, points[0])
+                return True
+            if isinstance(problem, Crashed):
+                break
+        return False
+
+    def _least(self, probe: facts.Probe, runs: facts.Setting) -> int:
         """The least length at which the model runs, if it runs at all that are longer.
 
         Args:
             probe: The model.
-            maker: What makes inputs that it takes.
             runs: A point at which it runs, where it does not at the lengths that are tried first.
         """
         low, high = 1, max(n for s, n in runs.symbols.items() if s != CANDIDATES)
@@ -210,7 +219,7 @@ class Study:
             middle = (low + high) // 2
             lengths = dict.fromkeys(self.symbols, middle)
             try:
-                probe.measure(maker(facts.Setting({**lengths, CANDIDATES: 2}, seed=0)))
+                probe.measure(self.maker(facts.Setting({**lengths, CANDIDATES: 2}, seed=0)))
                 high = middle
             except ModelError:
                 low = middle
@@ -243,6 +252,12 @@ class Study:
 
     def _ranges(self) -> feeds.Ranges:
         return feeds.find_ranges(self.declared, self.flow, self.model.graph.node)
+
+    @property
+    def known(self) -> feeds.Known:
+        """What was found of the inputs."""
+        assert self.maker.ranges is not None
+        return feeds.Known(self.maker.ranges, tuple(self.symbols), self.shortest)
 
     def contradicted(self) -> Refusal | None:
         """Why nothing may be rewritten, where a run contradicted what was derived.
@@ -281,7 +296,7 @@ class Study:
         Raises:
             ModelError: It does not run, or a run contradicts what was derived of it.
         """
-        made = Study(model, self.roles, self.loaded)
+        made = Study(model, self.roles, self.loaded, shortest=self.shortest)
         made.packed = self.packed
         stray = made.contradicted()
         if stray is not None:

@@ -75,7 +75,6 @@ def gated(job: Job) -> verdicts.Report:
     made, study = emitted(job), job.study
     if study.facts.note:
         raise ModelError(f"the result cannot be checked: {study.facts.note}; --no-check writes it unchecked")
-    assert study.maker.ranges is not None
     found = _held(job, made)
     job.report.looked, job.report.unseen = found.looked, found.unseen
     job.report.checks = gate.comparisons(found)
@@ -106,9 +105,7 @@ def held(
         report: Receives what was looked at, and what is worth knowing of it if nothing is wrong.
     """
     told, study = result.report, result.study
-    known = None
-    if study is not None and study.maker.ranges is not None:
-        known = (study.maker.ranges, study.symbols)
+    known = None if study is None else study.known
     options = Options(roles=Roles.from_dict(told.roles), level=level, lengths=lengths, span=told.candidates)
     with Engine(result.loaded, made, options, known=known) as engine:
         found = engine.run()
@@ -120,19 +117,8 @@ def held(
 
 def _held(job: Job, made: ModelProto, candidates: Sequence[int] | None = None) -> verdicts.Report:
     """Holds a model against the original, at some numbers of candidates or all of the check's."""
-    study, level = job.study, str(job.options.check)
-    assert study.maker.ranges is not None
-    return gate.gate(
-        job.loaded,
-        made,
-        job.roles,
-        study.maker.ranges,
-        study.symbols,
-        level,
-        job.options.lengths,
-        candidates,
-        job.side,
-    )
+    level, lengths = str(job.options.check), job.options.lengths
+    return gate.gate(job.loaded, made, job.roles, job.study.known, level, lengths, candidates, job.side)
 
 
 def _culprit(job: Job, found: verdicts.Report) -> Guilty | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from onnxrank import cost
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
@@ -48,7 +46,6 @@ def _lengthen(job: Job, original: Study) -> None:
     given = job.options.lengths or {}
     served = sizes.spans(original.symbols, given, original.shortest)
     job.report.lengths = {sizes.name_of(s): span for s, span in served.items()}
-    job.options = replace(job.options, lengths=job.report.lengths)
     told = [f"{name} = {low}..{high}" for name, (low, high) in job.report.lengths.items() if name not in given]
     if told:
         job.notes.append(

@@ -354,7 +354,7 @@ class _Drawn:
                 raise UsageError(f"{base.name} has no symbolic extent {name!r} besides the candidates. {known}")
             if value < 1:
                 raise UsageError(f"The length {name}={value} must be at least 1.")
-        self._point = {s: lengths.get(name, _OTHER_EXTENT) for name, s in names.items()}
+        self._point = {s: lengths.get(name, max(_OTHER_EXTENT, study.shortest)) for name, s in names.items()}
         used = ", ".join(f"{name} = {self._point[s]}" for name, s in names.items())
         self.notes = [f"symbolic extents of the inputs: {used}; see --length"] if names else []
         self._held: tuple[int, int, list[feeds.Feed]] = (0, 0, [])
@@ -512,7 +512,7 @@ def _roles_of(subject: _Subject, study: Study, roles: Roles) -> Roles:
     """Roles of the inputs of the model that requests were not made for."""
     if subject.contract is not None:
         return find_roles(subject.described, subject.contract)[0]
-    full = study.maker(Setting({**dict.fromkeys(study.symbols, _OTHER_EXTENT), CANDIDATES: 3}, 0))
+    full = study.maker(Setting({**dict.fromkeys(study.symbols, max(_OTHER_EXTENT, study.shortest)), CANDIDATES: 3}, 0))
     out: dict[str, InputRole] = {}
     for i in subject.described:
         if i.name in roles.inputs and _fits(full[i.name], i):

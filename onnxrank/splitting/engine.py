@@ -402,7 +402,7 @@ class Job:
         makers = [self.study.maker, Maker(declared, None, 0), Maker(declared, None, 1)]
         found: set[str] = set()
         with RemoteSession(request, self.loaded.folder) as session:
-            for k, setting in enumerate(settings(self.study.symbols)):
+            for k, setting in enumerate(settings(self.study.symbols, beyond=self.study.shortest - 1)):
                 for maker in makers if not k else makers[:2]:
                     try:
                         made = session.run(maker(setting))

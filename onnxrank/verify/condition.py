@@ -76,7 +76,7 @@ class Condition:
         by_key = {(p.inputs, p.candidates, p.seed): p for p in points}
         failed = [k for k, c in enumerate(found) if not c.passed]
         failed.sort(key=lambda k: -found[k].error / max(found[k].allowed, 1e-300))
-        limits = {key: m.allowed for key, m in self.engine.held.items()}
+        limits = {key: m.allowed for key, m in self.engine.verdicts.held.items()}
         seen: set[int] = set()
         for k in failed:
             c = found[k]
@@ -133,9 +133,9 @@ class Condition:
         if old is None or old[0] < mine:
             self.told[c.output] = (mine, precision)
         key = (c.provider, c.inputs, c.output)
-        if c.verdict == "rounding" and key in self.engine.held:
-            held = self.engine.held[key]
-            self.engine.held[key] = replace(held, allowed=max(held.allowed, allowed))
+        if c.verdict == "rounding" and key in self.engine.verdicts.held:
+            held = self.engine.verdicts.held[key]
+            self.engine.verdicts.held[key] = replace(held, allowed=max(held.allowed, allowed))
         return replace(c, allowed=allowed, passed=True, place=None)
 
     def tell(self) -> None:
@@ -255,7 +255,7 @@ class Condition:
     def _nudged(self, feed: Mapping[str, NDArray[Any]], seed: int) -> Feed:
         """A request with every real number of it moved by one unit in the last place; ids stay."""
         rng = np.random.default_rng(seed)
-        whole = {name: bool(r[2].any()) for name, r in self.engine.ranges.items()}
+        whole = {name: bool(r[2].any()) for name, r in self.engine.inputs.ranges.items()}
         return {k: compare.nudged(v, rng) if is_float(v) and not whole.get(k, False) else v for k, v in feed.items()}
 
     # --- operators that are not exact in float64 ---------------------------------------------------------------------

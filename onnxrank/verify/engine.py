@@ -11,42 +11,34 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-import numpy as np
-import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxrank import baked, batches, halves, matrices, runtime, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.feeds import Ranges
-from onnxrank.graphs import live
+from onnxrank.feeds import Known
 from onnxrank.values import CANDIDATES
-from onnxrank.verify import compare, judge, sizes, structure, tables
+from onnxrank.verify import sizes, structure, tables
 from onnxrank.verify.condition import Condition
-from onnxrank.verify.inputs import ORDINARY, POISONED
+from onnxrank.verify.emptiness import Emptiness
+from onnxrank.verify.inputs import ORDINARY
 from onnxrank.verify.judge import Sample
 from onnxrank.verify.options import LEVELS, Options
 from onnxrank.verify.pairing import Terms, bind, terms
-from onnxrank.verify.points import MOST_ODD, Point, generate, weight
+from onnxrank.verify.points import Point, generate, weight
 from onnxrank.verify.reach import MOST_BYTES, Reach, lacks_memory
 from onnxrank.verify.relations import relate
-from onnxrank.verify.report import Case, Report, Severity
+from onnxrank.verify.report import Report, Severity
 from onnxrank.verify.requests import several
-from onnxrank.verify.side import MODEL, Side, open_both, run_both, run_once
+from onnxrank.verify.side import MODEL, Side, open_both, run_both
 from onnxrank.verify.sizes import Span
+from onnxrank.verify.verdicts import Verdicts
 from onnxrank.verify.words import count, sentence, worst
 from onnxrank.workers import Crashed, Outputs
 
 Progress = Callable[[str], None]
 _TRUTH = "float64"
-_ROUNDED = "rounded"
-_INSIDE = "inside"
-_RANKED = 1024
-"""Candidates up to which the order is looked at in requests beyond the ordinary ones, at the level `full`."""
-_STEP = 2.0**-7
-"""A step of 8-bit quantisation, of a range of both signs."""
 
 
 def verify(
@@ -88,7 +80,7 @@ class Engine:
         optimized: The model under test.
         options: Choices.
         progress: Called with what is being done.
-        known: Ranges of the original's inputs and the symbols of their shapes, where the original was studied before.
+        known: What is known of the original's inputs, where it was studied before.
         first: The original in its process, where somebody has it there already, who keeps it.
     """
 
@@ -98,7 +90,7 @@ class Engine:
         optimized: files.LoadedModel,
         options: Options,
         progress: Progress | None = None,
-        known: tuple[Ranges, Sequence[str]] | None = None,
+        known: Known | None = None,
         first: Side | None = None,
     ) -> None:
         self.options = options
@@ -117,21 +109,17 @@ class Engine:
         self.names = [o.name for o in original.proto.graph.output]
         self.samples: list[Sample] = []
         self.shared: list[str] = []
-        self.held: dict[tuple[str, str, str], judge.Measure] = {}
-        self.ranges: Ranges = {}
-        self.symbols: list[str] = []
+        self.inputs = known or Known({}, ())
         self.spans: dict[str, Span] = {}
         self.changed: list[tables.Changed] = []
         self.usual: dict[str, int] = {}
-        self._shortest = sizes.LENGTHS[0]
         self.span: Span | None = None
         self.truth = False
         self.precision = "own"
         self.points: list[Point] = []
         self.condition = Condition(self)
-        self.coarse: np.dtype[Any] | None = None
-        self.rounds_weights = False
-        self.step = 0.0
+        self.verdicts = Verdicts(self)
+        self.emptiness = Emptiness(self)
         self._good = False
 
     def __enter__(self) -> Engine:
@@ -177,9 +165,9 @@ class Engine:
         self._open_ahead()
         self.say("finding the ranges of the inputs")
         try:
-            self.ranges, self.symbols = self._study(found)
+            self.inputs = self.known or self._study(found)
             self._extents()
-            self.points = list(generate(self.binding, self.ranges, self.symbols, self.options, self.usual))
+            self.points = list(generate(self.binding, self.inputs, self.options, self.usual))
         except ModelError as e:
             if self.options.data is None:
                 raise
@@ -188,7 +176,7 @@ class Engine:
         self.truth = self._open_truth()
         if not self.compare(self.points):
             return
-        self._measure()
+        self.verdicts.measure()
         self.say("permuting, dropping and changing candidates")
         relate(self)
         if self.optimized.loaded.batch is not None:
@@ -196,7 +184,7 @@ class Engine:
             several(self)
         self.say("comparing at further numbers of candidates and lengths")
         Reach(self).run()
-        self._judge()
+        self.verdicts.tell()
         if self.options.data is not None:
             from onnxrank.verify.replay import replay
 
@@ -349,18 +337,16 @@ class Engine:
     def _crash(self, verdict: str, side: Side, doing: str, e: Crashed) -> None:
         self.report.find(verdict, e.kind, f"The {side.name} model made its process fail {doing}: {e}.", model=side.name)
 
-    def _study(self, found: Terms) -> tuple[Ranges, list[str]]:
-        """Ranges of the original's inputs, and the symbols of their shapes."""
-        if self.known is not None:
-            return self.known[0], list(self.known[1])
+    def _study(self, found: Terms) -> Known:
+        """What a study of the original finds of its inputs."""
         try:
             made = self._studied(found)
         except Crashed as e:
             raise ModelError(f"The original made its process fail while it was studied: {e}.") from e
         if made["note"]:
             raise ModelError(f"The models cannot be compared: {made['note']}.")
-        self._shortest = int(made["shortest"])
-        return {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}, list(made["symbols"])
+        ranges = {k: (v[0], v[1], v[2]) for k, v in made["ranges"].items()}
+        return Known(ranges, tuple(made["symbols"]), int(made["shortest"]))
 
     def _studied(self, found: Terms) -> dict[str, Any]:
         """What the original's process finds out: at the second model's declared lengths, if it runs at no others."""
@@ -388,8 +374,8 @@ class Engine:
     def _extents(self) -> None:
         """What is served: lengths and numbers of candidates."""
         options = self.options
-        self.spans = sizes.spans(self.symbols, options.lengths, self._shortest)
-        self.usual = sizes.usual(self.symbols, self.spans)
+        self.spans = sizes.spans(self.inputs.symbols, options.lengths, self.inputs.shortest)
+        self.usual = sizes.usual(self.inputs.symbols, self.spans)
         stored = (stored_contract(self.optimized.proto) or {}).get("candidates")
         told = isinstance(stored, list) and len(stored) == 2 and all(isinstance(n, int) and n > 0 for n in stored)
         self.span = options.span or ((stored[0], stored[1]) if told and stored is not None else None)
@@ -469,11 +455,12 @@ class Engine:
         """Makes float64 sessions of both models; whether there are such."""
         for side, trouble in zip(self.sides, open_both(self.sides, _TRUTH, precision="double"), strict=True):
             if trouble is not None:
-                self._no_truth(side, trouble)
+                self.no_truth(side, trouble)
                 return False
         return True
 
-    def _no_truth(self, side: Side, e: Exception) -> None:
+    def no_truth(self, side: Side, e: Exception) -> None:
+        """Does without float64, and tells why: what a model says against it."""
         self.truth = False
         self.report.find(
             "algebra",
@@ -513,7 +500,7 @@ class Engine:
                 None,
             )
             if why is not None:
-                self._no_truth(side, why)
+                self.no_truth(side, why)
                 return [None] * len(points)
         return list(zip(first, second, strict=True))
 
@@ -534,7 +521,7 @@ class Engine:
                 self._crash("rounding", self.optimized, doing, b)
                 continue
             if isinstance(b, ModelError):
-                if not p.candidates and self.excused(p, b, provider):
+                if not p.candidates and self.emptiness.excused(p, b, provider):
                     continue
                 self.report.find(
                     "rounding",
@@ -545,7 +532,7 @@ class Engine:
                 continue
             pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
             for k in self.shared:
-                if p.candidates == 0 and self.vacuous(k, a[k], b[k]):
+                if p.candidates == 0 and self.emptiness.vacuous(k, a[k], b[k]):
                     continue
                 truth = pair[0][k] if pair is not None else None  # type: ignore[index]
                 raised = pair[1][k] if pair is not None else None  # type: ignore[index]
@@ -560,7 +547,7 @@ class Engine:
                 odd = next((k for k in self.shared if a[k].shape != t[0][k].shape), None)
                 if odd is not None:
                     shapes = f"{list(t[0][odd].shape)}, where onnxruntime gives {list(a[odd].shape)}"
-                    self._no_truth(self.original, ModelError(f"{odd!r} would have the shape {shapes}"))
+                    self.no_truth(self.original, ModelError(f"{odd!r} would have the shape {shapes}"))
         return self.truth
 
     def _original_fails(self, p: Point, why: ModelError, other: Outputs, where: str) -> None:
@@ -601,219 +588,6 @@ class Engine:
             model="original",
         )
 
-    def vacuous(self, name: str, a: NDArray[Any], b: NDArray[Any], lengths: str = "") -> bool:
-        """Whether an output says nothing where there are no candidates, or nothing along a length; told, if so.
-
-        That is where the original breaks its own promise of a shape; and where neither model gives any entry, for then
-        their extents are all that can differ: a `Reshape` takes a computed extent of 0 for that of its operand, and
-        fused kernels forget rows.
-
-        Args:
-            name: The output.
-            a: What the original gives.
-            b: What the other model gives.
-            lengths: The lengths that are 0; empty where it is the candidates.
-        """
-        if a.shape == b.shape:
-            return False
-        if not self.declares(name, a):
-            self.malformed(name, a, lengths)
-            return True
-        if a.size or b.size or not self.declares(name, b):
-            return False
-        self.report.find(
-            "rounding",
-            "empty",
-            f"With {lengths or 'no candidates'} no entries are left of {name!r}: the original gives {list(a.shape)}, "
-            f"the optimized model {list(b.shape)}.",
-            "note",
-        )
-        return True
-
-    def excused(self, p: Point, why: ModelError, provider: str, lengths: str = "") -> bool:
-        """Whether a failure without candidates, or with nothing along a length, is the runtime's fault; told, if so.
-
-        It is where a kernel gives a tensor inside the original another shape than ONNX does, so that it was no run of
-        that model; and where the second model gives what the original gives as long as nothing is fused.
-
-        Args:
-            p: The request.
-            why: What the runtime says of the second model.
-            provider: Where it says so.
-            lengths: The lengths that are 0; empty where it is the candidates.
-        """
-        if isinstance(why, Crashed):
-            return False
-        try:
-            reason = self._misshapen(p)
-        except ModelError:
-            reason = ""
-        if not reason:
-            session = f"{provider}/{LEVELS[0]}"
-            a, b = run_once(self.sides, session, (p.feed, p.bound), self.shared, self.options.timeout)
-            if isinstance(a, ModelError) or isinstance(b, ModelError):
-                return False
-            if any(
-                compare.gap(a[k], b[k]).largest > 0 and not self.vacuous(k, a[k], b[k], lengths) for k in self.shared
-            ):
-                return False
-            reason = "without its optimisations it gives what the original gives"
-        self.report.find(
-            "rounding",
-            "runtime",
-            f"With {lengths or 'no candidates'} onnxruntime does not run the optimized model ({why}), which is its own "
-            f"fault: {reason}.",
-            "warning",
-            model="optimized",
-        )
-        return True
-
-    def _misshapen(self, p: Point) -> str:
-        """Which tensor inside the original has not the shape that ONNX gives it on a request; empty if all have."""
-        model = files.without_external(files.flattened(self.original.proto))
-        try:
-            inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
-        except Exception:  # whatever it stumbles over, nothing is known then
-            return ""
-        shapes = {
-            v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
-            for v in inferred
-            if v.type.tensor_type.HasField("shape")
-        }
-        made = [o for n in live(model).graph.node for o in n.output if o in shapes]
-        self.original.call("expose", key=_INSIDE, of=MODEL, names=made)
-        self.original.open(_INSIDE, key=_INSIDE, level=LEVELS[0], precision=self.precision)
-        (answer,) = self.original.run(_INSIDE, [p.feed], made)
-        self.original.call("close", session=_INSIDE)
-        if isinstance(answer, ModelError):
-            raise answer
-        for name in made:
-            have, want = answer[name].shape, shapes[name]
-            if len(have) != len(want) or any(n not in (None, m) for m, n in zip(have, want, strict=True)):
-                return f"inside the original it gives {name!r} the shape {list(have)}"
-        return ""
-
-    def declares(self, name: str, data: NDArray[Any]) -> bool:
-        """Whether an output has the shape that the original declares."""
-        info = next(o for o in self.original.proto.graph.output if o.name == name)
-        dims = info.type.tensor_type.shape.dim
-        return len(dims) == data.ndim and all(
-            not d.HasField("dim_value") or d.dim_value == n for d, n in zip(dims, data.shape, strict=True)
-        )
-
-    def malformed(self, name: str, data: NDArray[Any], lengths: str = "") -> None:
-        """Notes that an output of the original has not its declared shape: without candidates, or at lengths of 0."""
-        self.report.find(
-            "rounding",
-            "original",
-            f"With {lengths or 'no candidates'} the original gives {name!r} the shape {list(data.shape)}, which it "
-            "does not declare, so nothing was compared there.",
-            "note",
-            model="original",
-        )
-
-    def _measure(self) -> None:
-        """Finds what differences are held against, from what was run so far."""
-        report = self.report
-        self.rounds_weights = structure.changes_precision(self.original.proto, self.optimized.proto)
-        rounds = self.rounds_weights or halves.rounds_state(self.optimized.loaded)
-        coarse = np.dtype(np.float16) if rounds else None
-        self.coarse = coarse
-        steps = any(structure.quantises(s.proto) for s in self.sides)
-        if steps:
-            report.find(
-                "rounding",
-                "precision",
-                "Values are quantised on the way. One at the border of two steps may fall on either side, so 1/128 of "
-                "the output's scale is allowed.",
-                "note",
-            )
-        self.step = _STEP if steps else 0.0
-        self.held = judge.measures(self.samples, coarse, self.step)
-
-    def _judge(self) -> None:
-        report, samples = self.report, self.samples
-        self.held = judge.measures(samples, self.coarse, self.step)
-        if self.truth:
-            if not self.rounds_weights:
-                self.file("algebra", self.condition.excused(judge.algebra(samples), self.points))
-            else:
-                self._rounded_algebra()
-        cases = judge.rounding(samples, self.held, self.options.tolerance, self._unstable())
-        self.file("rounding", self.condition.excused(cases, self.points))
-        self.condition.tell()
-        report.statistics = judge.statistics(samples, self.held)
-        most = _RANKED if self.options.level == "full" else MOST_ODD
-        sized = {(p.inputs, p.candidates) for p in self.points if p.size is not None and p.candidates > most}
-        plain = [s for s in samples if s.inputs not in POISONED and (s.inputs, s.candidates) not in sized]
-        cases, report.ranking = judge.ranked(plain, self.held, self.options.top_k)
-        self.file("ranking", cases)
-        for s in report.statistics:
-            if s.own_levels > s.allowed and s.level == LEVELS[0]:
-                report.find(
-                    "rounding",
-                    "runtime",
-                    f"The original differs from itself by {s.own_levels:.3g} in {s.output!r} across onnxruntime's "
-                    f"optimisation levels ({s.provider}): that much is the runtime's own.",
-                    "note",
-                    model="original",
-                )
-
-    def _rounded_algebra(self) -> None:
-        """Compares models whose weights are rounded to different types: both in float64, with weights rounded alike."""
-        points = [p for p in self.points if p.candidates > 0 and p.inputs not in POISONED and p.size is None]
-        try:
-            for side in self.sides:
-                side.open(_ROUNDED, precision="rounded", to=structure.half_type(*(s.proto for s in self.sides)))
-        except (ModelError, EnvironmentProblem) as e:
-            self._no_truth(side, e)
-            return
-        answers = run_both(self.sides, _ROUNDED, [[p.feed for p in points], [p.bound for p in points]], self.shared)
-        cases = judge.algebra(
-            [
-                Sample("cpu", _TRUTH, p.inputs, p.candidates, p.seed, k, a[k], b[k], a[k], b[k])
-                for p, a, b in zip(points, *answers, strict=True)
-                if not isinstance(a, ModelError) and not isinstance(b, ModelError)
-                for k in self.shared
-            ]
-        )
-        failed = [c for c in cases if not c.passed]
-        if not failed:
-            self.file("algebra", cases)
-            return
-        far = max(failed, key=lambda c: c.error)
-        self.report.find(
-            "algebra",
-            "precision",
-            "The models differ by more than the rounding of their weights to 16 bits: with weights rounded alike, "
-            f"{far.output!r} is off by {far.error:.3g} in float64. Constants that were folded before they were "
-            "rounded, or that 16 bits cannot hold, explain that; so does an error.",
-            "warning",
-            place=far.place,
-        )
-
-    def file(self, verdict: str, cases: Sequence[Case]) -> None:
-        """Takes comparisons into the report."""
-        self.report.cases += cases
-        if cases:
-            self.report.settle(verdict, all(c.passed for c in cases))
-
-    def _unstable(self) -> Callable[[Sample, tuple[int, ...]], bool]:
-        """Whether the original itself is now a number and now none, across levels or against float64."""
-        groups: dict[tuple[Any, ...], list[NDArray[Any]]] = {}
-
-        def key(s: Sample) -> tuple[Any, ...]:
-            return s.provider, s.inputs, s.candidates, s.seed, s.output, s.request
-
-        for s in self.samples:
-            groups.setdefault(key(s), []).extend([s.original, *([s.truth] if s.truth is not None else [])])
-
-        def unstable(s: Sample, at: tuple[int, ...]) -> bool:
-            seen = {_class(x[at]) for x in groups[key(s)] if x.shape == s.original.shape}
-            return len(seen) > 1 and _class(s.optimized[at]) in seen
-
-        return unstable
-
 
 def open_ahead(side: Side, options: Options) -> None:
     """Has the sessions of a model made that it is compared in, without anybody waiting."""
@@ -852,11 +626,6 @@ def failing_points(engine: Engine, model: ModelProto) -> bool:
         candidates=sorted(counts),
         sizes=sized,
     )
-    known = (engine.ranges, engine.symbols) if engine.symbols else None
+    known = engine.inputs if engine.inputs.symbols else None
     with Engine(loaded, second, replace(chosen, request=(), spec=None), known=known) as other:
         return not other.run().passed
-
-
-def _class(value: Any) -> str:
-    x = float(value)
-    return "nan" if np.isnan(x) else "finite" if np.isfinite(x) else str(x)

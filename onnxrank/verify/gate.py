@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from onnx import ModelProto
 
 from onnxrank import runtime
-from onnxrank.feeds import Ranges
+from onnxrank.feeds import Known
 from onnxrank.model import LoadedModel
 from onnxrank.report import Comparison
 from onnxrank.roles import Roles
@@ -25,8 +25,7 @@ def gate(
     original: LoadedModel,
     made: ModelProto,
     roles: Roles,
-    ranges: Ranges,
-    symbols: Sequence[str],
+    known: Known,
     level: str = "standard",
     lengths: Mapping[str, Span] | None = None,
     candidates: Sequence[int] | None = None,
@@ -38,8 +37,7 @@ def gate(
         original: The original.
         made: The rewritten model; its external data lie where the original's do.
         roles: Roles of the original's inputs.
-        ranges: Values of their entries.
-        symbols: Symbols of their shapes.
+        known: What the original's study found of them.
         level: How much is compared.
         lengths: Least and most of the inputs' symbolic lengths, where they are declared.
         candidates: Numbers of candidates to compare at; None for those of the level.
@@ -52,7 +50,7 @@ def gate(
     """
     second = LoadedModel(made, None, original.folder, "", made.ByteSize(), original.external)
     options = Options(roles=roles, level=level, lengths=lengths or {}, candidates=candidates)
-    with Engine(original, second, options, known=(ranges, symbols), first=first) as engine:
+    with Engine(original, second, options, known=known, first=first) as engine:
         return engine.run()
 
 

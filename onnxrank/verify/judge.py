@@ -172,11 +172,12 @@ def _within(s: Sample, limits: tuple[float, float]) -> Case | None:
     a, b = s.original.astype(np.float64), s.optimized.astype(np.float64)
     with np.errstate(invalid="ignore"):
         room = limits[1] + limits[0] * np.abs(a)
-        excess = np.where(np.isfinite(a), np.abs(a - b) - room, 0.0)
+        apart = np.abs(a - b)
+        excess = np.where(np.isfinite(a), apart - room, 0.0)
     if not excess.size or excess.max() <= 0:
         return None
     at = tuple(int(k) for k in np.unravel_index(int(excess.argmax()), excess.shape))
-    return _case("rounding", s, Gap(float(np.abs(a - b)[at]), at), float(room[at]), a, b)
+    return _case("rounding", s, Gap(float(apart[at]), at), float(room[at]), a, b)
 
 
 def _case(

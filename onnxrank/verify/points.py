@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from onnxrank.feeds import Feed, Input, Maker, Ranges
+from onnxrank.feeds import Feed, Input, Known, Maker
 from onnxrank.verify import inputs
 from onnxrank.verify.inputs import ORDINARY, POISONED
 from onnxrank.verify.options import Options
@@ -49,28 +49,25 @@ class Point:
     size: Size | None = None
 
 
-def generate(
-    binding: Binding, ranges: Ranges, symbols: Sequence[str], options: Options, lengths: Mapping[str, int]
-) -> Iterator[Point]:
+def generate(binding: Binding, known: Known, options: Options, lengths: Mapping[str, int]) -> Iterator[Point]:
     """The generated requests: ordinary ones at every number of candidates, the other kinds at one.
 
     Args:
         binding: How the second model's inputs come from the original's.
-        ranges: Values of the original's inputs.
-        symbols: Symbols of their shapes.
+        known: What is known of the original's inputs.
         options: Numbers of candidates, seeds and kinds.
         lengths: Extents of the other symbols.
     """
     several = [n for n in options.counts if n > 1]
     odd = max([n for n in several if n <= MOST_ODD] or several[:1] or [0])
-    for kind, maker in inputs.kinds(binding.declared, ranges, options.kinds).items():
+    for kind, maker in inputs.kinds(binding.declared, known.ranges, options.kinds).items():
         counts = options.counts if kind == ORDINARY else (odd,) if odd else ()
         users = max(options.users, _PATTERNS if kind == "padding" else 1)
         if kind in ("zeros", "denormal", *POISONED):
             users = 1
         for n in counts:
             for seed in range(users if n else 1):
-                setting = inputs.point(symbols, max(n, 1), seed, lengths)
+                setting = inputs.point(known.symbols, max(n, 1), seed, lengths)
                 feed = maker(replace(setting, seed=seed) if kind == "padding" else setting)
                 if n == 0:
                     yield Point(kind, 0, seed, *binding.without_candidates(feed))
@@ -78,21 +75,18 @@ def generate(
                     yield Point(kind, n, seed, feed, binding(feed))
 
 
-def sized(
-    binding: Binding, ranges: Ranges, symbols: Sequence[str], lengths: Mapping[str, int], size: Size, seed: int = 0
-) -> Point:
+def sized(binding: Binding, known: Known, lengths: Mapping[str, int], size: Size, seed: int = 0) -> Point:
     """A request of given extents.
 
     Args:
         binding: How the second model's inputs come from the original's.
-        ranges: Values of the original's inputs.
-        symbols: Symbols of their shapes.
+        known: What is known of the original's inputs.
         lengths: Extents of the symbols that `size` does not name.
         size: The extents.
         seed: For the values.
     """
-    maker = (inputs.Full if size.full else Maker)(binding.declared, ranges)
-    feed = maker(inputs.point(symbols, max(size.candidates, 1), seed, {**lengths, **size.lengths}))
+    maker = (inputs.Full if size.full else Maker)(binding.declared, known.ranges)
+    feed = maker(inputs.point(known.symbols, max(size.candidates, 1), seed, {**lengths, **size.lengths}))
     if not size.candidates:
         return Point(size.kind, 0, seed, *binding.without_candidates(feed), size=size)
     return Point(size.kind, size.candidates, seed, feed, binding(feed), size=size)

@@ -97,7 +97,7 @@ class Reach:
         for (point, pairs), truth in zip(ran, truths, strict=True):
             for provider, a, b in pairs:
                 for k in engine.shared:
-                    if _empty(point) and engine.vacuous(k, a[k], b[k], _lengths(point)):
+                    if _empty(point) and engine.emptiness.vacuous(k, a[k], b[k], _lengths(point)):
                         continue
                     pair = (truth[0][k], truth[1][k]) if truth is not None else (None, None)
                     engine.samples.append(
@@ -134,7 +134,7 @@ class Reach:
                 if self._left <= 0:
                     self._miss(size, _LATE)
                     continue
-                yield points.sized(engine.binding, engine.ranges, engine.symbols, engine.usual, size, seed)
+                yield points.sized(engine.binding, engine.inputs, engine.usual, size, seed)
 
     def _miss(self, size: Size, why: str) -> None:
         found = self._unseen.setdefault(why, [])
@@ -154,8 +154,8 @@ class Reach:
             left = np.array([r for r in changed.rows.tolist() if r in missing], np.int64)
             if not len(left) or self._left <= 0:
                 break
-            maker = inputs.Rows(declared, engine.ranges, left, changed.size)
-            feed = maker(inputs.point(engine.symbols, size.candidates, seed, engine.usual))
+            maker = inputs.Rows(declared, engine.inputs.ranges, left, changed.size)
+            feed = maker(inputs.point(engine.inputs.symbols, size.candidates, seed, engine.usual))
             point = Point(about, size.candidates, seed, feed, engine.binding(feed), size=size)
             met = self._met(changed, point)
             if not met & missing:
@@ -217,17 +217,17 @@ class Reach:
                 if p.size.full and p.size.lengths and not isinstance(a, Crashed):
                     # Counts that nothing is known of may have been too much for it.
                     size = Size(p.size.candidates, p.size.lengths, False)
-                    plain = points.sized(engine.binding, engine.ranges, engine.symbols, engine.usual, size, p.seed)
+                    plain = points.sized(engine.binding, engine.inputs, engine.usual, size, p.seed)
                     if any(not np.array_equal(plain.feed[k], v) for k, v in p.feed.items()):
                         return self._compare(plain)
                 self._original(p.size, a)
                 return None
             if isinstance(b, ModelError):
                 # Kernels that give nothing the wrong shape may pass it to others that do not take it.
-                odd = next((k for k in engine.shared if _empty(p) and not engine.declares(k, a[k])), None)
+                odd = next((k for k in engine.shared if _empty(p) and not engine.emptiness.declares(k, a[k])), None)
                 if odd is not None:
-                    engine.malformed(odd, a[odd], _lengths(p))
-                elif not _empty(p) or not engine.excused(p, b, provider, _lengths(p)):
+                    engine.emptiness.malformed(odd, a[odd], _lengths(p))
+                elif not _empty(p) or not engine.emptiness.excused(p, b, provider, _lengths(p)):
                     self._optimized(p, b, provider, patience)
                 return None
             if 0 in p.size.lengths.values() and not self._determined(p, a, provider):

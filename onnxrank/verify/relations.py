@@ -26,11 +26,11 @@ def relate(engine: Engine) -> None:
     count = max([n for n in engine.options.counts if 2 <= n <= MOST_ODD], default=0)
     if not count or not engine.samples:
         return
-    maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.ranges)
+    maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.inputs.ranges)
     per_row = _per_row(engine)
     for seed in range(2 if engine.options.level == "full" else 1):
-        feed = maker(inputs.point(engine.symbols, count, 50 + seed, engine.usual))
-        user = maker(inputs.point(engine.symbols, count, 70 + seed, engine.usual))
+        feed = maker(inputs.point(engine.inputs.symbols, count, 50 + seed, engine.usual))
+        user = maker(inputs.point(engine.inputs.symbols, count, 70 + seed, engine.usual))
         try:
             _relate(engine, feed, user, per_row, seed, count)
         except Crashed as e:
@@ -45,7 +45,7 @@ def _relate(engine: Engine, feed: Feed, user: Feed, per_row: dict[str, int], see
     declared = engine.binding.declared
 
     def allowed(output: str, scale: float) -> float:
-        m = engine.held.get((provider, ORDINARY, output))
+        m = engine.verdicts.held.get((provider, ORDINARY, output))
         if engine.truth:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0
@@ -74,7 +74,7 @@ def _relate(engine: Engine, feed: Feed, user: Feed, per_row: dict[str, int], see
             "warning",
             model="original",
         )
-    engine.file("metamorphic", engine.condition.relaxed(cases, feed, provider, engine.truth))
+    engine.verdicts.file("metamorphic", engine.condition.relaxed(cases, feed, provider, engine.truth))
 
 
 def _per_row(engine: Engine) -> dict[str, int]:

@@ -150,9 +150,10 @@ def replay(engine: Engine) -> None:
     found = source(options.data, engine.binding.declared, options.request_id, options.labels, _PART)
     jobs = options.jobs or (1 if any(s.large for s in engine.sides) else os.cpu_count() or 1)
     where = cluster.engine(options.engine, min(jobs, len(found.parts)))
+    known = engine.verdicts
     setting = _Setting(
-        engine.binding, options, engine.shared, engine.truth, engine.coarse, engine.step, engine.rounds_weights,
-        engine.held, engine.ranges,
+        engine.binding, options, engine.shared, engine.truth, known.coarse, known.step, known.rounds_weights,
+        known.held, engine.inputs.ranges,
     )  # fmt: skip
     total = _Found()
     engine.say("recorded requests")

@@ -63,7 +63,7 @@ class _Several:
         self.engine, self.side, self.told = engine, side, told
         self.provider = engine.options.providers[0]
         self.level = ""
-        self.maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.ranges)
+        self.maker = inputs.Kind(ORDINARY, engine.binding.declared, engine.inputs.ranges)
 
     def run(self) -> None:
         """Compares at every number of requests: in float64 where that can be, and as it is served."""
@@ -96,7 +96,7 @@ class _Several:
                     cases += self._compared(f"a part of {count} requests", bound[part], counts[part], wanted[part])
         if any(counts):
             cases += self._guarded(bound, sum(counts))
-        self.engine.file("metamorphic", cases)
+        self.engine.verdicts.file("metamorphic", cases)
 
     def _counts(self, requests: int) -> list[int]:
         """Candidates of each request: none, one, and many among them."""
@@ -114,7 +114,7 @@ class _Several:
     def _feed(self, k: int, candidates: int) -> tuple[Feed | None, Feed]:
         """Inputs of the original, none without candidates, and of the other model as if it took one request."""
         engine = self.engine
-        setting = inputs.point(engine.symbols, max(candidates, 1), _SEED + k, engine.usual)
+        setting = inputs.point(engine.inputs.symbols, max(candidates, 1), _SEED + k, engine.usual)
         feed = self.maker(setting)
         if candidates:
             return feed, engine.binding(feed)
@@ -165,7 +165,7 @@ class _Several:
         return cases
 
     def _allowed(self, output: str, scale: float) -> float:
-        m = self.engine.held.get((self.provider, ORDINARY, output))
+        m = self.engine.verdicts.held.get((self.provider, ORDINARY, output))
         if self.level == _TRUTH:
             return judge.ALGEBRA * max(scale, m.scale if m else 0.0)
         return m.allowed if m else 0.0

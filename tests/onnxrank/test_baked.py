@@ -143,23 +143,53 @@ def test_export(tmp_path: Path) -> None:
     assert made.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 50
 
 
-def test_histories_that_may_not_be_short() -> None:
-    """Without 12 entries there are no largest 12: from where on the model runs is found, and said."""
+def _largest() -> ModelProto:
+    """A ranker that takes the 12 largest of a history: without 12 entries it does not run."""
     g = Graph(17)
     hist, item = g.input("hist", ["N", "L", 8]), g.input("item", ["N", 8])
     best, _ = g.ops("TopK", 2, g.on_axes("ReduceSum", hist, [2], keepdims=0), g.ints(12), axis=1)
     x = g.op("Concat", best, g.on_axes("ReduceMean", hist, [1], keepdims=0), item, axis=1)
     h = g.op("Relu", g.op("MatMul", x, g.const(np.random.default_rng(0).standard_normal((28, 16)))))
     g.output(g.op("MatMul", h, g.const(np.ones((16, 1)))), ["N", 1])
-    result = onnxrank.optimize(g.model(), request=["hist"])
+    return g.model()
+
+
+def test_histories_that_may_not_be_short() -> None:
+    """From which length on a model runs is found, and said."""
+    model = _largest()
+    result = onnxrank.optimize(model, request=["hist"])
     assert result.changed and result.report.lengths == {"L": (12, 1024)}
     assert any("fewer than 12" in note for note in result.report.notes)
-    declared = onnxrank.optimize(g.model(), request=["hist"], lengths={"L": (20, 90)})
+    declared = onnxrank.optimize(model, request=["hist"], lengths={"L": (20, 90)})
     assert declared.changed and declared.report.lengths == {"L": (20, 90)}
     rng = np.random.default_rng(1)
     feed = {"hist": rng.standard_normal((1, 400, 8), np.float32), "item": rng.standard_normal((40, 8), np.float32)}
-    want = run(g.model(), {**feed, "hist": np.repeat(feed["hist"], 40, 0)})
+    want = run(model, {**feed, "hist": np.repeat(feed["hist"], 40, 0)})
     for made in (result, declared):
         for name, got in run(made.model, feed).items():
             np.testing.assert_allclose(got, want[name], rtol=1e-4, atol=1e-4)
-    assert verify(g.model(), result.model).passed
+    assert verify(model, result.model).passed
+
+
+def test_short_histories_in_every_command(tmp_path: Path) -> None:
+    """What makes inputs of such a model makes none that are shorter."""
+    path, out = tmp_path / "ranker.onnx", tmp_path / "out"
+    onnx.save(_largest(), path)
+    analysis = onnxrank.analyse(path, request=["hist"])
+    made = onnxrank.emit(analysis, onnxrank.plan(analysis))
+    assert onnxrank.gate(analysis, made, level="quick").passed
+    roles = ["--request", "hist"]
+    assert cli.main(["optimize", str(path), str(tmp_path / "batch.onnx"), "--interface", "batch", *roles]) == 0
+    assert cli.main(["optimize", str(path), str(tmp_path / "packed.onnx"), "--pack-inputs", *roles]) == 0
+    assert cli.main(["split", str(path), str(out), "--state-dtype", "float16", *roles]) == 0
+    assert cli.main(["verify", str(path), str(out), "--level", "quick"]) == 0
+
+
+def test_profile_of_histories_that_may_not_be_short() -> None:
+    """More are needed than a profile takes by itself."""
+    g = Graph(17)
+    hist, item = g.input("hist", ["N", "L"]), g.input("item", ["N", 8])
+    best, _ = g.ops("TopK", 2, hist, g.ints(40), axis=1)
+    g.output(g.op("MatMul", g.op("Concat", best, item, axis=1), g.const(np.ones((48, 1)))), ["N", 1])
+    report = onnxrank.profile(g.model(), candidates=[2], seconds=0.01, request=["hist"])
+    assert any("L = 40" in note for note in report.notes)
