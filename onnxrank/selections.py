@@ -43,33 +43,27 @@ def resolved(model: ModelProto, facts: Facts, inputs: Mapping[str, Sequence[Exte
     """
     made = {o: n for n in model.graph.node for o in n.output if o}
     picks = [n for n in model.graph.node if operator(n) == "GatherND" and not attribute(n, "batch_dims", 0)]
-    masked = {n.output[0]: positions for n in picks if (positions := _positions(n, made, facts)) is not None}
-    rows = {name: facts.size_of((found[0][0], *found[0][1])) for name, found in inputs.items() if found}
+    masked = {n.output[0]: found for n in picks if (found := _positions(n, made, facts)) is not None}
+    rows = {name: facts.size_of((dims[0][0], *dims[0][1])) for name, dims in inputs.items() if dims}
     rows |= {name: sizes[0] for name, sizes in facts.sizes.items() if sizes}
-    paired = {n.output[0]: positions for n in picks if (positions := _of_own_row(n, made, facts, rows)) is not None}
+    paired = {n.output[0]: own for n in picks if (own := _of_own_row(n, made, facts, rows)) is not None}
     if not masked and not paired:
         return None
     emit = emitter_for(model)
 
     def write(node: NodeProto) -> bool:
         name = node.output[0] if node.output else ""
-        if name in paired:
+        if name in masked:
+            entries = prod(n for n in facts.sizes[node.input[0]][1:] if isinstance(n, int))
+            flat = emit.add("Reshape", [node.input[0], emit.constant(np.array([-1, entries], np.int64))])
+            picked = emit.add("Gather", [flat, emit.constant(masked[name])], {"axis": 1})
+            emit.add("Reshape", [picked, emit.constant(np.array([-1], np.int64))], output=name)
+        elif name in paired:
             own = paired[name]
-            ids = (
-                emit.add("Gather", [own, emit.constant(np.array(0))], {"axis": 0})
-                if isinstance(own, str)
-                else emit.constant(own)
-            )
+            first = emit.constant(np.array(0, np.int64))
+            ids = emit.add("Gather", [own, first], {"axis": 0}) if isinstance(own, str) else emit.constant(own)
             emit.add("Gather", [node.input[0], ids], {"axis": 1}, output=name)
-            return True
-        positions = masked.get(name)
-        if positions is None:
-            return False
-        entries = prod(n for n in facts.sizes[node.input[0]][1:] if isinstance(n, int))
-        flat = emit.add("Reshape", [node.input[0], emit.constant(np.array([-1, entries], np.int64))])
-        picked = emit.add("Gather", [flat, emit.constant(positions)], {"axis": 1})
-        emit.add("Reshape", [picked, emit.constant(np.array([-1], np.int64))], output=node.output[0])
-        return True
+        return name in masked or name in paired
 
     return replaced(model, emit, write)
 
