@@ -20,7 +20,7 @@ from onnxrank import joining
 from onnxrank.errors import UsageError
 from onnxrank.facts import settings
 from onnxrank.graphs import subgraphs
-from onnxrank.operators import Trait, having, operator
+from onnxrank.operators import Trait, having, operator, traits
 from onnxrank.values import CANDIDATES
 
 Span = tuple[int, int]
@@ -136,11 +136,13 @@ class Landmarks:
         near: What they cut, pad or choose by, and extents of tables.
         rows: Those among them that may be about the first axis, along which candidates mostly are.
         far: All other small constants.
+        compared: What something is compared with.
     """
 
     near: set[int] = field(default_factory=set)
     rows: set[int] = field(default_factory=set)
     far: set[int] = field(default_factory=set)
+    compared: set[int] = field(default_factory=set)
 
 
 def landmarks(models: Iterable[ModelProto]) -> Landmarks:
@@ -181,6 +183,8 @@ def _follow(
         if op in _CARRY:
             carried = frozenset(itertools.chain(*read))
             known[node.output[0]] = carried if len(carried) <= _SMALL else frozenset()
+        if Trait.COMPARISON in traits(node):
+            found.compared.update(*read)
         first = _CUT.get(op)
         if first is not None:
             here = set(itertools.chain(*read[first:]))
