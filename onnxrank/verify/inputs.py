@@ -149,9 +149,9 @@ class Full(Maker):
             data[tuple(at)] = self._setting.seed % 2 == 0
         if data.dtype.kind not in "iu" or self.ranges is None:
             return data
-        low, high, _ = (
+        low, high = (
             a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name]
+            for a in self.ranges[i.name][:2]
         )
         if along:
             fill = super()._values(i, shape, factors, rng)
@@ -198,7 +198,8 @@ class Rows(Maker):
 
 def _unknown(i: Input, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
     """The whole numbers of an input of which nothing is known: neither roles nor a table say where they are."""
-    return (low == FALLBACK_IDS[0]) & (high == FALLBACK_IDS[1]) & (not i.role.ranges)
+    fallback: NDArray[np.bool_] = (low == FALLBACK_IDS[0]) & (high == FALLBACK_IDS[1])
+    return np.zeros_like(fallback) if i.role.ranges else fallback
 
 
 def unknown(declared: Sequence[Input], ranges: Ranges) -> list[str]:
