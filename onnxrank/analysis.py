@@ -23,7 +23,8 @@ from onnxrank.extents import Expr
 from onnxrank.flow import Tensor
 from onnxrank.graphs import attribute
 from onnxrank.intervals import Interval
-from onnxrank.operators import Operator, Trait, find, matmul_order, operator
+from onnxrank.operators import Operator, Trait, find, operator
+from onnxrank.operators.products import matmul_order
 from onnxrank.roles import Roles
 from onnxrank.study import Study
 from onnxrank.transfers import Levels, highest

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank.emitter import Emitter, emitter_for, replaced
 from onnxrank.facts import Extent
-from onnxrank.operators import matmul_order
+from onnxrank.operators.products import matmul_order
 
 Extents = tuple[Extent, ...]
 SAVED = frozenset({"FusedGemm", "FusedMatMul", "SkipLayerNormalization", "RotaryEmbedding"})

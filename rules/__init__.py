@@ -2,9 +2,27 @@
 
 from onnxrank.rule import Rule
 
-from . import attention, broadcast, cross, dot, fc, fm, fold, gru, history, lookup, movement, norm, pack, reduce, select
+from . import (
+    attention,
+    broadcast,
+    cross,
+    dot,
+    fc,
+    fm,
+    fold,
+    gru,
+    history,
+    lookup,
+    movement,
+    norm,
+    pack,
+    picks,
+    reduce,
+    select,
+)
 
 RULES: tuple[Rule, ...] = (
+    picks.RULE,
     movement.RULE,
     norm.RULE,
     cross.RULE,

@@ -15,7 +15,8 @@ from onnx import NodeProto
 
 from onnxrank.graphs import attribute
 from onnxrank.grouping import groups
-from onnxrank.operators import Trait, having, matmul_order
+from onnxrank.operators import Trait, having
+from onnxrank.operators.products import matmul_order
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
 from onnxrank.values import (

@@ -7,7 +7,7 @@ it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -85,6 +85,22 @@ def elementwise(rw: Rewrite, op: str, values: Sequence[Value], output: str) -> V
     """
     node = helper.make_node(op, [f"operand{k}" for k in range(len(values))], [output], name=output)
     return _Elementwise(rw, node, list(range(len(values))), values[op == "Where"].dtype).of(values)
+
+
+def repeated(rw: Rewrite, node: NodeProto, values: Mapping[int, Value], output: str) -> Value:
+    """An elementwise operator of other operands than those of the original's node.
+
+    Args:
+        rw: The rewrite.
+        node: The original's node.
+        values: Operands by their places.
+        output: A name that no tensor has.
+    """
+    own = NodeProto()
+    own.CopyFrom(node)
+    own.output[:] = [output]
+    operands = list(values.values())
+    return _Elementwise(rw, own, list(values), result_type(rw, node, operands)).of(operands)
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def fuxictr() -> Iterator[Export]:
 
 
 def transformers() -> Iterator[Export]:
-    """Small models of transformers over the request's tokens and the candidate's, side by side or as source and target."""
+    """Small models of transformers over tokens of request and candidate, side by side or as source and target."""
     import transformers as library
 
     encoder: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

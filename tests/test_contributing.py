@@ -168,12 +168,11 @@ def test_an_error_of_the_file_itself_is_no_matter_of_versions(tmp_path: Path) ->
 @pytest.fixture
 def entered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The document's entry in the registry, and what rules read off it when they are loaded."""
-    space = {**vars(operators), "out": {}}
+    space = {**vars(operators.movements), "OPERATORS": {}}
     exec(block("operator") + block("entry"), space)
-    assert (
-        space["out"].keys() == {("com.microsoft", "ExpandDims")} and not space["out"].keys() & operators.REGISTRY.keys()
-    )
-    for key, entry in space["out"].items():
+    made = space["OPERATORS"]
+    assert made.keys() == {"com.microsoft::ExpandDims"} and not made.keys() & operators.REGISTRY.keys()
+    for key, entry in made.items():
         monkeypatch.setitem(operators.REGISTRY, key, entry)
     for name in set(operators.having(operators.Trait.MOVEMENT)) - movement.RULE.operators.keys():
         monkeypatch.setitem(movement.RULE.operators, name, movement.moved)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from onnx import TensorProto
+
 from onnxrank import extents as ex
 from onnxrank.batching.site import Rule, Site
 from onnxrank.batching.tensors import Count, Impossible, Rows, Size, Tensor
@@ -201,6 +203,8 @@ def _gather(site: Site) -> list[Tensor]:
         if rows.added and axis:
             raise Impossible("rows between others")
         return site.same([table.name, ids.name], Rows(rows.each, axis + rows.axis, rows.outer, rows.inner, rows.added))
+    if ids.each and not axis and not table.each:
+        return [_of_its_request(site, table, ids)]
     if ids.rows is not None:
         raise Impossible("positions and what they are taken of differ between requests")
     x = _off_rows(site, table, [axis])
@@ -208,6 +212,22 @@ def _gather(site: Site) -> list[Tensor]:
     shift = ids.rank - 1 if not x.rows.added and axis < x.rows.axis else 0
     rows = Rows(x.rows.each, x.rows.axis + shift, x.rows.outer, x.rows.inner, x.rows.added)
     return site.same([x.name, ids.name], rows, {"axis": x.axis(axis)} if x.rows.added else None)
+
+
+def _of_its_request(site: Site, table: Tensor, ids: Tensor) -> Tensor:
+    """What candidates pick, each of what its own request has."""
+    rows, writer, add = ids.rows, site.writer, site.emit.add
+    assert rows is not None
+    shape = ids.shape()
+    turn = writer.reshape(
+        writer.requests.index(rows.outer, rows.inner), [n if isinstance(n, Count) else 1 for n in shape]
+    )
+    turns = add("Expand", [turn, writer.vector(shape)])
+    places = add("Cast", [ids.name], {"to": int(TensorProto.INT64)})
+    both = [writer.reshape(name, [*shape, 1]) for name in (turns, places)]
+    at = add("Concat", both, {"axis": len(shape)})
+    made = add("GatherND", [writer.leading(table).name, at])
+    return Tensor(made, site.sizes[0], Rows(True, rows.axis, rows.outer, rows.inner))
 
 
 def _top_k(site: Site) -> list[Tensor]:

@@ -7,7 +7,8 @@ segment, `f(a ++ b) = f(a) ++ f(b)` for whatever treats positions independently,
 products that contract the axis, and `softmax(a ++ hidden) = softmax(a) ++ 0` where a mask is proved to hide a segment.
 What comes out is a graph of ordinary operators in which every tensor has one level, and all rules apply as ever.
 
-`spans` proves masks, `division` holds tensors in segments, `steps` knows the operators, and `walk` goes over a graph.
+`spans` proves masks, `division` holds tensors in segments, `steps` is the table of what operators do to those, and
+`walk` goes over a graph.
 """
 
 from onnxrank.segments.walk import divided, sequences

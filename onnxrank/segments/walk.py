@@ -12,8 +12,8 @@ from onnxrank.errors import ModelError
 from onnxrank.extents import Expr
 from onnxrank.facts import Facts
 from onnxrank.graphs import attribute, captured_by, subgraphs
-from onnxrank.operators import operator
-from onnxrank.segments import steps
+from onnxrank.operators import Trait, operator, traits
+from onnxrank.segments import elementwise, movements, steps
 from onnxrank.segments.division import Data, Division, Left, Tensor
 from onnxrank.uses import changed_by
 from onnxrank.values import Dims, Unrepresentable, is_candidate_symbol
@@ -91,7 +91,7 @@ def divided(
         if made is None:
             for name in (*node.input, *sorted(captured_by(node))):
                 d.join(name)
-            steps.note(d, node)
+            elementwise.note(d, node)
             return False
         d.tensors.update(zip(node.output, made, strict=False))
         return True
@@ -111,9 +111,9 @@ def divided(
 def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:
     """What a node makes, segment by segment; None if it is left as it is."""
     op = operator(node)
-    if (op not in steps.SEVERAL and any(node.output[1:])) or not all(node.output[:1]) or subgraphs(node):
+    if (op != "Split" and any(node.output[1:])) or not all(node.output[:1]) or subgraphs(node):
         return None
-    mine = any(d.touched(i) or (op in steps.MASKED and steps.is_mask(d, i)) for i in node.input)
+    mine = any(d.touched(i) or (Trait.ELEMENTWISE in traits(node) and elementwise.is_mask(d, i)) for i in node.input)
     step = steps.STEPS.get(op) if mine else steps.SOURCES.get(op)
     try:
         if step is None or not (mine or any(n in d.totals for n in d.sizes(node.output[0]))):
@@ -130,5 +130,5 @@ def _step(d: Division, node: NodeProto) -> Sequence[Tensor] | None:
 def _apart(d: Division, node: NodeProto) -> NodeProto:
     """A node, with the rows of merged operands kept apart."""
     given = d.operands(node)
-    d.lead = steps.lead(given)
-    return steps.by_row(node, given, len(d.facts.sizes[node.output[0]])) if d.lead else node
+    d.lead = movements.lead(given)
+    return movements.by_row(node, given, len(d.facts.sizes[node.output[0]])) if d.lead else node

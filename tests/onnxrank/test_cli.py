@@ -547,7 +547,7 @@ def test_for_real(folder: Path) -> None:
     done = process(*args)
     assert done.returncode == 0, done.stderr
     form = json.loads(done.stdout)
-    jsonschema.validate(form, json.loads((Path(model.__file__).parent / "optimize.schema.json").read_text()))
+    jsonschema.validate(form, json.loads((Path(cli.__file__).parents[1] / "optimize.schema.json").read_text()))
     assert form["changed"] and form["output"] == "out.onnx"
     assert [rule["name"] for rule in form["rules"] if rule["macs_saved"]] == ["fc"]
     assert b"1 \xc3\x97 fc" in done.stderr

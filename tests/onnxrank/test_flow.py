@@ -251,7 +251,7 @@ def test_opaque() -> None:
 
 def test_traits_say_what_they_need() -> None:
     """What moves says where, what takes in axes says which, what counts as products says how many."""
-    entries = {name: operators.REGISTRY[tuple(name.rpartition("::")[::2])] for name in operators.having(Trait.NONE)}
+    entries = {name: operators.REGISTRY[name] for name in operators.having(Trait.NONE)}
     for name, entry in entries.items():
         assert bool(entry.move) == (Trait.MOVEMENT in entry.traits), name
         if Trait.MATRIX in entry.traits:

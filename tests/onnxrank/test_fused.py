@@ -35,7 +35,7 @@ from onnxrank.feeds import describe
 from onnxrank.forms import Form
 from onnxrank.fused import OPERATORS, Unsupported
 from onnxrank.model import load
-from onnxrank.operators import matmul_order
+from onnxrank.operators.products import matmul_order
 from onnxrank.passes import choosing
 from onnxrank.roles import resolve
 from onnxrank.study import Study
@@ -156,7 +156,7 @@ def test_contradictions_of_what_is_written_out(monkeypatch: pytest.MonkeyPatch) 
     """An operator whose steps are misjudged stays as it is, and the report says why."""
     made = Fused("multi-head")
     wrong = operators.Operator(lambda use: [[*use.shape(0)[:-1], 99]])
-    monkeypatch.setitem(operators.REGISTRY, ("", "Softmax"), wrong)
+    monkeypatch.setitem(operators.REGISTRY, "Softmax", wrong)
     with pytest.raises(ModelError, match="an error of onnxrank"):
         study_of(made).written_out(outputs(made.model()))
     result = divided(made)

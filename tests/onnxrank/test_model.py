@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxrank import model
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, UsageError
-from onnxrank.model import check_output, load, save, save_unchanged, tensors
+from onnxrank.model import check_output, load, protos, save, save_unchanged, saving, tensors
 
 ROWS, COLUMNS = 40, 4
 
@@ -592,7 +592,7 @@ def test_save_without_space_for_real(tmp_path: Path, path: Path) -> None:
 
 def test_save_too_large(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(path)
-    monkeypatch.setattr(model, "_LIMIT", 100)
+    monkeypatch.setattr(protos, "LIMIT", 100)
     with fails(tmp_path, ModelError, "external data"):
         save(renamed(loaded), loaded, tmp_path / "out.onnx")
     with fails(tmp_path, ModelError, "external data"):
@@ -605,6 +605,6 @@ def test_save_without_memory(tmp_path: Path, path: Path, monkeypatch: pytest.Mon
     def serialise(proto: ModelProto) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(model, "_serialise", serialise)
+    monkeypatch.setattr(saving, "serialise", serialise)
     with fails(tmp_path, EnvironmentProblem, "not enough memory"):
         save(renamed(loaded), loaded, tmp_path / "out.onnx")

@@ -27,7 +27,7 @@ ERROR = "an error of onnxrank: "
 
 def entered(monkeypatch: pytest.MonkeyPatch, op: str, entry: Operator) -> None:
     """Puts a wrong entry into the registry."""
-    monkeypatch.setitem(operators.REGISTRY, ("", op), entry)
+    monkeypatch.setitem(operators.REGISTRY, op, entry)
 
 
 def wider(use: Use) -> list[Any]:
