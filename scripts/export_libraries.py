@@ -297,18 +297,24 @@ def transformers() -> Iterator[Export]:
         found = model(input_ids=ids, attention_mask=mask, decoder_input_ids=inputs["item_ids"], use_cache=False)
         return found.logits[:, -1, :2]
 
-    def make(name: str, kind: str, call: Callable[[Any, dict[str, Tensor]], Tensor], **how: Any) -> nn.Module:
+    def make(name: str, kind: str, **how: Any) -> nn.Module:
         settings = getattr(library, f"{name}Config")(vocab_size=VOCABULARY, **how)
-        return Called(getattr(library, f"{name}For{kind}")(settings), [f.name for f in fields], call)
+        whole: nn.Module = getattr(library, f"{name}For{kind}")(settings)
+        return whole
 
     for name in "Bert Electra Roberta MPNet DebertaV2 Llama Qwen3".split():
         few = {"num_key_value_heads": 2, "head_dim": 16} if name in ("Llama", "Qwen3") else {}
         yield Export(
             f"transformers/{name.lower()}",
-            lambda name=name, few=few: make(name, "SequenceClassification", joined, **encoder, **few),  # type: ignore[misc]
+            lambda name=name, few=few: Called(  # type: ignore[misc]
+                make(name, "SequenceClassification", **encoder, **few), [f.name for f in fields], joined
+            ),
             fields,
         )
-    yield Export("transformers/t5", lambda: make("T5", "ConditionalGeneration", decoded, **t5), fields[:3], True)
+    source = [f.name for f in fields[:3]]
+    yield Export(
+        "transformers/t5", lambda: Called(make("T5", "ConditionalGeneration", **t5), source, decoded), fields[:3], True
+    )
 
 
 # --- exporting -------------------------------------------------------------------------------------------------------
