@@ -150,7 +150,7 @@ class Study:
         """The model without what constants decide: branches, selections by masks, loops; None where there is none."""
         return (
             resolve_ifs(self.model, self.facts)
-            or selections.resolved(self.model, self.facts)
+            or selections.resolved(self.model, self.facts, self.input_extents())
             or without_loops(self.model, self.facts)
         )
 

@@ -1,9 +1,10 @@
-"""Exports models of the public libraries torch-rechub, RecBole and FuxiCTR (LongCTR) to ONNX, with their roles files.
+"""Exports models of torch-rechub, RecBole, FuxiCTR (LongCTR) and transformers to ONNX, with their roles files.
 
+    pip install transformers
     pip install --no-deps torch-rechub recbole fuxictr
     pip install pandas scikit-learn h5py polars tqdm pyyaml
     python scripts/export_libraries.py out
-    python scripts/coverage.py out/rechub out/recbole out/fuxictr --no-time --length 70
+    python scripts/coverage.py out/rechub out/recbole out/fuxictr out/transformers --no-time --length 70
 
 Users have 12 to 20 features, candidates 2 to 12, histories 64 entries; ids are vectors of 16. Models with a history are
 exported with one of symbolic length, too (`*_dynl`). What the libraries import for training and models do not use, such
@@ -21,6 +22,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -265,9 +267,59 @@ def fuxictr() -> Iterator[Export]:
         yield Export(f"fuxictr/{name.lower()}", lambda name=name: make(name), fields, True)  # type: ignore[misc]
 
 
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def transformers() -> Iterator[Export]:
+    """Small models of transformers over tokens of request and candidate, side by side or as source and target."""
+    import transformers as library
+
+    encoder: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder |= {
+        "intermediate_size": 128,
+        "max_position_embeddings": 2 * HISTORY + 8,
+        "num_labels": 1,
+        "pad_token_id": 0,
+    }
+    t5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    fields = [
+        Field(f"{of}_{what}", level, kind, history=True)
+        for of, level in (("query", "request"), ("item", "candidate"))
+        for what, kind in (("ids", "id"), ("mask", "mask"))
+    ]
+
+    def joined(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        ids, mask = (torch.cat([inputs[f"query_{k}"], inputs[f"item_{k}"]], 1) for k in ("ids", "mask"))
+        return model(input_ids=ids, attention_mask=(mask > 0.5).long()).logits
+
+    def decoded(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        ids, mask = inputs["query_ids"], (inputs["query_mask"] > 0.5).long()
+        found = model(input_ids=ids, attention_mask=mask, decoder_input_ids=inputs["item_ids"], use_cache=False)
+        return found.logits[:, -1, :2]
+
+    def make(name: str, kind: str, **how: Any) -> nn.Module:
+        settings = getattr(library, f"{name}Config")(vocab_size=VOCABULARY, **how)
+        whole: nn.Module = getattr(library, f"{name}For{kind}")(settings)
+        return whole
+
+    for name in "Bert Electra Roberta MPNet DebertaV2 Llama Qwen3".split():
+        few = {"num_key_value_heads": 2, "head_dim": 16} if name in ("Llama", "Qwen3") else {}
+        yield Export(
+            f"transformers/{name.lower()}",
+            lambda name=name, few=few: Called(  # type: ignore[misc]
+                make(name, "SequenceClassification", **encoder, **few), [f.name for f in fields], joined
+            ),
+            fields,
+        )
+    source = [f.name for f in fields[:3]]
+    yield Export(
+        "transformers/t5", lambda: Called(make("T5", "ConditionalGeneration", **t5), source, decoded), fields[:3], True
+    )
+
+
 # --- exporting -------------------------------------------------------------------------------------------------------
 
-LIBRARIES = {"rechub": rechub, "recbole": recbole, "fuxictr": fuxictr}
+LIBRARIES = {"rechub": rechub, "recbole": recbole, "fuxictr": fuxictr, "transformers": transformers}
 
 
 def stand_in() -> None:
@@ -278,7 +330,7 @@ def stand_in() -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            sys.modules[name] = mock.MagicMock()
+            sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None))
 
 
 def export(wanted: Export, exporter: str, symbolic: bool, folder: Path) -> None:

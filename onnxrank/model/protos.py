@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
-from onnx import ModelProto, SparseTensorProto, helper, inliner, numpy_helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, helper, inliner, numpy_helper
 
 from onnxrank.errors import ModelError
 from onnxrank.graphs import captured, subgraphs
@@ -28,7 +29,7 @@ def flattened(model: ModelProto) -> ModelProto:
     out = model
     if model.functions:
         try:
-            out = inliner.inline_local_functions(_one_opset(model))
+            out = inliner.inline_local_functions(_with_defaults(_one_opset(model)))
         except Exception as e:
             raise ModelError(f"The model's functions cannot be inlined: {e}.") from e
     sparse = [k for k, n in enumerate(out.graph.node) if any(a.HasField("sparse_tensor") for a in n.attribute)]
@@ -85,6 +86,27 @@ def _one_opset(model: ModelProto) -> ModelProto:
     for f in out.functions:
         for o in f.opset_import:
             o.version = own.get(o.domain, o.version)
+    return out
+
+
+def _with_defaults(model: ModelProto) -> ModelProto:
+    """The model with all attributes at calls of its functions, which the inliner does not pass on to inner calls."""
+    defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in model.functions if f.attribute_proto}
+    if not defaults:
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+
+    def fill(nodes: Iterable[NodeProto]) -> None:
+        for node in nodes:
+            given = {a.name for a in node.attribute}
+            kept = defaults.get((node.domain, node.op_type, node.overload), ())
+            node.attribute.extend(a for a in kept if a.name not in given)
+            for inner in subgraphs(node):
+                fill(inner.node)
+
+    for nodes in (out.graph.node, *(f.node for f in out.functions)):
+        fill(nodes)
     return out
 
 

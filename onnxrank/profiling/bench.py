@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, inliner
+from onnx import ModelProto
 
 from onnxrank import workers
 from onnxrank.culprit import culprit
 from onnxrank.errors import CheckFailed, EnvironmentProblem, ModelError, OutOfMemory
-from onnxrank.model import LoadedModel
+from onnxrank.model import LoadedModel, flattened
 from onnxrank.profiling import timing
 from onnxrank.profiling.kernels import Event, Node, Tracer, telling
 from onnxrank.profiling.report import Kernel, Kernels, Memory, Share
@@ -130,7 +130,7 @@ class Bench:
 
     def _inlined(self, key: str) -> tuple[ModelProto, str | None]:
         model, folder = self._models[key]
-        return inliner.inline_local_functions(model) if model.functions else model, folder
+        return flattened(model), folder
 
 
 DO: dict[str, Callable[..., Any]] = {

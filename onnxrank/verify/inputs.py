@@ -149,16 +149,15 @@ class Full(Maker):
             data[tuple(at)] = self._setting.seed % 2 == 0
         if data.dtype.kind not in "iu" or self.ranges is None:
             return data
-        low, high, _ = (
+        low, high = (
             a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name]
+            for a in self.ranges[i.name][:2]
         )
         if along:
             fill = super()._values(i, shape, factors, rng)
             other = np.where(fill == 0, np.maximum(np.minimum(1, high - 1), low), fill)
             return np.where(data == 0, other, data).astype(data.dtype)
-        if not i.role.ranges and (low == FALLBACK_IDS[0]).all() and (high == FALLBACK_IDS[1]).all():
-            # Nothing is known of it: it may be how much of the history counts.
+        if _unknown(i, low, high).all():  # it may be how much of the history counts
             most = max((n for s, n in self._setting.symbols.items() if s != CANDIDATES), default=0)
             return np.full_like(data, most)
         return data
@@ -171,10 +170,12 @@ class Rows(Maker):
         declared: The inputs.
         ranges: Value ranges per entry.
         rows: The rows; further seeds begin further on.
-        size: Number of rows of the table.
+        size: Number of rows of the table; None for numbers that are rows of none.
     """
 
-    def __init__(self, declared: Sequence[Input], ranges: Ranges, rows: NDArray[np.int64], size: int) -> None:
+    def __init__(
+        self, declared: Sequence[Input], ranges: Ranges, rows: NDArray[np.int64], size: int | None = None
+    ) -> None:
         super().__init__(declared, ranges)
         self._rows, self._size = rows, size
 
@@ -189,10 +190,26 @@ class Rows(Maker):
         rows = np.resize(self._rows, shape)
         # An id may be shifted on its way; one of which nothing is known may be any.
         shifted = whole & (high - low == self._size)
-        free = whole & (low == FALLBACK_IDS[0]) & (high == FALLBACK_IDS[1]) & (not i.role.ranges)
+        free = whole & _unknown(i, low, high)
         fits = whole & (rows >= low) & (rows < high)
         start = np.where(np.isfinite(low), low, 0)
         return np.where(shifted, start + rows, np.where(free | fits, rows, data)).astype(data.dtype)
+
+
+def _unknown(i: Input, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """The whole numbers of an input of which nothing is known: neither roles nor a table say where they are."""
+    fallback: NDArray[np.bool_] = (low == FALLBACK_IDS[0]) & (high == FALLBACK_IDS[1])
+    return np.zeros_like(fallback) if i.role.ranges else fallback
+
+
+def unknown(declared: Sequence[Input], ranges: Ranges) -> list[str]:
+    """Inputs with whole numbers that are drawn without knowing where they are."""
+    return [
+        i.name
+        for i in declared
+        if i.dtype not in (TensorProto.STRING, TensorProto.BOOL) and i.name in ranges
+        if (_unknown(i, *ranges[i.name][:2]) & ranges[i.name][2]).any()
+    ]
 
 
 def poisoned_row(candidates: int) -> int:
@@ -356,9 +373,7 @@ def outside(declared: Sequence[Input], ranges: Ranges, feed: Mapping[str, NDArra
         factors = [f for d in i.dims for f in (d or (1,))]
         given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
         low, high, whole = (np.broadcast_to(a.reshape(given), shape) for a in ranges[i.name])
-        known = whole & np.isfinite(high)
-        if not i.role.ranges:
-            known &= (low != FALLBACK_IDS[0]) | (high != FALLBACK_IDS[1])
+        known = whole & np.isfinite(high) & ~_unknown(i, low, high)
         values = data.reshape(shape).astype(np.float64)
         least = np.where(low == 0, -high, low)
         bad = known & ((values < least) | (values >= high))

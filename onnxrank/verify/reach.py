@@ -80,6 +80,7 @@ class Reach:
         wanted = self._sizes()
         engine.report.budget = options.seconds
         ran = [done for changed in engine.changed[:_MOST_TABLES] for done in self._rows(changed)]
+        ran += self._compared()
         for changed in engine.changed[_MOST_TABLES:]:
             engine.report.unseen.append(f"the changed rows of table {changed.name!r}: too many tables changed")
         ran += [done for p in self._points(wanted) if (done := self._compare(p)) is not None]
@@ -200,6 +201,29 @@ class Reach:
             found |= {int(i) for i in np.unique(ids)}
         return {i % changed.size for i in found}
 
+    # --- numbers that something is compared with ---------------------------------------------------------------------
+
+    def _compared(self) -> list[_Ran]:
+        """Runs requests whose ids are numbers that either graph compares with, or next to them."""
+        engine, declared = self.engine, self.engine.binding.declared
+        if engine.options.level != "full" or engine.known is not None:
+            return []
+        found = sizes.landmarks(s.proto for s in engine.sides).compared
+        numbers = sorted({m for n in found for m in (n - 1, n, n + 1)})[:_MOST_ROUNDS]
+        size = Size(min(max(len(numbers), 2), _FEW), about="ids that the graphs compare with")
+        ran = []
+        for seed in range(len(numbers)):
+            if self._left <= 0:
+                self._miss(size, _LATE)
+                break
+            maker = inputs.Rows(declared, engine.inputs.ranges, np.roll(np.array(numbers), -seed))
+            feed = maker(inputs.point(engine.inputs.symbols, size.candidates, seed, engine.usual))
+            done = self._compare(Point(size.about, size.candidates, seed, feed, engine.binding(feed), size=size))
+            if done is None:
+                break
+            ran.append(done)
+        return ran
+
     # --- running -----------------------------------------------------------------------------------------------------
 
     def _compare(self, p: Point) -> _Ran | None:
@@ -292,6 +316,12 @@ class Reach:
     def _tell(self) -> None:
         report, engine = self.engine.report, self.engine
         report.looked += sizes.listing(p.size for p in self._seen if p.size is not None)
+        free = inputs.unknown(engine.binding.declared, engine.inputs.ranges) if engine.known is None else []
+        if free:
+            shown = ", ".join(map(repr, free[:4])) + (f" and {len(free) - 4} more" if len(free) > 4 else "")
+            report.unseen.append(
+                f"large values of {shown}: neither a range in the roles nor a table says where they are"
+            )
         for why, found in self._unseen.items():
             report.unseen += [f"{line}: {why}" for line in sizes.listing(found)]
         for found, what in (

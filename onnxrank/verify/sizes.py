@@ -136,11 +136,13 @@ class Landmarks:
         near: What they cut, pad or choose by, and extents of tables.
         rows: Those among them that may be about the first axis, along which candidates mostly are.
         far: All other small constants.
+        compared: What something is compared with.
     """
 
     near: set[int] = field(default_factory=set)
     rows: set[int] = field(default_factory=set)
     far: set[int] = field(default_factory=set)
+    compared: set[int] = field(default_factory=set)
 
 
 def landmarks(models: Iterable[ModelProto]) -> Landmarks:
@@ -181,6 +183,8 @@ def _follow(
         if traits(node) & _CARRY or op in ("Concat", "Neg"):
             carried = frozenset(itertools.chain(*read))
             known[node.output[0]] = carried if len(carried) <= _SMALL else frozenset()
+        if Trait.COMPARISON in traits(node):
+            found.compared.update(*read)
         if op in _CUT:
             first, along = _CUT[op]
             here = set(itertools.chain(*read[first:]))

@@ -1,6 +1,8 @@
-"""`masked_select` by a constant mask takes known positions; by any other it is left as it is."""
+"""Selections of the same positions of every row become a Gather of these; others are left as they are."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import hypothesis
 import numpy as np
@@ -55,3 +57,48 @@ def test_a_mask_of_nothing_is_left_alone() -> None:
     u, c = (i.declare(g) for i in given)
     g.output(select(g, g.op("Add", u, c), g.const(np.zeros(4), bool)), ["M"])
     assert "NonZero" in operators(rewritten(g.model(), request=["u"]).model)
+
+
+def of_own_row(g: Graph, x: str, positions: str, first: int = 0) -> str:
+    """`x[arange(first, first + rows)[:, None], positions]` as exporters write it, for `positions` [1, K]."""
+    one, zero = g.const(1, np.int64), g.const(first, np.int64)
+    rows = g.op("Range", zero, g.op("Add", g.op("Gather", g.op("Shape", x), g.const(0, np.int64)), zero), one)
+    column = g.on_axes("Unsqueeze", rows, [1])
+    both = g.op("Shape", g.op("Max", column, positions))
+    wide = [g.on_axes("Unsqueeze", g.op("Expand", i, both), [-1]) for i in (column, positions)]
+    return g.op("GatherND", x, g.op("Concat", *wide, axis=-1))
+
+
+def encoder(mask: Given, positions: Callable[[Graph], str], first: int = 0) -> tuple[Graph, list[Given]]:
+    """Self-attention of a history under a mask that is read by rows and positions, then the candidate's product."""
+    g = Graph()
+    given = [request("u", "L", 4), mask, candidate("c", 4)]
+    u, m, c = (i.declare(g) for i in given)
+    picked = g.on_axes("Unsqueeze", of_own_row(g, m, positions(g), first), [1])
+    keys = g.op("MatMul", u, g.op("Transpose", g.op("MatMul", u, g.const(whole_numbers(4, 4))), perm=[0, 2, 1]))
+    read = g.op("MatMul", g.op("Mul", keys, picked), u)
+    g.output(g.op("Mul", g.on_axes("ReduceSum", read, [1], keepdims=0), c), ["N", 4])
+    return g, given
+
+
+def all_positions(g: Graph) -> str:
+    length = g.op("Gather", g.op("Shape", "u"), g.const(1, np.int64))
+    numbers = g.op("Range", g.const(0, np.int64), length, g.const(1, np.int64))
+    return g.on_axes("Unsqueeze", numbers, [0])
+
+
+@pytest.mark.parametrize("length", ["L", 6])
+def test_positions_of_own_rows(length: int | str) -> None:
+    constant = None if length == "L" else np.array([[5, 0, 2, 2, 1, 4]])
+    positions = all_positions if constant is None else lambda g: g.const(constant, np.int64)
+    g, given = encoder(request("mask", length), positions)
+    lengths = [{"L": n} for n in ((0, 1, 3, 70) if constant is None else (6,))]
+    result = optimised(g, given, lengths=lengths, counts=(1, 2, 5, 300))
+    assert "GatherND" not in operators(result.model)
+    assert result.report.macs_after < 0.1 * result.report.macs_before
+
+
+def test_positions_of_other_rows_are_left_alone() -> None:
+    g, given = encoder(request("mask", "L"), all_positions, first=-1)
+    result = optimised(g, given, lengths=[{"L": 3}], counts=(2, 5, 300))
+    assert "GatherND" in operators(result.model)

@@ -163,6 +163,24 @@ def test_functions_written_for_another_opset_are_inlined_as_the_runtime_does() -
     assert made.SerializeToString(deterministic=True) == before, "the caller's model was changed"
 
 
+def test_default_attributes_of_functions_reach_the_functions_that_they_call() -> None:
+    functions = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 18, "own" : 1]> g (float[N] x) => (float[N] y) { y = own.Outer(x) }
+        <domain: "own", opset_import: ["" : 18]>
+        Inner <slope: float = 0.25>(x) => (y) { y = LeakyRelu<alpha: float = @slope>(x) }
+        <domain: "own", opset_import: ["" : 18, "own" : 1]>
+        Outer <slope: float = 0.5>(x) => (y) { y = own.Inner<slope: float = @slope>(x) }
+    """).functions
+    nodes = [*tower(), N("Outer", ["v"], ["o"], domain="own"), N("Outer", ["c"], ["d"], domain="own", slope=0.125)]
+    made = model([*nodes, N("Mul", ["o", "d"], ["m"]), N("Inner", ["m"], ["y"], domain="own")], domains=[("own", 1)])
+    made.functions.extend(functions)
+    before = made.SerializeToString(deterministic=True)
+    assert hold(made).changed
+    slopes = [n.attribute[0].f for n in flattened(made).graph.node if n.op_type == "LeakyRelu"]
+    assert slopes == [0.5, 0.125, 0.25]
+    assert made.SerializeToString(deterministic=True) == before, "the caller's model was changed"
+
+
 @pytest.mark.parametrize("name", ["c", "u", "C"])
 def test_outputs_that_are_inputs_or_initializers_keep_their_name(name: str) -> None:
     made = model([*tower(), *layer()], outputs=[info(name, [64 if name == "C" else "N", 64])])

@@ -863,6 +863,26 @@ def scored(wrong: Callable[[Graph, str, str, str], str], history: int = 0) -> Ca
     return _pair(make)
 
 
+def numbered(comparison: str, number: int, table: bool = True) -> Callable[[], Pair]:
+    """Half off for some number of the request, an id of a table of 1000 or nothing that is known."""
+
+    def make(other: bool) -> ModelProto:
+        g = Graph(17)
+        ids, item = g.input("id", ["N"], INT64), g.input("item", ["N", 4])
+        vectors = g.op("Gather", g.const(_weights(1000, 4)), ids) if table else item
+        age = g.on_axes("Unsqueeze", g.op("Cast", ids, to=int(TensorProto.FLOAT)), [1])
+        y = g.op("MatMul", g.op("Mul", vectors, item), g.const(_weights(4, 1)))
+        y = g.op("Add", y, g.op("Mul", age, g.const(1e-6)))
+        flag = g.on_axes("Unsqueeze", g.op(comparison, ids, g.const(number, np.int64)), [1])
+        g.output(_where(g, flag, y) if other else g.op("Identity", y), ["N", 1])
+        g.nodes[-1].output[0] = "score"
+        g.outputs[-1].name = "score"
+        return g.model()
+
+    roles = {"inputs": {"id": "request"}}
+    return lambda: Pair(make(False), make(True), resolve(describe(make(False)), spec=roles))
+
+
 def _where(g: Graph, condition: str, y: str) -> str:
     """Half off where something holds."""
     return g.op("Add", y, g.op("Mul", g.op("Cast", condition, to=int(TensorProto.FLOAT)), g.const(0.5)))
@@ -1106,6 +1126,8 @@ MUTANTS = (
     Mutant("deepfm.torchscript", "last candidate wrong", last_candidate),
     Mutant("by hand", "wrong where neighbours are equal", scored(equal_neighbours), ("metamorphic",)),
     Mutant("by hand", "wrong for a user of zeros", scored(zero_user)),
+    Mutant("by hand", "wrong for one id of the request", numbered("Equal", 777)),
+    Mutant("by hand", "wrong for numbers above 5000", numbered("Greater", 5000, table=False)),
     Mutant("by hand", "wrong for numbers above 100", scored(large_numbers), ("algebra",)),
     Mutant("by hand", "weights of positions from the other end", scored(reversed_weights, 3)),
     Mutant("by hand", "two histories of one shape swapped", swapped_histories),

@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import pytest
 from helpers import INT64, Graph, rewritten
-from mutants import FOLDER, many, rows_changed
+from mutants import FOLDER, many, numbered, rows_changed
 from onnx import ModelProto, numpy_helper
 
 import onnxrank
 from onnxrank import cli
 from onnxrank.errors import UsageError
+from onnxrank.feeds import describe
+from onnxrank.roles import resolve
 from onnxrank.verify import Options, Report, sizes, tables, verify
 from onnxrank.verify.sizes import Size
 
@@ -337,3 +339,12 @@ def test_runtime_that_fails_without_candidates(make: Callable[[bool], ModelProto
     assert report.passed, report.errors
     (found,) = (f for f in report.findings if f.kind == "runtime" and "does not run the optimized" in f.message)
     assert words in found.message and found.severity == "warning"
+
+
+def test_numbers_that_nothing_is_known_of_are_told() -> None:
+    made = numbered("Greater", 5000, table=False)()
+    found = verify(made.original, made.original, Options(roles=made.roles))
+    assert found.passed and any("large values of 'id'" in line for line in found.unseen)
+    ranged = resolve(describe(made.original), spec={"inputs": {"id": {"level": "request", "range": [0, 9000]}}})
+    found = verify(made.original, made.original, Options(roles=ranged))
+    assert found.passed and not any("large values" in line for line in found.unseen)
