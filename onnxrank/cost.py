@@ -465,6 +465,12 @@ def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
     return {level: LevelCost(*t) for level, t in totals.items()}
 
 
+DENORMAL = 9e-9
+"""Seconds that a softmax and the product behind it take for a denormal weight, beyond those for another."""
+BOUNDED = 0.6e-9
+"""Seconds per score of bounding the scores of a row from below (both by `scripts/underflow.py`)."""
+
+
 def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
     """Seconds on one core, where no more is known than this.
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, facts, feeds, runtime
+from onnxrank import cost, facts, feeds, runtime, underflow
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -74,6 +74,7 @@ class Transformation:
         graph = study.model.graph
         self._overridable = files.overridable(study.model)
         self._own_names = names_in(graph)
+        self._own_tensors = {t.name: t for t in graph.initializer}
         opset = versions(study.model)[""]
         self.emit = Emitter(self._own_names, opset)
         outputs = frozenset(o.name for o in graph.output)
@@ -278,6 +279,8 @@ class Transformation:
 
     def _assemble(self) -> ModelProto:
         self._finish_outputs()
+        if self.rw.uses(underflow.NAME):
+            underflow.avoid(self.rw, self._stored, self.study.loaded.folder)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
@@ -328,6 +331,12 @@ class Transformation:
         made_here = {o for e in self._kept for o in e.proto.output} - described - {o.name for o in graph.output}
         graph.value_info.extend(v for name, v in self.emit.described.items() if name in made_here)
         return made
+
+    def _stored(self, name: str) -> TensorProto | None:
+        """A tensor that is stored in the new graph; None for what is computed, or given by callers."""
+        if name in self._overridable:
+            return None
+        return self.emit.initializers.get(name) or self._own_tensors.get(name)
 
     def _refuse_undefined(self) -> None:
         """Refuses a graph in which a node reads what is not there, as one of a faulty rule may.
@@ -418,7 +427,21 @@ def _mark(node: NodeProto, rule: str) -> None:
 
 def _standing(rule: str) -> int:
     """Rules by how much they do beyond others; those of third parties come first."""
-    order = ("broadcast", "select", "pool", "fm", "fc", "norm", "gru", "dot", "attention", "history", "fold", "cross")
+    order = (
+        "broadcast",
+        "underflow",
+        "select",
+        "pool",
+        "fm",
+        "fc",
+        "norm",
+        "gru",
+        "dot",
+        "attention",
+        "history",
+        "fold",
+        "cross",
+    )
     return order.index(rule) if rule in order else len(order)
 
 

@@ -19,6 +19,7 @@ from . import (
     picks,
     reduce,
     select,
+    underflow,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -37,5 +38,6 @@ RULES: tuple[Rule, ...] = (
     select.RULE,
     pack.RULE,
     lookup.RULE,
+    underflow.RULE,
     broadcast.RULE,
 )

@@ -137,6 +137,10 @@ class Sources:
         """How many there have been."""
         return len(self._all)
 
+    def named(self) -> dict[str, Source]:
+        """Those that have been written, by the names of their tensors."""
+        return {s.name: s for s in self._all if s is not None and s.name is not None}
+
     def forget(self, since: int) -> None:
         """Takes back all sources from a number on; no other ever gets their numbers, so stale codes are noticed."""
         self._all[since:] = [None] * (len(self._all) - since)

@@ -149,6 +149,7 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
             "lengths": {},
             "strict": False,
             "tune": 0.0,
+            "blocks": None,
             "plan": None,
         }
     ]
@@ -175,6 +176,7 @@ def test_options_reach_the_engine(folder: Path, engine: Engine) -> None:
             "lengths": {},
             "strict": True,
             "tune": 2.5,
+            "blocks": None,
             "plan": None,
         }
     ]
