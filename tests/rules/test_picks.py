@@ -171,6 +171,7 @@ def _search(length: int | str = 30) -> ModelProto:
     return g.model()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [30, "L"])
 def test_other_commands(tmp_path: Path, length: int | str) -> None:
     """The gate, batches of requests, and the two models of `split`."""
