@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -59,8 +60,21 @@ def install(place: Path = PLACE) -> Path:
         Missing: A package cannot be installed.
     """
     python = place / "bin" / "python"
-    if (place / "ready").exists():
-        return python
+    # Of several processes that start a server at the same time, one installs it.
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.with_name(f"{place.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "ready").exists():
+            _fill(place, python)
+    return python
+
+
+def _fill(place: Path, python: Path) -> None:
+    """Makes the environment anew.
+
+    Raises:
+        Missing: It cannot be had.
+    """
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["triton"]
     try:
         venv.create(place, clear=True, with_pip=True)
@@ -73,7 +87,6 @@ def install(place: Path = PLACE) -> Path:
         last = next((line for line in done.stderr.splitlines()[::-1] if "ERROR" in line), "pip failed")
         raise Missing(f"nvidia-pytriton cannot be installed: {last}")
     (place / "ready").touch()
-    return python
 
 
 def _packages(python: Path) -> Path:

@@ -208,6 +208,7 @@ def test_a_profile_looks_into_the_plan_that_runs() -> None:
     assert "fc" in many - few
 
 
+@pytest.mark.slow
 def test_it_is_timed_around_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured moves the crossover, and is replayed."""
     asked: list[tuple[int, ...]] = []
@@ -372,6 +373,7 @@ def test_predictions_are_those_at_each_number_of_candidates() -> None:
             assert p.ratio == round(old / result.form.time(p.candidates), 3)
 
 
+@pytest.mark.slow
 def test_profile_counts_the_plan_that_runs() -> None:
     """Below the crossover the multiply-adds are those of the plan for few, which here is the original."""
     result = made()

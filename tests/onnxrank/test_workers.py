@@ -83,6 +83,7 @@ def test_crash_names_the_signal_and_the_next_run_is_a_new_process() -> None:
         assert out.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_timeout() -> None:
     with (
         RemoteSession(endless(dead=False), timeout=3) as session,

@@ -134,6 +134,7 @@ def test_behind_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert Path(made[0]).read_bytes() == Path(made[1]).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_pass_yet_may_be_better(data: Path) -> None:
     """A plan may ask for ranks that lose too much; training is kept even where it cannot make up for all of that."""
     strict = Limits(loss=1e-6, overlap=1.0)
