@@ -2,7 +2,7 @@
 
 A mask of minus infinity hides a key whatever else there is (a row without any key left is NaN before and after). A
 finite one does so only in rows that see another key for sure: where all keys of a row are masked alike, softmax spreads
-over all of them.
+over all of them. Bounds speak of numbers: an entry that is none, as 0 times infinity, is outside of them.
 """
 
 from __future__ import annotations
