@@ -228,6 +228,7 @@ def chains(draw: st.DrawFn) -> tuple[Graph, list[object]]:
     return g, more  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(chains())
 def test_chains(made: tuple[Graph, list[object]]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from scripts import underflow
 
 MODELS = Path(__file__).resolve().parents[2] / "models" / "onnx"
 
 
+@pytest.mark.slow
 def test_gains() -> None:
     found = underflow.gains(MODELS / "history_transformer.torchscript.onnx", 0.01)
     assert found is not None and len(found) == len(underflow.COUNTS)

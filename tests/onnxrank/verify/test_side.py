@@ -129,6 +129,7 @@ def test_crash_is_found_among_others() -> None:
     made.close(good=False)
 
 
+@pytest.mark.slow
 def test_crash_is_a_finding() -> None:
     """Only the second model dies of having no candidate."""
     g = Graph(17)
@@ -141,6 +142,7 @@ def test_crash_is_a_finding() -> None:
     assert any(f.kind == "crash" and f.model == "optimized" and "0 candidates" in f.message for f in found.errors)
 
 
+@pytest.mark.slow
 def test_original_that_crashes_is_named() -> None:
     """No candidate kills both: nothing can be said there, and the rest is compared."""
     found = verify(crashing(), crashing())
