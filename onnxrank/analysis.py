@@ -138,8 +138,7 @@ class Analysis:
     @property
     def ranges(self) -> feeds.Ranges:
         """Per input the values that it may hold, entry by entry: ids lie inside the tables that they look up."""
-        assert self.study.maker.ranges is not None
-        return self.study.maker.ranges
+        return self.study.known.ranges
 
     @cached_property
     def opaque(self) -> dict[str, str]:

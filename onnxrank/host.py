@@ -119,11 +119,12 @@ class Host:
         flat, folder = self._flattened(key)
         where = None if folder is None else Path(folder)
         study = Study(flat, Roles.from_dict(roles), LoadedModel(flat, None, where, sha256, size, ()))
+        known = study.known
         return {
-            "ranges": {k: list(v) for k, v in (study.maker.ranges or {}).items()},
-            "symbols": study.symbols,
+            "ranges": {k: list(v) for k, v in known.ranges.items()},
+            "symbols": list(known.symbols),
             "note": study.facts.note,
-            "shortest": study.shortest,
+            "shortest": known.shortest,
         }
 
     def begin(self, session: str, key: str, **how: Any) -> None:

@@ -74,7 +74,6 @@ class Transformation:
         graph = study.model.graph
         self._overridable = files.overridable(study.model)
         self._own_names = names_in(graph)
-        self._own_tensors = {t.name: t for t in graph.initializer}
         opset = versions(study.model)[""]
         self.emit = Emitter(self._own_names, opset)
         outputs = frozenset(o.name for o in graph.output)
@@ -280,7 +279,7 @@ class Transformation:
     def _assemble(self) -> ModelProto:
         self._finish_outputs()
         if self.rw.uses(underflow.NAME):
-            underflow.avoid(self.rw, self._stored, self.study.loaded.folder)
+            underflow.avoid(self.rw)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
@@ -331,12 +330,6 @@ class Transformation:
         made_here = {o for e in self._kept for o in e.proto.output} - described - {o.name for o in graph.output}
         graph.value_info.extend(v for name, v in self.emit.described.items() if name in made_here)
         return made
-
-    def _stored(self, name: str) -> TensorProto | None:
-        """A tensor that is stored in the new graph; None for what is computed, or given by callers."""
-        if name in self._overridable:
-            return None
-        return self.emit.initializers.get(name) or self._own_tensors.get(name)
 
     def _refuse_undefined(self) -> None:
         """Refuses a graph in which a node reads what is not there, as one of a faulty rule may.

@@ -11,8 +11,6 @@ Where a whole row is masked, m is so large that m - 60 would be rounded to m: d 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -28,7 +26,7 @@ from onnxrank.graphs import attribute
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Level, Origin, Source, extents, is_candidate_symbol, symbols
+from onnxrank.values import Level, Origin, Source, Value, extents, is_candidate_symbol, symbols
 
 NAME = "underflow"
 _BELOW = 60.0
@@ -43,17 +41,19 @@ _LARGEST = 1 << 20
 """Entries of a constant at most that are looked through."""
 
 
-def avoid(rw: Rewrite, stored: Callable[[str], TensorProto | None], folder: str | os.PathLike[str] | None) -> None:
+def avoid(rw: Rewrite) -> None:
     """Keeps the weights of masked scores from being denormal, wherever that pays.
 
     Args:
         rw: A rewrite that has written its nodes.
-        stored: Gives a tensor that is stored, by its name; None for others.
-        folder: Where the model's external data lie.
     """
-    masks, emit, sources = _Masks(rw, stored, folder), rw.emit, rw.sources.named()
-    for k, e in enumerate(list(emit.nodes)):
-        source = sources.get(e.proto.output[0]) if operator(e.proto) == "Softmax" else None
+    emit = rw.emit
+    found = [(k, e) for k, e in enumerate(emit.nodes) if operator(e.proto) == "Softmax"]
+    if not found:
+        return
+    masks, sources = _Masks(rw), rw.sources.named()
+    for k, e in found:
+        source = sources.get(e.proto.output[0])
         if source is None or source.dtype != TensorProto.FLOAT or source.level is Level.CONSTANT:
             continue
         axis, share = _axis(e.proto, emit.opset), masks.share(e.proto.input[0])
@@ -70,13 +70,9 @@ class _Masks:
 
     Attributes:
         rw: The rewrite.
-        stored: Gives a tensor that is stored, by its name; None for others.
-        folder: Where the model's external data lie.
     """
 
     rw: Rewrite
-    stored: Callable[[str], TensorProto | None]
-    folder: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
         self._made = {o: e.proto for e in self.rw.emit.nodes for o in e.proto.output if o}
@@ -116,11 +112,17 @@ class _Masks:
         return float(chosen.mean() if name == node.input[1] else 1 - chosen.mean())
 
     def _data(self, name: str) -> NDArray[Any] | None:
+        """Entries of a constant of the original or of the new graph; None for large ones, and for other tensors."""
         if name in self.rw.facts.folded:
             data = self.rw.facts.folded[name][1]
             return data if data.size <= _LARGEST else None
-        tensor = self.stored(name)
-        return None if tensor is None or prod(tensor.dims) > _LARGEST else constant_data(tensor, self.folder)
+        made, value = self.rw.emit.initializers.get(name), self.rw.values.get(name)
+        if made is not None:
+            return constant_data(made, None) if prod(made.dims) <= _LARGEST else None
+        source = value.whole if isinstance(value, Value) else None
+        if source is None or source.level is not Level.CONSTANT or source.size > _LARGEST:
+            return None
+        return source.data
 
 
 def _axis(node: NodeProto, opset: int) -> int | None:
