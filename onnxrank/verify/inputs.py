@@ -49,10 +49,7 @@ class Kind(Maker):
         data = super()._values(i, shape, factors, rng)
         if self.kind == ORDINARY or i.dtype == TensorProto.STRING or data.dtype.kind == "b" or self.ranges is None:
             return data
-        low, high, _ = (
-            a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name]
-        )
+        low, high, *_ = self.bounds(i)
         if data.dtype.kind in "iu":
             return self._whole(i, data, low, high, rng)
         return self._real(i, data, low, high, factors, rng)
@@ -149,10 +146,7 @@ class Full(Maker):
             data[tuple(at)] = self._setting.seed % 2 == 0
         if data.dtype.kind not in "iu" or self.ranges is None:
             return data
-        low, high = (
-            a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name][:2]
-        )
+        low, high, *_ = self.bounds(i)
         if along:
             fill = super()._values(i, shape, factors, rng)
             other = np.where(fill == 0, np.maximum(np.minimum(1, high - 1), low), fill)
@@ -183,10 +177,9 @@ class Rows(Maker):
         data = super()._values(i, shape, factors, rng)
         if self.ranges is None or i.dtype == TensorProto.STRING or data.dtype.kind == "b":
             return data
-        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
-        least, most, integral = self.ranges[i.name]
-        low, high = np.broadcast_to(least.reshape(given), shape), np.broadcast_to(most.reshape(given), shape)
-        whole = np.broadcast_to(integral.reshape(given), shape)
+        least, most, integral, _ = self.bounds(i)
+        low, high = np.broadcast_to(least, shape), np.broadcast_to(most, shape)
+        whole = np.broadcast_to(integral, shape)
         rows = np.resize(self._rows, shape)
         # An id may be shifted on its way; one of which nothing is known may be any.
         shifted = whole & (high - low == self._size)

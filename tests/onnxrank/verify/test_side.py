@@ -174,6 +174,18 @@ def test_sessions_are_made_beside_what_is_asked(monkeypatch: pytest.MonkeyPatch)
     made.reset()
 
 
+def test_what_is_no_model_and_what_only_contradicts_itself() -> None:
+    made = host.Host()
+    good, wrong, odd = plain(), plain(), plain()
+    wrong.graph.node[0].op_type = "NoSuchOperator"
+    odd.graph.output[0].type.tensor_type.elem_type = INT64
+    for key, model in (("good", good), ("wrong", wrong), ("odd", odd)):
+        made.model(key, model.SerializeToString(), None)
+    assert made.check("good") == {}
+    assert made.check("wrong").keys() == {"error"} and "NoSuchOperator" in made.check("wrong")["error"]
+    assert made.check("odd").keys() == {"inference"}
+
+
 def test_what_came_of_a_session_is_told_to_who_waits_for_it() -> None:
     model = plain()
     model.graph.node[0].op_type = "NoSuchOperator"
