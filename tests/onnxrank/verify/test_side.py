@@ -90,7 +90,7 @@ def test_runs_and_is_used_again() -> None:
     assert isinstance(out, dict) and np.allclose(out["sin_1"], np.sin(1))
     process = made.start()
     made.close()
-    assert process.alive
+    assert process.ready() and process.alive
     with pytest.raises(OnnxrankError):
         process.call("run", session="s", feeds=[rows(1)], outputs=["sin_1"])  # it has forgotten the model
     process.kill()
@@ -196,6 +196,14 @@ def test_what_came_of_a_session_is_told_to_who_waits_for_it() -> None:
         with pytest.raises(ModelError, match="NoSuchOperator"):
             made.open("s", level="all")
     made.close()
+
+
+def test_process_with_a_session_that_nobody_waited_for_is_ended() -> None:
+    made = Side("original", load(plain()), 60)
+    made.ahead("s", level="all")
+    process = made.start()
+    made.close()
+    assert not process.alive
 
 
 def test_death_of_a_session_is_not_that_of_others() -> None:
