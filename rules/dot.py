@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnxrank import cost
 from onnxrank.grouping import COLUMNS
 from onnxrank.operators import Trait, having, operator
 from onnxrank.rewrite import Rewrite
@@ -27,6 +28,7 @@ from onnxrank.values import (
     Abstract,
     Codes,
     DeferredMatMul,
+    Dim,
     Dims,
     Level,
     Scalable,
@@ -55,8 +57,6 @@ from .elementwise import as_split, elementwise, mark_unread
 from .products import with_addend
 
 _MOVES = frozenset(having(Trait.MOVEMENT))
-_FEW_ROWS = 4
-"""Up to this many rows per candidate, bringing them side by side for one product costs less than many products."""
 _LINEAR = {*having(Trait.LINEAR), "ReduceSum", "ReduceMean"}
 _BLOCKWISE = frozenset(ELEMENTWISE)
 _MOST_HEADS = 16
@@ -387,9 +387,13 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     """One product; the candidates are rows of one matrix where the other operand has none."""
     a_rows, b_rows = ({s for s in rw.present(v) if is_candidate_symbol(s)} for v in (a, b))
     hint = hint or (node.output[0] if node else "")
-    if a_rows and not b_rows and (node is None or extents(a.dims)[-2] <= _FEW_ROWS):
+    if a_rows and not b_rows and (node is None or _side_by_side_pays(a, b, extents(dims[:-2]))):
         return _as_rows(rw, a, b, dims, hint)
-    if b_rows and not a_rows and (node is None or extents(b.dims)[-1] <= _FEW_ROWS):
+    if (
+        b_rows
+        and not a_rows
+        and (node is None or _side_by_side_pays(_turned(b), _turned(a), extents(dims[:-2]), turned=True))
+    ):
         turned = (*dims[:-2], dims[-1], dims[-2])
         made = _as_rows(rw, _turned(b), _turned(a), turned, hint)
         return rw.tidy(dims, made.dtype, made.codes.swapaxes(-1, -2))
@@ -412,6 +416,38 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     kind = _ScalableBlock if rw.level(b) <= Level.REQUEST else _Block
     source = kind(rw, own, a.dtype, left, right, hint, rw.emit.rule).source()
     return Value(whole, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole)))
+
+
+def _side_by_side_pays(a: Value, b: Value, stack: tuple[int, ...], turned: bool = False) -> bool:
+    """Whether bringing rows of all candidates side by side costs less than a product for each candidate.
+
+    Args:
+        a: What has the rows.
+        b: The other operand.
+        stack: The axes before the last two.
+        turned: Whether rows and columns have to change their places for that, of operand and result.
+    """
+    heads, many = prod(stack), cost.MANY
+    if heads == 1 and not turned:
+        return True
+    rows, inner, columns = (_length(d) for d in (a.dims[-2], a.dims[-1], b.dims[-1]))
+    written, macs = 4 * many * heads * rows * columns, many * heads * rows * inner * columns
+    each = cost.CPU.seconds(cost.Bill("stack", written, many * heads, macs))
+    if heads > 1:  # the other operand has to have rows of candidates too: see `batches_agree`
+        each += cost.CPU.seconds(cost.Bill("expand", 4 * many * heads * inner * columns, many))
+    at_once = cost.CPU.seconds(cost.Bill("stack", written, heads, macs))
+    for width in (inner, columns):
+        entries = heads * rows * width
+        bill = cost.transposed(4 * many * entries, 4 * rows * width, many * heads)
+        if turned and rows > 1:
+            bill = cost.Bill("permute", 4 * many * entries, many * entries)
+        at_once += cost.CPU.seconds(bill)
+    return at_once < each
+
+
+def _length(dim: Dim) -> int:
+    """The extent of a dimension, symbols taken as they usually are."""
+    return int(extents((dim,))[0] * cost.LENGTH ** len(symbols([dim])))
 
 
 @dataclass(frozen=True)
