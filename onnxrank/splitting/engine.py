@@ -284,7 +284,7 @@ class Job:
         """Shapes at the usual number of candidates and usual lengths."""
         study = self.study
         usual = self.result.report.usual
-        found = cost.shapes_of(study.model, study.facts, study.input_extents(), usual)
+        found = cost.shapes_of(study.model, study.facts, study.input_extents(), usual, study.loaded.folder)
         lengths = {s: min(max(cost.LENGTH, low), high) for s, (low, high) in self._spans.items()}
         return replace(found, symbols={**found.symbols, **lengths})
 
