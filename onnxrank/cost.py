@@ -134,7 +134,7 @@ CPU = Target(
         "exchange": Rate(_STEP, 0.029e-9, run=8.2e-9),
         "reduce": Rate(_STEP, 0.031e-9, run=4.7e-9),
         "reduce across": Rate(_STEP, 0.029e-9, run=9.9e-9),
-        "softmax": Rate(_STEP, 0.075e-9, run=14.0e-9),
+        "softmax": Rate(_STEP, 0.30e-9, run=12.7e-9),
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
         "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
@@ -400,8 +400,10 @@ def _spans(out: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> int:
     if all(prod(s) == entries for s in operands):
         return 1
     padded = [(1,) * (len(out) - len(s)) + s for s in operands]
-    span, mode = 1, None
+    fewest, span, mode = min(map(len, operands)), 1, None
     for k in reversed(range(len(out))):
+        if mode is None and out[k] == 1 and len(out) - k < fewest:
+            continue  # passed over, where all operands have more axes
         own = tuple(s[k] == out[k] for s in padded)
         if mode not in (None, own):
             break

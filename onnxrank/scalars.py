@@ -26,7 +26,7 @@ def widen(rw: Rewrite) -> None:
     sources = rw.sources.named()
     for k, e in enumerate(rw.emit.nodes):
         node = e.proto
-        if len(node.input) < 2 or domain_of(node) or traits(node) & _KINDS is not Trait.ELEMENTWISE:
+        if len(node.input) < 2 or domain_of(node) or traits(node) & _KINDS != Trait.ELEMENTWISE:
             continue
         made = sources.get(node.output[0])
         if made is None or not made.dims or made.dims[-1] != () or not any(made.dims):
