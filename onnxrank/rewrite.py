@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -215,6 +216,26 @@ class Rewrite:
             return found.whole.data.reshape(extents(found.dims))
         dims, data = self.facts.folded[name]
         return data.reshape(extents(dims))
+
+    def stored(self, name: str, most: int) -> NDArray[Any] | None:
+        """Entries of a constant of the original or of the new graph, one row of those that are equal along symbols.
+
+        None for other tensors, and where they are many.
+
+        Args:
+            name: The tensor.
+            most: How many entries are not too many.
+        """
+        if name in self.facts.folded:
+            folded: NDArray[Any] = self.facts.folded[name][1]
+            return folded if folded.size <= most else None
+        made, value = self.emit.initializers.get(name), self.values.get(name)
+        if made is not None:
+            return constant_data(made, None) if prod(made.dims) <= most else None
+        source = value.whole if isinstance(value, Value) else None
+        if source is None or source.level is not Level.CONSTANT or source.size > most:
+            return None
+        return source.data
 
     def is_constant(self, name: str) -> bool:
         """Whether an original tensor is a constant without symbolic extents; its node may come later."""
