@@ -297,8 +297,7 @@ class Layout(Views):
         syms = tuple((s,) for s in symbols(dims))
         flat = self.flat(name, have, syms)
         if not np.array_equal(at.reshape(-1), _range(total)):
-            index = self.emit.constant(at.reshape(-1).astype(np.int64))
-            flat = self.emit.add("Gather", [flat, index], {"axis": len(syms)})
+            flat = self._taken(flat, at.reshape(-1), len(syms))
         return self.arranged(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
 
     def _cut(self, source: Source, at: Codes) -> tuple[str, Dims, Codes]:
@@ -326,13 +325,7 @@ class Layout(Views):
         if any(len(have[k]) > 1 for k in changed):
             return name, have, at
         for k in changed:
-            p = positions[k]
-            step = int(p[1] - p[0]) if len(p) > 1 else 1
-            if len(p) == 1 or (step > 0 and (np.diff(p) == step).all()):
-                args = [np.array([v], np.int64) for v in (int(p[0]), int(p[-1]) + 1, k, step)]
-                name = self.emit.add("Slice", [name, *(self.emit.constant(a) for a in args)])
-            else:
-                name = self.emit.add("Gather", [name, self.emit.constant(p.astype(np.int64))], {"axis": k})
+            name = self._taken(name, positions[k], k)
         new = [len(p) for p in positions]
         place = [
             np.zeros(at.shape, np.int64)
@@ -341,6 +334,14 @@ class Layout(Views):
             for a in axes
         ]
         return name, with_extents(have, new), np.ravel_multi_index(place, new) if new else at
+
+    def _taken(self, name: str, at: Codes, axis: int) -> str:
+        """Some positions along an axis: cut out where they are evenly spaced."""
+        step = int(at[1] - at[0]) if len(at) > 1 else 1
+        if len(at) == 1 or (step > 0 and (np.diff(at) == step).all()):
+            ends = [np.array([v], np.int64) for v in (int(at[0]), int(at[-1]) + 1, axis, step)]
+            return self.emit.add("Slice", [name, *map(self.emit.constant, ends)])
+        return self.emit.add("Gather", [name, self.emit.constant(at.astype(np.int64))], {"axis": axis})
 
     def _transpose(self, name: str, have: Dims, at: Codes, dims: Dims) -> str | None:
         """Reshape, Transpose and Reshape, where the entries are a permutation of the source's axes."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,6 +56,7 @@ _MOVES = MOVES | {"Concat", "Expand"}
 
 
 T = TypeVar("T")
+Operand = TypeVar("Operand", Value, Value | Sum)
 
 
 @dataclass
@@ -156,7 +158,7 @@ class Rewrite:
             group.put(out, codes_of(source))
         return self.tidy(made.dims, made.dtype, out)
 
-    def fitted(self, values: Sequence[Value]) -> list[Value]:
+    def fitted(self, values: Sequence[Operand]) -> list[Operand]:
         """Operands to be broadcast, with one name for extents that are equal wherever the model runs.
 
         A table of positions that is cut to `min(L, c)` rows has L of them where it is added to L rows
@@ -172,11 +174,12 @@ class Rewrite:
             }
         return [self._named(v, names) for v in values] if any(names.values()) else list(values)
 
-    def _named(self, value: Value, names: Mapping[int, Mapping[Dim, Dim]]) -> Value:
+    def _named(self, operand: Operand, names: Mapping[int, Mapping[Dim, Dim]]) -> Operand | Value:
         """A value with other names for some extents, by axes counted from the last."""
-        dims = tuple(names[k - value.rank].get(d, d) for k, d in enumerate(value.dims))
-        if dims == value.dims:
-            return value
+        dims = tuple(names[k - operand.rank].get(d, d) for k, d in enumerate(operand.dims))
+        if dims == operand.dims:
+            return operand
+        value = self.settle(operand)
         if value.whole is None:
             raise Unrepresentable("extents of several names in a tensor of several parts")
         held = self.present(value)
@@ -213,6 +216,26 @@ class Rewrite:
             return found.whole.data.reshape(extents(found.dims))
         dims, data = self.facts.folded[name]
         return data.reshape(extents(dims))
+
+    def stored(self, name: str, most: int) -> NDArray[Any] | None:
+        """Entries of a constant of the original or of the new graph, one row of those that are equal along symbols.
+
+        None for other tensors, and where they are many.
+
+        Args:
+            name: The tensor.
+            most: How many entries are not too many.
+        """
+        if name in self.facts.folded:
+            folded: NDArray[Any] = self.facts.folded[name][1]
+            return folded if folded.size <= most else None
+        made, value = self.emit.initializers.get(name), self.values.get(name)
+        if made is not None:
+            return constant_data(made, None) if prod(made.dims) <= most else None
+        source = value.whole if isinstance(value, Value) else None
+        if source is None or source.level is not Level.CONSTANT or source.size > most:
+            return None
+        return source.data
 
     def is_constant(self, name: str) -> bool:
         """Whether an original tensor is a constant without symbolic extents; its node may come later."""

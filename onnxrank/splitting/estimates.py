@@ -40,7 +40,7 @@ class Estimates:
         """Shapes at the usual number of candidates and usual lengths."""
         study = self.study
         at = self.report.usual
-        found = cost.shapes_of(study.model, study.facts, study.input_extents(), at)
+        found = cost.shapes_of(study.model, study.facts, study.input_extents(), at, study.loaded.folder)
         lengths = {s: min(max(cost.LENGTH, low), high) for s, (low, high) in self.spans.items()}
         return replace(found, symbols={**found.symbols, **lengths})
 
