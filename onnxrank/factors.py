@@ -122,7 +122,11 @@ class _Graph:
         source, stored = self._sources.get(name), self.rw.emit.initializers.get(name)
         if source is not None:
             return source.dims
-        return None if stored is None else tuple(canonical([n]) for n in stored.dims)
+        if stored is not None:
+            return tuple(canonical([n]) for n in stored.dims)
+        node = self._made.get(name)
+        shape = self.rw.stored(node.input[1], _MOST_AXES) if node is not None and operator(node) == "Reshape" else None
+        return None if shape is None or (shape < 1).any() else tuple(canonical([int(n)]) for n in shape)
 
     def _is_once(self, name: str) -> bool:
         """Whether a tensor is computed from what is the request's."""
