@@ -108,9 +108,9 @@ class _Derivation:
     """
 
     def __init__(self, form: Form) -> None:
-        if form.model is None or form.facts is None:
+        if form.model is None:
             raise Impossible("nothing was rewritten")
-        self.model, self.facts = form.model, form.facts
+        self.model, self.facts = form.model, form.derived
         self.opsets = versions(self.model)
         self.stored = {t.name: t for t in self.model.graph.initializer}
         self.given = {
