@@ -89,8 +89,8 @@ def _divided(job: Job) -> bool:
         return False
     since = f" from N = {job.blocks_from} on" if job.blocks_from else ""
     job.notes.append(
-        f"{_what(job)} scored in blocks of {job.blocks} at most{since}, so that their rows stay in the cache; for a GPU "
-        "use --blocks 0"
+        f"{_what(job)} scored in blocks of {job.blocks} at most{since}, so that their rows stay in the cache; for a "
+        "GPU use --blocks 0"
     )
     return True
 

@@ -158,8 +158,7 @@ def result(job: Job) -> Result:
     job.report.size_after = made.ByteSize()
     if job.pair is not None:
         job.report.below = job.pair.below
-    time = form.time if job.pair is None else job.pair.time
-    job.report.predictions = _predictions(job.before(), time, job.measured)
+    job.report.predictions = _predictions(job.before(), _time(job), job.measured)
     return Result(made, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, form))
 
 
@@ -169,6 +168,22 @@ def unchanged(job: Job) -> Result:
     form = job.form or job.full
     _remark(job, form)
     return Result(job.loaded.proto, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, None))
+
+
+def _time(job: Job) -> Callable[[int], float]:
+    """Predicted seconds of the result, by the number of candidates."""
+    form, pair = job.chosen, job.pair
+
+    def many(n: int) -> float:
+        divided = job.blocks and n >= job.blocks_from
+        return blocks.seconds(form, job.blocks, n) if divided else form.time(n)
+
+    def time(n: int) -> float:
+        if pair is None:
+            return many(n)
+        return pair.time(n) if n < pair.below else many(n) + pair.overhead
+
+    return time
 
 
 def _predictions(
