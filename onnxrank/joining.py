@@ -55,6 +55,8 @@ _SMALL = 1 << 14
 """Bytes of a weight up to which both branches have it."""
 
 
+_SEQUENCES = 11
+"""Version of ONNX from which on there are sequences."""
 _TINY = 1 << 10
 """Bytes of a part of a weight up to which it is stored beside the weight."""
 
@@ -79,7 +81,9 @@ def joined(
     sparse = any(m.graph.sparse_initializer for m in (few, many))
     if versions(many)[""] < _LEAST_OPSET or sparse or inputs[0] != inputs[1] or outputs[0] != outputs[1]:
         return None
-    return _Join(few, many, name).model(below, at, shape)
+    # Where a plan of memory for one number of candidates is taken for all, nothing is to depend on it.
+    apart = shape is not None and not _plans(inputs[0], shape)
+    return _Join(few, many, name, apart).model(below, at, shape)
 
 
 def is_crossover(node: NodeProto) -> bool:
@@ -177,21 +181,21 @@ def _kind(node: NodeProto) -> bytes:
 
 
 class _Join:
-    """Two graphs, divided into what stands in front of the `If`, in it, and behind it."""
+    """Two graphs, divided into what stands in front of the `If`, in it, and behind it; all in it where `apart`."""
 
-    def __init__(self, few: ModelProto, many: ModelProto, name: str) -> None:
+    def __init__(self, few: ModelProto, many: ModelProto, name: str, apart: bool) -> None:
         self.base, self.name = many, name
         self.few, self.many = _Side("few", few.graph), _Side("many", many.graph)
         self.taken = names_in(few.graph) | names_in(many.graph)
         numbers = _Numbers()
         for side in (self.few, self.many):
             side.numbers = numbers.of(side.graph)
-        both = set(self.few.numbers.values()) & set(self.many.numbers.values())
+        both = set() if apart else set(self.few.numbers.values()) & set(self.many.numbers.values())
         for side in (self.few, self.many):
             side.front = {
                 k for k, n in enumerate(side.graph.node) if all(side.numbers[o] in both for o in n.output if o)
             }
-        self.behind = self._behind()
+        self.behind = {} if apart else self._behind()
         self.few.behind, self.many.behind = set(self.behind.values()), set(self.behind)
         # What stands in front is called as in the second graph.
         outside = {self.many.numbers[o]: o for k in self.many.front for o in self.many.graph.node[k].output if o}
@@ -277,6 +281,7 @@ class _Join:
         graph.initializer.extend(stored)
         outer = [*(i.name for i in graph.input), *(o for n in front for o in n.output if o)]
         views, told = self._told_apart(branches, outer, at.input, shape)
+        told += self._kept(branches, graph.initializer, made[-1].output[0])
         ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = helper.make_node("If", [made[-1].output[0]], [*given.values(), *told], name=self.name, **ways)
         graph.node.extend([*front, *views, *made, choice, *behind])
@@ -363,11 +368,42 @@ class _Join:
                 branch.node.append(helper.make_node("Constant", [], [made], value=nothing))
         return views, [claimed(f"{self.name}/extents", self.taken)] if more else []
 
+    def _kept(self, branches: Sequence[GraphProto], stored: Iterable[TensorProto], few: str) -> list[str]:
+        """Has branches plan their memory although they capture weights of products.
+
+        onnxruntime gives such a weight up once every node that reads it has packed it, and a graph that is handed what
+        is no tensor any more plans nothing. So there is one more reader, which packs nothing: in a graph that is never
+        run, as the second branch asks again whether there are few candidates.
+
+        Returns:
+            What the `If` gives more, which nobody reads.
+        """
+        names = [t.name for t in stored if t.data_type == TensorProto.FLOAT and _multiplied(t.name, branches)]
+        if not names or versions(self.base)[""] < _SEQUENCES:
+            return []
+        few_branch, many_branch = branches
+        ways = []
+        for title in ("kept", "nothing"):
+            inner = GraphProto(name=f"{self.name}/{title}")
+            inner.output.add().name = claimed(f"{self.name}/{title}/count", self.taken)
+            ways.append(inner)
+        kept, nothing = ways
+        sequence = claimed(f"{self.name}/kept", self.taken)
+        kept.node.append(helper.make_node("SequenceConstruct", names, [sequence]))
+        kept.node.append(helper.make_node("SequenceLength", [sequence], [kept.output[0].name]))
+        zero = numpy_helper.from_array(np.array(0, np.int64))
+        nothing.node.append(helper.make_node("Constant", [], [nothing.output[0].name], value=zero))
+        for branch in branches:
+            branch.output.add().name = claimed(f"{branch.name}/{self.name}/count", self.taken)
+        given = [b.output[-1].name for b in branches]
+        few_branch.node.append(helper.make_node("Constant", [], [given[0]], value=zero))
+        many_branch.node.append(helper.make_node("If", [few], [given[1]], then_branch=kept, else_branch=nothing))
+        return [claimed(f"{self.name}/count", self.taken)]
+
     def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
         """What is stored outside; a branch has weights of products that it alone reads, and small ones of any kind.
 
-        A subgraph of onnxruntime that captures weights of products, which are packed, plans no memory, and whatever a
-        branch captures is handed over in every run.
+        Whatever a branch captures is handed over in every run, and weights of products cost more still (`_kept`).
         """
         stored = [*self.base.graph.initializer]
         for t in self.few.graph.initializer:
