@@ -157,7 +157,7 @@ class Form:
         if candidates not in self._shapes:
             known = next(iter(self._shapes.values()), None)
             inputs = self.rewrite.input_extents()
-            made = known or cost.shapes_of(self.model, self.derived, inputs, candidates)
+            made = known or cost.shapes_of(self.model, self.derived, inputs, candidates, self.study.loaded.folder)
             self._shapes[candidates] = made.at(candidates)
         return self._shapes[candidates]
 

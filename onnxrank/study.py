@@ -321,7 +321,7 @@ class Study:
         """Shapes at a number of candidates."""
         if candidates not in self._shapes:
             known = next(iter(self._shapes.values()), None)
-            made = known or cost.shapes_of(self.model, self.facts, self.input_extents(), candidates)
+            made = known or cost.shapes_of(self.model, self.facts, self.input_extents(), candidates, self.loaded.folder)
             self._shapes[candidates] = made.at(candidates)
         return self._shapes[candidates]
 

@@ -393,6 +393,9 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
         turned = (*dims[:-2], dims[-1], dims[-2])
         made = _as_rows(rw, _turned(b), _turned(a), turned, hint)
         return rw.tidy(dims, made.dtype, made.codes.swapaxes(-1, -2))
+    heads = prod(extents(dims[:-2]))
+    if a_rows and b_rows and heads > 1 and dims[-2:] == ((), ()) and not symbols(a.dims[-1:]):
+        return _dots(rw, a, b, dims, hint)
     held = rw.present(a) | rw.present(b)
     whole = dims
     if node is None:
@@ -412,6 +415,14 @@ def _product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims
     kind = _ScalableBlock if rw.level(b) <= Level.REQUEST else _Block
     source = kind(rw, own, a.dtype, left, right, hint, rw.emit.rule).source()
     return Value(whole, a.dtype, None, np.broadcast_to(codes_of(source), extents(dims)).reshape(extents(whole)))
+
+
+def _dots(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
+    """A row by a column for every candidate and head: entry by entry, which takes runtimes a tenth of the time."""
+    products = elementwise(rw, "Mul", [a, _turned(b)], rw.emit.fresh(f"{hint}/mul"))
+    present = rw.present(products)
+    name = rw.emit.reduce("ReduceSum", rw.tensor(products), [products.rank - 1], True, hint=hint)
+    return rw.new(dims, a.dtype, present, name)
 
 
 @dataclass(frozen=True)

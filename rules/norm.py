@@ -118,9 +118,10 @@ def _centred(rw: Rewrite, parts: Sequence[Piece], kind: np.dtype[Any], epsilon: 
     """Writes the two parts of rows, and the moments of both together."""
     add, reduce = rw.emit.add, rw.emit.reduce
     p, q = (len(part.members) for part in parts)
+    rank = max(len(part.dims) for part in parts)
 
     def scalar(v: float) -> str:
-        return rw.emit.constant(np.array(v, kind))
+        return rw.emit.constant(np.full((1,) * rank, v, kind))  # as many axes as columns have: see `scalars`
 
     means, centred, squares, shapes = [], [], [], []
     for part in parts:
