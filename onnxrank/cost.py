@@ -399,10 +399,8 @@ def _spans(out: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> int:
     if all(prod(s) == entries for s in operands):
         return 1
     padded = [(1,) * (len(out) - len(s)) + s for s in operands]
-    fewest, span, mode = min(map(len, operands)), 1, None
+    span, mode = 1, None
     for k in reversed(range(len(out))):
-        if mode is None and out[k] == 1 and len(out) - k < fewest:
-            continue  # passed over, where all operands have more axes
         own = tuple(s[k] == out[k] for s in padded)
         if mode not in (None, own):
             break

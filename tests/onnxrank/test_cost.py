@@ -225,9 +225,3 @@ def test_a_softmax_of_masked_scores_is_billed_for_denormal_weights(text: str, sh
     free = replace(billed, denormals=0)
     extra = cost.CPU.seconds(billed) - cost.CPU.seconds(free)
     assert extra == pytest.approx(billed.denormals * cost.CPU.denormal, abs=1e-12)
-
-
-@pytest.mark.parametrize(("rank", "runs"), [(0, 2048), (1, 2048), (2, 2048), (3, 1), (4, 1)])
-def test_a_number_is_applied_entry_by_entry_to_columns_unless_it_has_their_axes(rank: int, runs: int) -> None:
-    made = bill("Mul", {"x": (512, 4, 1, 1), "w": (1,) * rank, "y": (512, 4, 1, 1)}, 2)
-    assert (made.kind, made.runs) == (("broadcast", runs) if runs > 1 else ("elementwise", 0))
