@@ -34,7 +34,7 @@ from onnxrank.verify.requests import several
 from onnxrank.verify.side import MODEL, Side, open_both, run_both
 from onnxrank.verify.sizes import Span
 from onnxrank.verify.verdicts import Verdicts
-from onnxrank.verify.words import count, sentence, worst
+from onnxrank.verify.words import count, listed, sentence, worst
 from onnxrank.workers import Crashed, Outputs
 
 Progress = Callable[[str], None]
@@ -299,11 +299,10 @@ class Engine:
         for c in self.changed:
             self.report.find("structure", "tables", c.says, "warning", model="optimized")
         if lost and not structure.made_of(first, second):
-            shown = ", ".join(map(repr, lost[:4])) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
             what = "embedding table" if len(lost) == 1 else "embedding tables"
             self.report.unseen.append(
-                f"rows of the {what} {shown} that no generated id met: the optimized model has none of its type, shape "
-                "and content"
+                f"rows of the {what} {listed(lost)} that no generated id met: the optimized model has none of its "
+                "type, shape and content"
             )
 
     def _trusted_rows(self) -> None:
@@ -317,12 +316,11 @@ class Engine:
             if (i.name, False) in self.binding.sources.values()
         ]
         if whole:
-            shown = ", ".join(map(repr, whole[:4])) + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
             self.report.find(
                 "structure",
                 "contract",
                 "Calls whose rows differ where roles say that they are the same were not looked at: the optimized "
-                f"model takes all rows of {shown}.",
+                f"model takes all rows of {listed(whole)}.",
                 "note",
             )
 

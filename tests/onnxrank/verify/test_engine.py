@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,16 @@ def test_statistics() -> None:
     tight = max(s.atol for s in found.statistics)
     again = verify(path, rewritten(path, request=["user_*"]).model, Options(level="quick", atol={None: tight * 1.01}))
     assert again.passed
+
+
+def test_tolerances_that_would_pass() -> None:
+    """They are held against large inputs, too, which differ by more than ordinary ones."""
+    options = Options(request=["user"])
+    found = verify(tower(), tower(1), options)
+    assert found.passed and found.statistics
+    tight = max(s.atol for s in found.statistics)
+    assert verify(tower(), tower(1), replace(options, atol={None: tight * 1.01})).passed
+    assert not verify(tower(), tower(1), replace(options, atol={None: tight * 0.99})).passed
 
 
 def test_quantised() -> None:
