@@ -408,8 +408,7 @@ class Engine:
         where = f"({provider}, optimisations {level})"
         first, second = open_both(self.sides, f"{provider}/{level}", **how)
         if isinstance(first, Crashed):
-            self._crash("rounding", self.original, f"while it was loaded {where}", first)
-            return False
+            raise ModelError(f"The original makes onnxruntime fail while it is loaded {where}: {first}.") from first
         if isinstance(first, ModelError):
             raise ModelError(f"The original does not load {where}: {first}.") from first
         if isinstance(second, Crashed):
