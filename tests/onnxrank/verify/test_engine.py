@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxrank import optimize
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.verify import Options, Report, engine, verify
+from onnxrank.verify import Options, Report, sessions, verify
 from onnxrank.verify.side import Side, open_both
 from onnxrank.workers import Crashed
 
@@ -287,7 +287,7 @@ def test_original_that_kills_the_runtime_while_it_is_loaded(monkeypatch: pytest.
         first = Crashed("died of SIGSEGV", "crash") if key == "cpu/all" else None
         return [first, *open_both(sides, key, **how)[1:]]
 
-    monkeypatch.setattr(engine, "open_both", dies)
+    monkeypatch.setattr(sessions, "open_both", dies)
     with pytest.raises(ModelError, match=r"The original makes .* loaded \(cpu, optimisations all\): died of SIGSEGV"):
         verify(tower(), tower(1), Options(request=["user"]))
     path = FOLDER / "dcn.torchscript.onnx"
