@@ -27,6 +27,8 @@ _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 _LINE = 64
 """Bytes of a row up to which copying it takes as long as finding it."""
+_WORD = 8
+"""Bytes that a Transpose moves as one number."""
 CACHE = 1 << 20
 """Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
 WIDE = 512
@@ -38,6 +40,8 @@ _ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh")
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
+MANY = 512
+"""Candidates that two ways to write the same nodes are compared for: of few, neither takes long."""
 _WIDTHS = {
     kind: helper.tensor_dtype_to_np_dtype(kind).itemsize
     for kind in TensorProto.DataType.values()
@@ -359,7 +363,7 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
         if run > 1:
-            return Bill("exchange", written, entries // run)
+            return transposed(written, shapes.width(node.output[0]) * run, entries // run)
         return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
     if Trait.FUNCTION in what:
         return Bill("power" if op == "Pow" else "function", written)
@@ -374,6 +378,17 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     if op == "Where":  # each side in a pass of its own, and both together in a third
         return Bill("where", written, spans)
     return Bill("broadcast", written, spans) if spans > 1 else Bill("elementwise", written)
+
+
+def transposed(written: int, run: int, runs: int) -> Bill:
+    """What a Transpose is billed for that leaves entries side by side.
+
+    Args:
+        written: Bytes.
+        run: Bytes that stay together.
+        runs: How often.
+    """
+    return Bill("exchange" if run > _WORD else "transpose", written, runs)
 
 
 def _products(node: NodeProto, shape: ShapeOf) -> int:
@@ -400,10 +415,8 @@ def _spans(out: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> int:
     if all(prod(s) == entries for s in operands):
         return 1
     padded = [(1,) * (len(out) - len(s)) + s for s in operands]
-    fewest, span, mode = min(map(len, operands)), 1, None
+    span, mode = 1, None
     for k in reversed(range(len(out))):
-        if mode is None and out[k] == 1 and len(out) - k < fewest:
-            continue  # passed over, where all operands have more axes
         own = tuple(s[k] == out[k] for s in padded)
         if mode not in (None, own):
             break

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, facts, feeds, runtime, scalars, underflow
+from onnxrank import cost, factors, facts, feeds, runtime, scalars, underflow
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -280,6 +280,8 @@ class Transformation:
         self._finish_outputs()
         if self.rw.uses(underflow.NAME):
             underflow.avoid(self.rw)
+        if self.rw.uses(factors.RULE):
+            factors.move(self.rw)
         scalars.widen(self.rw)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]

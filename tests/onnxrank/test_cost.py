@@ -40,6 +40,7 @@ def bill(op: str, known: Mapping[str, tuple[int, ...]], inputs: int, outputs: in
         ("Expand", {"x": (1, 64), "y": (512, 64)}, 1, {}, "expand", 512),
         ("Transpose", {"x": (512, 64), "y": (64, 512)}, 1, {}, "transpose", 512 * 64),
         ("Transpose", {"x": (512, 4, 8), "y": (4, 512, 8)}, 1, {"perm": [1, 0, 2]}, "exchange", 512 * 4),
+        ("Transpose", {"x": (512, 4, 2), "y": (4, 512, 2)}, 1, {"perm": [1, 0, 2]}, "transpose", 512 * 4),
         ("Transpose", {"x": (512, 4, 8), "y": (8, 4, 512)}, 1, {}, "permute", 512 * 32),
         ("Transpose", {"x": (512, 4, 8), "y": (8, 512, 4)}, 1, {"perm": [2, 0, 1]}, "transpose", 512 * 32),
         ("Transpose", {"x": (8, 512, 4, 2), "y": (4, 512, 2, 8)}, 1, {"perm": [2, 1, 3, 0]}, "permute", 512 * 64),
@@ -224,9 +225,3 @@ def test_a_softmax_of_masked_scores_is_billed_for_denormal_weights(text: str, sh
     free = replace(billed, denormals=0)
     extra = cost.CPU.seconds(billed) - cost.CPU.seconds(free)
     assert extra == pytest.approx(billed.denormals * cost.CPU.denormal, abs=1e-12)
-
-
-@pytest.mark.parametrize(("rank", "runs"), [(0, 2048), (1, 2048), (2, 2048), (3, 1), (4, 1)])
-def test_a_number_is_applied_entry_by_entry_to_columns_unless_it_has_their_axes(rank: int, runs: int) -> None:
-    made = bill("Mul", {"x": (512, 4, 1, 1), "w": (1,) * rank, "y": (512, 4, 1, 1)}, 2)
-    assert (made.kind, made.runs) == (("broadcast", runs) if runs > 1 else ("elementwise", 0))
