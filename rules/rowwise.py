@@ -36,6 +36,18 @@ from onnxrank.values import (
 
 from .elementwise import mark_unread, pointwise
 
+TOGETHER = "it takes in request-level and candidate-level entries together, and no rule divides that"
+"""Why what has request-level entries is made for every candidate."""
+
+
+def note_together(rw: Rewrite, x: Value, core: Sequence[int]) -> None:
+    """Says so where entries of the request and of candidates lie beside each other along axes that are worked on."""
+    if x.whole is None:
+        levels = rw.sources.levels(x.codes).astype(np.int64)
+        highest = levels.max(axis=tuple(core), keepdims=True)
+        if ((levels == Level.REQUEST) & (highest == Level.CANDIDATE)).any():
+            rw.refuse("broadcast", TOGETHER)
+
 
 def rowwise(
     rw: Rewrite,
@@ -214,6 +226,7 @@ def _topk(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if k is None:
         return None
     axis, n = attribute(node, "axis", -1) % rw.value(node, 0).rank, int(k.reshape(-1)[0])
+    note_together(rw, rw.value(node, 0), [axis])
     return rowwise(rw, node, [axis], lambda d: [(*d[:axis], canonical([n]), *d[axis + 1 :])] * 2)
 
 
@@ -228,11 +241,14 @@ def _batch_first(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Operators over images: rows on axis 0, everything else is theirs."""
     x = rw.value(node, 0)
     seen = rw.facts.extents.get(node.output[0])
-    if seen is None or any(s for _, s in seen[1:]) or len(seen) != x.rank or len([o for o in node.output if o]) > 1:
+    known = rw.facts.dims(node.output[0])
+    if seen is None or known is None or len(seen) != x.rank or len([o for o in node.output if o]) > 1:
+        return None
+    rest = known[1:]
+    if any(map(is_candidate_symbol, symbols(rest))):
         return None
     if extents(x.dims[:1]) != (1,) or (seen[0][0], tuple(symbols(x.dims[:1]))) != seen[0]:
         return None
-    rest = tuple(canonical([c]) for c, _ in seen[1:])
     return rowwise(rw, node, range(1, x.rank), lambda d: [(d[0], *rest)])
 
 
@@ -252,6 +268,8 @@ def _dropout(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 ROWWISE: dict[str, Transfer] = {
     "QuantizeLinear": _quantise,
     "DequantizeLinear": _quantise,
+    "com.microsoft::QuantizeLinear": _quantise,
+    "com.microsoft::DequantizeLinear": _quantise,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
     "Hardmax": _softmax,

@@ -12,6 +12,7 @@ from onnx import helper
 from onnxrank import extents as ex
 from onnxrank import transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Trait, Valuer
 from onnxrank.operators.known import Known, constant, known, objects, whole
 from onnxrank.operators.shapers import broadcast, broadcast_together, fixed_only, same, same_as
@@ -221,6 +222,8 @@ OPERATORS = {
     "com.microsoft::Gelu": Operator(same, traits=_SLOW),
     "com.microsoft::FastGelu": Operator(same, traits=_SLOW),
     "com.microsoft::QuickGelu": Operator(same, traits=_ENTRYWISE),
+    "StringConcat": Operator(broadcast_together, signature=signatures.together()),
+    "RegexFullMatch": Operator(same, signature=signatures.entrywise()),
     "com.microsoft::FusedGelu": Operator(same),
     "com.microsoft::BiasGelu": Operator(same, traits=Trait.FUNCTION, levels=transfers.elementwise),
 }

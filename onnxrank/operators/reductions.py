@@ -12,7 +12,7 @@ from onnxrank import transfers
 from onnxrank.extents import Expr, Unproved
 from onnxrank.operators.entry import Operator, Shaper, Trait, Valuer
 from onnxrank.operators.known import Known, Partial, constant, kept, known, objects, whole
-from onnxrank.operators.shapers import one_axis, same
+from onnxrank.operators.shapers import one_axis, same, windows
 from onnxrank.operators.use import Use
 
 
@@ -120,7 +120,8 @@ OPERATORS = {
         levels=transfers.normalised,
     ),
     **dict.fromkeys(
-        "GlobalAveragePool GlobalMaxPool GlobalLpPool AveragePool MaxPool LpPool".split(),
-        Operator(traits=Trait.REDUCTION | Trait.IMAGES),
+        "GlobalAveragePool GlobalMaxPool GlobalLpPool".split(),
+        Operator(lambda u: [[*u.shape(0)[:2], *(1 for _ in u.shape(0)[2:])]], traits=Trait.REDUCTION | Trait.IMAGES),
     ),
+    **dict.fromkeys("AveragePool MaxPool LpPool".split(), Operator(windows, traits=Trait.REDUCTION | Trait.IMAGES)),
 }
