@@ -64,6 +64,11 @@ def reals(g: Graph, x: str, scale: str, zero: str, domain: str = "") -> str:
     return g.op("DequantizeLinear", x, scale, zero, domain=domain)
 
 
+def words(g: Graph, x: str) -> str:
+    """Three words."""
+    return g.op("LabelEncoder", ids(g, x, 3), domain=ML, keys_int64s=[0, 1, 2], values_strings=list("abc"))
+
+
 # --- movement -------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +167,17 @@ def _(g: Graph, x: str) -> str:
 @case("SpaceToDepth", (2, 4, 6))
 def _(g: Graph, x: str) -> str:
     return g.op("SpaceToDepth", x, blocksize=2)
+
+
+@case("TensorScatter", (4, 3), (2, 3), opset=24)
+def _(g: Graph, x: str, new: str) -> str:
+    rows = g.op("Gather", g.op("Shape", x), g.ints(0), axis=0)
+    return g.op("TensorScatter", x, new, g.op("Expand", g.ints(1), rows), axis=1)
+
+
+@case("DeformConv", (4, 5, 5), (8, 4, 4), opset=19)
+def _(g: Graph, x: str, offset: str) -> str:
+    return g.op("DeformConv", x, g.const(whole_numbers(3, 4, 2, 2)), g.op("Mul", offset, g.const(0.125)))
 
 
 # --- convolutions and pools along a history ---------------------------------------------------------------------------
@@ -349,17 +365,26 @@ def _(g: Graph, x: str) -> str:
     return g.op("MeanVarianceNormalization", x, axes=[1, 2])
 
 
-# --- strings and features -----------------------------------------------------------------------------------------------
+# --- strings and features ---------------------------------------------------------------------------------------------
 
 
 @case("StringConcat", (3,), (3,), opset=20)
 def _(g: Graph, x: str, y: str) -> str:
-    words = [
-        g.op("LabelEncoder", ids(g, i, 3), domain=ML, keys_int64s=[0, 1, 2], values_strings=list("abc")) for i in (x, y)
-    ]
-    both = g.op("StringConcat", *words)
+    both = g.op("StringConcat", words(g, x), words(g, y))
     pairs = [a + b for a in "abc" for b in "abc"]
     return numbers(g, g.op("LabelEncoder", both, domain=ML, keys_strings=pairs, values_int64s=list(range(9))))
+
+
+@case("RegexFullMatch", (3,), opset=20)
+def _(g: Graph, x: str) -> str:
+    return numbers(g, g.op("RegexFullMatch", words(g, x), pattern="a|b"))
+
+
+@case("TfIdfVectorizer", (3,))
+def _(g: Graph, x: str) -> str:
+    counts = {"ngram_counts": [0], "ngram_indexes": [0, 1, 2], "pool_int64s": [0, 1, 2]}
+    how = {"min_gram_length": 1, "max_gram_length": 1, "max_skip_count": 0}
+    return g.op("TfIdfVectorizer", ids(g, x, 3), mode="TF", **counts, **how)
 
 
 @case(f"{ML}::LabelEncoder", (3,))
@@ -457,6 +482,31 @@ def tree(**more: object) -> dict[str, object]:
 def _(g: Graph, x: str) -> str:
     leaves = {"target_treeids": [0, 0, 1, 1], "target_nodeids": [1, 2, 1, 2], "target_ids": [0] * 4}
     return g.op("TreeEnsembleRegressor", x, **tree(target_weights=[1.0, 2.0, 4.0, 8.0], n_targets=1, **leaves))
+
+
+@case(f"{ML}::SVMClassifier", (4,))
+def _(g: Graph, x: str) -> str:
+    how = {"coefficients": [1.0, -1.0, 2.0], "support_vectors": whole_numbers(12).tolist(), "vectors_per_class": [2, 1]}
+    how |= {"kernel_type": "LINEAR", "kernel_params": [0.0, 0.0, 0.0], "rho": [1.0], "classlabels_ints": [0, 1]}
+    return classified(g, g.ops("SVMClassifier", 2, x, domain=ML, **how))
+
+
+@case(f"{ML}::TreeEnsemble", (4,), opset=18)
+def _(g: Graph, x: str) -> str:
+    g.versions[ML] = 5
+    how = {
+        "nodes_featureids": [0, 3],
+        "nodes_modes": helper.make_tensor("modes", TensorProto.UINT8, [2], [0, 0]),
+        "nodes_splits": helper.make_tensor("splits", TensorProto.FLOAT, [2], [0.5, -0.5]),
+        "nodes_truenodeids": [0, 2],
+        "nodes_falsenodeids": [1, 3],
+        "nodes_trueleafs": [1, 1],
+        "nodes_falseleafs": [1, 1],
+        "tree_roots": [0, 1],
+        "leaf_targetids": [0] * 4,
+        "leaf_weights": helper.make_tensor("weights", TensorProto.FLOAT, [4], [1.0, 2.0, 4.0, 8.0]),
+    }
+    return g.op("TreeEnsemble", x, domain=ML, n_targets=1, aggregate_function=1, post_transform=0, **how)
 
 
 @case(f"{ML}::TreeEnsembleClassifier", (4,))
