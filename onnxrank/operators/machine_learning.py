@@ -104,7 +104,7 @@ _WEIGHED = Trait.PRODUCT | Trait.MATRIX
 
 
 def _forest(shape: Shaper, *ranks: int) -> Operator:
-    return Operator(shape, traits=Trait.TREES, factors=(0,), macs=_steps, signature=signatures.samples(*ranks))
+    return Operator(shape, traits=Trait.TREES, factors=(), macs=_steps, signature=signatures.samples(*ranks))
 
 
 OPERATORS = {

@@ -590,6 +590,34 @@ def test_mixed(name: str) -> None:
         assert Level.REQUEST in rw.levels(rw.values[made]) or earlier & {r.node for r in result.report.refusals}, way
 
 
+WORK = {
+    "MatMulInteger": 6 * 4,
+    "QLinearMatMul": 6 * 4,
+    f"{MS}::DynamicQuantizeMatMul": 6 * 4,
+    f"{MS}::MatMulIntegerToFloat": 6 * 4,
+    f"{MS}::QGemm": 6 * 4,
+    f"{MS}::MatMulNBits": 16 * 4,
+    "ConvInteger": 3 * 4 * 4 * 2,
+    "QLinearConv": 3 * 4 * 4 * 2,
+    "ConvTranspose": 4 * 5 * 2 * 3,
+    f"{ML}::LinearRegressor": 4 * 2,
+    f"{ML}::LinearClassifier": 4 * 3,
+    f"{ML}::SVMRegressor": 4 * 3,
+    f"{ML}::SVMClassifier": 4 * 3,
+    f"{ML}::TreeEnsemble": 2,
+    f"{ML}::TreeEnsembleRegressor": 2,
+    f"{ML}::TreeEnsembleClassifier": 2,
+}
+"""Multiply-adds per row of the cases, or steps down their trees."""
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_is_counted(name: str) -> None:
+    g, given, _ = graph(CASES[name], ["request"])
+    found = rewritten(g.model(), request=[i.name for i in given if i.level == "request"], ignore=["pack"]).report
+    assert (found.macs_before, found.macs_after) == (512 * WORK[name], WORK[name])
+
+
 # --- what is left alone -----------------------------------------------------------------------------------------------
 
 

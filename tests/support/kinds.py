@@ -496,7 +496,8 @@ def _features(w: Writer, x: Tensor, op: str) -> None:
         return
     y = w.partner(x, [v for v in w.values if v.rank == 2 and v.dims[0] == x.dims[0] and w.extended(v, 1)])
     if size + y.sizes[1] <= 24:
-        name = g.op(op, x.name, y.name, domain=ML, inputdimensions=[size, y.sizes[1]])
+        # onnx does not infer how many dimensions that has, which onnxruntime wants to know for a Scan.
+        name = g.op("Flatten", g.op(op, x.name, y.name, domain=ML, inputdimensions=[size, y.sizes[1]]))
         w.put(name, w._cut(x, 1, size + y.sizes[1]), max(x.bound, y.bound), max(x.bits, y.bits))
 
 
