@@ -129,7 +129,7 @@ CPU = Target(
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
         "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
-        "trees": Rate(_STEP, 0.030e-9, mac=5.5e-9),
+        "trees": Rate(5e-6, 0.030e-9, mac=5.5e-9),
         "recurrent": Rate(2.5e-6, 0.030e-9, mac=0.30e-9),
     },
     call=9.7e-6,

@@ -350,12 +350,14 @@ def _compress(u: Use) -> list[Partial | None]:
 
 
 def _resized(u: Use) -> list[Partial | None]:
-    """Resize by constants; extents that are kept may be symbolic."""
-    have, kept = u.shape(0), signatures.resize(u).outputs[0]
+    """Resize by constants, or to constant lengths; extents that are kept may be symbolic."""
+    kept, found = signatures.resize(u).outputs[0], signatures.resized(u)
     out: list[int | Expr | None] = []
-    for n, axis, scale in zip(have, kept, signatures.scales(u), strict=True):
-        longer = int(np.float32(n) * np.float32(scale)) if isinstance(n, int) and scale is not None else None
-        out.append(longer if axis is None else n)
+    for k, n in enumerate(u.shape(0)):
+        longer = int(found[k]) if k in found and u.has(3) else None
+        if longer is None and k in found and isinstance(n, int):
+            longer = int(np.float32(n) * np.float32(found[k]))
+        out.append(longer if kept[k] is None else n)
     return [out]
 
 

@@ -217,26 +217,25 @@ def compress(u: Use) -> Signature:
     return around(lambda u: [u.attribute("axis")])(u)
 
 
-def scales(u: Use) -> list[float | None]:
-    """By how much Resize makes each axis longer; None where that is not a constant.
+def resized(u: Use) -> dict[int, float]:
+    """By how much Resize makes the axes longer that it works on, or how long; the axes that it is told of.
 
     Raises:
-        Unproved: It cuts something out, too.
+        Unproved: That is computed, or something is cut out, too.
     """
-    rank, axes = len(u.shape(0)), u.attribute("axes")
-    if u.attribute("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
-        raise Unproved("it cuts out what is resized")
-    chosen = list(range(rank)) if axes is None else [int(a) % rank for a in axes]
-    out: list[float | None] = [None if k in chosen else 1.0 for k in range(rank)]
-    if u.has(2) and u.shape(2) != (0,):
-        for k, scale in zip(chosen, u.value(2).data.reshape(-1).tolist(), strict=True):
-            out[k] = float(scale)
-    return out
+    rank, modes = len(u.shape(0)), ("coordinate_transformation_mode", "keep_aspect_ratio_policy")
+    if any(u.attribute(name) in (b"tf_crop_and_resize", b"not_larger", b"not_smaller") for name in modes):
+        raise Unproved("it cuts out what is resized, or keeps its proportions")
+    axes = [int(a) % rank for a in u.attribute("axes") or range(rank)]
+    told = u.integers(3, "sizes") if u.has(3) else u.value(2).data.reshape(-1).tolist()
+    return dict(zip(axes, map(float, told or ()), strict=True))
 
 
 def resize(u: Use) -> Signature:
-    """Resize: axes that keep their length, where that is told by constants."""
-    kept = tuple(k if scale == 1 else None for k, scale in enumerate(scales(u)))
+    """Resize: axes that keep their length."""
+    found, have = resized(u), u.shape(0)
+    same = {a for a, n in found.items() if n == (have[a] if u.has(3) else 1)}
+    kept = tuple(None if k in found and k not in same else k for k in range(len(have)))
     return signed(u, {0: kept}, kept)
 
 

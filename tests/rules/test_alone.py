@@ -132,6 +132,11 @@ def _(g: Graph, x: str) -> str:
     return g.op("Resize", x, "", g.const([1.0, 1.0, 2.0]), mode="nearest")
 
 
+@case("Resize", (2, 4), opset=18, name="Resize to a length")
+def _(g: Graph, x: str) -> str:
+    return g.op("Resize", x, "", "", g.ints(7), axes=[2], mode="nearest")
+
+
 @case("GridSample", (2, 4, 4), (3, 3, 2), opset=16)
 def _(g: Graph, x: str, grid: str) -> str:
     return g.op("GridSample", x, g.op("Mul", grid, g.const(0.25)))
@@ -571,6 +576,7 @@ def test_once(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_mixed(name: str) -> None:
     """With operands of several levels the result is right, and where it has all rows there is a remark."""
