@@ -552,7 +552,7 @@ def einsum(f: Flow) -> list[Made] | None:
     size: dict[str, Dim] = {}
     for k, term in enumerate(terms):
         if len(set(term)) < len(term):
-            return None
+            return alone(f)
         for c, d in zip(term, f.dim(k), strict=True):
             if size.get(c, ()) in ((), d):
                 size[c] = d

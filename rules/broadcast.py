@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from onnxrank.graphs import attribute
 from onnxrank.grouping import groups
@@ -150,6 +150,18 @@ def _fused_matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return _product(rw, node, [matmul_order(node, k, rw.value(node, k).rank) for k in (0, 1)])
 
 
+def _cast_like(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A Cast to the type of another tensor, of which nothing else is read."""
+    like = rw.operand(node, 1)
+    assert like is not None
+    cast = NodeProto()
+    cast.CopyFrom(node)
+    cast.op_type = "Cast"
+    del cast.input[1:]
+    cast.attribute.append(helper.make_attribute("to", like.dtype))
+    return pointwise(rw, cast)
+
+
 def _turned_matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """FusedMatMul by its older name, which nothing is written out of."""
     return _product(rw, node, [matmul_order(node, k, rw.value(node, k).rank) for k in (0, 1)])
@@ -245,6 +257,7 @@ RULE = Rule(
         **ALONE,
         **dict.fromkeys(ELEMENTWISE, pointwise),
         **dict.fromkeys(("Add", "Sub"), addition),
+        "CastLike": _cast_like,
         **ROWWISE,
         "Gather": lookup,
         "GatherND": _gather_nd,

@@ -213,14 +213,6 @@ def _layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rowwise(rw, node, range(attribute(node, "axis", -1) % rank, rank))
 
 
-def _arg(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    axis = attribute(node, "axis", 0) % rw.value(node, 0).rank
-    keep = attribute(node, "keepdims", 1)
-    if not keep and axis != rw.value(node, 0).rank - 1:
-        return None
-    return rowwise(rw, node, [axis], lambda d: [d[:axis] + (((),) if keep else ()) + d[axis + 1 :]])
-
-
 def _topk(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     k = rw.array(node, 1)
     if k is None:
@@ -275,12 +267,11 @@ ROWWISE: dict[str, Transfer] = {
     "Hardmax": _softmax,
     "LpNormalization": _along_axis(-1),
     "CumSum": _cumsum,
+    "CumProd": _cumsum,
     "Trilu": _last_axes(2),
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _layer_norm,
     "SimplifiedLayerNormalization": _layer_norm,
-    "ArgMax": _arg,
-    "ArgMin": _arg,
     "TopK": _topk,
     **dict.fromkeys(having(Trait.IMAGES), _batch_first),
     "BatchNormalization": _batch_norm,

@@ -180,8 +180,9 @@ def run(case: Case) -> tuple[str, str]:
         return "refused", f"{type(e).__name__}: {e}"
     except Exception:
         return "error", traceback.format_exc(limit=-3)
+    once = case.name.endswith(f"/{ONCE}")
     if not result.changed:
-        return "left alone", "; ".join(f"{r.rule}: {r.reason}" for r in result.report.refusals)
+        return "for each" if once else "left alone", "; ".join(f"{r.rule}: {r.reason}" for r in result.report.refusals)
     try:
         with RemoteSession(result.model) as after:
             for n, outputs in expected.items():
@@ -192,7 +193,7 @@ def run(case: Case) -> tuple[str, str]:
                         return "wrong", f"{name} at N = {n}"
     except ModelError as e:
         return "wrong", f"the result does not run: {e}"
-    repeated = _repeated(result) if case.name.endswith(f"/{ONCE}") else []
+    repeated = _repeated(result) if once else []
     if repeated:
         return "for each", ", ".join(repeated)
     return "optimised", ", ".join(f"{r.sites} x {r.name}" for r in result.report.rules)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from onnxrank import extents as ex
-from onnxrank import transfers
+from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
 from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Trait, Valuer
@@ -216,12 +216,15 @@ OPERATORS = {
     "Xor": Operator(broadcast_together, fixed_only(np.logical_xor), traits=_LOGIC),
     "Where": Operator(broadcast_together, _where, traits=_ENTRYWISE | Trait.CHOICE, levels=transfers.where),
     "Cast": Operator(same, _cast, traits=_ENTRYWISE | Trait.CAST, levels=transfers.kept_zero),
-    "CastLike": Operator(same, traits=_ENTRYWISE | Trait.CAST | Trait.PARAMETERS),
+    "CastLike": Operator(
+        same, traits=_ENTRYWISE | Trait.CAST | Trait.PARAMETERS, levels=lambda f: transfers.moved(f, moves.identity(f))
+    ),
     "Trilu": Operator(same, _matrix_diagonal, levels=transfers.kept_zero),
     "Dropout": Operator(same_as(0, 0), traits=Trait.PARAMETERS, levels=transfers.dropout),
     "com.microsoft::Gelu": Operator(same, traits=_SLOW),
     "com.microsoft::FastGelu": Operator(same, traits=_SLOW),
     "com.microsoft::QuickGelu": Operator(same, traits=_ENTRYWISE),
+    "BitCast": Operator(same, signature=signatures.entrywise()),
     "StringConcat": Operator(broadcast_together, signature=signatures.together()),
     "RegexFullMatch": Operator(same, signature=signatures.entrywise()),
     "com.microsoft::FusedGelu": Operator(same),

@@ -341,12 +341,13 @@ def _pad(u: Use) -> list[Partial | None]:
 
 
 def _compress(u: Use) -> list[Partial | None]:
-    kept = u.values[1]
-    count = int(np.count_nonzero(kept.data)) if kept is not None and kept.concrete else None
-    if u.attribute("axis") is None:
-        return [[count]]
-    axis = u.axis(0, len(u.shape(0)))
-    return [[count if k == axis else n for k, n in enumerate(u.shape(0))]]
+    have, given, kept = u.shape(0), u.attribute("axis"), u.values[1]
+    axis = None if given is None else u.axis(0, len(have))
+    length = ex.product(have) if axis is None else have[axis]
+    # A condition that is longer than the axis is cut to it.
+    known = kept is not None and kept.concrete and isinstance(length, int)
+    count = int(np.count_nonzero(kept.data[:length])) if known and kept is not None else None
+    return [[count] if axis is None else [count if k == axis else n for k, n in enumerate(have)]]
 
 
 def _resized(u: Use) -> list[Partial | None]:

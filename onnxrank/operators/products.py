@@ -139,7 +139,11 @@ OPERATORS = {
     "DeformConv": Operator(traits=Trait.PRODUCT, macs=conv_macs, signature=signatures.rows(places=(0, 2, 4))),
     "com.microsoft.nchwc::Conv": Operator(traits=Trait.PRODUCT, macs=conv_macs),
     "Einsum": Operator(
-        _einsum, traits=Trait.PRODUCT | Trait.LINEAR | Trait.SMOOTH, levels=transfers.einsum, macs=_einsum_macs
+        _einsum,
+        traits=Trait.PRODUCT | Trait.LINEAR | Trait.SMOOTH,
+        levels=transfers.einsum,
+        macs=_einsum_macs,
+        signature=signatures.einsum,
     ),
     "com.microsoft::Inverse": Operator(same, signature=signatures.square),
     "Det": Operator(signature=signatures.square),

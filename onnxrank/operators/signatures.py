@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxrank.extents import Expr, Unproved
+from onnxrank.graphs import einsum_terms
 from onnxrank.operators.use import Use
 
 Axes = tuple[int | None, ...]
@@ -154,6 +155,21 @@ def quantised_gemm(u: Use) -> Signature:
 def as_set(u: Use) -> Signature:
     """DynamicQuantizeLinear: every entry by the least and the greatest of all."""
     return signed(u, {0: _all_axes(u)}, _all_axes(u), (), (), as_set=True)
+
+
+def einsum(u: Use) -> Signature:
+    """Einsum: letters of the result that no operand has twice."""
+    terms, out = einsum_terms(u.attribute("equation"), [len(u.shape(k)) for k in range(len(u.node.input))])
+    alone = [c for c in out if all(term.count(c) < 2 for term in terms)]
+    numbers = {c: k for k, c in enumerate(alone)}
+    sides = {k: tuple(numbers.get(c) for c in term) for k, term in enumerate(terms)}
+    return signed(u, sides, tuple(numbers.get(c) for c in out))
+
+
+def selected(u: Use) -> Signature:
+    """ArgMax and ArgMin: an axis as a whole, which stays or goes."""
+    kept = _without(_all_axes(u), [u.attribute("axis", 0)])
+    return signed(u, {0: kept}, kept if u.attribute("keepdims", 1) else tuple(a for a in kept if a is not None))
 
 
 def square(u: Use) -> Signature:

@@ -185,6 +185,37 @@ def _(g: Graph, x: str, offset: str) -> str:
     return g.op("DeformConv", x, g.const(whole_numbers(3, 4, 2, 2)), g.op("Mul", offset, g.const(0.125)))
 
 
+@case("Einsum", (3, 3), name="Einsum of a diagonal")
+def _(g: Graph, x: str) -> str:
+    return g.op("Einsum", x, equation="bii->bi")
+
+
+@case("Einsum", (3, 3), name="Einsum of sums")
+def _(g: Graph, x: str) -> str:
+    return g.op("Einsum", x, equation="bij->b")
+
+
+@case("ArgMax", (4, 3))
+def _(g: Graph, x: str) -> str:
+    return numbers(g, g.op("ArgMax", x, axis=1, keepdims=0))
+
+
+@case("CastLike", (4, 3))
+def _(g: Graph, x: str) -> str:
+    """Like a tensor of another shape."""
+    return g.op("CastLike", g.op("ReduceSum", x, g.ints(1), keepdims=1), x)
+
+
+@case("CumProd", (4, 3), opset=26)
+def _(g: Graph, x: str) -> str:
+    return g.op("CumProd", x, g.const(1, np.int64))
+
+
+@case("BitCast", (4, 3), opset=26)
+def _(g: Graph, x: str) -> str:
+    return g.op("BitCast", g.op("BitCast", x, to=TensorProto.INT32), to=TensorProto.FLOAT)
+
+
 # --- convolutions and pools along a history ---------------------------------------------------------------------------
 
 
@@ -574,6 +605,17 @@ def test_once(name: str) -> None:
     assert not any(s.startswith("N") for s in result.form.rewrite.rw.present(result.form.rewrite.rw.settle(value))), (
         refusals(result)
     )
+
+
+@pytest.mark.parametrize("condition", [[1, 0, 1], [0] * 600])
+def test_a_condition_for_rows(condition: list[int]) -> None:
+    """How many rows Compress keeps depends on how many there are: the condition is cut, or names the first few."""
+    g, given = Graph(), [request("u", 4), candidate("x", 4)]
+    u, x = (i.declare(g) for i in given)
+    kept = g.op("Compress", g.op("Add", u, x), g.const(condition, np.bool_), axis=0)
+    g.output(g.op("Relu", g.op("MatMul", kept, g.const(whole_numbers(4, 2)))), ["M", 2])
+    g.output(g.op("MatMul", u, g.const(whole_numbers(4, 2))), ["N", 2])
+    assert "an error of onnxrank" not in refusals(optimised(g, given))
 
 
 @pytest.mark.slow

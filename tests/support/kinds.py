@@ -39,8 +39,9 @@ LEFT_OUT = {
         "nothing writes it yet: node tests and saved models hold it (scripts/node_tests.py, variants.py)",
     ),
     **dict.fromkeys(
-        f"""CenterCropPad Col2Im DFT DeformConv GridSample RegexFullMatch RoiAlign STFT StringConcat TensorScatter
-        TfIdfVectorizer {ML}::CategoryMapper {ML}::SVMClassifier {ML}::TreeEnsemble {MS}::MatMulNBits""".split(),
+        f"""BitCast CenterCropPad Col2Im CumProd DFT DeformConv GridSample RegexFullMatch RoiAlign STFT
+        StringConcat TensorScatter TfIdfVectorizer {ML}::CategoryMapper {ML}::SVMClassifier {ML}::TreeEnsemble
+        {MS}::MatMulNBits""".split(),
         "few tensors suit it: tests/rules/test_alone.py holds it",
     ),
     "Scatter": "opset 11, the oldest of the programs, does not have it any more",
