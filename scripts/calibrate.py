@@ -334,6 +334,7 @@ def _amounts(bills: Sequence[cost.Bill]) -> Counter[Key]:
         out[b.kind, "byte"] += b.bytes
         out[b.kind, "run"] += b.runs
         out[b.kind, "mac"] += b.macs
+        out["", "denormal"] += b.denormals
         out["", "spill"] += b.bytes if b.bytes > cost.CACHE else 0
     return out
 

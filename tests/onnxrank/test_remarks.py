@@ -100,7 +100,7 @@ def test_none_is_silent(writer: Any, seed: int, steps: int) -> None:
     assert result.form is not None
     at = dict.fromkeys(getattr(made_up, "lengths", []), LENGTH)
     entries, found = entries_per_candidate(result, made_up.inputs, at), found_places(result)
-    decided = {p.index for p, s in result.form.rewrite.rw.decided.items() if s.taken}
+    decided = {p.index for p, s in result.form.rewrite.rw.decisions.decided.items() if s.taken}
     for k, node in enumerate(result.form.study.model.graph.node):
         if operator(node) not in COUNTED or not node.input or k in decided:
             continue

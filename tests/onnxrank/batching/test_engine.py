@@ -20,9 +20,11 @@ from split_models import history_model, ranker_model
 import onnxrank
 from onnxrank import batches, cost
 from onnxrank import model as files
+from onnxrank.batching import assembly
 from onnxrank.batching.engine import Options, batch
 from onnxrank.cli.app import cli
 from onnxrank.errors import CheckFailed, ModelError, UsageError
+from onnxrank.graphs import subgraphs
 from onnxrank.splitting import split
 from onnxrank.verify import Options as Checks
 from onnxrank.verify import verify
@@ -110,6 +112,25 @@ def _several(made: ModelProto, op: str) -> ModelProto:
     out.graph.initializer.extend(body.initializer)
     out.graph.output.extend(helper.make_empty_tensor_value_info(n.output[0]) for n in body.node if n.op_type == op)
     return out
+
+
+def test_each_branch_has_the_weights_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(made: ModelProto) -> tuple[set[str], list[int]]:
+        """Weights outside, and how many of them each branch has."""
+        (last,) = (n for n in made.graph.node if n.op_type == "If")
+        weights = {i for n in ranker_model().graph.node if n.op_type in ("Gemm", "MatMul") for i in n.input[1:]}
+        outside = {t.name for t in made.graph.initializer}
+        inside = [{t.name.rpartition("/")[0] for t in g.initializer} for g in subgraphs(last)]
+        assert not {t.name for g in subgraphs(last) for t in g.initializer} & outside
+        return outside & weights, [len(own & weights) for own in inside]
+
+    monkeypatch.setattr(assembly, "_SMALL", 0)
+    outside, inside = stored(_batch(ranker_model()))
+    assert not outside and min(inside) > 0
+    _held(ranker_model(), _batch(ranker_model()), [2, 0, 3])
+    monkeypatch.setattr(assembly, "_PRODUCTS", 0)
+    outside, inside = stored(_batch(ranker_model()))
+    assert outside and inside == [0, 0]
 
 
 # --- relations -------------------------------------------------------------------------------------------------------
