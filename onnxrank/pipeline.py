@@ -35,7 +35,7 @@ STUDY = Pass("deriving shapes", "none", studying.study)
 REWRITE = Pass("rewriting", "exact", choosing.rewrite)
 CHECK = Pass("checking", "undo", checking.check)
 TIME = Pass("timing", "undo", timing.measure)
-BLOCKS = Pass("dividing candidates", "exact", blocking.divide)
+BLOCKS = Pass("dividing candidates", "exact", blocking.divide, anew=True)
 _RARELY = 50_000
 """Objects that are made before garbage is looked for, while a model is optimised: nearly all of them stay."""
 _LOCK = threading.Lock()
@@ -155,10 +155,10 @@ def run(job: Job, passes: Iterable[Pass]) -> Result:
     """Goes through passes, as far as they leave anything to go on with."""
     try:
         for step in passes:
-            job.options.say(step.name)
-            if not step.run(job):
-                return unchanged(job)
-        return result(job)
+            if job.kept or step.anew:
+                job.options.say(step.name)
+                job.kept = step.run(job)
+        return result(job) if job.kept else unchanged(job)
     finally:
         if job.side is not None:
             job.side.close()

@@ -33,6 +33,7 @@ from onnxrank.values import (
     view,
 )
 
+from . import picked
 from .unstack import is_stack, is_summed
 
 _PICKS = {"Split", "Slice", "Gather"}
@@ -163,6 +164,8 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     plain = all(
         v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) and not rw.is_open(v) for v in values
     )
+    if any(map(picked.of, values)) and rw.read_by_linear_maps(node.output[0]):
+        plain = False
     made = joined.take(*(v.codes for v in values))
     stack = is_stack(rw, made, axis) and is_summed(rw, node.output[0], rank, axis)
     if plain and not stack and not _of_lookup(rw, node):
@@ -199,7 +202,7 @@ def _concat_symbolic(rw: Rewrite, node: NodeProto, values: list[Value], axis: in
 
 
 def pad(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Pad with a constant, of axes that do not go over rows."""
+    """Pad with a constant, of axes that do not go over rows, entry by entry; `broadcast` has all others."""
     found, x = moves.padding(placed(rw, node)), rw.value(node, 0)
     if found is None:
         return None

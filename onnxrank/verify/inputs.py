@@ -21,6 +21,7 @@ POISONED = ("nan candidate", "inf candidate", "nan request")
 """Kinds with a value in one row that is no number."""
 _HISTORY = 8
 """Integer inputs with so many positions, 0 among their values, are histories."""
+_UNSIGNED = (TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64)
 
 
 class Kind(Maker):
@@ -187,6 +188,47 @@ class Rows(Maker):
         fits = whole & (rows >= low) & (rows < high)
         start = np.where(np.isfinite(low), low, 0)
         return np.where(shifted, start + rows, np.where(free | fits, rows, data)).astype(data.dtype)
+
+
+class FromEnd(Maker):
+    """Makes inputs whose ids count from the ends of their tables: the first row, the last, any.
+
+    Args:
+        declared: The inputs.
+        ranges: Value ranges per entry.
+        names: The inputs that have such ids.
+        share: How many of these entries do.
+    """
+
+    def __init__(self, declared: Sequence[Input], ranges: Ranges, names: Sequence[str], share: float) -> None:
+        super().__init__(declared, ranges)
+        self._names, self._share = names, share
+
+    def _values(self, i: Input, shape: list[int], factors: list[Any], rng: np.random.Generator) -> NDArray[Any]:
+        data = super()._values(i, shape, factors, rng)
+        if i.name not in self._names:
+            return data
+        low, high, whole, _ = self.bounds(i)
+        which, size = rng.integers(3, size=shape), np.where(np.isfinite(high), high, 1)
+        back = np.select([which == 0, which == 1], [-size, -1], np.floor(rng.random(shape) * size) - size)
+        taken = _counted(i, low, high, whole) & (rng.random(shape) < self._share)
+        return np.where(taken, back, data).astype(data.dtype)
+
+
+def _counted(
+    i: Input, low: NDArray[np.float64], high: NDArray[np.float64], whole: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Ids that may count from the end of their table, from minus its size on: those that come to it as they are."""
+    return np.asarray(whole & np.isfinite(high) & (low == 0) & ~_unknown(i, low, high), np.bool_)
+
+
+def countable(declared: Sequence[Input], ranges: Ranges) -> list[str]:
+    """Inputs with ids that may count from the end of their table, and that no role keeps from it."""
+    return [
+        i.name
+        for i in declared
+        if i.name in ranges and i.dtype not in _UNSIGNED and not i.role.ranges and _counted(i, *ranges[i.name]).any()
+    ]
 
 
 def _unknown(i: Input, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -368,7 +410,7 @@ def outside(declared: Sequence[Input], ranges: Ranges, feed: Mapping[str, NDArra
         low, high, whole = (np.broadcast_to(a.reshape(given), shape) for a in ranges[i.name])
         known = whole & np.isfinite(high) & ~_unknown(i, low, high)
         values = data.reshape(shape).astype(np.float64)
-        least = np.where(low == 0, -high, low)
+        least = np.where(_counted(i, low, high, whole), -high, low)
         bad = known & ((values < least) | (values >= high))
         if bad.any():
             at = np.unravel_index(int(bad.argmax()), bad.shape)
