@@ -54,6 +54,7 @@ _MOVES = MOVES | {"Concat", "Expand"}
 
 
 T = TypeVar("T")
+Operand = TypeVar("Operand", Value, Value | Sum)
 
 
 @dataclass
@@ -167,7 +168,7 @@ class Rewrite:
             group.put(out, codes_of(source))
         return self.tidy(made.dims, made.dtype, out)
 
-    def fitted(self, values: Sequence[Value]) -> list[Value]:
+    def fitted(self, values: Sequence[Operand]) -> list[Operand]:
         """Operands to be broadcast, with one name for extents that are equal wherever the model runs.
 
         A table of positions that is cut to `min(L, c)` rows has L of them where it is added to L rows
@@ -183,11 +184,12 @@ class Rewrite:
             }
         return [self._named(v, names) for v in values] if any(names.values()) else list(values)
 
-    def _named(self, value: Value, names: Mapping[int, Mapping[Dim, Dim]]) -> Value:
+    def _named(self, operand: Operand, names: Mapping[int, Mapping[Dim, Dim]]) -> Operand | Value:
         """A value with other names for some extents, by axes counted from the last."""
-        dims = tuple(names[k - value.rank].get(d, d) for k, d in enumerate(value.dims))
-        if dims == value.dims:
-            return value
+        dims = tuple(names[k - operand.rank].get(d, d) for k, d in enumerate(operand.dims))
+        if dims == operand.dims:
+            return operand
+        value = self.settle(operand)
         if value.whole is None:
             raise Unrepresentable("extents of several names in a tensor of several parts")
         held = self.present(value)

@@ -171,7 +171,7 @@ class Sums:
         )
         low = sum(self.sources.levels(codes).max() <= Level.REQUEST for _, codes, _ in parts)
         rider = next((k for k, (product, *_) in enumerate(parts) if product is not None and k > low > 0), None)
-        if rider is not None:
+        if rider is not None and (parts[low][0] is None or all(product for product, *_ in parts[low:rider])):
             # What is the same for all rows rides in a product; added to other entries, it would take a pass over them.
             parts.insert(low, parts.pop(rider))
         name: str | None = None

@@ -7,10 +7,10 @@ from onnx import NodeProto, TensorProto
 
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Abstract, Dims, Sum, Value, broadcast_dims, constant_along, extents, view
+from onnxrank.values import Abstract, Dims, Sum, Value, broadcast_dims, constant_along, extents, symbols, view
 
-from . import fold
-from .elementwise import elementwise, mark_unread, neutral, pointwise
+from . import fold, picked
+from .elementwise import mark_unread, neutral, pointwise
 
 
 def addition(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -42,11 +42,9 @@ def _pending_sum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         rw.settle(o) if o is not None and len(rw.readers(i)) > 1 else o
         for i, o in zip(node.input, operands, strict=True)
     ]
-    a, b = (rw.unless_sum(o) for o in operands if o is not None)
+    a, b = rw.fitted([rw.unless_sum(o) for o in operands if o is not None])
     if a.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return None
-    if isinstance(a, Value) and isinstance(b, Value):
-        a, b = rw.fitted([a, b])
     dims = broadcast_dims([a.dims, b.dims])
     alone = [len(rw.readers(i)) == 1 for i in node.input]
     waits = any(
@@ -56,7 +54,7 @@ def _pending_sum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if not apart or (operator(node) == "Sub" and waits):
         return None
     if operator(node) == "Sub":
-        b = elementwise(rw, "Neg", [rw.settle(b)], rw.emit.fresh(f"{node.output[0]}/negative"))
+        b = picked.negative(rw, rw.settle(b), rw.emit.fresh(f"{node.output[0]}/negative"))
     terms = [*rw.terms(a), *rw.terms(b)]
     if unread:
         terms = [view(dims, t.dtype, mark_unread(np.broadcast_to(t.codes, extents(dims)), unread)) for t in terms]
@@ -72,7 +70,13 @@ def _varies_apart(rw: Rewrite, node: NodeProto, a: Value | Sum, b: Value | Sum, 
     for v in (a, b):
         lead = len(dims) - v.rank
         axes = {lead + k for k, n in enumerate(extents(v.dims)) if n > 1 and not constant_along(v.codes, k)}
-        own.append(axes | rw.present(v))
+        rows = picked.of(v)
+        if rows is not None:
+            # They vary with the row that is picked, wherever that is done.
+            entries = rows.table.dims[1:]
+            own.append({k for k in axes if k >= len(dims) - len(entries)} | {*symbols(entries), rows})
+        else:
+            own.append(axes | rw.present(v))
     return not own[0] <= own[1] and not own[1] <= own[0]
 
 

@@ -33,6 +33,7 @@ from onnxrank.values import (
     view,
 )
 
+from . import picked
 from .unstack import is_stack, is_summed
 
 _PICKS = {"Split", "Slice", "Gather"}
@@ -163,6 +164,8 @@ def concat(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     plain = all(
         v.whole is not None and v.whole.dims == keep_symbols(v.dims, held) and not rw.is_open(v) for v in values
     )
+    if any(map(picked.of, values)) and rw.read_by_linear_maps(node.output[0]):
+        plain = False
     made = joined.take(*(v.codes for v in values))
     stack = is_stack(rw, made, axis) and is_summed(rw, node.output[0], rank, axis)
     if plain and not stack and not _of_lookup(rw, node):

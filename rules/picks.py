@@ -13,7 +13,7 @@ to all candidates besides. It is a `Gather` of whole rows here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -27,7 +27,6 @@ from onnxrank.rule import Rule
 from onnxrank.values import (
     CANDIDATES,
     Abstract,
-    Deferred,
     Dims,
     Level,
     Value,
@@ -37,43 +36,11 @@ from onnxrank.values import (
     symbols,
 )
 
-from . import own_rows
+from . import own_rows, picked
 from .elementwise import repeated
 from .movement import placed
+from .picked import Picked
 from .products import linear_last
-
-
-@dataclass(eq=False)
-class _Picked(Deferred):
-    """Rows that are picked of a tensor.
-
-    Attributes:
-        rw: The rewrite.
-        table: What is picked of, `[rows, entries...]`, the same for all candidates.
-        ids: Positions of rows.
-    """
-
-    rw: Rewrite
-    table: Value
-    ids: Value
-
-    def materialise(self) -> str:
-        rw = self.rw
-        return rw.emit.add("Gather", [rw.tensor(self.table), rw.tensor(self.ids)], {"axis": 0})
-
-    @property
-    def dims(self) -> Dims:
-        """Logical shape of the rows that are picked."""
-        return (*self.ids.dims, *self.table.dims[1:])
-
-    @property
-    def made(self) -> Value:
-        """The rows, written when somebody asks for them."""
-        rw, table = self.rw, self.table
-        present = rw.present(self.ids) | (rw.present(table) & set(symbols(table.dims[1:])))
-        value = rw.new(self.dims, table.dtype, present)
-        assert value.whole is not None
-        return replace(value, whole=rw.defer(value.whole.dims, table.dtype, self, "picks"))
 
 
 def gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -88,8 +55,7 @@ def gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if not _is_repeated(rw, data, before) or not _is_repeated(rw, ids, behind):
         return None
     data = rw.held(data, symbols([data.dims[axis]]))
-    table, picked = _part(rw, data, before), _part(rw, ids, behind)
-    return [_Picked(rw, table, picked).made]
+    return [Picked(rw, _part(rw, data, before), _part(rw, ids, behind)).made]
 
 
 def gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -106,7 +72,7 @@ def gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     data = rw.value(node, 0)
     if not _is_repeated(rw, data, [0]) or any(map(is_candidate_symbol, symbols(of[1:]))):
         return None
-    return [_Picked(rw, _part(rw, rw.held(data, symbols([of[1]])), [0]), found).made]
+    return [Picked(rw, _part(rw, rw.held(data, symbols([of[1]])), [0]), found).made]
 
 
 def gather(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -126,7 +92,7 @@ def _of_merged(rw: Rewrite, node: NodeProto, dims: Dims) -> list[Abstract] | Non
     if CANDIDATES in rw.present(data):
         return None
     table = rw.held(rw.tidy((first[1:], *others), data.dtype, data.codes), symbols([first[1:]]))
-    return [_Picked(rw, table, rw.tidy(dims, found.dtype, found.codes.reshape(extents(dims)))).made]
+    return [Picked(rw, table, rw.tidy(dims, found.dtype, found.codes.reshape(extents(dims)))).made]
 
 
 def _is_repeated(rw: Rewrite, value: Value, axes: Sequence[int]) -> bool:
@@ -144,15 +110,7 @@ def _part(rw: Rewrite, value: Value, axes: Sequence[int]) -> Value:
     return rw.tidy(tuple(value.dims[k] for k in kept), value.dtype, codes)
 
 
-def _picked(value: Abstract | None) -> _Picked | None:
-    """How rows were picked, of a value that is as they were."""
-    if not isinstance(value, Value) or value.whole is None:
-        return None
-    found = value.whole.deferred
-    return found if isinstance(found, _Picked) and found.dims == value.dims else None
-
-
-def _pays(rw: Rewrite, rows: _Picked, macs: int) -> bool:
+def _pays(rw: Rewrite, rows: Picked, macs: int) -> bool:
     """Whether it costs less to map all rows that there are, than those that each candidate picks.
 
     Args:
@@ -161,16 +119,13 @@ def _pays(rw: Rewrite, rows: _Picked, macs: int) -> bool:
         macs: Multiply-adds for each.
     """
     written = 4 * prod(extents(rows.table.dims[1:]))
-    there, here = (
-        prod(extents(dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in symbols(dims))
-        for dims in (rows.table.dims[:1], rows.ids.dims)
-    )
+    there, here = map(picked.counted, (rows.table.dims[:1], rows.ids.dims))
     return rw.pays("picks", cost.estimate(macs * there, written * there), 0, cost.estimate(macs * here, written * here))
 
 
 def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A reshape that divides or joins axes of candidates and of what each picks, and leaves rows as they are."""
-    rows, entry = _picked(rw.operand(node, 0)), find(node)
+    rows, entry = picked.of(rw.operand(node, 0)), find(node)
     if rows is None or entry is None or entry.move is None:
         return None
     found = entry.move(placed(rw, node))
@@ -181,7 +136,7 @@ def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return None if ids is None else [replace(rows, ids=ids).made]
 
 
-def _along(rw: Rewrite, rows: _Picked, dims: Dims) -> Value | None:
+def _along(rw: Rewrite, rows: Picked, dims: Dims) -> Value | None:
     """Positions in the shape that rows have in another; None where their entries are not the last axes of that."""
     lead, ids = len(dims) - rows.table.rank + 1, rows.ids
     if lead < 0 or dims[lead:] != rows.table.dims[1:] or _factors(dims[:lead]) != _factors(ids.dims):
@@ -195,7 +150,7 @@ def _factors(dims: Dims) -> list[int | str]:
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A product of picked rows with constants."""
-    rows, weight = _picked(rw.operand(node, 0)), rw.weights(node, 1)
+    rows, weight = picked.of(rw.operand(node, 0)), rw.weights(node, 1)
     if rows is None or weight is None or rows.table.rank < 2:
         return None
     inner, width = weight.data.shape
@@ -205,13 +160,13 @@ def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     for source in rw.sources.of(mapped.codes):
         if source.origin.rule is None:
             source.origin = replace(source.origin, rule="picks")
-    return [_Picked(rw, mapped, rows.ids).made]
+    return [Picked(rw, mapped, rows.ids).made]
 
 
 def pointwise(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """An elementwise operator of rows that are picked in the same way, and of constants that are the same for all."""
+    """An elementwise operator of rows that are picked in the same way, and of what is the same for all of them."""
     values = {k: v for k, i in enumerate(node.input) if i and (v := rw.operand(node, k)) is not None}
-    found = {k: rows for k, v in values.items() if (rows := _picked(v)) is not None}
+    found = {k: rows for k, v in values.items() if (rows := picked.of(v)) is not None}
     if not found:
         return None
     first = next(iter(found.values()))
@@ -223,7 +178,7 @@ def pointwise(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if len(given) < len(values) or not _pays(rw, first, 0):
         return None
     made = repeated(rw, node, given, rw.emit.fresh(f"{node.output[0]}/rows"))
-    return [_Picked(rw, made, first.ids).made] if made.dims == first.table.dims else None
+    return [Picked(rw, made, first.ids).made] if made.dims == first.table.dims else None
 
 
 def _are_same(one: Value, other: Value) -> bool:
@@ -232,7 +187,7 @@ def _are_same(one: Value, other: Value) -> bool:
 
 
 def _per_entry(rw: Rewrite, node: NodeProto, k: int, entries: int) -> Value | None:
-    """An operand that is a constant for every entry of a row; None for others.
+    """An operand that is the same for all rows, and has an entry for every entry of a row; None for others.
 
     Args:
         rw: The rewrite.
@@ -240,16 +195,17 @@ def _per_entry(rw: Rewrite, node: NodeProto, k: int, entries: int) -> Value | No
         k: The operand's place.
         entries: Axes of a row.
     """
-    data = rw.array(node, k)
-    if data is None:
+    found = rw.operand(node, k)
+    if found is None or rw.level(found) > Level.REQUEST:
         return None
-    lead = max(data.ndim - entries, 0)
-    return rw.constant(data.reshape(data.shape[lead:])) if data.shape[:lead] == (1,) * lead else None
+    value = rw.settle(found)
+    lead = range(value.rank - entries)
+    return _part(rw, value, lead) if _is_repeated(rw, value, lead) else None
 
 
 def norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A normalisation of every row."""
-    rows = _picked(rw.operand(node, 0))
+    rows = picked.of(rw.operand(node, 0))
     if rows is None or any(node.output[1:]) or any(rw.array(node, k) is None for k in range(1, len(node.input))):
         return None
     axis = attribute(node, "axis", -1) % len(rows.dims) - rows.ids.rank + 1
@@ -264,7 +220,7 @@ def norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     with rw.emit.under("picks"):
         rw.emit.copy(own, [rw.tensor(rows.table), *others], [name])
     made = rw.new(rows.table.dims, rows.table.dtype, rw.present(rows.table), name)
-    return [_Picked(rw, made, rows.ids).made]
+    return [Picked(rw, made, rows.ids).made]
 
 
 RULE = Rule(

@@ -49,8 +49,9 @@ from onnxrank.values import (
 )
 from onnxrank.weights import Weights
 
-from . import fold
+from . import fold, picked
 from .elementwise import elementwise, mark_unread
+from .picked import Picked
 from .pieces import Division, Piece
 from .selected import selected_after
 
@@ -583,6 +584,12 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
         return _of_open(rw, x, axis, weight, lambda v, w: linear_last(rw, v, w, rule, unread))
 
     width = weight.data.shape[1]
+    if not unread:
+        rows, rest = picked.apart(rw, rw.unless_sum(x), width)
+        if rows is not None:
+            return _of_picked(rw, rows, rest, weight, rule)
+        assert rest is not None
+        x = rest
 
     def one(v: Value) -> Abstract:
         return contract(rw, v, axis, weight, RightMatrix(rw, width, real), rule, unread)
@@ -593,6 +600,15 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
     if unread:
         return distribute(rw, x, axis, each, rule, width)
     return distribute(rw, x, axis, lambda v: selected_after(rw, v, axis, each, rule, width), rule, width)
+
+
+def _of_picked(rw: Rewrite, rows: Picked, rest: Abstract | None, weight: Weights, rule: str) -> Abstract:
+    """A linear map of what is picked, made before, and of what is left without it."""
+    mapped = rw.settle(linear_last(rw, rows.table, weight, rule))
+    made = replace(rows, table=rw.held(mapped, symbols(mapped.dims[:1]))).made
+    if rest is None:
+        return made
+    return rw.add([*rw.terms(linear_last(rw, rest, weight, rule)), made], made.dims, made.dtype)
 
 
 def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:

@@ -200,7 +200,15 @@ def test_target_attention_of_some_parts(parts: str) -> None:
 
 
 @pytest.mark.parametrize("table", [512, 64])
-@pytest.mark.parametrize("add", ["k1 = Add(k0, p)", "k1 = Add(p, k0)", "q = Neg(p) k1 = Sub(k0, q)"])
+@pytest.mark.parametrize(
+    "add",
+    [
+        "k1 = Add(k0, p)",
+        "k1 = Add(p, k0)",
+        "q = Neg(p) k1 = Sub(k0, q)",
+        "m = MatMul(k0, T) b = Add(m, B) k1 = Add(p, b)",
+    ],
+)
 def test_positions_cut_to_the_length_are_the_requests(add: str, table: int) -> None:
     """What is cut to `min(L, 64)` rows has L of them wherever it is added to L rows."""
     model = text_graph(
@@ -208,7 +216,7 @@ def test_positions_cut_to_the_length_are_the_requests(add: str, table: int) -> N
         " a2 = Constant<value_ints=[2]>() k0 = Gather(E, h) sh = Shape(h) n = Slice(sh, a1, a2)"
         f" z = Constant<value_ints=[0]>() p = Slice(P, z, n, z) {add} k2 = MatMul(k1, T) kr = Relu(k2)"
         " q1 = Unsqueeze(c, a2) s = MatMul(kr, q1) t = ReduceSum<keepdims=0>(s, a1) y = Identity(t) }",
-        P=whole(table, 16, seed=3), **TABLE,
+        P=whole(table, 16, seed=3), B=whole(16, seed=4), **TABLE,
     )  # fmt: skip
     result = right_everywhere(model, ["h"])
     assert not [r for r in result.report.refusals if "extents" in r.reason]
