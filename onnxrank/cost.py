@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, prod
 from typing import Any
 
+from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from onnxrank.epilogues import ProductSum, ShapeOf, behind_products
 from onnxrank.extents import evaluate
-from onnxrank.facts import Extent, Facts
+from onnxrank.facts import Extent, Facts, constant_data
 from onnxrank.graphs import attribute, einsum_terms
+from onnxrank.masks import MOST, Masks
 from onnxrank.moves import one_by_one
 from onnxrank.operators import Trait, element_type, find, operator, traits
 from onnxrank.report import LevelCost
@@ -24,17 +28,19 @@ _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 _LINE = 64
 """Bytes of a row up to which copying it takes as long as finding it."""
+_WORD = 8
+"""Bytes that a Transpose moves as one number."""
 CACHE = 1 << 20
 """Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
 WIDE = 512
 """Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
-ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 _GONE = ("Constant", "Identity")
-_ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh")
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
+MANY = 512
+"""Candidates that two ways to write the same nodes are compared for: of few, neither takes long."""
 _WIDTHS = {
     kind: helper.tensor_dtype_to_np_dtype(kind).itemsize
     for kind in TensorProto.DataType.values()
@@ -63,6 +69,7 @@ class Bill:
             products, the number of products; of what goes by rows, that of rows; of a reduction, that of results.
         macs: Multiply-adds.
         launches: Operators that it stands for; 0 for what costs nothing at all.
+        denormals: Weights of a softmax that masks make denormal numbers.
     """
 
     kind: str
@@ -70,6 +77,7 @@ class Bill:
     runs: int = 0
     macs: int = 0
     launches: int = 1
+    denormals: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class Target:
         rates: The same by kind of operator, where that is known; `scripts/calibrate.py` measures it.
         call: Seconds that a request takes before any operator runs, and after.
         spill: Further seconds per byte of a tensor that does not stay in a core's cache.
+        denormal: Further seconds that a softmax and the product behind it take for a denormal weight
+            (`scripts/underflow.py` measures it).
     """
 
     launch: float
@@ -89,6 +99,7 @@ class Target:
     rates: Mapping[str, Rate] = field(default_factory=dict)
     call: float = 0.0
     spill: float = 0.0
+    denormal: float = 9e-9
 
     def rate(self, kind: str) -> Rate:
         """What operators of a kind take."""
@@ -100,7 +111,8 @@ class Target:
             return 0.0
         rate = self.rate(bill.kind)
         byte = rate.byte + (self.spill if bill.bytes > CACHE else 0.0)
-        return bill.launches * rate.launch + bill.bytes * byte + bill.runs * rate.run + bill.macs * rate.mac
+        steps = bill.launches * rate.launch + bill.bytes * byte + bill.runs * rate.run + bill.macs * rate.mac
+        return steps + bill.denormals * self.denormal
 
 
 _STEP = 0.34e-6
@@ -125,10 +137,11 @@ CPU = Target(
         "exchange": Rate(_STEP, 0.029e-9, run=8.2e-9),
         "reduce": Rate(_STEP, 0.031e-9, run=4.7e-9),
         "reduce across": Rate(_STEP, 0.029e-9, run=9.9e-9),
-        "softmax": Rate(_STEP, 1.78e-9, run=12.7e-9),
+        "softmax": Rate(_STEP, 0.30e-9, run=12.7e-9),
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
         "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
+        "trees": Rate(5e-6, 0.030e-9, mac=5.5e-9),
         "recurrent": Rate(2.5e-6, 0.030e-9, mac=0.30e-9),
     },
     call=9.7e-6,
@@ -169,21 +182,6 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class ProductSum:
-    """An addition right behind products, which a runtime makes part of one of them where what is added is a row.
-
-    Attributes:
-        products: First outputs of the products that nothing else reads.
-        node: The addition.
-        behind: The addition, and the activation right behind it, if there is one.
-    """
-
-    products: tuple[str, ...]
-    node: NodeProto
-    behind: tuple[NodeProto, ...]
-
-
-@dataclass(frozen=True)
 class Shapes:
     """Shapes of all tensors of a graph at one number of candidates.
 
@@ -193,6 +191,7 @@ class Shapes:
         inputs: Extents of the inputs.
         symbols: Values of the symbols.
         types: Element types.
+        hidden: Shares of the entries that masks hide, by the first tensor that a softmax gives.
         seconds: Predicted times of the nodes that were asked for, by the first tensor they give; under an empty name,
             that of all of them.
         bills: What nodes of a kind are billed for.
@@ -204,6 +203,7 @@ class Shapes:
     inputs: Mapping[str, tuple[Extent, ...]]
     symbols: Mapping[str, int]
     types: Mapping[str, int] = field(default_factory=dict)
+    hidden: Mapping[str, float] = field(default_factory=dict)
     _known: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sizes: dict[tuple[Extent, ...], tuple[int, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -259,7 +259,8 @@ class Shapes:
         if name not in kinds:
             attributes = tuple([a.SerializeToString(deterministic=True) for a in node.attribute])
             tensors = tuple([self._extents(t) for names in (node.input, node.output) for t in (*names, None)])
-            kinds[name] = numbers.setdefault((operator(node), attributes, tensors), len(numbers))
+            key = operator(node), attributes, tensors, self.hidden.get(name)
+            kinds[name] = numbers.setdefault(key, len(numbers))
         return kinds[name]
 
     def _extents(self, name: str | None) -> Hashable:
@@ -320,6 +321,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
     written = _written(node, shapes)
+    if Trait.TREES in what:
+        return Bill("trees", written, 0, _macs(node, shape))
     if what & _COUNTED:
         macs = _macs(node, shape)
         if Trait.RECURRENT in what:
@@ -347,12 +350,14 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
         if run > 1:
-            return Bill("exchange", written, entries // run)
+            return transposed(written, shapes.width(node.output[0]) * run, entries // run)
         return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
     if Trait.FUNCTION in what:
         return Bill("power" if op == "Pow" else "function", written)
     if Trait.ROWS in what:
-        return Bill("softmax" if op == "Softmax" else "norm", written, entries // max(1, out[-1] if out else 1))
+        hidden = round(entries * shapes.hidden.get(node.output[0], 0.0))
+        rows = entries // max(1, out[-1] if out else 1)
+        return Bill("softmax" if op == "Softmax" else "norm", written, rows, denormals=hidden)
     if Trait.REDUCTION in what:
         kind = "reduce" if first[-1:] != (1,) and (len(out) < len(first) or out[-1] == 1) else "reduce across"
         return Bill(kind, shapes.width(node.input[0]) * prod(first), entries)
@@ -360,6 +365,17 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     if op == "Where":  # each side in a pass of its own, and both together in a third
         return Bill("where", written, spans)
     return Bill("broadcast", written, spans) if spans > 1 else Bill("elementwise", written)
+
+
+def transposed(written: int, run: int, runs: int) -> Bill:
+    """What a Transpose is billed for that leaves entries side by side.
+
+    Args:
+        written: Bytes.
+        run: Bytes that stay together.
+        runs: How often.
+    """
+    return Bill("exchange" if run > _WORD else "transpose", written, runs)
 
 
 def _products(node: NodeProto, shape: ShapeOf) -> int:
@@ -413,15 +429,51 @@ def _runs(node: NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> int:
     return max(1, entries // max(1, prod(out[last + (op == "Expand") :])))
 
 
-def shapes_of(model: ModelProto, facts: Facts, inputs: Mapping[str, tuple[Extent, ...]], candidates: int) -> Shapes:
-    """Shapes at a number of candidates; other symbols are taken as `LENGTH`."""
+def shapes_of(
+    model: ModelProto,
+    facts: Facts,
+    inputs: Mapping[str, tuple[Extent, ...]],
+    candidates: int,
+    folder: str | os.PathLike[str] | None,
+) -> Shapes:
+    """Shapes at a number of candidates; other symbols are taken as `LENGTH`.
+
+    Args:
+        model: The model.
+        facts: What is known of its tensors.
+        inputs: Extents of its inputs.
+        candidates: The number.
+        folder: Where its external data lies.
+    """
     graph = model.graph
     initializers = {t.name: tuple(t.dims) for t in graph.initializer}
     initializers |= {s.values.name: tuple(s.dims) for s in graph.sparse_initializer}
     others = {s for found in [*facts.extents.values(), *inputs.values()] for _, syms in found for s in syms}
     others |= {s for size in facts.expressions.values() for s in size.symbols}
-    return Shapes(facts, initializers, inputs, {**{s: LENGTH for s in others if "~" not in s}, CANDIDATES: candidates},
-                  types_of(graph))  # fmt: skip
+    symbols = {**{s: LENGTH for s in others if "~" not in s}, CANDIDATES: candidates}
+    types = types_of(graph)
+    return Shapes(facts, initializers, inputs, symbols, types, hidden_in(graph, facts, types, folder))
+
+
+def hidden_in(
+    graph: GraphProto, facts: Facts, types: Mapping[str, int], folder: str | os.PathLike[str] | None
+) -> dict[str, float]:
+    """Shares of the entries that masks hide, by what softmaxes of float32 give."""
+    found = [n for n in graph.node if operator(n) == "Softmax" and types.get(n.input[0]) == TensorProto.FLOAT]
+    if not found:
+        return {}
+    stored = {t.name: t for t in graph.initializer}
+
+    def data(name: str) -> NDArray[Any] | None:
+        if name in facts.folded:
+            known: NDArray[Any] = facts.folded[name][1]
+            return known if known.size <= MOST else None
+        tensor = stored.get(name)
+        return constant_data(tensor, folder) if tensor is not None and prod(tensor.dims) <= MOST else None
+
+    masks = Masks(graph.node, data)
+    shares = {n.output[0]: masks.share(n.input[0]) for n in found}
+    return {name: share for name, share in shares.items() if share}
 
 
 def types_of(graph: GraphProto) -> dict[str, int]:
@@ -465,10 +517,8 @@ def by_level(graph: GraphProto, shapes: Shapes) -> dict[str, LevelCost]:
     return {level: LevelCost(*t) for level, t in totals.items()}
 
 
-DENORMAL = 9e-9
-"""Seconds that a softmax and the product behind it take for a denormal weight, beyond those for another."""
 BOUNDED = 0.6e-9
-"""Seconds per score of bounding the scores of a row from below (both by `scripts/underflow.py`)."""
+"""Seconds per score of bounding the scores of a row from below (`scripts/underflow.py`)."""
 
 
 def estimate(macs: float = 0, written: float = 0, launches: float = 0) -> float:
@@ -527,7 +577,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
     if shapes.alike.runs is None:
         shapes.alike.runs = _runs_of(graph, shapes)
     runs = shapes.alike.runs
-    apart = [(node, 1) for found in runs.sums if not _adds_row(found, shapes) for node in found.behind]
+    apart = [(node, 1) for found in runs.sums if not found.adds_row(shapes.shape) for node in found.behind]
     for node, times in (*runs.nodes, *apart):
         bill = billed(node, shapes)
         yield bill if bill.launches else Bill("view"), times
@@ -535,7 +585,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
 
 def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
     """The nodes that run for a request."""
-    sums, activations = _behind_products(graph)
+    sums, activations = behind_products(graph)
     within = activations | {n.output[0] for found in sums for n in found.behind}
     found: dict[int, list[Any]] = {}
     running: set[str] = set()
@@ -549,40 +599,3 @@ def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
             found.setdefault(kind, [node, 0])[1] += 1
     counted = tuple((node, times) for node, times in found.values())
     return Runs(counted, tuple(s for s in sums if s.node.output[0] in running))
-
-
-def _behind_products(graph: GraphProto) -> tuple[list[ProductSum], set[str]]:
-    """Additions right behind products, and the first outputs of activations that are part of a product in any case."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for i in node.input:
-            readers.setdefault(i, []).append(node)
-    kept = {o.name for o in graph.output}
-
-    def only(node: NodeProto, operators: Collection[str]) -> NodeProto | None:
-        """The only reader of a node's result, if it is one of some operators."""
-        after = readers.get(node.output[0], [])
-        alone = len(after) == 1 and node.output[0] not in kept
-        return after[0] if alone and operator(after[0]) in operators else None
-
-    sums: dict[str, ProductSum] = {}
-    activations: set[str] = set()
-    for node in graph.node:
-        op = operator(node)
-        if op == "Gemm" and (after := only(node, _ACTIVATIONS)) is not None:
-            activations.add(after.output[0])
-        elif op == "MatMul" and (plus := only(node, ("Add",))) is not None:
-            after = only(plus, _ACTIVATIONS)
-            products = sums[plus.output[0]].products if plus.output[0] in sums else ()
-            behind = (plus,) if after is None else (plus, after)
-            sums[plus.output[0]] = ProductSum((*products, node.output[0]), plus, behind)
-    return list(sums.values()), activations
-
-
-def _adds_row(found: ProductSum, shapes: Shapes) -> bool:
-    """Whether what is added to a product is a row, so that a runtime adds it there."""
-    for product in found.products:
-        out = shapes.shape(product) or ()
-        if len(out) == 2 and any(prod(shapes.shape(i) or (0,)) == out[1] for i in found.node.input if i != product):
-            return True
-    return False

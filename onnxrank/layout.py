@@ -7,7 +7,7 @@ the layout has no structure, one Gather over the flattened entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from math import prod
@@ -16,8 +16,6 @@ import numpy as np
 
 from onnxrank.emitter import Emitter
 from onnxrank.extents import Expr
-from onnxrank.moves import one_by_one
-from onnxrank.shape_tensors import ShapeTensors
 from onnxrank.values import (
     HOLE,
     Codes,
@@ -32,7 +30,6 @@ from onnxrank.values import (
     canonical,
     cut_repeats,
     extents,
-    is_candidate_symbol,
     keep_symbols,
     offsets,
     source_numbers,
@@ -41,15 +38,13 @@ from onnxrank.values import (
     symbols,
     with_extents,
 )
+from onnxrank.views import Views, labelled
 
 _MOST_CUTS = 16
 """Pieces of a grid at most that are joined one by one: a bound on the size of the result."""
-_MOST_PARTS, _NARROW = 16, 32
-_NOT_TAKEN_IN = {"MatMul", "Add", "Mul", "Div", "Softmax", "Reshape"}
-"""Operators that onnxruntime does not take into a product that follows."""
 
 
-class Layout:
+class Layout(Views):
     """Writes tensors for codes.
 
     Args:
@@ -66,13 +61,11 @@ class Layout:
         expressions: Mapping[str, Expr],
         writing: Callable[[Origin], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.sizes = ShapeTensors(emitter, expressions)
+        super().__init__(emitter, expressions, sources.journal)
         self.writing = writing or emitter.at
         self.sources = sources
-        self.emit = emitter
         self._done: dict[tuple[object, ...], str] = {}
-        self._reshaped: dict[str, tuple[str, Dims]] = {}
-        sources.journal.watch(self._done, self._reshaped)
+        sources.journal.watch(self._done)
 
     def name_of(self, source: Source) -> str:
         """The source's tensor, written if it is not in the graph yet."""
@@ -114,19 +107,6 @@ class Layout:
         Where it may be a Transpose, a Reshape follows: onnxruntime takes that into the MatMul, then divides by no rows.
         """
         return self.kept_apart(self.realise(codes, dims, full=True)[0], dims, hint)
-
-    def kept_apart(self, name: str, dims: Dims, hint: str | None = None) -> str:
-        """A stack of matrices that onnxruntime does not take a Transpose before it into the product behind it."""
-        if len(dims) == 2 or self.emit.op_of.get(name) in _NOT_TAKEN_IN:
-            return name
-        if symbols(dims[-1:]):
-            return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims), hint=hint)
-        shape = np.array([*extents(dims)[:-2], -1, extents(dims)[-1]], np.int64)
-        return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
-
-    def written_anew(self, name: str, dims: Dims) -> str:
-        """A tensor behind a Reshape to its own shape, so that what makes it is not fused with what follows."""
-        return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims))
 
     def _make(self, codes: Codes, dims: Dims) -> str:
         """Makes the tensor with all the symbols in `dims` present."""
@@ -207,7 +187,7 @@ class Layout:
         if order is not None:
             back = [int(k) for k in np.argsort(order)]
             turned = tuple(dims[k] for k in order)
-            name, have = self._turned(self._make(codes.transpose(order), turned), turned, back)
+            name, have = self.turned(self._make(codes.transpose(order), turned), turned, back)
             return self.reshape(name, have, dims)
         picked = self._picked(codes, dims, axis, len(cuts))
         if picked:
@@ -295,7 +275,7 @@ class Layout:
         taken = self.emit.add(
             "Gather", [packed, self.emit.constant(inverse.reshape(-1).astype(np.int64))], {"axis": len(syms)}
         )
-        return self._arrange(taken, (*syms, canonical([codes.size])), dims)
+        return self.arranged(taken, (*syms, canonical([codes.size])), dims)
 
     # --- one source ------------------------------------------------------------------------------------------------
 
@@ -315,11 +295,10 @@ class Layout:
                 return self.reshape(moved, finer[1], dims)
         # No structure left: flatten the source and pick entry by entry.
         syms = tuple((s,) for s in symbols(dims))
-        flat = self._arrange_to_flat(name, have, syms)
+        flat = self.flat(name, have, syms)
         if not np.array_equal(at.reshape(-1), _range(total)):
-            index = self.emit.constant(at.reshape(-1).astype(np.int64))
-            flat = self.emit.add("Gather", [flat, index], {"axis": len(syms)})
-        return self._arrange(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
+            flat = self._taken(flat, at.reshape(-1), len(syms))
+        return self.arranged(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
 
     def _cut(self, source: Source, at: Codes) -> tuple[str, Dims, Codes]:
         """Takes the positions used along each axis of a source, where each axis is addressed by one axis of `at`.
@@ -346,13 +325,7 @@ class Layout:
         if any(len(have[k]) > 1 for k in changed):
             return name, have, at
         for k in changed:
-            p = positions[k]
-            step = int(p[1] - p[0]) if len(p) > 1 else 1
-            if len(p) == 1 or (step > 0 and (np.diff(p) == step).all()):
-                args = [np.array([v], np.int64) for v in (int(p[0]), int(p[-1]) + 1, k, step)]
-                name = self.emit.add("Slice", [name, *(self.emit.constant(a) for a in args)])
-            else:
-                name = self.emit.add("Gather", [name, self.emit.constant(p.astype(np.int64))], {"axis": k})
+            name = self._taken(name, positions[k], k)
         new = [len(p) for p in positions]
         place = [
             np.zeros(at.shape, np.int64)
@@ -361,6 +334,14 @@ class Layout:
             for a in axes
         ]
         return name, with_extents(have, new), np.ravel_multi_index(place, new) if new else at
+
+    def _taken(self, name: str, at: Codes, axis: int) -> str:
+        """Some positions along an axis: cut out where they are evenly spaced."""
+        step = int(at[1] - at[0]) if len(at) > 1 else 1
+        if len(at) == 1 or (step > 0 and (np.diff(at) == step).all()):
+            ends = [np.array([v], np.int64) for v in (int(at[0]), int(at[-1]) + 1, axis, step)]
+            return self.emit.add("Slice", [name, *map(self.emit.constant, ends)])
+        return self.emit.add("Gather", [name, self.emit.constant(at.astype(np.int64))], {"axis": axis})
 
     def _transpose(self, name: str, have: Dims, at: Codes, dims: Dims) -> str | None:
         """Reshape, Transpose and Reshape, where the entries are a permutation of the source's axes."""
@@ -376,7 +357,7 @@ class Layout:
         # Factors of the source in its own order, each with the target axis it becomes.
         factors: list[tuple[Factor, int | str]] = []
         left = list(axes)
-        for f, label in _labelled(f for d in have for f in d):
+        for f, label in labelled(f for d in have for f in d):
             if isinstance(f, str):
                 factors.append((f, label))
                 continue
@@ -388,7 +369,7 @@ class Layout:
                 need //= at.shape[a]
                 factors.append((at.shape[a], a))
         wanted = [(f, axis) for axis, d in enumerate(dims) for f in d]
-        named = _labelled(f for f, _ in wanted)
+        named = labelled(f for f, _ in wanted)
         order: list[int | str] = [
             label if isinstance(f, str) else axis for (f, axis), (_, label) in zip(wanted, named, strict=True)
         ]
@@ -397,165 +378,7 @@ class Layout:
             return None
         perm = [labels.index(o) for o in order]
         split: Dims = tuple((f,) for f, _ in factors)
-        return self.reshape(*self._permuted(name, have, split, perm), dims)
-
-    def _permuted(self, name: str, have: Dims, split: Dims, perm: list[int]) -> tuple[str, Dims]:
-        """A tensor with its factors in another order; its physical shape groups them as is convenient."""
-        exchanged = self._exchanged(name, have, split, perm)
-        if exchanged is not None:
-            return exchanged
-        return self._turned(self.reshape(name, have, split), split, perm)
-
-    def _turned(self, name: str, have: Dims, perm: list[int]) -> tuple[str, Dims]:
-        """A tensor with its axes in another order; its physical shape groups them as is convenient.
-
-        Rows of candidates are moved axis by axis, which copies what lies between; all at once goes entry by entry.
-        Reshapes in between keep onnxruntime from making one Transpose of them again.
-        """
-        steps = one_by_one(tuple(perm))
-        if len(steps) < 2 or perm[-1] == len(perm) - 1 or not any(map(is_candidate_symbol, symbols(have))):
-            name = self.emit.add("Transpose", [name], {"perm": perm}) if steps else name
-            return name, tuple(have[p] for p in perm)
-        split, order = _side_by_side(have, perm)
-        for step in one_by_one(tuple(order)):
-            joined, turned = _side_by_side(split, step)
-            name = self.emit.add("Transpose", [self.reshape(name, have, joined)], {"perm": turned})
-            have, split = tuple(joined[p] for p in turned), tuple(split[p] for p in step)
-        return name, have
-
-    def _exchanged(self, name: str, have: Dims, split: Dims, perm: list[int]) -> tuple[str, Dims] | None:
-        """Rows and a few parts of narrow rows exchanged: cut and joined, which copies faster than a Transpose does.
-
-        Returns:
-            The tensor and its shape; None where a Transpose is as good.
-        """
-        if perm != [1, 0, *range(2, len(perm))] or symbols(split[2:]) or len(symbols(split[:2])) != 1:
-            return None
-        (rows,), count = symbols(split[:2]), max(extents(split[:2]))
-        width = prod(extents(split[2:]))
-        if not is_candidate_symbol(rows) or not 1 < count <= _MOST_PARTS or not 1 < width <= _NARROW:
-            return None
-        wide, narrow = canonical([count * width]), canonical([width])
-        if split[0] == (rows,):
-            parts = self.emit.split(self.reshape(name, have, ((rows,), wide)), 1, count)
-            return self.emit.add("Concat", parts, {"axis": 0}), (canonical([count, rows]), narrow)
-        parts = self.emit.split(self.reshape(name, have, ((count,), (rows,), narrow)), 0, count)
-        return self.emit.add("Concat", parts, {"axis": 2}), ((), (rows,), wide)
-
-    def _arrange_to_flat(self, name: str, have: Dims, syms: Dims) -> str:
-        total = prod(extents(have))
-        flat: Dims = (*syms, (total,) if total > 1 else ())
-        factors = stream(have)
-        labels = [label for _, label in _labelled(factors)]
-        own = [labels.index(label) for _, label in _labelled(s for (s,) in syms)]
-        order = own + [k for k, f in enumerate(factors) if isinstance(f, int)]
-        if order != sorted(order):
-            split: Dims = tuple((f,) for f in factors)
-            name, have = self._permuted(name, have, split, order)
-        return self.reshape(name, have, flat)
-
-    def _arrange(self, name: str, have: Dims, dims: Dims) -> str:
-        """From symbols first, entries flat behind them, to the wanted shape."""
-        factors = stream(dims)
-        order = [k for k, f in enumerate(factors) if isinstance(f, str)] + [
-            k for k, f in enumerate(factors) if isinstance(f, int)
-        ]
-        if order == sorted(order):
-            return self.reshape(name, have, dims)
-        split: Dims = tuple((factors[k],) for k in order)
-        name, have = self._turned(self.reshape(name, have, split), split, [int(k) for k in np.argsort(order)])
-        return self.reshape(name, have, dims)
-
-    # --- shapes ----------------------------------------------------------------------------------------------------
-
-    def reshape(self, name: str, have: Dims, want: Dims) -> str:
-        """A Reshape between two groupings of the same factors; no Shape is read where one -1 will do."""
-        ready = self.before_reshape(name, have, want)
-        if ready is not None:
-            return ready
-        name, have = self.unreshaped(name, have)
-        target: list[int] = []
-        unknown = 0
-        for k, d in enumerate(want):
-            if not symbols([d]):
-                target.append(prod(f for f in d if isinstance(f, int)))
-            elif k < len(have) and have[k] == d:
-                target.append(0)
-            else:
-                unknown += 1
-                target.append(-1)
-        literal: dict[str, int] = {}
-        if unknown > 1 or (unknown and 0 in target):
-            # Each of the symbols may be 0, and then -1 is no quotient of what is left.
-            shape, literal = self.sizes.vector(want), self._literal(have, want)
-        else:
-            if target.count(0) == 1:
-                # -1 also holds for a tensor without entries, and is what people expect to read.
-                target[target.index(0)] = -1
-            shape = self.emit.constant(np.array(target, np.int64))
-        made = self.emit.add("Reshape", [name, shape], literal)
-        self._reshaped[made] = (name, have)
-        return made
-
-    def _literal(self, have: Dims, want: Dims) -> dict[str, int]:
-        """Attributes of a Reshape whose target says 0 where there are no entries.
-
-        Raises:
-            Unrepresentable: Before opset 14, 0 is the extent that is there, which is another one.
-        """
-        if self.emit.opset >= 14:
-            return {"allowzero": 1}
-        there = [set(symbols([d])) for d in have] + [set[str]()] * len(want)
-        if not all(set(symbols([w])) <= h for w, h in zip(want, there, strict=False)):
-            raise Unrepresentable("a reshape between two extents that may be 0, before opset 14")
-        return {}
-
-    def note_reshape(self, name: str, source: str, dims: Dims) -> None:
-        """Notes that a tensor is another one, of this physical shape, in a new shape."""
-        self._reshaped[name] = (source, dims)
-
-    def unreshaped(self, name: str, dims: Dims) -> tuple[str, Dims]:
-        """The tensor that this one was reshaped from, and its shape, or the tensor itself."""
-        while name in self._reshaped:
-            name, dims = self._reshaped[name]
-        return name, dims
-
-    def before_reshape(self, name: str, have: Dims, want: Dims) -> str | None:
-        """The tensor of the wanted shape that this one was reshaped from, or the tensor itself."""
-        while have != want:
-            if name not in self._reshaped:
-                return None
-            name, have = self._reshaped[name]
-        return name
-
-    def expand(self, name: str, have: Dims, want: Dims) -> str:
-        """Repeats a tensor along the symbols and constant axes that `want` has and `have` lacks."""
-        split_have: list[Dim] = []
-        split_want: list[Dim] = []
-        for h, w in zip(have, want, strict=True):
-            if h == w or h == ():
-                split_have.append(h)
-                split_want.append(w)
-                continue
-            held = list(h)
-            for f in w:
-                split_want.append((f,))
-                split_have.append((held.pop(0),) if held and held[0] == f else ())
-            if held:
-                raise Unrepresentable(f"expand {h} to {w}")
-        inner, outer = tuple(split_have), tuple(split_want)
-        name = self.reshape(name, have, inner) if inner != have else name
-        goal = tuple(w if h != w else () for h, w in zip(inner, outer, strict=True))
-        name = self.emit.add("Expand", [name, self.sizes.vector(goal)])
-        return self.reshape(name, outer, want)
-
-
-def _labelled(factors: Iterable[Factor]) -> list[tuple[Factor, str]]:
-    """Factors with names of their own: those of one symbol, as in `[L, L]`, keep their order."""
-    out: list[tuple[Factor, str]] = []
-    for f in factors:
-        out.append((f, f"{f}.{sum(g == f for g, _ in out)}"))
-    return out
+        return self.reshape(*self.permuted(name, have, split, perm), dims)
 
 
 def _grid(numbers: Codes, dims: Dims) -> tuple[int, int, Codes] | None:
@@ -640,25 +463,3 @@ def _split_last(dims: Dims, size: int) -> Dims | None:
 
 def _range(n: int) -> Codes:
     return np.arange(n, dtype=np.int64)
-
-
-def _side_by_side(dims: Dims, perm: Sequence[int]) -> tuple[Dims, list[int]]:
-    """A shape and an order of its axes, with those that stay side by side as one, where that is a dimension."""
-    runs: list[list[int]] = []
-    for axis in perm:
-        if runs and axis == runs[-1][-1] + 1 and _joins([dims[k] for k in (*runs[-1], axis)]):
-            runs[-1].append(axis)
-        else:
-            runs.append([axis])
-    before = sorted(runs)
-    joined = tuple(canonical(f for k in run for f in dims[k]) for run in before)
-    return joined, [before.index(run) for run in runs]
-
-
-def _joins(dims: Sequence[Dim]) -> bool:
-    """Whether dimensions are one in canonical form."""
-    try:
-        canonical(f for d in dims for f in d)
-    except Unrepresentable:
-        return False
-    return True

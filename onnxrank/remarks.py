@@ -151,7 +151,7 @@ class _Search:
         ]
         self.after = [form.shapes(n) for n in (1, 2)] if form.changed else []
         self.decided: dict[int, list[Site]] = {}
-        for place, site in self.rw.decided.items():
+        for place, site in self.rw.decisions.decided.items():
             if self.rw.taken.get(place.index, ("",))[0] != place.rule:
                 self.decided.setdefault(place.index, []).append(site)
         self._apart: dict[str, bool] = {}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from onnxrank import extents as ex
+from onnxrank.decisions import Decisions
 from onnxrank.emitter import Emitter
 from onnxrank.errors import OnnxrankError
 from onnxrank.facts import Facts, constant_data
@@ -20,7 +22,7 @@ from onnxrank.grouping import groups
 from onnxrank.layout import Layout
 from onnxrank.model import overridable, sparse_data
 from onnxrank.operators import Trait, having, operator, traits
-from onnxrank.plans import LEAVE, TAKE, Alternative, Choice, Place, Site, break_even, label
+from onnxrank.plans import TAKE, Alternative, Choice, label
 from onnxrank.rule import Refusal, Rule, SiteFailed, internal_error
 from onnxrank.sums import Sums
 from onnxrank.uses import Uses
@@ -74,8 +76,7 @@ class Rewrite:
         refusals: Sites left alone.
         fused: First outputs of fused operators whose steps could be divided by level, if they were written out.
         taken: Per original node, by its place, the rule that took it and by which of its alternatives.
-        decided: What rules decided by cost.
-        declined: Nodes that a rule does not take because that would not pay.
+        decisions: What rules decided by cost.
         node: The original node that is looked at.
         sums: How sums are put off and made.
         grouping: How entries are divided.
@@ -95,8 +96,6 @@ class Rewrite:
     def __post_init__(self) -> None:
         self.fused: list[str] = []
         self.taken: dict[int, tuple[str, str]] = {}
-        self.decided: dict[Place, Site] = {}
-        self.declined: dict[Place, Site] = {}
         self.nodes: Sequence[NodeProto] = ()
         self.graph = Uses()
         self.index_of: dict[str, int] = {}
@@ -108,7 +107,8 @@ class Rewrite:
         self.node = NodeProto()
         journal = self.sources.journal
         self.emit.watched_by(journal)
-        journal.watch(self.decided, self._claimed, self._numbers, self._made_once)
+        journal.watch(self._claimed, self._numbers, self._made_once)
+        self.decisions = Decisions(self.rules, self.choice, self.candidates, self._at, journal)
         self.sums = Sums(self.sources, self.emit, self.layout, self.zero, self.writing)
         self.grouping = self.sums.grouping
 
@@ -116,16 +116,6 @@ class Rewrite:
     def applied(self) -> set[str]:
         """Names of the rules that took a node, whatever became of it."""
         return {rule for rule, _ in self.taken.values()}
-
-    @property
-    def break_even(self) -> dict[int, int]:
-        """Per original node, by its place, from how many candidates on what is made for it once per request pays."""
-        out: dict[int, int] = {}
-        for place, site in self.decided.items():
-            pays = break_even(site.alternatives) if site.taken else None
-            if pays is not None:
-                out[place.index] = max(pays, out.get(place.index, 0))
-        return out
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -226,6 +216,26 @@ class Rewrite:
             return found.whole.data.reshape(extents(found.dims))
         dims, data = self.facts.folded[name]
         return data.reshape(extents(dims))
+
+    def stored(self, name: str, most: int) -> NDArray[Any] | None:
+        """Entries of a constant of the original or of the new graph, one row of those that are equal along symbols.
+
+        None for other tensors, and where they are many.
+
+        Args:
+            name: The tensor.
+            most: How many entries are not too many.
+        """
+        if name in self.facts.folded:
+            folded: NDArray[Any] = self.facts.folded[name][1]
+            return folded if folded.size <= most else None
+        made, value = self.emit.initializers.get(name), self.values.get(name)
+        if made is not None:
+            return constant_data(made, None) if prod(made.dims) <= most else None
+        source = value.whole if isinstance(value, Value) else None
+        if source is None or source.level is not Level.CONSTANT or source.size > most:
+            return None
+        return source.data
 
     def is_constant(self, name: str) -> bool:
         """Whether an original tensor is a constant without symbolic extents; its node may come later."""
@@ -361,7 +371,7 @@ class Rewrite:
 
     def uses(self, rule: str) -> bool:
         """Whether a rule is selected, and none that the plan leaves out."""
-        return self.choice.uses(rule) and any(r.name == rule for r in self.rules)
+        return self.decisions.uses(rule)
 
     def pays(self, rule: str, once: float, each: float, left: float) -> bool:
         """Decides whether a rule takes the current node at all, and notes that in the plan.
@@ -372,11 +382,7 @@ class Rewrite:
             each: The same per candidate.
             left: Seconds per candidate of what is done without it.
         """
-        exactness = next(r.exactness for r in self.rules if r.name == rule)
-        ways = (Alternative(LEAVE, "", 0, left), Alternative(TAKE, exactness, once, each))
-        site = self._decided(Place(rule, self.emit.origin), ways)
-        (self.decided if site.taken else self.declined)[site.place] = site
-        return site.taken
+        return self.decisions.pays(rule, self.emit.origin, once, each, left)
 
     def decide(self, rule: str, alternatives: Sequence[Alternative]) -> str:
         """Decides for one of several ways to write the current node, and notes that in the plan.
@@ -389,17 +395,7 @@ class Rewrite:
             The name of that which costs least at the expected number of candidates, the first of equals; or of that
             which a plan asks for.
         """
-        at = self.emit.origin
-        takes = any(r.name == rule and operator(self._at(at)) in r.operators for r in self.rules)
-        step = takes + sum(p.rule == rule and p.index == at and p.step >= takes for p in self.decided)
-        site = self._decided(Place(rule, at, step), alternatives)
-        self.decided[site.place] = site
-        return site.chosen
-
-    def _decided(self, place: Place, alternatives: Sequence[Alternative]) -> Site:
-        """A decision, as a site."""
-        node, chosen = self._at(place.index), self.choice.decide(place, alternatives, self.candidates)
-        return Site(place, label(node), node.op_type, tuple(alternatives), chosen)
+        return self.decisions.decide(rule, self.emit.origin, alternatives)
 
     def _at(self, index: int) -> NodeProto:
         """An original node by its place; the current one where that is none."""

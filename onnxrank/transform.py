@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, facts, feeds, runtime, underflow
+from onnxrank import cost, factors, facts, feeds, runtime, scalars, underflow
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -280,6 +280,9 @@ class Transformation:
         self._finish_outputs()
         if self.rw.uses(underflow.NAME):
             underflow.avoid(self.rw)
+        if self.rw.uses(factors.RULE):
+            factors.move(self.rw)
+        scalars.widen(self.rw)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
@@ -355,7 +358,7 @@ class Transformation:
         found = [(Place(rule, k), form) for k, (rule, form) in self.rw.taken.items()]
         found += [(p, LEAVE) for p in self.rw.choice.left if p.index < len(nodes)]
         sites = {p: Site(p, label(nodes[p.index]), nodes[p.index].op_type, (), form) for p, form in found}
-        sites |= self.rw.declined | self.rw.decided
+        sites |= self.rw.decisions.declined | self.rw.decisions.decided
         return sorted(sites.values(), key=lambda s: (s.place.index, s.place.rule, s.place.step))
 
     def sites(self) -> dict[str, list[int]]:
@@ -391,7 +394,8 @@ class Transformation:
 
     def rule_uses(self, before: cost.Shapes, after: cost.Shapes) -> list[RuleUse]:
         """Sites per rule and what they saved."""
-        nodes, found, break_even = self.study.model.graph.node, self.savings(before, after), self.rw.break_even
+        nodes, found = self.study.model.graph.node, self.savings(before, after)
+        break_even = self.rw.decisions.break_even
         out = []
         for rule in dict.fromkeys([r.name for r in self.rw.rules]):
             own = [s for s in found if s.rule == rule]

@@ -1,9 +1,10 @@
-"""How near the machine the products of rewritten models could be, if they stood alone.
+"""How near the machine rewritten models could be with the kernels that the runtime has, did these stand alone.
 
 Every product of a model that `optimize` made is timed in a session of its own, with operands of the shapes that it has
-there, in turns with one large product. What they reach together is the most that the model can reach with the products
-it has: what is missing to the share of the whole model (`scripts/peak_share.py`) is everything else. Softmax is timed
-twice, on scores and on scores of which half are masked. All times are the thread's.
+there, in turns with one large product; so are softmaxes, normalisations and functions such as Sigmoid, which no
+rewriting makes faster. What all of these reach together is the most that the model can reach (`most`); what is missing
+from there to its share of the peak is everything else: entries that are moved, sums, comparisons, launches. All times
+are the thread's.
 
     python scripts/export_models.py OUT --scale industrial
     python scripts/kernel_floor.py OUT --only "autoint.torchscript*"
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,41 @@ from onnx import TensorProto, helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from onnxrank import optimize, turns
+import onnxrank
+from onnxrank import turns
+from onnxrank.operators import Trait, traits
 from onnxrank.profiling.sessions import Peak
 from onnxrank.roles import load_spec
 from scripts.benchmark import session
 from scripts.coverage import Feed, Requests
 
 PRODUCTS = ("MatMul", "Gemm")
-MASKED = -1e9
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the kernels of a model take alone.
+
+    Attributes:
+        share: Share of the peak that the model reaches.
+        products: Share of its time that its products take alone.
+        functions: The same of softmaxes, normalisations and functions.
+        most: Share of the peak, did it do nothing else.
+    """
+
+    share: float
+    products: float
+    functions: float
+    most: float
+
+    @property
+    def cells(self) -> list[str]:
+        """What a table holds of it, behind the share."""
+        return [f"{100 * x:.0f} %" for x in (self.products, self.functions, self.most)]
+
+
+COLUMNS = ("products alone take", "softmax and functions alone take", "most with these")
 
 
 def bound(model: bytes, feed: Feed) -> turns.Run:
@@ -61,8 +89,15 @@ def seconds_of(runs: Sequence[turns.Run], seconds: float) -> list[float]:
     return [float(np.median(m)) for m in turns.interleave(runs, seconds, turns.of_thread).seconds]
 
 
+def kind_of(node: onnx.NodeProto) -> str | None:
+    """Which of both a node is, `products` or `functions`; None for what is neither."""
+    if node.op_type in PRODUCTS:
+        return "products"
+    return "functions" if traits(node) & (Trait.FUNCTION | Trait.ROWS) else None
+
+
 def kernels(model: bytes, feed: Feed) -> Iterator[tuple[onnx.NodeProto, list[Shape]]]:
-    """The products and softmaxes of a model, and the shapes that their inputs have in a run."""
+    """The products and functions of a model, and the shapes that their inputs have in a run."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_profiling, options.log_severity_level = True, 4
@@ -76,7 +111,7 @@ def kernels(model: bytes, feed: Feed) -> Iterator[tuple[onnx.NodeProto, list[Sha
     for event in events:
         name = event["name"].removesuffix("_kernel_time")
         node = nodes.get(name)
-        if event.get("cat") == "Node" and node is not None and node.op_type in (*PRODUCTS, "Softmax"):
+        if event.get("cat") == "Node" and node is not None and kind_of(node):
             found = event["args"]["input_type_shape"]
             yield node, [tuple(next(iter(i.values()))) for i in found]
 
@@ -107,16 +142,18 @@ def macs(node: onnx.NodeProto, shapes: list[Shape]) -> int:
     return int(np.prod(batch, dtype=np.int64)) * rows * inner * width
 
 
-def floor(path: Path, candidates: int, seconds: float) -> dict[str, Any]:
-    """What the kernels of a rewritten model take alone."""
-    roles = path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
-    result = optimize(path, spec=load_spec(roles), candidates=candidates, check=False)
-    feed = Requests(onnx.load(path), yaml.safe_load(roles.read_text()))(candidates, 0)[result.changed]
-    made = result.model.SerializeToString()
+def floor(made: bytes, feed: Feed, seconds: float) -> Floor:
+    """What the kernels of a model take alone.
+
+    Args:
+        made: The model.
+        feed: Its inputs.
+        seconds: How long each kernel is timed, and a tenth of how long the model is.
+    """
     counts: Counter[tuple[Any, ...]] = Counter()
     first: dict[tuple[Any, ...], tuple[onnx.NodeProto, list[Shape]]] = {}
     for node, shapes in kernels(made, feed):
-        if node.op_type == "Softmax" or all(len(s) >= 2 for s in shapes[:2]):
+        if node.op_type not in PRODUCTS or all(len(s) >= 2 for s in shapes[:2]):
             key = (node.op_type, str(node.attribute), *shapes)
             counts[key] += 1
             first.setdefault(key, (node, shapes))
@@ -124,21 +161,23 @@ def floor(path: Path, candidates: int, seconds: float) -> dict[str, Any]:
     peak = bound(product.SerializeToString(), {"x": x})
     times, work = Counter[str](), 0.0
     for key, (node, shapes) in first.items():
-        model, given = alone(node, shapes)
-        feeds = [given]
-        if node.op_type == "Softmax":
-            scores = given["x0"].copy()
-            scores[..., ::2] = MASKED
-            feeds.append({"x0": scores})
-        else:
+        kind = kind_of(node)
+        assert kind is not None
+        if kind == "products":
             work += counts[key] * macs(node, shapes)
-        *found, best = seconds_of([*(bound(model, f) for f in feeds), peak], seconds)
-        for kind, t in zip((node.op_type, "masked Softmax"), found, strict=False):
-            times[kind if kind not in PRODUCTS else "products"] += counts[key] * t / best
+        took, best = seconds_of([bound(*alone(node, shapes)), peak], seconds)
+        times[kind] += counts[key] * took / best
     whole, best = seconds_of([bound(made, feed), peak], 10 * seconds)
     taken, least = whole / best, work / x.shape[0] ** 3
-    of = {kind: t / taken for kind, t in times.items()}
-    return {"whole": least / taken, "alone": least / times["products"], "of": of}
+    return Floor(least / taken, times["products"] / taken, times["functions"] / taken, least / sum(times.values()))
+
+
+def rewritten(path: Path, candidates: int) -> tuple[onnxrank.Result, Feed, Feed]:
+    """What is made of a model, with inputs of the original and of that."""
+    roles = path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
+    result = onnxrank.optimize(path, spec=load_spec(roles), candidates=candidates, check=False)
+    before, after = Requests(onnx.load(path), yaml.safe_load(roles.read_text()))(candidates, 0)
+    return result, before, after if result.changed else before
 
 
 def main() -> int:
@@ -149,12 +188,12 @@ def main() -> int:
     parser.add_argument("--candidates", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=0.2, help="per kernel")
     options = parser.parse_args()
-    print("| model | share of peak | of its products alone | products take | Softmax takes | were half of it masked |")
-    print("|" + "---|" * 6)
+    print(f"| model | share of peak | {' | '.join(COLUMNS)} |")
+    print("|" + "---|" * (2 + len(COLUMNS)))
     for path in sorted(options.folder.glob(options.only)):
-        row = floor(path, options.candidates, options.seconds)
-        of = [row["of"].get(kind, 0.0) for kind in ("products", "Softmax", "masked Softmax")]
-        cells = [f"{100 * s:.0f} %" for s in (row["whole"], row["alone"], *of)]
+        result, _, feed = rewritten(path, options.candidates)
+        found = floor(result.model.SerializeToString(), feed, options.seconds)
+        cells = [f"{100 * found.share:.0f} %", *found.cells]
         print(f"| {path.name.split('.')[0]} | {' | '.join(cells)} |", flush=True)
     return 0
 

@@ -1,8 +1,8 @@
 """What weights of masked scores cost that are denormal numbers, and what bounding scores from below gains.
 
 Softmax and the product behind it are timed on scores of which none or half are masked, and on those, bounded as the
-rule `underflow` bounds them: so come `cost.DENORMAL` and `cost.BOUNDED`. Then results of models are timed against what
-`--ignore underflow` makes, in turns; half of every history is padding. All times are the thread's.
+rule `underflow` bounds them: so come `cost.Target.denormal` and `cost.BOUNDED`. Then results of models are timed
+against what `--ignore underflow` makes, in turns; half of every history is padding. All times are the thread's.
 
     python scripts/export_models.py OUT --scale industrial
     python scripts/underflow.py OUT

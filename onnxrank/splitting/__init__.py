@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from onnxrank.splitting.engine import Options, Split, split
+from onnxrank.splitting.engine import Split, split
+from onnxrank.splitting.options import Options
 from onnxrank.splitting.report import Report
 
 __all__ = ["Options", "Report", "Split", "split"]

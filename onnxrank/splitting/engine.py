@@ -5,104 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from onnxrank import cost, halves, matrices, pipeline, ranker
 from onnxrank import model as files
 from onnxrank.batching.engine import Options as BatchOptions
 from onnxrank.batching.engine import convention
 from onnxrank.batching.graph import Shape, joined
-from onnxrank.batching.rows import FORMS as FORMS_OF_ROWS
 from onnxrank.batching.rows import NAMES
 from onnxrank.contract import PACKED, roles_again, store, stored_contract
-from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
-from onnxrank.extents import Expr
-from onnxrank.facts import settings
-from onnxrank.feeds import Maker, describe
+from onnxrank.errors import CheckFailed, ModelError, NothingApplied
+from onnxrank.feeds import describe
 from onnxrank.graphs import names_in
 from onnxrank.passes.checking import held
 from onnxrank.plans import Plan, label
 from onnxrank.roles import InputRole, Roles
 from onnxrank.splitting import contract, folder, formats, graph
-from onnxrank.splitting.cut import PRICE, Cut, Impossible, Problem, Step, divided, least
-from onnxrank.splitting.graph import Handed, Layout
+from onnxrank.splitting.cut import PRICE
+from onnxrank.splitting.estimates import Estimates
+from onnxrank.splitting.options import Options
 from onnxrank.splitting.report import Advice, Part, Report, StateTensor, Sunk
+from onnxrank.splitting.state import State
 from onnxrank.study import Study
-from onnxrank.verify import failure, sizes
-from onnxrank.workers import RemoteSession
+from onnxrank.verify import failure
 
-FORMS = ("named", "packed")
-DTYPES = ("float32", "float16")
 _CALL = 1e-5
 """Seconds that a second call of the runtime takes."""
-_WEIGHT = 1e-10
-"""Seconds per byte of the weights of a product, which one row has to read as a whole."""
 _FETCH = 5e-6
 """Seconds to find a state that is there, besides its bytes."""
 _LEAST_GAIN = 0.2
 """Share of a request's time that a state must save for two models to be advised."""
 _LEAST_SAVED = 5e-5
 """Seconds that it must save: less is lost in what a server does besides."""
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller of `split` may choose about the two models.
-
-    Attributes:
-        format: `plain`, `python` or `triton`.
-        state: `named`: a tensor each. `packed`: one vector of floats.
-        dtype: `float32`, or `float16` for floats that are rounded on the way.
-        most: Bytes that the state may have at most, at the longest lengths served; None for no limit.
-        guard: Whether the candidate model takes the version of the state, and gives NaN for another than its own.
-        name: What the models are called; None for the file's name.
-        rows: What tells the candidate model which candidates are whose, so that it takes several requests: `lengths`,
-            `offsets`, `index` or `triton`, as for models of the interface `batch`; None for one request per call.
-        pack: Whether inputs lie side by side in few matrices.
-
-    Raises:
-        UsageError: A value is not one that there is.
-    """
-
-    format: str = "plain"
-    state: str = "named"
-    dtype: str = "float32"
-    most: int | None = None
-    guard: bool = True
-    name: str | None = None
-    rows: str | None = None
-    pack: bool = False
-
-    def __post_init__(self) -> None:
-        for what, value, known in (
-            ("format", self.format, formats.FORMATS),
-            ("state", self.state, FORMS),
-            ("state dtype", self.dtype, DTYPES),
-        ):
-            if value not in known:
-                raise UsageError(f"the {what} {value!r} is not known; use {', '.join(map(repr, known))}")
-        if self.rows is not None and self.rows not in FORMS_OF_ROWS:
-            raise UsageError(f"rows {self.rows!r} are not known; use {', '.join(map(repr, FORMS_OF_ROWS))}")
-        if self.rows is not None and (self.format == "python" or (self.format == "triton") != (self.rows == "triton")):
-            raise UsageError(
-                "several requests per call: rows 'triton' are for the format 'triton', others for 'plain', none for "
-                "'python'"
-            )
-        if self.most is not None and self.most < 1:
-            raise UsageError(f"a state of at most {self.most} bytes cannot be")
-        if self.name is not None and not _NAME.fullmatch(self.name):
-            raise UsageError(f"the name {self.name!r} holds other signs than letters, digits, _, - and .")
 
 
 @dataclass
@@ -240,9 +180,9 @@ class Job:
         self.levels = graph.levels(self.model, self.roles)
         if not self.levels.request:
             raise NothingApplied("No part of the model depends on the request alone, so there is nothing to divide.")
-        self.cut = self._cut()
-        self.layout = self._layout()
-        self._check_size()
+        self.estimates = Estimates(self.study, result.report, options.dtype)
+        self.state = State(self.study, self.levels, self.estimates, options, self.loaded.folder)
+        self.notes += self.state.notes
 
     def _base(self) -> tuple[ModelProto, Roles, dict[str, Any]]:
         """The model that is cut, roles of its inputs, and the contract of how it was made."""
@@ -272,186 +212,13 @@ class Job:
         }
         return made, Roles({n: replace(r, request=(), axis=None, ranges=()) for n, r in plain.items()}), told
 
-    # --- the cut -----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _spans(self) -> dict[str, tuple[int, int]]:
-        known = {sizes.name_of(s) for s in sizes.lengths_of(self.study.symbols)}
-        return sizes.spans(self.study.symbols, {k: v for k, v in self.result.report.lengths.items() if k in known})
-
-    @cached_property
-    def _shapes(self) -> cost.Shapes:
-        """Shapes at the usual number of candidates and usual lengths."""
-        study = self.study
-        usual = self.result.report.usual
-        found = cost.shapes_of(study.model, study.facts, study.input_extents(), usual)
-        lengths = {s: min(max(cost.LENGTH, low), high) for s, (low, high) in self._spans.items()}
-        return replace(found, symbols={**found.symbols, **lengths})
-
-    @cached_property
-    def _longest(self) -> cost.Shapes:
-        """Shapes at the longest lengths served."""
-        most = {s: high for s, (_, high) in self._spans.items()}
-        return replace(self._shapes, symbols={**self._shapes.symbols, **most})
-
-    @cached_property
-    def _types(self) -> dict[str, int]:
-        return self.study.dtypes | {i.name: i.dtype for i in self.study.declared}
-
-    def _bytes(self, name: str, shapes: cost.Shapes) -> int | None:
-        """Size of a tensor; None if no state can hold it."""
-        kind, shape = self._types.get(name), shapes.shape(name)
-        found = None if kind is None else halves.type_name(kind)
-        if found is None or shape is None:
-            return None
-        width = 2 if found == "float32" and self.options.dtype == "float16" else np.dtype(found).itemsize
-        return prod(shape) * width
-
-    def _bounded(self, name: str) -> bool:
-        """Whether a tensor's extents follow from lengths of inputs."""
-        facts = self.study.facts
-        for _, symbols in facts.extents.get(name) or self.study.input_extents().get(name) or ():
-            for s in symbols:
-                known = facts.expressions.get(s)
-                if s not in self._spans and (known is None or not known.symbols <= self._spans.keys()):
-                    return False
-        return True
-
-    def _seconds(self, k: int, shapes: cost.Shapes) -> float:
-        """Predicted time of a step of the request. It has one row, so a product takes the time to read its weights."""
-        node = self.model.graph.node[k]
-        held = [shapes.initializers[i] for i in node.input if i in shapes.initializers]
-        weights = sum(map(prod, held)) if cost.node_macs(node, shapes) else 0
-        return cost.node_seconds(node, shapes) + 4 * weights * _WEIGHT
-
-    def _problem(self, shapes: cost.Shapes, bounded: bool) -> Problem:
-        nodes, levels = self.model.graph.node, self.levels
-        given = set(levels.inputs)
-        for k in levels.request:
-            given |= {o for o in nodes[k].output if o}
-        steps = []
-        held: dict[str, int | None] = dict.fromkeys(levels.inputs)
-        for k in levels.request:
-            seconds = None if graph.is_random(nodes[k]) else self._seconds(k, shapes)
-            own = tuple(o for o in nodes[k].output if o)
-            steps.append(Step(tuple(sorted(graph.reads(nodes[k]) & given)), own, seconds))
-            held |= dict.fromkeys(own)
-        for name in held:
-            held[name] = self._bytes(name, shapes) if not bounded or self._bounded(name) else None
-        return Problem(steps, held, levels.wanted)
-
-    def _cut(self) -> Cut:
-        """The cheapest cut; the cheapest of those that are small enough, where that is asked for."""
-        problem = self._problem(self._shapes, False)
-        try:
-            found = least(problem)
-            if self.options.most is None:
-                return found
-            most = self._problem(self._longest, True)
-            price = PRICE
-            while True:
-                found = least(most, price)
-                if found.bytes <= self.options.most:
-                    return divided(problem, found.request)
-                if price > 1.0:
-                    raise UsageError(
-                        f"No state is as small as {self.options.most} bytes: it has {found.bytes} at least, at the "
-                        "longest lengths served (--length says which these are)."
-                    )
-                price *= 2
-        except Impossible as e:
-            why = "of which nothing limits the size, or which is" if self.options.most is not None else "which is"
-            raise ModelError(
-                f"The model cannot be cut: the state would have to hold {e.tensor!r}, {why} no tensor of numbers whose "
-                "type and number of axes are known."
-            ) from e
-
-    def _layout(self) -> Layout:
-        names = graph.state_names(self.model, self.cut.state)
-        tensors = [Handed(t, names[t], self._types[t], self._extents(t, names[t])) for t in self.cut.state]
-        half = self.options.dtype == "float16"
-        large = self._beyond_half(tensors) if half else frozenset()
-        if self.options.state == "named":
-            shown = ", ".join(map(repr, sorted(large)))
-            self.notes += [f"{shown} stays float32: it has values that 16 bits do not hold"] if large else []
-            return Layout(contract.ordered(tensors), None, half, large)
-        if large:
-            raise UsageError(
-                f"The state cannot be packed in 16 bits: {min(large)!r} has values that these do not hold. Use --state "
-                "named, which leaves it as it is, or --state-dtype float32."
-            )
-        contract.check_packable(tensors)
-        taken = names_in(self.model.graph) | set(names.values())
-        vector = next(n for n in ("state", *(f"state_{k}" for k in range(len(taken) + 1))) if n not in taken)
-        return Layout(tuple(tensors), vector, half)
-
-    def _beyond_half(self, tensors: Sequence[Handed]) -> frozenset[str]:
-        """Tensors that have finite values beyond the range of 16 bits, as masks have, for some inputs that are tried.
-
-        Raises:
-            ModelError: The model does not run.
-        """
-        floats = tuple(t for t in tensors if t.type == TensorProto.FLOAT)
-        if not floats:
-            return frozenset()
-        inside = frozenset(self.levels.request[k] for k in self.cut.request)
-        request, _ = graph.divide(self.model, self.levels, inside, Layout(floats))
-        declared, most = self.study.declared, float(np.finfo(np.float16).max)
-        # Ids of 0 are padding in many models, and a mask shows where there is some.
-        makers = [self.study.maker, Maker(declared, None, 0), Maker(declared, None, 1)]
-        found: set[str] = set()
-        with RemoteSession(request, self.loaded.folder) as session:
-            for k, setting in enumerate(settings(self.study.symbols, beyond=self.study.shortest - 1)):
-                for maker in makers if not k else makers[:2]:
-                    try:
-                        made = session.run(maker(setting))
-                    except ModelError:
-                        if maker is self.study.maker:
-                            raise
-                        continue
-                    found |= {t.tensor for t in floats if (np.isfinite(v := made[t.name]) & (np.abs(v) > most)).any()}
-        return frozenset(found)
-
-    def _handed_type(self, t: Handed) -> str:
-        """The type in which a tensor is handed over, by numpy's name."""
-        return halves.type_name(self.layout.kind if self.layout.packed else self.layout.type_of(t)) or ""
-
-    def _handed_bytes(self, t: Handed, shapes: cost.Shapes) -> int:
-        """The size in which a tensor is handed over."""
-        return prod(shapes.shape(t.tensor) or ()) * np.dtype(self._handed_type(t)).itemsize
-
-    def _check_size(self) -> None:
-        """Holds the state as it is handed over against its limit: in what form that is, the cut did not know.
-
-        Raises:
-            UsageError: It is too large.
-        """
-        size = sum(self._handed_bytes(t, self._longest) for t in self.layout.tensors)
-        if self.options.most is not None and size > self.options.most:
-            raise UsageError(
-                f"The state has {size} bytes as it is handed over ({self.options.state}, {self.options.dtype}), and "
-                f"may have {self.options.most}."
-            )
-
-    def _extents(self, tensor: str, name: str) -> tuple[int | str, ...]:
-        """A tensor's extents: numbers, or what they are called."""
-        found = self.study.facts.sizes.get(tensor)
-        if found is None:
-            expressions = [c if not s else s[0] for c, s in self.study.input_extents()[tensor]]
-            return tuple(sizes.name_of(e) if isinstance(e, str) else e for e in expressions)
-        out: list[int | str] = []
-        for axis, size in enumerate(found):
-            known = isinstance(size, Expr) and size.symbols <= self._spans.keys()
-            out.append(size if isinstance(size, int) else str(size).replace("S:", "") if known else f"{name}.{axis}")
-        return tuple(out)
-
     # --- the two models ----------------------------------------------------------------------------------------------
 
     def write(self, stage: Path) -> Split:
         """Makes the models and writes everything to a folder."""
         levels, options = self.levels, self.options
-        inside = frozenset(levels.request[k] for k in self.cut.request)
-        request, candidate = graph.divide(self.model, levels, inside, self.layout)
+        inside = frozenset(levels.request[k] for k in self.state.cut.request)
+        request, candidate = graph.divide(self.model, levels, inside, self.state.layout)
         packed: dict[str, Any] = {}
         columns: ranker.Matrices = {}
         roles = self.roles
@@ -459,7 +226,7 @@ class Job:
             request = self._packed(request, packed).model
             packing = self._packed(candidate, packed)
             candidate, columns, roles = packing.model, packing.told, matrices.roles_of(packing, roles)
-        told = contract.state(self.layout)
+        told = contract.state(self.state.layout)
         if options.rows is not None:
             contract.give_rows(told)
         number = contract.version(request, told, self.loaded.folder)
@@ -514,7 +281,7 @@ class Job:
             model: The model.
             told: Receives which columns are whose.
         """
-        handed = {o["name"] for o in contract.state(self.layout)["tensors"]}
+        handed = {o["name"] for o in contract.state(self.state.layout)["tensors"]}
         made = matrices.pack(model, Roles.from_dict(self.result.report.roles), handed)
         told |= made.told
         self.notes += made.notes
@@ -532,7 +299,7 @@ class Job:
             form: What tells it which candidates are whose.
         """
         proto = files.flattened(candidate)
-        state = {t.name for t in self.layout.tensors} | {self.layout.packed, ranker.VERSION}
+        state = {t.name for t in self.state.layout.tensors} | {self.state.layout.packed, ranker.VERSION}
         roles = Roles(
             {
                 i.name: InputRole(i.name, "request", None) if i.name in state else known.inputs[i.name]
@@ -559,7 +326,7 @@ class Job:
         """
         found = held(self.result, matrices.unpacked(halves.load(stage)), level, lengths, report)
         if not found.passed:
-            half = " The state is rounded to 16 bits; use --state-dtype float32." if self.layout.half else ""
+            half = " The state is rounded to 16 bits; use --state-dtype float32." if self.state.layout.half else ""
             raise CheckFailed(f"Both models together did not pass their check: {failure(found)}{half}")
 
     # --- reporting ---------------------------------------------------------------------------------------------------
@@ -572,8 +339,8 @@ class Job:
         weight: Mapping[str, int],
         where: Mapping[str, str],
     ) -> Report:
-        nodes, shapes, before = self.model.graph.node, self._shapes, self.result.report
-        inside, once = {self.levels.request[k] for k in self.cut.request}, set(self.levels.request)
+        nodes, shapes, before = self.model.graph.node, self.estimates.usual, self.result.report
+        inside, once = {self.levels.request[k] for k in self.state.cut.request}, set(self.levels.request)
         late = [k for k in self.levels.request if k not in inside]
         held = {"request": sorted(inside), "candidate": [*late, *self.levels.candidate]}
 
@@ -584,12 +351,15 @@ class Job:
                 len(models[name].graph.node),
                 graph.parameters(models[name]),
                 sum(cost.node_macs(nodes[k], shapes) for k in held[name]),
-                sum(self._seconds(k, shapes) if k in once else cost.node_seconds(nodes[k], shapes) for k in held[name]),
+                sum(
+                    self.estimates.seconds(k, shapes) if k in once else cost.node_seconds(nodes[k], shapes)
+                    for k in held[name]
+                ),
                 weight[name],
             )
 
         request, candidate = part("request"), part("candidate")
-        sunk = [Sunk(label(nodes[k]), nodes[k].op_type, self._seconds(k, shapes)) for k in late]
+        sunk = [Sunk(label(nodes[k]), nodes[k].op_type, self.estimates.seconds(k, shapes)) for k in late]
         state = self._state(inside)
         fewer = (i.name for i in self.study.declared if i.name in self.levels.inputs)
         self.notes += [] if any(fewer) else ["the request model takes no input"]
@@ -618,7 +388,7 @@ class Job:
         nodes = self.model.graph.node
         maker = {o: k for k in inside for o in nodes[k].output if o}
         out = []
-        for t in self.layout.tensors:
+        for t in self.state.layout.tensors:
             behind: set[int] = set()
             line = [t.tensor]
             while line:
@@ -630,12 +400,12 @@ class Job:
                 StateTensor(
                     t.name,
                     t.tensor,
-                    self._handed_type(t),
+                    self.state.type_of(t),
                     t.shape,
-                    self._handed_bytes(t, self._shapes),
-                    self._handed_bytes(t, self._longest) if self._bounded(t.tensor) else None,
-                    sum(cost.node_macs(nodes[k], self._shapes) for k in behind),
-                    sum(self._seconds(k, self._shapes) for k in behind),
+                    self.state.bytes(t, self.estimates.usual),
+                    self.state.bytes(t, self.estimates.longest) if self.estimates.bounded(t.tensor) else None,
+                    sum(cost.node_macs(nodes[k], self.estimates.usual) for k in behind),
+                    sum(self.estimates.seconds(k, self.estimates.usual) for k in behind),
                 )
             )
         return out

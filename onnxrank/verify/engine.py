@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 from onnx import ModelProto
 
-from onnxrank import baked, batches, halves, matrices, runtime, workers
+from onnxrank import baked, batches, halves, matrices, workers
 from onnxrank import model as files
 from onnxrank.contract import stored_contract
-from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
+from onnxrank.errors import ModelError, UsageError
 from onnxrank.feeds import Known
 from onnxrank.values import CANDIDATES
-from onnxrank.verify import sizes, structure, tables
+from onnxrank.verify import preflight, sessions, sizes, tables
+from onnxrank.verify.comparing import compare
 from onnxrank.verify.condition import Condition
 from onnxrank.verify.emptiness import Emptiness
-from onnxrank.verify.inputs import ORDINARY
 from onnxrank.verify.judge import Sample
-from onnxrank.verify.options import LEVELS, Options
-from onnxrank.verify.pairing import Terms, bind, terms
+from onnxrank.verify.options import Options
+from onnxrank.verify.pairing import Terms, bind
 from onnxrank.verify.points import Point, generate, weight
-from onnxrank.verify.reach import MOST_BYTES, Reach, lacks_memory
+from onnxrank.verify.reach import MOST_BYTES, Reach
 from onnxrank.verify.relations import relate
-from onnxrank.verify.report import Report, Severity
+from onnxrank.verify.report import Report
 from onnxrank.verify.requests import several
-from onnxrank.verify.side import MODEL, Side, open_both, run_both
+from onnxrank.verify.side import MODEL, Side
 from onnxrank.verify.sizes import Span
 from onnxrank.verify.verdicts import Verdicts
-from onnxrank.verify.words import count, sentence, worst
-from onnxrank.workers import Crashed, Outputs
+from onnxrank.verify.words import sentence, worst
+from onnxrank.workers import Crashed
 
 Progress = Callable[[str], None]
-_TRUTH = "float64"
 
 
 def verify(
@@ -141,20 +138,12 @@ class Engine:
     def run(self) -> Report:
         """Does everything."""
         start = time.monotonic()
-        self._open_ahead()
+        sessions.begin(self)
         self.say("reading the contract")
-        self._not_swapped()
-        self._limits_known()
-        found = self._terms()
+        found = preflight.agreed(self)
         self.roles = found.roles
         self.binding = bind(self.original.proto, self.optimized.proto, found.roles)
-        self._environment()
-        fed = structure.inspect(self.original.loaded, self.optimized.loaded, self.binding, self.report)
-        self._tables()
-        self._trusted_rows()
-        self.say("checking the structure")
-        loads = self._check() and fed
-        if loads:
+        if preflight.comparable(self):
             self._compare(found)
         self._explain()
         self.report.settle("structure", True)
@@ -171,10 +160,10 @@ class Engine:
         except ModelError as e:
             if self.options.data is None:
                 raise
-            self._only_recorded(str(e))
-        self._find_precision()
-        self.truth = self._open_truth()
-        if not self.compare(self.points):
+            self.only_recorded(str(e))
+        sessions.find_precision(self)
+        self.truth = sessions.open_truth(self)
+        if not compare(self, self.points):
             return
         self.verdicts.measure()
         self.say("permuting, dropping and changing candidates")
@@ -214,128 +203,7 @@ class Engine:
             self.say("cutting the models down")
             self.report.saved = save_failing(self, self.options.save_failing)
 
-    # --- before anything runs ----------------------------------------------------------------------------------------
-
-    def _not_swapped(self) -> None:
-        stored = stored_contract(self.original.proto) or {}
-        if stored.get("source_sha256") == self.optimized.loaded.sha256 != self.original.loaded.sha256:
-            names = [s.loaded.path or f"the {s.name} model" for s in self.sides]
-            raise UsageError(
-                f"The arguments are swapped: {names[0]} was made of {names[1]}, so the original is the latter and goes "
-                "first."
-            )
-
-    def _limits_known(self) -> None:
-        for what, limits in (("--rtol", self.options.rtol), ("--atol", self.options.atol)):
-            for name in limits:
-                if name is not None and name not in self.names:
-                    near = difflib.get_close_matches(name, self.names, 1)
-                    hint = f"Did you mean {near[0]!r}?" if near else f"They are {', '.join(map(repr, self.names[:8]))}."
-                    raise UsageError(f"{what} names {name!r}, which is no output of the original. {hint}")
-
-    def _terms(self) -> Terms:
-        o = self.options
-        original, optimized = self.original.proto, self.optimized.proto
-        found = terms(original, optimized, o.request, o.spec, o.roles)
-        for note in found.notes:
-            self.report.find("structure", "contract", f"{note[0].upper()}{note[1:]}.", "warning")
-        told = not (o.request or o.spec or o.roles) and found.source.startswith("told")
-        if told and all(r.level == "candidate" for r in found.roles.inputs.values()):
-            self.report.find(
-                "structure",
-                "contract",
-                "Nothing says that an input is the same for all candidates of a request, so all of them were varied. "
-                "Name such inputs with --request or --roles.",
-                "note",
-            )
-        self.report.contract = {"source": found.source, **found.roles.to_dict()}
-        return found
-
-    def _environment(self) -> None:
-        # The original's process is asked, so that a runtime that cannot be loaded is not met here.
-        about = self.original.call("available")
-        cuda = "cuda" in self.options.providers
-        self.report.environment = {
-            "onnxrank": self.report.version,
-            "onnxruntime": about["version"],
-            "providers": list(self.options.providers),
-            "available": about["providers"],
-            "tf32": ("on" if self.options.tf32 else "off") if cuda else "not used",
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        }
-
-    def _check(self) -> bool:
-        """ONNX's own checker on both; whether the second model is one."""
-        before = self._calmly(self.original, "check", key=MODEL)
-        after = self._calmly(self.optimized, "check", key=MODEL)
-        if before is None or after is None:
-            return False
-        if "error" in after:
-            severity: Severity = "warning" if "error" in before else "error"
-            self.report.find(
-                "structure",
-                "checker",
-                f"Not valid ONNX: {after['error']}",
-                severity,
-                model="optimized",
-            )
-            return severity != "error"
-        if "inference" in after and not before:
-            self.report.find(
-                "structure",
-                "checker",
-                f"Its declared types or shapes contradict each other: {after['inference']}",
-                model="optimized",
-            )
-        return True
-
-    def _tables(self) -> None:
-        """Compares embedding tables row by row."""
-        first, second = self.original.loaded, self.optimized.loaded
-        if structure.changes_precision(first.proto, second.proto):
-            return
-        self.changed, lost = tables.changed(first, second)
-        for c in self.changed:
-            self.report.find("structure", "tables", c.says, "warning", model="optimized")
-        if lost and not structure.made_of(first, second):
-            shown = ", ".join(map(repr, lost[:4])) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
-            what = "embedding table" if len(lost) == 1 else "embedding tables"
-            self.report.unseen.append(
-                f"rows of the {what} {shown} that no generated id met: the optimized model has none of its type, shape "
-                "and content"
-            )
-
-    def _trusted_rows(self) -> None:
-        """Tells of requests that the roles rule out although the second model takes them."""
-        if self.known is not None:  # by whoever rewrote the model, and put its guard there
-            return
-        whole = [
-            i.name
-            for i in self.binding.declared
-            if i.role.level != "candidate" and i.role.candidate_axis is not None
-            if (i.name, False) in self.binding.sources.values()
-        ]
-        if whole:
-            shown = ", ".join(map(repr, whole[:4])) + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
-            self.report.find(
-                "structure",
-                "contract",
-                "Calls whose rows differ where roles say that they are the same were not looked at: the optimized "
-                f"model takes all rows of {shown}.",
-                "note",
-            )
-
-    def _calmly(self, side: Side, do: str, **arguments: Any) -> Any:
-        """Has a model do something; a crash becomes a finding, and None is returned."""
-        try:
-            return side.call(do, **arguments)
-        except Crashed as e:
-            self._crash("structure", side, f"in {do}", e)
-            return None
-
-    def _crash(self, verdict: str, side: Side, doing: str, e: Crashed) -> None:
-        self.report.find(verdict, e.kind, f"The {side.name} model made its process fail {doing}: {e}.", model=side.name)
+    # --- what is served ----------------------------------------------------------------------------------------------
 
     def _study(self, found: Terms) -> Known:
         """What a study of the original finds of its inputs."""
@@ -392,72 +260,11 @@ class Engine:
         shown = ", ".join(f"{sizes.name_of(s)} = {n}" for s, n in self.usual.items())
         return f" with {shown}" if shown else ""
 
-    # --- sessions ----------------------------------------------------------------------------------------------------
+    # --- findings ----------------------------------------------------------------------------------------------------
 
-    def _open_ahead(self) -> None:
-        """Has sessions made while the rest is done, where it is known which and where they fit into memory."""
-        if not any(s.large or runtime.has_half(s.proto) for s in self.sides):
-            for side in self.sides:
-                open_ahead(side, self.options)
-
-    def session(self, provider: str, level: str) -> dict[str, Any]:
-        """How a session is made."""
-        return _session(self.options, provider, level, self.precision)
-
-    def _open(self, provider: str, level: str) -> bool:
-        """Makes a session of each model; whether the second model loads."""
-        how = self.session(provider, level)
-        where = f"({provider}, optimisations {level})"
-        first, second = open_both(self.sides, f"{provider}/{level}", **how)
-        if isinstance(first, Crashed):
-            self._crash("rounding", self.original, f"while it was loaded {where}", first)
-            return False
-        if isinstance(first, ModelError):
-            raise ModelError(f"The original does not load {where}: {first}.") from first
-        if isinstance(second, Crashed):
-            self._crash("structure", self.optimized, f"while it was loaded {where}", second)
-            return False
-        if isinstance(second, ModelError):
-            message = f"onnxruntime does not load it {where}: {second}"
-            self.report.find("structure", "runtime", message, model="optimized")
-            return False
-        for trouble in (first, second):
-            if trouble is not None:
-                raise trouble
-        return True
-
-    def _find_precision(self) -> None:
-        """Models with 16-bit floats that the runtime has no kernels for here are compared in float32.
-
-        That is told by the original: where it runs as it is, the other one must run as it is too.
-        """
-        if not any(runtime.has_half(s.proto) for s in self.sides):
-            return
-        how = {"provider": self.options.providers[0], "level": "disabled"}
-        for side in self.sides:
-            try:
-                side.open("try", precision="own", **how)
-                if side is self.original and runtime.has_half(side.proto):
-                    return
-            except Crashed:
-                return
-            except ModelError:
-                self.precision = "float"
-                self.report.find(
-                    "rounding",
-                    "precision",
-                    "onnxruntime has no 16-bit kernels here for these models: they were compared in float32.",
-                    "note",
-                )
-                return
-
-    def _open_truth(self) -> bool:
-        """Makes float64 sessions of both models; whether there are such."""
-        for side, trouble in zip(self.sides, open_both(self.sides, _TRUTH, precision="double"), strict=True):
-            if trouble is not None:
-                self.no_truth(side, trouble)
-                return False
-        return True
+    def crashed(self, verdict: str, side: Side, doing: str, e: Crashed) -> None:
+        """Tells that a model's process ended or hung."""
+        self.report.find(verdict, e.kind, f"The {side.name} model made its process fail {doing}: {e}.", model=side.name)
 
     def no_truth(self, side: Side, e: Exception) -> None:
         """Does without float64, and tells why: what a model says against it."""
@@ -470,116 +277,8 @@ class Engine:
             "warning",
         )
 
-    # --- comparing ---------------------------------------------------------------------------------------------------
-
-    def compare(self, points: Sequence[Point]) -> bool:
-        """Runs both models everywhere and judges what they give; whether the second model loads everywhere."""
-        theirs = {o.name for o in self.optimized.proto.graph.output}
-        self.shared = [n for n in self.names if n in theirs]
-        if not self.shared:
-            return False
-        truths = self._run_truth(points)
-        for provider in self.options.providers:
-            for level in LEVELS:
-                self.say(f"comparing on {provider}, optimisations {level}")
-                if not self._open(provider, level):
-                    return False
-                self._run_level(points, provider, level, truths)
-                for side in self.sides:
-                    side.spare(f"{provider}/{level}")
-        return True
-
-    def _run_truth(self, points: Sequence[Point]) -> list[tuple[Outputs, Outputs] | None]:
-        if not self.truth:
-            return [None] * len(points)
-        self.say("comparing in float64")
-        first, second = run_both(self.sides, _TRUTH, [[p.feed for p in points], [p.bound for p in points]], self.shared)
-        for side, answers in zip(self.sides, (first, second), strict=True):
-            why = next(
-                (a for p, a in zip(points, answers, strict=True) if isinstance(a, ModelError) and p.candidates > 1),
-                None,
-            )
-            if why is not None:
-                self.no_truth(side, why)
-                return [None] * len(points)
-        return list(zip(first, second, strict=True))
-
-    def _run_level(
-        self, points: Sequence[Point], provider: str, level: str, truths: Sequence[tuple[Outputs, Outputs] | None]
-    ) -> None:
-        feeds = [[p.feed for p in points], [p.bound for p in points]]
-        first, second = run_both(self.sides, f"{provider}/{level}", feeds, self.shared)
-        if not self._trusted(first, truths):
-            truths = [None] * len(points)
-        where = f"({provider}, optimisations {level})"
-        for p, a, b, t in zip(points, first, second, truths, strict=True):
-            if isinstance(a, ModelError):
-                self._original_fails(p, a, b, where)
-                continue
-            if isinstance(b, Crashed):
-                doing = f"with {p.candidates} candidates and {p.inputs} inputs {where}"
-                self._crash("rounding", self.optimized, doing, b)
-                continue
-            if isinstance(b, ModelError):
-                if not p.candidates and self.emptiness.excused(p, b, provider):
-                    continue
-                self.report.find(
-                    "rounding",
-                    "run",
-                    f"It does not run where the original does (N = {p.candidates}, {p.inputs} inputs) {where}: {b}",
-                    model="optimized",
-                )
-                continue
-            pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
-            for k in self.shared:
-                if p.candidates == 0 and self.emptiness.vacuous(k, a[k], b[k]):
-                    continue
-                truth = pair[0][k] if pair is not None else None  # type: ignore[index]
-                raised = pair[1][k] if pair is not None else None  # type: ignore[index]
-                self.samples.append(
-                    Sample(provider, level, p.inputs, p.candidates, p.seed, k, a[k], b[k], truth, raised, p.request)
-                )
-
-    def _trusted(self, own: Sequence[Outputs], truths: Sequence[tuple[Outputs, Outputs] | None]) -> bool:
-        """Whether float64 gives the shapes that the runtime gives, as kernels of the reference evaluator may not."""
-        for a, t in zip(own, truths, strict=True):
-            if self.truth and isinstance(a, dict) and t is not None and isinstance(t[0], dict):
-                odd = next((k for k in self.shared if a[k].shape != t[0][k].shape), None)
-                if odd is not None:
-                    shapes = f"{list(t[0][odd].shape)}, where onnxruntime gives {list(a[odd].shape)}"
-                    self.no_truth(self.original, ModelError(f"{odd!r} would have the shape {shapes}"))
-        return self.truth
-
-    def _original_fails(self, p: Point, why: ModelError, other: Outputs, where: str) -> None:
-        if p.candidates > 1 and p.inputs == ORDINARY:
-            if isinstance(why, Crashed):
-                self._crash("rounding", self.original, f"with {p.candidates} candidates {where}", why)
-                return
-            if self.options.data is not None:
-                self._only_recorded(str(why))
-                return
-            if lacks_memory(why):
-                raise EnvironmentProblem(
-                    f"The original needs more memory for {p.candidates} candidates than its process may use: name "
-                    "smaller numbers with --candidates, or allow it more with --memory."
-                )
-            raise ModelError(
-                f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its "
-                "own, give their range in a roles file."
-            )
-        dies = isinstance(why, Crashed)
-        runs = "" if isinstance(other, ModelError) else " (the optimized model does)"
-        how = f"makes onnxruntime fail ({why})" if dies else "does not run"
-        self.report.find(
-            "rounding",
-            "original",
-            f"The original {how} with {count(p.candidates)} and {p.inputs} inputs{runs}, so nothing was compared "
-            "there.",
-            "warning" if dies else "note",
-            model="original",
-        )
-
-    def _only_recorded(self, why: str) -> None:
+    def only_recorded(self, why: str) -> None:
+        """Tells that the original runs on recorded requests only."""
         self.report.find(
             "rounding",
             "original",
@@ -587,21 +286,6 @@ class Engine:
             "warning",
             model="original",
         )
-
-
-def open_ahead(side: Side, options: Options) -> None:
-    """Has the sessions of a model made that it is compared in, without anybody waiting; what takes longest first."""
-    optimised = [(provider, LEVELS[-1]) for provider in options.providers]
-    others = [(provider, level) for provider in options.providers for level in LEVELS[:-1]]
-    for provider, level in optimised:
-        side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
-    side.ahead(_TRUTH, precision="double")
-    for provider, level in others:
-        side.ahead(f"{provider}/{level}", **_session(options, provider, level, "own"))
-
-
-def _session(options: Options, provider: str, level: str, precision: str) -> dict[str, Any]:
-    return {"provider": provider, "level": level, "precision": precision, "tf32": options.tf32}
 
 
 def failing_points(engine: Engine, model: ModelProto) -> bool:

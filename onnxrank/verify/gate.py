@@ -11,9 +11,10 @@ from onnxrank.feeds import Known
 from onnxrank.model import LoadedModel
 from onnxrank.report import Comparison
 from onnxrank.roles import Roles
-from onnxrank.verify.engine import Engine, open_ahead
+from onnxrank.verify.engine import Engine
 from onnxrank.verify.options import Options
 from onnxrank.verify.report import Report
+from onnxrank.verify.sessions import open_ahead
 from onnxrank.verify.side import Side
 from onnxrank.verify.sizes import Span
 

@@ -13,7 +13,7 @@ from onnxrank import batches
 from onnxrank.errors import ModelError
 from onnxrank.feeds import Feed
 from onnxrank.model import LoadedModel
-from onnxrank.verify import compare, inputs, judge
+from onnxrank.verify import compare, inputs, judge, sessions
 from onnxrank.verify.inputs import ORDINARY
 from onnxrank.verify.options import LEVELS
 from onnxrank.verify.report import Case, Place
@@ -69,7 +69,7 @@ class _Several:
         """Compares at every number of requests: in float64 where that can be, and as it is served."""
         for level in dict.fromkeys([_TRUTH if self.engine.truth else LEVELS[0], LEVELS[-1]]):
             self.level = level
-            how = {"precision": "double"} if level == _TRUTH else self.engine.session(self.provider, level)
+            how = {"precision": "double"} if level == _TRUTH else sessions.settings(self.engine, self.provider, level)
             self.side.open(self._session, **how)
             self._run()
 

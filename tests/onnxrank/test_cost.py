@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxrank import cost
-from onnxrank.facts import Facts
+from onnxrank.facts import Facts, derive
 
 
 def shapes(known: Mapping[str, tuple[int, ...]], **types: int) -> cost.Shapes:
@@ -37,6 +40,7 @@ def bill(op: str, known: Mapping[str, tuple[int, ...]], inputs: int, outputs: in
         ("Expand", {"x": (1, 64), "y": (512, 64)}, 1, {}, "expand", 512),
         ("Transpose", {"x": (512, 64), "y": (64, 512)}, 1, {}, "transpose", 512 * 64),
         ("Transpose", {"x": (512, 4, 8), "y": (4, 512, 8)}, 1, {"perm": [1, 0, 2]}, "exchange", 512 * 4),
+        ("Transpose", {"x": (512, 4, 2), "y": (4, 512, 2)}, 1, {"perm": [1, 0, 2]}, "transpose", 512 * 4),
         ("Transpose", {"x": (512, 4, 8), "y": (8, 4, 512)}, 1, {}, "permute", 512 * 32),
         ("Transpose", {"x": (512, 4, 8), "y": (8, 512, 4)}, 1, {"perm": [2, 0, 1]}, "transpose", 512 * 32),
         ("Transpose", {"x": (8, 512, 4, 2), "y": (4, 512, 2, 8)}, 1, {"perm": [2, 1, 3, 0]}, "permute", 512 * 64),
@@ -195,3 +199,29 @@ def test_times_do_not_depend_on_the_order_of_the_nodes() -> None:
         for order in (nodes, nodes[::-1], sorted(nodes, key=lambda n: n.output[0]))
     }
     assert len(times) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("a = Add(x, m)", 0.5),
+        ("a = Where(half, x, far)", 0.25),
+        ("a = Add(x, x)", 0.0),
+        ("s = Add(x, m) t = ReduceMax<axes=[1], keepdims=1>(s) l = Sub(t, sixty) a = Max(s, l)", 0.0),
+    ],
+)
+def test_a_softmax_of_masked_scores_is_billed_for_denormal_weights(text: str, share: float) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,8] x, float[N,8] hidden) => (float[N,8] y)'
+        f"{{ m = Mul(hidden, far) {text} y = Softmax<axis=-1>(a) }}"
+    )
+    half = np.array([[1, 1, 1, 0, 1, 1, 1, 0]], bool)
+    for name, data in {"far": np.float32(-1e9), "sixty": np.float32(60), "half": half}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(data), name))
+    inputs = {"x": ((1, ("N",)), (8, ())), "hidden": ((1, ("N",)), (8, ()))}
+    known = cost.shapes_of(model, derive(model, inputs, None), inputs, 512, None)
+    (billed,) = [cost.billed(n, known) for n in model.graph.node if n.op_type == "Softmax"]
+    assert billed.denormals == round(512 * 8 * share)
+    free = replace(billed, denormals=0)
+    extra = cost.CPU.seconds(billed) - cost.CPU.seconds(free)
+    assert extra == pytest.approx(billed.denormals * cost.CPU.denormal, abs=1e-12)

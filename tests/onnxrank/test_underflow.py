@@ -134,3 +134,13 @@ def test_few_scores() -> None:
     """One request of few scores costs less than the nodes that bound them."""
     assert "ReduceMax" not in operators(rewritten(attention(), request=["hidden"], candidates=1).model)
     assert underflow.NAME not in rules(rewritten(attention(), request=["hidden"], candidates=1))
+
+
+def test_alone() -> None:
+    """A model of which next to nothing can be made once is predicted to be faster for its bounds, and is rewritten."""
+    g = Graph(17)
+    scores, hidden = g.input("scores", ["N", 200]), g.input("hidden", ["N", 200])
+    x = g.op("Add", scores, g.op("Mul", hidden, g.const(-1e9)))
+    g.output(g.op("Mul", g.op("Softmax", x, axis=-1), g.const(2.0)), ["N", 200])
+    result = onnxrank.optimize(g.model(), request=["hidden"], candidates=512)
+    assert result.changed and bounded(result)

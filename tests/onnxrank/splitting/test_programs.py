@@ -103,7 +103,7 @@ def _every_state(job: Job, feed: Feed) -> Iterator[tuple[frozenset[int], int, fl
         if any(nodes[k][0] & made for k in inside):
             continue
         state = (wanted.union(*(nodes[k][0] for k in late)) & request) - made
-        seconds = sum(max(job._seconds(k, job._shapes), FREE) for k in late)
+        seconds = sum(max(job.estimates.seconds(k, job.estimates.usual), FREE) for k in late)
         yield frozenset(inside), sum(values[name].nbytes for name in state), seconds
 
 
@@ -121,14 +121,14 @@ def _smallest(seed: int, steps: int) -> None:
     alone = {n for n, role in job.roles.inputs.items() if role.level == "request"}
     feed = {n: parts[n] if n in alone or n not in whole else whole[n] for n in job.roles.inputs}
     every = list(_every_state(job, feed))
-    mine = {job.levels.request[k] for k in job.cut.request}
+    mine = {job.levels.request[k] for k in job.state.cut.request}
     ((own, spent),) = ((size, seconds) for inside, size, seconds in every if inside == mine)
-    assert own == job.cut.bytes
+    assert own == job.state.cut.bytes
     assert own <= 1.05 * min(size for _, size, seconds in every if seconds <= spent)
     least = min(size for _, size, _ in every)
     # Where bytes decide alone, no division has fewer.
     try:
-        small = Job(result, Options(most=1)).cut.bytes
+        small = Job(result, Options(most=1)).state.cut.bytes
     except UsageError as e:
         assert f"it has {least} at least" in str(e)
     else:

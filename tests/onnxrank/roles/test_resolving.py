@@ -1,97 +1,25 @@
-"""Roles from patterns, roles files and recorded requests, and every error on the way."""
+"""Roles from patterns and roles files over declared inputs, and every error on the way."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto
+from rolekit import OPEN, info, levels
 
-from onnxrank import errors
 from onnxrank.errors import ModelError, UsageError
 from onnxrank.roles import (
     InputInfo,
     InputRole,
-    Roles,
     ValueRange,
     check_positions,
-    format_ranges,
-    infer,
-    load_spec,
-    parse_ranges,
     resolve,
 )
 
-Dim = int | str | None
-
-
-def info(name: str, *dims: Dim, dtype: int = TensorProto.FLOAT) -> InputInfo:
-    return InputInfo(name, dtype, dims)
-
-
 TWO = [info("user_age", "b0", 1), info("user_ids", "b1", 4, dtype=TensorProto.INT64), info("item", "b2", 8)]
 PACKED = [info("X", "N", 21)]
-
-
-def levels(roles: Roles) -> dict[str, str]:
-    return {name: role.level for name, role in roles.inputs.items()}
-
-
-# --- errors ------------------------------------------------------------------------------------------------
-
-
-def test_exit_codes() -> None:
-    codes = {
-        errors.OnnxrankError: 70,
-        errors.CheckFailed: 1,
-        errors.UsageError: 2,
-        errors.ModelError: 3,
-        errors.EnvironmentProblem: 4,
-        errors.NothingApplied: 5,
-    }
-    assert all(cls.exit_code == code and issubclass(cls, errors.OnnxrankError) for cls, code in codes.items())
-
-
-# --- ranges ------------------------------------------------------------------------------------------------
-
-
-def test_ranges() -> None:
-    assert format_ranges((0, 1, 2, 20)) == "0:3,20"
-    assert parse_ranges("0:3,20") == (0, 1, 2, 20)
-    assert parse_ranges(" 20, 1 : 3 ,2") == (1, 2, 20)
-
-
-@given(st.sets(st.integers(0, 300), min_size=1))
-def test_ranges_round_trip(positions: set[int]) -> None:
-    assert parse_ranges(format_ranges(list(positions))) == tuple(sorted(positions))
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "not a list of positions"),
-        ("1,", "not a list of positions"),
-        ("-1", "not a list of positions"),
-        (":3", "not a list of positions"),
-        ("0-3", "not a list of positions"),
-        ("²", "not a list of positions"),
-        ("3:3", "empty"),
-        ("5:3", "empty"),
-        ("0:99999999999", "limit"),
-    ],
-)
-def test_bad_ranges(text: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        parse_ranges(text)
-
-
-# --- patterns ----------------------------------------------------------------------------------------------
 
 
 def test_glob() -> None:
@@ -158,9 +86,6 @@ def test_pattern_errors(infos: Sequence[InputInfo], request_: Sequence[str], say
         resolve(infos, request=request_)
 
 
-# --- inputs that speak for themselves, and models that cannot ---------------------------------------------
-
-
 def test_one_row_inputs() -> None:
     infos = [
         info("user", 1, 8),
@@ -219,9 +144,6 @@ def test_one_row_ranges() -> None:
 def test_model_errors(infos: Sequence[InputInfo], kwargs: Any, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         resolve(infos, **kwargs)
-
-
-# --- the roles file ----------------------------------------------------------------------------------------
 
 
 def test_spec() -> None:
@@ -370,241 +292,6 @@ def test_contradictory(request_: Sequence[str], name: str, entry: Any, says: str
 def test_contradictory_within_the_file() -> None:
     with pytest.raises(UsageError, match=r"contradictory.*by request in the roles file and candidate-level by inputs"):
         resolve(PACKED, spec={"request": ["X[0]"], "inputs": {"X": "candidate"}})
-
-
-# --- reading the file --------------------------------------------------------------------------------------
-
-YAML = """
-request: ["user_*"]
-inputs:
-  X: {request: 1:13, ranges: {1:3: [0, 50], 20: [0, 1.5]}}
-  items: &c {level: candidate}
-  more: *c
-"""
-
-
-def test_load_spec(tmp_path: Path) -> None:
-    path = tmp_path / "roles.yaml"
-    path.write_text(YAML)
-    spec = load_spec(path)
-    assert spec["inputs"]["X"] == {"request": "1:13", "ranges": {"1:3": [0, 50], 20: [0, 1.5]}}
-    as_json = tmp_path / "roles.JSON"
-    as_json.write_text(json.dumps(spec))
-    assert load_spec(str(as_json))["inputs"]["more"] == {"level": "candidate"}
-    infos = [info("user_a", "N"), info("X", "N", 21), info("items", "N"), info("more", "N")]
-    assert resolve(infos, spec=load_spec(as_json)) == resolve(infos, spec=spec)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        (
-            "r.yaml",
-            "",
-            "r.yaml: a mapping with the keys inputs, request, candidate_axis is expected, not nothing",
-        ),
-        ("r.yaml", "- a", "is expected, not list"),
-        ("r.yaml", "a: [", "r.yaml is not valid YAML"),
-        ("r.yaml", "a: 1\n--- \nb: 2", "r.yaml is not valid YAML"),
-        ("r.yaml", "inputs: {X: request, X: candidate}", "r.yaml is contradictory: 'X' stands there twice"),
-        ("r.yaml", "request: [" + "[" * 5000, "not valid YAML"),
-        ("r.yaml", "levels: 3", "r.yaml: unknown key 'levels'"),
-        ("r.yaml", "inputs: {X: {axis: a}}", "r.yaml: input 'X': axis must be an integer"),
-        ("r.json", "{", "r.json is not valid JSON"),
-        ("r.json", '{"inputs": {"X": "request", "X": "candidate"}}', "r.json is contradictory"),
-        ("r.json", "[1]", "is expected, not list"),
-    ],
-)
-def test_load_spec_errors(tmp_path: Path, name: str, text: str, says: str) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(UsageError, match=says):
-        load_spec(path)
-
-
-def test_load_spec_unreadable(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.yaml cannot be read: No such file"):
-        load_spec(tmp_path / "none.yaml")
-    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(UsageError, match=r"bin\.yaml is not UTF-8"):
-        load_spec(tmp_path / "bin.yaml")
-
-
-# --- storing -----------------------------------------------------------------------------------------------
-
-POSITIONS = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))
-NUMBERS = st.floats(-1e9, 1e9)
-RANGES = st.builds(ValueRange, low=NUMBERS, high=NUMBERS, positions=st.none() | POSITIONS)
-ROLES = st.builds(
-    InputRole,
-    name=st.text(min_size=1),
-    level=st.sampled_from(["request", "candidate", "mixed"]),
-    candidate_axis=st.none() | st.integers(0, 3),
-    axis=st.none() | st.integers(0, 3),
-    request=st.just(()) | POSITIONS,
-    record=st.none() | st.integers(1, 99),
-    ranges=st.lists(RANGES, max_size=3).map(tuple),
-)
-
-
-@given(st.lists(ROLES, unique_by=lambda role: role.name))
-def test_dict_round_trip(items: list[InputRole]) -> None:
-    roles = Roles({role.name: role for role in items})
-    text = json.dumps(roles.to_dict(), sort_keys=True)
-    back = Roles.from_dict(json.loads(text))
-    assert back == roles
-    assert list(back.inputs) == list(roles.inputs)
-    assert json.dumps(back.to_dict(), sort_keys=True) == text
-
-
-@pytest.mark.parametrize(
-    "stored",
-    [
-        {},
-        [],
-        {"inputs": 3},
-        {"inputs": ["x"]},
-        {"inputs": [{"name": "x"}]},
-        {"inputs": [{"name": "x", "level": "user", "candidate_axis": 0}]},
-        {"inputs": [{"name": "x", "level": "mixed", "candidate_axis": 0, "request": "no"}]},
-    ],
-)
-def test_from_dict_errors(stored: Any) -> None:
-    with pytest.raises(ModelError, match="stored roles cannot be read"):
-        Roles.from_dict(stored)
-
-
-# --- recorded requests -------------------------------------------------------------------------------------
-
-INFOS = [
-    info("user", "N", 3, dtype=TensorProto.INT64),
-    info("X", "N", 4),
-    info("item", "N", dtype=TensorProto.INT32),
-    info("table", 5, 2),
-]
-
-
-def recorded() -> dict[str, np.ndarray[Any, Any]]:
-    """Three requests of 3, 2 and 1 rows, not in order."""
-    ids = np.array([7, 3, 7, 7, 3, 9])
-    x = np.arange(24, dtype=np.float32).reshape(6, 4)
-    x[:, 0] = ids
-    x[:, 2] = np.where(ids == 7, np.nan, 1)
-    user = np.stack([ids, ids + 1, ids * 0], axis=1)
-    return {"request_id": ids, "user": user, "X": x, "item": np.array([4, 9, 2, 3, 8, 5], np.int32)}
-
-
-def test_infer() -> None:
-    roles, notes = infer(INFOS, recorded())
-    assert levels(roles) == {"user": "request", "X": "mixed", "item": "candidate", "table": "request"}
-    assert roles.inputs["X"] == InputRole("X", "mixed", 0, axis=1, request=(0, 2))
-    assert roles.inputs["item"].ranges == (ValueRange(2, 10, None),)
-    assert roles.inputs["user"].ranges == (
-        ValueRange(3, 10, (0,)),
-        ValueRange(4, 11, (1,)),
-        ValueRange(0, 1, (2,)),
-    )
-    assert roles.inputs["table"].candidate_axis is None
-    assert notes == [
-        "user: request-level (constant within each of 3 requests); values in [0, 11)",
-        "X: columns 0,2 request-level (constant within each of 3 requests), others candidate-level",
-        "item: candidate-level; values in [2, 10)",
-        "table: request-level (one row per request by its shape)",
-    ]
-
-
-def test_infer_one_request() -> None:
-    data = {"u": np.array([[np.nan], [np.nan]]), "x": np.array([[1.0, 5], [2, 5]])}
-    roles, notes = infer([info("u", "N", 1), info("x", "N", 2)], data)
-    assert levels(roles) == {"u": "request", "x": "mixed"}
-    assert notes[0] == "u: request-level (constant over the only request)"
-    assert notes[1].endswith("; columns 1 constant over the only request")
-
-
-def test_infer_constant_over_the_file() -> None:
-    data = {"u": np.ones(4), "x": np.arange(4.0), "request_id": np.array([["a"], ["a"], ["b"], ["b"]])}
-    roles, notes = infer([info("u", "N"), info("x", "N")], data)
-    assert roles.request_names() == ("u",)
-    assert notes[0] == "u: request-level (constant over all 2 requests)"
-
-
-def test_infer_never_splits_other_than_matrices() -> None:
-    data = {"h": np.zeros((2, 2, 2), np.int64), "u": np.zeros(2)}
-    data["h"][1, 1, 1] = 1
-    roles, _ = infer([info("h", "N", 2, 2, dtype=TensorProto.INT64), info("u", "N")], data)
-    assert roles.inputs["h"] == InputRole("h", "candidate", 0, ranges=(ValueRange(0, 2, None),))
-
-
-def change(**arrays: np.ndarray[Any, Any] | None) -> Mapping[str, np.ndarray[Any, Any]]:
-    data = {**recorded(), **arrays}
-    return {name: array for name, array in data.items() if array is not None}
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (change(user=None, item=None), "no key for input 'user', 'item'"),
-        (change(usr=np.zeros(6)), "the key 'usr', which is no input. The inputs are 'user'"),
-        (change(item=np.zeros(5, np.int32)), "differ in their number of rows.*'item' 5"),
-        (change(request_id=np.zeros(5)), "differ in their number of rows.*'request_id' 5"),
-        (change(request_id=np.zeros((6, 2))), r"request_id .* shape \[6, 2\]"),
-        (change(request_id=np.array(3)), "request_id .* shape"),
-        (change(X=np.zeros((6, 5))), r"'X' \(float\[N, 4\]\) has the shape \[6, 5\]"),
-        (change(item=np.zeros((6, 1), np.int32)), r"'item' .* has the shape \[6, 1\]"),
-        (change(item=np.array(3)), r"'item' .* has the shape \[\]"),
-        (change(item=np.zeros(6)), "'item' holds float64 values; the input takes integers"),
-        (change(request_id=np.arange(6)), "no request with two rows"),
-    ],
-)
-def test_infer_data_errors(data: Mapping[str, np.ndarray[Any, Any]], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        infer(INFOS, data)
-
-
-def test_infer_undecided() -> None:
-    infos = [info("u", "N"), info("x", "N"), info("flag")]
-    with pytest.raises(UsageError, match="No input and no column is constant"):
-        infer(infos, {"u": np.arange(3.0), "x": np.arange(3.0)})
-    with pytest.raises(UsageError, match="Every input is constant within every request"):
-        infer(infos, {"u": np.ones(3), "x": np.ones(3)})
-
-
-def test_infer_unusable_model() -> None:
-    with pytest.raises(ModelError, match="dynamic rank"):
-        infer([InputInfo("x", TensorProto.FLOAT, None)], {"x": np.zeros(2)})
-    with pytest.raises(ModelError, match="static batch"):
-        infer([info("x", 4, 2)], {"x": np.zeros((4, 2))})
-    with pytest.raises(ModelError, match="static batch"):
-        infer([info("x", 4, "L")], {"x": np.array([[1, 2], [1, 3], [1, 4], [1, 5]])})
-
-
-# --- axes without a fixed extent ---------------------------------------------------------------------------
-
-OPEN = [info("hist", "N", "L", dtype=TensorProto.INT64), info("item", "N", dtype=TensorProto.INT64)]
-
-
-def open_recording(shared: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Three requests of four candidates; histories of 20, of which so many columns are the request's."""
-    rng = np.random.default_rng(0)
-    hist = np.repeat(rng.integers(0, 100, (3, 20)), 4, axis=0)
-    hist[:, shared:] = rng.integers(0, 100, (12, 20 - shared))
-    return {"hist": hist, "item": rng.integers(5, 50, 12), "request_id": np.repeat(np.arange(3), 4)}
-
-
-def test_infer_with_a_symbolic_length() -> None:
-    """The ranges of one recording's columns say nothing of a history that is longer."""
-    data = open_recording(20)
-    roles, notes = infer(OPEN, data)
-    low, high = int(data["hist"].min()), int(data["hist"].max()) + 1
-    assert roles.inputs["hist"] == InputRole("hist", "request", 0, ranges=(ValueRange(low, high),))
-    assert notes[0] == f"hist: request-level (constant within each of 3 requests); values in [{low}, {high})"
-
-
-def test_infer_columns_of_a_symbolic_axis_do_not_count() -> None:
-    data = open_recording(10) | {"user": np.repeat(np.arange(3), 4)}
-    roles, notes = infer([*OPEN, info("user", "N", dtype=TensorProto.INT64)], data)
-    assert levels(roles) == {"hist": "candidate", "item": "candidate", "user": "request"}
-    assert "axis 1 has no fixed extent, so that the constant columns 0:10 do not count" in notes[0]
 
 
 @pytest.mark.parametrize("hist", [info("hist", "N", "L"), info("hist", "N", None), info("hist", 1, "L")])

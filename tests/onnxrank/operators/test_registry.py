@@ -11,14 +11,14 @@ import pytest
 
 from onnxrank.operators import REGISTRY
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODULES = [p for f in ("onnxrank", "rules") for p in sorted((ROOT / f).rglob("*.py")) if p.parent.name != "operators"]
 NAMES = {s.name for s in onnx.defs.get_all_schemas()} | {name.rpartition("::")[2] for name in REGISTRY}
 NAMED = {
     "onnxrank/fused.py: SAVED": "what it writes out, each in its own way",
-    "onnxrank/layout.py: _NOT_TAKEN_IN": "what onnxruntime does behind nodes that were written",
+    "onnxrank/views.py: _NOT_TAKEN_IN": "what onnxruntime does behind nodes that were written",
     "onnxrank/loops.py: REDUCTIONS": "how the loops of EmbeddingBag reduce bags",
-    "onnxrank/cost.py: _ACTIVATIONS": "what onnxruntime makes a part of a product",
+    "onnxrank/epilogues.py: _ACTIVATIONS": "what onnxruntime makes a part of a product",
     "onnxrank/profiling/kernels.py: _CONTAINERS": "what onnxruntime times along with what is in it",
     "onnxrank/verify/truth.py: INEXACT": "of which onnxruntime has no exact float64 kernels",
     "rules/movement.py: _PICKS": "which linear maps behind them make the move rather than a copy",
