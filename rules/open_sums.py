@@ -30,6 +30,9 @@ from onnxrank.weights import Weights
 
 from . import fold
 
+_NARROW = 4
+"""Times that a matrix must be narrower than the products that it multiplies: others may have these made all the same."""
+
 
 def _is_vector(value: Value | Sum) -> bool:
     """Whether a value is a vector per candidate, not a matrix of a length that differs from request to request."""
@@ -213,7 +216,7 @@ def pulled(rw: Rewrite, x: Sum, axis: int, weight: Weights) -> list[Value] | Non
     codes = np.moveaxis(x.terms[0].codes, axis, -1).reshape(-1, extents(x.dims)[axis])[0]
     columns = np.flatnonzero(codes != rw.zero(x.dtype))
     found = rw.sources.of(codes[columns])
-    if len(found) != 1 or found[0].size != len(columns) or 4 * width > len(columns):
+    if len(found) != 1 or found[0].size != len(columns) or _NARROW * width > len(columns):
         return None
     opened = found[0].deferred
     if not isinstance(opened, Multiplicable):
