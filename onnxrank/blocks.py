@@ -229,6 +229,8 @@ class _Derivation:
             known = _along
         if known is None and traits(node) & Trait.IMAGES:
             known = _images
+        if known is None and entry is not None and entry.signature is not None:
+            known = _alone
         if known is None:
             raise self.unknown(node)
         numbers = _NUMBERS.get(operator(node), ())
@@ -335,6 +337,26 @@ def _along(site: _Site) -> Rows:
         raise site.fail()
     gone = 0 if len(site.sizes) == len(sizes) else sum(a < rows.axis for a in axes)
     return Rows(rows.axis - gone, rows.outer)
+
+
+def _alone(site: _Site) -> Rows:
+    """What works on some axes one by one, by its signature."""
+    entry = find(site.node)
+    assert entry is not None and entry.signature is not None
+    try:
+        signature = entry.signature(site.use)
+    except (Unproved, ArithmeticError, IndexError, TypeError, ValueError) as e:
+        raise Impossible(str(e)) from e
+    made = signature.outputs[list(site.node.output).index(site.output)]
+    found = []
+    for k, axes in enumerate(signature.inputs):
+        sizes, rows = site.operand(k)
+        if rows is not None:
+            axis = axes[rows.axis]
+            if signature.as_set or axis is None or axis not in made:
+                raise site.fail()
+            found.append(site.beside(sizes, rows, made.index(axis) - len(made)))
+    return site.agreed(found)
 
 
 def _images(site: _Site) -> Rows:

@@ -141,6 +141,7 @@ CPU = Target(
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
         "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
+        "trees": Rate(5e-6, 0.030e-9, mac=5.5e-9),
         "recurrent": Rate(2.5e-6, 0.030e-9, mac=0.30e-9),
     },
     call=9.7e-6,
@@ -320,6 +321,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
     written = _written(node, shapes)
+    if Trait.TREES in what:
+        return Bill("trees", written, 0, _macs(node, shape))
     if what & _COUNTED:
         macs = _macs(node, shape)
         if Trait.RECURRENT in what:
