@@ -31,7 +31,7 @@ from onnxrank.weights import Weights
 from . import fold
 
 _NARROW = 4
-"""Times that a matrix must be narrower than the products that it multiplies: others may have these made all the same."""
+"""Times that a matrix must be narrower than the products that it multiplies: others may have these made as well."""
 
 
 def _is_vector(value: Value | Sum) -> bool:
