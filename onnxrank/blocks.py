@@ -9,12 +9,13 @@ node, each by an identity of its own. What no rule knows cannot be scored in blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from onnxrank import cost
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
 from onnxrank.forms import Form
@@ -29,6 +30,8 @@ ROWS = f"{NAME}/rows"
 """Name of the constant that says how many candidates a block has at most."""
 _LEAST_OPSET = 13
 """Version of ONNX from which on axes of Unsqueeze are an input, as they are written here."""
+_LAUNCHES, _LAUNCHES_EACH = 20, 4
+"""Operators that a Scan costs as many as: with what tells the blocks, and for each of them."""
 _SMALL = 64
 """Entries of a constant that may be axes."""
 
@@ -93,6 +96,29 @@ def blocked(form: Form, rows: int) -> ModelProto:
     return _Writer(form, rows).run()
 
 
+def seconds(form: Form, rows: int, candidates: int) -> float:
+    """Predicted time of a result with its candidates in blocks.
+
+    Args:
+        form: How the model is rewritten.
+        rows: Candidates per block, at most.
+        candidates: The number of candidates.
+
+    Raises:
+        Impossible: A node takes in candidates together, or is not known not to.
+    """
+    parts, count = split(form), max(1, -(-candidates // rows))
+
+    def of(nodes: Sequence[NodeProto], n: int) -> float:
+        """Of some of the nodes, without that of a call."""
+        assert form.model is not None
+        part = GraphProto(node=nodes, output=form.model.graph.output)
+        return cost.seconds(part, replace(form.shapes(n), alike=cost.Alike())) - cost.CPU.call
+
+    once = of(parts.outside, candidates) + cost.CPU.call + cost.estimate(launches=_LAUNCHES)
+    return once + count * (of(parts.inside, -(-candidates // count)) + cost.estimate(launches=_LAUNCHES_EACH))
+
+
 # --- that no node takes in candidates together -----------------------------------------------------------------------
 
 
@@ -108,9 +134,9 @@ class _Derivation:
     """
 
     def __init__(self, form: Form) -> None:
-        if form.model is None or form.facts is None:
+        if form.model is None:
             raise Impossible("nothing was rewritten")
-        self.model, self.facts = form.model, form.facts
+        self.model, self.facts = form.model, form.derived
         self.opsets = versions(self.model)
         self.stored = {t.name: t for t in self.model.graph.initializer}
         self.given = {
@@ -203,6 +229,8 @@ class _Derivation:
             known = _along
         if known is None and traits(node) & Trait.IMAGES:
             known = _images
+        if known is None and entry is not None and entry.signature is not None:
+            known = _alone
         if known is None:
             raise self.unknown(node)
         numbers = _NUMBERS.get(operator(node), ())
@@ -309,6 +337,26 @@ def _along(site: _Site) -> Rows:
         raise site.fail()
     gone = 0 if len(site.sizes) == len(sizes) else sum(a < rows.axis for a in axes)
     return Rows(rows.axis - gone, rows.outer)
+
+
+def _alone(site: _Site) -> Rows:
+    """What works on some axes one by one, by its signature."""
+    entry = find(site.node)
+    assert entry is not None and entry.signature is not None
+    try:
+        signature = entry.signature(site.use)
+    except (Unproved, ArithmeticError, IndexError, TypeError, ValueError) as e:
+        raise Impossible(str(e)) from e
+    made = signature.outputs[list(site.node.output).index(site.output)]
+    found = []
+    for k, axes in enumerate(signature.inputs):
+        sizes, rows = site.operand(k)
+        if rows is not None:
+            axis = axes[rows.axis]
+            if signature.as_set or axis is None or axis not in made:
+                raise site.fail()
+            found.append(site.beside(sizes, rows, made.index(axis) - len(made)))
+    return site.agreed(found)
 
 
 def _images(site: _Site) -> Rows:

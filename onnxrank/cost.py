@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, prod
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from onnxrank.epilogues import ProductSum, ShapeOf, behind_products
 from onnxrank.extents import evaluate
 from onnxrank.facts import Extent, Facts, constant_data
 from onnxrank.graphs import attribute, einsum_terms
@@ -27,17 +28,19 @@ _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 _LINE = 64
 """Bytes of a row up to which copying it takes as long as finding it."""
+_WORD = 8
+"""Bytes that a Transpose moves as one number."""
 CACHE = 1 << 20
 """Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
 WIDE = 512
 """Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
-ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 _GONE = ("Constant", "Identity")
-_ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh")
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
+MANY = 512
+"""Candidates that two ways to write the same nodes are compared for: of few, neither takes long."""
 _WIDTHS = {
     kind: helper.tensor_dtype_to_np_dtype(kind).itemsize
     for kind in TensorProto.DataType.values()
@@ -138,6 +141,7 @@ CPU = Target(
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
         "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
+        "trees": Rate(5e-6, 0.030e-9, mac=5.5e-9),
         "recurrent": Rate(2.5e-6, 0.030e-9, mac=0.30e-9),
     },
     call=9.7e-6,
@@ -175,21 +179,6 @@ class Runs:
 
     nodes: tuple[tuple[NodeProto, int], ...]
     sums: tuple[ProductSum, ...]
-
-
-@dataclass(frozen=True)
-class ProductSum:
-    """An addition right behind products, which a runtime makes part of one of them where what is added is a row.
-
-    Attributes:
-        products: First outputs of the products that nothing else reads.
-        node: The addition.
-        behind: The addition, and the activation right behind it, if there is one.
-    """
-
-    products: tuple[str, ...]
-    node: NodeProto
-    behind: tuple[NodeProto, ...]
 
 
 @dataclass(frozen=True)
@@ -332,6 +321,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         return Bill("free", launches=0)
     out = shape(node.output[0]) if node.output else None
     written = _written(node, shapes)
+    if Trait.TREES in what:
+        return Bill("trees", written, 0, _macs(node, shape))
     if what & _COUNTED:
         macs = _macs(node, shape)
         if Trait.RECURRENT in what:
@@ -359,7 +350,7 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
         run = prod(out[len(out) - still :])
         if run > 1:
-            return Bill("exchange", written, entries // run)
+            return transposed(written, shapes.width(node.output[0]) * run, entries // run)
         return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
     if Trait.FUNCTION in what:
         return Bill("power" if op == "Pow" else "function", written)
@@ -374,6 +365,17 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     if op == "Where":  # each side in a pass of its own, and both together in a third
         return Bill("where", written, spans)
     return Bill("broadcast", written, spans) if spans > 1 else Bill("elementwise", written)
+
+
+def transposed(written: int, run: int, runs: int) -> Bill:
+    """What a Transpose is billed for that leaves entries side by side.
+
+    Args:
+        written: Bytes.
+        run: Bytes that stay together.
+        runs: How often.
+    """
+    return Bill("exchange" if run > _WORD else "transpose", written, runs)
 
 
 def _products(node: NodeProto, shape: ShapeOf) -> int:
@@ -575,7 +577,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
     if shapes.alike.runs is None:
         shapes.alike.runs = _runs_of(graph, shapes)
     runs = shapes.alike.runs
-    apart = [(node, 1) for found in runs.sums if not _adds_row(found, shapes) for node in found.behind]
+    apart = [(node, 1) for found in runs.sums if not found.adds_row(shapes.shape) for node in found.behind]
     for node, times in (*runs.nodes, *apart):
         bill = billed(node, shapes)
         yield bill if bill.launches else Bill("view"), times
@@ -583,7 +585,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
 
 def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
     """The nodes that run for a request."""
-    sums, activations = _behind_products(graph)
+    sums, activations = behind_products(graph)
     within = activations | {n.output[0] for found in sums for n in found.behind}
     found: dict[int, list[Any]] = {}
     running: set[str] = set()
@@ -597,40 +599,3 @@ def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
             found.setdefault(kind, [node, 0])[1] += 1
     counted = tuple((node, times) for node, times in found.values())
     return Runs(counted, tuple(s for s in sums if s.node.output[0] in running))
-
-
-def _behind_products(graph: GraphProto) -> tuple[list[ProductSum], set[str]]:
-    """Additions right behind products, and the first outputs of activations that are part of a product in any case."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for i in node.input:
-            readers.setdefault(i, []).append(node)
-    kept = {o.name for o in graph.output}
-
-    def only(node: NodeProto, operators: Collection[str]) -> NodeProto | None:
-        """The only reader of a node's result, if it is one of some operators."""
-        after = readers.get(node.output[0], [])
-        alone = len(after) == 1 and node.output[0] not in kept
-        return after[0] if alone and operator(after[0]) in operators else None
-
-    sums: dict[str, ProductSum] = {}
-    activations: set[str] = set()
-    for node in graph.node:
-        op = operator(node)
-        if op == "Gemm" and (after := only(node, _ACTIVATIONS)) is not None:
-            activations.add(after.output[0])
-        elif op == "MatMul" and (plus := only(node, ("Add",))) is not None:
-            after = only(plus, _ACTIVATIONS)
-            products = sums[plus.output[0]].products if plus.output[0] in sums else ()
-            behind = (plus,) if after is None else (plus, after)
-            sums[plus.output[0]] = ProductSum((*products, node.output[0]), plus, behind)
-    return list(sums.values()), activations
-
-
-def _adds_row(found: ProductSum, shapes: Shapes) -> bool:
-    """Whether what is added to a product is a row, so that a runtime adds it there."""
-    for product in found.products:
-        out = shapes.shape(product) or ()
-        if len(out) == 2 and any(prod(shapes.shape(i) or (0,)) == out[1] for i in found.node.input if i != product):
-            return True
-    return False

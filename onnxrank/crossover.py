@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from onnxrank import cost
 from onnxrank.forms import Form
-from onnxrank.joining import LAUNCHES, Count, joined
+from onnxrank.joining import LAUNCHES, NAME, Count, joined
 from onnxrank.plans import LEAVE, Alternative, Few, Measured
 from onnxrank.values import CANDIDATES
 
@@ -41,17 +41,18 @@ class Pair:
     many: Form
     below: int
 
-    def model(self, many: ModelProto | None = None) -> ModelProto | None:
+    def model(self, many: ModelProto | None = None, name: str = NAME) -> ModelProto | None:
         """Both in one model; None where that cannot be written.
 
         Args:
             many: What stands for the second one; its own model if None.
+            name: What the `If` is called.
         """
         many, count = many or self.many.model, where(self.many)
         if self.few.model is None or many is None or count is None:
             return None
         shapes = self.many.shapes
-        return joined(self.few.model, many, self.below, count, lambda name, n: shapes(n).shape(name))
+        return joined(self.few.model, many, self.below, count, lambda t, n: shapes(n).shape(t), name)
 
     def time(self, candidates: int) -> float:
         """Predicted seconds at a number of candidates."""

@@ -288,7 +288,7 @@ class Walk:
         if entry.move is not None:
             return transfers.moved(flow, entry.move(flow))
         found = next((transfer for trait, transfer in _BY_TRAIT if trait in entry.traits), None)
-        return None if found is None else found(flow)
+        return transfers.alone(flow) if found is None else found(flow)
 
     def _flow(self, node: NodeProto, entry: Operator) -> Flow:
         operands = [self.tensors.get(i) if i else None for i in node.input]

@@ -121,7 +121,8 @@ class Form:
     # --- asking ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _derived(self) -> Facts:
+    def derived(self) -> Facts:
+        """What is known of the tensors of the result, which may be the original with the result's signature."""
         assert self.model is not None
         study = self.study
         return derive(self.model, self.rewrite.input_extents(), study.loaded.folder, known=study.facts)
@@ -129,7 +130,7 @@ class Form:
     @property
     def facts(self) -> Facts | None:
         """What is known of the result's tensors; None where it does not differ from the original."""
-        return self._derived if self.changed else None
+        return self.derived if self.changed else None
 
     @property
     def changed(self) -> bool:
@@ -156,7 +157,7 @@ class Form:
         if candidates not in self._shapes:
             known = next(iter(self._shapes.values()), None)
             inputs = self.rewrite.input_extents()
-            made = known or cost.shapes_of(self.model, self._derived, inputs, candidates, self.study.loaded.folder)
+            made = known or cost.shapes_of(self.model, self.derived, inputs, candidates, self.study.loaded.folder)
             self._shapes[candidates] = made.at(candidates)
         return self._shapes[candidates]
 

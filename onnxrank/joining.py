@@ -22,6 +22,8 @@ from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
 """Name of the `If`, and what the names around it begin with."""
+TOGETHER = "onnxrank/together"
+"""Name of an `If` between candidates in one piece and in blocks, which may stand in the second branch of the other."""
 LAUNCHES = 10
 """Operators that the `If` costs as many as: its condition, itself, and the graph that it enters."""
 _LEAST_OPSET = 9
@@ -53,11 +55,15 @@ _SMALL = 1 << 14
 """Bytes of a weight up to which both branches have it."""
 
 
+_SEQUENCES = 11
+"""Version of ONNX from which on there are sequences."""
 _TINY = 1 << 10
 """Bytes of a part of a weight up to which it is stored beside the weight."""
 
 
-def joined(few: ModelProto, many: ModelProto, below: int, at: Count, shape: Shape | None = None) -> ModelProto | None:
+def joined(
+    few: ModelProto, many: ModelProto, below: int, at: Count, shape: Shape | None = None, name: str = NAME
+) -> ModelProto | None:
     """One model of two that compute the same from the same inputs.
 
     Args:
@@ -66,6 +72,7 @@ def joined(few: ModelProto, many: ModelProto, below: int, at: Count, shape: Shap
         below: The number of candidates from which on `many` holds.
         at: Where that is read.
         shape: Tells shapes of the second one's tensors, where they are known.
+        name: What the `If` is called.
 
     Returns:
         The model; None where the graphs cannot stand in one `If`.
@@ -74,12 +81,19 @@ def joined(few: ModelProto, many: ModelProto, below: int, at: Count, shape: Shap
     sparse = any(m.graph.sparse_initializer for m in (few, many))
     if versions(many)[""] < _LEAST_OPSET or sparse or inputs[0] != inputs[1] or outputs[0] != outputs[1]:
         return None
-    return _Join(few, many).model(below, at, shape)
+    # Where a plan of memory for one number of candidates is taken for all, nothing is to depend on it.
+    apart = shape is not None and not _plans(inputs[0], shape)
+    return _Join(few, many, name, apart).model(below, at, shape)
 
 
 def is_crossover(node: NodeProto) -> bool:
     """Whether a node is the `If` between two plans."""
     return node.op_type == "If" and node.name == NAME
+
+
+def chooses(node: NodeProto) -> bool:
+    """Whether a node is an `If` between graphs that give the same, by the number of candidates."""
+    return node.op_type == "If" and node.name in (NAME, TOGETHER)
 
 
 def exchanged(model: ModelProto) -> ModelProto:
@@ -167,21 +181,21 @@ def _kind(node: NodeProto) -> bytes:
 
 
 class _Join:
-    """Two graphs, divided into what stands in front of the `If`, in it, and behind it."""
+    """Two graphs, divided into what stands in front of the `If`, in it, and behind it; all in it where `apart`."""
 
-    def __init__(self, few: ModelProto, many: ModelProto) -> None:
-        self.base = many
+    def __init__(self, few: ModelProto, many: ModelProto, name: str, apart: bool) -> None:
+        self.base, self.name = many, name
         self.few, self.many = _Side("few", few.graph), _Side("many", many.graph)
         self.taken = names_in(few.graph) | names_in(many.graph)
         numbers = _Numbers()
         for side in (self.few, self.many):
             side.numbers = numbers.of(side.graph)
-        both = set(self.few.numbers.values()) & set(self.many.numbers.values())
+        both = set() if apart else set(self.few.numbers.values()) & set(self.many.numbers.values())
         for side in (self.few, self.many):
             side.front = {
                 k for k, n in enumerate(side.graph.node) if all(side.numbers[o] in both for o in n.output if o)
             }
-        self.behind = self._behind()
+        self.behind = {} if apart else self._behind()
         self.few.behind, self.many.behind = set(self.behind.values()), set(self.behind)
         # What stands in front is called as in the second graph.
         outside = {self.many.numbers[o]: o for k in self.many.front for o in self.many.graph.node[k].output if o}
@@ -263,12 +277,13 @@ class _Join:
         branches = [self._branch(side, [pair[k] for pair in given]) for k, side in enumerate((self.few, self.many))]
         front = [nodes[k] for k in sorted(self.many.front)]
         graph.initializer.extend(self._weights([*front, *behind], branches))
-        made, stored = _condition(below, at, versions(self.base)[""], front, self.taken)
+        made, stored = _condition(self.name, below, at, versions(self.base)[""], front, self.taken)
         graph.initializer.extend(stored)
         outer = [*(i.name for i in graph.input), *(o for n in front for o in n.output if o)]
         views, told = self._told_apart(branches, outer, at.input, shape)
+        told += self._kept(branches, graph.initializer, made[-1].output[0])
         ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
-        choice = helper.make_node("If", [made[-1].output[0]], [*given.values(), *told], name=NAME, **ways)
+        choice = helper.make_node("If", [made[-1].output[0]], [*given.values(), *told], name=self.name, **ways)
         graph.node.extend([*front, *views, *made, choice, *behind])
         graph.value_info.extend(_described(self.many.graph, {o for n in front for o in n.output}, {}))
         return out
@@ -340,24 +355,55 @@ class _Join:
                 continue
             found = next((o for o in outer if _plans(read | {o}, shape)), None)
             if found is None and branch is branches[0]:  # with many candidates memory is little of the time
-                found = claimed(f"{NAME}/rows", self.taken)
+                found = claimed(f"{self.name}/rows", self.taken)
                 views = [helper.make_node("Flatten", [counted], [found], axis=0)]
             if found is not None:
                 more[branch.name] = found
         for branch in branches if more else ():
-            made = branch.output.add().name = claimed(f"{branch.name}/{NAME}/extents", self.taken)
+            made = branch.output.add().name = claimed(f"{branch.name}/{self.name}/extents", self.taken)
             if branch.name in more:
                 branch.node.append(helper.make_node("Shape", [more[branch.name]], [made]))
             else:
                 nothing = numpy_helper.from_array(np.zeros(1, np.int64))
                 branch.node.append(helper.make_node("Constant", [], [made], value=nothing))
-        return views, [claimed(f"{NAME}/extents", self.taken)] if more else []
+        return views, [claimed(f"{self.name}/extents", self.taken)] if more else []
+
+    def _kept(self, branches: Sequence[GraphProto], stored: Iterable[TensorProto], few: str) -> list[str]:
+        """Has branches plan their memory although they capture weights of products.
+
+        onnxruntime gives such a weight up once every node that reads it has packed it, and a graph that is handed what
+        is no tensor any more plans nothing. So there is one more reader, which packs nothing: in a graph that is never
+        run, as the second branch asks again whether there are few candidates.
+
+        Returns:
+            What the `If` gives more, which nobody reads.
+        """
+        names = [t.name for t in stored if t.data_type == TensorProto.FLOAT and _multiplied(t.name, branches)]
+        if not names or versions(self.base)[""] < _SEQUENCES:
+            return []
+        few_branch, many_branch = branches
+        ways = []
+        for title in ("kept", "nothing"):
+            inner = GraphProto(name=f"{self.name}/{title}")
+            inner.output.add().name = claimed(f"{self.name}/{title}/count", self.taken)
+            ways.append(inner)
+        kept, nothing = ways
+        sequence = claimed(f"{self.name}/kept", self.taken)
+        kept.node.append(helper.make_node("SequenceConstruct", names, [sequence]))
+        kept.node.append(helper.make_node("SequenceLength", [sequence], [kept.output[0].name]))
+        zero = numpy_helper.from_array(np.array(0, np.int64))
+        nothing.node.append(helper.make_node("Constant", [], [nothing.output[0].name], value=zero))
+        for branch in branches:
+            branch.output.add().name = claimed(f"{branch.name}/{self.name}/count", self.taken)
+        given = [b.output[-1].name for b in branches]
+        few_branch.node.append(helper.make_node("Constant", [], [given[0]], value=zero))
+        many_branch.node.append(helper.make_node("If", [few], [given[1]], then_branch=kept, else_branch=nothing))
+        return [claimed(f"{self.name}/count", self.taken)]
 
     def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
         """What is stored outside; a branch has weights of products that it alone reads, and small ones of any kind.
 
-        A subgraph of onnxruntime that captures weights of products, which are packed, plans no memory, and whatever a
-        branch captures is handed over in every run.
+        Whatever a branch captures is handed over in every run, and weights of products cost more still (`_kept`).
         """
         stored = [*self.base.graph.initializer]
         for t in self.few.graph.initializer:
@@ -469,18 +515,19 @@ def _described(graph: GraphProto, made: Set[str], names: Mapping[str, str]) -> l
 
 
 def _condition(
-    below: int, at: Count, opset: int, front: Sequence[NodeProto], taken: set[str]
+    name: str, below: int, at: Count, opset: int, front: Sequence[NodeProto], taken: set[str]
 ) -> tuple[list[NodeProto], list[TensorProto]]:
     """Nodes that tell whether there are less candidates than some number, and what they read.
 
     Args:
+        name: What the names of its tensors begin with.
         below: The number.
         at: Where the number of candidates is read.
         opset: The version of ONNX.
         front: Nodes that stand in front of the condition; the extent is not read twice.
         taken: Names that are taken.
     """
-    names = {part: claimed(f"{NAME}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
+    names = {part: claimed(f"{name}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
     stored = [numpy_helper.from_array(np.array([below * at.each], np.int64), names["below"])]
     if opset >= _PART_OF_SHAPE:
         read = [helper.make_node("Shape", [at.input], [names["rows"]], start=at.axis, end=at.axis + 1)]

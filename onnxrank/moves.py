@@ -264,6 +264,37 @@ def gather(p: Placed) -> list[Movement] | None:
     return [Movement(made, lambda x: np.take(x, at, axis))]
 
 
+def depth_to_space(p: Placed) -> list[Movement] | None:
+    """DepthToSpace: channels become blocks of an image."""
+    sizes, b = _image(p), int(p.attribute("blocksize"))
+    if sizes is None:
+        return None
+    rows, (channels, height, width) = p.dim(0)[0], sizes
+    depth = channels // (b * b)
+    split, order = (depth, b, b), (0, 1, 4, 2, 5, 3)
+    if p.attribute("mode", b"DCR") == b"DCR":
+        split, order = (b, b, depth), (0, 3, 4, 1, 5, 2)
+    made = (rows, *(canonical([n]) for n in (depth, height * b, width * b)))
+    return [Movement(made, lambda x: x.reshape(-1, *split, height, width).transpose(order).reshape(extents(made)))]
+
+
+def space_to_depth(p: Placed) -> list[Movement] | None:
+    """SpaceToDepth: blocks of an image become channels."""
+    sizes, b = _image(p), int(p.attribute("blocksize"))
+    if sizes is None:
+        return None
+    rows, (channels, height, width) = p.dim(0)[0], sizes
+    split = (channels, height // b, b, width // b, b)
+    made = (rows, *(canonical([n]) for n in (channels * b * b, height // b, width // b)))
+    return [Movement(made, lambda x: x.reshape(-1, *split).transpose(0, 3, 5, 1, 2, 4).reshape(extents(made)))]
+
+
+def _image(p: Placed) -> tuple[int, ...] | None:
+    """Channels, height and width of images; None where they are not constant."""
+    dims = p.dim(0)
+    return None if len(dims) != 4 or symbols(dims[1:]) else extents(dims[1:])
+
+
 def gather_nd(p: Placed) -> list[Movement] | None:
     """GatherND of constant positions, as in the selection of a triangle."""
     dims, ids = p.dim(0), p.array(1)

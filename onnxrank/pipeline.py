@@ -32,7 +32,7 @@ STUDY = Pass("deriving shapes", "none", studying.study)
 REWRITE = Pass("rewriting", "exact", choosing.rewrite)
 CHECK = Pass("checking", "undo", checking.check)
 TIME = Pass("timing", "undo", timing.measure)
-BLOCKS = Pass("dividing candidates", "exact", blocking.divide)
+BLOCKS = Pass("dividing candidates", "exact", blocking.divide, anew=True)
 
 
 def optimize(
@@ -129,10 +129,10 @@ def run(job: Job, passes: Iterable[Pass]) -> Result:
     """Goes through passes, as far as they leave anything to go on with."""
     try:
         for step in passes:
-            job.options.say(step.name)
-            if not step.run(job):
-                return unchanged(job)
-        return result(job)
+            if job.kept or step.anew:
+                job.options.say(step.name)
+                job.kept = step.run(job)
+        return result(job) if job.kept else unchanged(job)
     finally:
         if job.side is not None:
             job.side.close()

@@ -182,6 +182,7 @@ class Plan:
         measured: What timing the result gave, if it was timed.
         few: What holds for few candidates instead; None where the sites hold for any number.
         blocks: Most candidates of a block, where they are scored in blocks; 0 where they are not.
+        blocks_from: The number of candidates from which on they are; 0 for any number.
     """
 
     source_sha256: str
@@ -197,6 +198,7 @@ class Plan:
     measured: tuple[Measured, ...] = ()
     few: Few | None = None
     blocks: int = 0
+    blocks_from: int = 0
 
     @property
     def preparation(self) -> tuple[Site, ...]:
@@ -215,7 +217,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `from_dict` reads back."""
         few = {} if self.few is None else {"few": self.few.to_dict()}
-        blocks = {"blocks": self.blocks} if self.blocks else {}
+        blocks = {k: n for k, n in (("blocks", self.blocks), ("blocks_from", self.blocks_from)) if n}
         return {
             "plan_version": VERSION,
             "source_sha256": self.source_sha256,
@@ -266,6 +268,7 @@ class Plan:
                 sites=tuple(_site_from_dict(s) for s in _as(list, d["sites"])),
                 few=Few.from_dict(_as(dict, d["few"])) if "few" in d else None,
                 blocks=_as(int, d.get("blocks", 0)),
+                blocks_from=_as(int, d.get("blocks_from", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"{where} cannot be read: {type(e).__name__}: {e}") from e
@@ -283,7 +286,7 @@ class Plan:
         """The form in a model's contract: what that does not say already, without what depends on a cost model."""
         few = None if self.few is None else replace(self.few, sites=_bare(self.few.sites))
         full = replace(self, sites=_bare(self.sites), few=few).to_dict()
-        kept = ("plan_version", "guard", "rules", "changed", "measured", "sites", "few", "blocks")
+        kept = ("plan_version", "guard", "rules", "changed", "measured", "sites", "few", "blocks", "blocks_from")
         return {k: full[k] for k in kept if k in full}
 
     @classmethod

@@ -478,15 +478,16 @@ def _inferred_types(model: ModelProto) -> dict[str, int]:
 def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
     """Replaces every `If` whose condition is an extent's, and the same for all numbers of candidates, by its branch.
 
-    Of two plans of an earlier run, which give the same scores, that for many candidates is taken.
+    Of two plans of an earlier run, which give the same scores, that for many candidates is taken, and candidates are in
+    one piece.
     """
     chosen: dict[int, GraphProto] = {}
     for k, node in enumerate(model.graph.node):
         if node.op_type == "If" and node.input[0] in found.folded:
             name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
             chosen[k] = attribute(node, name)
-        elif joining.is_crossover(node):
-            chosen[k] = attribute(node, "else_branch")
+        elif joining.chooses(node):
+            chosen[k] = attribute(node, "else_branch" if joining.is_crossover(node) else "then_branch")
     if not chosen:
         return None
     out = ModelProto()

@@ -22,6 +22,7 @@ from onnxrank.values import (
     Dim,
     Dims,
     Level,
+    Unrepresentable,
     broadcast_dims,
     canonical,
     extents,
@@ -54,6 +55,8 @@ class Made:
 
 _MOST = 1 << 60
 """Entries that no machine holds."""
+_MOST_AXES = 64
+"""More than tensors have."""
 
 Transfer = Callable[["Flow"], "list[Made] | None"]
 
@@ -290,11 +293,12 @@ def top_k(f: Flow) -> list[Made] | None:
 def images(f: Flow) -> list[Made] | None:
     """Rows lie along the first axis, and everything behind it is taken in together."""
     dims, seen, rest = f.dim(0), f.target(0), _others(f)
-    if rest is None or any(s for _, s in seen[1:]) or len(seen) != len(dims) or _has_rows(dims[1:]):
+    behind = f.known(0)[1:]
+    if rest is None or _has_rows(behind) or len(seen) != len(dims) or _has_rows(dims[1:]):
         return None
     if extents(dims[:1]) != (1,) or (seen[0][0], tuple(symbols(dims[:1]))) != seen[0]:
         return None
-    made = (dims[0], *(canonical([c]) for c, _ in seen[1:]))
+    made = (dims[0], *behind)
     return [Made(made, uniform(max(rest, highest(f.level(0))), made))]
 
 
@@ -318,20 +322,70 @@ def conv(f: Flow) -> list[Made] | None:
 
 
 def pad(f: Flow) -> list[Made] | None:
-    """Pad with a constant."""
+    """Pad: with a constant around entries, else of every line alone."""
     found = moves.padding(f)
-    if found is None:
-        return None
-    dims, around = found
     value = f.array(2) if f.has(2) else np.zeros(())
-    if value is None or value.size != 1:
-        return None
+    if found is None or value is None or value.size != 1:
+        return alone(f)
+    dims, around = found
     levels = np.pad(f.level(0), around, constant_values=int(Level.CONSTANT))
     if value.reshape(-1)[0] != 0:
         return [Made(dims, levels)]
     known = f.zero(0)
     zeros = np.zeros(f.level(0).shape, bool) if known is None else known
     return [Made(dims, levels, np.pad(zeros, around, constant_values=True))]
+
+
+def alone(f: Flow) -> list[Made] | None:
+    """What works on some axes one by one, by its signature."""
+    if f.entry.signature is None:
+        return None
+    found = f.entry.signature(f)
+    given = [k for k in range(len(f.node.input)) if f.has(k)]
+    if found.as_set and any(highest(f.level(k)) > Level.REQUEST for k in given):
+        return None
+    if any(_has_rows([d for d, a in zip(f.dim(k), found.inputs[k], strict=True) if a is None]) for k in given):
+        return None
+    shared = shared_dims([f.dim(k) for k in given], [found.inputs[k] for k in given])
+    out = []
+    for k, axes in enumerate(found.outputs[: len(f.node.output)]):
+        if not f.node.output[k]:
+            out.append(Made((), uniform(Level.CONSTANT, ())))
+            continue
+        new = f.known(k) if None in axes else ()
+        dims = tuple(new[j] if a is None else shared[a] for j, a in enumerate(axes))
+        if _has_rows([d for d, a in zip(dims, axes, strict=True) if a is None]):
+            return None
+        sides: list[tuple[Levels, Zeros | None]] = [(f.level(k), None) for k in given]
+        if found.as_set:
+            out.append(Made(dims, uniform(max(highest(x) for x, _ in sides), dims)))
+        else:
+            terms = [_numbered(found.inputs[k], -1) for k in given]
+            out.append(Made(dims, _contracted(sides, terms, _numbered(axes, -1 - _MOST_AXES), dims)))
+    return out
+
+
+def shared_dims(shapes: Sequence[Dims], axes: Sequence[Sequence[int | None]]) -> dict[int, Dim]:
+    """Extents of the axes that a signature names, from the operands that have them.
+
+    Raises:
+        Unrepresentable: Operands have them factored differently.
+    """
+    out: dict[int, Dim] = {}
+    for dims, names in zip(shapes, axes, strict=True):
+        for d, a in zip(dims, names, strict=True):
+            if a is None:
+                continue
+            if out.get(a, ()) == ():
+                out[a] = d
+            elif d not in ((), out[a]):
+                raise Unrepresentable("operands of differently factored shapes")
+    return out
+
+
+def _numbered(axes: Sequence[int | None], first: int) -> list[int]:
+    """The axes of a signature, with numbers of their own, from the first one down, for those that have none."""
+    return [first - k if a is None else a for k, a in enumerate(axes)]
 
 
 # --- look-ups --------------------------------------------------------------------------------------------------------
@@ -359,7 +413,7 @@ def gather_nd(f: Flow) -> list[Made] | None:
         return moved(f, found)
     table, ids = f.dim(0), f.dim(1)
     if _has_rows(table) or f.attribute("batch_dims", 0) or _has_rows(ids[-1:]):
-        return None
+        return alone(f)
     dims = (*ids[:-1], *table[extents(ids)[-1] :])
     return [Made(dims, uniform(max(highest(f.level(0)), highest(f.level(1))), dims))]
 
@@ -498,7 +552,7 @@ def einsum(f: Flow) -> list[Made] | None:
     size: dict[str, Dim] = {}
     for k, term in enumerate(terms):
         if len(set(term)) < len(term):
-            return None
+            return alone(f)
         for c, d in zip(term, f.dim(k), strict=True):
             if size.get(c, ()) in ((), d):
                 size[c] = d

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto
@@ -103,6 +103,11 @@ def unsure(measured: Sequence[Measured]) -> bool:
     return bool(lost) and mean(measured) > 1 and all(m.high >= 1 or math.log(m.ratio) > -_CLOSE for m in lost)
 
 
+def near(measured: Sequence[Measured]) -> bool:
+    """Whether a result is slower somewhere by so little that it is none yet: in other sessions it may be."""
+    return any(-_LOSS <= math.log(m.ratio) < 0 for m in measured)
+
+
 def worst(measured: Sequence[Measured]) -> float:
     """The least ratio."""
     return min(m.ratio for m in measured)
@@ -114,8 +119,14 @@ def mean(measured: Sequence[Measured]) -> float:
 
 
 def middle(tries: Sequence[Sequence[Measured]]) -> tuple[Measured, ...]:
-    """Of several measurements at the same numbers of candidates the median one at each."""
-    return tuple(sorted(of, key=lambda m: m.ratio)[len(of) // 2] for of in zip(*tries, strict=True))
+    """Of several measurements at the same numbers of candidates the median one at each, with the interval of all.
+
+    What sessions differ by is more than what is seen within one of them, so that intervals of single ones say little.
+    """
+    if len(tries) == 1:
+        return tuple(tries[0])
+    ordered = [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)]
+    return tuple(replace(of[len(of) // 2], low=of[0].ratio, high=of[-1].ratio) for of in ordered)
 
 
 def told(measured: Sequence[Measured]) -> str:

@@ -7,6 +7,8 @@ from math import prod
 
 import numpy as np
 
+from onnxrank import cost
+from onnxrank.cost import Bill
 from onnxrank.emitter import Emitter
 from onnxrank.extents import Expr
 from onnxrank.journal import Journal
@@ -24,7 +26,8 @@ from onnxrank.values import (
     symbols,
 )
 
-_MOST_PARTS, _NARROW = 16, 32
+_FLOAT = 4
+"""Bytes of an entry."""
 _NOT_TAKEN_IN = {"MatMul", "Add", "Mul", "Div", "Softmax", "Reshape"}
 """Operators that onnxruntime does not take into a product that follows."""
 
@@ -163,7 +166,7 @@ class Views:
         return name, have
 
     def _exchanged(self, name: str, have: Dims, split: Dims, perm: list[int]) -> tuple[str, Dims] | None:
-        """Rows and a few parts of narrow rows exchanged: cut and joined, which copies faster than a Transpose does.
+        """Rows and parts of narrow rows exchanged: cut and joined, where that copies faster than a Transpose does.
 
         Returns:
             The tensor and its shape; None where a Transpose is as good.
@@ -172,7 +175,7 @@ class Views:
             return None
         (rows,), count = symbols(split[:2]), max(extents(split[:2]))
         width = prod(extents(split[2:]))
-        if not is_candidate_symbol(rows) or not 1 < count <= _MOST_PARTS or not 1 < width <= _NARROW:
+        if not is_candidate_symbol(rows) or not _cut_is_faster(count, width):
             return None
         wide, narrow = canonical([count * width]), canonical([width])
         if split[0] == (rows,):
@@ -205,6 +208,18 @@ class Views:
         split: Dims = tuple((factors[k],) for k in order)
         name, have = self.turned(self.reshape(name, have, split), split, [int(k) for k in np.argsort(order)])
         return self.reshape(name, have, dims)
+
+
+def _cut_is_faster(count: int, width: int) -> bool:
+    """Whether parts of rows are cut and joined in less time than a Transpose exchanges them with the rows.
+
+    Args:
+        count: Parts of a row.
+        width: Entries of a part.
+    """
+    moved, parts = _FLOAT * cost.MANY * count * width, cost.MANY * count
+    exchanged = cost.CPU.seconds(cost.transposed(moved, _FLOAT * width, parts))
+    return sum(cost.CPU.seconds(Bill("copy", moved, n)) for n in (parts, count)) < exchanged
 
 
 def labelled(factors: Iterable[Factor]) -> list[tuple[Factor, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from onnxrank.graphs import attribute
 from onnxrank.grouping import groups
@@ -37,6 +37,7 @@ from onnxrank.values import (
 )
 
 from .addition import addition
+from .alone import ALONE, alone
 from .elementwise import pointwise
 from .rowwise import ROWWISE
 
@@ -86,11 +87,10 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 
 def _gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     table, ids = rw.value(node, 0), rw.value(node, 1)
-    if any(map(is_candidate_symbol, symbols(table.dims))) or attribute(node, "batch_dims", 0):
-        return None
+    rows = any(map(is_candidate_symbol, symbols([*table.dims, ids.dims[-1]])))
+    if rows or attribute(node, "batch_dims", 0):
+        return alone(rw, node)
     width = extents(ids.dims)[-1]
-    if any(map(is_candidate_symbol, symbols([ids.dims[-1]]))):
-        return None
     table = rw.held(table, symbols(table.dims[:width]))
     dims = (*ids.dims[:-1], *table.dims[width:])
     return rw.keep(node, [rw.tensor(table), rw.tensor(ids)], [dims], rw.present(table) | rw.present(ids))
@@ -147,6 +147,23 @@ def _fused_gemm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _fused_matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """A product with its transpositions and its factor, as a whole."""
     note_fused(rw, node, (0, 1))
+    return _product(rw, node, [matmul_order(node, k, rw.value(node, k).rank) for k in (0, 1)])
+
+
+def _cast_like(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """A Cast to the type of another tensor, of which nothing else is read."""
+    like = rw.operand(node, 1)
+    assert like is not None
+    cast = NodeProto()
+    cast.CopyFrom(node)
+    cast.op_type = "Cast"
+    del cast.input[1:]
+    cast.attribute.append(helper.make_attribute("to", like.dtype))
+    return pointwise(rw, cast)
+
+
+def _turned_matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """FusedMatMul by its older name, which nothing is written out of."""
     return _product(rw, node, [matmul_order(node, k, rw.value(node, k).rank) for k in (0, 1)])
 
 
@@ -237,8 +254,10 @@ RULE = Rule(
     refuses="Operators that are not known, or known to mix rows: they run on all rows, as before.",
     exactness="exact",
     operators={
+        **ALONE,
         **dict.fromkeys(ELEMENTWISE, pointwise),
         **dict.fromkeys(("Add", "Sub"), addition),
+        "CastLike": _cast_like,
         **ROWWISE,
         "Gather": lookup,
         "GatherND": _gather_nd,
@@ -247,6 +266,7 @@ RULE = Rule(
         "MatMul": _matmul,
         "com.microsoft::FusedGemm": _fused_gemm,
         "com.microsoft::FusedMatMul": _fused_matmul,
+        "com.microsoft::TransposeMatMul": _turned_matmul,
         "com.microsoft::SkipLayerNormalization": _skip_norm,
         **dict.fromkeys(("RotaryEmbedding", "com.microsoft::RotaryEmbedding"), _rotary),
         **dict.fromkeys(("Attention", "com.microsoft::Attention", "com.microsoft::MultiHeadAttention"), _whole_rows),

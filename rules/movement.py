@@ -202,7 +202,7 @@ def _concat_symbolic(rw: Rewrite, node: NodeProto, values: list[Value], axis: in
 
 
 def pad(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    """Pad with a constant, of axes that do not go over rows."""
+    """Pad with a constant, of axes that do not go over rows, entry by entry; `broadcast` has all others."""
     found, x = moves.padding(placed(rw, node)), rw.value(node, 0)
     if found is None:
         return None

@@ -46,8 +46,8 @@ from .elementwise import is_square, pointwise
 from .pieces import Division, Piece
 from .rowwise import rowwise
 
-_LEAST_SAVED = 500_000
-"""Multiply-adds per request from which on a split pays; see `worth_splitting`."""
+_STEPS = 20
+"""Operators that a split adds: thirty for means, squares and what rounding leaves, where there were one to ten."""
 
 
 def normalised(
@@ -225,8 +225,7 @@ class _Stepped(_Kept):
 def worth_splitting(rw: Rewrite, x: Value, node: NodeProto) -> bool:
     """Whether linear maps read the result, and the request-level part of them outweighs the extra steps.
 
-    The split adds about a dozen operators on `[N, 1]` and one on the candidate-level part, some 25 microseconds; a
-    core does about 20 thousand multiply-adds in each.
+    Nearly all of these work on `[N, 1]` or on one row, so that what they take is to be launched.
     """
     lines = rw.sources.levels(x.codes).reshape(-1, extents(x.dims)[-1])
     if not ((lines == Level.CANDIDATE).any(-1) & (lines == Level.REQUEST).any(-1)).any():
@@ -236,9 +235,13 @@ def worth_splitting(rw: Rewrite, x: Value, node: NodeProto) -> bool:
     if not columns:
         rw.refuse("norm", "something other than linear maps with constant weights reads the result")
         return False
-    if rw.pays("norm", cost.estimate(_LEAST_SAVED), 0, cost.estimate(once * columns)):
+    steps = cost.estimate(launches=_STEPS)
+    if rw.pays("norm", steps, 0, cost.estimate(once * columns)):
         return True
-    reason = f"the linear maps behind it would save too little: {_LEAST_SAVED} MACs per request pay for the extra steps"
+    reason = (
+        f"the linear maps behind it would save too little: the {_STEPS} steps that a split adds take as long as "
+        f"{steps / cost.estimate(1):.0f} MACs per request"
+    )
     rw.refuse("norm", reason, once * columns * rw.candidates)
     return False
 

@@ -36,6 +36,18 @@ from onnxrank.values import (
 
 from .elementwise import mark_unread, pointwise
 
+TOGETHER = "it takes in request-level and candidate-level entries together, and no rule divides that"
+"""Why what has request-level entries is made for every candidate."""
+
+
+def note_together(rw: Rewrite, x: Value, core: Sequence[int]) -> None:
+    """Says so where entries of the request and of candidates lie beside each other along axes that are worked on."""
+    if x.whole is None:
+        levels = rw.sources.levels(x.codes).astype(np.int64)
+        highest = levels.max(axis=tuple(core), keepdims=True)
+        if ((levels == Level.REQUEST) & (highest == Level.CANDIDATE)).any():
+            rw.refuse("broadcast", TOGETHER)
+
 
 def rowwise(
     rw: Rewrite,
@@ -201,19 +213,12 @@ def _layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     return rowwise(rw, node, range(attribute(node, "axis", -1) % rank, rank))
 
 
-def _arg(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
-    axis = attribute(node, "axis", 0) % rw.value(node, 0).rank
-    keep = attribute(node, "keepdims", 1)
-    if not keep and axis != rw.value(node, 0).rank - 1:
-        return None
-    return rowwise(rw, node, [axis], lambda d: [d[:axis] + (((),) if keep else ()) + d[axis + 1 :]])
-
-
 def _topk(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     k = rw.array(node, 1)
     if k is None:
         return None
     axis, n = attribute(node, "axis", -1) % rw.value(node, 0).rank, int(k.reshape(-1)[0])
+    note_together(rw, rw.value(node, 0), [axis])
     return rowwise(rw, node, [axis], lambda d: [(*d[:axis], canonical([n]), *d[axis + 1 :])] * 2)
 
 
@@ -228,11 +233,14 @@ def _batch_first(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     """Operators over images: rows on axis 0, everything else is theirs."""
     x = rw.value(node, 0)
     seen = rw.facts.extents.get(node.output[0])
-    if seen is None or any(s for _, s in seen[1:]) or len(seen) != x.rank or len([o for o in node.output if o]) > 1:
+    known = rw.facts.dims(node.output[0])
+    if seen is None or known is None or len(seen) != x.rank or len([o for o in node.output if o]) > 1:
+        return None
+    rest = known[1:]
+    if any(map(is_candidate_symbol, symbols(rest))):
         return None
     if extents(x.dims[:1]) != (1,) or (seen[0][0], tuple(symbols(x.dims[:1]))) != seen[0]:
         return None
-    rest = tuple(canonical([c]) for c, _ in seen[1:])
     return rowwise(rw, node, range(1, x.rank), lambda d: [(d[0], *rest)])
 
 
@@ -252,17 +260,18 @@ def _dropout(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 ROWWISE: dict[str, Transfer] = {
     "QuantizeLinear": _quantise,
     "DequantizeLinear": _quantise,
+    "com.microsoft::QuantizeLinear": _quantise,
+    "com.microsoft::DequantizeLinear": _quantise,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
     "Hardmax": _softmax,
     "LpNormalization": _along_axis(-1),
     "CumSum": _cumsum,
+    "CumProd": _cumsum,
     "Trilu": _last_axes(2),
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _layer_norm,
     "SimplifiedLayerNormalization": _layer_norm,
-    "ArgMax": _arg,
-    "ArgMin": _arg,
     "TopK": _topk,
     **dict.fromkeys(having(Trait.IMAGES), _batch_first),
     "BatchNormalization": _batch_norm,

@@ -49,6 +49,7 @@ from scripts.coverage import Requests
 COPIES = 8
 ROWS = (32, 512)
 FIRST = ["y0.0"]
+_OPSETS = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
 COUNTS = (1, 8, 32, 128, 512, 2048)
 _LOSS = 0.98
 _HELD = 0.4  # how much a rate is held where it is, against relative errors of single times
@@ -95,7 +96,7 @@ class Case:
             nodes.append(helper.make_node(self.op, names, made, **self.attributes))
             outputs += [helper.make_empty_tensor_value_info(m) for m in made]
         graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -151,8 +152,33 @@ def cases() -> list[Case]:
                 Case("stack", "MatMul", [(n, 16, width // 16), (n, width // 16, 16)]),
                 Case("stack", "MatMul", [(n, 1, width), (n, width, 4)]),
             ]
+    forests = [(n, *forest) for n in (1, *ROWS) for forest in ((10, 4), (100, 3), (100, 6), (500, 8))]
+    out += [Case("trees", "TreeEnsembleRegressor", [(n, 32)], _forest(trees, depth)) for n, trees, depth in forests]
     out += [Case("product", "MatMul", [(1, k), weights(k, m)]) for k, m in ((64, 64), (256, 256), (1024, 512))]
     return out
+
+
+def _forest(trees: int, depth: int) -> dict[str, Any]:
+    """Attributes of so many trees with all leaves at one depth, of 32 features."""
+    rng = np.random.default_rng(trees)
+    inner, count = 2**depth - 1, 2 ** (depth + 1) - 1
+    numbers, leaves = np.arange(count), np.arange(inner, count)
+    features = np.where(numbers < inner, rng.integers(0, 32, (trees, count)), 0)
+    return {
+        "domain": "ai.onnx.ml",
+        "nodes_treeids": np.repeat(np.arange(trees), count).tolist(),
+        "nodes_nodeids": np.tile(numbers, trees).tolist(),
+        "nodes_featureids": features.reshape(-1).tolist(),
+        "nodes_modes": (["BRANCH_LEQ"] * inner + ["LEAF"] * len(leaves)) * trees,
+        "nodes_values": rng.standard_normal(trees * count).tolist(),
+        "nodes_truenodeids": np.tile(np.where(numbers < inner, 2 * numbers + 1, 0), trees).tolist(),
+        "nodes_falsenodeids": np.tile(np.where(numbers < inner, 2 * numbers + 2, 0), trees).tolist(),
+        "target_treeids": np.repeat(np.arange(trees), len(leaves)).tolist(),
+        "target_nodeids": np.tile(leaves, trees).tolist(),
+        "target_ids": [0] * trees * len(leaves),
+        "target_weights": rng.standard_normal(trees * len(leaves)).tolist(),
+        "n_targets": 1,
+    }
 
 
 def measured(rounds: int) -> dict[str, list[tuple[cost.Bill, float]]]:

@@ -8,7 +8,8 @@ A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is 
 Forms of a model take turns on one thread; a ratio is the median over rounds of the original's time over the form's.
 Sessions are opened once and run with the usual number of candidates first, as a server's are: onnxruntime plans
 memory for the shapes that a session sees first, and small models take up to a seventh longer for others.
-What is slower than the original is timed again, `--again` times, and the median of all counts. Figures need matplotlib.
+What is slower than the original is timed again, `--again` times, in sessions of its own, and the median of all counts.
+Behind the table stands how far predicted ratios are off (`--json` keeps them). Figures need matplotlib.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from scripts.coverage import Feed, Requests
 
 COUNTS = (1, 8, 32, 128, 512, 2048)
 SLOWER = 0.98
+_WARM = 0.1  # seconds with the usual number of candidates before others
 _COLOURS = {"file": "#0969da", "many": "#bc4c00", "few": "#1a7f37"}
 _LABELS = {"file": "one file", "many": "plan for many alone", "few": "plan for few alone"}
 
@@ -45,16 +47,18 @@ Row = dict[int, float]
 """Ratios by the number of candidates."""
 
 
-def forms(path: Path, spec: Path, span: tuple[int, int], tune: float) -> tuple[onnxrank.Result, dict[str, bytes]]:
-    """What is made of a model for a range: the file, and its plans alone where it holds two."""
-    result = onnxrank.optimize(path, spec=load_spec(spec), candidates=span, tune=tune)
+def forms(path: Path, spec: Path, options: argparse.Namespace) -> tuple[onnxrank.Result, dict[str, bytes]]:
+    """What is made of a model for a range: the file, and for a figure its plans alone where it holds two."""
+    how = {"candidates": options.candidates, "tune": options.tune, "check": options.check}
+    result = onnxrank.optimize(path, spec=load_spec(spec), **how)
     made = {"file": result.model} if result.changed else {}
     few = result.plan.few
-    if few is not None:
-        plans = {"many": dataclasses.replace(result.plan, few=None)}
+    if few is not None and options.figure is not None:
+        alone = dataclasses.replace(result.plan, few=None)
+        plans = {"many": alone}
         if few.rules:
             kept = (*result.plan.preparation, *few.sites)
-            plans["few"] = dataclasses.replace(result.plan, few=None, rules=few.rules, sites=kept)
+            plans["few"] = dataclasses.replace(alone, blocks=0, blocks_from=0, rules=few.rules, sites=kept)
         made |= {name: onnxrank.optimize(path, plan=plan, check=False).model for name, plan in plans.items()}
     return result, {name: model.SerializeToString() for name, model in made.items()}
 
@@ -79,20 +83,26 @@ def ratios(sessions: Sequence[Any], feeds: tuple[Feed, Feed], seconds: float) ->
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a model: where its file goes over, and ratios by form and number of candidates."""
     spec = path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
-    result, made = forms(path, spec, options.candidates, options.tune)
+    result, made = forms(path, spec, options)
     draw = Requests(onnx.load(path), yaml.safe_load(spec.read_text()))
     found: dict[str, Row] = {name: {} for name in made}
-    sessions = [session(path), *map(session, made.values())]
-    if made:
-        ratios(sessions, draw(result.report.usual, 0), options.seconds)
+
+    def opened() -> list[Any]:
+        sessions = [session(path), *map(session, made.values())]
+        ratios(sessions, draw(result.report.usual, 0), _WARM)
+        return sessions
+
+    sessions = opened()
     for n in options.counts if made else ():
         tries = [ratios(sessions, draw(n, 0), options.seconds)]
         while tries[0][0] < SLOWER and len(tries) <= options.again:
-            tries.append(ratios(sessions, draw(n, len(tries)), options.seconds))
+            tries.append(ratios(opened(), draw(n, len(tries)), options.seconds))
         for name, tried in zip(made, zip(*tries, strict=True), strict=True):
             found[name][n] = statistics.median(tried)
     below = None if result.plan.few is None else result.plan.few.below
-    return {"changed": result.changed, "below": below, "ratios": found}
+    predicted = {p.candidates: p.ratio for p in result.report.predictions if p.candidates in options.counts}
+    kept = {"changed": result.changed, "below": below, "blocks": result.plan.blocks, "notes": result.report.notes}
+    return {**kept, "ratios": found, "predicted": predicted if made else {}}
 
 
 def told(name: str, row: Mapping[str, Any]) -> str:
@@ -117,6 +127,16 @@ def summary(rows: Mapping[str, Mapping[str, Any]]) -> str:
             means = statistics.geometric_mean([*known, *[1.0] * (len(rows) - len(known))])
             lines.append(f"N = {n}: {means:.2f} in the geometric mean, {min(known):.2f} at least")
     lines += [f"slower than {SLOWER}: {name}, {ratio:.2f}" for name, ratio in sorted(slower.items())]
+    told = {name: {int(n): p for n, p in rows[name]["predicted"].items()} for name in files}
+    pairs = [(name, n, told[name][n], r) for name, f in files.items() for n, r in f.items() if n in told[name]]
+    if pairs:
+        off = [abs(predicted / seen - 1) for _, _, predicted, seen in pairs]
+        lines.append(f"predictions are off by {statistics.median(off):.1%} in the median")
+    lines += [
+        f"told as a gain, and slower: {name} at N = {n}, {predicted:.2f}, {seen:.2f}"
+        for name, n, predicted, seen in pairs
+        if predicted > 1 and seen < SLOWER
+    ]
     return "\n".join(lines)
 
 
@@ -162,6 +182,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="*", metavar="GLOB", help="on names of models")
     parser.add_argument("--candidates", type=_span, default=(1, 4096), metavar="LOW..HIGH", help="what is declared")
+    parser.add_argument("--check", default="standard", metavar="LEVEL", help="how results are held against originals")
     parser.add_argument("--counts", type=_counts, default=COUNTS, metavar="N,N", help="what is timed")
     parser.add_argument("--tune", type=float, default=2.0, help="seconds of timing within optimize; 0 for none")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing per model and number of candidates")

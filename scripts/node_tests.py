@@ -3,9 +3,11 @@
 Every test whose inputs can have a leading dimension of candidates becomes several models: with its first input
 request-level and the others candidate-level, the other way round, and with each input put together from a request-level
 and a candidate-level part, along its last axis and along its second, the others being constants (for the largest one
-candidate-level, too). What onnxruntime does not run itself is skipped.
+candidate-level, too). In one more model all inputs are request-level, and an input beside them tells how many
+candidates there are: whether the operator is made once there is told, and which ones are not. What onnxruntime does not
+run itself is skipped.
 
-    python scripts/node_tests.py [--only PATTERN] [--show]
+    python scripts/node_tests.py [--only PATTERN] [--ways once] [--show]
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ import onnxrank
 from onnxrank import cost, runtime
 from onnxrank.errors import ModelError, OnnxrankError
 from onnxrank.passes import choosing
+from onnxrank.values import is_candidate_symbol
 from onnxrank.workers import RemoteSession
 
 COUNTS = (1, 2, 7, 64)
+ONCE, ITEM = "once", "beside/item"
+_ITEM_ROW = np.ones((1, 1), np.float32)
 OPSET = 26
 """The latest that onnxruntime knows: what the operators of a later one do the same way there is run in this one."""
 _KINDS = "fiub"
@@ -93,6 +98,7 @@ def cases(name: str, model: ModelProto, inputs: Sequence[Any]) -> Iterator[Case]
     rows = {given[k]: np.ascontiguousarray(inputs[k][:1]) for k in batch}
     fixed = {given[k]: inputs[k] for k in range(len(inputs)) if k not in batch}
     ordered = [given[k] for k in sorted(batch)]
+    yield Case(f"{name}/{ONCE}", _beside(_batched(model, rows, fixed)), {**rows, ITEM: _ITEM_ROW}, tuple(ordered))
     if len(ordered) > 1:
         yield Case(f"{name}/first", _batched(model, rows, fixed), rows, (ordered[0],))
         yield Case(f"{name}/others", _batched(model, rows, fixed), rows, tuple(ordered[1:]))
@@ -133,6 +139,25 @@ def _batched(model: ModelProto, rows: Feed, fixed: Feed, join: str | None = None
     return out
 
 
+def _beside(model: ModelProto) -> ModelProto:
+    """The model with an input and an output of candidates beside it."""
+    graph, result = model.graph, f"{ITEM}/relu"
+    graph.node.append(helper.make_node("Relu", [ITEM], [result]))
+    infos = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 1]) for name in (ITEM, result)]
+    graph.input.append(infos[0])
+    graph.output.append(infos[1])
+    return model
+
+
+def _repeated(result: onnxrank.Result) -> list[str]:
+    """What a model whose inputs are the request's makes for every candidate, with the reasons."""
+    assert result.form is not None
+    rw, graph = result.form.rewrite.rw, result.form.study.model.graph
+    made = {o.name: rw.values[o.name] for o in graph.output if not o.name.startswith(ITEM) and o.name in rw.values}
+    left = [n for n, v in made.items() if any(map(is_candidate_symbol, rw.present(rw.settle(v))))]
+    return [f"{name} ({'; '.join(r.reason for r in result.report.refusals)})" for name in left]
+
+
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Where only products cost time and no loss is too great: these models are too small for a saving."""
@@ -155,8 +180,9 @@ def run(case: Case) -> tuple[str, str]:
         return "refused", f"{type(e).__name__}: {e}"
     except Exception:
         return "error", traceback.format_exc(limit=-3)
+    once = case.name.endswith(f"/{ONCE}")
     if not result.changed:
-        return "left alone", "; ".join(f"{r.rule}: {r.reason}" for r in result.report.refusals)
+        return "for each" if once else "left alone", "; ".join(f"{r.rule}: {r.reason}" for r in result.report.refusals)
     try:
         with RemoteSession(result.model) as after:
             for n, outputs in expected.items():
@@ -167,6 +193,9 @@ def run(case: Case) -> tuple[str, str]:
                         return "wrong", f"{name} at N = {n}"
     except ModelError as e:
         return "wrong", f"the result does not run: {e}"
+    repeated = _repeated(result) if once else []
+    if repeated:
+        return "for each", ", ".join(repeated)
     return "optimised", ", ".join(f"{r.sites} x {r.name}" for r in result.report.rules)
 
 
@@ -184,6 +213,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern on the names of tests")
+    parser.add_argument("--ways", default="*", help="pattern on the ways in which models are made of a test")
     parser.add_argument("--show", action="store_true", help="print every model, not only what fails")
     options = parser.parse_args(arguments)
     counts: Counter[str] = Counter()
@@ -191,13 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not fnmatch.fnmatch(name, options.only):
             continue
         for case in cases(name, model, inputs):
+            if not fnmatch.fnmatch(case.name.removeprefix(f"{name}/"), options.ways):
+                continue
             try:
                 onnx.checker.check_model(case.model)
             except onnx.checker.ValidationError:
                 continue
             what, why = run(case)
             counts[what] += 1
-            if options.show or what in ("wrong", "error", "refused"):
+            if options.show or what in ("wrong", "error", "refused", "for each"):
                 print(f"{what:12} {case.name}: {why}", flush=True)
     print(f"{sum(counts.values())} models: " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
     return int(bool(counts["wrong"] or counts["error"]))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import batches, halves
 from onnxrank import model as files
@@ -15,9 +15,12 @@ from onnxrank.batching.tensors import Rows, Tensor
 from onnxrank.contract import RULE
 from onnxrank.emitter import Emitter
 from onnxrank.graphs import captured, reads, rename, subgraphs
+from onnxrank.operators import Trait, traits
 
 _SMALL = 1 << 12
 """Bytes of a constant up to which each branch of an `If` has its own: what is outside costs time at every run."""
+_PRODUCTS = 64 << 20
+"""Bytes up to which the weights of products are stored for each branch: onnxruntime packs none that lie outside."""
 
 
 class Assembly:
@@ -77,19 +80,20 @@ class Assembly:
 
     def _store(self, graph: GraphProto) -> None:
         """Puts constants where they are read."""
-        base, last = self._base, graph.node[-1]
+        base, branches = self._base, subgraphs(graph.node[-1])
         outside = {i for n in graph.node for i in n.input if i} | files.overridable(base)
-        inside = [captured(g) for g in subgraphs(last)]
-        read = outside.union(*inside)
-        for t in (*base.graph.initializer, *self._emit.initializers.values()):
-            if t.name not in read:
-                continue
-            if t.name in outside or t.ByteSize() > _SMALL or t.external_data:
+        read = outside.union(*map(captured, branches))
+        stored = [t for t in (*base.graph.initializer, *self._emit.initializers.values()) if t.name in read]
+        inner = {t.name: t for t in stored if t.name not in outside and not t.external_data}
+        weights = set().union(*map(_weights, branches)) & {name for name, t in inner.items() if t.ByteSize() > _SMALL}
+        if sum(inner[name].ByteSize() for name in weights) > _PRODUCTS:
+            weights = set()
+        for t in stored:
+            if t.name in weights or (t.name in inner and t.ByteSize() <= _SMALL):
+                for branch in branches:
+                    _give(branch, t, branch.name)
+            else:
                 graph.initializer.append(t)
-                continue
-            for branch, own in zip(subgraphs(last), inside, strict=True):
-                if t.name in own:
-                    branch.initializer.append(t)
         graph.sparse_initializer.extend(t for t in base.graph.sparse_initializer if t.values.name in read)
 
     def _ends(self, graph: GraphProto, inputs: Sequence[onnx.ValueInfoProto]) -> None:
@@ -184,6 +188,27 @@ def _body(name: str, nodes: Sequence[NodeProto], outputs: Sequence[tuple[str, on
     """A branch of an `If`."""
     kinds = [helper.make_tensor_value_info(n, o.type.tensor_type.elem_type, None) for n, o in outputs]
     return helper.make_graph(list(nodes), name, [], kinds)
+
+
+def _weights(graph: onnx.GraphProto) -> set[str]:
+    """Operands of products in a graph and in those inside it."""
+    own = {i for n in graph.node if traits(n) & (Trait.PRODUCT | Trait.RECURRENT) for i in n.input if i}
+    return own.union(*(_weights(g) for n in graph.node for g in subgraphs(n)))
+
+
+def _give(graph: onnx.GraphProto, t: TensorProto, whose: str) -> None:
+    """Puts a constant where it is read: into a graph, or those inside it, under a name that no other one has."""
+    if t.name not in captured(graph):
+        return
+    if any(t.name in n.input for n in graph.node):
+        own = graph.initializer.add()
+        own.CopyFrom(t)
+        own.name = f"{t.name}/{whose}"
+        for n in graph.node:
+            rename(n, {t.name: own.name})
+        return
+    for k, inner in enumerate(g for n in graph.node for g in subgraphs(n)):
+        _give(inner, t, f"{whose}.{k}")
 
 
 def _live(marked: Sequence[tuple[NodeProto, str | None]], wanted: set[str]) -> list[tuple[NodeProto, str | None]]:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from onnxrank import extents as ex
-from onnxrank import transfers
+from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Trait, Valuer
 from onnxrank.operators.known import Known, constant, known, objects, whole
 from onnxrank.operators.shapers import broadcast, broadcast_together, fixed_only, same, same_as
@@ -215,12 +216,17 @@ OPERATORS = {
     "Xor": Operator(broadcast_together, fixed_only(np.logical_xor), traits=_LOGIC),
     "Where": Operator(broadcast_together, _where, traits=_ENTRYWISE | Trait.CHOICE, levels=transfers.where),
     "Cast": Operator(same, _cast, traits=_ENTRYWISE | Trait.CAST, levels=transfers.kept_zero),
-    "CastLike": Operator(same, traits=_ENTRYWISE | Trait.CAST | Trait.PARAMETERS),
+    "CastLike": Operator(
+        same, traits=_ENTRYWISE | Trait.CAST | Trait.PARAMETERS, levels=lambda f: transfers.moved(f, moves.identity(f))
+    ),
     "Trilu": Operator(same, _matrix_diagonal, levels=transfers.kept_zero),
     "Dropout": Operator(same_as(0, 0), traits=Trait.PARAMETERS, levels=transfers.dropout),
     "com.microsoft::Gelu": Operator(same, traits=_SLOW),
     "com.microsoft::FastGelu": Operator(same, traits=_SLOW),
     "com.microsoft::QuickGelu": Operator(same, traits=_ENTRYWISE),
+    "BitCast": Operator(same, signature=signatures.entrywise()),
+    "StringConcat": Operator(broadcast_together, signature=signatures.together()),
+    "RegexFullMatch": Operator(same, signature=signatures.entrywise()),
     "com.microsoft::FusedGelu": Operator(same),
     "com.microsoft::BiasGelu": Operator(same, traits=Trait.FUNCTION, levels=transfers.elementwise),
 }

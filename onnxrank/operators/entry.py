@@ -13,6 +13,7 @@ from onnxrank import moves, transfers
 from onnxrank.operators.known import Known, Partial
 
 if TYPE_CHECKING:
+    from onnxrank.operators.signatures import Signer
     from onnxrank.operators.use import Use
 
 Shaper = Callable[["Use"], "list[Partial | None]"]
@@ -47,6 +48,8 @@ class Trait(Flag):
     """A product of two matrices, or stacks of them, the first of which is the first input."""
     LINEAR = auto()
     """A product that is linear in its first operand, where the others are constants."""
+    TREES = auto()
+    """Comparisons down decision trees, each of which counts as a multiply-add."""
     RECURRENT = auto()
     """Steps along a sequence, with products in each."""
     REDUCTION = auto()
@@ -100,7 +103,9 @@ class Operator:
         axes: The axes of its first operand that it takes in together, for reductions and normalisations.
         levels: Levels of its results, where they do not follow from the traits.
         factors: Of a product, the inputs that are multiplied; its weights may also be in attributes.
-        macs: Multiply-adds of its products, from the shapes of its operands and of its first output.
+        macs: Multiply-adds of its products, from the shapes of its operands and of its first output; of trees, the
+            comparisons.
+        signature: Which axes of its operands and results it works on one by one, where no trait or rule says so.
     """
 
     shape: Shaper | None = None
@@ -112,6 +117,7 @@ class Operator:
     levels: transfers.Transfer | None = None
     factors: tuple[int, ...] = (0, 1)
     macs: Macs | None = None
+    signature: Signer | None = None
 
     @property
     def random(self) -> bool:

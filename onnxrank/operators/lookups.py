@@ -6,6 +6,7 @@ import numpy as np
 
 from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Trait
 from onnxrank.operators.known import Known, Partial, constant, known, whole
 from onnxrank.operators.shapers import same_as
@@ -70,7 +71,11 @@ OPERATORS = {
         levels=transfers.gather,
     ),
     "GatherND": Operator(
-        _gather_nd, traits=Trait.MOVEMENT | Trait.LOOKUP, move=moves.gather_nd, levels=transfers.gather_nd
+        _gather_nd,
+        traits=Trait.MOVEMENT | Trait.LOOKUP,
+        move=moves.gather_nd,
+        levels=transfers.gather_nd,
+        signature=signatures.gather_nd,
     ),
     "GatherElements": Operator(same_as(1), traits=Trait.LOOKUP, levels=transfers.gather_elements),
     "OneHot": Operator(_one_hot, levels=transfers.one_hot),

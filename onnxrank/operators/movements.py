@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnxrank import extents as ex
 from onnxrank import moves, transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Shaper, Trait, Valuer
 from onnxrank.operators.known import Known, Partial, Shape, kept, known, objects, whole
 from onnxrank.operators.shapers import broadcast, same, unknown
@@ -339,6 +340,45 @@ def _pad(u: Use) -> list[Partial | None]:
     return [out]
 
 
+def _compress(u: Use) -> list[Partial | None]:
+    have, given, kept = u.shape(0), u.attribute("axis"), u.values[1]
+    axis = None if given is None else u.axis(0, len(have))
+    length = ex.product(have) if axis is None else have[axis]
+    # A condition that is longer than the axis is cut to it.
+    known = kept is not None and kept.concrete and isinstance(length, int)
+    count = int(np.count_nonzero(kept.data[:length])) if known and kept is not None else None
+    return [[count] if axis is None else [count if k == axis else n for k, n in enumerate(have)]]
+
+
+def _resized(u: Use) -> list[Partial | None]:
+    """Resize by constants, or to constant lengths; extents that are kept may be symbolic."""
+    kept, found = signatures.resize(u).outputs[0], signatures.resized(u)
+    out: list[int | Expr | None] = []
+    for k, n in enumerate(u.shape(0)):
+        longer = int(found[k]) if k in found and u.has(3) else None
+        if longer is None and k in found and isinstance(n, int):
+            longer = int(np.float32(n) * np.float32(found[k]))
+        out.append(longer if kept[k] is None else n)
+    return [out]
+
+
+def _image(u: Use) -> list[Partial | None]:
+    """Col2Im: the image, and as many channels as blocks of entries there are."""
+    (rows, columns, *_), size = u.shape(0), u.entries(1)
+    block = u.entries(2)
+    if size is None or block is None:
+        raise Unproved("the image")
+    return [[rows, ex.divide(columns, ex.product(block)), *size]]
+
+
+def _put_together(u: Use) -> signatures.Signature:
+    """Col2Im: of every row its blocks, put into an image."""
+    (size,) = u.shape(1)
+    if isinstance(size, Expr):
+        raise Unproved("an image of an unknown number of dimensions")
+    return signatures.rows(2 + size)(u)
+
+
 _MOVED = Trait.MOVEMENT
 _PICKED = Trait.MOVEMENT | Trait.PICK
 _IN_ORDER = Trait.MOVEMENT | Trait.ONCE | Trait.FREE | Trait.RESHAPE
@@ -373,7 +413,17 @@ OPERATORS = {
     "Concat": Operator(concat, _concat_entries, traits=_PICKED, move=moves.concat, levels=transfers.concat),
     "Expand": Operator(_expand, _moved(_expand, _expand_entries), traits=_PICKED, move=moves.expand),
     "Tile": Operator(_tile, _moved(_tile, _tile_entries), traits=_MOVED, move=moves.tile),
-    "Pad": Operator(_pad, levels=transfers.pad),
-    **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), Operator(traits=Trait.IMAGES)),
-    **dict.fromkeys(("ReverseSequence", "Scatter", "ScatterElements", "ScatterND"), Operator(same)),
+    "Pad": Operator(_pad, levels=transfers.pad, signature=signatures.pad),
+    "DepthToSpace": Operator(traits=_MOVED | Trait.ONCE, move=moves.depth_to_space, signature=signatures.rows()),
+    "SpaceToDepth": Operator(traits=_MOVED | Trait.ONCE, move=moves.space_to_depth, signature=signatures.rows()),
+    "ReverseSequence": Operator(same, signature=signatures.reverse_sequence),
+    **dict.fromkeys(("Scatter", "ScatterElements"), Operator(same, signature=signatures.scatter_elements)),
+    "ScatterND": Operator(same, signature=signatures.scatter_nd),
+    "TensorScatter": Operator(same, signature=signatures.rows(places=(0, 1, 2))),
+    "Compress": Operator(_compress, signature=signatures.compress),
+    "CenterCropPad": Operator(signature=signatures.around(lambda u: u.attribute("axes", range(len(u.shape(0)))))),
+    "Resize": Operator(_resized, signature=signatures.resize),
+    "GridSample": Operator(signature=signatures.grid_sample),
+    "RoiAlign": Operator(signature=signatures.roi_align),
+    "Col2Im": Operator(_image, signature=_put_together),
 }

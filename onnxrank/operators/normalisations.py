@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxrank import transfers
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Trait
 from onnxrank.operators.known import Partial
 from onnxrank.operators.shapers import from_axis, one_axis, same
@@ -26,6 +27,10 @@ def _skip_normalization(u: Use) -> list[Partial | None]:
     return [u.shape(0), None, None, u.shape(0)]
 
 
+def _mean_variance_axes(u: Use) -> Sequence[int]:
+    return [int(a) for a in u.attribute("axes", [0, 2, 3])]
+
+
 _WHOLE = Trait.NORMALISATION
 _BY_ROWS = Trait.NORMALISATION | Trait.ROWS
 _ALONG = Trait.NORMALISATION | Trait.AXIS
@@ -44,11 +49,16 @@ OPERATORS = {
         _skip_normalization, traits=_BY_ROWS, levels=transfers.skip_normalised
     ),
     "com.microsoft::SkipSimplifiedLayerNormalization": Operator(
-        _skip_normalization, traits=_WHOLE, levels=transfers.skip_normalised
+        _skip_normalization,
+        traits=_WHOLE,
+        levels=transfers.skip_normalised,
+        signature=signatures.around(lambda u: [-1], 0, 1),
     ),
     "BatchNormalization": Operator(same, traits=_WHOLE | Trait.SMOOTH, levels=transfers.batch_normalised),
     "LpNormalization": Operator(same, traits=_ALONG, axes=one_axis(-1)),
-    "MeanVarianceNormalization": Operator(same, traits=_WHOLE, axes=lambda u: u.attribute("axes", [0, 2, 3])),
+    "MeanVarianceNormalization": Operator(
+        same, traits=_WHOLE, axes=_mean_variance_axes, signature=signatures.around(_mean_variance_axes)
+    ),
     **dict.fromkeys(
         ("InstanceNormalization", "GroupNormalization", "LRN"), Operator(same, traits=_WHOLE | Trait.IMAGES)
     ),

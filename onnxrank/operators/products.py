@@ -7,12 +7,14 @@ from math import prod
 
 from onnx import NodeProto
 
+from onnxrank import extents as ex
 from onnxrank import transfers
 from onnxrank.extents import Expr
 from onnxrank.graphs import attribute, einsum_terms
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Extents, Operator, Trait
 from onnxrank.operators.known import Partial
-from onnxrank.operators.shapers import broadcast, same
+from onnxrank.operators.shapers import broadcast, same, windows
 from onnxrank.operators.use import Flow, Use
 
 
@@ -71,8 +73,14 @@ def matrix_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | Non
     return prod(out) * (a[-2] if turned else a[-1])
 
 
-def _conv_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+def conv_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    """Multiply-adds of a convolution: the kernel, for every entry of the result."""
     return 0 if out is None or x[1] is None else prod(out) * prod(x[1][1:])
+
+
+def _conv_transpose_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
+    """The kernel, for every entry of the operand."""
+    return 0 if x[0] is None or x[1] is None else prod(x[0]) * prod(x[1][1:])
 
 
 def _einsum_macs(node: NodeProto, x: Sequence[Extents | None], out: Extents | None) -> int:
@@ -90,6 +98,16 @@ def _fused_mat_mul_levels(f: Flow) -> list[transfers.Made] | None:
     return transfers.mat_mul(f, [matmul_order(f.node, k, len(f.dim(k))) for k in (0, 1)])
 
 
+def _spectra(u: Use) -> list[Partial | None]:
+    """STFT: pieces of every signal, each with its frequencies in two parts."""
+    length, step = u.entries(3) if u.has(3) else None, u.entries(1)
+    size = length[0] if length else u.shape(2)[0] if u.has(2) else None
+    if size is None or step is None or not all(isinstance(n, int) for n in (size, step[0])):
+        return [[u.shape(0)[0], None, None, 2]]
+    pieces = ex.floor_divide(u.shape(0)[1] - size, step[0]) + 1
+    return [[u.shape(0)[0], pieces, ex.floor_divide(size, 2) + 1 if u.attribute("onesided", 1) else size, 2]]
+
+
 MATRIX = Trait.PRODUCT | Trait.MATRIX
 
 OPERATORS = {
@@ -101,7 +119,9 @@ OPERATORS = {
         _fused_mat_mul, traits=MATRIX, levels=_fused_mat_mul_levels, macs=matrix_macs
     ),
     "com.microsoft::FusedMatMulActivation": Operator(_fused_mat_mul, traits=MATRIX, macs=matrix_macs),
-    "com.microsoft::TransposeMatMul": Operator(_fused_mat_mul, traits=MATRIX, macs=matrix_macs),
+    "com.microsoft::TransposeMatMul": Operator(
+        _fused_mat_mul, traits=MATRIX, levels=_fused_mat_mul_levels, macs=matrix_macs
+    ),
     "com.microsoft::FusedGemm": Operator(gemm, traits=MATRIX, levels=transfers.gemm, macs=matrix_macs),
     "ai.onnx.ml::LinearRegressor": Operator(
         lambda u: [[u.shape(0)[0], int(u.attribute("targets", 1))]],
@@ -109,13 +129,24 @@ OPERATORS = {
         levels=transfers.linear,
         factors=(0,),
         macs=matrix_macs,
+        signature=signatures.samples(2),
     ),
-    "Conv": Operator(traits=Trait.PRODUCT | Trait.LINEAR | Trait.IMAGES, levels=transfers.conv, macs=_conv_macs),
-    "ConvTranspose": Operator(traits=Trait.PRODUCT | Trait.IMAGES),
-    "com.microsoft::FusedConv": Operator(traits=Trait.PRODUCT, macs=_conv_macs),
-    "com.microsoft.nchwc::Conv": Operator(traits=Trait.PRODUCT, macs=_conv_macs),
+    "Conv": Operator(
+        windows, traits=Trait.PRODUCT | Trait.LINEAR | Trait.IMAGES, levels=transfers.conv, macs=conv_macs
+    ),
+    "ConvTranspose": Operator(traits=Trait.PRODUCT | Trait.IMAGES, macs=_conv_transpose_macs),
+    "com.microsoft::FusedConv": Operator(windows, traits=Trait.PRODUCT | Trait.IMAGES, macs=conv_macs),
+    "DeformConv": Operator(traits=Trait.PRODUCT, macs=conv_macs, signature=signatures.rows(places=(0, 2, 4))),
+    "com.microsoft.nchwc::Conv": Operator(traits=Trait.PRODUCT, macs=conv_macs),
     "Einsum": Operator(
-        _einsum, traits=Trait.PRODUCT | Trait.LINEAR | Trait.SMOOTH, levels=transfers.einsum, macs=_einsum_macs
+        _einsum,
+        traits=Trait.PRODUCT | Trait.LINEAR | Trait.SMOOTH,
+        levels=transfers.einsum,
+        macs=_einsum_macs,
+        signature=signatures.einsum,
     ),
-    "com.microsoft::Inverse": Operator(same),
+    "com.microsoft::Inverse": Operator(same, signature=signatures.square),
+    "Det": Operator(signature=signatures.square),
+    "DFT": Operator(signature=signatures.fourier),
+    "STFT": Operator(_spectra, signature=signatures.rows(4)),
 }

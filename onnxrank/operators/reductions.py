@@ -10,9 +10,10 @@ import numpy as np
 from onnxrank import extents as ex
 from onnxrank import transfers
 from onnxrank.extents import Expr, Unproved
+from onnxrank.operators import signatures
 from onnxrank.operators.entry import Operator, Shaper, Trait, Valuer
 from onnxrank.operators.known import Known, Partial, constant, kept, known, objects, whole
-from onnxrank.operators.shapers import one_axis, same
+from onnxrank.operators.shapers import one_axis, same, windows
 from onnxrank.operators.use import Use
 
 
@@ -109,8 +110,10 @@ OPERATORS = {
     "ReduceProd": _reducing(18, lambda a, b: a * b),
     "ReduceMax": _reducing(18, ex.maximum),
     "ReduceMin": _reducing(18, ex.minimum),
-    "ArgMax": Operator(_arg_reduction, traits=Trait.REDUCTION, axes=one_axis(0)),
-    "ArgMin": Operator(_arg_reduction, traits=Trait.REDUCTION, axes=one_axis(0)),
+    **dict.fromkeys(
+        ("ArgMax", "ArgMin"),
+        Operator(_arg_reduction, traits=Trait.REDUCTION, axes=one_axis(0), signature=signatures.selected),
+    ),
     "TopK": Operator(_top_k, axes=one_axis(-1), levels=transfers.top_k),
     "CumSum": Operator(
         same,
@@ -119,8 +122,12 @@ OPERATORS = {
         axes=lambda u: u.integers(1, "axis") or [],
         levels=transfers.normalised,
     ),
-    **dict.fromkeys(
-        "GlobalAveragePool GlobalMaxPool GlobalLpPool AveragePool MaxPool LpPool".split(),
-        Operator(traits=Trait.REDUCTION | Trait.IMAGES),
+    "CumProd": Operator(
+        same, traits=Trait.REDUCTION, axes=lambda u: u.integers(1, "axis") or [], levels=transfers.normalised
     ),
+    **dict.fromkeys(
+        "GlobalAveragePool GlobalMaxPool GlobalLpPool".split(),
+        Operator(lambda u: [[*u.shape(0)[:2], *(1 for _ in u.shape(0)[2:])]], traits=Trait.REDUCTION | Trait.IMAGES),
+    ),
+    **dict.fromkeys("AveragePool MaxPool LpPool".split(), Operator(windows, traits=Trait.REDUCTION | Trait.IMAGES)),
 }

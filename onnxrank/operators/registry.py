@@ -9,6 +9,7 @@ from onnxrank.operators import (
     attention,
     elementwise,
     lookups,
+    machine_learning,
     movements,
     normalisations,
     products,
@@ -29,6 +30,7 @@ KINDS = (
     recurrent,
     attention,
     quantised,
+    machine_learning,
     sources,
 )
 REGISTRY: dict[str, Operator] = {name: entry for kind in KINDS for name, entry in kind.OPERATORS.items()}

@@ -49,6 +49,32 @@ def unknown(count: int) -> Partial:
     return [None] * count
 
 
+def windows(u: Use) -> list[Partial | None]:
+    """What windows that slide over the axes behind the first two give: convolutions and pools.
+
+    Raises:
+        Unproved: The last window is cut off, or the windows are of no constant length.
+    """
+    have, weights = u.shape(0), u.shape(1) if u.has(1) else None
+    space = len(have) - 2
+    given: Sequence[int | Expr] = u.attribute("kernel_shape") or (weights or ())[2:]
+    kernel = [int(k) for k in given if not isinstance(k, Expr)]
+    if u.attribute("ceil_mode", 0) or space < 1 or len(kernel) != space:
+        raise Unproved("windows of another form")
+    out: list[int | Expr | None] = [have[0], have[1] if weights is None else weights[0]]
+    steps, apart = (u.attribute(name) or [1] * space for name in ("strides", "dilations"))
+    pads, auto = u.attribute("pads") or [0] * 2 * space, u.attribute("auto_pad", b"NOTSET")
+    for k, n in enumerate(have[2:]):
+        if auto.startswith(b"SAME"):
+            out.append(ex.ceil_divide(n, int(steps[k])))
+            continue
+        around = int(pads[k]) + int(pads[k + space]) if auto == b"NOTSET" else 0
+        room = n + around - int(apart[k]) * (kernel[k] - 1) - 1
+        # No window that fits none: such a model does not run.
+        out.append(room + 1 if steps[k] == 1 else ex.floor_divide(ex.maximum(room + steps[k], 0), int(steps[k])))
+    return [out] * len(u.node.output)
+
+
 def fixed_only(do: Callable[..., Any]) -> Valuer:
     """Entries of an operator on constants alone, which numpy computes to the last bit as any runtime does."""
 

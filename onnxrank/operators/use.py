@@ -83,6 +83,11 @@ class Use:
             raise Unproved(f"input {k} varies with extents")
         return [int(x) for x in found]  # type: ignore[arg-type]
 
+    def entries(self, k: int) -> list[int | Expr] | None:
+        """Whole numbers that are constants or made of extents; None where they are not known."""
+        found = self.values[k] if k < len(self.values) else None
+        return None if found is None else found.sizes()
+
     def axis(self, default: int, rank: int) -> int:
         """The attribute `axis`, counted from the front."""
         return int(self.attribute("axis", default)) % max(rank, 1)

@@ -79,6 +79,12 @@ def take(job: Job, form: Form) -> None:
     job.report.refusals = [*form.refusals, *job.others]
 
 
+def as_it_is(job: Job) -> None:
+    """Goes on with the original, of which something else than rules is made."""
+    job.pair, job.form, job.study = None, job.plain, job.plain.study
+    job.preparation.undo()
+
+
 def _crosses(job: Job) -> bool:
     """Whether a second plan for few candidates stands beside the one for many, where one alone is not enough."""
     form, before, n, o = job.chosen, job.before(), job.options.usual, job.options

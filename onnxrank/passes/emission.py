@@ -11,8 +11,10 @@ from onnx import ModelProto
 from onnxrank import blocks, cost, plans, remarks
 from onnxrank import model as files
 from onnxrank.contract import store
+from onnxrank.crossover import Pair
 from onnxrank.errors import UsageError
 from onnxrank.forms import Form
+from onnxrank.joining import TOGETHER
 from onnxrank.passes.job import Job
 from onnxrank.plans import Measured, Plan
 from onnxrank.report import Prediction, Report, RuleUse
@@ -64,8 +66,8 @@ class Result:
 
 def plan_of(job: Job, form: Form | None) -> Plan:
     """Every decision behind a form of the model; None for the original."""
-    form = form if form is not None and form.changed else None
-    rules = () if form is None else (r.name for r in job.options.rules if form.choice.uses(r.name))
+    form = form if form is not None and (form.changed or job.blocks) else None
+    rules = () if form is None else (r.name for r in form.rules if form.choice.uses(r.name))
     return Plan(
         source_sha256=job.loaded.sha256,
         made_by=job.report.version,
@@ -80,13 +82,14 @@ def plan_of(job: Job, form: Form | None) -> Plan:
         measured=job.measured,
         few=job.pair.stored() if job.pair is not None and form is not None else None,
         blocks=job.blocks if form is not None else 0,
+        blocks_from=job.blocks_from if form is not None and job.blocks else 0,
     )
 
 
 def emitted(job: Job) -> ModelProto:
     """The result with its contract."""
     form = job.chosen
-    if job.made is not None and job.made[:-1] == (form, job.pair, job.measured, job.blocks):
+    if job.made is not None and job.made[:-1] == (form, job.pair, job.measured, job.blocks, job.blocks_from):
         return job.made[-1]
     made = ModelProto()
     made.CopyFrom(written(job))
@@ -103,17 +106,20 @@ def emitted(job: Job) -> ModelProto:
     if job.report.lengths:
         contract["lengths"] = {name: list(span) for name, span in job.report.lengths.items()}
     store(made, contract)
-    job.made = form, job.pair, job.measured, job.blocks, made
+    job.made = form, job.pair, job.measured, job.blocks, job.blocks_from, made
     return made
 
 
 def written(job: Job) -> ModelProto:
     """The result without its contract."""
+    form = job.chosen
     try:
-        many = blocks.blocked(job.chosen, job.blocks) if job.blocks else job.chosen.model
+        many = blocks.blocked(form, job.blocks) if job.blocks else form.model
     except blocks.Impossible as e:
         raise UsageError(f"candidates cannot be scored in blocks: {e}") from e
-    made = many if job.pair is None else job.pair.model(many)
+    if job.blocks and job.blocks_from:
+        many = Pair(form, form, job.blocks_from).model(many, TOGETHER)
+    made = many if job.pair is None or many is None else job.pair.model(many)
     if made is None:
         raise UsageError("the plan cannot be replayed: its two ways cannot stand in one file any more")
     return made
@@ -143,7 +149,7 @@ def result(job: Job) -> Result:
     form = job.form
     if form is None or form.model is None:
         return unchanged(job)
-    _remark(job, form)
+    _remark(job, form if form.changed else job.full)
     job.notes += [*dict.fromkeys(map(str, form.study.packed)), *form.rewrite.notes]
     made, shapes = emitted(job), form.shapes(job.options.usual)
     job.report.changed = True
@@ -152,8 +158,7 @@ def result(job: Job) -> Result:
     job.report.size_after = made.ByteSize()
     if job.pair is not None:
         job.report.below = job.pair.below
-    time = form.time if job.pair is None else job.pair.time
-    job.report.predictions = _predictions(job.before(), time, job.measured)
+    job.report.predictions = _predictions(job.before(), _time(job), job.measured)
     return Result(made, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, form))
 
 
@@ -163,6 +168,22 @@ def unchanged(job: Job) -> Result:
     form = job.form or job.full
     _remark(job, form)
     return Result(job.loaded.proto, job.report, job.loaded, job.study, form, job.full, plan=plan_of(job, None))
+
+
+def _time(job: Job) -> Callable[[int], float]:
+    """Predicted seconds of the result, by the number of candidates."""
+    form, pair = job.chosen, job.pair
+
+    def many(n: int) -> float:
+        divided = job.blocks and n >= job.blocks_from
+        return blocks.seconds(form, job.blocks, n) if divided else form.time(n)
+
+    def time(n: int) -> float:
+        if pair is None:
+            return many(n)
+        return pair.time(n) if n < pair.below else many(n) + pair.overhead
+
+    return time
 
 
 def _predictions(

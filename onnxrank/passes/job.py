@@ -35,11 +35,13 @@ class Pass:
             checked, or `undo` for what only takes back.
         run: Goes on from a job's model, analysis, options and report, which it changes; whether there is anything to
             go on with, or the original has to be kept.
+        anew: Whether it runs also where there is nothing to go on with, as it may find something.
     """
 
     name: str
     policy: str
     run: Callable[[Job], bool]
+    anew: bool = False
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Job:
         pair: The chosen form, and another one for few candidates; None where it holds for any number.
         measured: What timing gave.
         blocks: Most candidates of a block, where they are scored in blocks; 0 where they are not.
+        blocks_from: The number of candidates from which on they are; 0 for any number.
+        kept: Whether the passes so far left anything to go on with.
         spent: Seconds that timing took.
         without: Rules that were out before timing left any out.
         guilty: Rules with operators at which one of their sites made the check fail.
@@ -87,12 +91,13 @@ class Job:
         self.full: Form | None = None
         self.pair: Pair | None = None
         self.measured: tuple[Measured, ...] = ()
-        self.blocks = 0
+        self.blocks = self.blocks_from = 0
+        self.kept = True
         self.spent = 0.0
         self.without: frozenset[str] = frozenset()
         self.guilty: set[tuple[str, str]] = set()
         self.others: list[Refusal] = []
-        self.made: tuple[Form, Pair | None, tuple[Measured, ...], int, ModelProto] | None = None
+        self.made: tuple[Form, Pair | None, tuple[Measured, ...], int, int, ModelProto] | None = None
         self.side: Side | None = None
 
     @property

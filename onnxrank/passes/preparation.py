@@ -165,6 +165,10 @@ class Preparation:
         self.sites += preparing_sites(plans.SEGMENTS, self.base, tried, way.places)
         self.sites += preparing_sites(plans.WRITTEN_OUT, way.base, way.could, done)
 
+    def undo(self) -> None:
+        """Leaves the original as it is."""
+        self.base, self.sites = self.original, []
+
     def repeat(self, plan: Plan) -> Study:
         """Prepares the model as a plan says."""
         self.sites = list(plan.preparation)

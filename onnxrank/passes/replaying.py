@@ -30,9 +30,11 @@ def follow(job: Job, found: Plan) -> bool:
     study = job.preparation.repeat(found)
     fit([s for s in found.sites if s.place.rule not in plans.PREPARING], study)
     o = job.options
-    job.full = Form(study, o.rules, o.interface, o.guard, o.span, found.choice())
+    rules = [r for r in o.rules if r.name in found.rules]
+    job.full = Form(study, rules, o.interface, o.guard, o.span, found.choice())
     job.measured = found.measured
     job.blocks = found.blocks if o.blocks is None else o.blocks
+    job.blocks_from = found.blocks_from
     take(job, job.full)
     if found.few is not None:
         rules = [r for r in o.rules if r.name in found.few.rules]
@@ -50,7 +52,7 @@ def follow(job: Job, found: Plan) -> bool:
             f"the plan cannot be replayed: at node {node!r} rule {lost[0][0].rule!r} does something else by now; "
             f"the plan was made by onnxrank {found.made_by}, with its rules"
         )
-    return True
+    return job.full.changed or job.blocks > 0
 
 
 def replayed_options(

@@ -37,6 +37,7 @@ def measure(job: Job) -> bool:
         return job.form is not None
     race = race_of(job, tune.points(job.options.span, job.options.usual))
     try:
+        crossed = None if job.pair is None else job.pair.many
         if job.pair is not None:
             if any(_pair_measured(job, race, pair) for pair in crossover.with_any_few(job.pair, job.plain)):
                 return True
@@ -45,7 +46,12 @@ def measure(job: Job) -> bool:
                 return False
         job.measured, job.without = timed(job, race, job.form, 0.5), job.form.choice.without
         reason = f"measured {tune.told(job.measured)}"
-        if not (tune.faster(job.measured) or _with_less(job, race, job.form, reason) or _other(job, race, reason)):
+        if not (
+            tune.faster(job.measured)
+            or (job.form is not crossed and _with_few(job, race))
+            or _with_less(job, race, job.form, reason)
+            or _other(job, race, reason)
+        ):
             job.measured = ()
             job.give_up("tune", reason)
     except ModelError as e:
@@ -53,14 +59,28 @@ def measure(job: Job) -> bool:
     return job.form is not None
 
 
+def _with_few(job: Job, race: tune.Race) -> bool:
+    """Leaves few candidates to the original, where the form is faster for many alone; whether both are faster."""
+    form, single = job.chosen, job.measured
+    most = max(single, key=lambda m: m.candidates)
+    pair = Pair(form.limited(()), form, 1).measured(single)
+    if most.low <= 1 or pair.below <= job.options.span[0] or pair.model() is None:
+        return False
+    for tried in crossover.with_any_few(pair, job.plain):
+        if _pair_measured(job, race, tried):
+            job.notes.append(f"for few candidates the original stands: measured {tune.told(single)} without")
+            return True
+    job.pair, job.measured = None, single
+    return False
+
+
 def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     """Times two plans against each other, to see from where on which is faster; whether both together are."""
     times = _around(job, pair)
     checked, job.pair = job.pair, pair.measured(times)
     same = checked is not None and (job.pair.few, job.pair.below) == (checked.few, checked.below)
-    right = not job.options.check or same or gated(job).passed
     job.measured = timed(job, race, pair.many, 0.25, made=written(job))
-    return right and tune.faster(job.measured)
+    return tune.faster(job.measured) and (not job.options.check or same or gated(job).passed)
 
 
 def _around(job: Job, pair: Pair) -> list[Measured]:
@@ -153,10 +173,11 @@ def timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto 
 
 
 def _raced(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto) -> tuple[Measured, ...]:
-    """Times what is made of a form; more than once, in other sessions, where it seems to lose a little."""
+    """Times what is made of a form; more than once, in other sessions, where it seems to lose a little, or may."""
     feeds = [form.rewrite.translate(f) for f in race.feeds]
     tries = [against(job, race, made, feeds, share)]
-    while tune.unsure(tries[0]) and len(tries) <= _AGAIN:
+    again = tune.unsure(tries[0]) or (tune.faster(tries[0]) and tune.near(tries[0]))
+    while again and len(tries) <= _AGAIN:
         tries.append(against(job, race, made, feeds, share))
     return tune.middle(tries)
 

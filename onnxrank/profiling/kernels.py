@@ -23,7 +23,7 @@ from onnxrank import batches
 from onnxrank.contract import RULE
 from onnxrank.errors import EnvironmentProblem
 from onnxrank.graphs import subgraphs
-from onnxrank.joining import is_crossover
+from onnxrank.joining import chooses
 from onnxrank.plans import label
 from onnxrank.profiling.report import Kernel, Kernels, Share
 from onnxrank.profiling.sessions import Requests, Runner, Target, open_session
@@ -84,9 +84,9 @@ def telling(model: ModelProto) -> list[int]:
 
 
 def _run_nodes(graph: GraphProto) -> list[NodeProto]:
-    """The nodes of a graph, and behind them those of two plans in it, or of one request and of several."""
-    ways = [node for node in graph.node if is_crossover(node) or node.name == batches.NODE]
-    inner = [n for node in ways for g in subgraphs(node) for n in g.node]
+    """The nodes of a graph, and behind them those of plans in it, or of one request and of several."""
+    ways = [node for node in graph.node if chooses(node) or node.name == batches.NODE]
+    inner = [n for node in ways for g in subgraphs(node) for n in _run_nodes(g)]
     return [*graph.node, *inner]
 
 

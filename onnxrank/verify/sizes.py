@@ -317,14 +317,23 @@ def turns(models: Iterable[ModelProto]) -> list[int]:
     """Numbers of candidates around those at which a file goes from one plan to the other, or to one more block."""
     found = []
     for model in models:
-        shapes = {o: node for node in model.graph.node for o in node.output}
-        stored = {t.name: t for t in model.graph.initializer}
-        for n in _numbers(stored[ROWS]) if ROWS in stored else ():
-            found += [k + d for k in (n, 2 * n) for d in (-1, 0, 1)]
-        for node in filter(joining.is_crossover, model.graph.node):
-            less = shapes.get(node.input[0])
-            for i in less.input if less is not None else ():
-                found += [n + d for n in (_numbers(stored[i]) if i in stored else ()) for d in (-1, 0, 1)]
+        found += _turns(model.graph, {})
+    return list(dict.fromkeys(found))
+
+
+def _turns(graph: GraphProto, around: Mapping[str, TensorProto]) -> list[int]:
+    """The same of a graph, with what is stored around it."""
+    found = []
+    makers = {o: node for node in graph.node for o in node.output}
+    stored = {**around, **{t.name: t for t in graph.initializer}}
+    for n in _numbers(stored[ROWS]) if ROWS in stored else ():
+        found += [k + d for k in (n, 2 * n) for d in (-1, 0, 1)]
+    for node in filter(joining.chooses, graph.node):
+        less = makers.get(node.input[0])
+        for i in less.input if less is not None else ():
+            found += [n + d for n in (_numbers(stored[i]) if i in stored else ()) for d in (-1, 0, 1)]
+        for branch in subgraphs(node):
+            found += _turns(branch, stored)
     return found
 
 

@@ -16,6 +16,7 @@ from onnx import ModelProto
 import onnxrank
 from onnxrank import blocks
 from onnxrank.batching.engine import batch
+from onnxrank.crossover import Pair
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.passes import blocking
 from onnxrank.plans import Measured, Plan
@@ -259,10 +260,11 @@ def test_blocks_that_are_not_faster_are_not() -> None:
 
 def test_few_candidates_are_scored_in_one_piece_where_that_is_faster() -> None:
     result = tuned({0: 0.8, 64: 1.1, 128: 1.3, 256: 1.2})
-    assert result.plan.few is not None and result.plan.few.below > 1
+    assert result.plan.blocks_from > 1 and result.plan.few is None
     ops = [n.op_type for n in result.model.graph.node]
     assert ops.count("If") == 1 and "Scan" not in ops
-    at = result.plan.few.below
+    at = result.plan.blocks_from
+    assert {at - 1, at, at + 1, 128, 256} <= set(sizes.turns([result.model]))
     for n in (0, 1, at - 1, at, at + 1, 1000):
         np.testing.assert_equal(run(result.model, feed(n)), run(ranker(), feed(n, n)))
     again = onnxrank.optimize(ranker(), plan=result.plan, check=False)
@@ -272,3 +274,90 @@ def test_few_candidates_are_scored_in_one_piece_where_that_is_faster() -> None:
 @pytest.mark.parametrize("how", [{"candidates": 512}, {"tune": 0.0}])
 def test_blocks_are_not_timed_where_few_are_expected(how: Any) -> None:
     assert not tuned({64: 2.0, 128: 2.0, 256: 2.0}, **how).plan.blocks
+
+
+def test_both_ends_have_a_plan_of_their_own() -> None:
+    """The original for few, one piece for more, blocks for many: each `If` is in the branch of the one before."""
+    pair = mock.patch("onnxrank.crossover.find", lambda forms, *_: Pair(forms[0].limited(()), forms[0], 5))
+    with pair, mock.patch("onnxrank.passes.timing.measure"):
+        result = tuned({0: 0.8, 64: 1.1, 128: 1.3, 256: 1.2})
+    few, at = result.plan.few, result.plan.blocks_from
+    assert few is not None and 5 == few.below < at and result.plan.blocks == 128
+    assert {4, 5, at - 1, at, 128, 256} <= set(sizes.turns([result.model]))
+    assert "Scan" not in {n.op_type for n in result.model.graph.node}
+    for n in (0, 4, 5, at - 1, at, 1000):
+        np.testing.assert_equal(run(result.model, feed(n)), run(ranker(), feed(n, n)))
+    again = onnxrank.optimize(ranker(), plan=Plan.from_dict(result.plan.to_dict()), check=False)
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+    stored = onnxrank.contract.stored_contract(result.model) or {}
+    assert Plan.from_contract(stored).blocks_from == at
+    assert onnxrank.profile(result.model, candidates=[2, at], seconds=0.01, memory=False).models[0].kernels
+
+
+def left_alone(ratios: dict[int, float], of_original: float = 2.0, **how: Any) -> onnxrank.Result:
+    """The ranker, of which nothing is faster than the original in one piece."""
+    slow = onnxrank.pipeline.Pass("timing", "undo", lambda job: job.give_up("tune", "slow") or False)
+    with timed(ratios), original(of_original), mock.patch("onnxrank.pipeline.TIME", slow):
+        return made(ranker(), rows=None, **{"candidates": WIDE, "tune": 1e-3, **how})
+
+
+def test_what_is_slow_in_one_piece_may_be_fast_in_blocks() -> None:
+    result = left_alone({0: 0.8, 64: 1.1, 128: 1.3, 256: 1.2})
+    assert result.changed and result.plan.blocks == 128 and not result.plan.blocks_from
+    few = result.plan.few
+    assert few is not None and few.below > 1 and not few.rules
+    assert any(s.taken for s in result.plan.sites)
+    assert not result.report.retreats
+    for n in (0, 1, few.below - 1, few.below, 1000):
+        np.testing.assert_equal(run(result.model, feed(n)), run(ranker(), feed(n, n)))
+    again = onnxrank.optimize(ranker(), plan=result.plan, check="quick")
+    assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+@pytest.mark.parametrize("few", [0.8, 1.1])
+def test_the_original_alone_may_be_fast_in_blocks(few: float) -> None:
+    """Where what the rules make of it is slow in blocks, too."""
+    split = blocks.split
+
+    def of_original(form: Any) -> blocks.Split:
+        if form.changed:
+            raise blocks.Impossible("not this one")
+        return split(form)
+
+    with mock.patch.object(blocks, "split", of_original):
+        result = left_alone({0: few, 64: 1.1, 128: 1.3, 256: 1.2}, check="quick")
+    assert result.changed and result.plan.changed and result.plan.blocks == 128
+    assert not result.plan.sites and (result.plan.few is None) == (few > 1)
+    assert all(c.passed for c in result.report.checks)
+    assert any("the original as it is" in n for n in result.report.notes)
+    for n in COUNTS:
+        np.testing.assert_equal(run(result.model, feed(n)), run(ranker(), feed(n, n)))
+    assert not onnxrank.optimize(ranker(), plan=result.plan, blocks=0, check=False).changed
+    for plan in (result.plan, Plan.from_contract(onnxrank.contract.stored_contract(result.model) or {})):
+        again = onnxrank.optimize(ranker(), plan=plan, check=False)
+        assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_predictions_are_those_of_blocks() -> None:
+    """What spills out of the cache in one piece costs less: hidden rows of 2048 candidates are 6 MB, of 64 0.2."""
+    g = Graph()
+    both = g.op("Concat", g.input("user", ["N", 96]), g.input("item", ["N", 32]), axis=1)
+    wide = g.op("Relu", g.op("Exp", g.op("Gemm", both, g.const(whole(128, 768)), g.const(whole(768)))))
+    g.output(g.op("MatMul", wide, g.const(whole(768, 1))), ["N", 1])
+    model = g.model()
+    one, divided = (onnxrank.optimize(model, request=["user"], blocks=b, check=False) for b in (0, 64))
+    assert one.form is not None
+    assert blocks.seconds(one.form, 64, 2048) < 0.9 * one.form.time(2048)
+    assert blocks.seconds(one.form, 64, 64) > one.form.time(64)
+    for whole_, parts in zip(one.report.predictions, divided.report.predictions, strict=True):
+        assert (whole_.ratio < parts.ratio) == (whole_.candidates > 128)
+
+
+def test_what_is_slow_in_blocks_too_is_left_alone() -> None:
+    alone = onnxrank.optimize(ranker(), request=["user"], candidates=1, check=False)
+    result = left_alone({0: 0.8, 64: 0.9, 128: 0.9, 256: 0.9})
+    assert not result.changed and not result.plan.changed and not result.plan.blocks
+    assert [r.rule for r in result.report.retreats] == [""]
+    assert alone.changed or result.model.SerializeToString() == ranker().SerializeToString()
+    with mock.patch.object(blocks._Writer, "_add", _wrong):
+        assert not left_alone({64: 1.1, 128: 1.3, 256: 1.2}, check="quick").changed

@@ -40,6 +40,7 @@ def bill(op: str, known: Mapping[str, tuple[int, ...]], inputs: int, outputs: in
         ("Expand", {"x": (1, 64), "y": (512, 64)}, 1, {}, "expand", 512),
         ("Transpose", {"x": (512, 64), "y": (64, 512)}, 1, {}, "transpose", 512 * 64),
         ("Transpose", {"x": (512, 4, 8), "y": (4, 512, 8)}, 1, {"perm": [1, 0, 2]}, "exchange", 512 * 4),
+        ("Transpose", {"x": (512, 4, 2), "y": (4, 512, 2)}, 1, {"perm": [1, 0, 2]}, "transpose", 512 * 4),
         ("Transpose", {"x": (512, 4, 8), "y": (8, 4, 512)}, 1, {}, "permute", 512 * 32),
         ("Transpose", {"x": (512, 4, 8), "y": (8, 512, 4)}, 1, {"perm": [2, 0, 1]}, "transpose", 512 * 32),
         ("Transpose", {"x": (8, 512, 4, 2), "y": (4, 512, 2, 8)}, 1, {"perm": [2, 1, 3, 0]}, "permute", 512 * 64),

@@ -192,6 +192,46 @@ def test_a_branch_plans_memory_for_every_number_of_candidates(more: bool, taken:
             np.testing.assert_array_equal(wanted, found)
 
 
+def test_captured_weights_of_products_stay_tensors() -> None:
+    """A reader that packs nothing, and is never run, reads all: else a branch that captures them plans no memory."""
+    made = both()
+    many, few = (attribute(crossover(made), name) for name in ("else_branch", "then_branch"))
+    stored = {t.name for t in made.graph.initializer}
+    multiplied = {i for b in (few, many) for n in b.node if n.op_type == "MatMul" for i in n.input} & stored
+    (again,) = (n for n in many.node if n.op_type == "If")
+    assert again.input[0] == crossover(made).input[0]  # false where it is asked
+    kept = attribute(again, "then_branch")
+    assert multiplied and multiplied <= captured(kept)
+    assert not captured(attribute(again, "else_branch"))
+    (unread,) = set(crossover(made).output) - {i for n in made.graph.node for i in n.input} - {"out 0"}
+    assert unread.startswith(NAME)
+    before_sequences = attribute(crossover(both(opset=10)), "else_branch")
+    assert "If" not in {n.op_type for n in before_sequences.node}
+
+
+def test_nothing_is_shared_where_memory_is_planned_once_for_all() -> None:
+    """With an even number of inputs with rows of candidates, what stands outside has a plan for one number alone."""
+    few, many = ranker(False), ranker(True)
+    for model in (few, many):
+        model.graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.INT64, ["N"]))
+        model.graph.node.append(onnx.helper.make_node("Neg", ["more"], ["out 1"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("out 1", onnx.TensorProto.INT64, ["N"]))
+    known = {"user": lambda n: [1, WIDTH], "ids": lambda n: [n], "more": lambda n: [n]}
+
+    def shape(name: str, candidates: int) -> list[int] | None:
+        return known[name](candidates) if name in known else None
+
+    plain, made = (joined(few, many, BELOW, Count("ids", 0), s) for s in (None, shape))
+    assert plain is not None and made is not None
+    onnx.checker.check_model(made, full_check=True)
+    assert {"Gather", "Neg"} <= {n.op_type for n in plain.graph.node}
+    assert {n.op_type for n in made.graph.node} <= {"Shape", "Less", "If", "Flatten"}
+    for n in (0, 2, BELOW, 40):
+        feed = {"user": np.ones((1, WIDTH), np.float32), "ids": np.arange(n), "more": np.arange(n)}
+        for wanted, found in zip(run(plain, feed).values(), run(made, feed).values(), strict=True):
+            np.testing.assert_array_equal(wanted, found)
+
+
 def test_what_is_declared_of_tensors_is_kept() -> None:
     """What a branch gives has no declared type of its own, beside which another would be a contradiction."""
     few, many = (onnx.shape_inference.infer_shapes(ranker(split)) for split in (False, True))

@@ -982,7 +982,7 @@ FORMS: dict[str, tuple[str, bool]] = {
     ),
     "reversed sequence": (
         "s0 = Shape(user) n0 = Gather(s0, z0) lens = Expand(th, n0) u = ReverseSequence<batch_axis=0,"
-        " time_axis=1>(user, lens) c = Concat<axis=1>(u, item)", False,
+        " time_axis=1>(user, lens) c = Concat<axis=1>(u, item)", True,
     ),
     "steps backwards": ("u = Slice(user, last, first, ax1, back) c = Concat<axis=1>(item, u)", True),
     "empty slice": ("u = Slice(user, th, th, ax1) c = Concat<axis=1>(user, u, item)", True),

@@ -17,6 +17,7 @@ import onnxrank
 from onnxrank import tune
 from onnxrank.contract import stored_contract
 from onnxrank.errors import UsageError
+from onnxrank.joining import is_crossover
 from onnxrank.passes import choosing, studying, timing
 from onnxrank.passes.job import Job
 from onnxrank.passes.options import Options
@@ -155,6 +156,31 @@ def test_a_loss_between_the_ends_counts() -> None:
 
 def test_a_gain_for_many_alone_counts() -> None:
     assert tune.faster([Measured(64, 1.0, 0.99, 1.01), Measured(1, 0.99, 0.98, 1.0), Measured(4096, 1.3, 1.2, 1.4)])
+
+
+def test_for_few_candidates_the_original_may_stand() -> None:
+    """Where one plan was predicted to be enough, and is measured to lose at few: the clock finds the second."""
+
+    def clock(made: ModelProto, n: int) -> float:
+        return 1.2 if any(map(is_crossover, made.graph.node)) else 0.8 if n < 50 else 1.5
+
+    with mock.patch.object(choosing.crossover, "find", return_value=None):
+        model, result = tuned(clock, candidates=(1, 4096), blocks=0)
+    agree(model, result)
+    assert result.plan.few is not None and 8 < result.plan.few.below <= 64
+    assert "fold" in {s.place.rule for s in result.plan.sites if s.taken} and not result.plan.few.rules
+    assert any("for few candidates the original stands" in n for n in result.report.notes)
+    again = onnxrank.optimize(model, plan=result.plan)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+    slow = tuned(lambda made, n: 0.8 if n < 50 else 1.5, candidates=(1, 4096), blocks=0)[1]
+    assert slow.plan.few is None and not slow.changed
+
+
+def test_what_is_timed_again_has_the_interval_of_all() -> None:
+    tries = [[Measured(1, r, r - 0.001, r + 0.001)] for r in (0.96, 1.01, 0.98)]
+    assert tune.middle(tries) == (Measured(1, 0.98, 0.96, 1.01),)
+    assert tune.middle(tries[:1]) == (Measured(1, 0.96, 0.959, 0.961),)
+    assert tune.near([Measured(1, 0.99, 0.98, 1.0)]) and not tune.near([Measured(1, 0.9, 0.8, 1.0)])
 
 
 def test_a_loss_that_may_be_none_is_timed_again() -> None:

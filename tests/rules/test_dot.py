@@ -124,9 +124,9 @@ def test_candidates_are_rows_of_one_matrix() -> None:
     assert len(products) == 3  # the symmetric block is not made twice
 
 
-@pytest.mark.parametrize(("heads", "size", "cut"), [(4, 8, True), (16, 2, True), (2, 48, False), (20, 2, False)])
+@pytest.mark.parametrize(("heads", "size", "cut"), [(4, 8, True), (20, 4, True), (2, 48, False), (16, 2, False)])
 def test_heads_of_the_candidate(heads: int, size: int, cut: bool) -> None:
-    """Narrow heads are cut apart and joined again, which is faster than a Transpose; there may be no rows."""
+    """Narrow heads are cut apart and joined again where that is faster than a Transpose; there may be no rows."""
     given = [request("k", heads, size, 3), request("u", 5), candidate("c", 3)]
     g = Graph()
     k, u, c = (i.declare(g) for i in given)
@@ -431,7 +431,7 @@ def test_target_attention(many: int) -> None:
     g.output(g.op("MatMul", y, g.const(whole_numbers(many * D, 2))), ["N", 2])
     result = optimised(g, given, tolerance=1e-5)
     assert result.report.macs_after == result.report.macs_before
-    assert max(made_by(result, given, "MatMul")) == (50 * many if many <= 4 else 50)
+    assert max(made_by(result, given, "MatMul")) == 50 * many
     assert "Expand" not in operators(result.model)
 
 

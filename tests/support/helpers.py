@@ -54,6 +54,7 @@ class Graph:
         self.initializers: list[TensorProto] = []
         self._count = 0
         self.checked = True
+        self.versions: dict[str, int] = {}
 
     def fresh(self, hint: str) -> str:
         self._count += 1
@@ -93,7 +94,7 @@ class Graph:
 
     def model(self) -> ModelProto:
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.initializers)
-        versions = {"": self.opset} | {n.domain: 1 for n in self.nodes if n.domain}
+        versions = {"": self.opset} | {n.domain: self.versions.get(n.domain, 1) for n in self.nodes if n.domain}
         opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
         made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         seen = {o.name: o.type for o in onnx.shape_inference.infer_shapes(made, data_prop=True).graph.output}

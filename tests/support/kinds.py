@@ -20,7 +20,7 @@ FLOAT, BOOL, INT64, INT32, UINT32 = (
     int(k) for k in (TensorProto.FLOAT, TensorProto.BOOL, TensorProto.INT64, TensorProto.INT32, TensorProto.UINT32)
 )
 OPSETS = (11, 13, 17, 20, 24)
-MS = "com.microsoft"
+MS, ML = "com.microsoft", "ai.onnx.ml"
 
 _RANDOM = "two runs of the original differ"
 _NO_KERNEL = "onnxruntime has no kernel for it on a CPU"
@@ -34,10 +34,15 @@ LEFT_OUT = {
         _NO_KERNEL,
     ),
     **dict.fromkeys(
-        f"""Attention ConvInteger ConvTranspose DepthToSpace Optional QLinearConv SequenceEmpty SequenceErase
-        SequenceMap SpaceToDepth ai.onnx.ml::ZipMap com.microsoft.nchwc::Conv {MS}::FusedConv
-        {MS}::MatMulNBits""".split(),
+        f"""Attention Optional SequenceEmpty SequenceErase SequenceMap {ML}::CastMap {ML}::DictVectorizer {ML}::ZipMap
+        com.microsoft.nchwc::Conv {MS}::FusedConv""".split(),
         "nothing writes it yet: node tests and saved models hold it (scripts/node_tests.py, variants.py)",
+    ),
+    **dict.fromkeys(
+        f"""BitCast CenterCropPad Col2Im CumProd DFT DeformConv GridSample RegexFullMatch RoiAlign STFT
+        StringConcat TensorScatter TfIdfVectorizer {ML}::CategoryMapper {ML}::SVMClassifier {ML}::TreeEnsemble
+        {MS}::MatMulNBits""".split(),
+        "few tensors suit it: tests/rules/test_alone.py holds it",
     ),
     "Scatter": "opset 11, the oldest of the programs, does not have it any more",
 }
@@ -55,6 +60,7 @@ class Writer(LengthWriter):
     def __init__(self, random: Random) -> None:
         super().__init__(random)
         self.graph.opset = self.pick(OPSETS)
+        self.graph.versions[ML] = 3
 
     def op_kind(self, x: Tensor) -> None:
         """An operator of the table, on some tensor that suits it."""
@@ -459,6 +465,43 @@ def _sequence(w: Writer, x: Tensor, op: str) -> None:
         w.put(joined, x.dims, x.bound, x.bits)
 
 
+@_since(13, "Resize")
+def _resized(w: Writer, x: Tensor, op: str) -> None:
+    if x.rank == 3 and w.extended(x, 2) and w.extended(x, 1) and x.sizes[2] < 9:
+        name = w.graph.op(op, x.name, "", w.graph.const([1, 1, 2]), mode="nearest")
+        w.put(name, w._cut(x, 2, 2 * x.sizes[2]), x.bound, x.bits)
+
+
+@_since(13, "DepthToSpace", "SpaceToDepth")
+def _blocks(w: Writer, x: Tensor, op: str) -> None:
+    if x.rank != 3 or not w.extended(x, 1) or not w.extended(x, 2) or x.sizes[1] * x.sizes[2] > 64:
+        return
+    g = w.graph
+    image = g.on_axes("Unsqueeze", x.name, [3])
+    if op == "DepthToSpace" and x.sizes[1] % 4 == 0:
+        name = g.op(op, image, blocksize=2, mode=w.pick(["DCR", "CRD"]))
+        w.put(name, [x.dims[0], (x.sizes[1] // 4,), (2 * x.sizes[2],), (2,)], x.bound, x.bits)
+    elif op == "SpaceToDepth" and x.sizes[2] % 2 == 0:
+        name = g.op(op, g.op("Concat", image, g.op("Neg", image), axis=3), blocksize=2)
+        w.put(name, [x.dims[0], (4 * x.sizes[1],), (x.sizes[2] // 2,), ()], x.bound, x.bits)
+
+
+@_since(13, f"{ML}::ArrayFeatureExtractor", f"{ML}::FeatureVectorizer")
+def _features(w: Writer, x: Tensor, op: str) -> None:
+    if x.rank != 2 or not w.extended(x, 1) or 0 in x.sizes:
+        return
+    g, size = w.graph, x.sizes[1]
+    if op == "ArrayFeatureExtractor":
+        at = w.some(range(size), 1, 4)
+        w.put(g.op(op, x.name, g.const(at, np.int64), domain=ML), w._cut(x, 1, len(at)), x.bound, x.bits)
+        return
+    y = w.partner(x, [v for v in w.values if v.rank == 2 and v.dims[0] == x.dims[0] and w.extended(v, 1)])
+    if size + y.sizes[1] <= 24:
+        # onnx does not infer how many dimensions that has, which onnxruntime wants to know for a Scan.
+        name = g.op("Flatten", g.op(op, x.name, y.name, domain=ML, inputdimensions=[size, y.sizes[1]]))
+        w.put(name, w._cut(x, 1, size + y.sizes[1]), max(x.bound, y.bound), max(x.bits, y.bits))
+
+
 # --- reductions and pools --------------------------------------------------------------------------------------------
 
 
@@ -567,12 +610,15 @@ def _turned(w: Writer, x: Tensor, domain: str) -> None:
     w.put(g.op("RotaryEmbedding", x.name, *more, **how), x.dims, 2 * x.bound, INEXACT)
 
 
-@_since(11, f"{MS}::Inverse")
+@_since(11, "Det", f"{MS}::Inverse")
 def _inverse(w: Writer, x: Tensor, op: str) -> None:
     if x.rank >= 2 and w.extended(x, x.rank - 1) and x.dims[-1] == x.dims[-2] and x.bits != INEXACT:
         g = w.graph
         near = g.op("Add", g.op("Mul", x.name, g.const(0.1 / x.bound)), g.const(np.eye(x.sizes[-1])))
-        w.put(g.op(op, near, domain=MS), x.dims, 50, INEXACT)
+        if op == "Det":
+            w.put(g.op(op, near), x.dims[:-2], 50, INEXACT)
+        else:
+            w.put(g.op(op, near, domain=MS), x.dims, 50, INEXACT)
 
 
 # --- products --------------------------------------------------------------------------------------------------------
@@ -658,6 +704,97 @@ def _quantised_step(w: Writer, x: Tensor, op: str) -> None:
         how = {"QLinearLeakyRelu": {"alpha": 0.5}, "QLinearSoftmax": {"axis": x.rank - 1, "opset": 13}}.get(op, {})
         name = g.op(op, *data, *out, domain=MS, **how)
     w.put(w.plain(name, *out), dims, 70, 1)
+
+
+@_since(13, "ConvTranspose", "ConvInteger", "QLinearConv")
+def _slid(w: Writer, x: Tensor, op: str) -> None:
+    if x.rank != 3 or not w.extended(x, 1) or x.bits > 1 or x.bound > 60 or 0 in x.sizes:
+        return
+    g, (_, k, size) = w.graph, x.sizes
+    more, bound = (1 if op == "ConvTranspose" else -1), 8 * k * x.bound + 64
+    if not w.extended(x, 2) or size < 2 or not w.exact(x, bound, 1):
+        return
+    if op == "ConvTranspose":
+        name, bits = g.op(op, x.name, g.const(w.weights(k, 2, 2))), x.bits
+    else:
+        data, scale, zero = w.quantised(x)
+        kernel = np.abs(w.weights(2, k, 2))
+        if op == "ConvInteger":
+            name, bits = g.op("Cast", g.op(op, data, g.const(kernel, np.uint8), zero), to=FLOAT), 0
+        else:
+            none = g.const(0, np.int8)
+            name = g.op(op, data, scale, zero, g.const(kernel, np.int8), g.const(1), none, scale, zero)
+            name, bits = w.plain(name, scale, zero), 1
+    w.put(name, [x.dims[0], (2,), (size + more,)], bound, bits)
+
+
+# --- models that are no networks -------------------------------------------------------------------------------------
+
+
+@_since(13, *(f"{ML}::{op}" for op in ("Binarizer", "Imputer", "LabelEncoder", "OneHotEncoder", "Scaler")))
+def _prepared(w: Writer, x: Tensor, op: str) -> None:
+    if x.bits == INEXACT or x.rank != 2 or not w.extended(x, 1) or 0 in x.sizes:
+        return
+    g, size = w.graph, x.sizes[1]
+    columns = w.weights(w.pick([1, size])).tolist()
+    if op in ("LabelEncoder", "OneHotEncoder"):
+        keys = "keys_int64s" if op == "LabelEncoder" else "cats_int64s"
+        values = {"values_floats": [2.0, -1.0, 1.0]} if op == "LabelEncoder" else {}
+        dims = x.dims if op == "LabelEncoder" else (*x.dims, (3,))
+        w.put(g.op(op, w.ids(x, 4), domain=ML, **{keys: [0, 1, 2]}, **values), dims, 2)
+        return
+    how: dict[str, Any] = {"threshold": 1.0}
+    bound = x.bound + 2
+    if op == "Imputer":
+        how = {"imputed_value_floats": columns, "replaced_value_float": 1.0}
+    elif op == "Scaler":
+        how, bound = {"offset": columns, "scale": columns}, 2 * x.bound + 4
+    if w.exact(x, bound):
+        w.put(g.op(op, x.name, domain=ML, **how), x.dims, bound, x.bits)
+
+
+@_since(13, f"{ML}::LinearClassifier", f"{ML}::SVMRegressor", f"{ML}::Normalizer")
+def _classical(w: Writer, x: Tensor, op: str) -> None:
+    if x.rank != 2 or not w.extended(x, 1) or 0 in x.sizes or not w.exact(x, 8 * x.sizes[1] * x.bound + 4):
+        return
+    g, size, bound = w.graph, x.sizes[1], 8 * x.sizes[1] * x.bound + 4
+    if op == "Normalizer":
+        name = g.op(op, g.op("Add", g.op("Abs", x.name), g.const(1)), domain=ML, norm=w.pick(["L1", "L2", "MAX"]))
+        w.put(name, x.dims, 1, INEXACT)
+    elif op == "LinearClassifier":
+        how = {"coefficients": w.weights(3 * size).tolist(), "intercepts": w.weights(3).tolist()}
+        _, scores = g.ops(op, 2, x.name, domain=ML, classlabels_ints=[0, 1, 2], **how)
+        w.put(scores, w._cut(x, 1, 3), bound, x.bits)
+    else:
+        how = {"coefficients": w.weights(2).tolist(), "support_vectors": w.weights(2 * size).tolist(), "n_supports": 2}
+        name = g.op(op, x.name, domain=ML, kernel_type="LINEAR", kernel_params=[0.0] * 3, rho=[1.0], **how)
+        w.put(name, w._cut(x, 1, 1), bound, x.bits)
+
+
+@_since(13, f"{ML}::TreeEnsembleClassifier", f"{ML}::TreeEnsembleRegressor")
+def _trees(w: Writer, x: Tensor, op: str) -> None:
+    if x.rank != 2 or not w.extended(x, 1) or 0 in x.sizes or x.bits == INEXACT:
+        return
+    features = [w.number(0, x.sizes[1] - 1) for _ in range(2)]
+    kind, count = ("class", 3) if op == "TreeEnsembleClassifier" else ("target", 2)
+    how: dict[str, Any] = {
+        "nodes_treeids": [0, 0, 0, 1, 1, 1],
+        "nodes_nodeids": [0, 1, 2] * 2,
+        "nodes_featureids": [features[0], 0, 0, features[1], 0, 0],
+        "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"] * 2,
+        "nodes_values": [0.5, 0.0, 0.0, -0.5, 0.0, 0.0],
+        "nodes_truenodeids": [1, 0, 0] * 2,
+        "nodes_falsenodeids": [2, 0, 0] * 2,
+        f"{kind}_treeids": [0, 0, 1, 1],
+        f"{kind}_nodeids": [1, 2, 1, 2],
+        f"{kind}_ids": [0, 1, count - 1, 0],
+        f"{kind}_weights": [1.0, 2.0, 4.0, 8.0],
+    }
+    if kind == "target":
+        name = w.graph.op(op, x.name, domain=ML, n_targets=count, **how)
+    else:
+        _, name = w.graph.ops(op, 2, x.name, domain=ML, classlabels_int64s=[0, 1, 2], **how)
+    w.put(name, w._cut(x, 1, count), 16)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

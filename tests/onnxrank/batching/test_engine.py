@@ -20,9 +20,11 @@ from split_models import history_model, ranker_model
 import onnxrank
 from onnxrank import batches, cost
 from onnxrank import model as files
+from onnxrank.batching import assembly
 from onnxrank.batching.engine import Options, batch
 from onnxrank.cli.app import cli
 from onnxrank.errors import CheckFailed, ModelError, UsageError
+from onnxrank.graphs import subgraphs
 from onnxrank.splitting import split
 from onnxrank.verify import Options as Checks
 from onnxrank.verify import verify
@@ -110,6 +112,25 @@ def _several(made: ModelProto, op: str) -> ModelProto:
     out.graph.initializer.extend(body.initializer)
     out.graph.output.extend(helper.make_empty_tensor_value_info(n.output[0]) for n in body.node if n.op_type == op)
     return out
+
+
+def test_each_branch_has_the_weights_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(made: ModelProto) -> tuple[set[str], list[int]]:
+        """Weights outside, and how many of them each branch has."""
+        (last,) = (n for n in made.graph.node if n.op_type == "If")
+        weights = {i for n in ranker_model().graph.node if n.op_type in ("Gemm", "MatMul") for i in n.input[1:]}
+        outside = {t.name for t in made.graph.initializer}
+        inside = [{t.name.rpartition("/")[0] for t in g.initializer} for g in subgraphs(last)]
+        assert not {t.name for g in subgraphs(last) for t in g.initializer} & outside
+        return outside & weights, [len(own & weights) for own in inside]
+
+    monkeypatch.setattr(assembly, "_SMALL", 0)
+    outside, inside = stored(_batch(ranker_model()))
+    assert not outside and min(inside) > 0
+    _held(ranker_model(), _batch(ranker_model()), [2, 0, 3])
+    monkeypatch.setattr(assembly, "_PRODUCTS", 0)
+    outside, inside = stored(_batch(ranker_model()))
+    assert outside and inside == [0, 0]
 
 
 # --- relations -------------------------------------------------------------------------------------------------------
@@ -247,6 +268,27 @@ def test_a_model_for_one_request_stands_for_it(tmp_path: Any) -> None:
     assert batches.single(plain) is plain
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("each", [False, True])
+def test_shapes_that_are_found_in_the_data_run_request_by_request(form: dict[str, str], each: bool) -> None:
+    g = Graph(17)
+    user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
+    first = g.op("Gather", user, g.ints(0), axis=1)
+    places = g.op("Transpose", g.op("NonZero", g.op("Greater", item if each else user, first)))
+    if each:  # entries are picked, and put back among zeros
+        picked = g.op("Mul", g.op("GatherND", item, places), g.const([3.0]))
+        odd = g.op("ScatterND", g.op("Mul", item, g.const([0.0])), places, picked)
+    else:  # a number for all candidates of a request
+        odd = g.op("ReduceSum", g.op("Cast", places, to=TensorProto.FLOAT), keepdims=0)
+    g.op("Add", odd, g.op("Relu", item))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 4])
+    made = batch(g.model(), request=["user"], check=False, options=Options(**form))
+    assert any("found in the data" in n for n in made.report.notes)
+    for counts in COUNTS if "rows" in form else [[4], [2] * 32]:
+        _held(g.model(), made.model, counts)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -273,10 +315,9 @@ def test_shapes_that_differ_between_requests_are_refused_with_their_cause(op: st
     user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
     both = g.op("Unsqueeze", g.op("Add", user, item), g.ints(2))
     if op == "Squeeze":
-        odd = g.op("Squeeze", both)
+        g.op("Add", g.op("Squeeze", both), item)
     else:
-        odd = g.op("ReduceSum", g.op("Cast", g.op("NonZero", both), to=TensorProto.FLOAT), keepdims=0)
-    g.op("Add", odd, item)
+        g.op("Cast", g.op("NonZero", both), to=TensorProto.FLOAT)
     g.nodes[-1].output[0] = "score"
     g.output("score", ["N", 4])
     with pytest.raises(ModelError, match=reason):
