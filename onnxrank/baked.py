@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
@@ -98,21 +99,35 @@ def _admitted(model: ModelProto, found: Facts, free: set[str]) -> dict[str, set[
     sizes = {**shapes, **found.sizes}
     for node in model.graph.node:
         for size, entries in _asked(node, sizes, constants):
-            match = _multiple(size, free)
-            if match is not None and entries % match[1] == 0 and entries > match[1]:
-                out.setdefault(match[0], set()).add(entries // match[1])
+            match = _affine(size, free)
+            if match is None:
+                continue
+            length, times, added = match
+            if (entries - added) % times == 0 and entries - added > times:
+                out.setdefault(length, set()).add((entries - added) // times)
     return out
 
 
-def _multiple(size: int | Expr, free: set[str]) -> tuple[str, int] | None:
-    """The length that an extent is a multiple of, but for candidates, and how many times; None if it is of none."""
-    if not isinstance(size, Expr) or len(size.terms) != 1:
+def _affine(size: int | Expr, free: set[str]) -> tuple[str, int, int] | None:
+    """The length that an extent is a multiple of, but for candidates: how many times, and what is added to that.
+
+    None if it is of none. What is added is an extent, too: that of a history with the candidate behind it.
+    """
+    if not isinstance(size, Expr):
         return None
-    ((atoms, times),) = size.terms
-    lengths = [a for a in atoms if a != CANDIDATES]
-    if len(lengths) != 1 or lengths[0] not in free:
+    times: dict[tuple[Any, ...], int] = {}
+    rows = set()
+    for atoms, factor in size.terms:
+        others = tuple(a for a in atoms if a != CANDIDATES)
+        times[others] = factor
+        rows.add(len(atoms) - len(others))
+    added = times.pop((), 0)
+    if len(rows) != 1 or len(times) != 1:
         return None
-    return str(lengths[0]), times
+    ((lengths, factor),) = times.items()
+    if len(lengths) != 1 or lengths[0] not in free or factor < 0:
+        return None
+    return str(lengths[0]), factor, added
 
 
 def _numbers(graph: GraphProto) -> dict[str, tuple[int, ...]]:

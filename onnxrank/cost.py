@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, prod
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from onnxrank.epilogues import ProductSum, ShapeOf, behind_products
 from onnxrank.extents import evaluate
 from onnxrank.facts import Extent, Facts, constant_data
 from onnxrank.graphs import attribute, einsum_terms
@@ -33,10 +34,8 @@ CACHE = 1 << 20
 """Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
 WIDE = 512
 """Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
-ShapeOf = Callable[[str], "tuple[int, ...] | None"]
 
 _GONE = ("Constant", "Identity")
-_ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh")
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
@@ -180,21 +179,6 @@ class Runs:
 
     nodes: tuple[tuple[NodeProto, int], ...]
     sums: tuple[ProductSum, ...]
-
-
-@dataclass(frozen=True)
-class ProductSum:
-    """An addition right behind products, which a runtime makes part of one of them where what is added is a row.
-
-    Attributes:
-        products: First outputs of the products that nothing else reads.
-        node: The addition.
-        behind: The addition, and the activation right behind it, if there is one.
-    """
-
-    products: tuple[str, ...]
-    node: NodeProto
-    behind: tuple[NodeProto, ...]
 
 
 @dataclass(frozen=True)
@@ -593,7 +577,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
     if shapes.alike.runs is None:
         shapes.alike.runs = _runs_of(graph, shapes)
     runs = shapes.alike.runs
-    apart = [(node, 1) for found in runs.sums if not _adds_row(found, shapes) for node in found.behind]
+    apart = [(node, 1) for found in runs.sums if not found.adds_row(shapes.shape) for node in found.behind]
     for node, times in (*runs.nodes, *apart):
         bill = billed(node, shapes)
         yield bill if bill.launches else Bill("view"), times
@@ -601,7 +585,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
 
 def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
     """The nodes that run for a request."""
-    sums, activations = _behind_products(graph)
+    sums, activations = behind_products(graph)
     within = activations | {n.output[0] for found in sums for n in found.behind}
     found: dict[int, list[Any]] = {}
     running: set[str] = set()
@@ -615,40 +599,3 @@ def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
             found.setdefault(kind, [node, 0])[1] += 1
     counted = tuple((node, times) for node, times in found.values())
     return Runs(counted, tuple(s for s in sums if s.node.output[0] in running))
-
-
-def _behind_products(graph: GraphProto) -> tuple[list[ProductSum], set[str]]:
-    """Additions right behind products, and the first outputs of activations that are part of a product in any case."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for i in node.input:
-            readers.setdefault(i, []).append(node)
-    kept = {o.name for o in graph.output}
-
-    def only(node: NodeProto, operators: Collection[str]) -> NodeProto | None:
-        """The only reader of a node's result, if it is one of some operators."""
-        after = readers.get(node.output[0], [])
-        alone = len(after) == 1 and node.output[0] not in kept
-        return after[0] if alone and operator(after[0]) in operators else None
-
-    sums: dict[str, ProductSum] = {}
-    activations: set[str] = set()
-    for node in graph.node:
-        op = operator(node)
-        if op == "Gemm" and (after := only(node, _ACTIVATIONS)) is not None:
-            activations.add(after.output[0])
-        elif op == "MatMul" and (plus := only(node, ("Add",))) is not None:
-            after = only(plus, _ACTIVATIONS)
-            products = sums[plus.output[0]].products if plus.output[0] in sums else ()
-            behind = (plus,) if after is None else (plus, after)
-            sums[plus.output[0]] = ProductSum((*products, node.output[0]), plus, behind)
-    return list(sums.values()), activations
-
-
-def _adds_row(found: ProductSum, shapes: Shapes) -> bool:
-    """Whether what is added to a product is a row, so that a runtime adds it there."""
-    for product in found.products:
-        out = shapes.shape(product) or ()
-        if len(out) == 2 and any(prod(shapes.shape(i) or (0,)) == out[1] for i in found.node.input if i != product):
-            return True
-    return False

@@ -129,6 +129,13 @@ class Facts:
         found = self.expressions.get(symbol)
         return ex.symbol(symbol) if found is None else found
 
+    def unproved(self, name: str) -> str | None:
+        """Why the shape of a computed tensor is not proved; None if it is."""
+        if name not in self.sizes:
+            return self.unknown.get(name, "the number of its dimensions is not known")
+        lost = next((self.opaque[s] for n in self.sizes[name] for s in ex.symbols_of(n) if s in self.opaque), None)
+        return None if lost is None else f"{lost[0]!r}: {lost[1]}"
+
     def note_shape(self, name: str, sizes: Sequence[int | Expr]) -> None:
         """Takes up a tensor's shape."""
         self.sizes[name] = tuple(sizes)

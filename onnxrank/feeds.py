@@ -200,10 +200,7 @@ class Maker:
             return np.full(shape, min(max(self.fill, least), most - 1) if most > least + 1 else least).astype(kind)
         if kind.kind == "b":
             return rng.random(shape) < 0.5
-        low, high, whole = (
-            a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name]
-        )
+        low, high, whole = self._bounds(i, shape, factors)
         data = low + rng.random(shape) * (high - low)
         data = np.where(whole, np.minimum(np.floor(data), high - 1), np.where(np.isinf(high), 0, data))
         free = np.broadcast_to(np.isinf(high), shape)
@@ -212,6 +209,15 @@ class Maker:
             # Histories are padded with zeros behind their end.
             data[..., rng.integers(shape[-1] // 2, shape[-1] + 1) :] = 0
         return data.astype(kind)
+
+    def _bounds(
+        self, i: Input, shape: list[int], factors: list[Any]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """The ranges of an input's entries, with an axis per factor."""
+        assert self.ranges is not None
+        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
+        low, high, whole = self.ranges[i.name]
+        return low.reshape(given), high.reshape(given), whole.reshape(given)
 
 
 def _owner(dims: Dims, factor: int) -> int:

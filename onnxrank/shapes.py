@@ -18,8 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
-from onnxrank.graphs import reads, subgraphs, versions
-from onnxrank.operators import Known, Operator, Shape, Trait, Use, constant, domain_of, find
+from onnxrank.graphs import live, reads, subgraphs, versions
+from onnxrank.operators import Known, Operator, Shape, Trait, Use, constant, domain_of, find, operator
 
 _LARGEST = 1 << 24
 """Bytes of the largest tensor of constants that is computed here."""
@@ -82,7 +82,28 @@ def derive(
         rows: The symbol that counts candidates. The name of an extent that is not proved and may depend on them starts
             with it.
     """
-    return _Walk(model, inputs, loads, given or {}, rows).run()
+    ranks: dict[str, int] = {}
+    while True:
+        found = _Walk(model, inputs, loads, given or {}, rows, ranks).run()
+        more = _demanded(model, found)
+        if not more:
+            return found
+        ranks |= more
+
+
+def _demanded(model: ModelProto, found: Derivation) -> dict[str, int]:
+    """Ranks that a Concat demands of what Squeeze without axes gives, where that depends on extents.
+
+    Where an extent is 1 that such a rank counts, the Concat fails, and the model gives nothing at all.
+    """
+    made = {n.output[0] for n in model.graph.node if operator(n) == "Squeeze" and n.input[0] in found.shapes}
+    made &= found.unknown.keys()
+    ranks: dict[str, int] = {}
+    for node in live(model).graph.node if made else ():
+        known = [len(found.shapes[i]) for i in node.input if i in found.shapes]
+        if known and operator(node) == "Concat":
+            ranks |= dict.fromkeys(made.intersection(node.input), known[0])
+    return ranks
 
 
 class _Walk:
@@ -95,8 +116,9 @@ class _Walk:
         loads: Mapping[str, tuple[tuple[int, ...], int, Load]],
         given: Mapping[str, NDArray[Any]],
         rows: str,
+        ranks: Mapping[str, int],
     ) -> None:
-        self.model, self.rows, self.given = model, rows, given
+        self.model, self.rows, self.given, self.ranks = model, rows, given, ranks
         self.loads = loads
         self.initializers = _Initializers(loads)
         self.out = Derivation()
@@ -210,10 +232,16 @@ class _Walk:
             try:
                 return list(entry.shape(use)), None
             except Unproved as e:
-                return self._ask_onnx(use), f"{node.op_type}: {e}"
+                return self._as_demanded(use) or self._ask_onnx(use), f"{node.op_type}: {e}"
             except (ArithmeticError, IndexError, TypeError, ValueError) as e:
                 return self._ask_onnx(use), f"{node.op_type}: {e}"
         return self._ask_onnx(use), f"{node.op_type} is not an operator whose shapes onnxrank knows"
+
+    def _as_demanded(self, use: Use) -> list[Any] | None:
+        """What a squeeze leaves where its reader demands that it leaves every extent that is not 1 always."""
+        rank = self.ranks.get(use.node.output[0])
+        left = None if rank is None else [n for n in use.shape(0) if n != 1]
+        return [left] if left is not None and len(left) == rank else None
 
     def _ask_onnx(self, use: Use) -> list[Any]:
         """Onnx's inference of one operator, with a name for every different expression."""

@@ -67,9 +67,14 @@ class Model:
         self.request = cache(self._request)
 
     def _request(self, k: int, n: int) -> tuple[Arrays, Arrays]:
-        """Inputs of the k-th request, and its scores; none without candidates, for which some models do not run."""
+        """Inputs of the k-th request, and its scores; none where the model does not run: with one candidate or less."""
         whole, divided = self.drawn(n, k)
-        return divided, dict(zip(self.names, self.session.run(self.names, whole), strict=True)) if n else {}
+        try:
+            return divided, dict(zip(self.names, self.session.run(self.names, whole), strict=True)) if n else {}
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+            if n > 1:
+                raise
+            return divided, {}
 
     def held(self, form: str, pack: bool, check: str | bool) -> tuple[float, list[str]]:
         """Makes the model for several requests and calls it.

@@ -202,12 +202,6 @@ class _Job:
         report.notes += self.notes + self.graph.notes
         if self.graph.alone:
             report.notes.append(f"these run request by request: {', '.join(self.graph.alone)}")
-        if self.graph.turns:
-            count = sum(map(len, self.graph.turns))
-            report.notes.append(
-                f"{count} nodes run in a loop over requests: what they make of one stays in the cache, and what they "
-                "make of all does not; for a GPU use --no-turns"
-            )
         report.notes += self._worth()
         return replace(self.before, model=self.made, report=report)
 

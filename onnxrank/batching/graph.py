@@ -52,18 +52,28 @@ class Shape:
 def joined(
     study: Study, axes: dict[str, int | None], shape: Shape, usual: int, requests: int
 ) -> tuple[Batch, ModelProto]:
-    """Makes a model for many requests, some nodes of which run request by request where that is quicker.
+    """Makes a model for many requests, some nodes of which run request by request.
+
+    That are those for which it is quicker, or, in a model that has such, those that make or read what has another shape
+    for each request.
 
     Args:
         study: What is known of the model for one request.
         axes: Per request-level input the axis along which the original has rows of candidates; None where it has none.
         shape: How requests are told apart.
         usual: Number of candidates that a request usually has.
-        requests: Number of requests that a call usually has; 1 for a model without loops.
+        requests: Number of requests that a call usually has; 1 for a model without loops that are there to be quicker.
 
     Raises:
         ModelError: It cannot be done, with the node and the reason.
     """
+    alone = unproved(study)
+    if alone and versions(study.model)[""] >= regions.SINCE:
+        found = regions.obliged(study.model.graph.node, alone)
+        try:
+            return _in_turns(Batch(study, axes, shape, found), "the shapes of what they make are found in the data")
+        except Impossible as e:
+            raise ModelError(f"Several requests cannot be scored in one call: {e}.") from e
     plain = Batch(study, axes, shape)
     made = plain.run()
     shapes = study.shapes(usual)
@@ -76,9 +86,36 @@ def joined(
         found = regions.regions(nodes, plain.tensors, size, lambda node: cost.node_macs(node, shapes), requests)
         with contextlib.suppress(Impossible):
             if found:
-                better = Batch(study, axes, shape, found, plain.tensors)
-                return better, better.run()
+                return _in_turns(
+                    Batch(study, axes, shape, found, plain.tensors),
+                    "what they make of one stays in the cache, and what they make of all does not; for a GPU use "
+                    "--no-turns",
+                )
     return plain, made
+
+
+def _in_turns(graph: Batch, why: str) -> tuple[Batch, ModelProto]:
+    made = graph.run()
+    graph.notes.append(f"{sum(map(len, graph.turns))} nodes run in a loop over requests: {why}")
+    return graph, made
+
+
+def unproved(study: Study) -> set[int]:
+    """The nodes, by place, that make or read what has another shape for each request, found in the data.
+
+    None where an output is of that kind: outputs of several requests cannot be put together then.
+    """
+    facts, graph = study.facts, study.model.graph
+    moving, odd, places = {i.name for i in graph.input}, set[str](), set[int]()
+    for k, node in enumerate(graph.node):
+        read = reads(node)
+        if not read & moving:
+            continue
+        moving |= set(node.output)
+        odd |= {o for o in node.output if o and facts.unproved(o) is not None}
+        if odd & (read | set(node.output)):
+            places.add(k)
+    return set() if odd & {o.name for o in graph.output} else places
 
 
 class Batch:
@@ -162,13 +199,31 @@ class Batch:
         read = set().union(*(reads(nodes[k]) for k in inside)) - own
         others = set().union(*(reads(n) for k, n in enumerate(nodes) if k not in inside))
         wanted = [o for k in sorted(places) for o in nodes[k].output if o in others | self._shown]
+        known = self._before or self._placed(wanted)
         # The others vary with the number of candidates, and are written for one request where they are read.
-        results = {o: self._before[o] for o in wanted if o in self._before}
-        self._varying |= {o for o in wanted if o not in self._before}
+        results = {o: known[o] for o in wanted if o in known}
+        self._varying |= {o for o in wanted if o not in known}
         loop = regions.Turns(self.writer, self._types, f"{label(nodes[places[0]])}/turns")
         made = loop.run([nodes[k] for k in sorted(inside)], {i: self._tensor(i) for i in sorted(read)}, results)
         self.tensors |= made
         self._types |= {t.name: self._types[o] for o, t in made.items()}
+
+    def _placed(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Where the requests lie in what nodes make that can only run request by request; extents are left out.
+
+        Raises:
+            Impossible: Candidates lie along several axes, or between other entries.
+        """
+        found = {}
+        facts = self.study.facts
+        for name in (n for n in names if n not in facts.entries):
+            each = [axis for axis, n in enumerate(facts.sizes[name]) if CANDIDATES in ex.symbols_of(n)]
+            inner, of = facts.extent(facts.sizes[name][each[0]]) if each else (1, ())
+            if len(each) > 1 or (each and of != (CANDIDATES,)):
+                raise Impossible(f"candidates of {name!r} lie between other entries")
+            rows = Rows(True, each[0], 1, inner) if each else Rows(False, 0, added=True)
+            found[name] = Tensor(name, facts.sizes[name], rows)
+        return found
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -327,10 +382,9 @@ class Batch:
         sizes = self.study.facts.sizes.get(name)
         if sizes is None:
             raise self._unknown(name)
-        lost = [s for n in sizes for s in ex.symbols_of(n) if s in self.study.facts.opaque]
-        if lost:
-            tensor, reason = self.study.facts.opaque[lost[0]]
-            raise Impossible(f"the shape of {name!r} is found in the data of each request ({tensor!r}: {reason})")
+        reason = self.study.facts.unproved(name)
+        if reason is not None:
+            raise Impossible(f"the shape of {name!r} is found in the data of each request ({reason})")
         return sizes
 
     def _unknown(self, name: str) -> Impossible:

@@ -8,7 +8,7 @@ return, a node runs once, and reads its weights once. Both are costs, and the no
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,69 @@ def regions(
     return _Choice(nodes, tensors, size, macs, requests).run()
 
 
+def obliged(nodes: Sequence[NodeProto], places: Collection[int]) -> list[frozenset[int]]:
+    """The regions in which some nodes have to run request by request.
+
+    Args:
+        nodes: The nodes of the model for one request, in order.
+        places: Those nodes, by place.
+
+    Returns:
+        Sets of nodes, by place; no way leads out of one and back into it.
+    """
+    ways = _Ways(nodes)
+    return list(map(frozenset, ways.convex(ways.groups(places))))
+
+
+class _Ways:
+    """Which nodes lead to which."""
+
+    def __init__(self, nodes: Sequence[NodeProto]) -> None:
+        self.nodes, self.reads = nodes, [reads(n) for n in nodes]
+        self.maker = {o: k for k, n in enumerate(nodes) for o in n.output if o}
+        self.readers: dict[str, set[int]] = defaultdict(set)
+        for k, names in enumerate(self.reads):
+            for name in names:
+                self.readers[name].add(k)
+
+    def after(self, k: int) -> set[int]:
+        """The nodes that read what a node makes."""
+        return set().union(*(self.readers[o] for o in self.nodes[k].output if o))
+
+    def before(self, k: int) -> set[int]:
+        """The nodes that make what a node reads."""
+        return {self.maker[i] for i in self.reads[k] if i in self.maker}
+
+    def groups(self, places: Collection[int], counts: Callable[[str], bool] = lambda name: True) -> list[set[int]]:
+        """Of some nodes, those that hand something over to each other that counts."""
+        left = set(places)
+        found = []
+        while left:
+            group: set[int] = set()
+            line = [left.pop()]
+            while line:
+                k = line.pop()
+                group.add(k)
+                near = {self.maker[i] for i in self.reads[k] if i in self.maker and counts(i)}
+                near = near.union(*(self.readers[o] for o in self.nodes[k].output if o and counts(o)))
+                line += near & left
+                left -= near
+            found.append(group)
+        return found
+
+    def convex(self, groups: Sequence[set[int]]) -> list[set[int]]:
+        """Groups with all that lies on a way from one of their nodes to another; they may become one by that."""
+        left = list(groups)
+        unit = {k: group for group in left for k in group}
+        joined: list[set[int]] = []
+        while left:
+            own = left.pop()
+            whole = _reached(own, unit, self.after) & _reached(own, unit, self.before)
+            left = [group for group in left if not group & whole]
+            joined.append(whole)
+        return joined
+
+
 class _Choice:
     def __init__(
         self,
@@ -99,25 +162,14 @@ class _Choice:
         requests: int,
     ) -> None:
         self.nodes, self.tensors, self.size, self.macs, self.requests = nodes, tensors, size, macs, requests
-        self.reads = [reads(n) for n in nodes]
-        self.maker = {o: k for k, n in enumerate(nodes) for o in n.output if o}
-        self.readers: dict[str, set[int]] = defaultdict(set)
-        for k, names in enumerate(self.reads):
-            for name in names:
-                self.readers[name].add(k)
+        self.ways = _Ways(nodes)
+        self.reads, self.maker, self.readers = self.ways.reads, self.ways.maker, self.ways.readers
         self.gains = [self._gain(k) for k in range(len(nodes))]
 
     def run(self) -> list[frozenset[int]]:
         """The regions."""
-        groups = self._groups()
-        unit = {k: group for group in groups for k in group}
-        joined: list[set[int]] = []
-        while groups:
-            own = groups.pop()
-            whole = _reached(own, unit, self._after) & _reached(own, unit, self._before)
-            groups = [group for group in groups if not group & whole]
-            joined.append(whole)
-        return [frozenset(r) for r in joined if self._worth(r) > TURN]
+        groups = self.ways.groups(self._cheapest(), lambda name: self._rows(name) is not None)
+        return [frozenset(r) for r in self.ways.convex(groups) if self._worth(r) > TURN]
 
     def _worth(self, inside: set[int]) -> float:
         """Seconds per request that a loop saves, without what a turn takes: what goes in and out is copied."""
@@ -173,32 +225,6 @@ class _Choice:
         net.flow(source, sink)
         late = net.before(sink)
         return {k for k in range(count) if k not in late}
-
-    def _groups(self) -> list[set[int]]:
-        """Of these, those that hand something over to each other."""
-        left = self._cheapest()
-        found = []
-        while left:
-            group: set[int] = set()
-            line = [left.pop()]
-            while line:
-                k = line.pop()
-                group.add(k)
-                near = {self.maker[i] for i in self.reads[k] if self._rows(i) is not None and i in self.maker}
-                near |= self._readers(k)
-                line += near & left
-                left -= near
-            found.append(group)
-        return found
-
-    def _readers(self, k: int) -> set[int]:
-        return set().union(*(self.readers[o] for o in self.nodes[k].output if o and self._rows(o) is not None))
-
-    def _after(self, k: int) -> set[int]:
-        return set().union(*(self.readers[o] for o in self.nodes[k].output if o))
-
-    def _before(self, k: int) -> set[int]:
-        return {self.maker[i] for i in self.reads[k] if i in self.maker}
 
 
 def _reached(start: set[int], unit: Mapping[int, set[int]], near: Callable[[int], set[int]]) -> set[int]:

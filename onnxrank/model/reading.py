@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
+from onnxrank.graphs import domain, subgraphs
 from onnxrank.model.external import check_external, is_external, tensors
 from onnxrank.model.protos import LIMIT, serialise
 
@@ -85,6 +86,7 @@ def load(source: str | os.PathLike[str] | ModelProto) -> LoadedModel:
             proto = _parse(data, path)
     except MemoryError as e:
         raise EnvironmentProblem("There is not enough memory to load the model.") from e
+    proto = _importing_onnx(proto)
     _check_versions(proto, "The model" if path is None else str(path))
     if path is None and any(is_external(t) for t in tensors(proto)):
         raise UsageError(
@@ -182,6 +184,18 @@ def _looks_like(data: bytes) -> str | None:
             return "a web page, as a failed download leaves"
         return "text: ONNX's text and JSON forms must be converted with onnx.load and onnx.save first"
     return None
+
+
+def _importing_onnx(proto: ModelProto) -> ModelProto:
+    """The model with an import of ONNX's operators, of which one of trees, say, needs none; itself where it has one."""
+    nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
+    others = {domain(o.domain) for o in proto.opset_import}
+    if "" in others or not nodes or any(domain(n.domain) not in others or subgraphs(n) for n in nodes):
+        return proto
+    out = ModelProto()
+    out.CopyFrom(proto)
+    out.opset_import.add(version=MIN_OPSET)
+    return out
 
 
 def _check_versions(proto: ModelProto, what: str) -> None:

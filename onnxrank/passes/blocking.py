@@ -71,16 +71,16 @@ def _divided(job: Job) -> bool:
         job.notes.append(f"candidates were not tried in blocks: {e}")
         return False
     before = job.blocks, job.blocks_from, job.pair, job.measured
-    slow = None
+    slow = wrong = None
     try:
         if o.blocks is None:
             slow = _fastest(job)
         else:
             job.blocks = o.blocks
             job.measured = _against_original(job) if o.tune else ()
+        wrong = None if slow or not o.check else _wrong(job)
     except ModelError as e:
-        slow = f"they could not be timed: {e}"
-    wrong = None if slow or not o.check else _wrong(job)
+        slow = f"they could not be timed, or checked: {e}"
     if slow or wrong:
         job.blocks, job.blocks_from, job.pair, job.measured = before
         job.notes.append(f"{_what(job)} not scored in blocks: {slow or wrong}")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
@@ -63,7 +64,10 @@ def roles_of(
 
 
 def all_foreign(model: ModelProto) -> bool:
-    """Whether all nodes are of other domains than the default one, and neither known nor functions of the model."""
+    """Whether all nodes are of domains that ONNX does not define, and neither known nor functions of the model."""
     own = {(f.domain, f.name) for f in model.functions}
-    known = (not domain_of(n) or find(n) or (n.domain, n.op_type) in own for n in model.graph.node)
+    known = (
+        onnx.defs.has(n.op_type, domain_of(n)) or not domain_of(n) or find(n) or (n.domain, n.op_type) in own
+        for n in model.graph.node
+    )
     return bool(model.graph.node) and not any(known)

@@ -52,7 +52,7 @@ def follow(job: Job, found: Plan) -> bool:
             f"the plan cannot be replayed: at node {node!r} rule {lost[0][0].rule!r} does something else by now; "
             f"the plan was made by onnxrank {found.made_by}, with its rules"
         )
-    return True
+    return job.full.changed or job.blocks > 0
 
 
 def replayed_options(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from math import prod
 from typing import Any
@@ -123,26 +123,10 @@ def profile(
             several.append(race.several(bench, n, r))
     if difference is not None and not difference <= _SAME:
         notes.append(f"the two models do not give the same scores: they differ by {difference:.2g} of the largest")
-    models, traced = [], []
-    for k, (e, s) in enumerate(zip(entrants, subjects, strict=True)):
-        say(f"profiling kernels of {e.name}")
-        analyses, note = _analyses(s, study, roles)
-        notes += [f"{e.name}: {note}"] if note else []
-        found, events = _kernels(e, s, analyses, drawn, [p.candidates for p in points], target, timeout)
-        traced.append((e.name, events))
-        peak = None
-        if memory:
-            say(f"measuring memory of {e.name}")
-            peak, note = _memory(e, drawn.of(s)(max(candidates)), max(candidates), target, timeout)
-            notes += [note] if note and note not in notes else []
-        line = timing.fit([p.candidates for p in points], [p.times[k].median for p in points])
-        reached = [
-            work.works(work.macs(analyses.at(p.candidates), drawn.extents(p.candidates)), p, k, own)
-            for p, own in zip(points, found, strict=True)
-            if analyses is not None
-        ]
-        file = e.name, s.loaded.sha256, s.loaded.size, s.contract is not None
-        models.append(ModelProfile(*file, providers[k], line, tuple(found), peak, tuple(reached)))
+    inside = _Inside(race, points, target, timeout)
+    models = [inside.profile(k, _analyses(s, study, roles), providers[k], memory) for k, s in enumerate(subjects)]
+    notes += dict.fromkeys(inside.notes)
+    traced = inside.traced
     if trace is not None:
         trace.update(kernel_times.trace(traced))
     return Profile(
@@ -157,6 +141,58 @@ def profile(
         notes=tuple(notes),
         several=tuple(several),
     )
+
+
+@dataclass
+class _Inside:
+    """What each model does inside, at the points at which it was timed.
+
+    Attributes:
+        race: The models.
+        points: What was timed.
+        target: Where they run.
+        timeout: Seconds that one step may take.
+        notes: What could not be told, and why.
+        traced: Names of the models, and events of their kernels.
+    """
+
+    race: _Race
+    points: Sequence[Point]
+    target: Target
+    timeout: float
+    notes: list[str] = field(default_factory=list)
+    traced: list[tuple[str, list[kernel_times.Event]]] = field(default_factory=list)
+
+    def profile(
+        self, k: int, known: tuple[_Analyses | None, str | None], providers: tuple[str, ...], memory: bool
+    ) -> ModelProfile:
+        """Profiles a model.
+
+        Args:
+            k: Which one.
+            known: Its analyses by number of candidates, or why there are none.
+            providers: What it runs on.
+            memory: Whether to measure its peak memory, too.
+        """
+        race, points, (analyses, note) = self.race, self.points, known
+        e, s, counts = race.entrants[k], race.subjects[k], [p.candidates for p in points]
+        race.say(f"profiling kernels of {e.name}")
+        self.notes += [f"{e.name}: {note}"] if note else []
+        found, events = _kernels(e, s, analyses, race.drawn, counts, self.target, self.timeout)
+        self.traced.append((e.name, events))
+        peak = None
+        if memory:
+            race.say(f"measuring memory of {e.name}")
+            peak, note = _memory(e, race.drawn.of(s)(max(counts)), max(counts), self.target, self.timeout)
+            self.notes += [note] if note else []
+        line = timing.fit(counts, [p.times[k].median for p in points])
+        reached = [
+            work.works(work.macs(analyses.at(p.candidates), race.drawn.extents(p.candidates)), p, k, own)
+            for p, own in zip(points, found, strict=True)
+            if analyses is not None
+        ]
+        file = e.name, s.loaded.sha256, s.loaded.size, s.contract is not None
+        return ModelProfile(*file, providers, line, tuple(found), peak, tuple(reached))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ POISONED = ("nan candidate", "inf candidate", "nan request")
 """Kinds with a value in one row that is no number."""
 _HISTORY = 8
 """Integer inputs with so many positions, 0 among their values, are histories."""
+_UNSIGNED = (TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64)
 
 
 class Kind(Maker):
@@ -49,10 +50,7 @@ class Kind(Maker):
         data = super()._values(i, shape, factors, rng)
         if self.kind == ORDINARY or i.dtype == TensorProto.STRING or data.dtype.kind == "b" or self.ranges is None:
             return data
-        low, high, _ = (
-            a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name]
-        )
+        low, high, _ = self._bounds(i, shape, factors)
         if data.dtype.kind in "iu":
             return self._whole(i, data, low, high, rng)
         return self._real(i, data, low, high, factors, rng)
@@ -149,10 +147,7 @@ class Full(Maker):
             data[tuple(at)] = self._setting.seed % 2 == 0
         if data.dtype.kind not in "iu" or self.ranges is None:
             return data
-        low, high = (
-            a.reshape([n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)])
-            for a in self.ranges[i.name][:2]
-        )
+        low, high, _ = self._bounds(i, shape, factors)
         if along:
             fill = super()._values(i, shape, factors, rng)
             other = np.where(fill == 0, np.maximum(np.minimum(1, high - 1), low), fill)
@@ -183,10 +178,7 @@ class Rows(Maker):
         data = super()._values(i, shape, factors, rng)
         if self.ranges is None or i.dtype == TensorProto.STRING or data.dtype.kind == "b":
             return data
-        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
-        least, most, integral = self.ranges[i.name]
-        low, high = np.broadcast_to(least.reshape(given), shape), np.broadcast_to(most.reshape(given), shape)
-        whole = np.broadcast_to(integral.reshape(given), shape)
+        low, high, whole = np.broadcast_arrays(*self._bounds(i, shape, factors), data)[:3]
         rows = np.resize(self._rows, shape)
         # An id may be shifted on its way; one of which nothing is known may be any.
         shifted = whole & (high - low == self._size)
@@ -194,6 +186,47 @@ class Rows(Maker):
         fits = whole & (rows >= low) & (rows < high)
         start = np.where(np.isfinite(low), low, 0)
         return np.where(shifted, start + rows, np.where(free | fits, rows, data)).astype(data.dtype)
+
+
+class FromEnd(Maker):
+    """Makes inputs whose ids count from the ends of their tables: the first row, the last, any.
+
+    Args:
+        declared: The inputs.
+        ranges: Value ranges per entry.
+        names: The inputs that have such ids.
+        share: How many of these entries do.
+    """
+
+    def __init__(self, declared: Sequence[Input], ranges: Ranges, names: Sequence[str], share: float) -> None:
+        super().__init__(declared, ranges)
+        self._names, self._share = names, share
+
+    def _values(self, i: Input, shape: list[int], factors: list[Any], rng: np.random.Generator) -> NDArray[Any]:
+        data = super()._values(i, shape, factors, rng)
+        if i.name not in self._names:
+            return data
+        low, high, whole = self._bounds(i, shape, factors)
+        which, size = rng.integers(3, size=shape), np.where(np.isfinite(high), high, 1)
+        back = np.select([which == 0, which == 1], [-size, -1], np.floor(rng.random(shape) * size) - size)
+        taken = _counted(i, low, high, whole) & (rng.random(shape) < self._share)
+        return np.where(taken, back, data).astype(data.dtype)
+
+
+def _counted(
+    i: Input, low: NDArray[np.float64], high: NDArray[np.float64], whole: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Ids that may count from the end of their table, from minus its size on: those that come to it as they are."""
+    return np.asarray(whole & np.isfinite(high) & (low == 0) & ~_unknown(i, low, high), np.bool_)
+
+
+def countable(declared: Sequence[Input], ranges: Ranges) -> list[str]:
+    """Inputs with ids that may count from the end of their table, and that no role keeps from it."""
+    return [
+        i.name
+        for i in declared
+        if i.name in ranges and i.dtype not in _UNSIGNED and not i.role.ranges and _counted(i, *ranges[i.name]).any()
+    ]
 
 
 def _unknown(i: Input, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -375,7 +408,7 @@ def outside(declared: Sequence[Input], ranges: Ranges, feed: Mapping[str, NDArra
         low, high, whole = (np.broadcast_to(a.reshape(given), shape) for a in ranges[i.name])
         known = whole & np.isfinite(high) & ~_unknown(i, low, high)
         values = data.reshape(shape).astype(np.float64)
-        least = np.where(low == 0, -high, low)
+        least = np.where(_counted(i, low, high, whole), -high, low)
         bad = known & ((values < least) | (values >= high))
         if bad.any():
             at = np.unravel_index(int(bad.argmax()), bad.shape)

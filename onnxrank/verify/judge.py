@@ -225,10 +225,16 @@ def _value(value: Any) -> str:
 
 
 def statistics(samples: Sequence[Sample], held: dict[tuple[str, str, str], Measure]) -> list[Statistics]:
-    """How far the outputs are apart over ordinary inputs, by provider, level and output."""
+    """How far the outputs are apart over ordinary inputs, by provider, level and output.
+
+    The tolerances that would pass are those of all inputs, since all are held against what a user sets.
+    """
     groups: dict[tuple[str, str, str], list[Sample]] = {}
+    every: dict[tuple[str, str, str], list[Sample]] = {}
     levels: dict[tuple[str, str, str, int, int, str | None], list[NDArray[Any]]] = {}
     for s in samples:
+        if is_float(s.original):
+            every.setdefault((s.provider, s.level, s.output), []).append(s)
         if s.inputs == ORDINARY and is_float(s.original):
             groups.setdefault((s.provider, s.level, s.output), []).append(s)
             levels.setdefault((s.provider, s.inputs, s.output, s.candidates, s.seed, s.request), []).append(s.original)
@@ -239,12 +245,9 @@ def statistics(samples: Sequence[Sample], held: dict[tuple[str, str, str], Measu
             own_levels[key] = max(own_levels.get(key, 0.0), compare.gap(found[0], other).largest)
     out = []
     for (provider, level, output), group in groups.items():
-        m = held[provider, ORDINARY, output]
+        m, others = held[provider, ORDINARY, output], every[provider, level, output]
         alike = [s for s in group if s.original.shape == s.optimized.shape]
-        with np.errstate(invalid="ignore"):
-            apart = [np.abs(s.original.astype(np.float64) - s.optimized.astype(np.float64)).reshape(-1) for s in alike]
-        absolute = np.concatenate(apart) if apart else np.zeros(0)
-        absolute = absolute[np.isfinite(absolute)]
+        absolute = _apart(group)
         steps = [compare.ulps(s.original, s.optimized) for s in alike]
         ulp = np.concatenate(steps) if steps else np.zeros(0)
         errors = [compare.gap(target(s), s.optimized.astype(target(s).dtype)).largest for s in group]
@@ -258,8 +261,8 @@ def statistics(samples: Sequence[Sample], held: dict[tuple[str, str, str], Measu
                 max(own),
                 max(errors),
                 m.allowed,
-                float(absolute.max(initial=0.0)),
-                max((compare.relative(s.original, s.optimized) for s in group), default=0.0),
+                float(_apart(others).max(initial=0.0)),
+                max((compare.relative(s.original, s.optimized) for s in others), default=0.0),
                 _percentile(absolute, 50),
                 _percentile(absolute, 99),
                 _percentile(ulp, 50),
@@ -269,6 +272,15 @@ def statistics(samples: Sequence[Sample], held: dict[tuple[str, str, str], Measu
             )
         )
     return out
+
+
+def _apart(samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """Absolute differences of numbers."""
+    alike = [s for s in samples if s.original.shape == s.optimized.shape]
+    with np.errstate(invalid="ignore"):
+        found = [np.abs(s.original.astype(np.float64) - s.optimized.astype(np.float64)).reshape(-1) for s in alike]
+    apart = np.concatenate(found) if found else np.zeros(0)
+    return np.asarray(apart[np.isfinite(apart)], np.float64)
 
 
 def _percentile(data: NDArray[Any], share: float) -> float:

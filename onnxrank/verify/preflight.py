@@ -15,6 +15,7 @@ from onnxrank.verify import structure, tables
 from onnxrank.verify.pairing import Terms, terms
 from onnxrank.verify.report import Severity
 from onnxrank.verify.side import MODEL, Side
+from onnxrank.verify.words import listed
 from onnxrank.workers import Crashed
 
 if TYPE_CHECKING:
@@ -139,11 +140,10 @@ def _tables(engine: Engine) -> None:
     for c in engine.changed:
         engine.report.find("structure", "tables", c.says, "warning", model="optimized")
     if lost and not structure.made_of(first, second):
-        shown = ", ".join(map(repr, lost[:4])) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         what = "embedding table" if len(lost) == 1 else "embedding tables"
         engine.report.unseen.append(
-            f"rows of the {what} {shown} that no generated id met: the optimized model has none of its type, shape "
-            "and content"
+            f"rows of the {what} {listed(lost)} that no generated id met: the optimized model has none of its type, "
+            "shape and content"
         )
 
 
@@ -158,11 +158,10 @@ def _trusted_rows(engine: Engine) -> None:
         if (i.name, False) in engine.binding.sources.values()
     ]
     if whole:
-        shown = ", ".join(map(repr, whole[:4])) + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
         engine.report.find(
             "structure",
             "contract",
             "Calls whose rows differ where roles say that they are the same were not looked at: the optimized "
-            f"model takes all rows of {shown}.",
+            f"model takes all rows of {listed(whole)}.",
             "note",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from onnxrank.verify.points import Point
 from onnxrank.verify.side import MODEL, run_once
 from onnxrank.verify.sizes import MANY, Size
 from onnxrank.verify.tables import Changed
+from onnxrank.verify.words import listed
 from onnxrank.workers import Crashed, Outputs
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _Ran = tuple[Point, list[tuple[str, dict[str, Any], dict[str, Any]]]]
 """A request, and per provider what both models gave."""
 _MOST_TABLES = 16
 _MOST_ROUNDS = 64
+_SHARES = (1.0, 0.5)
+"""Of the ids that may, those that count from the ends of their tables."""
 _LATE = "the time was up"
 _SHARE = 3
 """One request may take a third of the time that is left."""
@@ -81,6 +84,7 @@ class Reach:
         engine.report.budget = options.seconds
         ran = [done for changed in engine.changed[:_MOST_TABLES] for done in self._rows(changed)]
         ran += self._compared()
+        ran += self._from_end()
         for changed in engine.changed[_MOST_TABLES:]:
             engine.report.unseen.append(f"the changed rows of table {changed.name!r}: too many tables changed")
         ran += [done for p in self._points(wanted) if (done := self._compare(p)) is not None]
@@ -224,6 +228,40 @@ class Reach:
             ran.append(done)
         return ran
 
+    # --- ids that count from the end ---------------------------------------------------------------------------------
+
+    def _from_end(self) -> list[_Ran]:
+        """Runs requests whose ids count from the ends of their tables, of every input of which the original takes it.
+
+        Where it does not take all at once, the inputs are halved.
+        """
+        engine = self.engine
+        ran: list[_Ran] = []
+        seen: list[str] = []
+        groups = [inputs.countable(engine.binding.declared, engine.inputs.ranges)]
+        while groups:
+            names = groups.pop()
+            before = len(self._refused)
+            done = [d for seed in range(len(_SHARES)) if names and (d := self._compare(self._backwards(names, seed)))]
+            refused = len(self._refused) > before
+            if refused and len(names) > 1:
+                del self._refused[before:]
+                groups += [names[: len(names) // 2], names[len(names) // 2 :]]
+                continue
+            ran += done
+            seen += names if done and not refused else []
+        if seen:
+            engine.report.looked.append(_ends(seen))
+        return ran
+
+    def _backwards(self, names: Sequence[str], seed: int) -> Point:
+        """A request in which ids of some inputs count from the ends of their tables: all, or every other."""
+        engine = self.engine
+        size = Size(points.MOST_ODD, about=_ends(names))
+        maker = inputs.FromEnd(engine.binding.declared, engine.inputs.ranges, names, _SHARES[seed])
+        feed = maker(inputs.point(engine.inputs.symbols, size.candidates, seed, engine.usual))
+        return Point(size.about, size.candidates, seed, feed, engine.binding(feed), size=size)
+
     # --- running -----------------------------------------------------------------------------------------------------
 
     def _compare(self, p: Point) -> _Ran | None:
@@ -318,21 +356,29 @@ class Reach:
         report.looked += sizes.listing(p.size for p in self._seen if p.size is not None)
         free = inputs.unknown(engine.binding.declared, engine.inputs.ranges) if engine.known is None else []
         if free:
-            shown = ", ".join(map(repr, free[:4])) + (f" and {len(free) - 4} more" if len(free) > 4 else "")
             report.unseen.append(
-                f"large values of {shown}: neither a range in the roles nor a table says where they are"
+                f"large values of {listed(free)}: neither a range in the roles nor a table says where they are"
             )
         for why, found in self._unseen.items():
-            report.unseen += [f"{line}: {why}" for line in sizes.listing(found)]
+            report.unseen += [f"{line}: {why}" for line in _listing(found)]
         for found, what in (
             (self._refused, f"does not run ({self._why})"),
             (self._unsteady, "gives other scores each time"),
         ):
             if found:
-                text = f"The original {what} at {'; '.join(sizes.listing(found))}: nothing was compared there."
+                text = f"The original {what} at {'; '.join(_listing(found))}: nothing was compared there."
                 report.find("rounding", "original", text, "note", model="original")
         if any(p.inputs == MANY for p in self._seen) and engine.options.level != "full":
             report.looked.append(f"N beyond {max(engine.options.counts)}, with onnxruntime's optimisations on only")
+
+
+def _ends(names: Sequence[str]) -> str:
+    return f"ids that count from the ends of tables ({listed(names)})"
+
+
+def _listing(found: Sequence[Size]) -> list[str]:
+    """Extents in words, and what inputs were about."""
+    return [*sizes.listing(found), *dict.fromkeys(size.about for size in found if size.about)]
 
 
 def _lengths(p: Point) -> str:

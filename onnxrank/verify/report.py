@@ -122,7 +122,7 @@ class Statistics:
         own_error: The original's largest distance from the float64 truth.
         error: The other model's.
         allowed: Largest that passes.
-        atol: Smallest absolute tolerance between the two models that would pass.
+        atol: Smallest absolute tolerance between the two models that would pass, over inputs of all kinds.
         rtol: Smallest relative one.
         p50: Median absolute difference between the models.
         p99: 99th percentile.

@@ -49,8 +49,7 @@ def opened(engine: Engine, provider: str, level: str) -> bool:
     where = f"({provider}, optimisations {level})"
     first, second = open_both(engine.sides, f"{provider}/{level}", **how)
     if isinstance(first, Crashed):
-        engine.crashed("rounding", engine.original, f"while it was loaded {where}", first)
-        return False
+        raise ModelError(f"The original makes onnxruntime fail while it is loaded {where}: {first}.") from first
     if isinstance(first, ModelError):
         raise ModelError(f"The original does not load {where}: {first}.") from first
     if isinstance(second, Crashed):

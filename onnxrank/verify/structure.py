@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
@@ -15,6 +14,7 @@ from onnxrank.model import LoadedModel
 from onnxrank.plans import label
 from onnxrank.verify.pairing import Binding
 from onnxrank.verify.report import Report
+from onnxrank.verify.words import listed
 
 _CHUNK = 1 << 20
 _QUANTISING = {"QuantizeLinear", "DynamicQuantizeLinear"}
@@ -70,8 +70,8 @@ def _outputs(original: ModelProto, optimized: ModelProto, strict: bool, report: 
         what = "; ".join(
             part
             for part in (
-                f"missing: {_list(lost)}" if lost else "",
-                f"new: {_list(new)}" if new else "",
+                f"missing: {listed(lost)}" if lost else "",
+                f"new: {listed(new)}" if new else "",
                 "in another order" if not lost and not new else "",
             )
             if part
@@ -105,7 +105,7 @@ def _inputs(original: ModelProto, optimized: ModelProto, binding: Binding, stric
         report.find(
             "structure",
             "interface",
-            f"The optimized model takes inputs that the original does not have: {_list(binding.strange)}.",
+            f"The optimized model takes inputs that the original does not have: {listed(binding.strange)}.",
             model="optimized",
         )
     for name in binding.missing:
@@ -173,7 +173,7 @@ def _shared(original: LoadedModel, optimized: LoadedModel, report: Report) -> No
         report.find(
             "structure",
             "untouched parts",
-            f"{len(changed)} initializers have the original's name but other content: {_list(changed)}.",
+            f"{len(changed)} initializers have the original's name but other content: {listed(changed)}.",
             "error" if strict else "warning",
             model="optimized",
         )
@@ -192,7 +192,7 @@ def _shared(original: LoadedModel, optimized: LoadedModel, report: Report) -> No
             "structure",
             "untouched parts",
             f"{len(edited)} nodes have the original's operator and operands but other attributes or documentation: "
-            f"{_list(edited)}.",
+            f"{listed(edited)}.",
             "error" if strict else "warning",
             model="optimized",
             node=edited[0],
@@ -291,8 +291,3 @@ def _dims(v: ValueInfoProto) -> tuple[int | str | None, ...] | None:
 
 def _shape(dims: tuple[int | str | None, ...] | None) -> str:
     return "no shape" if dims is None else f"[{', '.join('?' if d is None else str(d) for d in dims)}]"
-
-
-def _list(names: Any, most: int = 4) -> str:
-    shown = ", ".join(repr(n) for n in list(names)[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

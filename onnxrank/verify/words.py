@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from onnxrank.verify.report import Case, Report
 from onnxrank.verify.sizes import MANY, NONE
@@ -11,6 +11,12 @@ from onnxrank.verify.sizes import MANY, NONE
 def count(candidates: int) -> str:
     """A number of candidates."""
     return f"{candidates} candidate{'' if candidates == 1 else 's'}"
+
+
+def listed(names: Collection[str], most: int = 4) -> str:
+    """Names, the first of many."""
+    shown = ", ".join(repr(n) for n in list(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def worst(failed: Sequence[Case]) -> list[Case]:
@@ -23,7 +29,8 @@ def worst(failed: Sequence[Case]) -> list[Case]:
 
 def sentence(c: Case) -> str:
     """What a failing comparison found, and where."""
-    inputs = "" if c.inputs in (MANY, NONE) else f", {c.inputs}" if "=" in c.inputs else f", {c.inputs} inputs"
+    named = "=" in c.inputs or c.inputs.startswith("ids ")
+    inputs = "" if c.inputs in (MANY, NONE) else f", {c.inputs}" if named else f", {c.inputs} inputs"
     where = f"N = {c.candidates}{inputs}, seed {c.seed}, {c.provider}, {c.level}"
     spot = ""
     if c.place is not None:

@@ -32,6 +32,9 @@ def baked(how: str) -> ModelProto:
         turned = g.op("Transpose", x, perm=[1, 0, 2])
         apart = g.op("Reshape", turned, g.op("Concat", g.ints(12), rows, g.ints(2, 2), axis=0))
         flat = g.op("Reshape", g.op("Transpose", apart, perm=[1, 0, 2, 3]), g.ints(-1, 48))
+    elif how == "with the candidate behind":
+        joined = g.op("Concat", x, g.op("Unsqueeze", item, g.ints(1)), axis=1)
+        flat = g.op("Reshape", g.op("Tanh", joined), g.ints(-1, 52))
     elif how == "positions":
         flat = g.op("Flatten", g.op("Add", x, g.const(np.ones((1, 12, 4)))), axis=1)
     else:
@@ -39,7 +42,8 @@ def baked(how: str) -> ModelProto:
     if how == "product":
         h = g.op("Add", g.op("MatMul", flat, g.const(weight[:48])), g.op("MatMul", item, g.const(weight[48:])))
     else:
-        h = g.op("MatMul", g.op("Concat", flat, item, axis=1), g.const(weight))
+        both = flat if how == "with the candidate behind" else g.op("Concat", flat, item, axis=1)
+        h = g.op("MatMul", both, g.const(weight))
     g.op("MatMul", g.op("Relu", h), g.const(np.ones((8, 1))))
     g.nodes[-1].output[0] = "score"
     g.output("score", ["N", 1])
@@ -47,7 +51,15 @@ def baked(how: str) -> ModelProto:
 
 
 @pytest.mark.parametrize(
-    "how", ["rows left open", "rows of the history", "among computed axes", "positions", "product"]
+    "how",
+    [
+        "rows left open",
+        "rows of the history",
+        "among computed axes",
+        "with the candidate behind",
+        "positions",
+        "product",
+    ],
 )
 def test_the_length_that_runs_is_found(how: str) -> None:
     """No --length is asked for; the result declares what it takes, and verify compares there."""

@@ -332,6 +332,7 @@ def test_the_original_alone_may_be_fast_in_blocks(few: float) -> None:
     assert any("the original as it is" in n for n in result.report.notes)
     for n in COUNTS:
         np.testing.assert_equal(run(result.model, feed(n)), run(ranker(), feed(n, n)))
+    assert not onnxrank.optimize(ranker(), plan=result.plan, blocks=0, check=False).changed
     for plan in (result.plan, Plan.from_contract(onnxrank.contract.stored_contract(result.model) or {})):
         again = onnxrank.optimize(ranker(), plan=plan, check=False)
         assert again.model.SerializeToString() == result.model.SerializeToString()

@@ -160,6 +160,35 @@ def test_squeeze_without_axes_has_no_rank_where_an_extent_may_be_one() -> None:
     assert "y" in found.unknown
 
 
+_SQUEEZED = "a = Constant<value_ints=[1]>() u = Unsqueeze(c, a) y = Squeeze(u) "
+"""Of rank 2, and of rank 1 where there is one candidate."""
+
+
+def _squeezed(reader: str, output: str = "z") -> tuple[ModelProto, facts.Facts]:
+    model = _model(_SQUEEZED + reader)
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
+    return model, facts.derive(model, _INPUTS, None)
+
+
+@pytest.mark.parametrize("reader", ["z = Concat<axis=1>(y, r)", "v = Squeeze(u) z = Concat<axis=1>(v, y, r)"])
+def test_squeeze_without_axes_has_the_rank_that_its_reader_demands(reader: str) -> None:
+    text = f"r = Relu(c) {reader}"
+    model, found = _squeezed(text)
+    assert _sizes(found) == ["N", "6"]
+    # It holds of all runs that there are: with one candidate there is none.
+    runs = {n: given["z"].shape for n, _, given in _runs(model)}
+    assert 1 not in runs and runs[3] == (3, evaluate(found.sizes["z"][1], {}))
+    assert "y" in _squeezed(text, "r")[1].unknown  # nothing runs a Concat that nobody reads
+
+
+@pytest.mark.parametrize(
+    "reader",
+    ["z = Add(y, c)", "q = Squeeze(u) z = Concat<axis=0>(y, q)", "t = Transpose(c) w = MatMul(t, c) z = Gemm(y, w)"],
+)
+def test_squeeze_without_axes_has_no_rank_where_its_reader_demands_none(reader: str) -> None:
+    assert "y" in _squeezed(reader)[1].unknown
+
+
 def test_shape_arithmetic_is_folded_where_it_is_constant_only() -> None:
     found = _held(
         "s = Shape(x) i = Constant<value_int=2>() d = Gather(s, i) f = Cast<to=1>(d) q = Sqrt(f) j = Constant<value_int=1>()"

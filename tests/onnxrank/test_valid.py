@@ -14,8 +14,10 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import onnxrank
+from onnxrank import cli
 from onnxrank.errors import ModelError
 from onnxrank.model import flattened, load, overridable, tensor_data
+from onnxrank.verify import verify
 from tests.support.modelkit import w
 
 ROWS = 7
@@ -368,3 +370,25 @@ def test_operators_of_another_domain_alone() -> None:
     opsets = [helper.make_opsetid("acme", 1), helper.make_opsetid("", 17)]
     with pytest.raises(ModelError, match="no operators of the default ONNX domain"):
         onnxrank.optimize(helper.make_model(foreign, opset_imports=opsets, ir_version=8), request=["u"])
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_operators_of_trees_and_linear_models_alone(tmp_path: Path, imported: bool) -> None:
+    """As converters of scikit-learn, CatBoost and XGBoost write: ONNX's other domain, whose import is the only one."""
+    trees = N(
+        "TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", n_targets=1, nodes_treeids=[0, 0, 0],
+        nodes_nodeids=[0, 1, 2], nodes_featureids=[70, 0, 0], nodes_values=[0.5, 0.0, 0.0],
+        nodes_modes=["BRANCH_LEQ", "LEAF", "LEAF"], nodes_truenodeids=[1, 0, 0], nodes_falsenodeids=[2, 0, 0],
+        target_treeids=[0, 0], target_nodeids=[1, 2], target_ids=[0, 0], target_weights=[1.0, 2.0],
+    )  # fmt: skip
+    graph = helper.make_graph([trees], "g", [info("x", ["N", 128])], [info("y", ["N", 1])])
+    opsets = [helper.make_opsetid("ai.onnx.ml", 1), *([helper.make_opsetid("", 17)] if imported else [])]
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    path = tmp_path / "trees.onnx"
+    onnx.save(made, path)
+    result = onnxrank.optimize(path, request=["x[0:64]"])
+    assert not result.changed and any("TreeEnsembleRegressor" in r.reason for r in result.report.refusals)
+    assert len(made.opset_import) == len(opsets)
+    assert cli.main(["optimize", str(path), str(tmp_path / "out.onnx"), "--request", "x[0:64]", "-q"]) == 0
+    assert (tmp_path / "out.onnx").read_bytes() == path.read_bytes()
+    assert verify(path, tmp_path / "out.onnx").passed

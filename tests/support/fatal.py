@@ -30,12 +30,8 @@ def rows(n: int) -> dict[str, np.ndarray[Any, Any]]:
     return {"item": np.ones((n, 2), np.float32), "user": np.ones((n, 2), np.float32)}
 
 
-def endless(dead: bool) -> ModelProto:
-    """A ranker with a loop of 2**40 steps, whose result is part of the scores or read by nobody."""
-    g = Graph(17)
-    x = g.input("item", ["N", 2])
-    u = g.input("user", ["N", 2])
-    dense = g.op("MatMul", u, g.const(np.ones((2, 2), np.float32)))
+def sines(g: Graph, x: str, steps: int) -> str:
+    """The sine of the sine of a tensor `[N, 2]`, and so on, in a loop."""
     body = helper.make_graph(
         [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Sin", ["v"], ["w"])],
         "body",
@@ -46,6 +42,15 @@ def endless(dead: bool) -> ModelProto:
         ],
         [helper.make_tensor_value_info("on", BOOL, []), helper.make_tensor_value_info("w", FLOAT, ["N", 2])],
     )
-    y = g.op("Loop", g.const(1 << 40, np.int64), g.const(True, bool), x, body=body)
+    return g.op("Loop", g.const(steps, np.int64), g.const(True, bool), x, body=body)
+
+
+def endless(dead: bool) -> ModelProto:
+    """A ranker with a loop of 2**40 steps, whose result is part of the scores or read by nobody."""
+    g = Graph(17)
+    x = g.input("item", ["N", 2])
+    u = g.input("user", ["N", 2])
+    dense = g.op("MatMul", u, g.const(np.ones((2, 2), np.float32)))
+    y = sines(g, x, 1 << 40)
     g.output(g.op("Add", dense, x if dead else y), ["N", 2])
     return g.model()

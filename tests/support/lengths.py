@@ -322,15 +322,21 @@ class LengthWriter(Writer):
         )
         self.put(name, out, bound, bits)
 
-    def op_compared(self, x: Tensor) -> None:
-        """A mask: where one value is less than, or equal to, another."""
+    def _beside(self, x: Tensor) -> tuple[Tensor, list[Dim]] | None:
+        """An exact value to be broadcast with another, and the shape of both; None where there is none."""
         matching = [v for v in self.values if self._joined(x, v) is not None and v.bits != INEXACT]
         if not matching or x.bits == INEXACT:
-            return
+            return None
         y = self.partner(x, matching)
         dims = self._joined(x, y)
-        if dims is None:
+        return None if dims is None else (y, dims)
+
+    def op_compared(self, x: Tensor) -> None:
+        """A mask: where one value is less than, or equal to, another."""
+        found = self._beside(x)
+        if found is None:
             return
+        y, dims = found
         g = self.graph
         test = g.op(
             self.pick(["Less", "Greater", "Equal"] + ["LessOrEqual", "GreaterOrEqual"] * (g.opset > 11)), x.name, y.name
@@ -406,13 +412,10 @@ class LengthWriter(Writer):
 
     def op_variadic(self, x: Tensor) -> None:
         """Operators of any number of operands."""
-        matching = [v for v in self.values if self._joined(x, v) is not None and v.bits != INEXACT]
-        if not matching or x.bits == INEXACT:
+        found = self._beside(x)
+        if found is None:
             return
-        y = self.partner(x, matching)
-        dims = self._joined(x, y)
-        if dims is None:
-            return
+        y, dims = found
         op, bits = self.pick(["Sum", "Max", "Min", "Mean"]), max(x.bits, y.bits)
         names = [x.name, y.name, *([x.name] if op in ("Sum", "Max", "Min") else [])]
         bits += op == "Mean"

@@ -1127,6 +1127,7 @@ MUTANTS = (
     Mutant("by hand", "wrong where neighbours are equal", scored(equal_neighbours), ("metamorphic",)),
     Mutant("by hand", "wrong for a user of zeros", scored(zero_user)),
     Mutant("by hand", "wrong for one id of the request", numbered("Equal", 777)),
+    Mutant("by hand", "wrong for ids that count from the end", numbered("Less", 0)),
     Mutant("by hand", "wrong for numbers above 5000", numbered("Greater", 5000, table=False)),
     Mutant("by hand", "wrong for numbers above 100", scored(large_numbers), ("algebra",)),
     Mutant("by hand", "weights of positions from the other end", scored(reversed_weights, 3)),

@@ -268,6 +268,27 @@ def test_a_model_for_one_request_stands_for_it(tmp_path: Any) -> None:
     assert batches.single(plain) is plain
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("each", [False, True])
+def test_shapes_that_are_found_in_the_data_run_request_by_request(form: dict[str, str], each: bool) -> None:
+    g = Graph(17)
+    user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
+    first = g.op("Gather", user, g.ints(0), axis=1)
+    places = g.op("Transpose", g.op("NonZero", g.op("Greater", item if each else user, first)))
+    if each:  # entries are picked, and put back among zeros
+        picked = g.op("Mul", g.op("GatherND", item, places), g.const([3.0]))
+        odd = g.op("ScatterND", g.op("Mul", item, g.const([0.0])), places, picked)
+    else:  # a number for all candidates of a request
+        odd = g.op("ReduceSum", g.op("Cast", places, to=TensorProto.FLOAT), keepdims=0)
+    g.op("Add", odd, g.op("Relu", item))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 4])
+    made = batch(g.model(), request=["user"], check=False, options=Options(**form))
+    assert any("found in the data" in n for n in made.report.notes)
+    for counts in COUNTS if "rows" in form else [[4], [2] * 32]:
+        _held(g.model(), made.model, counts)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -294,10 +315,9 @@ def test_shapes_that_differ_between_requests_are_refused_with_their_cause(op: st
     user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
     both = g.op("Unsqueeze", g.op("Add", user, item), g.ints(2))
     if op == "Squeeze":
-        odd = g.op("Squeeze", both)
+        g.op("Add", g.op("Squeeze", both), item)
     else:
-        odd = g.op("ReduceSum", g.op("Cast", g.op("NonZero", both), to=TensorProto.FLOAT), keepdims=0)
-    g.op("Add", odd, item)
+        g.op("Cast", g.op("NonZero", both), to=TensorProto.FLOAT)
     g.nodes[-1].output[0] = "score"
     g.output("score", ["N", 4])
     with pytest.raises(ModelError, match=reason):

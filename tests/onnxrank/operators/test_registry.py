@@ -18,7 +18,7 @@ NAMED = {
     "onnxrank/fused.py: SAVED": "what it writes out, each in its own way",
     "onnxrank/views.py: _NOT_TAKEN_IN": "what onnxruntime does behind nodes that were written",
     "onnxrank/loops.py: REDUCTIONS": "how the loops of EmbeddingBag reduce bags",
-    "onnxrank/cost.py: _ACTIVATIONS": "what onnxruntime makes a part of a product",
+    "onnxrank/epilogues.py: _ACTIVATIONS": "what onnxruntime makes a part of a product",
     "onnxrank/profiling/kernels.py: _CONTAINERS": "what onnxruntime times along with what is in it",
     "onnxrank/verify/truth.py: INEXACT": "of which onnxruntime has no exact float64 kernels",
     "rules/movement.py: _PICKS": "which linear maps behind them make the move rather than a copy",

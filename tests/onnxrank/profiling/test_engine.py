@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -26,7 +27,7 @@ from onnxrank.pages import asset
 from onnxrank.profiling.engine import profile
 from onnxrank.profiling.page import to_html
 from onnxrank.profiling.render import print_profile, to_csv, to_markdown
-from onnxrank.profiling.report import Profile
+from onnxrank.profiling.report import Line, Profile
 from onnxrank.profiling.sessions import Runner, Target, open_session
 from onnxrank.roles import load_spec
 from onnxrank.writers import as_text, to_json
@@ -166,6 +167,29 @@ def test_fits_80_columns(found: tuple[Profile, dict[str, Any]], encoding: str, v
     for words in ("Time per request", "Speed-up", "Fitted cost", "once per request", "rule fold", "Resident memory"):
         assert words in text, words
     assert ("us" in text or "ms" in text) and "N = 24" in text
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 8, 24), (1, 2, 24), (2, 8, 24)])
+@pytest.mark.parametrize("knee", [None, 8])
+def test_what_is_said_of_fitted_costs(
+    found: tuple[Profile, dict[str, Any]], counts: tuple[int, ...], knee: int | None
+) -> None:
+    """A point that is left out of the fit is named, and there is no column for a bend that no line has."""
+    first = found[0]
+    line = Line(1e-6, 1e-7, knee, 2e-7, 0.01)
+    shown = dataclasses.replace(
+        first,
+        models=[
+            dataclasses.replace(m, line=line, kernels=[dataclasses.replace(m.kernels[0], candidates=n) for n in counts])
+            for m in first.models
+        ],
+        points=[dataclasses.replace(first.points[0], candidates=n) for n in counts],
+    )
+    text = " ".join(as_text(lambda console: print_profile(shown, console, False), "utf-8", 80).split())
+    for said in (text, to_html(shown)):
+        assert ("N = 1 is left out of the fit" in said) == (counts == (1, 2, 8, 24))
+    assert ("up to 8 candidates, 0.20 us beyond" in text) == (knee is not None)
+    assert ("per candidate beyond" in to_html(shown)) == (knee is not None)
 
 
 def test_each_order_of_the_pair(pair: tuple[Path, Path]) -> None:

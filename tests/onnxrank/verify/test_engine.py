@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from helpers import FLOAT, INT64, Graph, rewritten
 from mutants import FOLDER, pair
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from onnxrank import optimize
 from onnxrank.contract import CONTRACT
 from onnxrank.errors import EnvironmentProblem, ModelError, UsageError
-from onnxrank.verify import Options, Report, verify
+from onnxrank.verify import Options, Report, sessions, verify
+from onnxrank.verify.side import Side, open_both
+from onnxrank.workers import Crashed
 
 RNG = np.random.default_rng(0)
 HALF = int(TensorProto.FLOAT16)
@@ -172,6 +176,16 @@ def test_statistics() -> None:
     assert again.passed
 
 
+def test_tolerances_that_would_pass() -> None:
+    """They are held against large inputs, too, which differ by more than ordinary ones."""
+    options = Options(request=["user"])
+    found = verify(tower(), tower(1), options)
+    assert found.passed and found.statistics
+    tight = max(s.atol for s in found.statistics)
+    assert verify(tower(), tower(1), replace(options, atol={None: tight * 1.01})).passed
+    assert not verify(tower(), tower(1), replace(options, atol={None: tight * 0.99})).passed
+
+
 def test_quantised() -> None:
     """A value at the border of two steps may fall on either side."""
     g = Graph(17)
@@ -264,6 +278,21 @@ def test_original_must_run() -> None:
     g.output(g.op("Reshape", x, g.ints(7, 4)), ["N", 4])
     with pytest.raises(ModelError, match="does not run"):
         verify(g.model(), g.model())
+
+
+def test_original_that_kills_the_runtime_while_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime's optimiser does at some 16-bit models: no fault of the other model, nor of a rule."""
+
+    def dies(sides: tuple[Side, Side], key: str, **how: Any) -> list[Exception | None]:
+        first = Crashed("died of SIGSEGV", "crash") if key == "cpu/all" else None
+        return [first, *open_both(sides, key, **how)[1:]]
+
+    monkeypatch.setattr(sessions, "open_both", dies)
+    with pytest.raises(ModelError, match=r"The original makes .* loaded \(cpu, optimisations all\): died of SIGSEGV"):
+        verify(tower(), tower(1), Options(request=["user"]))
+    path = FOLDER / "dcn.torchscript.onnx"
+    with pytest.raises(ModelError, match="The original makes onnxruntime fail"):
+        optimize(path, request=["user_*"])
 
 
 def test_in_memory_models_are_not_changed() -> None:

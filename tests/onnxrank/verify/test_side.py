@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BOOL, FLOAT, INT64, Graph
-from onnx import ModelProto, helper
+from fatal import sines
+from helpers import Graph
+from onnx import ModelProto
 
 from onnxrank import host, runtime, workers
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError
@@ -24,18 +25,7 @@ def looping(steps: int) -> ModelProto:
     """Doubles a number for a long time."""
     g = Graph(17)
     x = g.input("item", ["N", 2])
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Sin", ["v"], ["w"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", INT64, []),
-            helper.make_tensor_value_info("go", BOOL, []),
-            helper.make_tensor_value_info("v", FLOAT, ["N", 2]),
-        ],
-        [helper.make_tensor_value_info("on", BOOL, []), helper.make_tensor_value_info("w", FLOAT, ["N", 2])],
-    )
-    y = g.op("Loop", g.const(steps, np.int64), g.const(True, bool), x, body=body)
-    g.output(y, ["N", 2])
+    g.output(sines(g, x, steps), ["N", 2])
     return g.model()
 
 

@@ -348,3 +348,46 @@ def test_numbers_that_nothing_is_known_of_are_told() -> None:
     ranged = resolve(describe(made.original), spec={"inputs": {"id": {"level": "request", "range": [0, 9000]}}})
     found = verify(made.original, made.original, Options(roles=ranged))
     assert found.passed and not any("large values" in line for line in found.unseen)
+
+
+@pytest.mark.parametrize("level", ["quick", "standard"])
+@pytest.mark.parametrize("change", ["clipped", "shifted"])
+def test_ids_that_count_from_the_end(change: str, level: str) -> None:
+    """Lookups take minus the size of their table and on; what brings ids elsewhere must bring those, too."""
+
+    def make(wrong: bool) -> ModelProto:
+        g = Graph(17)
+        hist, item = g.input("hist", [1 if wrong else "N", "L"], INT64), g.input("item", ["N"], INT64)
+        table = g.const(np.arange(44, dtype=np.float32).reshape(11, 4))
+        if wrong and change == "clipped":
+            hist = g.op("Max", hist, g.const(0, np.int64))
+        if wrong and change == "shifted":  # into a table behind another one
+            table = g.op("Concat", g.const(np.ones((3, 4), np.float32)), table, axis=0)
+            hist, item = (g.op("Add", ids, g.const(3, np.int64)) for ids in (hist, item))
+        user = g.on_axes("ReduceSum", g.op("Gather", table, hist), [1], keepdims=0)
+        g.op("Mul", user, g.op("Gather", table, item))
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", 4])
+        return g.model()
+
+    right = check(make(False), make(False), level=level)
+    assert right.passed and any("ends of tables ('hist', 'item')" in line for line in right.looked)
+    found = check(make(False), make(True), level=level)
+    assert not found.passed and any("ends of tables" in f.message for f in found.errors)
+
+
+def test_ids_that_the_original_does_not_count_from_the_end() -> None:
+    """One input of three is an extent as well: the others are looked at, and the report says what was not."""
+    g = Graph(17)
+    ids = [g.input(name, ["N"], INT64) for name in ("a", "b", "c")]
+    table = g.const(np.arange(12, dtype=np.float32).reshape(3, 4))
+    rows = [g.op("Gather", table, i) for i in ids]
+    long = g.op("ConstantOfShape", g.op("Gather", ids[1], g.ints(0)))
+    g.op("Add", g.op("Sum", *rows), g.op("ReduceSum", long, keepdims=0))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 4])
+    found = check(g.model(), g.model(), request=["a"])
+    assert found.passed, found.errors
+    assert any("('c', 'a')" in line for line in found.looked), (found.looked, found.unseen, found.findings)
+    (note,) = [f for f in found.findings if "does not run (" in f.message]
+    assert "ends of tables ('b')" in note.message
