@@ -10,8 +10,9 @@ import contextlib
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +151,22 @@ class Known:
     shortest: int = 1
 
 
+class Bounds(NamedTuple):
+    """The range of an input, in arrays with one axis per factor of its shape.
+
+    Attributes:
+        low: The least of every entry.
+        high: What it stays below; infinite where nothing is known.
+        whole: Whether it is a whole number.
+        ids: Whether all are whole numbers of which something is known.
+    """
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    whole: NDArray[np.bool_]
+    ids: bool
+
+
 class Maker:
     """Makes inputs that obey the roles.
 
@@ -164,11 +181,22 @@ class Maker:
         self.declared = declared
         self.ranges = ranges
         self.fill = fill
+        self._bounds: dict[str, Bounds] = {}
 
     def __call__(self, setting: Setting) -> Feed:
         """Inputs of the original signature: request-level entries are the same in every row."""
         rng = np.random.default_rng(1000 + setting.seed)
         return {i.name: self._draw(i, setting, rng) for i in self.declared}
+
+    def bounds(self, i: Input) -> Bounds:
+        """The range of an input; there must be ranges."""
+        if i.name not in self._bounds:
+            assert self.ranges is not None
+            shape = [f if isinstance(f, int) else 1 for d in i.dims for f in (d or (1,))]
+            low, high, whole = self.ranges[i.name]
+            ids = bool((whole & ~np.isinf(high)).all())
+            self._bounds[i.name] = Bounds(low.reshape(shape), high.reshape(shape), whole.reshape(shape), ids)
+        return self._bounds[i.name]
 
     def _draw(self, i: Input, setting: Setting, rng: np.random.Generator) -> NDArray[Any]:
         # Drawn with one axis per factor, then brought into shape: the rows are where the candidate symbol is.
@@ -193,31 +221,28 @@ class Maker:
     def _values(self, i: Input, shape: list[int], factors: list[Any], rng: np.random.Generator) -> NDArray[Any]:
         if i.dtype == TensorProto.STRING:
             return rng.choice(np.array(["", "a", "b", "onnxrank"], dtype=object), shape)
-        kind = np.dtype(helper.tensor_dtype_to_np_dtype(i.dtype))
+        kind = _dtype(i.dtype)
         if self.ranges is None:
             least = max((r.low for r in i.role.ranges), default=0.0)
             most = min((r.high for r in i.role.ranges), default=np.inf)
             return np.full(shape, min(max(self.fill, least), most - 1) if most > least + 1 else least).astype(kind)
         if kind.kind == "b":
             return rng.random(shape) < 0.5
-        low, high, whole = self._bounds(i, shape, factors)
+        low, high, whole, ids = self.bounds(i)
         data = low + rng.random(shape) * (high - low)
-        data = np.where(whole, np.minimum(np.floor(data), high - 1), np.where(np.isinf(high), 0, data))
-        free = np.broadcast_to(np.isinf(high), shape)
-        data = np.where(free, rng.standard_normal(shape), data)
+        free = rng.standard_normal(shape)  # drawn in any case: what is drawn next must not depend on it
+        floor = np.asarray(np.minimum(np.floor(data), high - 1))
+        data = floor if ids else np.where(np.isinf(high), free, np.where(whole, floor, data))
         if kind.kind in "iu" and shape and shape[-1] >= 8 and i.role.level == "request" and (low <= 0).all():
             # Histories are padded with zeros behind their end.
             data[..., rng.integers(shape[-1] // 2, shape[-1] + 1) :] = 0
         return data.astype(kind)
 
-    def _bounds(
-        self, i: Input, shape: list[int], factors: list[Any]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-        """The ranges of an input's entries, with an axis per factor."""
-        assert self.ranges is not None
-        given = [n if isinstance(f, int) else 1 for n, f in zip(shape, factors, strict=True)]
-        low, high, whole = self.ranges[i.name]
-        return low.reshape(given), high.reshape(given), whole.reshape(given)
+
+@cache
+def _dtype(number: int) -> np.dtype[Any]:
+    """NumPy's element type for ONNX's number of one."""
+    return np.dtype(helper.tensor_dtype_to_np_dtype(number))
 
 
 def _owner(dims: Dims, factor: int) -> int:

@@ -41,6 +41,8 @@ class Journal:
 
     def back(self, mark: Mark) -> None:
         """Undoes everything since a mark."""
+        if mark == self.mark():  # most that give up have not written anything
+            return
         for owner, attribute, value in reversed(self._puts[mark[0] :]):
             setattr(owner, attribute, value)
         for held, count in zip(self._lists, mark, strict=False):

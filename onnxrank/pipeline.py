@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +36,31 @@ REWRITE = Pass("rewriting", "exact", choosing.rewrite)
 CHECK = Pass("checking", "undo", checking.check)
 TIME = Pass("timing", "undo", timing.measure)
 BLOCKS = Pass("dividing candidates", "exact", blocking.divide, anew=True)
+_RARELY = 50_000
+"""Objects that are made before garbage is looked for, while a model is optimised: nearly all of them stay."""
+_LOCK = threading.Lock()
+_usual: list[tuple[int, int, int]] = []
+"""How often garbage is looked for otherwise, once for every run."""
 
 
+@contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """Looks for garbage less often, until the last of the runs that go on at once is over."""
+    with _LOCK:
+        usual = _usual[0] if _usual else gc.get_threshold()
+        _usual.append(usual)
+        if usual[0]:  # 0 is never
+            gc.set_threshold(max(usual[0], _RARELY), *usual[1:])
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _usual.pop()
+            if not _usual:
+                gc.set_threshold(*usual)
+
+
+@_rarely_collected()
 def optimize(
     model: str | os.PathLike[str] | ModelProto | files.LoadedModel,
     *,

@@ -346,29 +346,6 @@ class Rewrite:
 
         return self.graph.behind(name, ("linear", through), judge, join)
 
-    def columns_made(self, width: int) -> int:
-        """Of the columns of the current node's product, those that have to be made for every candidate.
-
-        Behind a cross layer's factor the request-level columns stay affine in the candidate (`rules/cross.py`).
-        """
-        name = self.node.output[0]
-        while True:
-            found = self.readers(name)
-            if len(found) != 1 or operator(found[0]) not in ("Add", "Mul"):
-                return width
-            (reader,) = found
-            other = self.values.get(next((i for i in reader.input if i != name), ""))
-            if operator(reader) == "Mul":
-                break
-            if not isinstance(other, Value) or self.level(other) is not Level.CONSTANT:
-                return width
-            name = reader.output[0]
-        if not isinstance(other, Value) or not self.uses("cross"):
-            return width
-        if not self.read_by_linear_maps(reader.output[0], frozenset({"Add"})):
-            return width
-        return int((self.sources.levels(other.codes) == Level.CANDIDATE).sum()) or width
-
     def uses(self, rule: str) -> bool:
         """Whether a rule is selected, and none that the plan leaves out."""
         return self.decisions.uses(rule)

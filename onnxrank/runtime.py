@@ -20,6 +20,8 @@ Feeds = Mapping[str, NDArray[Any]]
 _HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution providers by the names that the command line has for them."""
+_QUANTISED = b"uantizeLinear"
+"""In the name of every operator that quantised models are written with."""
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, *_HALF}
 
 
@@ -70,6 +72,7 @@ def session(
     optimise: bool = False,
     threads: int = 1,
     trace: str | None = None,
+    reuse: bool = True,
 ) -> Any:
     """Makes an onnxruntime session.
 
@@ -81,6 +84,8 @@ def session(
         optimise: Whether ORT's own graph optimisations run.
         threads: Threads inside an operator.
         trace: Prefix of the file for onnxruntime's profiler; None leaves it off.
+        reuse: Whether results may get the memory of others that are not read any more. Planning that takes as long as
+            all else where thousands of shapes are fixed; without it memory is given back and taken again.
 
     Raises:
         ModelError: onnxruntime does not take the model; the message is its own.
@@ -101,8 +106,12 @@ def session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if trace is not None:
         options.enable_profiling, options.profile_file_prefix = True, trace
+    options.enable_mem_reuse = reuse
     if isinstance(source, ModelProto):
         given: bytes | str = source.SerializeToString()
+        if _QUANTISED not in given:
+            # Passes that look for these operators find none, and each sorts the whole graph to look.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
     else:

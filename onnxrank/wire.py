@@ -67,6 +67,11 @@ def _size(stream: BinaryIO) -> int:
 def _exactly(stream: BinaryIO, n: int) -> bytearray:
     if n > _MOST:
         raise ValueError(f"a length of {n}")
+    if n <= _SMALL:
+        found = bytearray(stream.read(n))
+        if len(found) < n:
+            raise EOFError
+        return found
     # An array of its own, so that the arrays made on it can be written to; it grows with what really comes.
     data, at = bytearray(), 0
     while at < n:
@@ -82,6 +87,8 @@ def _exactly(stream: BinaryIO, n: int) -> bytearray:
 
 _kind = functools.cache(lambda dtype: int(helper.np_dtype_to_tensor_dtype(dtype)))
 """ONNX's number of an element type."""
+_dtype = functools.cache(lambda kind: np.dtype(helper.tensor_dtype_to_np_dtype(kind)))
+"""The element type of a number."""
 
 
 def _pack(value: Any, buffers: list[bytes | memoryview]) -> Any:
@@ -90,7 +97,7 @@ def _pack(value: Any, buffers: list[bytes | memoryview]) -> Any:
             flat = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in value.reshape(-1)]
             return {_MARK: "strings", "shape": list(value.shape), "data": flat}
         kind = _kind(value.dtype)
-        buffers.append(np.ascontiguousarray(value).tobytes())
+        buffers.append(value.tobytes())
         return {_MARK: "array", "shape": list(value.shape), "type": kind, "at": len(buffers) - 1}
     if isinstance(value, (bytes, bytearray)):
         buffers.append(bytes(value))
@@ -116,5 +123,5 @@ def _unpack(value: Any, buffers: list[bytearray]) -> Any:
         return bytes(buffers[value["at"]])
     if kind == "strings":
         return np.array(value["data"], object).reshape(value["shape"])
-    dtype = helper.tensor_dtype_to_np_dtype(value["type"]) if value["type"] != TensorProto.UNDEFINED else np.uint8
+    dtype = np.dtype(np.uint8) if value["type"] == TensorProto.UNDEFINED else _dtype(value["type"])
     return np.frombuffer(buffers[value["at"]], dtype).reshape(value["shape"])

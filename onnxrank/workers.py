@@ -207,14 +207,20 @@ class Worker:
         return f"ended with code {code}{last}"
 
     def reusable(self) -> bool:
-        """Forgets all models; whether it may be used for others."""
+        """Has it forget all models; whether it may be used for others, once it is `ready`."""
         if self.pending or not self.alive:
             return False
-        try:
-            self.call("reset", 10)
-        except OnnxrankError:
-            return False
+        self.ask("reset")
         return True
+
+    def ready(self) -> bool:
+        """Waits for it to have forgotten all models; one that does not is ended."""
+        try:
+            while self.pending:
+                self.result(_GRACE)
+        except OnnxrankError:
+            self.kill()
+        return self.alive
 
 
 def _listen(source: BinaryIO, answers: queue.Queue[Any]) -> None:
@@ -276,16 +282,17 @@ def take() -> Worker:
     """A process, a new one or one that was given back."""
     if _inside is not None:
         return _Here(_inside())
-    with _LOCK:
-        while _IDLE:
-            found = _IDLE.pop()
-            if found.alive:
-                return found
-    return Worker()
+    while True:
+        with _LOCK:
+            found = _IDLE.pop() if _IDLE else None
+        if found is None:
+            return Worker()
+        if found.ready():
+            return found
 
 
 def give(worker: Worker) -> None:
-    """Keeps a process for its next use, if it survived."""
+    """Keeps a process for its next use, if it survived; nobody waits for it to have forgotten its models."""
     if worker.reusable():
         with _LOCK:
             if len(_IDLE) < _MOST_IDLE:

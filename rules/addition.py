@@ -9,7 +9,7 @@ from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import Abstract, Dims, Sum, Value, broadcast_dims, constant_along, extents, symbols, view
 
-from . import fold, picked
+from . import open_sums, picked
 from .elementwise import mark_unread, neutral, pointwise
 
 
@@ -28,15 +28,15 @@ def _pending_sum(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if unread and not any(isinstance(o, Sum) for o in operands):
         return None
     if rw.read_by_linear_maps(node.output[0], frozenset({"Add"})):
-        operands = [fold.apart(rw, o) if isinstance(o, Value) else o for o in operands]
+        operands = [open_sums.apart(rw, o) if isinstance(o, Value) else o for o in operands]
     for k, o in enumerate(operands):
-        if isinstance(o, Sum) and fold.has_open(rw, o):
+        if isinstance(o, Sum) and open_sums.has_open(rw, o):
             other = operands[1 - k]
             assert other is not None
             terms = [*o.terms, *rw.terms(other)]
             if operator(node) == "Sub" or broadcast_dims([t.dims for t in terms]) != o.dims:
                 break
-            return [fold.compact(rw, terms, o.dims, o.dtype)]
+            return [open_sums.compact(rw, terms, o.dims, o.dtype)]
     # What others read too is made once, not once for each.
     operands = [
         rw.settle(o) if o is not None and len(rw.readers(i)) > 1 else o

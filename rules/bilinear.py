@@ -97,7 +97,7 @@ def _side_by_side_pays(a: Value, b: Value, heads: int, turned: bool = False) -> 
     rows, inner, columns = (_length(d) for d in (a.dims[-2], a.dims[-1], b.dims[-1]))
     written, macs = 4 * many * heads * rows * columns, many * heads * rows * inner * columns
     each = cost.CPU.seconds(cost.Bill("stack", written, many * heads, macs))
-    if heads > 1:  # the other operand has to have rows of candidates too: see `batches_agree`
+    if heads > 1 or turned:  # the other operand has to have rows of candidates too: see `batches_agree`
         each += cost.CPU.seconds(cost.Bill("expand", 4 * many * heads * inner * columns, many))
     at_once = cost.CPU.seconds(cost.Bill("stack", written, heads, macs))
     for width in (inner, columns):
@@ -106,7 +106,7 @@ def _side_by_side_pays(a: Value, b: Value, heads: int, turned: bool = False) -> 
         if turned and rows > 1:
             bill = cost.Bill("permute", 4 * many * entries, many * entries)
         at_once += cost.CPU.seconds(bill)
-    return at_once < each
+    return at_once <= each
 
 
 def _length(dim: Dim) -> int:

@@ -49,7 +49,7 @@ from onnxrank.values import (
 )
 from onnxrank.weights import Weights
 
-from . import fold, picked
+from . import fold, open_sums, picked
 from .elementwise import elementwise, mark_unread
 from .picked import Picked
 from .pieces import Division, Piece
@@ -580,7 +580,7 @@ def linear_last(rw: Rewrite, x: Abstract, weight: Weights, rule: str, unread: An
         return _normalised_product(rw, x, weight, unread)
     axis = x.rank - 1
     real = weight.data.dtype.kind not in "iu"
-    if isinstance(x, Sum) and fold.has_open(rw, x):
+    if isinstance(x, Sum) and open_sums.has_open(rw, x):
         return _of_open(rw, x, axis, weight, lambda v, w: linear_last(rw, v, w, rule, unread))
 
     width = weight.data.shape[1]
@@ -613,10 +613,10 @@ def _of_picked(rw: Rewrite, rows: Picked, rest: Abstract | None, weight: Weights
 
 def _of_open(rw: Rewrite, x: Sum, axis: int, weight: Weights, linear: Callable[[Value, Weights], Abstract]) -> Abstract:
     """A linear map of a sum with products that were put off: multiplied from its own side, or all terms together."""
-    x = fold.compact(rw, x.terms, x.dims, x.dtype)
-    pulled = fold.pulled(rw, x, axis, weight)
+    x = open_sums.compact(rw, x.terms, x.dims, x.dtype)
+    pulled = open_sums.pulled(rw, x, axis, weight)
     if pulled is None:
-        return linear(*fold.stacked(rw, x, axis, weight))
+        return linear(*open_sums.stacked(rw, x, axis, weight))
     rest = [linear(t, weight) for t in x.terms[1:]]
     terms = [t for r in rest for t in rw.terms(r)]
     dims = (*x.dims[:axis], canonical([weight.data.shape[1]]), *x.dims[axis + 1 :])
@@ -719,7 +719,7 @@ class LeftMatrix(MatrixProduct):
 def linear_left(rw: Rewrite, y: Abstract, turned: Weights, unread: Any) -> Abstract:
     """`W @ y`, given W transposed: contracted over the last axis but one."""
     axis = y.rank - 2
-    if isinstance(y, Sum) and fold.has_open(rw, y):
+    if isinstance(y, Sum) and open_sums.has_open(rw, y):
         return _of_open(rw, y, axis, turned, lambda v, w: linear_left(rw, v, w, unread))
     matrix = LeftMatrix(rw, turned.data.shape[1])
     return distribute(

@@ -33,7 +33,7 @@ from onnxrank.values import (
 )
 from onnxrank.weights import Weights
 
-from . import fold
+from . import open_sums
 from .pieces import Piece
 from .products import (
     Contraction,
@@ -135,7 +135,7 @@ def linear(
     dims: Dims = ((),) * (rank - x.rank) + x.dims
     if not worthwhile(rw, x, unread) or any(symbols([dims[a]]) for a in (axis, *places)):
         return None
-    x = rw.settle(x) if isinstance(x, Sum) and fold.has_open(rw, x) else rw.unless_sum(x)
+    x = rw.settle(x) if isinstance(x, Sum) and open_sums.has_open(rw, x) else rw.unless_sum(x)
     x = rw.moved(x, dims, lambda codes: codes.reshape(extents(dims)))
     stack = dict(zip(places, given.counts, strict=True))
     if all(t.codes.shape[a] == 1 or constant_along(t.codes, a) for t in rw.terms(x) for a in stack):

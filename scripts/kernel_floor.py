@@ -121,6 +121,8 @@ def alone(node: onnx.NodeProto, shapes: list[Shape]) -> tuple[bytes, Feed]:
     rng = np.random.default_rng(0)
     names = [f"x{k}" for k in range(len(shapes))]
     data = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in zip(names, shapes, strict=True)}
+    if node.op_type == "Pow":
+        data[names[1]] = np.full(shapes[1], 2, np.float32)  # squares have a kernel of their own
     own = helper.make_node(node.op_type, names, ["y"])
     own.attribute.extend(node.attribute)
     stored = [name for name in names[1:] if data[name].ndim <= 2]

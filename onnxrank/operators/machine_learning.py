@@ -7,7 +7,8 @@ from math import ceil, log2, prod
 
 from onnx import NodeProto
 
-from onnxrank.extents import Expr, Unproved
+from onnxrank import extents as ex
+from onnxrank.extents import Unproved
 from onnxrank.graphs import attribute
 from onnxrank.operators import signatures
 from onnxrank.operators.entry import Extents, Macs, Operator, Shaper, Trait
@@ -19,7 +20,7 @@ from onnxrank.operators.use import Use
 def _extracted(u: Use) -> list[Partial | None]:
     """ArrayFeatureExtractor: entries of the last axis."""
     have, places = u.shape(0), u.shape(1)
-    return [[*(have[:-1] or (1,)), places[-1]]]
+    return [[*(have[:-1] or (1,)), ex.product(places)]]
 
 
 def _extraction(u: Use) -> signatures.Signature:
@@ -43,11 +44,9 @@ def _by_column(u: Use) -> signatures.Signature:
 
 
 def _side_by_side(u: Use) -> list[Partial | None]:
-    """FeatureVectorizer: the columns of several matrices."""
-    total: int | Expr = 0
-    for k in range(len(u.node.input)):
-        total = total + u.shape(k)[-1]
-    return [[u.shape(0)[0] if len(u.shape(0)) == 2 else 1, total]]
+    """FeatureVectorizer: the columns of several matrices, of each as many as it says."""
+    counts = u.attribute("inputdimensions")
+    return [[u.shape(0)[0] if len(u.shape(0)) == 2 else 1, sum(map(int, counts)) if counts else None]]
 
 
 def _vectorising(u: Use) -> signatures.Signature:

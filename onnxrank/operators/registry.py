@@ -42,8 +42,8 @@ def operator(node: NodeProto) -> str:
 
     What is compared to a name must be this, never the bare type: `com.acme::Softmax` is not ONNX's Softmax.
     """
-    own = domain(node.domain)
-    return f"{own}::{node.op_type}" if own else str(node.op_type)
+    own, kind = node.domain, str(node.op_type)
+    return f"{own}::{kind}" if own and domain(own) else kind
 
 
 def domain_of(node: NodeProto) -> str:

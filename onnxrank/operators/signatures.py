@@ -44,10 +44,11 @@ def signed(
     """A signature; inputs that are not named are worked on as a whole.
 
     Raises:
-        Unproved: The number of dimensions of an input is not known.
+        Unproved: The number of dimensions of an input is not known, or another one.
     """
-    every = [k for k in range(len(u.node.input))]
-    axes = [inputs.get(k, (None,) * len(u.shape(k))) if u.has(k) else () for k in every]
+    axes = [inputs.get(k, (None,) * len(u.shape(k))) if u.has(k) else () for k in range(len(u.node.input))]
+    if any(u.has(k) and len(u.shape(k)) != len(found) for k, found in enumerate(axes)):
+        raise Unproved("operands of other numbers of dimensions")
     return Signature(tuple(axes), outputs, broadcasts, as_set)
 
 
@@ -248,10 +249,9 @@ def resized(u: Use) -> dict[int, float]:
 
 
 def resize(u: Use) -> Signature:
-    """Resize: axes that keep their length."""
-    found, have = resized(u), u.shape(0)
-    same = {a for a, n in found.items() if n == (have[a] if u.has(3) else 1)}
-    kept = tuple(None if k in found and k not in same else k for k in range(len(have)))
+    """Resize: axes that it does not work on, or by a scale of 1; a length that is told holds for all of an axis."""
+    found = resized(u)
+    kept = _without(_all_axes(u), [a for a, n in found.items() if u.has(3) or n != 1])
     return signed(u, {0: kept}, kept)
 
 

@@ -13,11 +13,11 @@ from onnxrank.verify import gate, sizes
 
 def study(job: Job) -> bool:
     """Derives the original's shapes; the runs that confirm them are waited for by `confirmed`."""
+    if job.options.check:
+        job.side = gate.begun(job.loaded)
     if job.known is None:
         job.known = Analysis(Study(files.flattened(job.loaded.proto), job.roles, job.loaded, wait=False))
     original = job.study = job.known.study
-    if job.options.check:
-        job.side = gate.begun(job.loaded)
     job.preparation = Preparation(original, job.options, job.remarks, job.notes)
     job.notes += [original.facts.note] if original.facts.note else []
     served = sizes.spans(original.symbols, job.options.lengths or {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -17,9 +17,10 @@ from onnxrank.extents import Expr
 from onnxrank.facts import Facts
 from onnxrank.graphs import attribute, names_in, versions
 from onnxrank.layout import Layout
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.segments import spans
 from onnxrank.segments.spans import ANY, BOOLEAN, UNKNOWN, Known, Size, Span
-from onnxrank.uses import changed_by
+from onnxrank.uses import Uses, changed_by
 from onnxrank.values import Dims, Sources, canonical, symbols
 
 Sizes = tuple[Size, ...]
@@ -116,6 +117,21 @@ def _known_of(data: NDArray[Any]) -> Known:
     return Known(*found)
 
 
+def _known_between(data: NDArray[Any], row: int, column: int) -> Known:
+    """What is known of a leading block of a constant between two segments of both its axes, whatever their lengths.
+
+    Args:
+        data: The constant.
+        row: The segment that the last axis but one is in.
+        column: The segment of the last axis, which is divided like that: behind it all positions are greater.
+    """
+    if row == column:
+        return Known(_span(data), _span(data.diagonal(axis1=-2, axis2=-1)))
+    whole = np.ones(data.shape[-2:], bool)
+    found = data[..., np.triu(whole, 1) if row < column else np.tril(whole, -1)]
+    return spans.of(_span(found)) if found.size else UNKNOWN
+
+
 def _span(data: NDArray[Any]) -> Span:
     low, high = data.min(), data.max()
     kind = float if data.dtype.kind == "f" else int
@@ -165,6 +181,8 @@ class Division:
         self._cut: dict[tuple[str, tuple[Sizes, ...], int, Sizes], Tensor] = {}
         self._constants: dict[str, NDArray[Any]] = {}
         self._written: set[str] = set()
+        self._uses = Uses(graph.node)
+        self._outputs = {o.name for o in graph.output}
         self.lead: Sizes = ()
         """Axes that the node at hand has merged into its first one, and that are kept apart."""
         self.totals: dict[Size, Sizes] = {}
@@ -240,6 +258,47 @@ class Division:
             return BOOLEAN if self.dtype(name) == TensorProto.BOOL else UNKNOWN
         return _known_of(data)
 
+    def leading(self, name: str) -> NDArray[Any] | None:
+        """The constant that a tensor is, or of which it has the first positions along some axes; None for others."""
+        node, data = self._uses.producers.get(name), self.data(name)
+        if data is not None or node is None or not node.input:
+            return data
+        if operator(node) == "Slice" and self.opset >= 10:
+            starts, steps = self.data(node.input[1]), node.input[4:5]
+            by = self.data(steps[0]) if steps and steps[0] else np.ones(1)
+            first = starts is not None and by is not None and not starts.any() and bool((by == 1).all())
+            return self.leading(node.input[0]) if first else None
+        return None
+
+    def reaches(self, name: str) -> bool:
+        """Whether a tensor cut to the length of a sequence has all of it wherever the model runs.
+
+        It meets entries of the whole sequence before anything else reads it, and would not be broadcast to fewer.
+        """
+
+        def judge(node: NodeProto, of: str) -> bool | None:
+            made = self.facts.sizes.get(node.output[0], ())
+            ends = [made[k] for k in self._cut_axes(of) if -k <= len(made)]
+            if Trait.ELEMENTWISE not in traits(node) or len(ends) < len(self._cut_axes(of)):
+                return False
+            if all(n in self.totals for n in ends):
+                return True
+            return None if all(self.segments(n) is not None for n in ends) else False
+
+        def join(tensor: str, answers: list[bool]) -> bool:
+            return bool(answers) and tensor not in self._outputs and all(answers)
+
+        return not self._cut_axes(name) or self._uses.behind(name, "meets the sequence", judge, join)
+
+    def _cut_axes(self, name: str) -> list[int]:
+        """Axes of a constant that is cut to the length of a sequence, counted from the last."""
+        sizes = self.facts.sizes.get(name, ())
+        return [k - len(sizes) for k, n in enumerate(sizes) if n not in self.totals and self.segments(n) is not None]
+
+    def segments(self, size: Size) -> Sizes | None:
+        """The segments of a sequence that has a length, or would where a constant is cut to it; None where none has."""
+        return next((cut for n, cut in self.totals.items() if n == size or ex.is_cut_of(size, n)), None)
+
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def name(self, tensor: Tensor, index: Index) -> str:
@@ -285,8 +344,11 @@ class Division:
         Raises:
             Left: They do not have the shape that is proved of it.
         """
-        sizes = self.sizes(output)
-        if tuple(map(total, cuts)) != sizes:
+        sizes = tuple(map(total, cuts))
+        proved = self.sizes(output)
+        if len(sizes) != len(proved) or any(
+            n != m and not ex.is_cut_of(m, n) for n, m in zip(sizes, proved, strict=True)
+        ):
             raise Left
         merged = len(self.lead) if self._merges(self._original(output)) else 1
         return Tensor(sizes, tuple(cuts), parts, self.dtype(output), merged)
@@ -384,7 +446,11 @@ class Division:
                 for k, (start, n) in enumerate(zip(starts, cut, strict=True)):
                     parts[(*i[:axis], k, *i[axis + 1 :])] = self._stretch(self.name(tensor, i), part, axis, start, n)
             sizes = (*tensor.sizes[:axis], total(cut), *tensor.sizes[axis + 1 :])
-            self._cut[key] = Tensor(sizes, (*tensor.cuts[:axis], cut, *tensor.cuts[axis + 1 :]), parts, tensor.dtype)
+            cuts = (*tensor.cuts[:axis], cut, *tensor.cuts[axis + 1 :])
+            data = self.leading(name) if cuts[-2:] == (cut, cut) else None
+            if data is not None and self.data(name) is None and data.size <= _MOST_CONSTANT:
+                parts = {i: replace(p, known=_known_between(data, *i[-2:])) for i, p in parts.items()}
+            self._cut[key] = Tensor(sizes, cuts, parts, tensor.dtype)
         return self._cut[key]
 
     def _stretch(self, name: str, part: Part, axis: int, start: Size, count: Size) -> Part:

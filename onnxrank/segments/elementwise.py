@@ -52,15 +52,18 @@ def _opened(d: Division, name: str, tensor: Tensor) -> Tensor:
     """A constant of queries and keys, such as a causal mask, cut along both; other operands as they are."""
     if is_mask(d, name):
         for k, n in enumerate(tensor.sizes):
-            if n in d.totals:
-                tensor = d.cut(name, tensor, k, d.totals[n])
+            cut = d.segments(n)
+            if cut is not None:
+                tensor = d.cut(name, tensor, k, cut)
     return tensor
 
 
 def is_mask(d: Division, name: str) -> bool:
-    """Whether a tensor is a constant with two axes as long as a sequence."""
-    data = d.data(name)
-    return data is not None and sum(n in d.totals for n in data.shape) > 1
+    """Whether a tensor is a constant, or the first positions of one, with two axes as long as a sequence."""
+    data = d.leading(name)
+    if data is None or data.ndim < 2:
+        return False
+    return sum(d.segments(n) is not None for n in d.facts.sizes.get(name, data.shape)) > 1 and d.reaches(name)
 
 
 def _fitted(d: Division, name: str, tensor: Tensor, cuts: Sequence[Sizes]) -> Tensor:

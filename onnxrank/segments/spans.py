@@ -170,7 +170,8 @@ def compared(op: str, a: Known, b: Known, sizes: Sequence[Size]) -> Known:
         b: The second one.
         sizes: Extents of the result, the last axis first.
     """
-    return Known(_compared(op, a.all, b.all, sizes, False), _compared(op, a.diagonal, b.diagonal, sizes, True))
+    found = _compared(op, a.all, b.all, sizes, False)
+    return Known(found, _compared(op, a.diagonal, b.diagonal, sizes, True) if len(sizes) > 1 else found)
 
 
 def _compared(op: str, a: Span, b: Span, sizes: Sequence[Size], diagonal: bool) -> Span:

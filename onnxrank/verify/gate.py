@@ -56,7 +56,7 @@ def gate(
 
 
 def begun(original: LoadedModel) -> Side | None:
-    """An original whose sessions are made while it is rewritten; None where that takes no time, or much memory."""
+    """An original whose sessions are made while it is studied; None where that takes no time, or much memory."""
     if len(original.proto.graph.node) < _MANY or runtime.has_half(original.proto):
         return None
     options = Options()

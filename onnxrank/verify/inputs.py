@@ -50,7 +50,7 @@ class Kind(Maker):
         data = super()._values(i, shape, factors, rng)
         if self.kind == ORDINARY or i.dtype == TensorProto.STRING or data.dtype.kind == "b" or self.ranges is None:
             return data
-        low, high, _ = self._bounds(i, shape, factors)
+        low, high, *_ = self.bounds(i)
         if data.dtype.kind in "iu":
             return self._whole(i, data, low, high, rng)
         return self._real(i, data, low, high, factors, rng)
@@ -147,7 +147,7 @@ class Full(Maker):
             data[tuple(at)] = self._setting.seed % 2 == 0
         if data.dtype.kind not in "iu" or self.ranges is None:
             return data
-        low, high, _ = self._bounds(i, shape, factors)
+        low, high, *_ = self.bounds(i)
         if along:
             fill = super()._values(i, shape, factors, rng)
             other = np.where(fill == 0, np.maximum(np.minimum(1, high - 1), low), fill)
@@ -178,7 +178,9 @@ class Rows(Maker):
         data = super()._values(i, shape, factors, rng)
         if self.ranges is None or i.dtype == TensorProto.STRING or data.dtype.kind == "b":
             return data
-        low, high, whole = np.broadcast_arrays(*self._bounds(i, shape, factors), data)[:3]
+        least, most, integral, _ = self.bounds(i)
+        low, high = np.broadcast_to(least, shape), np.broadcast_to(most, shape)
+        whole = np.broadcast_to(integral, shape)
         rows = np.resize(self._rows, shape)
         # An id may be shifted on its way; one of which nothing is known may be any.
         shifted = whole & (high - low == self._size)
@@ -206,7 +208,7 @@ class FromEnd(Maker):
         data = super()._values(i, shape, factors, rng)
         if i.name not in self._names:
             return data
-        low, high, whole = self._bounds(i, shape, factors)
+        low, high, whole, _ = self.bounds(i)
         which, size = rng.integers(3, size=shape), np.where(np.isfinite(high), high, 1)
         back = np.select([which == 0, which == 1], [-size, -1], np.floor(rng.random(shape) * size) - size)
         taken = _counted(i, low, high, whole) & (rng.random(shape) < self._share)

@@ -105,7 +105,7 @@ class Side:
     def close(self, good: bool = True) -> None:
         """Gives the process back, or ends it."""
         if self._worker is not None:
-            if good:
+            if good and not self._begun:  # such sessions may be in the making still
                 give(self._worker)
             else:
                 self._worker.kill()

@@ -209,7 +209,7 @@ def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] 
         ModelError: onnxruntime does not take a part; the message is its own.
     """
     if not lacking:
-        return [_Part(model, runtime.session(model, folder))]
+        return [_Part(model, runtime.session(model, folder, reuse=False))]
     stage: dict[str, int] = {}
     groups: dict[int, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -245,7 +245,7 @@ def _parts(model: ModelProto, lacking: set[str], folder: str | os.PathLike[str] 
                 part.graph.input.append(helper.make_tensor_value_info(name, types.get(name, TensorProto.DOUBLE), None))
         kept = sorted(made & (later | wanted))
         part.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in kept)
-        out.append(_Part(part, None if at % 2 else runtime.session(part, folder)))
+        out.append(_Part(part, None if at % 2 else runtime.session(part, folder, reuse=False)))
     return out
 
 

@@ -48,3 +48,12 @@ def test_arrays(dtype: str) -> None:
     a, b, c = wire.receive(stream)["a"]
     assert a.dtype == data.dtype and (a == data).all() and b.shape == (0, 4) and c.tolist() == ["x", "ü"]
     a[...] = 0  # may be written to
+
+
+def test_a_message_that_is_cut_short_ends_the_stream() -> None:
+    stream = io.BytesIO()
+    wire.send(stream, {"a": np.arange(3), "b": [np.zeros(wire._SMALL), b"x"]})
+    whole = stream.getvalue()
+    for length in {*range(200), len(whole) // 2, *range(len(whole) - 20, len(whole))}:
+        with pytest.raises(EOFError):
+            wire.receive(io.BytesIO(whole[:length]))

@@ -60,6 +60,17 @@ def test_process_is_used_again() -> None:
         assert second._worker is process
 
 
+def test_process_that_does_not_forget_is_not_used_again() -> None:
+    process = workers.take()
+    workers.give(process)
+    assert workers.take() is process
+    process.ask("nothing")
+    workers._IDLE.append(process)
+    other = workers.take()
+    assert other is not process and other.alive and not process.alive
+    workers.give(other)
+
+
 def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read where it lies, also if the model itself goes through a file."""
     g = Graph(17)

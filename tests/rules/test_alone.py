@@ -137,6 +137,11 @@ def _(g: Graph, x: str) -> str:
     return g.op("Resize", x, "", "", g.ints(7), axes=[2], mode="nearest")
 
 
+@case("Resize", (4, 2), opset=18, name="Resize to the length that an axis has")
+def _(g: Graph, x: str) -> str:
+    return g.op("Resize", x, "", "", g.ints(7, 2), axes=[1, 2], mode="nearest")
+
+
 @case("GridSample", (2, 4, 4), (3, 3, 2), opset=16)
 def _(g: Graph, x: str, grid: str) -> str:
     return g.op("GridSample", x, g.op("Mul", grid, g.const(0.25)))
@@ -464,6 +469,16 @@ def _(g: Graph, x: str) -> str:
 @case(f"{ML}::FeatureVectorizer", (4,), (2,))
 def _(g: Graph, x: str, y: str) -> str:
     return g.op("FeatureVectorizer", x, y, domain=ML, inputdimensions=[4, 2])
+
+
+@case(f"{ML}::FeatureVectorizer", (4,), (2,), name=f"{ML}::FeatureVectorizer of other lengths")
+def _(g: Graph, x: str, y: str) -> str:
+    return g.op("FeatureVectorizer", x, y, domain=ML, inputdimensions=[3, 4])
+
+
+@case(f"{MS}::SkipSimplifiedLayerNormalization", (4, 6), (4, 6))
+def _(g: Graph, x: str, y: str) -> str:
+    return g.op("SkipSimplifiedLayerNormalization", x, y, g.const(np.ones(6)), domain=MS)
 
 
 @case(f"{ML}::Normalizer", (4,))

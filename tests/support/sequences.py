@@ -67,6 +67,8 @@ def causal(s: Sequence, fill: float = INF, how: str = "range") -> Callable[[str]
     if how == "added":
         mask = g.op("Where", g.op("Less", s.rows, s.at), g.const(fill), g.const(0.0))
         return lambda x: g.op("Add", x, mask)
+    if how in TABLES:
+        return _of_table(s, how, np.where(np.triu(np.ones((80, 80), bool), 1), fill, 0.0))
     both = g.op("Concat", *[g.on_axes("Unsqueeze", s.size, [0])] * 2, axis=0)
     if how == "trilu":
         full = g.op("Trilu", g.op("Expand", g.const([[fill]]), both), g.const(1, np.int64), upper=1)
@@ -78,6 +80,29 @@ def causal(s: Sequence, fill: float = INF, how: str = "range") -> Callable[[str]
 
 
 WAYS = ("range", "added", "trilu", "lower")
+TABLES = ("table", "table, axis by axis", "table of flags")
+
+
+def _of_table(s: Sequence, how: str, table: np.ndarray) -> Callable[[str], str]:
+    """A constant of more positions, cut to those that there are."""
+    g, size = s.graph, s.graph.on_axes("Unsqueeze", s.size, [0])
+    fill = float(table.min())
+    whole = g.const(table == fill, bool) if how == "table of flags" else g.const(table)
+    if how == "table":
+        cut = g.op("Slice", whole, g.ints(0, 0), g.op("Concat", size, size, axis=0), g.ints(0, 1))
+    else:
+        rows = g.op("Slice", whole, g.ints(0), size, g.ints(0), g.ints(1))
+        cut = g.op("Slice", rows, g.ints(0), size, g.ints(-1))
+    if how == "table of flags":
+        return lambda x: g.op("Where", cut, g.const(fill), x)
+    return lambda x: g.op("Add", x, cut)
+
+
+def open_table(s: Sequence) -> Callable[[str], str]:
+    """The same, of which one entry does not hide a later position."""
+    table = np.where(np.triu(np.ones((80, 80), bool), 1), INF, 0.0)
+    table[3, 4] = 0.0
+    return _of_table(s, "table", table)
 
 
 def attention(s: Sequence, x: str, mask: Callable[[str], str] | None, heads: int = 1, seed: int = 0) -> str:
@@ -103,7 +128,13 @@ def pointwise_attention(s: Sequence, x: str, masked: str, seed: int = 0) -> str:
     scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 2, 1]))
     weights = g.op("Div", g.op("Mul", scores, g.op("Sigmoid", scores)), g.op("Cast", s.size, to=1))
     earlier = g.op("LessOrEqual", s.at, s.rows)
-    if masked == "chosen":
+    if masked == "table":
+        # Along its rows the table meets the whole sequence at the scores only.
+        size, table = g.on_axes("Unsqueeze", s.size, [0]), g.const(np.tri(80))
+        cut = g.op("Slice", table, g.ints(0, 0), g.op("Concat", size, size, axis=0), g.ints(0, 1))
+        some = g.op("Cast", g.op("GreaterOrEqual", s.at, g.const(0, np.int64)), to=1)
+        weights = g.op("Mul", weights, g.op("Mul", cut, g.on_axes("Unsqueeze", some, [0])))
+    elif masked == "chosen":
         weights = g.op("Where", earlier, weights, g.const(0.0))
     else:
         weights = g.op("Mul", weights, g.op("Cast", earlier, to=1))

@@ -332,14 +332,40 @@ SHOWING = {
 @pytest.mark.parametrize("own", [1, 2])
 @pytest.mark.parametrize("name", [*HIDING, *SHOWING])
 def test_masks(name: str, own: int) -> None:
-    s = attended({**HIDING, **SHOWING}[name], own=own)
+    assert_proved({**HIDING, **SHOWING}[name], name in HIDING, own)
+
+
+@pytest.mark.parametrize("how", sq.TABLES)
+def test_triangles_cut_to_the_length(how: str) -> None:
+    """Whatever the length, a later segment's positions are greater: what hides is above the constant's diagonal."""
+    assert_proved(lambda s: sq.causal(s, INF, how), True)
+
+
+def test_triangles_with_holes() -> None:
+    assert_proved(sq.open_table, False)
+
+
+def test_a_constant_that_meets_no_sequence() -> None:
+    """It may have fewer rows than the sequence."""
+    s = sq.sequence()
+    g, size = s.graph, s.graph.on_axes("Unsqueeze", s.size, [0])
+    cut = g.op("Slice", g.const(np.eye(40)), g.ints(0, 0), g.op("Concat", size, size, axis=0), g.ints(0, 1))
+    g.output(g.op("Sub", g.const(1.0), cut), ["a", "b"])
+    g.output(g.op("Neg", s.tokens), ["N", "T", D])
+    model = g.model()
+    assert_equal(model, divided(model, s.given), s.given, 0.0)
+
+
+def assert_proved(mask: Callable[[Sequence], Callable[[str], str] | None], hiding: bool, own: int = 1) -> None:
+    """Holds a model against what is made of it, and whether the mask was seen to hide the candidate."""
+    s = attended(mask, own=own)
     model = s.graph.model()
     made = divided(model, s.given)
     assert_equal(model, made, s.given, 2e-6)
     result = rewritten(model, request=patterns(s.given))
     assert_equal(model, result.model, s.given, 2e-6, cut=result.changed)
     share = result.report.macs_after / result.report.macs_before
-    if name in HIDING:
+    if hiding:
         assert share < 0.25, "the history is encoded once"
     elif own == 1:
         assert share > 0.25
@@ -368,7 +394,7 @@ def check_random_model(seed: int) -> None:
 
 
 @pytest.mark.parametrize("length", ["L", 12])
-@pytest.mark.parametrize("masked", ["chosen", "multiplied"])
+@pytest.mark.parametrize("masked", ["chosen", "multiplied", "table"])
 def test_attention_without_softmax(masked: str, length: int | str) -> None:
     s = sq.sequence(length=length)
     x = s.tokens

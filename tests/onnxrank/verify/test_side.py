@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fatal import sines
-from helpers import Graph
+from helpers import INT64, Graph
 from onnx import ModelProto
 
 from onnxrank import host, runtime, workers
@@ -80,7 +80,7 @@ def test_runs_and_is_used_again() -> None:
     assert isinstance(out, dict) and np.allclose(out["sin_1"], np.sin(1))
     process = made.start()
     made.close()
-    assert process.alive
+    assert process.ready() and process.alive
     with pytest.raises(OnnxrankError):
         process.call("run", session="s", feeds=[rows(1)], outputs=["sin_1"])  # it has forgotten the model
     process.kill()
@@ -164,6 +164,18 @@ def test_sessions_are_made_beside_what_is_asked(monkeypatch: pytest.MonkeyPatch)
     made.reset()
 
 
+def test_what_is_no_model_and_what_only_contradicts_itself() -> None:
+    made = host.Host()
+    good, wrong, odd = plain(), plain(), plain()
+    wrong.graph.node[0].op_type = "NoSuchOperator"
+    odd.graph.output[0].type.tensor_type.elem_type = INT64
+    for key, model in (("good", good), ("wrong", wrong), ("odd", odd)):
+        made.model(key, model.SerializeToString(), None)
+    assert made.check("good") == {}
+    assert made.check("wrong").keys() == {"error"} and "NoSuchOperator" in made.check("wrong")["error"]
+    assert made.check("odd").keys() == {"inference"}
+
+
 def test_what_came_of_a_session_is_told_to_who_waits_for_it() -> None:
     model = plain()
     model.graph.node[0].op_type = "NoSuchOperator"
@@ -174,6 +186,14 @@ def test_what_came_of_a_session_is_told_to_who_waits_for_it() -> None:
         with pytest.raises(ModelError, match="NoSuchOperator"):
             made.open("s", level="all")
     made.close()
+
+
+def test_process_with_a_session_that_nobody_waited_for_is_ended() -> None:
+    made = Side("original", load(plain()), 60)
+    made.ahead("s", level="all")
+    process = made.start()
+    made.close()
+    assert not process.alive
 
 
 def test_death_of_a_session_is_not_that_of_others() -> None:
