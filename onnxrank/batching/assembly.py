@@ -20,7 +20,7 @@ from onnxrank.operators import Trait, traits
 _SMALL = 1 << 12
 """Bytes of a constant up to which each branch of an `If` has its own: what is outside costs time at every run."""
 _PRODUCTS = 64 << 20
-"""Bytes up to which the weights of products are stored for each branch: onnxruntime packs none that lie outside."""
+"""Bytes up to which weights of products are stored for each branch: one that captures them, packed, plans no memory."""
 
 
 class Assembly:
