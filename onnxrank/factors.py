@@ -21,7 +21,7 @@ from onnxrank.emitter import Emitted
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dims, Level, Origin, Source, canonical, extents, symbols
+from onnxrank.values import Dims, Level, Origin, Source, canonical, extents, is_candidate_symbol, symbols
 
 RULE = "dot"
 """The rule that it is a decision of."""
@@ -142,6 +142,7 @@ class _Graph:
 
 def _ways(whole: Source, count: int) -> list[Alternative]:
     """What factors cost where they are, per candidate, and on the other side, per request."""
-    passes = cost.estimate(written=4 * count * prod(extents(whole.dims)))
+    entries = prod(extents(whole.dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in whole.symbols)
+    passes = cost.estimate(written=4 * count * entries)
     launches = cost.estimate(launches=count)
     return [Alternative(LEAVE, "", launches, passes), Alternative(TAKE, "reassociates", 2 * launches + passes, 0.0)]
