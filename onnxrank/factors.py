@@ -126,7 +126,15 @@ class _Graph:
             return tuple(canonical([n]) for n in stored.dims)
         node = self._made.get(name)
         shape = self.rw.stored(node.input[1], _MOST_AXES) if node is not None and operator(node) == "Reshape" else None
-        return None if shape is None or (shape < 1).any() else tuple(canonical([int(n)]) for n in shape)
+        if node is None or shape is None:
+            return None
+        if (shape >= 1).all():
+            return tuple(canonical([int(n)]) for n in shape)
+        # One axis, wherever it is put.
+        axes = [d for d in self._dims(node.input[0]) or () if d != ()]
+        if len(axes) != 1 or sorted(shape)[1:] != [1] * (len(shape) - 1):
+            return None
+        return tuple(() if n == 1 else axes[0] for n in shape)
 
     def _is_once(self, name: str) -> bool:
         """Whether a tensor is computed from what is the request's."""
