@@ -302,11 +302,12 @@ def _extreme(op: str, a: int | Expr, b: int | Expr) -> int | Expr:
     args: dict[int | Expr, None] = {}
     for x in (a, b):
         args |= dict.fromkeys(_operands(op, x))
-    whole = [x for x in args if isinstance(x, int)]
-    if len(whole) > 1:
-        kept = min(whole) if op == "min" else max(whole)
-        args = {x: None for x in args if not isinstance(x, int)} | {kept: None}
-    ordered = sorted(args, key=lambda x: (isinstance(x, int), str(x)))
+    kept: list[int | Expr] = []
+    for x in args:  # without those that another one is never behind
+        sign = 1 if op == "min" else -1
+        if not any(bounds((y - x) * sign)[1] <= 0 for y in kept):
+            kept = [y for y in kept if bounds((x - y) * sign)[1] > 0] + [x]
+    ordered = sorted(kept, key=lambda x: (isinstance(x, int), str(x)))
     return ordered[0] if len(ordered) == 1 else Expr((((Call(op, tuple(ordered)),), 1),))
 
 
