@@ -140,18 +140,18 @@ def _demanded_lengths(
     if not any(ex.calls(n, "min") for shape in found.shapes.values() for n in shape):
         return least, most
     for node in live(model).graph.node:
+        broadcast = Trait.ELEMENTWISE in traits(node)
         for a, b in _meeting(node, [found.shapes.get(i, ()) for i in node.input]):
             for name, n in ex.most_where(a, b).items():
                 most[name] = min(n, most.get(name, n))
-            # Where one is broadcast they need not be equal.
-            if isinstance(b, int) and min(ex.bounds(a)[0], b) > 1:
+            if isinstance(b, int) and not (broadcast and min(ex.bounds(a)[0], b) <= 1):
                 for name, n in ex.least_where(a, b).items():
                     least[name] = max(n, least.get(name, 0))
     return {s: n for s, n in least.items() if n > 0 and s in lengths}, {s: n for s, n in most.items() if s in lengths}
 
 
 def _meeting(node: NodeProto, shapes: Sequence[Shape]) -> Iterable[tuple[int | Expr, int | Expr]]:
-    """Pairs of extents that are equal wherever a node runs, or one of which is 1, each either way round."""
+    """Pairs of extents that are equal wherever a node runs, or one of which is broadcast, each either way round."""
     if Trait.ELEMENTWISE in traits(node):
         return (p for x, y in permutations(shapes, 2) for p in zip(x[::-1], y[::-1], strict=False))
     if operator(node) in ("MatMul", "Gemm") and all(len(s) > 1 for s in shapes[:2]):
