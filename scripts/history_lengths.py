@@ -148,15 +148,21 @@ class Opened(Ranker):
         self.model, self.cuts, self.specs = model, dict(cuts), model.specs
         self.output_names = model.output_names
         self.history = next(k for k, s in enumerate(model.specs) if s.name.startswith("hist_"))
+        for name in cuts:
+            whole = getattr(model, name).detach()
+            delattr(model, name)
+            self.register_buffer(name, whole)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Returns what the model does."""
         length = inputs[self.history].shape[1]
-        cut = {
-            name: getattr(self.model, name)[tuple(slice(length + k) for k in beyond)]
-            for name, beyond in self.cuts.items()
-        }
-        return torch.func.functional_call(self.model, cut, inputs)
+        for name, beyond in self.cuts.items():
+            setattr(self.model, name, getattr(self, name)[tuple(slice(length + k) for k in beyond)])
+        try:
+            return self.model(*inputs)
+        finally:  # torch.export takes no model that has other attributes afterwards
+            for name in self.cuts:
+                delattr(self.model, name)
 
 
 def _opened(name: str, **cuts: Sequence[int]) -> Callable[[], tuple[nn.Module, list[InputSpec]]]:

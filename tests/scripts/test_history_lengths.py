@@ -1,0 +1,33 @@
+"""Exports of models with a history, of fixed and of symbolic length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from onnx import ModelProto
+
+from scripts import history_lengths
+
+
+def _length(model: ModelProto) -> int | str:
+    (history,) = [i for i in model.graph.input if i.name == "hist_ids"]
+    dim = history.type.tensor_type.shape.dim[1]
+    return dim.dim_value or dim.dim_param
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("name", ["dmr", "hstu"])
+def test_both_exporters_take_models_that_are_cut(name: str, exporter: str) -> None:
+    """Whose positions are cut to the length, and whose forward takes inputs one by one or all that there are."""
+    module, specs = history_lengths.MODELS[name]()
+    assert _length(history_lengths.export(module, specs, exporter, symbolic=False, length=9)) == 9
+    before = history_lengths.export(module, specs, exporter, symbolic=True)
+    assert isinstance(_length(before), str)
+    for length in (1, 7):
+        feed = history_lengths.draw(specs, 3, length)
+        with torch.no_grad():
+            wanted = module(*(torch.from_numpy(feed[s.name]) for s in specs))
+        (scores,) = history_lengths.run(history_lengths.session(before), feed)
+        np.testing.assert_allclose(scores, wanted.numpy(), rtol=0, atol=1e-5)
