@@ -497,21 +497,3 @@ def test_custom_domain() -> None:
     x = g.ops("Relu", 1, g.op("Tanh", u), domain="com.acme")[0]
     g.output(g.op("Add", x, c), ["N", 4])
     assert "com.acme::Relu is not known" in refusals(rewritten(g.model(), request=["u"]))
-
-
-def test_heads_stay_apart_over_keys_of_symbolic_length() -> None:
-    """Scores of each head are a product of their own: nothing joins them to mask them and to make softmax of them."""
-    g = Graph(17)
-    given = [request("h", "L", 8), request("m", "L"), candidate("c", 2, 8)]
-    h, m, c = (i.declare(g) for i in given)
-    shape, weights = g.ints(0, 0, 2, 4), g.const(whole_numbers(8, 8))
-    heads = (g.op("Reshape", x, shape) for x in (g.op("Relu", c), g.op("MatMul", h, weights), h))
-    q, k, v = (g.op("Transpose", x, perm=[0, 2, 1, 3]) for x in heads)
-    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
-    masked = g.op("Add", scores, g.on_axes("Unsqueeze", g.op("Mul", m, g.const(-9.0)), [1, 2]))
-    pooled = g.op("MatMul", g.op("Softmax", masked, axis=-1), v)
-    flat = g.op("Reshape", g.op("Transpose", pooled, perm=[0, 2, 1, 3]), g.ints(0, 0, 8))
-    g.output(g.op("MatMul", flat, g.const(whole_numbers(8, 3, seed=3))), ["N", 2, 3])
-    at = [{"L": n} for n in (1, 2, 7, 50)]
-    made = optimised(g, given, counts=(1, 2, 40), tolerance=1e-5, lengths=at).model
-    assert operators(made).count("Softmax") == 2
