@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from math import gcd, inf
+from math import gcd, inf, prod
 
 Term = tuple[tuple["str | Call", ...], int]
 """A monomial, as a sorted tuple of atoms, and its coefficient."""
@@ -173,6 +173,96 @@ def evaluate(size: int | Expr, values: Mapping[str, int]) -> int:
     return total
 
 
+def replaced(size: int | Expr, values: Mapping[str | Call, int | Expr]) -> int | Expr:
+    """An extent with others in the place of some symbols, or functions of them.
+
+    Raises:
+        Unproved: No expression of this module gives it.
+    """
+    out: int | Expr = 0
+    for atoms, c in _terms(size):
+        out = out + product([c, *(values[a] if a in values else _called(a, values) for a in atoms)])
+    return out
+
+
+def _called(atom: str | Call, values: Mapping[str | Call, int | Expr]) -> int | Expr:
+    """A symbol, or a function of extents in which others are in the place of some symbols."""
+    if isinstance(atom, str):
+        return symbol(atom)
+    args = [replaced(a, values) for a in atom.args]
+    return reduce({"min": minimum, "max": maximum, "//": floor_divide, "%": modulo}[atom.op], args)
+
+
+def calls(size: int | Expr, op: str) -> list[Call]:
+    """The calls of a function that an extent is made of, not those within others."""
+    return [a for atoms, _ in _terms(size) for a in atoms if isinstance(a, Call) and a.op == op]
+
+
+def within(size: int | Expr, most: Mapping[str, int]) -> int | Expr:
+    """An extent where some symbols are at most a number: without `min(s, c)` that is always `s` then."""
+    found: dict[str | Call, int | Expr] = {}
+    for call in calls(size, "min"):
+        *others, last = call.args
+        if len(others) == 1 and isinstance(last, int) and _most(others[0], most) <= last:
+            found[call] = others[0]
+    return replaced(size, found) if found else size
+
+
+def _most(size: int | Expr, most: Mapping[str, int]) -> float:
+    """No less than the largest value of an extent where symbols are at most some numbers."""
+    out: float = 0
+    for atoms, c in _terms(size):
+        if any(isinstance(a, Call) or a not in most for a in atoms):
+            return inf
+        out += c * prod(most[a] for a in atoms if isinstance(a, str)) if c > 0 or not atoms else 0
+    return out
+
+
+def least_where(size: int | Expr, number: int) -> dict[str, int]:
+    """How large symbols are at least wherever `times * min(s + a, b) + c` is a number, as far as that follows.
+
+    Args:
+        size: The extent.
+        number: The number.
+    """
+    call, times, added = _only_call(size)
+    if call is None or call.op != "min" or (number - added) % times:
+        return {}
+    found = {}
+    for arg in call.args:
+        name, a = _shifted(arg)
+        if name is not None:
+            found[name] = (number - added) // times - a
+    return found
+
+
+def most_where(size: int | Expr, whole: int | Expr) -> dict[str, int]:
+    """How large a symbol is at most wherever `min(s + a, b)`, with b no 1, fits `s + a` in broadcasting."""
+    name, added = _shifted(whole)
+    if name is None or not is_cut_of(size, whole):
+        return {}
+    cut = min(n for n in _operands("min", size) if isinstance(n, int))
+    return {name: cut - added} if cut > 1 else {}
+
+
+def _only_call(size: int | Expr) -> tuple[Call | None, int, int]:
+    """An extent as a number of times a function of extents, and what is added to that."""
+    terms = dict(_terms(size))
+    added = terms.pop((), 0)
+    ((atoms, times), *more) = terms.items() or [((), 1)]
+    only = atoms[0] if len(atoms) == 1 and not more else None
+    return (only if isinstance(only, Call) else None), times, added
+
+
+def _shifted(size: int | Expr) -> tuple[str | None, int]:
+    """An extent as a symbol, and what is added to that; None for others."""
+    terms = dict(_terms(size))
+    added = terms.pop((), 0)
+    names = [atoms[0] for atoms, c in terms.items() if c == 1 and len(atoms) == 1]
+    only = names[0] if len(names) == len(terms) == 1 else None
+    return (only if isinstance(only, str) else None), added
+
+
 def bounds(size: int | Expr) -> tuple[float, float]:
     """Least and largest value over all values of the symbols, which are at least 0."""
     if not isinstance(size, Expr):
@@ -212,11 +302,12 @@ def _extreme(op: str, a: int | Expr, b: int | Expr) -> int | Expr:
     args: dict[int | Expr, None] = {}
     for x in (a, b):
         args |= dict.fromkeys(_operands(op, x))
-    whole = [x for x in args if isinstance(x, int)]
-    if len(whole) > 1:
-        kept = min(whole) if op == "min" else max(whole)
-        args = {x: None for x in args if not isinstance(x, int)} | {kept: None}
-    ordered = sorted(args, key=lambda x: (isinstance(x, int), str(x)))
+    kept: list[int | Expr] = []
+    for x in args:  # without those that another one is never behind
+        sign = 1 if op == "min" else -1
+        if not any(bounds((y - x) * sign)[1] <= 0 for y in kept):
+            kept = [y for y in kept if bounds((x - y) * sign)[1] > 0] + [x]
+    ordered = sorted(kept, key=lambda x: (isinstance(x, int), str(x)))
     return ordered[0] if len(ordered) == 1 else Expr((((Call(op, tuple(ordered)),), 1),))
 
 

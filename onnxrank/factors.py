@@ -21,7 +21,7 @@ from onnxrank.emitter import Emitted
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dims, Level, Origin, Source, canonical, extents, symbols
+from onnxrank.values import Dims, Level, Origin, Source, canonical, extents, is_candidate_symbol, symbols
 
 RULE = "dot"
 """The rule that it is a decision of."""
@@ -126,7 +126,15 @@ class _Graph:
             return tuple(canonical([n]) for n in stored.dims)
         node = self._made.get(name)
         shape = self.rw.stored(node.input[1], _MOST_AXES) if node is not None and operator(node) == "Reshape" else None
-        return None if shape is None or (shape < 1).any() else tuple(canonical([int(n)]) for n in shape)
+        if node is None or shape is None:
+            return None
+        if (shape >= 1).all():
+            return tuple(canonical([int(n)]) for n in shape)
+        # One axis, wherever it is put.
+        axes = [d for d in self._dims(node.input[0]) or () if d != ()]
+        if len(axes) != 1 or sorted(shape)[1:] != [1] * (len(shape) - 1):
+            return None
+        return tuple(() if n == 1 else axes[0] for n in shape)
 
     def _is_once(self, name: str) -> bool:
         """Whether a tensor is computed from what is the request's."""
@@ -142,6 +150,7 @@ class _Graph:
 
 def _ways(whole: Source, count: int) -> list[Alternative]:
     """What factors cost where they are, per candidate, and on the other side, per request."""
-    passes = cost.estimate(written=4 * count * prod(extents(whole.dims)))
+    entries = prod(extents(whole.dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in whole.symbols)
+    passes = cost.estimate(written=4 * count * entries)
     launches = cost.estimate(launches=count)
     return [Alternative(LEAVE, "", launches, passes), Alternative(TAKE, "reassociates", 2 * launches + passes, 0.0)]

@@ -19,6 +19,7 @@ from onnxrank.values import (
     Unrepresentable,
     codes_of,
     extents,
+    is_candidate_symbol,
     offsets,
     rectangles,
     source_numbers,
@@ -126,9 +127,11 @@ class Grouping:
 
     Attributes:
         sources: The tensors.
+        length: What symbols other than the number of candidates are taken as, where entries are counted.
     """
 
     sources: Sources
+    length: int = 1
 
     def joint_levels(self, arrays: Sequence[Codes]) -> NDArray[np.int64]:
         """How often each entry of an elementwise result must be computed; unread if an operand's entry is."""
@@ -161,7 +164,8 @@ class Grouping:
             return [...]
         if rows:
             keys = (keys * np.random.default_rng(0).integers(1, 1 << 30, shape[-1])).sum(-1)
-        width = shape[-1] if rows else 1
+        along = {s for a in arrays for s in self.sources.symbols(a) if not is_candidate_symbol(s)}
+        width = (shape[-1] if rows else 1) * self.length ** len(along)
         boxes = rectangles(keys, _MOST_BOXES)
         if boxes is None or len(boxes) == 1 or any(prod(map(len, box)) * width < LARGE for box in boxes):
             return [...]

@@ -8,8 +8,9 @@ neither proves gets a symbol of its own, which equals nothing but itself: whoeve
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any
 
 import onnx
@@ -18,8 +19,8 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr, Unproved
-from onnxrank.graphs import live, reads, subgraphs, versions
-from onnxrank.operators import Known, Operator, Shape, Trait, Use, constant, domain_of, find, operator
+from onnxrank.graphs import attribute, live, reads, subgraphs, versions
+from onnxrank.operators import Known, Operator, Shape, Trait, Use, constant, domain_of, find, operator, traits
 
 _LARGEST = 1 << 24
 """Bytes of the largest tensor of constants that is computed here."""
@@ -83,12 +84,81 @@ def derive(
             with it.
     """
     ranks: dict[str, int] = {}
+    least: dict[str, int] = {}
+    most: dict[str, int] = {}
+    plain = Derivation()
+    lengths = {s for shape in inputs.values() for n in shape for s in ex.symbols_of(n) if not s.startswith(rows)}
     while True:
-        found = _Walk(model, inputs, loads, given or {}, rows, ranks).run()
+        # Meanwhile a symbol stands for what its length is beyond the least one.
+        shift: dict[str | ex.Call, int | Expr] = {s: ex.symbol(s) + n for s, n in least.items()}
+        from_least = {name: tuple(ex.replaced(n, shift) for n in shape) for name, shape in inputs.items()}
+        ends = {s: n - least.get(s, 0) for s, n in most.items()}
+        found = _Walk(model, from_least, loads, given or {}, rows, ranks, ends).run()
+        plain = plain if least else found
         more = _demanded(model, found)
-        if not more:
-            return found
+        low, high = _demanded_lengths(model, found, lengths)
+        longer = {s: least.get(s, 0) + n for s, n in low.items()}
+        shorter = {s: least.get(s, 0) + n for s, n in high.items() if n < ends.get(s, n + 1)}
+        if not more and not longer and not shorter:
+            try:
+                return _of_whole_lengths(found, {s: ex.symbol(s) - n for s, n in least.items()})
+            except Unproved:  # what divides by a length, which is not told from one below the least
+                return plain
         ranks |= more
+        least |= longer
+        most |= shorter
+
+
+def _of_whole_lengths(found: Derivation, lengths: Mapping[str | ex.Call, int | Expr]) -> Derivation:
+    """What was derived with lengths in the place of what they are beyond the least ones."""
+
+    def entries(value: Known) -> Known:
+        data = value.data
+        if not value.concrete:
+            data = data.copy()
+            data.reshape(-1)[:] = [ex.replaced(x, lengths) if isinstance(x, Expr) else x for x in data.reshape(-1)]
+        return Known(tuple(ex.replaced(n, lengths) for n in value.shape), data, value.dtype)
+
+    if not lengths:
+        return found
+    values = {name: entries(value) for name, value in found.values.items()}
+    shapes = {name: tuple(ex.replaced(n, lengths) for n in shape) for name, shape in found.shapes.items()}
+    return replace(found, values=values, shapes=shapes)
+
+
+def _demanded_lengths(
+    model: ModelProto, found: Derivation, lengths: Collection[str]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The least lengths, if more than none, and the largest ones at which operands fit each other.
+
+    `x[:, -7:]` has 7 positions or all that there are: where a tensor of 7 is added to it, or a weight has 7 rows for
+    it, the model does not run at lengths that are shorter. Nor does it run at longer ones than a table of positions
+    has, where its first rows are added to those of a history.
+    """
+    least: dict[str, int] = {}
+    most: dict[str, int] = {}
+    if not any(ex.calls(n, "min") for shape in found.shapes.values() for n in shape):
+        return least, most
+    for node in live(model).graph.node:
+        broadcast = Trait.ELEMENTWISE in traits(node)
+        for a, b in _meeting(node, [found.shapes.get(i, ()) for i in node.input]):
+            for name, n in ex.most_where(a, b).items():
+                most[name] = min(n, most.get(name, n))
+            if isinstance(b, int) and not (broadcast and min(ex.bounds(a)[0], b) <= 1):
+                for name, n in ex.least_where(a, b).items():
+                    least[name] = max(n, least.get(name, 0))
+    return {s: n for s, n in least.items() if n > 0 and s in lengths}, {s: n for s, n in most.items() if s in lengths}
+
+
+def _meeting(node: NodeProto, shapes: Sequence[Shape]) -> Iterable[tuple[int | Expr, int | Expr]]:
+    """Pairs of extents that are equal wherever a node runs, or one of which is broadcast, each either way round."""
+    if Trait.ELEMENTWISE in traits(node):
+        return (p for x, y in permutations(shapes, 2) for p in zip(x[::-1], y[::-1], strict=False))
+    if operator(node) in ("MatMul", "Gemm") and all(len(s) > 1 for s in shapes[:2]):
+        a = shapes[0][-2 if attribute(node, "transA", 0) else -1]
+        b = shapes[1][-1 if attribute(node, "transB", 0) else -2]
+        return ((a, b), (b, a))
+    return ()
 
 
 def _demanded(model: ModelProto, found: Derivation) -> dict[str, int]:
@@ -117,8 +187,9 @@ class _Walk:
         given: Mapping[str, NDArray[Any]],
         rows: str,
         ranks: Mapping[str, int],
+        most: Mapping[str, int],
     ) -> None:
-        self.model, self.rows, self.given, self.ranks = model, rows, given, ranks
+        self.model, self.rows, self.given, self.ranks, self.most = model, rows, given, ranks, most
         self.loads = loads
         self.initializers = _Initializers(loads)
         self.out = Derivation()
@@ -182,7 +253,7 @@ class _Walk:
     def _opaque(self, name: str, axis: int, size: int | Expr | None, node: NodeProto) -> int | Expr:
         """An extent, or a symbol of its own for one that is not proved."""
         if size is not None and ex.bounds(size)[1] >= 0:
-            return size
+            return ex.within(size, self.most) if self.most else size
         read = [self.out.shapes.get(i) for i in node.input if i]
         rows = subgraphs(node) or any(s is None or any(self._rows(n) for n in s) for s in read)
         made = f"{self.rows if rows else ''}~?{name}.{axis}"

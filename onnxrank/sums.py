@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from onnxrank import cost
 from onnxrank.emitter import Emitter
 from onnxrank.grouping import COLUMNS, Grouping, groups, permuted, restored
 from onnxrank.layout import Layout
@@ -69,7 +70,7 @@ class Sums:
             writing: Under what is written that was deferred.
         """
         self.sources, self.emit, self.layout = sources, emit, layout
-        self.grouping = Grouping(sources)
+        self.grouping = Grouping(sources, cost.LENGTH)
         self._zero, self._writing = zero, writing
         self._settled: dict[int, tuple[Sum, Value]] = {}
         sources.journal.watch(self._settled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from onnxrank.values import (
     is_candidate_symbol,
     keep_symbols,
     symbols,
+    view,
     with_extents,
 )
 
@@ -109,6 +110,7 @@ class _Rows:
         reshape: Logical shapes of the outputs for that of the input.
         rest: Tensors of the other operands.
         held: Symbols along which those vary.
+        apart: Whether these are some of the rows only.
     """
 
     rw: Rewrite
@@ -118,10 +120,20 @@ class _Rows:
     reshape: Callable[[Dims], list[Dims]]
     rest: Sequence[str]
     held: set[str]
+    apart: bool = False
 
     def by_level(self, codes: Codes) -> list[Abstract]:
         """The outputs, by rows of one level; `codes` is the operand, with holes in rows that nobody reads."""
         rw, x, dims_out = self.rw, self.x, self.reshape(self.x.dims)
+        boxes = self._boxes(codes) if dims_out == [x.dims] else [...]
+        if len(boxes) > 1:
+            joined = np.full(codes.shape, HOLE)
+            for box in boxes:
+                part = codes[box]
+                some = view(with_extents(x.dims, part.shape), x.dtype, part)
+                (made,) = replace(self, x=some, apart=True).by_level(part)
+                joined[box] = rw.settle(made).codes
+            return [rw.tidy(x.dims, rw.dtype(self.node.output[0], x.dtype), joined)]
         found = rw.grouping.memory_order([codes]) if dims_out == [x.dims] else {}
         orders = {k: o for k, o in found.items() if k not in self.core}
         codes = permuted(codes, orders)
@@ -136,12 +148,19 @@ class _Rows:
                 few = part.reshape([part.shape[k] for k in keep])
                 group.put(out[0], self._flat(group, few, tuple(own[k] for k in keep)).reshape(part.shape))
                 continue
-            whole = group.index is Ellipsis and part.shape == codes.shape and not orders
+            whole = not self.apart and group.index is Ellipsis and part.shape == codes.shape and not orders
             for k, source in enumerate(self._made(group, part, own, whole)):
                 wide = with_extents(dims_out[k], extents(self.reshape(group.dims)[k]))
                 Group(group.level, _match(group.index, out[k]), wide).put(out[k], codes_of(source))
         out = [restored(c, orders) for c in out]
         return [rw.tidy(d, rw.dtype(o, x.dtype), c) for d, o, c in zip(dims_out, self.node.output, out, strict=False)]
+
+    def _boxes(self, codes: Codes) -> list[Any]:
+        """Rows by the tensors that they lie in, where they are of symbolic length: other softmaxes have their rule."""
+        last = self.x.rank - 1
+        if list(self.core) != [last] or not symbols(self.x.dims[last:]) or self.apart:
+            return [...]
+        return self.rw.grouping.boxes([codes], rows=True)
 
     def _made(self, group: Group, part: Codes, own: Dims, whole: bool) -> list[Source]:
         """The node's outputs for some rows; `whole` are all of them, as they are, so that outputs keep their names."""

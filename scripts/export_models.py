@@ -75,11 +75,7 @@ def export_torchscript(
 def export_dynamo(module: torch.nn.Module, specs: Sequence[InputSpec]) -> onnx.ModelProto:
     """Exports through torch.export."""
     rows = torch.export.Dim("N")
-    shapes: tuple = tuple({0: rows} for _ in specs)
-    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values()):
-        # torch.export wants one entry per parameter of forward, with a tuple for `*inputs`.
-        fixed = sum(p.kind is not p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
-        shapes = (*shapes[:fixed], shapes[fixed:])
+    shapes = by_parameter(module, tuple({0: rows} for _ in specs))
     buffer = io.BytesIO()
     torch.onnx.export(
         module,
@@ -94,6 +90,15 @@ def export_dynamo(module: torch.nn.Module, specs: Sequence[InputSpec]) -> onnx.M
         verbose=False,
     )
     return onnx.load_from_string(buffer.getvalue())
+
+
+def by_parameter(module: torch.nn.Module, shapes: tuple) -> tuple:
+    """Dynamic shapes as torch.export wants them: one entry per parameter of forward, with a tuple for `*inputs`."""
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    fixed = len(kinds) - 1
+    return (*shapes[:fixed], shapes[fixed:])
 
 
 def strip_local_text(model: onnx.ModelProto) -> None:

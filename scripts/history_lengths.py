@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from export_models import run, session
+from export_models import by_parameter, run, session
 from torch import Tensor, nn
 from yardstick import Trace, count
 
@@ -148,17 +148,15 @@ class Opened(Ranker):
         self.model, self.cuts, self.specs = model, dict(cuts), model.specs
         self.output_names = model.output_names
         self.history = next(k for k, s in enumerate(model.specs) if s.name.startswith("hist_"))
-        for name in cuts:
-            whole = getattr(model, name).detach()
-            delattr(model, name)
-            self.register_buffer(name, whole)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Returns what the model does."""
         length = inputs[self.history].shape[1]
-        for name, beyond in self.cuts.items():
-            setattr(self.model, name, getattr(self, name)[tuple(slice(length + k) for k in beyond)])
-        return self.model(*inputs)
+        cut = {
+            name: getattr(self.model, name)[tuple(slice(length + k) for k in beyond)]
+            for name, beyond in self.cuts.items()
+        }
+        return torch.func.functional_call(self.model, cut, inputs)
 
 
 def _opened(name: str, **cuts: Sequence[int]) -> Callable[[], tuple[nn.Module, list[InputSpec]]]:
@@ -245,7 +243,7 @@ def export(
                           opset_version=17, dynamo=False)  # fmt: skip
     else:
         made = {"N": torch.export.Dim("N"), "L": torch.export.Dim("L", max=1000)}
-        shapes = tuple({k: made[v] for k, v in axes[s.name].items()} for s in specs)
+        shapes = by_parameter(module, tuple({k: made[v] for k, v in axes[s.name].items()} for s in specs))
         torch.onnx.export(module, args, buffer, input_names=names, output_names=outputs, dynamic_shapes=shapes,
                           opset_version=20, dynamo=True, external_data=False, verbose=False)  # fmt: skip
     return onnx.load_from_string(buffer.getvalue())

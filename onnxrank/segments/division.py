@@ -444,7 +444,9 @@ class Division:
             parts = {}
             for i, part in tensor.parts.items():
                 for k, (start, n) in enumerate(zip(starts, cut, strict=True)):
-                    parts[(*i[:axis], k, *i[axis + 1 :])] = self._stretch(self.name(tensor, i), part, axis, start, n)
+                    held = self.name(tensor, i)
+                    proved = tensor.sizes[axis] == total(cut)
+                    parts[(*i[:axis], k, *i[axis + 1 :])] = self._stretch(held, part, axis, start, n, proved)
             sizes = (*tensor.sizes[:axis], total(cut), *tensor.sizes[axis + 1 :])
             cuts = (*tensor.cuts[:axis], cut, *tensor.cuts[axis + 1 :])
             data = self.leading(name) if cuts[-2:] == (cut, cut) else None
@@ -453,15 +455,19 @@ class Division:
             self._cut[key] = Tensor(sizes, cuts, parts, tensor.dtype)
         return self._cut[key]
 
-    def _stretch(self, name: str, part: Part, axis: int, start: Size, count: Size) -> Part:
-        """Some positions of a tensor, of which entries are known where it is a constant."""
+    def _stretch(self, name: str, part: Part, axis: int, start: Size, count: Size, proved: bool) -> Part:
+        """Some positions of a tensor, of which entries are known where it is a constant; `proved` if they are there."""
         data = self._constants.get(name, self.data(name))
         if data is not None and not isinstance(start, Expr) and not isinstance(count, Expr):
             block = data.take(np.arange(start, start + count), axis)
             made = self.emit.constant(block)
             self._constants[made] = block
             return Part(made, _known_of(block), None, False)
-        made = self.emit.add("Gather", [name, self.positions(start, count)], {"axis": axis})
+        if proved and count != 1 and self.opset >= 10:
+            ends = [self.vector((start,)), self.vector((start + count,)), self.emit.constant(np.array([axis]))]
+            made = self.emit.add("Slice", [name, *ends])
+        else:
+            made = self.emit.add("Gather", [name, self.positions(start, count)], {"axis": axis})
         known = part.known if part.known.all.fixed else UNKNOWN
         return Part(made, known.anywhere(), None, part.candidate)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr
@@ -142,6 +142,42 @@ def expand(d: Division, node: NodeProto) -> Tensor:
         want = tuple(c[k] for c, k in zip(cuts, i, strict=True))
         name = None if part.name is None else d.emit.add("Expand", [part.name, d.vector(want)])
         parts[i] = replace(part, name=name, joint=None)
+    return d.made(node.output[0], cuts, parts)
+
+
+def pad(d: Division, node: NodeProto) -> Tensor:
+    """Pad with a number, of segments of a sequence to all of it."""
+    x, sizes = d.tensor(node.input[0]), d.sizes(node.output[0])
+    pads, fill = attribute(node, "pads"), attribute(node, "value", 0.0)
+    if pads is None:
+        pads = d.data(node.input[1])
+        fill = d.data(node.input[2]) if node.input[2:3] and node.input[2] else np.array(0)
+    if pads is None or fill is None or attribute(node, "mode", b"constant") != b"constant" or node.input[3:]:
+        raise Left
+    before, behind = np.reshape(pads, (2, -1)).tolist()
+    padded = [k for k in range(x.rank) if before[k] or behind[k]]
+    if len(padded) != 1:
+        raise Left
+    (axis,) = padded
+    cut = d.segments(sizes[axis]) or ()
+    ends = range(len(cut) + 1)
+    held = ((a, b) for a in ends for b in ends if a < b and total(cut[:a]) == before[axis])
+    a, b = next(((a, b) for a, b in held if total(cut[a:b]) == x.sizes[axis]), (0, 0))
+    if a == b:
+        raise Left
+    x = d.cut(node.input[0], x, axis, cut[a:b])
+    cuts = (*x.cuts[:axis], cut, *x.cuts[axis + 1 :])
+    number = np.asarray(fill).astype(helper.tensor_dtype_to_np_dtype(x.dtype)).reshape(())
+    known = spans.of(Span(float(number), float(number)))
+    parts = {}
+    for i in indices(cuts):
+        if a <= i[axis] < b:
+            own = x.parts[(*i[:axis], i[axis] - a, *i[axis + 1 :])]
+            parts[i] = replace(own, known=own.known.anywhere(), score=None, joint=None)
+        else:
+            shape = d.vector(tuple(c[k] for c, k in zip(cuts, i, strict=True)))
+            written = d.emit.add("Expand", [d.emit.constant(number), shape]) if number else None
+            parts[i] = Part(written, known, None, False)
     return d.made(node.output[0], cuts, parts)
 
 

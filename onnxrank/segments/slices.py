@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
 from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices, total
 from onnxrank.segments.spans import UNKNOWN, Size
@@ -37,12 +38,22 @@ def slice_(d: Division, node: NodeProto) -> Tensor:
     for i in indices(cuts):
         taken = found[i[axis]]
         own = (*i[:axis], taken.segment, *i[axis + 1 :])
-        part = x.parts[own]
-        if taken.count != x.cuts[axis][taken.segment]:
-            at = [d.emit.constant(np.array([v])) for v in (taken.start, taken.end, axis)]
-            part = Part(d.emit.add("Slice", [d.name(x, own), *at]), UNKNOWN, None, part.candidate)
-        parts[i] = replace(part, joint=None)
+        whole = taken.count == x.cuts[axis][taken.segment]
+        parts[i] = replace(x.parts[own], joint=None) if whole else _some(d, x, own, axis, taken)
     return d.made(node.output[0], cuts, parts)
+
+
+def _some(d: Division, x: Tensor, own: Index, axis: int, taken: _Stretch) -> Part:
+    """Some positions of a segment; if they are not there that fails at run time, where their number is proved."""
+    part, name = x.parts[own], d.name(x, own)
+    known = part.known.anywhere() if part.known.all.fixed else UNKNOWN
+    score = part.score.anywhere() if part.score is not None and part.score.all.fixed else None
+    if isinstance(taken.count, int) and isinstance(x.cuts[axis][taken.segment], Expr):
+        first = taken.end - taken.count if taken.end < 0 else taken.start
+        at = np.arange(first, first + taken.count, dtype=np.int64)
+        return Part(d.emit.add("Gather", [name, d.emit.constant(at)], {"axis": axis}), known, score, part.candidate)
+    ends = [d.emit.constant(np.array([v])) for v in (taken.start, taken.end, axis)]
+    return Part(d.emit.add("Slice", [name, *ends]), known, score, part.candidate)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from onnxrank.segments.movements import (
     constant_of_shape,
     expand,
     gather,
+    pad,
     range_,
     reshape,
     shape,
@@ -33,6 +34,7 @@ SOURCES: Mapping[str, Step] = {
     "Range": range_,
     "ConstantOfShape": constant_of_shape,
     "Expand": expand,
+    "Pad": pad,
 }
 """What makes tensors as long as a sequence of none."""
 
@@ -55,6 +57,7 @@ STEPS: Mapping[str, Step] = {
     "Slice": slice_,
     "Split": split,
     "Concat": concat,
+    "Pad": pad,
     "Shape": shape,
 }
 """What is done segment by segment."""

@@ -137,3 +137,42 @@ def test_division_by_what_may_be_negative_is_unproved() -> None:
         ex.floor_divide(N, L - 3)
     with pytest.raises(Unproved):
         ex.modulo(N, L)
+
+
+@given(_PROGRAMS, _VALUES, st.integers(0, 40))
+def test_others_in_the_place_of_symbols(
+    program: list[tuple[str, int, int]], values: dict[str, int], least: int
+) -> None:
+    """An extent of `L + least` is that of a longer history, and none of `min` goes that may count."""
+    size: int | Expr = L
+    for op, _, constant in program:
+        try:
+            size = _apply(op, size, constant)
+        except Unproved:
+            continue
+    try:
+        longer = ex.replaced(size, {"S:L": L + least})
+    except Unproved:
+        return
+    at = values["S:L"]
+    assert ex.evaluate(longer, values) == ex.evaluate(size, {**values, "S:L": at + least})
+    for most in (at, at + 3):
+        assert ex.evaluate(ex.within(size, {"S:L": most}), values) == ex.evaluate(size, values)
+
+
+def test_extents_that_are_equal_wherever_a_model_runs() -> None:
+    last = ex.minimum(L + 5, 7)
+    assert ex.least_where(last, 7) == {"S:L": 2}
+    assert ex.least_where(last * 8 - 16, 40) == {"S:L": 2}
+    assert ex.least_where(last * 8, 57) == ex.least_where(L + 5, 7) == ex.least_where(7, 7) == {}
+    assert ex.least_where(ex.maximum(L, 7), 9) == {}
+    assert ex.most_where(ex.minimum(L + 1, 1001), L + 1) == {"S:L": 1000}
+    assert ex.most_where(ex.minimum(L, 1), L) == ex.most_where(ex.minimum(L, 9), L + 1) == {}
+    assert ex.within(ex.minimum(L + 5, 1005) * 2, {"S:L": 1000}) == L * 2 + 10
+    assert isinstance(ex.within(ex.minimum(L + 5, 1004), {"S:L": 1000}), Expr)
+    assert ex.within(ex.minimum(L + 5, 1004), {"S:L": 1000}) != L + 5
+
+
+def test_what_is_never_the_least_is_no_operand() -> None:
+    assert ex.minimum(ex.minimum(L + 1, 1001), L) == ex.minimum(L, 1001)
+    assert ex.maximum(ex.maximum(L, 9), L + 1) == ex.maximum(L + 1, 9)

@@ -67,3 +67,20 @@ def test_left(step: str) -> None:
     g, given = attention(step)
     result = optimised(g, given, counts=(1, 2, 7), tolerance=1e-6)
     assert {"Mul", "Div"} & set(operators(result.model))
+
+
+def test_along_a_length_of_the_request() -> None:
+    """A mask over a history of symbolic length, brought into the shape of two heads, and that length."""
+    g = Graph(17)
+    given = [request("h", "L", WIDTH), request("m", "L"), candidate("c", 2, 1, WIDTH)]
+    h, m, c = (i.declare(g) for i in given)
+    values = g.on_axes("Unsqueeze", h, [1])
+    scores = g.op("MatMul", c, g.op("Transpose", values, perm=[0, 1, 3, 2]))
+    length = g.op("Cast", g.op("Gather", g.op("Shape", h), g.const(1, np.int64), axis=0), to=1)
+    weights = g.op("Div", g.op("Relu", scores), length)
+    weights = g.op("Mul", weights, g.on_axes("Unsqueeze", m, [1, 2]))
+    g.output(g.op("MatMul", weights, values), ["N", 2, 1, WIDTH])
+    at = [{"L": n} for n in (1, 2, 7, 50)]
+    made = optimised(g, given, counts=(1, 2, 50), tolerance=1e-6, lengths=at).model.graph
+    scored = {o for n in made.node if n.op_type == "Relu" for o in n.output}
+    assert not {"Mul", "Div"} & {n.op_type for n in made.node if scored & set(n.input)}

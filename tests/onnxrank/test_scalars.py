@@ -67,3 +67,19 @@ def test_bounds_of_masked_scores() -> None:
     g.output(g.op("Mul", weights, g.const(2.0)), ["N", 3, 60])
     made = rewritten(g.model(), request=["hidden"]).model
     assert "ReduceMax" in operators(made) and numbers(made, "Max") == [(1, 1, 1)]
+
+
+@pytest.mark.parametrize("count", [512, 2])
+def test_numbers_that_are_computed(count: int) -> None:
+    """A number of the request's gets axes for columns of many candidates; for few that is a step too many."""
+    g = Graph(17)
+    given = [request("u", 4), candidate("c", 4, 8)]
+    for i in given:
+        i.declare(g)
+    number = g.op("Gather", g.op("Abs", g.on_axes("ReduceSum", "u", [1], keepdims=0)), g.const(0, np.int64), axis=0)
+    columns = g.on_axes("ReduceSum", g.op("MatMul", "c", g.const(whole_numbers(8, 5))), [-1], keepdims=1)
+    g.output(g.op("Max", columns, number), None)
+    made = rewritten(g.model(), request=["u"], candidates=count).model
+    (node,) = [n for n in made.graph.node if n.op_type == "Max"]
+    shaped = {o for n in made.graph.node if n.op_type == "Reshape" for o in n.output}
+    assert bool(shaped & set(node.input)) == (count == 512)

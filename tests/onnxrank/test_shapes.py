@@ -189,6 +189,65 @@ def test_squeeze_without_axes_has_no_rank_where_its_reader_demands_none(reader: 
     assert "y" in _squeezed(reader)[1].unknown
 
 
+_LAST = (
+    "a = Constant<value_ints=[-7]>() b = Constant<value_ints=[9223372036854775807]>() i = Constant<value_ints=[1]>()"
+    " w = Constant<value_ints=[0, 2, 0, 0, 0, 0]>() p = Pad(x, w) l = Slice(p, a, b, i) m = Slice(x, a, b, i) "
+)
+"""The last 7 positions, or all that there are: with two more in front, and without."""
+_DATA = {name: np.ones(shape, np.float32) for name, shape in (("seven", (7, 4)), ("one", (1, 4)), ("square", (7, 3)))}
+
+
+def _last(reader: str) -> tuple[ModelProto, facts.Facts]:
+    model = _model(_LAST + reader, **_DATA)
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info("z"))
+    return model, facts.derive(model, _INPUTS, None)
+
+
+@pytest.mark.parametrize(
+    ("reader", "least"),
+    [
+        ("z = Add(l, seven)", 5),
+        ("t = Transpose<perm=[0, 2, 1]>(m) z = MatMul(t, square)", 7),
+        ("f = Flatten(l) v = Constant<value_ints=[28, 1]>() o = Expand(v, v) k = Cast<to=1>(o) z = Gemm(f, k)", 5),
+    ],
+)
+def test_lengths_at_which_a_model_does_not_run_do_not_count(reader: str, least: int) -> None:
+    """What is added to 7 positions has 7, wherever there is a result at all."""
+    model, found = _last(reader)
+    assert _sizes(found, "m" if least == 7 else "l") == ["N", "7", "4"]
+    runs = {length for _, length, _ in _runs(model)}
+    assert runs == {length for _, length in _AT if length >= least}
+    for n, length, given_ in _runs(model):
+        sizes = found.sizes["z"]
+        assert given_["z"].shape == tuple(evaluate(s, {"N": n, "S:L": length}) for s in sizes)
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [("z = Add(l, one)", "l"), ("z = Add(m, seven)", "m"), ("z = Relu(l) y = Add(l, seven)", "l"),
+     ("k = Constant<value_ints=[-1, 3, 4]>() z = Reshape(l, k)", "l")],
+)  # fmt: skip
+def test_lengths_at_which_a_model_runs_do_count(reader: str, name: str) -> None:
+    """One position is broadcast, nothing runs an addition that nobody reads, and a Reshape may take other rows."""
+    model, found = _last(reader)
+    assert _sizes(found, name)[1].startswith("min(S:L")
+    assert any(length < 5 for _, length, _ in _runs(model))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(40, "S:L + 2"), (1, "min(S:L + 2, 3)")])
+def test_tables_that_are_as_long_as_any_history(rows: int, size: str) -> None:
+    """Where the first rows of a table meet a history, no history is longer, and a mask of two more is as long, too."""
+    text = (
+        "s = Shape<start=1, end=2>(x) o = Constant<value_ints=[0]>() p = Slice(table, o, s, o) z = Add(x, p)"
+        " two = Constant<value_ints=[2]>() e = Add(s, two) m = Slice(mask, o, e, o) y = Relu(m)"
+    )
+    data = {"table": np.ones((rows, 4), np.float32), "mask": np.ones(rows + 2, np.float32)}
+    model = _model(text, **data)
+    for name in "zy":
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    assert _sizes(facts.derive(model, _INPUTS, None)) == [size]
+
+
 def test_shape_arithmetic_is_folded_where_it_is_constant_only() -> None:
     found = _held(
         "s = Shape(x) i = Constant<value_int=2>() d = Gather(s, i) f = Cast<to=1>(d) q = Sqrt(f) j = Constant<value_int=1>()"

@@ -23,6 +23,8 @@ class Sequence:
         graph: The graph.
         tokens: The tensor of all tokens.
         given: The inputs.
+        own: How many are the candidate's.
+        first: Whether those come first.
         at: Positions `[L + k]`.
     """
 
@@ -30,6 +32,7 @@ class Sequence:
     tokens: str
     given: list[Given]
     own: int = 1
+    first: bool = False
 
     def __post_init__(self) -> None:
         g = self.graph
@@ -48,7 +51,7 @@ def sequence(first: bool = False, own: int = 1, opset: int = 17, length: int | s
     g = Graph(opset)
     given = [request("h", length, D), candidate("c", own, D), request("seen", length)]
     h, c, _ = (i.declare(g) for i in given)
-    return Sequence(g, g.op("Concat", *((c, h) if first else (h, c)), axis=1), given, own)
+    return Sequence(g, g.op("Concat", *((c, h) if first else (h, c)), axis=1), given, own, first)
 
 
 def fc(s: Sequence, x: str, out: int = D, seed: int = 0) -> str:
