@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from onnxrank import graph_passes
 from onnxrank.errors import EnvironmentProblem, ModelError, OutOfMemory
 from onnxrank.model import tensor_data
 
@@ -20,8 +21,6 @@ Feeds = Mapping[str, NDArray[Any]]
 _HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution providers by the names that the command line has for them."""
-_QUANTISED = b"uantizeLinear"
-"""In the name of every operator that quantised models are written with."""
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, *_HALF}
 
 
@@ -107,11 +106,12 @@ def session(
     if trace is not None:
         options.enable_profiling, options.profile_file_prefix = True, trace
     options.enable_mem_reuse = reuse
+    left_out: list[str] = []
     if isinstance(source, ModelProto):
-        given: bytes | str = source.SerializeToString()
-        if _QUANTISED not in given:
-            # Passes that look for these operators find none, and each sorts the whole graph to look.
+        given: bytes | str = (stored := source.SerializeToString())
+        if not graph_passes.is_quantised(stored):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        left_out = graph_passes.idle(stored) if optimise else []
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
     else:
@@ -119,7 +119,7 @@ def session(
     name = PROVIDERS[provider]
     providers = [(name, dict(settings or {})), *([PROVIDERS["cpu"]] if provider != "cpu" else [])]
     try:
-        made = ort.InferenceSession(given, options, providers=providers)
+        made = ort.InferenceSession(given, options, providers=providers, disabled_optimizers=left_out)
     except MemoryError as e:
         raise OutOfMemory("there is not enough memory to load the model") from e
     except Exception as e:

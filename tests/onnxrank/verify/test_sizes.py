@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from helpers import INT64, Graph, rewritten
 from mutants import FOLDER, many, numbered, rows_changed
@@ -22,6 +23,8 @@ from onnxrank.verify import Options, Report, sizes, tables, verify
 from onnxrank.verify.sizes import Size
 
 LENGTH = "S:L"
+FAULTY = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32)
+"""Whether onnxruntime's kernels give results without entries a wrong shape."""
 
 
 def pooled(most: int | None = None, table: int = 2000, positions: int = 0) -> ModelProto:
@@ -266,7 +269,7 @@ def test_no_steps_in_a_reduction_that_gives_nothing_a_wrong_shape() -> None:
     assert result.changed
     report = verify(g.model(), result.model)
     assert report.passed, report.errors
-    assert any("With L = 0 the original gives" in f.message for f in report.findings)
+    assert any("With L = 0 the original gives" in f.message for f in report.findings) == FAULTY
 
 
 def _row_of_a_product(n: int) -> ModelProto:
@@ -337,8 +340,9 @@ def test_runtime_that_fails_without_candidates(make: Callable[[bool], ModelProto
     """Of nothing onnxruntime's kernels make wrong shapes, and its fused ones fail: no fault of a model."""
     report = verify(make(True), make(False))
     assert report.passed, report.errors
-    (found,) = (f for f in report.findings if f.kind == "runtime" and "does not run the optimized" in f.message)
-    assert words in found.message and found.severity == "warning"
+    told = [f for f in report.findings if f.kind == "runtime" and "does not run the optimized" in f.message]
+    assert len(told) == FAULTY
+    assert all(words in f.message and f.severity == "warning" for f in told)
 
 
 def test_numbers_that_nothing_is_known_of_are_told() -> None:
