@@ -168,7 +168,7 @@ def query(heads: int, opset: int, weights: str) -> ModelProto:
 
 
 @pytest.mark.parametrize("opset", [13, 17])
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_candidate_as_a_query_of_several_heads(heads: int, opset: int) -> None:
     result = right_everywhere(query(heads, opset, "w = Relu(s3)"), ["h"])
     assert not any("several extents" in r.reason for r in result.report.refusals)
@@ -201,7 +201,9 @@ def test_two_factors_of_one_table() -> None:
     assert not session(result.model).run(None, feed)[0].any()
 
 
-@pytest.mark.parametrize("parts", ["p, e1", "p", "p, d", "k, p, e1"])
+@pytest.mark.parametrize(
+    "parts", ["p", *(pytest.param(p, marks=pytest.mark.slow) for p in ("p, e1", "p, d", "k, p, e1"))]
+)
 def test_target_attention_of_some_parts(parts: str) -> None:
     model = target_attention("unsqueezed and expanded", "product", parts=parts, width=16 * len(parts.split(",")))
     right_everywhere(model, ["h"])

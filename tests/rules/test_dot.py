@@ -381,7 +381,7 @@ def sequence(layers: int, norm: bool, last: bool, padded: bool = True) -> tuple[
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_candidate_after_history(layers: int, norm: bool, last: bool) -> None:
     """Keys are the history: its rows stay request-level through all layers, and only the candidate's is made N times.
 

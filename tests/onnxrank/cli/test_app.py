@@ -544,6 +544,7 @@ def test_broken_pipe() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 def test_for_real(folder: Path) -> None:
     args = ["optimize", "in.onnx", "out.onnx", "--request", "user", "--report", "json:-"]
     done = process(*args)

@@ -423,6 +423,7 @@ def test_external_data(data: Path, tmp_path: Path) -> None:
     assert (folder / "o.onnx").stat().st_size < whole / 1.3
 
 
+@pytest.mark.slow
 def test_several_outputs_each_with_labels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     w = rng.normal(size=(16, 2)).astype(np.float32)
@@ -489,6 +490,7 @@ def attended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_layers_that_read_the_same_are_factored_together(attended: Path) -> None:
     model = attention()
     (site,) = Network(model).joints(8)

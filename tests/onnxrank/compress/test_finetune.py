@@ -143,6 +143,7 @@ def test_what_does_not_pass_yet_may_be_better(data: Path) -> None:
     assert result.report.plan is not None and result.report.plan.finetune is not None
 
 
+@pytest.mark.slow
 def test_factors_are_kept_in_fewer_bytes_behind_it(data: Path) -> None:
     result = made(ranker(), data, Tuning(2), rank=12, then=(("fp16", 0),))
     assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in result.model.graph.initializer)

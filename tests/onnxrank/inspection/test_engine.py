@@ -138,6 +138,7 @@ def _positions(text: str) -> list[int]:
     return out
 
 
+@pytest.mark.slow
 @every_export
 def test_schema(name: str) -> None:
     form = json.loads(to_json(found(name)))
