@@ -32,7 +32,7 @@ def data(result: onnxrank.Result) -> bytes:
     return result.model.SerializeToString(deterministic=True)
 
 
-@pytest.mark.parametrize("interface", ["request", "same"])
+@pytest.mark.parametrize("interface", ["request", pytest.param("same", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_replay(name: str, interface: str, tmp_path: Path) -> None:
     """From the file and from the contract: the same bytes, with no roles or options given."""

@@ -276,7 +276,9 @@ def test_a_node_that_reads_nothing(tmp_path: Path) -> None:
     assert found.node == "second" and "nothing makes" in found.reason
 
 
-@pytest.mark.parametrize("rules", [wrong("second"), REFUSED], ids=["wrong", "refused"])
+@pytest.mark.parametrize(
+    "rules", [wrong("second"), pytest.param(REFUSED, marks=pytest.mark.slow)], ids=["wrong", "refused"]
+)
 def test_replay_after_a_retreat(tmp_path: Path, rules: str) -> None:
     """The plan in the contract gives the same bytes, and nothing is looked for again."""
     model, result = optimised(rules, tmp_path)

@@ -331,7 +331,7 @@ def test_one_row_read(layout: str, row: int) -> None:
 
 
 @pytest.mark.parametrize(("users", "items"), [(1, 1), (1, 4), (2, 1), (9, 5)])
-@pytest.mark.parametrize("layout", ["rows", "first"])
+@pytest.mark.parametrize("layout", ["rows", pytest.param("first", marks=pytest.mark.slow)])
 def test_few_rows(layout: str, users: int, items: int) -> None:
     """A single request-level key joins nothing; more do."""
     f = build(users, items, How(2, layout, mask="add both"))
@@ -370,7 +370,7 @@ def fill(old: Feed, new: Feed, name: str, data: Any) -> None:
         feed[name] = np.broadcast_to(np.asarray(data, np.float32), feed[name].shape).copy()
 
 
-@pytest.mark.parametrize("layout", ["rows", "first"])
+@pytest.mark.parametrize("layout", ["rows", pytest.param("first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "low"), [*MASKS, ("add", FLOAT_MIN), ("where", FLOAT_MIN)])
 def test_all_keys_masked(kind: str, low: float, layout: str) -> None:
     """All keys of a level masked, all but one, all keys of some candidates: uniform weights, or NaN as before."""

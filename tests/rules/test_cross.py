@@ -197,7 +197,7 @@ def test_narrow(depth: int, users: int, items: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["low_rank", "vector"])
 def test_factored(kind: str, depth: int, form: str) -> None:
     """`U (V x)`, and the vector of the network's first version."""
@@ -300,7 +300,7 @@ def test_left_out() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("users, items", [(16, 4), (24, 24)])
+@pytest.mark.parametrize("users, items", [(16, 4), pytest.param(24, 24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parts", [[1, 1, 2], [2, 2], [None, None, 2, 2], [2, None, 2, None], [0, 0, 2]])
 def test_joined_twice(parts: list[int | None], users: int, items: int, form: str) -> None:
     """A layer's result, or the candidate itself, that is joined twice counts twice in the layer behind."""

@@ -409,7 +409,7 @@ def test_heads_in_the_batch_axis(form: str) -> None:
 
 
 @pytest.mark.parametrize(("layers", "heads", "norm"), [(1, 2, "pre"), (2, 0, "post"), (3, 1, ""), (3, 2, "pre")])
-@pytest.mark.parametrize("interface", ["same", "request"])
+@pytest.mark.parametrize("interface", ["same", pytest.param("request", marks=pytest.mark.slow)])
 def test_layers(layers: int, heads: int, norm: str, interface: str) -> None:
     """One to three layers with LayerNorm and feed-forward, before or behind the residual."""
     e = Encoder(layers=layers, heads=heads, norm=norm)
@@ -521,7 +521,9 @@ UNPROVEN: dict[str, Callable[[Encoder], Apply]] = {
 }
 
 
-@pytest.mark.parametrize("form", UNPROVEN)
+@pytest.mark.parametrize(
+    "form", [f if k % 3 == 0 else pytest.param(f, marks=pytest.mark.slow) for k, f in enumerate(UNPROVEN)]
+)
 def test_unproven(form: str) -> None:
     """All keys of a row may be masked alike: then softmax spreads over the candidate's, too.
 

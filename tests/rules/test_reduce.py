@@ -149,7 +149,7 @@ def test_means_of_whole_numbers(dtype: type, op: str) -> None:
     optimised(g, GIVEN, counts=(1, 2, 5, 33), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("keepdims", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("level", ["request", "candidate", "both"])
 @pytest.mark.parametrize("kind", ["Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "LogSumExp", "SumSquare"])
 def test_over_a_length_that_does_not_matter(kind: str, level: str, keepdims: int) -> None:

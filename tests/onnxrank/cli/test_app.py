@@ -521,7 +521,7 @@ def test_ascii_locale() -> None:
     assert done.stderr.startswith(b"onnxrank: error: mod") and done.stderr.endswith(b"does not exist.\n")
 
 
-@pytest.mark.parametrize("command", ["profile", "inspect"])
+@pytest.mark.parametrize("command", [pytest.param("profile", marks=pytest.mark.slow), "inspect"])
 def test_reports_in_a_pipe_and_an_ascii_locale(folder: Path, command: str) -> None:
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     quick = ["--candidates", "2,3", "--seconds", "0.001", "--no-memory"] if command == "profile" else []

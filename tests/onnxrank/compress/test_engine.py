@@ -122,6 +122,7 @@ def test_macs_are_those_of_the_layers(result: Any) -> None:
     assert last.macs < first.macs and last.parameters < first.parameters
 
 
+@pytest.mark.slow
 def test_a_plan_does_the_same_again(result: Any, data: Path, tmp_path: Path) -> None:
     plan = result.report.plan
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
@@ -507,6 +508,7 @@ def test_layers_that_read_the_same_are_factored_together(attended: Path) -> None
         compress(model, attended, options(plan=Plan(found.report.plan.model_sha256, both)))
 
 
+@pytest.mark.slow
 def test_layers_that_share_what_they_read_and_add_what_is_computed(attended: Path) -> None:
     """As the candidate-level blocks of layers in optimised models."""
     rng = np.random.default_rng(0)

@@ -46,7 +46,7 @@ def test_crash_at_a_number_of_candidates(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{path} makes onnxruntime fail at N = 16 at node GRU" in err and "died of SIG" in err
 
 
-@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("made", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_crash_of_the_second_model(made: bool) -> None:
     """What `optimize` made fails its check; any other model is one that does not run."""
     other = fatal(least=8)
