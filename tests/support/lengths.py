@@ -584,6 +584,7 @@ _NOT_EMPTY = {
     "ArgMax",
     "ArgMin",
     "Gather",
+    "FeatureVectorizer",
     "LpNormalization",
     "LayerNormalization",
     "Einsum",
