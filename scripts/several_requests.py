@@ -98,20 +98,27 @@ class Model:
             requests = [self.request(k, n) for k, n in enumerate(counts)]
             found = session.run(self.names, batches.joined(told, [feed for feed, _ in requests]))
             parts = batches.parted(told, dict(zip(self.names, found, strict=True)), counts)
+            scale = {
+                name: max((np.abs(want[name]).max(initial=0.0) for _, want in requests if want), default=0.0)
+                for name in self.names
+            }
             for n, (_, want), got in zip(counts, requests, parts, strict=True):
-                far = _distance(want, got)
+                far = _distance(want, got, scale)
                 largest = max(largest, far)
                 wrong += [] if far <= LARGEST_ERROR else [f"{len(counts)} requests, {n} candidates: {far:.1e}"]
         return largest, wrong
 
 
-def _distance(want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]) -> float:
-    """The largest difference, relative to the output's scale; infinite for other shapes or no numbers."""
+def _distance(want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]], scale: Mapping[str, float]) -> float:
+    """The largest difference, relative to the output's scale; infinite for other shapes or no numbers.
+
+    The scale is that of all requests of a call: of a single small score a Sigmoid's last digit is a large part.
+    """
     largest = 0.0
     for name, scores in want.items():
         if got[name].shape != scores.shape or not np.isfinite(got[name]).all():
             return np.inf
-        largest = max(largest, float(np.abs(got[name] - scores).max() / max(np.abs(scores).max(), 1e-30)))
+        largest = max(largest, float(np.abs(got[name] - scores).max() / max(scale[name], 1e-30)))
     return largest
 
 
