@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import Graph, candidate, operators, optimised, request, rewritten, whole_numbers
+from helpers import Graph, candidate, operators, optimised, request, rewritten, session, whole_numbers
 from onnx import ModelProto, numpy_helper
 
 
@@ -83,3 +83,20 @@ def test_numbers_that_are_computed(count: int) -> None:
     (node,) = [n for n in made.graph.node if n.op_type == "Max"]
     shaped = {o for n in made.graph.node if n.op_type == "Reshape" for o in n.output}
     assert bool(shaped & set(node.input)) == (count == 512)
+
+
+def test_outputs_that_are_guarded_keep_their_axes() -> None:
+    """Rows in two axes are brought into one before the guard: its number has as many axes as are there."""
+    g = Graph(17)
+    user, item = g.input("u", ["N", 2]), g.input("c", ["N", 3, 2])
+    count = g.op("Mul", g.op("Gather", g.op("Shape", item), g.ints(0)), g.ints(3))
+    rows = g.op("Reshape", item, g.op("Concat", count, g.ints(2), axis=0))
+    total = g.op("MatMul", g.on_axes("ReduceMax", rows, [1], keepdims=1), g.const(np.full((1, 1), -1, np.float32)))
+    g.output(g.op("Add", total, g.const(np.array([2], np.float32))), ["M", 1])
+    g.output(g.op("MatMul", user, g.const(whole_numbers(2, 2))), ["N", 2])
+    model = g.model()
+    result = rewritten(model, request=["u"], interface="same")
+    assert result.changed
+    feed = {"u": np.ones((5, 2), np.float32), "c": whole_numbers(15, 2).reshape(5, 3, 2).astype(np.float32)}
+    for before, after in zip(session(model).run(None, feed), session(result.model).run(None, feed), strict=True):
+        assert np.array_equal(before, after)
