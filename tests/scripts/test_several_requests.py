@@ -26,9 +26,10 @@ def test_right_and_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 
 
 def test_distance() -> None:
-    ones = {"score": np.ones((2, 1), np.float32)}
-    assert several_requests._distance(ones, ones) == 0
-    assert several_requests._distance(ones, {"score": 1.5 * ones["score"]}) == 0.5
-    assert several_requests._distance(ones, {"score": ones["score"][:1]}) == np.inf
-    assert several_requests._distance(ones, {"score": np.nan * ones["score"]}) == np.inf
-    assert several_requests._distance({}, {"score": ones["score"]}) == 0
+    ones, scale = {"score": np.ones((2, 1), np.float32)}, {"score": 1.0}
+    assert several_requests._distance(ones, ones, scale) == 0
+    assert several_requests._distance(ones, {"score": 1.5 * ones["score"]}, scale) == 0.5
+    assert several_requests._distance(ones, {"score": 1.5 * ones["score"]}, {"score": 4.0}) == 0.125
+    assert several_requests._distance(ones, {"score": ones["score"][:1]}, scale) == np.inf
+    assert several_requests._distance(ones, {"score": np.nan * ones["score"]}, scale) == np.inf
+    assert several_requests._distance({}, {"score": ones["score"]}, scale) == 0
