@@ -41,9 +41,6 @@ def widen(rw: Rewrite) -> None:
         made = sources.get(node.output[0])
         if made is None or not made.dims or made.dims[-1] != () or not any(made.dims):
             continue
-        operands = [s for i in node.input if (s := sources.get(i)) is not None]
-        if all(len(s.dims) < len(made.dims) for s in operands):
-            continue  # the axes have to be another operand's, as outputs are brought into the original's at last
         own = NodeProto()
         own.CopyFrom(node)
         own.input[:] = [_wide(rw, name, len(made.dims)) for name in node.input]

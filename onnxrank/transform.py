@@ -238,6 +238,7 @@ class Transformation:
     def _rename(self, old: str, new: str) -> None:
         for e in self.emit.nodes:
             rename(e.proto, {old: new})
+        self.rw.sources.rename(old, new)
 
     def _guards(self) -> str | None:
         """Whether all rows of every request-level input are equal, as a bool scalar."""

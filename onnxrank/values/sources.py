@@ -141,6 +141,12 @@ class Sources:
         """Those that have been written, by the names of their tensors."""
         return {s.name: s for s in self._all if s is not None and s.name is not None}
 
+    def rename(self, old: str, new: str) -> None:
+        """Has a tensor that was written under another name."""
+        for source in self._all:
+            if source is not None and source.name == old:
+                self.journal.put(source, "name", new)
+
     def forget(self, since: int) -> None:
         """Takes back all sources from a number on; no other ever gets their numbers, so stale codes are noticed."""
         self._all[since:] = [None] * (len(self._all) - since)
