@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from onnxrank import surgery
@@ -156,6 +156,10 @@ class Emitter:
             self.initializers[name] = numpy_helper.from_array(data, name)
             self._same[key] = name
         return self._same[key]
+
+    def number(self, value: float, kind: DTypeLike, rank: int) -> str:
+        """A number with as many axes as what it is broadcast over, which `scalars.py` says the reason of."""
+        return self.constant(np.full((1,) * rank, value, kind))
 
     def reduce(
         self,

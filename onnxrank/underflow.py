@@ -79,13 +79,8 @@ def _bounded(emit: Emitter, e: Emitted, axis: int, rank: int) -> Emitted:
     """A softmax of bounded scores in place of one."""
     x, own = e.proto.input[0], NodeProto()
     largest = emit.reduce("ReduceMax", x, [axis], True)
-    share = emit.add("Mul", [emit.add("Abs", [largest]), _number(emit, _SHARE, rank)])
-    least = emit.add("Sub", [largest, emit.add("Max", [share, _number(emit, _BELOW, rank)])])
+    share = emit.add("Mul", [emit.add("Abs", [largest]), emit.number(_SHARE, np.float32, rank)])
+    least = emit.add("Sub", [largest, emit.add("Max", [share, emit.number(_BELOW, np.float32, rank)])])
     own.CopyFrom(e.proto)
     own.input[0] = emit.add("Max", [x, least])
     return replace(e, proto=own, rule=e.rule or NAME)
-
-
-def _number(emit: Emitter, value: float, rank: int) -> str:
-    """A number with as many axes as what it is broadcast over (`scalars.py` says why)."""
-    return emit.constant(np.full((1,) * rank, value, np.float32))

@@ -121,7 +121,7 @@ def _centred(rw: Rewrite, parts: Sequence[Piece], kind: np.dtype[Any], epsilon: 
     rank = max(len(part.dims) for part in parts)
 
     def scalar(v: float) -> str:
-        return rw.emit.constant(np.full((1,) * rank, v, kind))  # as many axes as columns have: see `scalars`
+        return rw.emit.number(v, kind, rank)
 
     means, centred, squares, shapes = [], [], [], []
     for part in parts:

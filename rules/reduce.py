@@ -159,11 +159,10 @@ class _Reduced(DeferredMatMul):
             shape = [-1 if k == self.axis else 1 for k in range(len(self.dims))]
             data = emit.add("Mul", [data, emit.constant(counts.reshape(shape).astype(kind))])
         out = emit.reduce(self.op, data, [self.axis], True)
-        ones = (1,) * len(self.dims)  # as many axes as columns have: see `scalars`
         if times > 1:
-            out = emit.add("Mul", [out, emit.constant(np.full(ones, times, kind))])
+            out = emit.add("Mul", [out, emit.number(times, kind, len(self.dims))])
         if self.divisor > 1:
-            out = emit.add("Div", [out, emit.constant(np.full(ones, self.divisor, kind))])
+            out = emit.add("Div", [out, emit.number(self.divisor, kind, len(self.dims))])
         return with_addend(self.rw, out, addend)
 
 

@@ -106,6 +106,11 @@ def _forest(shape: Shaper, *ranks: int) -> Operator:
     return Operator(shape, traits=Trait.TREES, factors=(), macs=_steps, signature=signatures.samples(*ranks))
 
 
+def _supported(shape: Shaper, *ranks: int) -> Operator:
+    macs = _times("support_vectors", "coefficients")
+    return Operator(shape, traits=Trait.PRODUCT, factors=(0,), macs=macs, signature=signatures.samples(*ranks))
+
+
 OPERATORS = {
     **{f"ai.onnx.ml::{op}": _KEPT for op in ("Binarizer", "CategoryMapper", "LabelEncoder")},
     **{f"ai.onnx.ml::{op}": Operator(same, signature=_by_column) for op in ("Imputer", "Scaler")},
@@ -120,20 +125,8 @@ OPERATORS = {
         macs=_times("coefficients"),
         signature=signatures.samples(1, 2),
     ),
-    "ai.onnx.ml::SVMClassifier": Operator(
-        _scored,
-        traits=Trait.PRODUCT,
-        factors=(0,),
-        macs=_times("support_vectors", "coefficients"),
-        signature=signatures.samples(1, 2),
-    ),
-    "ai.onnx.ml::SVMRegressor": Operator(
-        _regressed,
-        traits=Trait.PRODUCT,
-        factors=(0,),
-        macs=_times("support_vectors", "coefficients"),
-        signature=signatures.samples(2),
-    ),
+    "ai.onnx.ml::SVMClassifier": _supported(_scored, 1, 2),
+    "ai.onnx.ml::SVMRegressor": _supported(_regressed, 2),
     "ai.onnx.ml::TreeEnsemble": _forest(_regressed, 2),
     "ai.onnx.ml::TreeEnsembleRegressor": _forest(_regressed, 2),
     "ai.onnx.ml::TreeEnsembleClassifier": _forest(_scored, 1, 2),
