@@ -41,6 +41,7 @@ from .elementwise import repeated
 from .movement import placed
 from .picked import Picked
 from .products import linear_last
+from .rowwise import by_rows
 
 
 def gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -209,7 +210,7 @@ def norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if rows is None or any(node.output[1:]) or any(rw.array(node, k) is None for k in range(1, len(node.input))):
         return None
     axis = attribute(node, "axis", -1) % len(rows.dims) - rows.ids.rank + 1
-    if axis < 1 or not _pays(rw, rows, 0):
+    if axis < 1 or by_rows(rw, node, rows.table.rank - axis) or not _pays(rw, rows, 0):
         return None
     own, name = NodeProto(), rw.emit.fresh(f"{node.output[0]}/rows")
     own.CopyFrom(node)
