@@ -33,6 +33,7 @@ from onnxrank.values import (
     constant_along,
     extents,
     is_candidate_symbol,
+    stream,
     symbols,
 )
 
@@ -140,13 +141,9 @@ def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _along(rw: Rewrite, rows: Picked, dims: Dims) -> Value | None:
     """Positions in the shape that rows have in another; None where their entries are not the last axes of that."""
     lead, ids = len(dims) - rows.table.rank + 1, rows.ids
-    if lead < 0 or dims[lead:] != rows.table.dims[1:] or _factors(dims[:lead]) != _factors(ids.dims):
+    if lead < 0 or dims[lead:] != rows.table.dims[1:] or stream(dims[:lead]) != stream(ids.dims):
         return None
     return rw.tidy(dims[:lead], ids.dtype, ids.codes.reshape(extents(dims[:lead])))
-
-
-def _factors(dims: Dims) -> list[int | str]:
-    return [f for d in dims for f in d]
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
