@@ -175,7 +175,7 @@ class _Derivation:
         for name in ends:
             first, *rest = self.sizes(name)
             each = ex.divide(first, ex.symbol(CANDIDATES))
-            if self.rows.get(name) != Rows(0) or any(isinstance(n, Expr) for n in (each, *rest)):
+            if self.rows.get(name) != Rows(0) or any(isinstance(n, Expr) or not n for n in (each, *rest)):
                 raise Impossible(f"the output {name!r} does not have its candidates one behind the other")
 
     # --- what is known ---------------------------------------------------------------------------------------------

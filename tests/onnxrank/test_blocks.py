@@ -170,6 +170,16 @@ def test_rows_of_a_length_for_every_candidate() -> None:
         rewritten(g.model(), request=["user"], blocks=B)
 
 
+def test_scores_without_entries() -> None:
+    g = Graph()
+    user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
+    nothing = g.op("Slice", g.op("Add", user, item), g.ints(4), g.ints(9), g.ints(1))
+    g.output(g.op("Add", g.op("MatMul", user, g.const(whole(4, 4))), item), ["N", 4])
+    g.output(g.op("Concat", nothing, nothing, axis=1), ["N", 0])
+    with pytest.raises(UsageError, match="one behind the other"):
+        rewritten(g.model(), request=["user"], blocks=B)
+
+
 @pytest.mark.parametrize("how", [{"interface": "same"}, {}])
 def test_a_note_says_why_there_are_none(how: Any) -> None:
     with mock.patch.object(blocking, "against", side_effect=AssertionError("nothing to time")):
