@@ -44,6 +44,7 @@ import onnxrank
 from onnxrank.errors import OnnxrankError
 from onnxrank.graphs import live
 from onnxrank.passes import choosing
+from onnxrank.plans import ALWAYS
 
 _DOES_NOT_RUN = re.compile("makes onnxruntime fail|does not run|onnxruntime cannot")
 
@@ -75,7 +76,8 @@ def main() -> int:
             print(line, flush=True)
     rare = ", ".join(f"{op} {n}" for op, n in sorted(used.items(), key=lambda item: item[1])[:5])
     print(f"{len(used)} operators, the rarest {rare}")
-    print(f"programs by rule: {', '.join(f'{r.name} {applied[r.name]}' for r in RULES)}")
+    weighed = [r.name for r in RULES if r.name not in ALWAYS]
+    print(f"programs by rule: {', '.join(f'{name} {applied[name]}' for name in weighed)}")
     print(
         f"{options.count} programs: {counts['wrong']} wrong, {counts['error']} errors, {counts['refused']} refused, "
         f"{sum(counts[k] for k in _REWRITTEN)} rewritten, {counts['unchanged']} left alone, "
@@ -139,7 +141,7 @@ def outcome(made: Program, seed: int, interface: str, points: int, gated: bool) 
         return ("does not run" if _DOES_NOT_RUN.search(str(e)) else "refused"), str(e), ()
     except Exception:
         return "error", traceback.format_exc(limit=-3), ()
-    rules = [r.name for r in result.report.rules if r.sites]
+    rules = {r.name for r in result.report.rules if r.sites} | {s.place.rule for s in result.plan.sites if s.taken}
     failed = [r.reason for r in result.report.refusals if "internal error" in r.reason]
     if failed:
         return "error", "; ".join(failed), rules
