@@ -50,7 +50,7 @@ class Emitter:
         self.op_of: dict[str, str] = {}
         """Operator that makes each tensor written so far."""
         self.turned: dict[str, None] = {}
-        """Tensors whose Transpose onnxruntime takes into a product that reads them, from behind factors and casts too."""
+        """Tensors whose Transpose onnxruntime takes into a product that reads them, from behind factors and casts."""
         self.described: dict[str, ValueInfoProto] = {}
         """Tensors whose element type and number of dimensions are to be declared."""
         self.opset = opset
