@@ -67,6 +67,24 @@ def test_scales_stay_wide() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
+def test_what_is_narrow_by_definition() -> None:
+    """Whether a Cast that changes nothing follows what is float32 in any case makes no difference."""
+    found = []
+    for cast in (False, True):
+        g = Graph(17)
+        x = g.input("item", ["N", 4])
+        scaled = g.op("Scaler", x, domain="ai.onnx.ml", offset=[0.1, 0.2, 0.3, 0.4], scale=[0.3, 0.7, 0.9, 1.1])
+        hot = g.op("OneHotEncoder", g.input("kind", ["N"], INT64), domain="ai.onnx.ml", cats_int64s=[1, 2])
+        y = g.op("Concat", scaled, hot, axis=1)
+        y = g.op("Cast", y, to=onnx.TensorProto.FLOAT) if cast else y
+        g.output(g.op("MatMul", y, g.const(np.arange(12, dtype=np.float32).reshape(6, 2) / 7)), ["N", 2])
+        truth = Truth(g.model())
+        feed = {"item": np.linspace(0, 1, 20, dtype=np.float32).reshape(5, 4), "kind": np.arange(5)}
+        found.append(truth.run(feed)[g.outputs[0].name])
+        assert truth.how == "onnxruntime"
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.torchscript.onnx")), ids=lambda p: p.name)
 def test_every_model_loads(path: object) -> None:
     """No committed ranker is left to the reference evaluator as a whole."""
