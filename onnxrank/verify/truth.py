@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import facts, fused, runtime
 from onnxrank.errors import ModelError
-from onnxrank.graphs import claimed, domain, names_in, reads, subgraphs, versions
+from onnxrank.graphs import names_in, reads, subgraphs, unused, versions
 from onnxrank.model import tensor_data, tensors
-from onnxrank.operators import element_type
+from onnxrank.operators import domain_of, element_type
 from onnxrank.study import element_types
 from onnxrank.verify import compare
 
@@ -24,6 +24,7 @@ _LACKS = re.compile(r"(?:Could not find an implementation for|Failed to find ker
 _REFUSES = re.compile(r"[Tt]ype 'tensor\(double\)' of input parameter .*? of operator \((\w+)\)")
 _FAILS = re.compile(r"while running (\w+) node\..*(?:not support|[Nn]ot[ _]?[Ii]mplemented|NOT_IMPLEMENTED)")
 _MOST_BYTES = 1 << 30
+_NARROWER = runtime.FLOATS - {TensorProto.DOUBLE}
 INEXACT = ("Sigmoid", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh")
 """Operators whose float64 kernels in onnxruntime are approximations: Sigmoid is off by 3e-10 of its value far out."""
 
@@ -48,7 +49,7 @@ class Truth:
     ) -> None:
         if 2 * _floats(model) > _MOST_BYTES:
             raise ModelError("the weights are too large to be raised to float64 in memory")
-        self._model = _widened(runtime.retype(_in_steps(model, folder), TensorProto.DOUBLE, folder))
+        self._model = raised(_in_steps(model, folder), folder)
         self._folder = folder
         self._parts: list[_Part] = []
         self._lacking = {n.op_type for outer in model.graph.node for n in _with_inner(outer)} & set(avoided)
@@ -108,6 +109,38 @@ class Truth:
         return {o: known[o] for o in outputs}
 
 
+def raised(model: ModelProto, folder: str | os.PathLike[str] | None = None) -> ModelProto:
+    """A copy of a model that computes in float64.
+
+    What an operator gives as float32 whatever it takes, such as Scaler, is cast behind it: else it would be rounded or
+    not by whether a Cast that changes nothing follows.
+
+    Args:
+        model: The model, functions inlined.
+        folder: Where its external data lies; it is loaded.
+    """
+    out = runtime.retype(model, TensorProto.DOUBLE, folder)
+    version = versions(out)
+
+    def casts(node: NodeProto) -> Iterator[NodeProto]:
+        for k, name in enumerate(node.output):
+            if name and element_type(node, k, version.get(domain_of(node), 1), {}) in _NARROWER:
+                node.output[k] = unused(f"{name}/own", taken)
+                yield helper.make_node("Cast", [node.output[k]], [name], to=TensorProto.DOUBLE)
+
+    def graph(g: GraphProto) -> None:
+        nodes = [n for node in g.node for n in (node, *casts(node))]
+        del g.node[:]
+        g.node.extend(nodes)
+        for node in nodes:
+            for inner in subgraphs(node):
+                graph(inner)
+
+    taken = names_in(out.graph)
+    graph(out.graph)
+    return out
+
+
 def _in_steps(model: ModelProto, folder: str | os.PathLike[str] | None) -> ModelProto:
     """A model with the operators of ONNX Runtime's optimiser, of which there are no float64 kernels, as their steps."""
     saved = {n.output[0] for n in model.graph.node if n.domain == "com.microsoft" and n.op_type in fused.SAVED}
@@ -124,25 +157,6 @@ def _in_steps(model: ModelProto, folder: str | os.PathLike[str] | None) -> Model
         return fused.written_out(model, {**stored, **given, **shapes}, element_types(model), {}, saved)
     except fused.Unsupported:
         return model
-
-
-def _widened(model: ModelProto) -> ModelProto:
-    """A model in float64 in which what operators give as float32 by definition is float64 right behind them.
-
-    Else onnxruntime would take the model with a Cast in between, and the reference evaluator that without one.
-    """
-    taken, opsets = names_in(model.graph), versions(model)
-    nodes = []
-    for node in model.graph.node:
-        nodes.append(node)
-        version = opsets.get(domain(node.domain), 1)
-        for k, name in enumerate(node.output):
-            if name and element_type(node, k, version, {}) == TensorProto.FLOAT:
-                node.output[k] = claimed(name, taken)
-                nodes.append(helper.make_node("Cast", [node.output[k]], [name], to=TensorProto.DOUBLE))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
 
 
 class _Part:
@@ -206,7 +220,7 @@ def nudged(model: ModelProto, seed: int, exact: bool, folder: str | os.PathLike[
         folder: Where its external data lies; it is loaded.
     """
     out = ModelProto()
-    out.CopyFrom(runtime.retype(model, TensorProto.DOUBLE, folder) if exact else model)
+    out.CopyFrom(raised(model, folder) if exact else model)
     rng = np.random.default_rng(seed)
     for t in tensors(out):
         if t.data_type in runtime.FLOATS and t.data_type != TensorProto.BFLOAT16 and np.prod(t.dims) > 1:
