@@ -551,16 +551,16 @@ def _axes(rw: Rewrite, codes: Codes, axis: int, along: Sequence[str]) -> NDArray
 def _distributed(rw: Rewrite, x: Sum, axis: int, rule: str, width: int) -> bool:
     """Decides whether the terms of a sum are mapped one by one: they may vary along fewer axes than the sum does.
 
-    A row of constants takes a pass over the others' entries where no product is written that it could ride in. What it
-    is mapped to rides in the product of these.
+    A row of constants that is added to one term takes a pass over that, if it is no product that the row could ride in.
+    What the row is mapped to rides in the product behind.
     """
     zero, along = rw.zero(x.dtype), tuple(dict.fromkeys(symbols(x.dims)))
     varies = [_axes(rw, t.codes, axis, along) for t in x.terms]
     held = [~(np.moveaxis(t.codes, axis, -1) == zero).all(tuple(range(t.rank - 1))) for t in x.terms]
     joint = np.logical_or.reduce(varies)
     moving = [t for t, v in zip(x.terms, varies, strict=True) if v.any()]
-    same = [not v.any() and rw.levels(t) == {Level.CONSTANT} for t, v in zip(x.terms, varies, strict=True)]
-    passes = sum(same) if moving and not any(_takes_row(rw, t) for t in moving) else 0
+    same = [t for t, v in zip(x.terms, varies, strict=True) if not v.any() and rw.levels(t) == {Level.CONSTANT}]
+    passes = len(same) if len(moving) == 1 and not _takes_row(rw, moving[0]) else 0
     entry = cost.estimate(width, written=4 * passes), cost.estimate(width)
     ways: list[tuple[float, float]] = []
     for candidates in (1, 2):
