@@ -296,8 +296,7 @@ class Layout(Views):
         # No structure left: flatten the source and pick entry by entry.
         syms = tuple((s,) for s in symbols(dims))
         flat = self.flat(name, have, syms)
-        if not np.array_equal(at.reshape(-1), _range(total)):
-            flat = self._taken(flat, (*syms, canonical([total])), at.reshape(-1), len(syms))
+        flat = self._taken(flat, (*syms, canonical([total])), at.reshape(-1), len(syms))
         return self.arranged(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
 
     def _cut(self, source: Source, at: Codes) -> tuple[str, Dims, Codes]:
@@ -337,7 +336,9 @@ class Layout(Views):
         return name, with_extents(have, new), np.ravel_multi_index(place, new) if new else at
 
     def _taken(self, name: str, have: Dims, at: Codes, axis: int) -> str:
-        """Some positions along an axis: cut out where they are evenly spaced, or such runs of them joined."""
+        """Positions along an axis: cut out where they are evenly spaced, or such runs of them joined."""
+        if np.array_equal(at, _range(extents(have)[axis])):
+            return name
         step = int(at[1] - at[0]) if len(at) > 1 else 1
         if len(at) == 1 or (step > 0 and (np.diff(at) == step).all()):
             ends = [np.array([v], np.int64) for v in (int(at[0]), int(at[-1]) + 1, axis, step)]
