@@ -14,8 +14,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import facts, fused, runtime
 from onnxrank.errors import ModelError
-from onnxrank.graphs import reads, subgraphs
+from onnxrank.graphs import claimed, domain, names_in, reads, subgraphs, versions
 from onnxrank.model import tensor_data, tensors
+from onnxrank.operators import element_type
 from onnxrank.study import element_types
 from onnxrank.verify import compare
 
@@ -47,7 +48,7 @@ class Truth:
     ) -> None:
         if 2 * _floats(model) > _MOST_BYTES:
             raise ModelError("the weights are too large to be raised to float64 in memory")
-        self._model = runtime.retype(_in_steps(model, folder), TensorProto.DOUBLE, folder)
+        self._model = _widened(runtime.retype(_in_steps(model, folder), TensorProto.DOUBLE, folder))
         self._folder = folder
         self._parts: list[_Part] = []
         self._lacking = {n.op_type for outer in model.graph.node for n in _with_inner(outer)} & set(avoided)
@@ -123,6 +124,25 @@ def _in_steps(model: ModelProto, folder: str | os.PathLike[str] | None) -> Model
         return fused.written_out(model, {**stored, **given, **shapes}, element_types(model), {}, saved)
     except fused.Unsupported:
         return model
+
+
+def _widened(model: ModelProto) -> ModelProto:
+    """A model in float64 in which what operators give as float32 by definition is float64 right behind them.
+
+    Else onnxruntime would take the model with a Cast in between, and the reference evaluator that without one.
+    """
+    taken, opsets = names_in(model.graph), versions(model)
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        version = opsets.get(domain(node.domain), 1)
+        for k, name in enumerate(node.output):
+            if name and element_type(node, k, version, {}) == TensorProto.FLOAT:
+                node.output[k] = claimed(name, taken)
+                nodes.append(helper.make_node("Cast", [node.output[k]], [name], to=TensorProto.DOUBLE))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 class _Part:
