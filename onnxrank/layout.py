@@ -38,7 +38,7 @@ from onnxrank.values import (
     symbols,
     with_extents,
 )
-from onnxrank.views import Views, labelled
+from onnxrank.views import Views, join_is_faster, labelled
 
 _MOST_CUTS = 16
 """Pieces of a grid at most that are joined one by one: a bound on the size of the result."""
@@ -296,8 +296,7 @@ class Layout(Views):
         # No structure left: flatten the source and pick entry by entry.
         syms = tuple((s,) for s in symbols(dims))
         flat = self.flat(name, have, syms)
-        if not np.array_equal(at.reshape(-1), _range(total)):
-            flat = self._taken(flat, at.reshape(-1), len(syms))
+        flat = self._taken(flat, (*syms, canonical([total])), at.reshape(-1), len(syms))
         return self.arranged(flat, (*syms, (at.size,) if at.size > 1 else ()), dims)
 
     def _cut(self, source: Source, at: Codes) -> tuple[str, Dims, Codes]:
@@ -313,8 +312,8 @@ class Layout(Views):
             name, have = ready, squeezed
         found = _positions(at, extents(have))
         if found is None and at.shape:
-            # The last axis of what is wanted may be part of a longer one.
-            split = _split_last(have, at.shape[-1])
+            # What lies side by side may be part of a longer axis.
+            split = _split_last(have, _side_by_side(at))
             found = _positions(at, extents(split)) if split else None
             if found is not None and split is not None:
                 name, have = self.reshape(name, have, split), split
@@ -324,9 +323,10 @@ class Layout(Views):
         changed = [k for k, p in enumerate(positions) if not np.array_equal(p, _range(extents(have)[k]))]
         if any(len(have[k]) > 1 for k in changed):
             return name, have, at
+        new = list(extents(have))
         for k in changed:
-            name = self._taken(name, positions[k], k)
-        new = [len(p) for p in positions]
+            name = self._taken(name, with_extents(have, new), positions[k], k)
+            new[k] = len(positions[k])
         place = [
             np.zeros(at.shape, np.int64)
             if a is None
@@ -335,12 +335,17 @@ class Layout(Views):
         ]
         return name, with_extents(have, new), np.ravel_multi_index(place, new) if new else at
 
-    def _taken(self, name: str, at: Codes, axis: int) -> str:
-        """Some positions along an axis: cut out where they are evenly spaced."""
+    def _taken(self, name: str, have: Dims, at: Codes, axis: int) -> str:
+        """Positions along an axis: cut out where they are evenly spaced, or such runs of them joined."""
+        if np.array_equal(at, _range(extents(have)[axis])):
+            return name
         step = int(at[1] - at[0]) if len(at) > 1 else 1
         if len(at) == 1 or (step > 0 and (np.diff(at) == step).all()):
             ends = [np.array([v], np.int64) for v in (int(at[0]), int(at[-1]) + 1, axis, step)]
             return self.emit.add("Slice", [name, *map(self.emit.constant, ends)])
+        runs = np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
+        if join_is_faster(have, axis, len(at), len(runs)):
+            return self.emit.add("Concat", [self._taken(name, have, run, axis) for run in runs], {"axis": axis})
         return self.emit.add("Gather", [name, self.emit.constant(at.astype(np.int64))], {"axis": axis})
 
     def _transpose(self, name: str, have: Dims, at: Codes, dims: Dims) -> str | None:
@@ -449,6 +454,12 @@ def _positions(at: Codes, shape: tuple[int, ...]) -> tuple[list[Codes], list[int
     if any(at.shape[a] > 1 and a not in axes for a in range(at.ndim)):
         return None
     return positions, axes
+
+
+def _side_by_side(at: Codes) -> int:
+    """How many entries lie side by side: the extent of the axis along which they do, the last one where none does."""
+    steps = (a for a in range(at.ndim) if at.shape[a] > 1 and int(np.moveaxis(at, a, 0)[1].flat[0] - at.flat[0]) == 1)
+    return int(at.shape[next(steps, -1)])
 
 
 def _split_last(dims: Dims, size: int) -> Dims | None:

@@ -222,6 +222,26 @@ def _cut_is_faster(count: int, width: int) -> bool:
     return sum(cost.CPU.seconds(Bill("copy", moved, n)) for n in (parts, count)) < exchanged
 
 
+def join_is_faster(have: Dims, axis: int, count: int, runs: int) -> bool:
+    """Whether positions along an axis are cut out run by run and joined in less time than they are picked.
+
+    That is more steps, so it is asked for few rows: what pays there pays for many.
+
+    Args:
+        have: Shape of the tensor.
+        axis: The axis.
+        count: Positions.
+        runs: How many runs of positions that follow one another they are.
+    """
+    rows, entries = (
+        prod(extents(part)) * cost.LENGTH ** len(symbols(part)) for part in (have[:axis], have[axis + 1 :])
+    )
+    moved, parts = _FLOAT * rows * count * entries, rows * runs
+    ways = Bill("copy", moved, parts, launches=runs), Bill("copy", moved, parts), Bill("regroup", moved, rows * count)
+    cut, joined, picked = map(cost.CPU.seconds, ways)
+    return cut + joined < picked
+
+
 def labelled(factors: Iterable[Factor]) -> list[tuple[Factor, str]]:
     """Factors with names of their own: those of one symbol, as in `[L, L]`, keep their order."""
     out: list[tuple[Factor, str]] = []

@@ -549,11 +549,19 @@ def _axes(rw: Rewrite, codes: Codes, axis: int, along: Sequence[str]) -> NDArray
 
 
 def _distributed(rw: Rewrite, x: Sum, axis: int, rule: str, width: int) -> bool:
-    """Decides whether the terms of a sum are mapped one by one: they may vary along fewer axes than the sum does."""
+    """Decides whether the terms of a sum are mapped one by one: they may vary along fewer axes than the sum does.
+
+    A row of constants that is added to one term takes a pass over that, if it is no product that the row could ride in.
+    What the row is mapped to rides in the product behind.
+    """
     zero, along = rw.zero(x.dtype), tuple(dict.fromkeys(symbols(x.dims)))
     varies = [_axes(rw, t.codes, axis, along) for t in x.terms]
     held = [~(np.moveaxis(t.codes, axis, -1) == zero).all(tuple(range(t.rank - 1))) for t in x.terms]
     joint = np.logical_or.reduce(varies)
+    moving = [t for t, v in zip(x.terms, varies, strict=True) if v.any()]
+    same = [t for t, v in zip(x.terms, varies, strict=True) if not v.any() and rw.levels(t) == {Level.CONSTANT}]
+    passes = len(same) if len(moving) == 1 and not _takes_row(rw, moving[0]) else 0
+    entry = cost.estimate(width, written=4 * passes), cost.estimate(width)
     ways: list[tuple[float, float]] = []
     for candidates in (1, 2):
         rows = [candidates if is_candidate_symbol(s) else cost.LENGTH for s in along]
@@ -561,10 +569,16 @@ def _distributed(rw: Rewrite, x: Sum, axis: int, rule: str, width: int) -> bool:
         apart = sum(np.where(v, sizes, 1).prod(-1)[h].sum() for v, h in zip(varies, held, strict=True))
         ways.append((float(np.where(joint, sizes, 1).prod(-1).sum()), float(apart)))
     left, made = (
-        Alternative(name, exactness, *(cost.estimate(macs * width) for macs in (2 * one - two, two - one)))
-        for name, exactness, one, two in zip((LEAVE, TAKE), ("", "reassociates"), *ways, strict=True)
+        Alternative(name, exactness, seconds * (2 * one - two), seconds * (two - one))
+        for name, exactness, seconds, one, two in zip((LEAVE, TAKE), ("", "reassociates"), entry, *ways, strict=True)
     )
     return rw.decide(rule, (left, made)) == TAKE
+
+
+def _takes_row(rw: Rewrite, value: Value) -> bool:
+    """Whether a value is one product that is not written yet, so that a row added to it takes no pass of its own."""
+    found = rw.sources.of(value.codes) if value.whole is None else [value.whole]
+    return len(found) == 1 and found[0].is_pending
 
 
 def worthwhile(rw: Rewrite, x: Abstract, unread: Any) -> bool:

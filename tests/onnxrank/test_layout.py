@@ -68,6 +68,51 @@ def test_rows_of_candidates_are_moved_axis_by_axis(perm: tuple[int, ...]) -> Non
         np.testing.assert_array_equal(got, data.transpose(perm))
 
 
+@pytest.mark.parametrize("perm", [(1, 2, 0), (1, 0, 2), (2, 0, 1)])
+def test_a_part_of_every_row_is_cut_and_turned(perm: tuple[int, ...]) -> None:
+    """Keys among the columns of one product, by head: entries of a head lie side by side, wherever that axis goes."""
+    rows, heads, width = 5, 3, 4
+    sources, emit = Sources(), Emitter(["a"], 17)
+    whole = codes_of(sources.add(((rows,), (24,)), FLOAT, "a"))
+    codes = whole[:, 8:20].reshape(rows, heads, width).transpose(perm)
+    name, _ = Layout(sources, emit, {}).realise(codes, tuple((n,) for n in codes.shape))
+    assert sorted({n.proto.op_type for n in emit.nodes}) == ["Reshape", "Slice", "Transpose"]
+    data = np.arange(rows * 24, dtype=np.float32).reshape(rows, 24)
+    got = written(emit, name, {"a": data})
+    np.testing.assert_array_equal(got, data[:, 8:20].reshape(rows, heads, width).transpose(perm))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 60),
+    st.lists(st.tuples(st.integers(0, 15), st.integers(1, 8)), min_size=1, max_size=6),
+    st.sampled_from([(), (CANDIDATES,)]),
+)
+def test_runs_of_columns(rows: int, runs: list[tuple[int, int]], symbol: tuple[str, ...]) -> None:
+    """Columns in any order, in runs or alone, once or several times."""
+    at = np.concatenate([np.arange(begin, begin + count) for begin, count in runs])
+    sources, emit = Sources(), Emitter(["a"], 17)
+    codes = codes_of(sources.add((symbol, (rows,) if rows > 1 else (), (23,)), FLOAT, "a")).take(at, -1)
+    dims: Dims = tuple(d for d in (symbol, (rows,) if rows > 1 else (), (len(at),) if len(at) > 1 else ()))
+    name, physical = Layout(sources, emit, {}).realise(codes, dims)
+    for n in (0, 1, 3) if symbol else (1,):
+        data = np.arange(n * rows * 23, dtype=np.float32).reshape(n, rows, 23)
+        got = written(emit, name, {"a": data})
+        want = data.take(at, -1)
+        np.testing.assert_array_equal(got.reshape(want.shape), want)
+        assert got.ndim == len(physical)
+
+
+@pytest.mark.parametrize(("columns", "wanted"), [("two blocks", {"Slice", "Concat"}), ("alternating", {"Gather"})])
+def test_long_runs_of_columns_are_cut_and_joined(columns: str, wanted: set[str]) -> None:
+    """A Gather along the last axis goes entry by entry."""
+    at = np.r_[64:128, 192:256] if columns == "two blocks" else np.r_[0:256:4, 1:256:4]
+    sources, emit = Sources(), Emitter(["a"], 17)
+    codes = codes_of(sources.add(((128,), (256,)), FLOAT, "a")).take(at, 1)
+    Layout(sources, emit, {}).realise(codes, ((128,), (128,)))
+    assert {n.proto.op_type for n in emit.nodes} == wanted
+
+
 def _columns(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any]) -> NDArray[Any]:
     """Of three arrays `[..., 10]`: (a, b), (a, c), (a, b) ... and at last (b, a) and (c, a)."""
     at = np.arange(10)

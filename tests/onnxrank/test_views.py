@@ -10,7 +10,7 @@ from onnx import helper
 from onnxrank.emitter import Emitter
 from onnxrank.journal import Journal
 from onnxrank.values import CANDIDATES, Dims, Unrepresentable
-from onnxrank.views import Views
+from onnxrank.views import Views, join_is_faster
 
 ROWS: Dims = ((CANDIDATES,), (4,), (6,))
 
@@ -62,3 +62,17 @@ def test_extents_that_may_be_0_need_opset_14() -> None:
     made.reshape("a", two, apart)
     with pytest.raises(Unrepresentable, match="before opset 14"):
         made.reshape("a", (("S:L",), (CANDIDATES,), (4,)), ((CANDIDATES,), ("S:L",), (2,), (2,)))
+
+
+@pytest.mark.parametrize(
+    ("have", "count", "runs", "joined"),
+    [
+        (((128,), (256,)), 128, 2, True),
+        (((CANDIDATES,), (1024,)), 1024, 17, True),
+        (((CANDIDATES,), (64,)), 28, 7, False),
+        (((128,), (256,)), 128, 128, False),
+        (((), (256,)), 128, 2, False),
+    ],
+)
+def test_runs_are_joined_where_that_is_faster_for_few_rows(have: Dims, count: int, runs: int, joined: bool) -> None:
+    assert join_is_faster(have, 1, count, runs) == joined

@@ -186,6 +186,30 @@ def test_linear_layers_in_a_row() -> None:
     assert optimised(g, GIVEN).report.macs_after <= (USER + N * ITEM) * 4 + N * 4 * 2 + 4 * 2
 
 
+@pytest.mark.parametrize("readers", [1, 2])
+def test_bias_before_layers(readers: int) -> None:
+    """A bias that no product can take goes through the layers behind it, and becomes theirs."""
+    given = [request("u", 3, 4), candidate("c", 2, 4)]
+    g = Graph()
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1)
+    own = g.op("MatMul", g.on_axes("Unsqueeze", x, [2]), g.const(whole_numbers(5, 4, 4, seed=5)))
+    states = g.op("Add", g.on_axes("Squeeze", own, [2]), g.const(whole_numbers(4, seed=6)))
+    both = g.op("Concat", states, x, axis=2)
+    for k in range(readers):
+        g.output(g.op("Relu", biased(g, both, whole_numbers(8, 8, seed=k))), ["N", 5, 8])
+    assert "Add" not in operators(optimised(g, given).model)
+
+
+def test_bias_that_rides_before_a_layer() -> None:
+    """What one product takes on its way costs nothing there, and others may read it."""
+    g, x = joined()
+    hidden = biased(g, x, whole_numbers(9, 40))
+    g.output(g.op("Relu", hidden), ["N", 40])
+    g.output(biased(g, hidden, whole_numbers(40, 8)), ["N", 8])
+    assert optimised(g, GIVEN).report.macs_after == (USER + N * ITEM) * 40 + N * 40 * 8
+
+
 def test_layer_then_candidates_merged() -> None:
     """A pending sum reshaped so that candidates and columns share an axis."""
     g, x = joined()
