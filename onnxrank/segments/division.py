@@ -108,6 +108,16 @@ def total(sizes: Iterable[Size]) -> Size:
     return out
 
 
+def runs(candidate: Sequence[bool]) -> list[tuple[int, int]]:
+    """Neighbours that are one segment: those that are the same for all candidates; from where to where each goes.
+
+    Args:
+        candidate: Per segment whether it may differ between candidates.
+    """
+    starts = [k for k, c in enumerate(candidate) if k == 0 or c or candidate[k - 1]]
+    return list(zip(starts, [*starts[1:], len(candidate)], strict=True))
+
+
 def _known_of(data: NDArray[Any]) -> Known:
     """What is known of a constant's entries."""
     if not data.size or data.size > _MOST_CONSTANT or data.dtype.kind not in "biuf":
@@ -191,7 +201,8 @@ class Division:
             node = graph.node[k]
             axis = attribute(node, "axis", 0) % len(facts.sizes[node.output[0]])
             cut = tuple(self.sizes(i)[axis] for i in node.input)
-            self.totals.setdefault(total(cut), cut)
+            joined = tuple(total(cut[a:b]) for a, b in runs([i in self._depends for i in node.input]))
+            self.totals.setdefault(total(cut), joined)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
