@@ -314,6 +314,27 @@ def test_neighbours_that_are_the_requests_are_one_segment(name: str) -> None:
     assert not [n for n in made.graph.node if n.op_type == "Concat" and set(n.input) >= {"h", "c"}]
 
 
+@pytest.mark.parametrize("op", ["Mul", "Div", "Where"])
+def test_a_mask_behind_softmax_that_shows_all_of_a_segment(op: str) -> None:
+    """Weights of the candidate stay as they are, which stand before those of the history that do not."""
+    s = sq.sequence(first=True)
+    g = s.graph
+    row = g.op("Cast", g.op("Greater", "seen", g.const(0.0)), to=int(TensorProto.FLOAT))
+    shown = g.op("Pad", g.op("Add", row, g.const(0.5)), g.ints(0, 1, 0, 0), g.const(1.0))
+    shown = g.on_axes("Unsqueeze", shown, [1])
+    weights = g.op("Softmax", _scores(s), axis=-1)
+    if op == "Where":
+        weights = g.op("Where", g.op("Equal", shown, g.const(1.0)), weights, g.const(0.25))
+    else:
+        weights = g.op(op, weights, shown)
+    g.output(g.op("MatMul", weights, s.tokens), None)
+    model = g.model()
+    made = divided(model, s.given)
+    assert_equal(model, made, s.given, 1e-6)
+    if op != "Where":
+        assert operators(made).count(op) == 2, "one for the rows of the candidate, and one for those of the history"
+
+
 def test_the_candidate_first() -> None:
     s = sq.sequence(first=True)
     s.graph.output(s.graph.op("Gather", s.tokens, s.graph.const(0, np.int64), axis=1), None)
