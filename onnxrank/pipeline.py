@@ -26,6 +26,7 @@ from onnxrank.passes.replaying import follow, replayed_options
 from onnxrank.plans import Plan
 from onnxrank.roles import Roles
 from onnxrank.ruleset import choose_rules
+from onnxrank.tune import SLOWDOWN
 from onnxrank.values import symbols
 from onnxrank.verify import sizes
 
@@ -78,6 +79,7 @@ def optimize(
     lengths: Mapping[str, tuple[int, int]] | None = None,
     strict: bool = False,
     tune: float = 0.0,
+    slowdown: float = SLOWDOWN,
     blocks: int | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -106,6 +108,8 @@ def optimize(
         strict: Whether a result that does not pass its check is an error instead of taken back in part.
         tune: Seconds to time original and result in turns; 0 for none. What was measured makes the bytes depend on the
             machine; `Result.plan` gives the same ones again.
+        slowdown: By which share of the original's time the result may be slower where `tune` times it, if it is faster
+            at another number of candidates: 0.05 for five per cent.
         blocks: Most candidates of a block, to score them block by block; 0 for never. None: where timing with `tune`
             says that it is faster and a thousand candidates or more are expected. For results that run on a CPU.
         plan: A plan, or its file, to be replayed: it has roles, interface, candidates, guard and rules.
@@ -122,7 +126,16 @@ def optimize(
     """
     span, how = span_of(candidates), "standard" if check is True else check
     options = Options(
-        interface, guard, span, check=how, lengths=lengths, strict=strict, tune=tune, blocks=blocks, progress=progress
+        interface,
+        guard,
+        span,
+        check=how,
+        lengths=lengths,
+        strict=strict,
+        tune=tune,
+        slowdown=slowdown,
+        blocks=blocks,
+        progress=progress,
     )
     if check:
         workers.warm()

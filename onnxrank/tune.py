@@ -20,10 +20,10 @@ _TIMEOUT = 120.0
 """Seconds for loading a model, or beyond the time that is asked for."""
 _STEP = 8
 """Between the ends of a range each number of candidates that is timed is about so many times the one before."""
-_LOSS = 0.0125
-"""Logarithm of the most that a result may lose: whoever times it again sees more, or less, and is to find no 2 %."""
-_CLOSE = 0.06
-"""Logarithm of a loss that may still come from where the memory of two sessions lies: it is timed again in others."""
+SLOWDOWN = 0.0125
+"""By which share a result may be slower unless more is allowed: whoever times it again is to find less than 2 %."""
+_CLOSE = 0.0475
+"""Logarithm of what may still come, beyond that, from where the memory of two sessions lies: others are timed then."""
 SUSPECTS = ("fold", "cross", "attention")
 """Rules that trade multiply-adds for moving data, those whose predictions miss most first."""
 
@@ -91,21 +91,33 @@ def between(span: tuple[int, int], usual: int) -> tuple[int, ...]:
     return tuple(n for n in dict.fromkeys(found) if n not in points(span, usual))
 
 
-def faster(measured: Sequence[Measured]) -> bool:
-    """Whether a result is faster at some number of candidates, beyond noise, and slower at none."""
+def faster(measured: Sequence[Measured], slowdown: float = SLOWDOWN) -> bool:
+    """Whether a result is faster on the whole, somewhere beyond noise, and nowhere slower by more than a share."""
     wins = any(m.low > 1 and math.log(m.ratio) > RESOLUTION for m in measured)
-    return wins and not any(m.high < 1 and math.log(m.ratio) < -_LOSS for m in measured)
+    return wins and mean(measured) > 1 and not any(m.high < 1 and _beyond(m, slowdown) > 0 for m in measured)
 
 
-def unsure(measured: Sequence[Measured]) -> bool:
+def unsure(measured: Sequence[Measured], slowdown: float = SLOWDOWN) -> bool:
     """Whether a result that is faster elsewhere loses so little, or so unsurely, that other sessions may say else."""
-    lost = [m for m in measured if math.log(m.ratio) < -_LOSS]
-    return bool(lost) and mean(measured) > 1 and all(m.high >= 1 or math.log(m.ratio) > -_CLOSE for m in lost)
+    lost = [m for m in measured if _beyond(m, slowdown) > 0]
+    return bool(lost) and mean(measured) > 1 and all(m.high >= 1 or _beyond(m, slowdown) < _CLOSE for m in lost)
 
 
-def near(measured: Sequence[Measured]) -> bool:
-    """Whether a result is slower somewhere by so little that it is none yet: in other sessions it may be."""
-    return any(-_LOSS <= math.log(m.ratio) < 0 for m in measured)
+def near(measured: Sequence[Measured], slowdown: float = SLOWDOWN) -> bool:
+    """Whether a result is slower somewhere by hardly less than it may be: in other sessions it may be by more."""
+    return any(-math.log1p(SLOWDOWN) < _beyond(m, slowdown) <= 0 for m in measured)
+
+
+def _beyond(m: Measured, slowdown: float) -> float:
+    """By how much more than a share a result is slower, as a logarithm."""
+    return -math.log(m.ratio) - math.log1p(slowdown)
+
+
+def needed(measured: Sequence[Measured]) -> int | None:
+    """Per cent that would have to be allowed for a result that is faster at some numbers; None where it is at none."""
+    if not faster(measured, math.inf):
+        return None
+    return math.ceil(100 * max(1 / m.ratio - 1 for m in measured)) + 1
 
 
 def worst(measured: Sequence[Measured]) -> float:

@@ -54,6 +54,15 @@ if TYPE_CHECKING:
     "What was measured may decide the bytes: --plan-out keeps it. Also from the variable ONNXRANK_TUNE.",
 )
 @click.option(
+    "--slowdown",
+    type=click.FloatRange(0, 1000),
+    default=1.25,
+    show_default=True,
+    metavar="PERCENT",
+    help="With --tune: by how much the result may be slower than the original at a number of candidates that is timed "
+    "(those of --candidates LOW..HIGH), if it is faster at another.",
+)
+@click.option(
     "--blocks",
     type=click.IntRange(0),
     metavar="ROWS",
@@ -95,6 +104,7 @@ def optimize(
     no_check: bool,
     strict: bool,
     tune: float,
+    slowdown: float,
     blocks: int | None,
     plan_out: str | None,
     plan: str | None,
@@ -138,6 +148,7 @@ def optimize(
                 lengths=lengths,
                 strict=strict,
                 tune=tune,
+                slowdown=slowdown / 100,
                 blocks=blocks,
                 plan=plan,
                 progress=progress,

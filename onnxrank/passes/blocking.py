@@ -113,7 +113,7 @@ def _fastest(job: Job) -> str | None:
         else:
             job.pair = found
     measured = _against_original(job)
-    if not tune.faster(measured):
+    if not tune.faster(measured, job.options.slowdown):
         return f"{tune.told(measured)} of the original's speed in blocks of {rows}"
     job.measured = measured
     return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnxrank.errors import UsageError
 from onnxrank.report import report_candidates
 from onnxrank.rule import Rule
+from onnxrank.tune import SLOWDOWN
 from onnxrank.verify.options import CHECKS
 
 
@@ -25,6 +26,7 @@ class Options:
         lengths: Least and most of symbolic lengths, for the check.
         strict: Whether a failing check is an error.
         tune: Seconds for timing.
+        slowdown: By which share the result may be slower than the original at some number of candidates that is timed.
         blocks: Most candidates of a block; 0 for no blocks, None for what timing says.
         progress: Called with the name of each stage.
 
@@ -41,6 +43,7 @@ class Options:
     lengths: Mapping[str, tuple[int, int]] | None = None
     strict: bool = False
     tune: float = 0.0
+    slowdown: float = SLOWDOWN
     blocks: int | None = None
     progress: Callable[[str], None] | None = None
 
@@ -53,6 +56,8 @@ class Options:
             )
         if not 0 <= self.tune < float("inf"):
             raise UsageError(f"tune {self.tune!r} is not a number of seconds")
+        if not 0 <= self.slowdown < float("inf"):
+            raise UsageError(f"a slowdown of {self.slowdown!r} is not a share of the original's time")
         if self.blocks is not None and self.blocks < 0:
             raise UsageError(f"blocks {self.blocks!r} is not a number of candidates, or 0 for none")
 

@@ -46,14 +46,16 @@ def measure(job: Job) -> bool:
                 return False
         job.measured, job.without = timed(job, race, job.form, 0.5), job.form.choice.without
         reason = f"measured {tune.told(job.measured)}"
+        needed = tune.needed(job.measured)
+        hint = "" if needed is None else f" (--slowdown {needed} would allow that)"
         if not (
-            tune.faster(job.measured)
+            _faster(job, job.measured)
             or (job.form is not crossed and _with_few(job, race))
             or _with_less(job, race, job.form, reason)
             or _other(job, race, reason)
         ):
             job.measured = ()
-            job.give_up("tune", reason)
+            job.give_up("tune", reason + hint)
     except ModelError as e:
         job.give_up("tune", f"it could not be timed: {e}")
     return job.form is not None
@@ -80,7 +82,7 @@ def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     checked, job.pair = job.pair, pair.measured(times)
     same = checked is not None and (job.pair.few, job.pair.below) == (checked.few, checked.below)
     job.measured = timed(job, race, pair.many, 0.25, made=written(job))
-    return tune.faster(job.measured) and (not job.options.check or same or gated(job).passed)
+    return _faster(job, job.measured) and (not job.options.check or same or gated(job).passed)
 
 
 def _around(job: Job, pair: Pair) -> list[Measured]:
@@ -118,7 +120,7 @@ def _with_less(job: Job, race: tune.Race, form: Form, reason: str) -> bool:
 def _taken(job: Job, form: Form, times: tuple[Measured, ...]) -> bool:
     """Whether a form is faster, and right."""
     job.form, job.measured = form, times
-    return tune.faster(times) and (not job.options.check or gated(job).passed)
+    return _faster(job, times) and (not job.options.check or gated(job).passed)
 
 
 def _without_each(job: Job, race: tune.Race, form: Form) -> list[tuple[str, Form, tuple[Measured, ...]]]:
@@ -129,7 +131,7 @@ def _without_each(job: Job, race: tune.Race, form: Form) -> list[tuple[str, Form
         other = form.leaving(form.choice.leaving(rules=[rule]))
         if other.changed and (not tried or _patient(job)):
             tried.append((rule, other, timed(job, race, other, 0.5 / len(rules))))
-    return sorted(tried, key=lambda t: _rank(t[2]), reverse=True)
+    return sorted(tried, key=lambda t: _rank(job, t[2]), reverse=True)
 
 
 def _other(job: Job, race: tune.Race, reason: str) -> bool:
@@ -137,7 +139,7 @@ def _other(job: Job, race: tune.Race, reason: str) -> bool:
     first = job.chosen
     forms = promising(job, [f for f in job.found if f.changed and f.model != first.model])
     tried = [(f, timed(job, race, f, 0.5 / len(forms))) for f in forms if _patient(job)]
-    for form, times in sorted(tried, key=lambda t: _rank(t[1]), reverse=True):
+    for form, times in sorted(tried, key=lambda t: _rank(job, t[1]), reverse=True):
         go_on_with(job, form)
         if _taken(job, form, times):
             job.notes.append(f"rewritten in another way than predicted to be fastest: {reason}; {tune.told(times)} now")
@@ -150,9 +152,14 @@ def _patient(job: Job) -> bool:
     return job.spent < _PATIENCE * job.options.tune
 
 
-def _rank(times: Sequence[Measured]) -> tuple[bool, float]:
+def _faster(job: Job, times: Sequence[Measured]) -> bool:
+    """Whether what was timed is faster, and nowhere slower by more than is allowed."""
+    return tune.faster(times, job.options.slowdown)
+
+
+def _rank(job: Job, times: Sequence[Measured]) -> tuple[bool, float]:
     """What is faster comes first, by the mean; of the rest, what is least slow where it is slowest."""
-    found = tune.faster(times)
+    found = _faster(job, times)
     return found, tune.mean(times) if found else tune.worst(times)
 
 
@@ -167,7 +174,7 @@ def timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto 
     made = _model(form) if made is None else made
     found = _raced(job, race, form, share, made)
     points = tune.between(job.options.span, job.options.usual)
-    if points and tune.faster(found):  # sessions see the usual number first, as a server's do
+    if points and _faster(job, found):  # sessions see the usual number first, as a server's do
         found += _raced(job, race_of(job, (job.options.usual, *points)), form, share, made)[1:]
     return found
 
@@ -176,7 +183,8 @@ def _raced(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto
     """Times what is made of a form; more than once, in other sessions, where it seems to lose a little, or may."""
     feeds = [form.rewrite.translate(f) for f in race.feeds]
     tries = [against(job, race, made, feeds, share)]
-    again = tune.unsure(tries[0]) or (tune.faster(tries[0]) and tune.near(tries[0]))
+    allowed = job.options.slowdown
+    again = tune.unsure(tries[0], allowed) or (_faster(job, tries[0]) and tune.near(tries[0], allowed))
     while again and len(tries) <= _AGAIN:
         tries.append(against(job, race, made, feeds, share))
     return tune.middle(tries)

@@ -15,6 +15,7 @@ from onnx import ModelProto
 
 import onnxrank
 from onnxrank import tune
+from onnxrank.cli.optimize import optimize as optimize_command
 from onnxrank.contract import stored_contract
 from onnxrank.errors import UsageError
 from onnxrank.joining import is_crossover
@@ -127,6 +128,29 @@ def test_slow_without_any_rule() -> None:
 def test_slower_at_an_end_of_the_range() -> None:
     _, result = tuned(lambda made, n: 0.8 if n == 8 else 1.5, candidates=(8, 512))
     assert not result.changed
+
+
+def test_a_caller_may_allow_a_loss_at_an_end_of_the_range() -> None:
+    def clock(made: ModelProto, n: int) -> float:
+        return 0.8 if n == 8 else 1.5
+
+    refused = tuned(clock, candidates=(8, 512))[1]
+    assert any("--slowdown 26 would allow that" in note for note in refused.report.notes)
+    assert not tuned(clock, candidates=(8, 512), slowdown=0.2)[1].changed
+    model, result = tuned(clock, candidates=(8, 512), slowdown=0.26)
+    agree(model, result)
+    assert result.changed and [m.ratio for m in result.plan.measured if m.candidates == 8] == [0.8]
+    for little in (0.9, 1.1):  # what is gained does not make up for what is lost
+        assert not tuned(lambda made, n, r=little: r if n == 512 else 0.8, candidates=(8, 512), slowdown=0.26)[
+            1
+        ].changed
+    with pytest.raises(UsageError, match="slowdown"):
+        onnxrank.optimize(model, request=["user"], slowdown=-0.1)
+
+
+def test_the_command_allows_what_the_library_does() -> None:
+    (option,) = (p for p in optimize_command.params if p.name == "slowdown")
+    assert option.default == 100 * tune.SLOWDOWN
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
             "lengths": {},
             "strict": False,
             "tune": 0.0,
+            "slowdown": 0.0125,
             "blocks": None,
             "plan": None,
         }
@@ -158,7 +159,8 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
 def test_options_reach_the_engine(folder: Path, engine: Engine) -> None:
     (folder / "roles.yaml").write_text("inputs: {user: request}\n")
     options = "--request u* --request X[0:13,20] --roles roles.yaml --interface same --no-guard --candidates 64..2048"
-    options += " --select fc,norm --select gru --ignore a, --rules a.py --rules b.py --no-check --strict --tune 2.5 -q"
+    options += " --select fc,norm --select gru --ignore a, --rules a.py --rules b.py --no-check --strict -q"
+    options += " --tune 2.5 --slowdown 5"
     assert cli.main(["optimize", "in.onnx", "out.onnx", *options.split()]) == 0
     assert engine.calls == [
         {
@@ -176,6 +178,7 @@ def test_options_reach_the_engine(folder: Path, engine: Engine) -> None:
             "lengths": {},
             "strict": True,
             "tune": 2.5,
+            "slowdown": 0.05,
             "blocks": None,
             "plan": None,
         }
