@@ -173,8 +173,9 @@ class _Derivation:
         if not found.inputs or not ends:
             raise Impossible("nothing depends on the candidates")
         for name in ends:
-            at = self.rows.get(name)
-            if at != Rows(0) or any(isinstance(n, Expr) for n in self.sizes(name)[1:]):
+            first, *rest = self.sizes(name)
+            each = ex.divide(first, ex.symbol(CANDIDATES))
+            if self.rows.get(name) != Rows(0) or any(isinstance(n, Expr) or not n for n in (each, *rest)):
                 raise Impossible(f"the output {name!r} does not have its candidates one behind the other")
 
     # --- what is known ---------------------------------------------------------------------------------------------

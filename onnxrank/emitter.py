@@ -17,6 +17,9 @@ from onnxrank.journal import Journal
 from onnxrank.operators import operator
 from onnxrank.values import Origin
 
+_PASSED_BY = ("Mul", "Div", "Cast")
+"""Operators that onnxruntime takes out of the way between a Transpose and a product: factors may be numbers."""
+
 
 @dataclass(eq=False)
 class Emitted:
@@ -46,6 +49,8 @@ class Emitter:
         self.initializers: dict[str, TensorProto] = {}
         self.op_of: dict[str, str] = {}
         """Operator that makes each tensor written so far."""
+        self.turned: dict[str, None] = {}
+        """Tensors whose Transpose onnxruntime takes into a product that reads them, from behind factors and casts."""
         self.described: dict[str, ValueInfoProto] = {}
         """Tensors whose element type and number of dimensions are to be declared."""
         self.opset = opset
@@ -58,7 +63,8 @@ class Emitter:
 
     def watched_by(self, journal: Journal) -> None:
         """Has a journal undo what is written."""
-        journal.watch(self.nodes, self.initializers, self.op_of, self.described, self._taken, self._same, self._parts)
+        journal.watch(self.nodes, self.initializers, self.op_of, self.turned, self.described)
+        journal.watch(self._taken, self._same, self._parts)
 
     @contextmanager
     def at(self, origin: Origin) -> Iterator[None]:
@@ -144,7 +150,10 @@ class Emitter:
         self.described[name] = helper.make_tensor_value_info(name, dtype, [None] * rank)
 
     def _append(self, proto: NodeProto, rule: str | None) -> None:
-        self.op_of.update(dict.fromkeys(proto.output, operator(proto)))
+        op = operator(proto)
+        self.op_of.update(dict.fromkeys(proto.output, op))
+        if op == "Transpose" or (op in _PASSED_BY and not self.turned.keys().isdisjoint(proto.input)):
+            self.turned.update(dict.fromkeys(proto.output))
         self.nodes.append(Emitted(proto, self.origin, rule))
 
     def constant(self, data: NDArray[Any], hint: str | None = None) -> str:

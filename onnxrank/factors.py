@@ -70,7 +70,7 @@ class _Graph:
         if whole is None or whole.level is not Level.CANDIDATE or whole.dtype != TensorProto.FLOAT:
             return None
         found = list(self._factors(left if rows is None else rows.input[0], whole))
-        if not found or len(whole.dims) < 2 or not self._is_once(right):
+        if not found or len(whole.dims) < 2 or not self._is_once(right) or self._is_vector(e.proto):
             return None
         emit = self.rw.emit
         with emit.at(Origin(e.origin, e.proto.output[0], RULE)):
@@ -87,6 +87,11 @@ class _Graph:
         own.CopyFrom(e.proto)
         own.input[:] = [left, right]
         return replace(e, proto=own, rule=e.rule or RULE)
+
+    def _is_vector(self, product: NodeProto) -> bool:
+        """Whether a product's right side is a vector; only one that the original has can be, whose result is known."""
+        left, made = self._sources.get(product.input[0]), self._sources.get(product.output[0])
+        return left is not None and made is not None and len(made.dims) < len(left.dims)
 
     def _as_rows(self, name: str) -> NodeProto | None:
         """The Reshape that brings a tensor into rows and leaves its last axis as it is, if there is one."""

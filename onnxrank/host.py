@@ -342,8 +342,10 @@ class Host:
 
     def raised(self, key: str) -> bytes:
         """The model in float64, serialised."""
+        from onnxrank.verify import truth
+
         flat, folder = self._flattened(key)
-        data: bytes = runtime.retype(flat, TensorProto.DOUBLE, folder).SerializeToString(deterministic=True)
+        data: bytes = truth.raised(flat, folder).SerializeToString(deterministic=True)
         return data
 
     def available(self) -> dict[str, Any]:

@@ -50,9 +50,12 @@ def widen(rw: Rewrite) -> None:
 
 
 def _wide(rw: Rewrite, name: str, rank: int) -> str:
-    """A constant of one entry with more axes, and any other tensor as it is."""
+    """A stored constant of one entry with more axes, and any other tensor as it is.
+
+    What nodes make of constants is not stored: in float64 it has more digits than its data.
+    """
     data, (dims, _) = rw.stored(name, 1), rw.facts.folded.get(name, ((), None))
-    if data is None or data.ndim >= rank or symbols(dims):
+    if data is None or data.ndim >= rank or symbols(dims) or rw.emit.op_of.get(name, "Constant") != "Constant":
         return name
     return rw.emit.constant(data.reshape((1,) * rank), name)
 

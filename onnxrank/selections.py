@@ -106,7 +106,8 @@ def _counted(name: str, made: Mapping[str, NodeProto], facts: Facts) -> int | No
     if node is None or sizes is None:
         return None
     if operator(node) == "Range":
-        return 0 if facts.entries.get(node.input[1]) == [*sizes] else None  # as many as its limit: from 0, by 1
+        start, limit, step = (facts.entries.get(i) or _number(i, facts) for i in node.input)
+        return 0 if (start, limit, step) == ([0], [*sizes], [1]) else None
     if operator(node) != "Expand" and Trait.RESHAPE not in traits(node):
         return None
     before = _counted(node.input[0], made, facts)
@@ -119,6 +120,11 @@ def _counted(name: str, made: Mapping[str, NodeProto], facts: Facts) -> int | No
     own, now = ([k for k, n in enumerate(s) if n != 1] for s in (had, sizes))
     same = [had[k] for k in own] == [sizes[k] for k in now]
     return now[own.index(before)] if same and before in own else None
+
+
+def _number(name: str, facts: Facts) -> list[int]:
+    """The entries of a constant."""
+    return [int(n) for n in facts.folded[name][1].reshape(-1)] if name in facts.folded else []
 
 
 def _same_for_rows(name: str, made: Mapping[str, NodeProto], facts: Facts) -> str | NDArray[Any] | None:

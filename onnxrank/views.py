@@ -130,7 +130,7 @@ class Views:
 
     def kept_apart(self, name: str, dims: Dims, hint: str | None = None) -> str:
         """A stack of matrices that onnxruntime does not take a Transpose before it into the product behind it."""
-        if len(dims) == 2 or self.emit.op_of.get(name) in _NOT_TAKEN_IN:
+        if len(dims) == 2 or (self.emit.op_of.get(name) in _NOT_TAKEN_IN and name not in self.emit.turned):
             return name
         if symbols(dims[-1:]):
             return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims), hint=hint)

@@ -140,7 +140,7 @@ class _Operand:
         """Writes it."""
         rw, value = self.rw, self.value
         name = rw.tensor(value) if self.held is None else rw.rows_along(value, self.held)
-        if rw.emit.op_of.get(name) != "Transpose" or not symbols(value.dims[-2:]):
+        if name not in rw.emit.turned or not symbols(value.dims[-2:]):
             return name
         # A length may be 0: of no entries, a product into which onnxruntime takes a Transpose gives what lay in memory.
         held = rw.present(value) if self.held is None else self.held

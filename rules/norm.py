@@ -44,7 +44,7 @@ from onnxrank.values import (
 
 from .elementwise import is_square, pointwise
 from .pieces import Division, Piece
-from .rowwise import rowwise
+from .rowwise import by_rows, rowwise
 
 _STEPS = 20
 """Operators that a split adds: thirty for means, squares and what rounding leaves, where there were one to ten."""
@@ -253,7 +253,9 @@ def layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     last = attribute(node, "axis", -1) % x.rank == x.rank - 1
     if x.whole is not None or rw.single_level(x) or not last or gamma is None or len([o for o in node.output if o]) > 1:
         return None
-    if (beta is None and len(node.input) > 2 and node.input[2]) or not worth_splitting(rw, x, node):
+    if (beta is None and len(node.input) > 2 and node.input[2]) or by_rows(rw, node, 1):
+        return None
+    if not worth_splitting(rw, x, node):
         return None
 
     width = extents(x.dims)[-1]

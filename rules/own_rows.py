@@ -13,7 +13,7 @@ from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import CANDIDATES, Dim, Value, extents, is_candidate_symbol, symbols
+from onnxrank.values import CANDIDATES, Dim, Value, extents, is_candidate_symbol, stream, symbols
 
 _WHOLE = (TensorProto.INT32, TensorProto.INT64)
 
@@ -46,6 +46,8 @@ def added(rw: Rewrite, name: str, extent: Dim) -> Value | None:
         if _are_multiples(rw, first, rw.facts.size_of(extent)) and _are_inside(rw, second, extent):
             found = rw.value(node, list(node.input).index(second))
             whole = rw.values[node.output[0]].dims
+            if stream(shape) != stream(whole):
+                return None
             codes = np.broadcast_to(found.codes, extents(whole))
             return rw.tidy(shape, found.dtype, codes.reshape(extents(shape)))
     return None

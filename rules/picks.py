@@ -33,6 +33,7 @@ from onnxrank.values import (
     constant_along,
     extents,
     is_candidate_symbol,
+    stream,
     symbols,
 )
 
@@ -41,6 +42,7 @@ from .elementwise import repeated
 from .movement import placed
 from .picked import Picked
 from .products import linear_last
+from .rowwise import by_rows
 
 
 def gather_elements(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -139,13 +141,9 @@ def reshape(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _along(rw: Rewrite, rows: Picked, dims: Dims) -> Value | None:
     """Positions in the shape that rows have in another; None where their entries are not the last axes of that."""
     lead, ids = len(dims) - rows.table.rank + 1, rows.ids
-    if lead < 0 or dims[lead:] != rows.table.dims[1:] or _factors(dims[:lead]) != _factors(ids.dims):
+    if lead < 0 or dims[lead:] != rows.table.dims[1:] or stream(dims[:lead]) != stream(ids.dims):
         return None
     return rw.tidy(dims[:lead], ids.dtype, ids.codes.reshape(extents(dims[:lead])))
-
-
-def _factors(dims: Dims) -> list[int | str]:
-    return [f for d in dims for f in d]
 
 
 def matmul(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -209,7 +207,7 @@ def norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if rows is None or any(node.output[1:]) or any(rw.array(node, k) is None for k in range(1, len(node.input))):
         return None
     axis = attribute(node, "axis", -1) % len(rows.dims) - rows.ids.rank + 1
-    if axis < 1 or not _pays(rw, rows, 0):
+    if axis < 1 or by_rows(rw, node, rows.table.rank - axis) or not _pays(rw, rows, 0):
         return None
     own, name = NodeProto(), rw.emit.fresh(f"{node.output[0]}/rows")
     own.CopyFrom(node)

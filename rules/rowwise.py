@@ -55,6 +55,7 @@ def rowwise(
     node: NodeProto,
     core: Sequence[int],
     reshape: Callable[[Dims], list[Dims]] = lambda dims: [dims],
+    alike: bool = True,
 ) -> list[Abstract] | None:
     """Operators that work on some axes of their first input as a whole and on every row of the others alone.
 
@@ -63,6 +64,7 @@ def rowwise(
         node: The node.
         core: Axes that the operator works on.
         reshape: Logical shapes of the outputs for that of the input.
+        alike: Whether it does the same to every row; rows stay together where it does not.
 
     Returns:
         The outputs; None where the candidate axis is among those worked on.
@@ -73,14 +75,16 @@ def rowwise(
     if any(map(is_candidate_symbol, along)):
         rw.refuse("broadcast", f"{node.op_type} works along the candidate axis")
         return None
-    x = rw.held(x, along)
     others = [rw.value(node, k) if node.input[k] else None for k in range(1, len(node.input))]
     if any(v is not None and any(map(is_candidate_symbol, symbols(v.dims))) for v in others):
         return None
     rest = [rw.tensor(v) if v is not None else "" for v in others]
     held = {s for v in others if v is not None for s in rw.present(v)}
+    x = rw.held(x, {*along, *held})
     unread = _unread(rw, node, x, core, reshape)
-    if x.whole is not None and not unread:
+    if not alike:
+        note_together(rw, x, range(x.rank))
+    if not alike or (x.whole is not None and not unread):
         return rw.keep(node, [rw.tensor(x), *rest], reshape(x.dims), held | rw.present(x))
     codes = mark_unread(x.codes, {a: p for a, p in unread.items() if a not in core}) if unread else x.codes
     return _Rows(rw, node, x, core, reshape, rest, held).by_level(codes)
@@ -229,7 +233,19 @@ def _layer_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if sum(1 for o in node.output if o) > 1:
         return None
     rank = rw.value(node, 0).rank
-    return rowwise(rw, node, range(attribute(node, "axis", -1) % rank, rank))
+    core = range(attribute(node, "axis", -1) % rank, rank)
+    return rowwise(rw, node, core, alike=not by_rows(rw, node, len(core)))
+
+
+def by_rows(rw: Rewrite, node: NodeProto, core: int) -> bool:
+    """Whether scale or bias of a normalisation have axes beside those that it goes over, for numbers of each row.
+
+    Args:
+        rw: The rewrite.
+        node: The normalisation.
+        core: How many axes it goes over.
+    """
+    return any(rw.value(node, k).rank > core for k in range(1, len(node.input)) if node.input[k])
 
 
 def _topk(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

@@ -117,9 +117,11 @@ def _original_fails(engine: Engine, p: Point, why: ModelError, other: Outputs, w
                 f"The original needs more memory for {p.candidates} candidates than its process may use: name "
                 "smaller numbers with --candidates, or allow it more with --memory."
             )
+        ranges = any(i.role.ranges for i in engine.binding.declared) and len(engine.inputs.symbols) > 1
+        hint = " An input that counts entries of a history of any length is better without one." if ranges else ""
         raise ModelError(
             f"The original does not run with {p.candidates} candidates: {why}. If an input takes values of its "
-            "own, give their range in a roles file."
+            f"own, give their range in a roles file.{hint}"
         )
     dies = isinstance(why, Crashed)
     runs = "" if isinstance(other, ModelError) else " (the optimized model does)"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import facts, fused, runtime
 from onnxrank.errors import ModelError
-from onnxrank.graphs import reads, subgraphs
+from onnxrank.graphs import names_in, reads, subgraphs, unused, versions
 from onnxrank.model import tensor_data, tensors
+from onnxrank.operators import domain_of, element_type
 from onnxrank.study import element_types
 from onnxrank.verify import compare
 
@@ -23,6 +24,7 @@ _LACKS = re.compile(r"(?:Could not find an implementation for|Failed to find ker
 _REFUSES = re.compile(r"[Tt]ype 'tensor\(double\)' of input parameter .*? of operator \((\w+)\)")
 _FAILS = re.compile(r"while running (\w+) node\..*(?:not support|[Nn]ot[ _]?[Ii]mplemented|NOT_IMPLEMENTED)")
 _MOST_BYTES = 1 << 30
+_NARROWER = runtime.FLOATS - {TensorProto.DOUBLE}
 INEXACT = ("Sigmoid", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh")
 """Operators whose float64 kernels in onnxruntime are approximations: Sigmoid is off by 3e-10 of its value far out."""
 
@@ -47,7 +49,7 @@ class Truth:
     ) -> None:
         if 2 * _floats(model) > _MOST_BYTES:
             raise ModelError("the weights are too large to be raised to float64 in memory")
-        self._model = runtime.retype(_in_steps(model, folder), TensorProto.DOUBLE, folder)
+        self._model = raised(_in_steps(model, folder), folder)
         self._folder = folder
         self._parts: list[_Part] = []
         self._lacking = {n.op_type for outer in model.graph.node for n in _with_inner(outer)} & set(avoided)
@@ -105,6 +107,38 @@ class Truth:
         if missing:
             raise ModelError(f"the model has no output {missing[0]!r}")
         return {o: known[o] for o in outputs}
+
+
+def raised(model: ModelProto, folder: str | os.PathLike[str] | None = None) -> ModelProto:
+    """A copy of a model that computes in float64.
+
+    What an operator gives as float32 whatever it takes, such as Scaler, is cast behind it: else it would be rounded or
+    not by whether a Cast that changes nothing follows.
+
+    Args:
+        model: The model, functions inlined.
+        folder: Where its external data lies; it is loaded.
+    """
+    out = runtime.retype(model, TensorProto.DOUBLE, folder)
+    version = versions(out)
+
+    def casts(node: NodeProto) -> Iterator[NodeProto]:
+        for k, name in enumerate(node.output):
+            if name and element_type(node, k, version.get(domain_of(node), 1), {}) in _NARROWER:
+                node.output[k] = unused(f"{name}/own", taken)
+                yield helper.make_node("Cast", [node.output[k]], [name], to=TensorProto.DOUBLE)
+
+    def graph(g: GraphProto) -> None:
+        nodes = [n for node in g.node for n in (node, *casts(node))]
+        del g.node[:]
+        g.node.extend(nodes)
+        for node in nodes:
+            for inner in subgraphs(node):
+                graph(inner)
+
+    taken = names_in(out.graph)
+    graph(out.graph)
+    return out
 
 
 def _in_steps(model: ModelProto, folder: str | os.PathLike[str] | None) -> ModelProto:
@@ -186,7 +220,7 @@ def nudged(model: ModelProto, seed: int, exact: bool, folder: str | os.PathLike[
         folder: Where its external data lies; it is loaded.
     """
     out = ModelProto()
-    out.CopyFrom(runtime.retype(model, TensorProto.DOUBLE, folder) if exact else model)
+    out.CopyFrom(raised(model, folder) if exact else model)
     rng = np.random.default_rng(seed)
     for t in tensors(out):
         if t.data_type in runtime.FLOATS and t.data_type != TensorProto.BFLOAT16 and np.prod(t.dims) > 1:

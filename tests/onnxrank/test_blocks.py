@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import INT64, Graph, run
+from helpers import INT64, Graph, rewritten, run
 from onnx import ModelProto
 
 import onnxrank
@@ -158,6 +158,26 @@ def test_candidates_that_meet_cannot_be_parted(head: Head) -> None:
     with pytest.raises(UsageError, match=f"cannot be scored in blocks of {B}: "):
         made(ranker(head))
     assert made(ranker(head), rows=0).changed
+
+
+def test_rows_of_a_length_for_every_candidate() -> None:
+    """As many rows for each candidate as its sequence is long: no constant tells how many to cut off."""
+    g = Graph()
+    user, item = g.input("user", ["N", 4]), g.input("item", ["N", "L", 4])
+    rows = g.op("Add", item, g.on_axes("Unsqueeze", g.op("MatMul", user, g.const(whole(4, 4))), [1]))
+    g.output(g.op("Reshape", rows, g.ints(-1, 4)), ["rows", 4])
+    with pytest.raises(UsageError, match="one behind the other"):
+        rewritten(g.model(), request=["user"], blocks=B)
+
+
+def test_scores_without_entries() -> None:
+    g = Graph()
+    user, item = g.input("user", ["N", 4]), g.input("item", ["N", 4])
+    nothing = g.op("Slice", g.op("Add", user, item), g.ints(4), g.ints(9), g.ints(1))
+    g.output(g.op("Add", g.op("MatMul", user, g.const(whole(4, 4))), item), ["N", 4])
+    g.output(g.op("Concat", nothing, nothing, axis=1), ["N", 0])
+    with pytest.raises(UsageError, match="one behind the other"):
+        rewritten(g.model(), request=["user"], blocks=B)
 
 
 @pytest.mark.parametrize("how", [{"interface": "same"}, {}])

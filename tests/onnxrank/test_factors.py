@@ -84,3 +84,15 @@ def test_along_a_length_of_the_request() -> None:
     made = optimised(g, given, counts=(1, 2, 50), tolerance=1e-6, lengths=at).model.graph
     scored = {o for n in made.node if n.op_type == "Relu" for o in n.output}
     assert not {"Mul", "Div"} & {n.op_type for n in made.node if scored & set(n.input)}
+
+
+@pytest.mark.parametrize("factor", ["number", "vector"])
+def test_product_with_a_vector(factor: str) -> None:
+    """A vector has no rows that factors could go to: beside one column of them it would become a matrix."""
+    given = [Given("v", (WIDTH,), "once"), candidate("c", WIDTH)]
+    g = Graph(17)
+    v, c = (i.declare(g) for i in given)
+    vector = g.op("Squeeze", v, g.ints(0))
+    x = g.op("Mul", c, g.const(2.0) if factor == "number" else vector)
+    g.output(g.op("MatMul", x, g.op("Relu", vector)), ["N"])
+    optimised(g, given, counts=(1, 2, 5, 90))

@@ -8,7 +8,8 @@ import pytest
 from helpers import patterns, rewritten, session
 from hypothesis import HealthCheck, currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
-from kinds import KINDS, LEFT_OUT, about, program
+from kinds import KINDS, LEFT_OUT, about, layered, program
+from layers import LAYERS
 from lengths import Program, difference, reduces, text
 
 from onnxrank.errors import DoesNotRun
@@ -47,6 +48,16 @@ def test_every_operator(key: str, interface: str) -> None:
     raise AssertionError("hardly any program runs")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_every_layer(name: str) -> None:
+    """With decisions that cost least, and with others."""
+    for seed in range(8):
+        with suppress(DoesNotRun):
+            decisions = seed if seed % 4 else None
+            holds(layered(name, seed), seed, "request" if seed % 2 else "same", decisions=decisions)
+
+
 def test_the_programs_hold_the_registry() -> None:
     """A new operator has to be written by the programs, or to be left out for a reason."""
     found = {op for seed in range(400) for op in written(program(seed, 24))} | set(KINDS)
@@ -60,11 +71,12 @@ def written(made: Program) -> set[str]:
     return {operator(n) for n in made.model.graph.node}
 
 
-def holds(made: Program, seed: int, interface: str) -> None:
+def holds(made: Program, seed: int, interface: str, decisions: int | None = None) -> None:
     """Asserts that a program's result gives the scores of the original."""
     if currently_in_test_context():
         note(text(made.model))
-    result = rewritten(made.model, request=patterns(made.inputs), interface=interface)
+    result = rewritten(made.model, decisions=decisions, request=patterns(made.inputs), interface=interface)
+    assert not [r for r in result.report.refusals if "internal error" in r.reason]
     if not result.changed:
         return
     before, after = session(made.model), session(result.model)

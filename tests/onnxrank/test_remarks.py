@@ -13,10 +13,10 @@ import numpy as np
 import programs
 import pytest
 from exports import every_export
-from helpers import Graph, candidate, exposed, feeds, patterns, request, rewritten, run, whole_numbers
+from helpers import FLOAT, Graph, candidate, exposed, feeds, patterns, request, rewritten, run, whole_numbers
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 import onnxrank
 from onnxrank import Result, remarks
@@ -227,6 +227,24 @@ def test_an_operator_in_front_of_a_layer() -> None:
     first = rewritten(g.model(), request=["u"], ignore=["pack"]).report.refusals[0]
     assert first.node == strange and "Bernoulli is not known to treat rows independently" in first.reason
     assert first.lost == 512 * 24 * WIDTH
+
+
+def test_encoders_in_branches() -> None:
+    """Of a history that the request alone chooses how to encode: the choice stays, and so does what reads it."""
+    g, given = Graph(), [request("h", "L", 8), request("kind", 1), candidate("x", 4)]
+    h, kind, x = (i.declare(g) for i in given)
+    test = g.op("Greater", g.on_axes("Squeeze", g.op("Gather", kind, g.const(0, np.int64), axis=0), [0]), g.const(0))
+    ways = []
+    for op in ("Relu", "Neg"):
+        weights, made, out = g.const(whole_numbers(8, 4)), g.fresh("made"), g.fresh("encoded")
+        nodes = [helper.make_node("MatMul", [h, weights], [made]), helper.make_node(op, [made], [out])]
+        ends = [helper.make_tensor_value_info(out, FLOAT, None)]
+        ways.append(helper.make_graph(nodes, g.fresh("way"), [], ends))
+    encoded = g.op("If", test, then_branch=ways[0], else_branch=ways[1])
+    pooled = g.on_axes("ReduceSum", encoded, [1], keepdims=0)
+    g.output(tower(g, g.op("Mul", pooled, x), 4), ["N", 2])
+    (told,) = remarks_at(rewritten(g.model(), request=["h", "kind"], ignore=["pack"]), encoded)
+    assert told.op == "If" and "not known to treat rows independently" in told.reason
 
 
 def test_a_length_that_is_not_constant() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import Graph, candidate, operators, optimised, request, rewritten, session, whole_numbers
+from helpers import Graph, candidate, feeds, operators, optimised, request, rewritten, session, whole_numbers
 from onnx import ModelProto, numpy_helper
+
+from onnxrank.verify.truth import Truth
 
 
 def numbers(model: ModelProto, op: str) -> list[tuple[int, ...]]:
@@ -67,6 +69,21 @@ def test_bounds_of_masked_scores() -> None:
     g.output(g.op("Mul", weights, g.const(2.0)), ["N", 3, 60])
     made = rewritten(g.model(), request=["hidden"]).model
     assert "ReduceMax" in operators(made) and numbers(made, "Max") == [(1, 1, 1)]
+
+
+def test_constants_that_are_computed() -> None:
+    """The root of a number, as torch scales attention by, stays one: rounded it would be another in float64."""
+    g = Graph(17)
+    given = [request("u", 4, 8), candidate("c", 4, 8)]
+    for i in given:
+        i.declare(g)
+    weights, root = g.const(whole_numbers(8, 5)), g.op("Sqrt", g.const(np.float32(0.3)))
+    u, c = (g.on_axes("ReduceSum", g.op("MatMul", x, weights), [-1], keepdims=1) for x in ("u", "c"))
+    g.output(g.op("Mul", g.op("Sum", u, c), root), None)
+    made = rewritten(g.model(), request=["u"]).model
+    feed, own = feeds(given, 5)
+    (want,), (got,) = (Truth(m).run(f).values() for m, f in ((g.model(), feed), (made, own)))
+    np.testing.assert_allclose(got, want, rtol=1e-14)
 
 
 @pytest.mark.parametrize("count", [512, 2])

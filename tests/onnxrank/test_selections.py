@@ -102,3 +102,17 @@ def test_positions_of_other_rows_are_left_alone() -> None:
     g, given = encoder(request("mask", "L"), all_positions, first=-1)
     result = optimised(g, given, lengths=[{"L": 3}], counts=(2, 5, 300))
     assert "GatherND" in operators(result.model)
+
+
+def test_every_second_number_is_none_of_a_row() -> None:
+    """From -N to N by 2 there are N numbers, too, and all of them name rows."""
+    g, given = Graph(), [request("u", 6, 4), candidate("c", 6, 4)]
+    u, c = (i.declare(g) for i in given)
+    count = g.op("Gather", g.op("Shape", c), g.const(0, np.int64))
+    rows = g.op("Range", g.op("Neg", count), count, g.const(2, np.int64))
+    positions = g.const([[1, 4]], np.int64)
+    both = g.op("Concat", g.op("Reshape", count, g.ints(1)), g.ints(2, 1), axis=0)
+    wide = [g.op("Expand", g.on_axes("Unsqueeze", i, a), both) for i, a in ((rows, [1, 2]), (positions, [2]))]
+    pairs = g.op("Concat", *wide, axis=-1)
+    g.output(g.op("Add", g.op("GatherND", u, pairs), g.op("GatherND", c, pairs)), ["N", 2, 4])
+    optimised(g, given, counts=(1, 2, 5, 300))

@@ -26,6 +26,7 @@ from helpers import (
 from onnx import helper
 
 import onnxrank
+from onnxrank.graphs import attribute
 from onnxrank.passes import preparation
 
 N = 512
@@ -514,6 +515,33 @@ def test_a_sum_over_a_length_of_nothing() -> None:
     made = {o: n.op_type for n in result.model.graph.node for o in n.output}
     read = [made.get(i) for n in result.model.graph.node if n.op_type == "MatMul" for i in n.input]
     assert "Transpose" not in read
+
+
+@pytest.mark.parametrize("factor", [None, "Mul", "Div"])
+def test_heads_over_a_length_of_nothing(factor: str | None) -> None:
+    """Factors on queries and keys, as torch scales attention: onnxruntime takes a Transpose before them all the same.
+
+    Where that moves heads to the front, it then divides by the length.
+    """
+    given = [request("h", "L", 16), request("k", "M", 16), candidate("c", 16)]
+    g = Graph()
+    h, k, c = (i.declare(g) for i in given)
+    x = g.op("Concat", g.on_axes("Unsqueeze", c, [1]), g.op("Relu", h), g.op("Relu", k), axis=1)
+
+    def heads(*perm: int) -> str:
+        y = g.op("Add", g.op("MatMul", x, g.const(whole_numbers(16, 16))), g.const(whole_numbers(16)))
+        turned = g.op("Transpose", g.op("Reshape", y, g.ints(0, -1, 2, 8)), perm=perm)
+        return turned if factor is None else g.op(factor, turned, g.op("Sqrt", g.const(np.float32(0.25))))
+
+    scores = g.op("Softmax", g.op("MatMul", heads(0, 2, 1, 3), heads(0, 2, 3, 1)), axis=-1)
+    y = g.op("Transpose", g.op("MatMul", scores, heads(0, 2, 1, 3)), perm=[0, 2, 1, 3])
+    g.output(g.op("ReduceSum", g.op("Reshape", y, g.ints(0, -1, 16)), g.ints(1), keepdims=0), ["N", 16])
+    result = optimised(g, given, counts=(1, 2, 5), lengths=[{"L": n, "M": 7} for n in (0, 1, 40)], tolerance=1e-5)
+    made = {o: n for n in result.model.graph.node for o in n.output}
+    for name in (i for n in result.model.graph.node if n.op_type == "MatMul" for i in n.input):
+        while name in made and made[name].op_type == factor:
+            name = made[name].input[0]
+        assert name not in made or made[name].op_type != "Transpose" or attribute(made[name], "perm")[0] == 0
 
 
 def split_apart(g: Graph, x: str, count: int, d: int) -> str:

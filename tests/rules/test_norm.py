@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import Graph, candidate, feeds, optimised, request, rewritten, rows, rules, run, whole_numbers
+from helpers import Graph, candidate, feeds, optimised, refusals, request, rewritten, rows, rules, run, whole_numbers
 from numpy.typing import NDArray
 
 N = 512
@@ -135,6 +135,35 @@ def test_layer_norm_over_rows_of_one_level(axis: int) -> None:
     result = optimised(g, given, tolerance=1e-6)
     assert "norm" not in rules(result)
     assert ("broadcast" in rules(result)) == (axis == 2)
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8), (5, 1)])
+@pytest.mark.parametrize("counts", [(5, 0), (3, 2)])
+def test_norm_with_a_scale_for_each_row(op: str, shape: tuple[int, ...], counts: tuple[int, int]) -> None:
+    """Rows of the request and of candidates stay together, each at its place; the request alone is made once."""
+    given = [request("u", counts[0], 8), candidate("c", *([counts[1], 8] if counts[1] else [5, 8]))]
+    g = Graph(23)
+    u, c = (i.declare(g) for i in given)
+    x = g.op("Concat", u, c, axis=1) if counts[1] else u
+    y = g.op("MatMul", g.op(op, x, g.const(whole_numbers(*shape))), g.const(whole_numbers(8, OUT)))
+    g.output(y if counts[1] else g.op("Add", y, g.op("MatMul", c, g.const(whole_numbers(8, OUT)))), ["N", 5, OUT])
+    result = optimised(g, given, counts=(0, 1, 5, 40), tolerance=1e-6)
+    assert ("broadcast" in rules(result)) == (not counts[1])
+    assert ("takes in request-level and candidate-level entries together" in refusals(result)) == bool(counts[1])
+
+
+@pytest.mark.parametrize("shape", [(USER + ITEM,), (4, USER + ITEM)])
+def test_layer_norm_of_columns_with_a_scale_for_each_row(shape: tuple[int, ...]) -> None:
+    """Columns of the request and of candidates: only where every row has the same scale can it be folded."""
+    given = [request("u", 4, USER), candidate("c", 4, ITEM)]
+    g = Graph()
+    x = g.op("Concat", *(i.declare(g) for i in given), axis=2)
+    y = g.op("LayerNormalization", x, g.const(whole_numbers(*shape)))
+    g.output(g.op("MatMul", y, g.const(WEIGHT)), ["N", 4, OUT])
+    result = optimised(g, given, tolerance=1e-5)
+    assert ("norm" in rules(result)) == (len(shape) == 1)
+    assert "internal error" not in refusals(result)
 
 
 def test_layer_norm_without_a_layer_behind() -> None:

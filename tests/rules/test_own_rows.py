@@ -88,6 +88,15 @@ def test_added(length: int | str, kind: str, flat: bool) -> None:
     assert taken(g, given, length)
 
 
+@pytest.mark.parametrize("shape", [(2, -1), (2, -1, 1), (1, -1, 2)])
+def test_sums_in_another_order(shape: tuple[int, ...]) -> None:
+    """`[N, 2]` read as `[2, N]`: the positions of some candidates stand where those of others were."""
+    g, given = model(9)
+    at = g.op("Add", g.op("Mul", numbers(g), length_of(g)), best(g))
+    finished(g, g.op("Gather", merged(g), g.op("Reshape", at, g.ints(*shape))))
+    assert bool(taken(g, given)) == (shape[0] == 1)
+
+
 def test_constant_length() -> None:
     g, given = model()
     at = g.op("Add", g.op("Mul", g.const([[9]], np.int64), g.op("Cast", numbers(g), to=7)), best(g))

@@ -105,6 +105,19 @@ def test_normalisation_over_the_rows_that_are_picked() -> None:
     assert rules(result)["picks"] == 1 and operators(result.model)[-1] == "LayerNormalization"
 
 
+@pytest.mark.parametrize("count", [2, LENGTH])
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization"])
+def test_normalisation_with_a_scale_for_each_row(op: str, count: int) -> None:
+    """The number of a row is that of its place among those picked, not in the history; they may be as many."""
+    given = [request("h", LENGTH, WIDTH), candidate("i", count, 1, ids=LENGTH)]
+    g = Graph(23)
+    for i in given:
+        i.declare(g)
+    g.output(g.op(op, picked(g), g.const(whole_numbers(count, WIDTH))), None)
+    result = optimised(g, given, counts=(0, 1, 5, 40), tolerance=1e-6)
+    assert rules(result)["picks"] == 1 and operators(result.model)[-1] == op
+
+
 def test_negative_positions() -> None:
     g = Graph(17)
     h, i = g.input("h", ["N", LENGTH, WIDTH]), g.input("i", ["N", 2, 1], INT64)

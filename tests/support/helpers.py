@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial, partialmethod
+from random import Random
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -19,7 +21,10 @@ import onnxrank
 from onnxrank import lookups
 from onnxrank import model as files
 from onnxrank.facts import Setting
+from onnxrank.forms import Form
 from onnxrank.passes import choosing
+from onnxrank.passes.job import Job
+from onnxrank.plans import LEAVE, Alternative, Choice, Place
 from onnxrank.rewrite import Rewrite
 from onnxrank.roles import resolve
 from onnxrank.ruleset import choose_rules
@@ -228,19 +233,35 @@ def assert_same_scores(
                 np.testing.assert_array_equal(got[name], score, err_msg=what)
 
 
-def rewritten(model: Any, joined: bool = False, **options: Any) -> onnxrank.Result:
+def rewritten(model: Any, joined: bool = False, decisions: int | None = None, **options: Any) -> onnxrank.Result:
     """Optimises, unchecked and whether or not it pays: test models are too small to be worth it.
 
     Args:
         model: The model.
         joined: Whether lookups are joined wherever they can be, whether or not that pays.
+        decisions: A seed to draw decisions by, as plans may hold them, instead of those that cost least.
         options: Further arguments of `optimize`.
     """
     with ExitStack() as patched:
         if joined:
             patched.enter_context(mock.patch.object(lookups, "pays", lambda before, after: True))
+        if decisions is not None:
+            patched.enter_context(mock.patch.object(Choice, "decide", partialmethod(_drawn, decisions)))
+            patched.enter_context(mock.patch.object(choosing, "choose", partial(_drawn_form, decisions)))
         patched.enter_context(mock.patch.object(choosing, "LEAST_GAIN", 0.0))
         return onnxrank.optimize(model, check=False, **options)
+
+
+def _drawn(choice: Choice, seed: int, place: Place, alternatives: Sequence[Alternative], _: float) -> str:
+    """Any of a rule's alternatives, the same one whenever it is asked for."""
+    wanted = choice.at(place)
+    return wanted if wanted == LEAVE else Random(f"{seed} {place}").choice([a.name for a in alternatives])
+
+
+def _drawn_form(seed: int, job: Job, found: Sequence[Form]) -> None:
+    """Goes on with any form in which something is rewritten."""
+    job.found = tuple(found)
+    choosing.go_on_with(job, Random(seed).choice([f for f in found if f.changed] or found))
 
 
 def optimised(

@@ -2,7 +2,8 @@
 
 `KINDS` has a step per operator that `lengths` does not write: it appends that operator to a program, as exporters and
 runtimes write it, or does nothing where the tensor at hand does not suit it. What only a few tensors suit is brought
-about by `about`. `LEFT_OUT` names the operators of the registry that no program can hold, and why.
+about by `about`. Whole layers come from `layers`. `LEFT_OUT` names the operators of the registry that no program can
+hold, and why.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from layers import LAYERS
 from lengths import INEXACT, LengthWriter, Program, finished
 from onnx import TensorProto, helper
 from programs import Dim, N, Tensor
@@ -55,7 +57,7 @@ KINDS: dict[str, Callable[[Writer, Tensor], None]] = {}
 class Writer(LengthWriter):
     """Appends the operators of `KINDS`, too."""
 
-    operators = (*LengthWriter.operators, *("kind",) * 24)
+    operators = (*LengthWriter.operators, *("kind",) * 24, *("layer",) * 16)
 
     def __init__(self, random: Random) -> None:
         super().__init__(random)
@@ -65,6 +67,10 @@ class Writer(LengthWriter):
     def op_kind(self, x: Tensor) -> None:
         """An operator of the table, on some tensor that suits it."""
         self.append(self.pick(KINDS))
+
+    def op_layer(self, _: Tensor) -> None:
+        """A whole layer, over inputs of its own."""
+        self.pick(LAYERS.values())(self)
 
     def append(self, key: str) -> bool:
         """Appends an operator to one of the latest tensors; whether there is one that suits it."""
@@ -133,6 +139,15 @@ def about(key: str, seed: int, steps: int = 8) -> Program:
                 w.step()
             return finished(w)
     raise LookupError(f"no tensor suits {key}")
+
+
+def layered(name: str, seed: int) -> Program:
+    """A random program that holds a layer of `LAYERS`."""
+    w = _begun(Random(f"{name} {seed}"))
+    LAYERS[name](w)
+    for _ in range(2):
+        w.step()
+    return finished(w)
 
 
 def program(seed: int, steps: int, fields: int = 0) -> Program:

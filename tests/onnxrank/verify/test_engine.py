@@ -223,6 +223,23 @@ def test_strings() -> None:
     assert verify(model, model).passed
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_count_of_a_history(given: bool) -> None:
+    """How many entries of a history of any length count: no range holds at every length, and none is needed."""
+    g = Graph(17)
+    h, n, c = g.input("h", ["N", "L", 1]), g.input("n", ["N", 1, 1], INT64), g.input("c", ["N", 1])
+    last = g.op("GatherElements", h, g.op("Sub", n, g.const(1, np.int64)), axis=1)
+    g.output(g.op("Add", c, g.op("Squeeze", last, g.ints(2))), ["N", 1])
+    count: dict[str, Any] = {"level": "request"} | ({"range": [1, 1000]} if given else {})
+    spec = {"inputs": {"h": "request", "n": count, "c": "candidate"}}
+    model = g.model()
+    if not given:
+        assert verify(model, model, Options(spec=spec)).passed
+        return
+    with pytest.raises(ModelError, match="is better without one"):
+        verify(model, model, Options(spec=spec))
+
+
 # --- files and environment ---------------------------------------------------------------------------------------
 
 

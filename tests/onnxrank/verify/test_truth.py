@@ -67,6 +67,21 @@ def test_scales_stay_wide() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
+@pytest.mark.parametrize("cast", [True, False])
+def test_single_by_definition(cast: bool) -> None:
+    """What `ai.onnx.ml` gives is float32 however a model is written: with an idle Cast behind it, or not."""
+    g = Graph(17)
+    scaled = g.op("Scaler", g.input("item", ["N", 2]), domain="ai.onnx.ml", offset=[0.1, 0.3], scale=[0.7, 0.7])
+    x = g.op("Cast", scaled, to=onnx.TensorProto.FLOAT) if cast else scaled
+    w = weights(2, 3)
+    g.output(g.op("MatMul", x, g.const(w)), ["N", 3])
+    truth, feed = Truth(g.model()), {"item": np.array([[0.1, 0.2], [5.3, 0.9]], np.float32)}
+    (got,) = truth.run(feed).values()
+    assert truth.how == "onnxruntime"
+    single = (feed["item"] - np.float32([0.1, 0.3])) * np.float32(0.7)
+    np.testing.assert_allclose(got, single.astype(np.float64) @ w, rtol=1e-7)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.torchscript.onnx")), ids=lambda p: p.name)
 def test_every_model_loads(path: object) -> None:
     """No committed ranker is left to the reference evaluator as a whole."""
