@@ -467,7 +467,7 @@ class Division:
             data = self.leading(name) if cuts[-2:] == (cut, cut) else None
             if data is not None and self.data(name) is None and data.size <= _MOST_CONSTANT:
                 parts = {
-                    i: replace(p, known=_known_between(data, *i[-2:], single=cut[i[-1]] == 1)) for i, p in parts.items()
+                    i: replace(p, known=_known_between(data, i[-2], i[-1], cut[i[-1]] == 1)) for i, p in parts.items()
                 }
             self._cut[key] = Tensor(sizes, cuts, parts, tensor.dtype)
         return self._cut[key]
