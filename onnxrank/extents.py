@@ -198,14 +198,23 @@ def calls(size: int | Expr, op: str) -> list[Call]:
     return [a for atoms, _ in _terms(size) for a in atoms if isinstance(a, Call) and a.op == op]
 
 
+def _calls_within(size: int | Expr, op: str) -> list[Call]:
+    """The calls of a function that an extent is made of, and those within the arguments of others."""
+    made = (a for atoms, _ in _terms(size) for a in atoms if isinstance(a, Call))
+    return [c for a in made for c in ([a] if a.op == op else []) + [d for e in a.args for d in _calls_within(e, op)]]
+
+
 def within(size: int | Expr, most: Mapping[str, int]) -> int | Expr:
     """An extent where some symbols are at most a number: without `min(s, c)` that is always `s` then."""
     found: dict[str | Call, int | Expr] = {}
-    for call in calls(size, "min"):
+    for call in _calls_within(size, "min"):
         *others, last = call.args
         if len(others) == 1 and isinstance(last, int) and _most(others[0], most) <= last:
             found[call] = others[0]
-    return replaced(size, found) if found else size
+    try:
+        return replaced(size, found) if found else size
+    except Unproved:
+        return size
 
 
 def _most(size: int | Expr, most: Mapping[str, int]) -> float:

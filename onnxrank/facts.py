@@ -73,6 +73,7 @@ class Facts:
         entries: Entries of tensors that are made of extents.
         unknown: Tensors whose number of dimensions is not proved, with the reason.
         opaque: Symbols of extents that are not proved, with the tensor and the reason.
+        longest: What lengths are at most wherever the model runs, by their symbols.
         note: Why nothing could be said of a part of the model, if so.
     """
 
@@ -83,6 +84,7 @@ class Facts:
     entries: dict[str, list[int | Expr]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     opaque: dict[str, tuple[str, str]] = field(default_factory=dict)
+    longest: dict[str, int] = field(default_factory=dict)
     note: str | None = None
     _extents: dict[int | Expr, Extent] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sizes: dict[Dim, int | Expr] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -147,6 +149,7 @@ def derive(
     inputs: Mapping[str, Sequence[Extent]],
     folder: str | os.PathLike[str] | None,
     known: Facts | None = None,
+    longest: Mapping[str, int] | None = None,
 ) -> Facts:
     """Derives the shapes of all tensors, and the entries of those that are constants.
 
@@ -156,6 +159,7 @@ def derive(
         folder: Where its external data lies.
         known: What was derived of the model that this one was made of. Its inputs may have symbols of that, and what
             the runtime would have to compute is not asked for again.
+        longest: What lengths are at most, by their symbols, where that is known.
     """
     facts = Facts(expressions=dict(known.expressions) if known is not None else {})
     replaced = files.overridable(model)
@@ -176,13 +180,14 @@ def derive(
             _bytes(sparse.values, sparse.dims),
             _sparse_loader(sparse, folder),
         )
-    made = shapes.derive(model, given, loads)
+    made = shapes.derive(model, given, loads, longest=longest)
     if made.missing and known is None:
-        made = shapes.derive(model, given, loads, _evaluated(model, made.missing, folder))
+        computed = evaluated(model, made.missing, folder)
+        made = shapes.derive(model, given, loads, computed, longest=longest)
     for name, sizes in made.shapes.items():
         if name not in loads and name not in inputs:
             facts.note_shape(name, sizes)
-    facts.unknown, facts.opaque = made.unknown, made.opaque
+    facts.unknown, facts.opaque, facts.longest = made.unknown, made.opaque, made.longest
     for name, value in made.values.items():
         if not value.concrete:
             with contextlib.suppress(Unproved):
@@ -216,10 +221,16 @@ def _loader(t: TensorProto, folder: str | os.PathLike[str] | None) -> shapes.Loa
     return lambda: constant_data(t, folder)
 
 
-def _evaluated(
+def evaluated(
     model: ModelProto, nodes: Sequence[NodeProto], folder: str | os.PathLike[str] | None
 ) -> dict[str, NDArray[Any]]:
-    """Entries that the runtime computes from constants; none if it cannot."""
+    """Entries that the runtime computes from constants; none if it cannot.
+
+    Args:
+        model: The model.
+        nodes: The nodes that compute them.
+        folder: Where the model's external data lies.
+    """
     wanted = [o for n in nodes for o in n.output if o]
     part = _behind(model, wanted)
     try:

@@ -38,6 +38,7 @@ class Derivation:
         unknown: Tensors of an unknown number of dimensions, with the reason.
         opaque: Symbols of extents that are not proved, with the tensor that they belong to and the reason.
         missing: Nodes that depend on constants alone, and that onnxrank does not compute itself.
+        longest: What lengths are at most wherever the model runs, by their symbols.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Derivation:
     unknown: dict[str, str] = field(default_factory=dict)
     opaque: dict[str, tuple[str, str]] = field(default_factory=dict)
     missing: list[NodeProto] = field(default_factory=list)
+    longest: dict[str, int] = field(default_factory=dict)
 
 
 class _Initializers(Mapping[str, Known]):
@@ -72,6 +74,7 @@ def derive(
     loads: Mapping[str, tuple[tuple[int, ...], int, Load]],
     given: Mapping[str, NDArray[Any]] | None = None,
     rows: str = "N",
+    longest: Mapping[str, int] | None = None,
 ) -> Derivation:
     """Derives all shapes of a model's main graph.
 
@@ -82,10 +85,11 @@ def derive(
         given: Entries of tensors that depend on constants alone and were computed elsewhere.
         rows: The symbol that counts candidates. The name of an extent that is not proved and may depend on them starts
             with it.
+        longest: What lengths are at most, by their symbols, where that is known.
     """
     ranks: dict[str, int] = {}
     least: dict[str, int] = {}
-    most: dict[str, int] = {}
+    most: dict[str, int] = dict(longest or {})
     plain = Derivation()
     lengths = {s for shape in inputs.values() for n in shape for s in ex.symbols_of(n) if not s.startswith(rows)}
     while True:
@@ -100,10 +104,9 @@ def derive(
         longer = {s: least.get(s, 0) + n for s, n in low.items()}
         shorter = {s: least.get(s, 0) + n for s, n in high.items() if n < ends.get(s, n + 1)}
         if not more and not longer and not shorter:
-            try:
-                return _of_whole_lengths(found, {s: ex.symbol(s) - n for s, n in least.items()})
-            except Unproved:  # what divides by a length, which is not told from one below the least
-                return plain
+            with contextlib.suppress(Unproved):  # what divides by a length, which is not told from one below the least
+                plain = _of_whole_lengths(found, {s: ex.symbol(s) - n for s, n in least.items()})
+            return replace(plain, longest=most)
         ranks |= more
         least |= longer
         most |= shorter

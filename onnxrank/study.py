@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import count
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, facts, feeds, joining, operators, segments, selections
+from onnxrank import cost, cuts, facts, feeds, joining, operators, segments, selections
 from onnxrank import model as files
 from onnxrank.contract import RULE
 from onnxrank.culprit import culprit
@@ -72,6 +72,7 @@ class Study:
         loaded: Where it comes from.
         wait: Whether to wait for the runs that confirm the shapes; if not, `contradicted` does.
         shortest: The least length of histories at which it is run, where that is known.
+        longest: What lengths are at most wherever it runs, by their symbols, where that is known.
 
     Raises:
         UsageError: No input has a candidate axis.
@@ -79,7 +80,13 @@ class Study:
     """
 
     def __init__(
-        self, model: ModelProto, roles: Roles, loaded: files.LoadedModel, wait: bool = True, shortest: int = 1
+        self,
+        model: ModelProto,
+        roles: Roles,
+        loaded: files.LoadedModel,
+        wait: bool = True,
+        shortest: int = 1,
+        longest: Mapping[str, int] | None = None,
     ) -> None:
         self.loaded, self.roles = loaded, roles
         self.packed: tuple[Packed, ...] = ()
@@ -98,11 +105,11 @@ class Study:
         if short is not None:
             raise ModelError(f"node {label(short)!r} ({short.op_type}) has fewer inputs than its operator takes")
         self.model = live(self._out_of_the_way(model))
-        self.facts = facts.derive(self.model, self.input_extents(), loaded.folder)
+        self.facts = facts.derive(self.model, self.input_extents(), loaded.folder, longest=longest)
         resolved = self._resolved()
         while resolved is not None:
             self.model = resolved
-            self.facts = facts.derive(resolved, self.input_extents(), loaded.folder)
+            self.facts = facts.derive(resolved, self.input_extents(), loaded.folder, longest=self.facts.longest)
             resolved = self._resolved()
         self.facts.note = facts.unavailable(self.model)
         self.dtypes = element_types(self.model)
@@ -147,11 +154,16 @@ class Study:
         return renamed(model, names)
 
     def _resolved(self) -> ModelProto | None:
-        """The model without what constants decide: branches, selections by masks, loops; None where there is none."""
+        """The model without what constants decide: branches, selections by masks, loops, cuts of constants.
+
+        Returns:
+            None where there is none.
+        """
         return (
             resolve_ifs(self.model, self.facts)
             or selections.resolved(self.model, self.facts, self.input_extents())
             or without_loops(self.model, self.facts)
+            or cuts.resolved(self.model, self.facts, self._constants(cuts.MOST_ENTRIES), self.loaded.folder)
         )
 
     def _settings(self, beyond: int) -> list[facts.Setting]:
@@ -310,7 +322,7 @@ class Study:
         Raises:
             ModelError: It does not run, or a run contradicts what was derived of it.
         """
-        made = Study(model, self.roles, self.loaded, shortest=self.shortest)
+        made = Study(model, self.roles, self.loaded, shortest=self.shortest, longest=self.facts.longest)
         made.packed = self.packed
         stray = made.contradicted()
         if stray is not None:
@@ -335,6 +347,20 @@ class Study:
         """The nodes that do so along an axis of a fixed length, where positions attend to each other."""
         return segments.sequences(self.model, self.facts, self._candidate(), fixed=True)
 
+    def _constants(self, most: float = inf) -> Callable[[str], NDArray[Any] | None]:
+        """Entries of the constants that have at most a number of entries, by name; None for other tensors."""
+        replaced = files.overridable(self.model)
+        stored = {t.name: t for t in self.model.graph.initializer if t.name not in replaced}
+
+        def data(name: str) -> NDArray[Any] | None:
+            if name in stored:
+                large = prod(stored[name].dims) > most
+                return None if large else facts.constant_data(stored[name], self.loaded.folder)
+            dims, found = self.facts.folded.get(name, ((), None))
+            return None if symbols(dims) else found
+
+        return data
+
     def _candidate(self) -> frozenset[str]:
         """The inputs that may differ between candidates."""
         return frozenset(i.name for i in self.declared if i.role.level != "request")
@@ -346,18 +372,11 @@ class Study:
             ModelError: The model does not run that way, or a run contradicts what was derived of it.
         """
         graph = self.model.graph
-        replaced = files.overridable(self.model)
-        stored = {t.name: t for t in graph.initializer if t.name not in replaced}
-
-        def data(name: str) -> NDArray[Any] | None:
-            if name in stored:
-                return facts.constant_data(stored[name], self.loaded.folder)
-            dims, found = self.facts.folded.get(name, ((), None))
-            return None if symbols(dims) else found
-
         types = {t.name: t.data_type for t in graph.initializer} | {i.name: i.dtype for i in self.declared}
         inputs = {i.name: i.dims for i in self.declared}
-        model = segments.divided(self.model, self.facts, types | self.dtypes, inputs, self._candidate(), data, places)
+        model = segments.divided(
+            self.model, self.facts, types | self.dtypes, inputs, self._candidate(), self._constants(), places
+        )
         return self._made(model)
 
     @cached_property

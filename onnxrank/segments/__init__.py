@@ -6,6 +6,7 @@ Then the graph is rewritten before anything else looks at it: what an operator d
 segment, `f(a ++ b) = f(a) ++ f(b)` for whatever treats positions independently, `(a ++ b) (c ++ d) = a c + b d` for
 products that contract the axis, and `softmax(a ++ hidden) = softmax(a) ++ 0` where a mask is proved to hide a segment.
 What comes out is a graph of ordinary operators in which every tensor has one level, and all rules apply as ever.
+Neighbours that are the same for all candidates, a history, a separator and tokens of the user, are one segment.
 
 `spans` proves masks, `division` holds tensors in segments, `steps` is the table of what operators do to those, and
 `walk` goes over a graph.

@@ -108,6 +108,16 @@ def total(sizes: Iterable[Size]) -> Size:
     return out
 
 
+def runs(candidate: Sequence[bool]) -> list[tuple[int, int]]:
+    """Neighbours that are one segment: those that are the same for all candidates; from where to where each goes.
+
+    Args:
+        candidate: Per segment whether it may differ between candidates.
+    """
+    starts = [k for k, c in enumerate(candidate) if k == 0 or c or candidate[k - 1]]
+    return list(zip(starts, [*starts[1:], len(candidate)], strict=True))
+
+
 def _known_of(data: NDArray[Any]) -> Known:
     """What is known of a constant's entries."""
     if not data.size or data.size > _MOST_CONSTANT or data.dtype.kind not in "biuf":
@@ -117,16 +127,18 @@ def _known_of(data: NDArray[Any]) -> Known:
     return Known(*found)
 
 
-def _known_between(data: NDArray[Any], row: int, column: int) -> Known:
+def _known_between(data: NDArray[Any], row: int, column: int, single: bool) -> Known:
     """What is known of a leading block of a constant between two segments of both its axes, whatever their lengths.
 
     Args:
         data: The constant.
         row: The segment that the last axis but one is in.
         column: The segment of the last axis, which is divided like that: behind it all positions are greater.
+        single: Whether that segment is of one position.
     """
     if row == column:
-        return Known(_span(data), _span(data.diagonal(axis1=-2, axis2=-1)))
+        diagonal = _span(data.diagonal(axis1=-2, axis2=-1))
+        return Known(diagonal if single else _span(data), diagonal)
     whole = np.ones(data.shape[-2:], bool)
     found = data[..., np.triu(whole, 1) if row < column else np.tril(whole, -1)]
     return spans.of(_span(found)) if found.size else UNKNOWN
@@ -191,7 +203,8 @@ class Division:
             node = graph.node[k]
             axis = attribute(node, "axis", 0) % len(facts.sizes[node.output[0]])
             cut = tuple(self.sizes(i)[axis] for i in node.input)
-            self.totals.setdefault(total(cut), cut)
+            joined = tuple(total(cut[a:b]) for a, b in runs([i in self._depends for i in node.input]))
+            self.totals.setdefault(total(cut), joined)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -254,6 +267,8 @@ class Division:
         if name in self.seen:
             return spans.of(self.seen[name])
         data = self.data(name)
+        if data is None and name in self.facts.folded:  # the same along symbolic axes
+            return spans.of(_known_of(self.facts.folded[name][1]).all)
         if data is None:
             return BOOLEAN if self.dtype(name) == TensorProto.BOOL else UNKNOWN
         return _known_of(data)
@@ -451,7 +466,9 @@ class Division:
             cuts = (*tensor.cuts[:axis], cut, *tensor.cuts[axis + 1 :])
             data = self.leading(name) if cuts[-2:] == (cut, cut) else None
             if data is not None and self.data(name) is None and data.size <= _MOST_CONSTANT:
-                parts = {i: replace(p, known=_known_between(data, *i[-2:])) for i, p in parts.items()}
+                parts = {
+                    i: replace(p, known=_known_between(data, i[-2], i[-1], cut[i[-1]] == 1)) for i, p in parts.items()
+                }
             self._cut[key] = Tensor(sizes, cuts, parts, tensor.dtype)
         return self._cut[key]
 

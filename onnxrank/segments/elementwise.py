@@ -45,7 +45,7 @@ def elementwise(d: Division, node: NodeProto) -> Tensor:
         lambda i: any(t.at(i).candidate for t in held),
         lambda i: _entries(node, [t.at(i) for t in held], [c[k] for c, k in zip(cuts, i, strict=True)][::-1]),
     )
-    return _picked(operands, made) if operator(node) == "Where" else made
+    return _picked(node, operands, made)
 
 
 def _opened(d: Division, name: str, tensor: Tensor) -> Tensor:
@@ -77,16 +77,26 @@ def _fitted(d: Division, name: str, tensor: Tensor, cuts: Sequence[Sizes]) -> Te
     return tensor
 
 
-def _picked(given: Sequence[Tensor | None], made: Tensor) -> Tensor:
-    """With segments of Where whose condition is known as the operand that is taken."""
-    when, *branches = given
+def _picked(node: NodeProto, given: Sequence[Tensor | None], made: Tensor) -> Tensor:
+    """With segments that are those of an operand as these: what Where takes for sure, or what is multiplied by 1."""
     parts = dict(made.parts)
     for i in parts:
-        sure = when.at(i).known.all.number if when is not None else None
-        taken = None if sure is None else branches[0 if sure else 1]
+        numbers = [None if t is None else t.at(i).known.all.number for t in given]
+        taken = next((given[k] for k in _taken(operator(node), numbers)), None)
         if taken is not None and taken.sizes_of(taken.own(i)) == made.sizes_of(i):
-            parts[i] = replace(taken.at(i), score=parts[i].score)
+            # Other segments may not be as softmax made them any more.
+            parts[i] = replace(taken.at(i), score=parts[i].score, joint=None)
     return replace(made, parts=parts)
+
+
+def _taken(op: str, numbers: Sequence[float | None]) -> list[int]:
+    """The operands that an elementwise operator gives as they are, by what all entries of each of them are."""
+    if op == "Where":
+        return [] if numbers[0] is None else [1 if numbers[0] else 2]
+    neutral = {"Mul": 1, "And": 1, "Or": 0, "Div": 1}.get(op)
+    if neutral is None or len(numbers) != 2:
+        return []
+    return [k for k in ((0,) if op == "Div" else (0, 1)) if numbers[1 - k] == neutral]
 
 
 def _entries(node: NodeProto, parts: Sequence[Part], sizes: Sequence[Size]) -> tuple[Known, Known | None]:

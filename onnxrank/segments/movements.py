@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxrank import extents as ex
@@ -13,7 +17,7 @@ from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.segments import spans
-from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices, total
+from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices, runs, total
 from onnxrank.segments.spans import UNKNOWN, ZERO, Known, Size, Span
 
 
@@ -160,14 +164,15 @@ def pad(d: Division, node: NodeProto) -> Tensor:
         raise Left
     (axis,) = padded
     cut = d.segments(sizes[axis]) or ()
+    number = np.asarray(fill).astype(helper.tensor_dtype_to_np_dtype(x.dtype)).reshape(())
     ends = range(len(cut) + 1)
     held = ((a, b) for a in ends for b in ends if a < b and total(cut[:a]) == before[axis])
     a, b = next(((a, b) for a, b in held if total(cut[a:b]) == x.sizes[axis]), (0, 0))
     if a == b:
-        raise Left
+        x, a = _padded(d, x, axis, cut, before[axis], number)
+        b = a + 1
     x = d.cut(node.input[0], x, axis, cut[a:b])
     cuts = (*x.cuts[:axis], cut, *x.cuts[axis + 1 :])
-    number = np.asarray(fill).astype(helper.tensor_dtype_to_np_dtype(x.dtype)).reshape(())
     known = spans.of(Span(float(number), float(number)))
     parts = {}
     for i in indices(cuts):
@@ -179,6 +184,41 @@ def pad(d: Division, node: NodeProto) -> Tensor:
             written = d.emit.add("Expand", [d.emit.constant(number), shape]) if number else None
             parts[i] = Part(written, known, None, False)
     return d.made(node.output[0], cuts, parts)
+
+
+def _padded(d: Division, x: Tensor, axis: int, cut: Sizes, before: int, number: NDArray[Any]) -> tuple[Tensor, int]:
+    """A tensor padded to the segment of a sequence that it lies in, and which that is.
+
+    Args:
+        d: The division.
+        x: The tensor.
+        axis: The axis.
+        cut: The segments of the sequence.
+        before: How many entries are put before the tensor, to the sequence.
+        number: What is put there.
+
+    Raises:
+        Left: It lies in several segments.
+    """
+    for k in range(len(cut)):
+        first, last = before - total(cut[:k]), total(cut[: k + 1]) - before - x.sizes[axis]
+        if isinstance(first, int) and isinstance(last, int) and min(first, last) >= 0 and len(x.cuts[axis]) == 1:
+            pads = np.zeros((2, x.rank), np.int64)
+            pads[:, axis] = first, last
+            ends = [d.emit.constant(pads.reshape(-1)), d.emit.constant(number)]
+            known = spans.of(Span(float(number), float(number)))
+            parts = {
+                i: Part(
+                    d.emit.add("Pad", [d.name(x, i), *ends]),
+                    p.known.anywhere().map(Span.hull, known),
+                    None,
+                    p.candidate,
+                )
+                for i, p in x.parts.items()
+            }
+            sizes = (*x.sizes[:axis], cut[k], *x.sizes[axis + 1 :])
+            return Tensor(sizes, (*x.cuts[:axis], (cut[k],), *x.cuts[axis + 1 :]), parts, x.dtype), k
+    raise Left
 
 
 def constant_of_shape(d: Division, node: NodeProto) -> Tensor:
@@ -287,20 +327,43 @@ def concat(d: Division, node: NodeProto) -> Tensor:
         for k in range(rank):
             if k != axis and len(cuts[k]) > 1:
                 given[n] = d.cut(name, given[n], k, cuts[k])
-    parted = tuple(n for t in given for n in t.cuts[axis])
-    if max(len(t.cuts[axis]) for t in given) == 1 and parted not in d.totals.values():
+    pieces = [(t, k) for t in given for k in range(len(t.cuts[axis]))]
+    lengths = [t.cuts[axis][k] for t, k in pieces]
+    sequence = _joined_to(d.totals.get(total(lengths), ()), lengths)
+    if max(len(t.cuts[axis]) for t in given) == 1 and not sequence:
         cuts[axis] = (total(t.cuts[axis][0] for t in given),)
         return d.copies(
             node, cuts, lambda i: [d.name(t, i) for t in given], lambda i: any(t.parts[i].candidate for t in given)
         )
-    cuts[axis] = parted
-    owners = [(t, k) for t in given for k in range(len(t.cuts[axis]))]
+    levels = [any(p.candidate for i, p in t.parts.items() if i[axis] == k) for t, k in pieces]
+    groups = sequence or (runs(levels) if any(levels) else [(k, k + 1) for k in range(len(pieces))])
+    cuts[axis] = tuple(total(lengths[a:b]) for a, b in groups)
     parts = {}
     for i in indices(cuts):
-        t, k = owners[i[axis]]
-        part = t.parts[(*i[:axis], k, *i[axis + 1 :])]
-        parts[i] = replace(part, known=part.known.anywhere(), score=None, joint=None)
+        held = [(t, (*i[:axis], k, *i[axis + 1 :])) for t, k in pieces[slice(*groups[i[axis]])]]
+        parts[i] = _one_of(d, held, axis)
     return d.made(node.output[0], cuts, parts)
+
+
+def _joined_to(cut: Sizes, lengths: Sequence[Size]) -> list[tuple[int, int]]:
+    """Which neighbours are each of the segments of a sequence, from where to where; none if they are not."""
+    ends = [
+        next((b for b in range(len(lengths) + 1) if total(lengths[:b]) == total(cut[:k])), -1)
+        for k in range(len(cut) + 1)
+    ]
+    return list(pairwise(ends)) if cut and ends == sorted(set(ends)) and ends[0] == 0 else []
+
+
+def _one_of(d: Division, held: Sequence[tuple[Tensor, Index]], axis: int) -> Part:
+    """One segment of some that lie side by side."""
+    parts = [t.parts[i] for t, i in held]
+    known = reduce(lambda a, b: a.map(Span.hull, b), (p.known.anywhere() for p in parts))
+    if len(parts) == 1:
+        return replace(parts[0], known=known, score=None, joint=None)
+    if known.all.number == 0:
+        return Part(None, known, None, False)
+    name = d.emit.add("Concat", [d.name(t, i) for t, i in held], {"axis": axis})
+    return Part(name, known, None, any(p.candidate for p in parts))
 
 
 def shape(d: Division, node: NodeProto) -> Tensor:

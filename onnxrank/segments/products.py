@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from onnxrank import extents as ex
 from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
 from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices
@@ -117,7 +118,7 @@ def _added(
             used = [k for k in held if k not in once]
     for k in used:
         made = d.copy(node, [d.name(a, pairs[k][0]), d.name(b, pairs[k][1])], i)
-        some = len(sizes) > 1 and isinstance(sizes[k], Expr) and len(used) > 1
+        some = len(sizes) > 1 and ex.bounds(sizes[k])[0] < 1 and len(used) > 1
         terms.append(_or_zero(d, made, sizes[k], a.dtype) if some else made)
     out = terms[0]
     for term in terms[1:]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from onnxrank import extents as ex
 from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
 from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices, total
@@ -97,6 +98,8 @@ def _stretches(segments: Sizes, size: Size, starts: Any, ends: Any) -> list[_Str
     elif starts is not None and int(starts[0]) == 0:
         k = next((k for k in range(1, len(segments) + 1) if total(segments[:k]) == size), 0)
         out = [_Stretch(j, 0, _END, segments[j]) for j in range(k)]
+        if not k and ends is not None and int(ends[0]) < 0:
+            out = _without_the_last(segments, size, -int(ends[0]))
     elif starts is not None and ends is not None and int(starts[0]) < 0 and not 0 <= int(ends[0]) < _END:
         out = _from_the_back(segments, size, -int(starts[0]), -min(int(ends[0]), 0))
     elif ends is not None and int(ends[0]) >= _END:
@@ -105,6 +108,19 @@ def _stretches(segments: Sizes, size: Size, starts: Any, ends: Any) -> list[_Str
     if not out:
         raise Left
     return out
+
+
+def _without_the_last(segments: Sizes, size: Size, dropped: int) -> list[_Stretch]:
+    """What a slice takes up to a position that is counted from the end."""
+    left, k = dropped, len(segments) - 1
+    for n in segments[:0:-1]:
+        if not isinstance(n, int) or n > left:
+            break
+        left, k = left - n, k - 1
+    if k and ex.bounds(segments[k] - left)[0] < 0:
+        raise Left
+    whole = [_Stretch(j, 0, _END, n) for j, n in enumerate(segments[:k])]
+    return [*whole, _Stretch(k, 0, -left or _END, size - total(segments[:k]))]
 
 
 def _from_the_back(segments: Sizes, size: Size, first: int, last: int) -> list[_Stretch]:

@@ -171,6 +171,8 @@ def test_extents_that_are_equal_wherever_a_model_runs() -> None:
     assert ex.within(ex.minimum(L + 5, 1005) * 2, {"S:L": 1000}) == L * 2 + 10
     assert isinstance(ex.within(ex.minimum(L + 5, 1004), {"S:L": 1000}), Expr)
     assert ex.within(ex.minimum(L + 5, 1004), {"S:L": 1000}) != L + 5
+    inner = ex.maximum(ex.minimum(L + 5, 1005) - L - 3, 0)
+    assert ex.within(inner, {"S:L": 1000}) == 2
 
 
 def test_what_is_never_the_least_is_no_operand() -> None:

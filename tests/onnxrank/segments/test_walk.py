@@ -265,6 +265,76 @@ def test_a_pyramid(own: int) -> None:
     assert [str(n) for n in found] == ["N", "5", str(D)]
 
 
+def _with_user_tokens() -> Sequence:
+    """Tokens of the history, a separator, two of the user, and two of the candidate."""
+    g = Graph(17)
+    given = [request("h", "L", D), request("u", 2, D), candidate("c", 2, D), request("seen", "L")]
+    h, u, c, _ = (i.declare(g) for i in given)
+    separator = g.op("Mul", g.op("Slice", u, g.ints(0), g.ints(1), g.ints(1)), g.const(0.5))
+    return Sequence(g, g.op("Concat", h, separator, u, c, axis=1), given, 2)
+
+
+def _own_layers(s: Sequence) -> str:
+    """A layer for all tokens but the last three, and another for each of these, of which one is the user's."""
+    g = s.graph
+    shared = sq.fc(s, g.op("Slice", s.tokens, g.ints(0), g.ints(-3), g.ints(1)))
+    rest = g.op("Slice", s.tokens, g.ints(-3), g.ints(1 << 40), g.ints(1))
+    rest = g.op("MatMul", g.op("Transpose", rest, perm=[1, 0, 2]), g.const(np.arange(3 * D * D).reshape(3, D, D) / 9))
+    return g.op("Concat", shared, g.op("Transpose", rest, perm=[1, 0, 2]), axis=1)
+
+
+def _padded_flags(s: Sequence) -> str:
+    g = s.graph
+    flags = g.on_axes("Unsqueeze", g.op("Pad", "seen", g.ints(0, 0, 0, 5), g.const(3.0)), [2])
+    return g.op("Add", s.tokens, flags)
+
+
+OF_SEVERAL: dict[str, Build] = {
+    "fc": lambda s: sq.fc(s, s.tokens),
+    "own layers": _own_layers,
+    "padded flags": _padded_flags,
+    "pyramid": lambda s: s.graph.op("Concat", _pyramid(s), s.graph.op("Neg", _pyramid(s)), axis=2),
+    "softmax over tokens": _op("Softmax", axis=1),
+    "all but the candidate's": lambda s: s.graph.op(
+        "Slice", s.tokens, s.graph.ints(0), s.graph.ints(-2), s.graph.ints(1)
+    ),
+    "all but more": lambda s: s.graph.op("Slice", s.tokens, s.graph.ints(0), s.graph.ints(-4), s.graph.ints(1)),
+}
+"""What is read of a sequence of several parts that are the request's."""
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL)
+def test_neighbours_that_are_the_requests_are_one_segment(name: str) -> None:
+    s = _with_user_tokens()
+    s.graph.output(s.graph.op("Sigmoid", OF_SEVERAL[name](s)), None)
+    model = s.graph.model()
+    made = divided(model, s.given)
+    assert_equal(model, made, s.given, 1e-6)
+    assert operators(made).count("Sigmoid") == (1 if name.startswith("all but") else 2)
+    assert not [n for n in made.graph.node if n.op_type == "Concat" and set(n.input) >= {"h", "c"}]
+
+
+@pytest.mark.parametrize("op", ["Mul", "Div", "Where"])
+def test_a_mask_behind_softmax_that_shows_all_of_a_segment(op: str) -> None:
+    """Weights of the candidate stay as they are, which stand before those of the history that do not."""
+    s = sq.sequence(first=True)
+    g = s.graph
+    row = g.op("Cast", g.op("Greater", "seen", g.const(0.0)), to=int(TensorProto.FLOAT))
+    shown = g.op("Pad", g.op("Add", row, g.const(0.5)), g.ints(0, 1, 0, 0), g.const(1.0))
+    shown = g.on_axes("Unsqueeze", shown, [1])
+    weights = g.op("Softmax", _scores(s), axis=-1)
+    if op == "Where":
+        weights = g.op("Where", g.op("Equal", shown, g.const(1.0)), weights, g.const(0.25))
+    else:
+        weights = g.op(op, weights, shown)
+    g.output(g.op("MatMul", weights, s.tokens), None)
+    model = g.model()
+    made = divided(model, s.given)
+    assert_equal(model, made, s.given, 1e-6)
+    if op != "Where":
+        assert operators(made).count(op) == 2, "one for the rows of the candidate, and one for those of the history"
+
+
 def test_the_candidate_first() -> None:
     s = sq.sequence(first=True)
     s.graph.output(s.graph.op("Gather", s.tokens, s.graph.const(0, np.int64), axis=1), None)
