@@ -25,7 +25,7 @@ RESOLUTION = 0.02
 NARROW = 0.01
 """Half the width of an interval, relative to its middle, that is narrow enough to stop."""
 _TURN = 0.05  # seconds that a turn should take
-_LONG = 0.25  # seconds of a run that gains nothing from warm caches
+_LONG = 0.25  # seconds of a run that gains nothing from warm caches, and that a turn takes at most if it is one of many
 _MOST_IN_TURN = 50
 _FEWEST_ROUNDS = 12
 _LOOK_AGAIN = 1.25  # times as many rounds
@@ -69,9 +69,9 @@ def interleave(runs: Sequence[Run], seconds: float, clock: Callable[[], float] =
     """
     begin = clock()
     warm = [run(k) for k in range(3) for run in runs][len(runs) :]
-    each = max(min(warm), 1e-7)
-    again = each < _LONG
-    count = min(max(1 + again, round(_TURN / each)), _MOST_IN_TURN)
+    fast, slow = max(min(warm), 1e-7), max(*warm, 1e-7)
+    again = slow < _LONG
+    count = max(1 + again, min(round(_TURN / fast), round(_LONG / slow), _MOST_IN_TURN))
     rounds: list[list[list[float]]] = []
     settled, look = False, _FEWEST_ROUNDS
     while not settled:

@@ -46,8 +46,6 @@ def measure(job: Job) -> bool:
                 return False
         job.measured, job.without = timed(job, race, job.form, 0.5), job.form.choice.without
         reason = f"measured {tune.told(job.measured)}"
-        needed = tune.needed(job.measured)
-        hint = "" if needed is None else f" (--slowdown {needed} would allow that)"
         if not (
             _faster(job, job.measured)
             or (job.form is not crossed and _with_few(job, race))
@@ -55,6 +53,8 @@ def measure(job: Job) -> bool:
             or _other(job, race, reason)
         ):
             job.measured = ()
+            allowed = [n for times in job.slow if (n := tune.needed(times)) is not None]
+            hint = f" (--slowdown {min(allowed)} would allow what was timed)" if allowed else ""
             job.give_up("tune", reason + hint)
     except ModelError as e:
         job.give_up("tune", f"it could not be timed: {e}")
@@ -153,13 +153,16 @@ def _patient(job: Job) -> bool:
 
 
 def _faster(job: Job, times: Sequence[Measured]) -> bool:
-    """Whether what was timed is faster, and nowhere slower by more than is allowed."""
-    return tune.faster(times, job.options.slowdown)
+    """Whether what was timed is faster, and nowhere slower by more than is allowed; if not, that is kept in mind."""
+    found = tune.faster(times, job.options.slowdown)
+    if not found:
+        job.slow.append(tuple(times))
+    return found
 
 
 def _rank(job: Job, times: Sequence[Measured]) -> tuple[bool, float]:
     """What is faster comes first, by the mean; of the rest, what is least slow where it is slowest."""
-    found = _faster(job, times)
+    found = tune.faster(times, job.options.slowdown)
     return found, tune.mean(times) if found else tune.worst(times)
 
 

@@ -64,6 +64,14 @@ def test_short_runs_are_many_in_a_turn_and_the_first_does_not_count() -> None:
     assert (rounds.seconds == 1e-3).all()
 
 
+def test_a_model_that_is_much_slower_does_not_have_its_runs_by_the_fast_one() -> None:
+    """At most the time of three rounds of one run each, however many runs of the other one fit into a turn."""
+    machine = Machine()
+    slow, fast = machine.model("s", lambda k: 0.8), machine.model("f", lambda k: 1e-3)
+    rounds = interleave([slow, fast], 1, machine.clock)
+    assert machine.log.count("s") == 3 + 3 and rounds.seconds.shape == (2, 3, 1)
+
+
 def test_stops_when_narrow() -> None:
     machine = Machine()
     steady = interleave([machine.model(n, noisy(1e-2, 0.001, k)) for k, n in enumerate("ab")], 1000, machine.clock)
