@@ -203,3 +203,11 @@ def rename_captured(node: NodeProto, names: Mapping[str, str]) -> None:
         for o in graph.output:
             if o.name not in local and o.name in names:
                 o.name = names[o.name]
+
+
+def kind(node: NodeProto) -> bytes:
+    """What a node does to its operands, whatever it and they are called."""
+    plain = NodeProto(op_type=node.op_type, domain=node.domain)
+    plain.attribute.extend(sorted(node.attribute, key=lambda a: a.name))
+    plain.output.extend("x" if o else "" for o in node.output)
+    return bytes(plain.SerializeToString(deterministic=True))

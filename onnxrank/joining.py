@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from onnxrank.graphs import captured, claimed, names_in, reads, rename, subgraphs, versions
+from onnxrank.graphs import captured, claimed, kind, names_in, reads, rename, subgraphs, versions
 from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
@@ -153,7 +153,7 @@ class _Numbers:
             if t.name not in out:  # what a caller may give in its place is an input
                 out[t.name] = self._number(("stored", _content(t)))
         for k, node in enumerate(graph.node):
-            key: tuple[Any, ...] = ("node", _kind(node), *(out[i] for i in node.input))
+            key: tuple[Any, ...] = ("node", kind(node), *(out[i] for i in node.input))
             if subgraphs(node):
                 key = ("alone", id(graph), k)
             out |= {o: self._number((key, at)) for at, o in enumerate(node.output) if o}
@@ -169,14 +169,6 @@ def _content(t: TensorProto) -> bytes:
     plain.CopyFrom(t)
     plain.ClearField("name")
     plain.ClearField("doc_string")
-    return bytes(plain.SerializeToString(deterministic=True))
-
-
-def _kind(node: NodeProto) -> bytes:
-    """What a node does to its operands."""
-    plain = NodeProto(op_type=node.op_type, domain=node.domain)
-    plain.attribute.extend(sorted(node.attribute, key=lambda a: a.name))
-    plain.output.extend("x" if o else "" for o in node.output)
     return bytes(plain.SerializeToString(deterministic=True))
 
 
@@ -239,7 +231,7 @@ class _Join:
 
     def _alike(self, few: NodeProto, many: NodeProto) -> bool:
         """Whether two nodes do the same to what nodes give, and with the same of what is stored or fed."""
-        if subgraphs(many) or _kind(few) != _kind(many) or len(few.input) != len(many.input):
+        if subgraphs(many) or kind(few) != kind(many) or len(few.input) != len(many.input):
             return False
         read = list(zip(few.input, many.input, strict=True))
         made = ((a in self.few.makers and b in self.many.makers) for a, b in read)
@@ -538,6 +530,6 @@ def _condition(
             helper.make_node("Gather", [names["shape"], names["axis"]], [names["rows"]], axis=0),
         ]
     last = read[-1]
-    same = next((n for n in front if n.input == last.input and _kind(n) == _kind(last)), None)
+    same = next((n for n in front if n.input == last.input and kind(n) == kind(last)), None)
     less = helper.make_node("Less", [(same or last).output[0], names["below"]], [names["few"]])
     return [*([] if same else read), less], stored

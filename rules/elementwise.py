@@ -30,6 +30,7 @@ from onnxrank.values import (
     Level,
     OpenProduct,
     Source,
+    Unrepresentable,
     Value,
     broadcast_dims,
     canonical,
@@ -132,6 +133,10 @@ class _Elementwise:
         same = neutral(self.node, values, dims)
         if same is not None:
             return same
+        if len(set(symbols(dims))) < len(symbols(dims)):  # which of the axes entries vary along is not told
+            if any(v.whole is None for v in values):
+                raise Unrepresentable("two axes of one extent")
+            return self._entire(values, dims)
         unread = rw.needed.get(self.node.output[0])
         if not unread and _merges_differently(rw, values, dims):
             made = self.of([as_split(v, dims) for v in values])

@@ -84,7 +84,7 @@ def _run_level(
             continue
         pair = t if t is not None and not any(isinstance(x, ModelError) for x in t) else None
         for k in engine.shared:
-            if p.candidates == 0 and engine.emptiness.vacuous(k, a[k], b[k]):
+            if p.candidates == 0 and engine.emptiness.vacuous(p, k, a[k], b[k]):
                 continue
             truth = pair[0][k] if pair is not None else None  # type: ignore[index]
             raised = pair[1][k] if pair is not None else None  # type: ignore[index]

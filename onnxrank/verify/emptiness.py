@@ -12,7 +12,7 @@ from onnxrank.errors import ModelError
 from onnxrank.graphs import live
 from onnxrank.verify import compare
 from onnxrank.verify.options import LEVELS
-from onnxrank.verify.side import MODEL, run_once
+from onnxrank.verify.side import MODEL, Side, run_once
 from onnxrank.workers import Crashed
 
 if TYPE_CHECKING:
@@ -32,14 +32,15 @@ class Emptiness:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def vacuous(self, name: str, a: NDArray[Any], b: NDArray[Any], lengths: str = "") -> bool:
+    def vacuous(self, p: Point, name: str, a: NDArray[Any], b: NDArray[Any], lengths: str = "") -> bool:
         """Whether an output says nothing where there are no candidates, or nothing along a length; told, if so.
 
         That is where the original breaks its own promise of a shape; and where neither model gives any entry, for then
         their extents are all that can differ: a `Reshape` takes a computed extent of 0 for that of its operand, and
-        fused kernels forget rows.
+        fused kernels forget rows. If the second model breaks the promise, it has to be the fault of a kernel.
 
         Args:
+            p: The request.
             name: The output.
             a: What the original gives.
             b: What the other model gives.
@@ -50,13 +51,16 @@ class Emptiness:
         if not self.declares(name, a):
             self.malformed(name, a, lengths)
             return True
-        if a.size or b.size or not self.declares(name, b):
+        if a.size or b.size:
+            return False
+        fault = "" if self.declares(name, b) else self._misshapen(p, self.engine.optimized)
+        if not fault and not self.declares(name, b):
             return False
         self.engine.report.find(
             "rounding",
             "empty",
             f"With {lengths or 'no candidates'} no entries are left of {name!r}: the original gives {list(a.shape)}, "
-            f"the optimized model {list(b.shape)}.",
+            f"the optimized model {list(b.shape)}{fault and ', which is the fault of onnxruntime: ' + fault}.",
             "note",
         )
         return True
@@ -75,10 +79,7 @@ class Emptiness:
         """
         if isinstance(why, Crashed):
             return False
-        try:
-            reason = self._misshapen(p)
-        except ModelError:
-            reason = ""
+        reason = self._misshapen(p, self.engine.original)
         if not reason:
             session = f"{provider}/{LEVELS[0]}"
             a, b = run_once(
@@ -87,7 +88,7 @@ class Emptiness:
             if isinstance(a, ModelError) or isinstance(b, ModelError):
                 return False
             if any(
-                compare.gap(a[k], b[k]).largest > 0 and not self.vacuous(k, a[k], b[k], lengths)
+                compare.gap(a[k], b[k]).largest > 0 and not self.vacuous(p, k, a[k], b[k], lengths)
                 for k in self.engine.shared
             ):
                 return False
@@ -102,29 +103,37 @@ class Emptiness:
         )
         return True
 
-    def _misshapen(self, p: Point) -> str:
-        """Which tensor inside the original has not the shape that ONNX gives it on a request; empty if all have."""
-        model = files.without_external(files.flattened(self.engine.original.proto))
+    def _misshapen(self, p: Point, side: Side) -> str:
+        """Which tensor inside a model has not the shape that ONNX gives it on a request; empty if all have."""
+        model = onnx.ModelProto()
+        model.CopyFrom(files.without_external(files.flattened(side.proto)))
+        for o in model.graph.output:  # what it declares is a promise, no operator's
+            o.type.tensor_type.ClearField("shape")
         try:
-            inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+            graph = onnx.shape_inference.infer_shapes(model).graph
         except Exception:  # whatever it stumbles over, nothing is known then
             return ""
         shapes = {
             v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
-            for v in inferred
+            for v in (*graph.value_info, *graph.output)
             if v.type.tensor_type.HasField("shape")
         }
         made = [o for n in live(model).graph.node for o in n.output if o in shapes]
-        self.engine.original.call("expose", key=_INSIDE, of=MODEL, names=made)
-        self.engine.original.open(_INSIDE, key=_INSIDE, level=LEVELS[0], precision=self.engine.precision)
-        (answer,) = self.engine.original.run(_INSIDE, [p.feed], made)
-        self.engine.original.call("close", session=_INSIDE)
+        feed = p.feed if side is self.engine.original else p.bound
+        try:
+            side.call("expose", key=_INSIDE, of=MODEL, names=made)
+            side.open(_INSIDE, key=_INSIDE, level=LEVELS[0], precision=self.engine.precision)
+            (answer,) = side.run(_INSIDE, [feed], made)
+            side.spare(_INSIDE)
+        except ModelError:
+            return ""
         if isinstance(answer, ModelError):
-            raise answer
+            return ""
         for name in made:
             have, want = answer[name].shape, shapes[name]
             if len(have) != len(want) or any(n not in (None, m) for m, n in zip(have, want, strict=True)):
-                return f"inside the original it gives {name!r} the shape {list(have)}"
+                where = "the original" if side is self.engine.original else "the optimized model"
+                return f"inside {where} it gives {name!r} the shape {list(have)}"
         return ""
 
     def declares(self, name: str, data: NDArray[Any]) -> bool:

@@ -102,7 +102,7 @@ class Reach:
         for (point, pairs), truth in zip(ran, truths, strict=True):
             for provider, a, b in pairs:
                 for k in engine.shared:
-                    if _empty(point) and engine.emptiness.vacuous(k, a[k], b[k], _lengths(point)):
+                    if _empty(point) and engine.emptiness.vacuous(point, k, a[k], b[k], _lengths(point)):
                         continue
                     pair = (truth[0][k], truth[1][k]) if truth is not None else (None, None)
                     engine.samples.append(

@@ -354,6 +354,18 @@ def test_rows_merged_with_fields() -> None:
     optimised(g, given)
 
 
+def test_candidates_against_positions_of_all() -> None:
+    """[N, 5, 1] with [N * L]: of a result with two axes of candidates nothing is divided, and nothing fails."""
+    given = [request("u", 4), request("h", "L"), candidate("c", 5)]
+    g = Graph()
+    u, h, c = (i.declare(g) for i in given)
+    pairs = g.op("Sub", g.op("Unsqueeze", c, g.ints(2)), g.op("Reshape", h, g.ints(-1)))
+    y = g.op("Add", c, g.on_axes("ReduceMax", pairs, [2], keepdims=0))
+    g.output(g.op("Concat", y, g.op("Relu", u), axis=1), ["N", 9])
+    result = optimised(g, given, counts=(1, 2, 5), lengths=({"L": 1}, {"L": 7}))
+    assert result.changed and "internal error" not in refusals(result)
+
+
 @pytest.mark.parametrize("kind", ["float", "all nan", "int"])
 def test_guard(kind: str) -> None:
     """Under `same`, rows that differ give NaN; rows that agree in being NaN do not count as different."""

@@ -339,6 +339,12 @@ def test_structure() -> None:
 
     assert "other attributes or documentation" in messages(changed(document), "error")
 
+    def anew(m: ModelProto) -> None:
+        node = next(n for n in m.graph.node if n.name == kept.name)
+        node.name, node.doc_string = "made/anew", "y"
+
+    assert not changed(anew).errors
+
     def weights(m: ModelProto) -> None:
         t = next(t for t in m.graph.initializer if t.name == "user_tower.0.bias")
         t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t) + 0, t.name))

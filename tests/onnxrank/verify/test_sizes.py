@@ -345,6 +345,27 @@ def test_runtime_that_fails_without_candidates(make: Callable[[bool], ModelProto
     assert all(words in f.message and f.severity == "warning" for f in told)
 
 
+@pytest.mark.parametrize("length", [4, "L"])
+def test_wrong_shape_of_nothing_in_the_second_model_alone(length: int | str) -> None:
+    """A kernel forgets that it reduces where there is nothing to add up; the original brings that into shape again."""
+
+    def made(shaped: bool) -> ModelProto:
+        g = Graph(17)
+        x = g.input("x", ["N", length, 3])
+        y = g.on_axes("ReduceSum", x, [-1], keepdims=1)
+        if shaped:
+            parts = [g.op("Gather", g.op("Shape", x), g.ints(k)) for k in (0, 1)]
+            g.op("Reshape", y, g.op("Concat", *parts, g.ints(1), axis=0), allowzero=1)
+        g.nodes[-1].output[0] = "score"
+        g.output("score", ["N", length, 1])
+        return g.model()
+
+    report = verify(made(True), made(False))
+    assert report.passed, report.errors
+    told = [f for f in report.findings if "which is the fault of onnxruntime: inside the optimized model" in f.message]
+    assert bool(told) == FAULTY
+
+
 def test_numbers_that_nothing_is_known_of_are_told() -> None:
     made = numbered("Greater", 5000, table=False)()
     found = verify(made.original, made.original, Options(roles=made.roles))
