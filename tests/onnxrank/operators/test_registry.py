@@ -16,6 +16,7 @@ MODULES = [p for f in ("onnxrank", "rules") for p in sorted((ROOT / f).rglob("*.
 NAMES = {s.name for s in onnx.defs.get_all_schemas()} | {name.rpartition("::")[2] for name in REGISTRY}
 NAMED = {
     "onnxrank/fused.py: SAVED": "what it writes out, each in its own way",
+    "onnxrank/emitter.py: _PASSED_BY": "what onnxruntime moves a Transpose through, into a product",
     "onnxrank/views.py: _NOT_TAKEN_IN": "what onnxruntime does behind nodes that were written",
     "onnxrank/loops.py: REDUCTIONS": "how the loops of EmbeddingBag reduce bags",
     "onnxrank/epilogues.py: _ACTIVATIONS": "what onnxruntime makes a part of a product",
