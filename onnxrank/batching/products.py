@@ -34,6 +34,8 @@ def matmul(site: Site, a: Tensor, b: Tensor, sizes: tuple[Size, ...], output: st
     """
     if a.rows is not None and b.rows is not None and a.each != b.each and min(a.rank, b.rank) > 1:
         return _packed(site, a, b, sizes)
+    if a.rows is None and b.rows is None:  # of a Gemm whose addend alone is the request's
+        return Tensor(site.emit.add("MatMul", [a.name, b.name], hint=output), sizes, None)
     left, right, rows = _operands(site, a, b, sizes)
     return Tensor(site.emit.add("MatMul", [left, right], hint=output), sizes, rows)
 

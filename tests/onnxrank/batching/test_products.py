@@ -76,6 +76,16 @@ def test_einsum(keys: list[int], own: list[int], equation: str, form: dict[str, 
     _held(g.model(), keys, form)
 
 
+def test_a_product_of_constants_that_the_request_is_added_to() -> None:
+    """As a bias goes through a layer, to which a product of the user's features is added."""
+    g = Graph(17)
+    given, item = g.input("keys", [1, 5]), g.input("item", ["N", 8])
+    added = g.op("Gemm", g.const(whole_numbers(1, 3, seed=1)), g.const(whole_numbers(3, 5, seed=2)), given)
+    g.output(g.op("Add", g.op("MatMul", item, g.const(whole_numbers(8, 5, seed=3))), added), None)
+    for form in FORMS:
+        _held(g.model(), [1, 5], form)
+
+
 def test_tiles() -> None:
     """Of candidates, along their axis and others, and of what is the request's."""
     g = Graph(17)
