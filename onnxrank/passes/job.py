@@ -63,7 +63,7 @@ class Job:
         full: The form with all rules.
         pair: The chosen form, and another one for few candidates; None where it holds for any number.
         measured: What timing gave.
-        slow: What it gave of ways that were not taken.
+        tried: What it gave of every way that was timed.
         blocks: Most candidates of a block, where they are scored in blocks; 0 where they are not.
         blocks_from: The number of candidates from which on they are; 0 for any number.
         kept: Whether the passes so far left anything to go on with.
@@ -92,7 +92,7 @@ class Job:
         self.full: Form | None = None
         self.pair: Pair | None = None
         self.measured: tuple[Measured, ...] = ()
-        self.slow: list[tuple[Measured, ...]] = []
+        self.tried: list[tuple[Measured, ...]] = []
         self.blocks = self.blocks_from = 0
         self.kept = True
         self.spent = 0.0

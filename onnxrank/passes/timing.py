@@ -53,7 +53,8 @@ def measure(job: Job) -> bool:
             or _other(job, race, reason)
         ):
             job.measured = ()
-            allowed = [n for times in job.slow if (n := tune.needed(times)) is not None]
+            slow = [times for times in job.tried if not _faster(job, times)]
+            allowed = [n for times in slow if (n := tune.needed(times)) is not None]
             hint = f" (--slowdown {min(allowed)} would allow what was timed)" if allowed else ""
             job.give_up("tune", reason + hint)
     except ModelError as e:
@@ -153,16 +154,13 @@ def _patient(job: Job) -> bool:
 
 
 def _faster(job: Job, times: Sequence[Measured]) -> bool:
-    """Whether what was timed is faster, and nowhere slower by more than is allowed; if not, that is kept in mind."""
-    found = tune.faster(times, job.options.slowdown)
-    if not found:
-        job.slow.append(tuple(times))
-    return found
+    """Whether what was timed is faster, and nowhere slower by more than is allowed."""
+    return tune.faster(times, job.options.slowdown)
 
 
 def _rank(job: Job, times: Sequence[Measured]) -> tuple[bool, float]:
     """What is faster comes first, by the mean; of the rest, what is least slow where it is slowest."""
-    found = tune.faster(times, job.options.slowdown)
+    found = _faster(job, times)
     return found, tune.mean(times) if found else tune.worst(times)
 
 
@@ -179,6 +177,7 @@ def timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto 
     points = tune.between(job.options.span, job.options.usual)
     if points and _faster(job, found):  # sessions see the usual number first, as a server's do
         found += _raced(job, race_of(job, (job.options.usual, *points)), form, share, made)[1:]
+    job.tried.append(found)
     return found
 
 

@@ -53,14 +53,14 @@ class Emptiness:
             return True
         if a.size or b.size:
             return False
-        fault = "" if self.declares(name, b) else self._misshapen(p, self.engine.optimized)
-        if not fault and not self.declares(name, b):
+        fault = None if self.declares(name, b) else self._misshapen(p, self.engine.optimized)
+        if fault == "":
             return False
         self.engine.report.find(
             "rounding",
             "empty",
             f"With {lengths or 'no candidates'} no entries are left of {name!r}: the original gives {list(a.shape)}, "
-            f"the optimized model {list(b.shape)}{fault and ', which is the fault of onnxruntime: ' + fault}.",
+            f"the optimized model {list(b.shape)}{', which is the fault of onnxruntime: ' + fault if fault else ''}.",
             "note",
         )
         return True
@@ -105,8 +105,7 @@ class Emptiness:
 
     def _misshapen(self, p: Point, side: Side) -> str:
         """Which tensor inside a model has not the shape that ONNX gives it on a request; empty if all have."""
-        model = onnx.ModelProto()
-        model.CopyFrom(files.without_external(files.flattened(side.proto)))
+        model = files.without_external(files.flattened(side.proto))
         for o in model.graph.output:  # what it declares is a promise, no operator's
             o.type.tensor_type.ClearField("shape")
         try:

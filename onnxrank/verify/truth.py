@@ -14,7 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from onnxrank import facts, fused, runtime
 from onnxrank.errors import ModelError
-from onnxrank.graphs import names_in, reads, subgraphs, unused, versions
+from onnxrank.graphs import claimed, names_in, reads, subgraphs, versions
 from onnxrank.model import tensor_data, tensors
 from onnxrank.operators import domain_of, element_type
 from onnxrank.study import element_types
@@ -125,7 +125,7 @@ def raised(model: ModelProto, folder: str | os.PathLike[str] | None = None) -> M
     def casts(node: NodeProto) -> Iterator[NodeProto]:
         for k, name in enumerate(node.output):
             if name and element_type(node, k, version.get(domain_of(node), 1), {}) in _NARROWER:
-                node.output[k] = unused(f"{name}/own", taken)
+                node.output[k] = claimed(f"{name}/own", taken)
                 yield helper.make_node("Cast", [node.output[k]], [name], to=TensorProto.DOUBLE)
 
     def graph(g: GraphProto) -> None:
