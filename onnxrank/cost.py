@@ -30,8 +30,10 @@ _LINE = 64
 """Bytes of a row up to which copying it takes as long as finding it."""
 _WORD = 8
 """Bytes that a Transpose moves as one number."""
-CACHE = 1 << 20
-"""Bytes of a tensor up to which it is still in a core's cache when the next operator reads it."""
+CACHE = 3 << 18
+"""Bytes that an operator goes through up to which they are still in a core's cache when the next one reads them."""
+_SPILLED = 7 << 18
+"""Bytes from which on none of them are."""
 WIDE = 512
 """Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
 
@@ -48,14 +50,23 @@ _WIDTHS = {
 }
 
 
+def spilled(size: int) -> float:
+    """Which share of so many bytes has left a core's cache when the next operator reads them."""
+    return min(1.0, max(0.0, (size - CACHE) / (_SPILLED - CACHE)))
+
+
 @dataclass(frozen=True)
 class Rate:
-    """Seconds that operators of a kind take per launch, byte, run of bytes that lie together, and multiply-add."""
+    """Seconds that operators of a kind take per launch, byte, run of bytes that lie together, and multiply-add.
+
+    `far` are further seconds per run that comes from beyond a core's cache.
+    """
 
     launch: float
     byte: float
     run: float = 0.0
     mac: float = 0.0
+    far: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,11 @@ class Bill:
 
     Attributes:
         kind: Which rate holds.
-        bytes: Bytes that it writes; of a reduction, that it reads.
+        bytes: Bytes that it writes; of a reduction, that it reads; of an elementwise operator, the more of both; of a
+            recurrent layer, those of its state at every step.
         runs: Of data movement, and of operands that are broadcast, the number of pieces that lie together; of stacks of
-            products, the number of products; of what goes by rows, that of rows; of a reduction, that of results.
+            products, the number of products; of what goes by rows, that of rows; of a reduction, that of results; of a
+            recurrent layer, that of steps of all rows.
         macs: Multiply-adds.
         launches: Operators that it stands for; 0 for what costs nothing at all.
         denormals: Weights of a softmax that masks make denormal numbers.
@@ -88,7 +101,7 @@ class Target:
         launch, byte, mac: Seconds per operator run, byte written and multiply-add, where nothing more is known.
         rates: The same by kind of operator, where that is known; `scripts/calibrate.py` measures it.
         call: Seconds that a request takes before any operator runs, and after.
-        spill: Further seconds per byte of a tensor that does not stay in a core's cache.
+        spill: Further seconds per byte that does not stay in a core's cache.
         denormal: Further seconds that a softmax and the product behind it take for a denormal weight
             (`scripts/underflow.py` measures it).
     """
@@ -110,9 +123,9 @@ class Target:
         if not bill.launches:
             return 0.0
         rate = self.rate(bill.kind)
-        byte = rate.byte + (self.spill if bill.bytes > CACHE else 0.0)
-        steps = bill.launches * rate.launch + bill.bytes * byte + bill.runs * rate.run + bill.macs * rate.mac
-        return steps + bill.denormals * self.denormal
+        steps = bill.launches * rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
+        beyond = spilled(bill.bytes) * (bill.bytes * self.spill + bill.runs * rate.far)
+        return steps + beyond + bill.denormals * self.denormal
 
 
 _STEP = 0.34e-6
@@ -122,7 +135,7 @@ CPU = Target(
     mac=0.0127e-9,
     rates={
         "view": Rate(0.42e-6, 0.0),
-        "elementwise": Rate(_STEP, 0.042e-9),
+        "elementwise": Rate(_STEP, 0.038e-9),
         "broadcast": Rate(_STEP, 0.049e-9, run=12.5e-9),
         "where": Rate(_STEP, 0.031e-9, run=18.5e-9),
         "function": Rate(_STEP, 0.104e-9),
@@ -130,7 +143,7 @@ CPU = Target(
         "lookup": Rate(_STEP, 0.030e-9, run=9.7e-9),
         "regroup": Rate(_STEP, 0.024e-9, run=2.0e-9),
         "regroup far": Rate(_STEP, 0.029e-9, run=4.4e-9),
-        "copy": Rate(_STEP, 0.040e-9, run=2.0e-9),
+        "copy": Rate(_STEP, 0.040e-9, run=2.0e-9, far=4e-9),
         "expand": Rate(_STEP, 0.031e-9, run=3.1e-9),
         "transpose": Rate(_STEP, 0.031e-9, run=0.45e-9),
         "permute": Rate(_STEP, 0.031e-9, run=2.3e-9),
@@ -142,10 +155,11 @@ CPU = Target(
         "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
         "trees": Rate(5e-6, 0.030e-9, mac=5.5e-9),
-        "recurrent": Rate(2.5e-6, 0.030e-9, mac=0.30e-9),
+        "recurrent": Rate(2.5e-6, 1.75e-9, run=90e-9, mac=0.022e-9),
+        "weights": Rate(0.0, 0.045e-9),
     },
     call=9.7e-6,
-    spill=0.076e-9,
+    spill=0.020e-9,
 )
 """One core of an x86 server, onnxruntime on one thread; `scripts/calibrate.py --models` fits it to whole models."""
 
@@ -175,10 +189,12 @@ class Runs:
     Attributes:
         nodes: One of each kind, with how many there are.
         sums: Additions right behind products.
+        weights: Bytes of the constants that they read as a whole.
     """
 
     nodes: tuple[tuple[NodeProto, int], ...]
     sums: tuple[ProductSum, ...]
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -326,7 +342,9 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     if what & _COUNTED:
         macs = _macs(node, shape)
         if Trait.RECURRENT in what:
-            return Bill("recurrent", written, 0, macs)
+            sequence, again = (shape(i) or () for i in (node.input[0], node.input[2]))
+            steps = prod(sequence[:2]) * prod(again[:1])
+            return Bill("recurrent", shapes.width(node.input[0]) * steps * prod(again[-1:]), steps, macs)
         stack = _products(node, shape)
         return Bill("stack" if stack else "product", written, stack, macs)
     if out is None or not node.input:
@@ -361,10 +379,12 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     if Trait.REDUCTION in what:
         kind = "reduce" if first[-1:] != (1,) and (len(out) < len(first) or out[-1] == 1) else "reduce across"
         return Bill(kind, shapes.width(node.input[0]) * prod(first), entries)
-    spans = _spans(out, [s for i in node.input if i and (s := shape(i)) is not None])
+    operands = [(i, s) for i in node.input if i and (s := shape(i)) is not None]
+    spans = _spans(out, [s for _, s in operands])
     if op == "Where":  # each side in a pass of its own, and both together in a third
         return Bill("where", written, spans)
-    return Bill("broadcast", written, spans) if spans > 1 else Bill("elementwise", written)
+    moved = max(written, sum([shapes.width(i) * prod(s) for i, s in operands]))
+    return Bill("broadcast", moved, spans) if spans > 1 else Bill("elementwise", moved)
 
 
 def transposed(written: int, run: int, runs: int) -> Bill:
@@ -558,7 +578,8 @@ def bills(graph: GraphProto, shapes: Shapes) -> Iterator[Bill]:
     """What the nodes of a graph are billed for that run for a request, as a runtime runs them; those alike together.
 
     It computes what is constant when it loads the model, and adds biases and takes activations within products. What
-    only gives a tensor another shape moves nothing, but runs.
+    only gives a tensor another shape moves nothing, but runs. Weights that do not fit in a core's cache together come
+    from farther away for every request, however many candidates it has.
     """
     for bill, times in _counted(graph, shapes):
         yield from [bill] * times
@@ -577,6 +598,8 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
     if shapes.alike.runs is None:
         shapes.alike.runs = _runs_of(graph, shapes)
     runs = shapes.alike.runs
+    if far := round(spilled(runs.weights) * runs.weights):
+        yield Bill("weights", far), 1
     apart = [(node, 1) for found in runs.sums if not found.adds_row(shapes.shape) for node in found.behind]
     for node, times in (*runs.nodes, *apart):
         bill = billed(node, shapes)
@@ -589,13 +612,18 @@ def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
     within = activations | {n.output[0] for found in sums for n in found.behind}
     found: dict[int, list[Any]] = {}
     running: set[str] = set()
+    fixed, read = set(shapes.initializers), set()
     for node, level in by_rows(graph, shapes):
+        if level == "constant":
+            fixed.update(node.output)
         if level == "constant" or node.op_type in _GONE:
             continue
         running.add(node.output[0])
+        read.update(node.input[1:] if Trait.PICK in traits(node) else node.input)
         if node.output[0] not in within:
             name = _first(node)
             kind = -1 - len(found) if name is None else shapes.kind(node, name)
             found.setdefault(kind, [node, 0])[1] += 1
     counted = tuple((node, times) for node, times in found.values())
-    return Runs(counted, tuple(s for s in sums if s.node.output[0] in running))
+    weights = sum([shapes.width(name) * prod(shapes.shape(name) or ()) for name in sorted(fixed & read)])
+    return Runs(counted, tuple(s for s in sums if s.node.output[0] in running), weights)

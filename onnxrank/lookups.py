@@ -191,19 +191,17 @@ class Lookups:
         if group[0].level is Level.CANDIDATE and any(map(is_candidate_symbol, symbols([group[0].along]))):
             rows *= self._candidates
         ids = sum(x.columns or 1 for x in group)
-        copied = self._copied(group, rows)
-        before = cost.estimate(launches=len(group)) + rows * copied
+        before = cost.estimate(launches=len(group)) + self._copied(group, rows)
         after = cost.estimate(launches=2 * _STEPS) + rows * ids * (_PER_ID + cost.beside(_ID))
         return pays(before, after)
 
     def _copied(self, group: Sequence[_Lookup], rows: int) -> float:
-        """Seconds per row of copying what each lookup gives beside the others, which joined ones need not."""
+        """Seconds of copying what each lookup gives beside the others, which joined ones need not."""
         widths = [(x.columns or 1) * x.width for x in group]
         alone = sum(widths) >= cost.WIDE and all(self._contracted(self._net.nodes[x.place[0]]) for x in group)
         if not alone:  # copied in one piece, then
-            return len(group) * cost.beside(0)
-        spilled = 2 * _FLOAT * sum(widths) * rows > cost.CACHE  # with the copy
-        return sum(map(cost.beside, widths)) + spilled * _FLOAT * sum(widths) * cost.CPU.spill
+            return rows * len(group) * cost.beside(0)
+        return cost.CPU.seconds(cost.Bill("copy", _FLOAT * sum(widths) * rows, len(group) * rows))
 
     def _contracted(self, node: NodeProto) -> bool:
         """Whether products alone read what a node gives, in this shape or another."""

@@ -154,6 +154,9 @@ def cases() -> list[Case]:
             ]
     forests = [(n, *forest) for n in (1, *ROWS) for forest in ((10, 4), (100, 3), (100, 6), (500, 8))]
     out += [Case("trees", "TreeEnsembleRegressor", [(n, 32)], _forest(trees, depth)) for n, trees, depth in forests]
+    for n, width in ((1, 16), (32, 16), (512, 16), (1, 64), (32, 64), (512, 64)):
+        gates = [weights(1, 3 * width, width) for _ in range(2)]
+        out.append(Case("recurrent", "GRU", [(10, n, width), *gates], {"hidden_size": width}))
     out += [Case("product", "MatMul", [(1, k), weights(k, m)]) for k, m in ((64, 64), (256, 256), (1024, 512))]
     return out
 
@@ -335,7 +338,8 @@ def _amounts(bills: Sequence[cost.Bill]) -> Counter[Key]:
         out[b.kind, "run"] += b.runs
         out[b.kind, "mac"] += b.macs
         out["", "denormal"] += b.denormals
-        out["", "spill"] += b.bytes if b.bytes > cost.CACHE else 0
+        out["", "spill"] += cost.spilled(b.bytes) * b.bytes
+        out[b.kind, "far"] += cost.spilled(b.bytes) * b.runs
     return out
 
 

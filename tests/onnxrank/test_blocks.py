@@ -18,7 +18,7 @@ from onnxrank import blocks
 from onnxrank.batching.engine import batch
 from onnxrank.crossover import Pair
 from onnxrank.errors import CheckFailed, ModelError, UsageError
-from onnxrank.passes import blocking
+from onnxrank.passes import blocking, choosing
 from onnxrank.plans import Measured, Plan
 from onnxrank.verify import sizes
 
@@ -104,7 +104,8 @@ def test_what_a_request_needs_once_stands_outside() -> None:
     assert len(body.input) == 2 and not body.initializer
 
 
-def test_the_signature_may_stay() -> None:
+def test_the_signature_may_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "LEAST_GAIN", 0.0)
     agree(made(ranker(), interface="same", candidates=4096), ranker())
 
 

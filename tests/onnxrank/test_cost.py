@@ -101,7 +101,11 @@ def test_multiply_adds_of_fused_and_recurrent_layers() -> None:
     assert cost.node_macs(heads, shapes(known)) == batch * length * 50 * (width + 32)
     known = {"x": (length, batch, 32), "w": (1, 3 * width, 32), "v": (1, 3 * width, width)}
     gru = helper.make_node("GRU", ["x", "w", "v"], ["y"], hidden_size=width)
-    assert cost.node_macs(gru, shapes(known)) == length * batch * 3 * width * (32 + width)
+    macs = length * batch * 3 * width * (32 + width)
+    assert cost.node_macs(gru, shapes(known)) == macs
+    steps = length * batch
+    # What it does at a step does not depend on which of its outputs somebody reads.
+    assert cost.billed(gru, shapes(known)) == cost.Bill("recurrent", 4 * steps * width, steps, macs)
 
 
 def test_costs_can_be_those_of_another_target() -> None:
@@ -162,8 +166,41 @@ def test_a_runtime_takes_biases_and_activations_into_products_and_folds_constant
 
 def test_what_leaves_the_cache_costs_more() -> None:
     target = cost.Target(0.0, 1.0, 0.0, spill=2.0)
-    few, many = cost.Bill("other", cost.CACHE), cost.Bill("other", cost.CACHE + 4)
+    few, more, many = (cost.Bill("other", k * cost.CACHE) for k in (1, 2, 4))
     assert target.seconds(few) == few.bytes and target.seconds(many) == 3.0 * many.bytes
+    assert more.bytes < target.seconds(more) < 3.0 * more.bytes
+
+
+def test_weights_beyond_the_cache_are_read_for_every_request() -> None:
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Transpose", ["v"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2]),
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:])
+    for columns, kinds in ((1 << 10, {"elementwise", "product"}), (1 << 20, {"elementwise", "product", "weights"})):
+        rows = {"ids": ((1, ("N",)),), "x": ((1, ("N",)), (columns, ())), "w": ((columns, ()), (2, ()))}
+        rows["y"] = ((1, ("N",)), (2, ()))
+        stored = {"table": (1 << 20, columns), "v": (2, columns)}
+        for n in (1, 100):
+            found = {b.kind: b for b in cost.bills(graph, cost.Shapes(Facts(), stored, rows, {"N": n}))}
+            assert found.keys() == kinds
+            assert "weights" not in kinds or found["weights"] == cost.Bill("weights", 8 * columns)
+
+
+def test_an_elementwise_operator_goes_through_what_it_reads() -> None:
+    rows = {name: ((1, ("N",)), (8, ())) for name in "xyabcd"} | {"r": ((1, ("N",)), (1, ()))}
+    shapes = cost.Shapes(Facts(), {"w": (8,)}, rows, {"N": 512})
+    add, scale, bias, negate = (
+        cost.billed(helper.make_node(op, operands, [given]), shapes)
+        for op, operands, given in (("Add", "xy", "a"), ("Mul", "xr", "b"), ("Add", "xw", "c"), ("Neg", "x", "d"))
+    )
+    assert negate.bytes == 4 * 512 * 8 and add.bytes == 2 * negate.bytes
+    assert scale.bytes == 4 * 512 * 9 and bias.bytes == 4 * (512 + 1) * 8
 
 
 def two_products(added: str) -> tuple[Any, cost.Shapes]:
