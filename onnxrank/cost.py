@@ -27,7 +27,7 @@ _NEWEST = 1 << 30
 _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 _LINE = 64
-"""Bytes of a row up to which copying it takes as long as finding it."""
+"""Bytes of a line of a cache: up to as many in a row, copying it takes as long as finding it."""
 _WORD = 8
 """Bytes that a Transpose moves as one number."""
 CACHE = 3 << 18
@@ -59,7 +59,7 @@ def spilled(size: int) -> float:
 class Rate:
     """Seconds that operators of a kind take per launch, byte, run of bytes that lie together, and multiply-add.
 
-    `far` are further seconds per run that comes from beyond a core's cache.
+    `far` are further seconds per run that comes from beyond a core's cache, of which lines hold several if they are short.
     """
 
     launch: float
@@ -91,6 +91,11 @@ class Bill:
     macs: int = 0
     launches: int = 1
     denormals: int = 0
+
+    @property
+    def far(self) -> int:
+        """Runs, or lines of a cache that hold several, which are fetched one by one."""
+        return min(self.runs, self.bytes // _LINE)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Target:
             return 0.0
         rate = self.rate(bill.kind)
         steps = bill.launches * rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
-        beyond = spilled(bill.bytes) * (bill.bytes * self.spill + bill.runs * rate.far)
+        beyond = spilled(bill.bytes) * (bill.bytes * self.spill + bill.far * rate.far)
         return steps + beyond + bill.denormals * self.denormal
 
 

@@ -339,7 +339,7 @@ def _amounts(bills: Sequence[cost.Bill]) -> Counter[Key]:
         out[b.kind, "mac"] += b.macs
         out["", "denormal"] += b.denormals
         out["", "spill"] += cost.spilled(b.bytes) * b.bytes
-        out[b.kind, "far"] += cost.spilled(b.bytes) * b.runs
+        out[b.kind, "far"] += cost.spilled(b.bytes) * b.far
     return out
 
 

@@ -43,12 +43,28 @@ def _gather_nd(u: Use) -> list[Partial | None]:
 
 
 def _one_hot(u: Use) -> list[Partial | None]:
-    have = list(u.shape(0))
-    axis = int(u.attribute("axis", -1))
-    axis = axis + len(have) + 1 if axis < 0 else axis
+    have, axis = list(u.shape(0)), _one_hot_axis(u)
     found = u.values[1]
     depth = found.sizes()[0] if found is not None and found.dtype.kind in "iu" else None
     return [[*have[:axis], depth, *have[axis:]]]
+
+
+def _one_hot_axis(u: Use) -> int:
+    axis = int(u.attribute("axis", -1))
+    return axis + len(u.shape(0)) + 1 if axis < 0 else axis
+
+
+def _one_hot_entries(u: Use) -> list[Known | None]:
+    ids, values = u.value(0), u.value(2)
+    (found,) = _one_hot(u)
+    assert found is not None
+    shape, axis = whole(found), _one_hot_axis(u)
+    depth = shape[axis]
+    if not ids.fixed or isinstance(depth, Expr):
+        raise Unproved("positions on a symbolic axis")
+    at = np.where(ids.data < 0, ids.data + depth, ids.data)
+    hot = np.moveaxis(at[..., None] == np.arange(depth), -1, axis)
+    return [known(shape, values.data[hot.astype(np.int64)], values.dtype)]
 
 
 def _non_zero(u: Use) -> list[Partial | None]:
@@ -78,6 +94,6 @@ OPERATORS = {
         signature=signatures.gather_nd,
     ),
     "GatherElements": Operator(same_as(1), traits=Trait.LOOKUP, levels=transfers.gather_elements),
-    "OneHot": Operator(_one_hot, levels=transfers.one_hot),
+    "OneHot": Operator(_one_hot, _one_hot_entries, levels=transfers.one_hot),
     "NonZero": Operator(_non_zero, _non_zero_entries),
 }

@@ -169,6 +169,10 @@ def test_what_leaves_the_cache_costs_more() -> None:
     few, more, many = (cost.Bill("other", k * cost.CACHE) for k in (1, 2, 4))
     assert target.seconds(few) == few.bytes and target.seconds(many) == 3.0 * many.bytes
     assert more.bytes < target.seconds(more) < 3.0 * more.bytes
+    runs = cost.Target(0.0, 0.0, 0.0, {"copy": cost.Rate(0.0, 0.0, far=1.0)})
+    assert runs.seconds(cost.Bill("copy", 64 * cost.CACHE, 1000)) == 1000
+    assert runs.seconds(cost.Bill("copy", 64 * cost.CACHE, 16 * cost.CACHE)) == cost.CACHE
+    assert runs.seconds(cost.Bill("copy", cost.CACHE, 1000)) == 0
 
 
 def test_weights_beyond_the_cache_are_read_for_every_request() -> None:

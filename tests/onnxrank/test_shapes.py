@@ -107,6 +107,12 @@ def _sizes(found: facts.Facts, name: str = "y") -> list[str]:
         ("r = Constant<value_ints=[1, 2, 1]>() y = Tile(x, r)", ["N", "2*S:L", "4"]),
         ("k = Constant<value_ints=[2]>() y, i = TopK<axis=2>(x, k)", ["N", "S:L", "2"]),
         ("d = Constant<value_int=5>() v = Constant<value_ints=[0, 1]>() y = OneHot(h, d, v)", ["S:L", "5"]),
+        ("s = Shape<start=2>(x) o = Constant<value_ints=[1]>() v = Concat<axis=0>(o, s) i = Constant<value_ints=[-2]>()"
+         " d = Constant<value_int=3>() t = OneHot(i, d, v) z = Constant<value_ints=[0]>() r = Squeeze(t, z)"
+         " y = Tile(x, r)", ["N", "4*S:L", "4"]),
+        ("s = Shape<start=1, end=2>(x) o = Constant<value_ints=[1]>() v = Concat<axis=0>(o, s)"
+         " i = Constant<value_ints=[1]>() d = Constant<value_int=2>() t = OneHot<axis=0>(i, d, v)"
+         " z = Constant<value_ints=[1]>() r = Squeeze(t, z) y = Tile(c, r)", ["N", "6*S:L"]),
         ("y, z = Split<axis=1>(c)", ["N", "3"]),
         ("y = com.microsoft.FusedGemm<activation=\"Relu\", transB=1>(c, c)", ["N", "N"]),
         ("y = com.microsoft.FusedMatMul<transB=1>(x, x)", ["N", "S:L", "S:L"]),
