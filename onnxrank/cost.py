@@ -352,7 +352,7 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
             return Bill("recurrent", shapes.width(node.input[0]) * steps * prod(again[-1:]), steps, macs)
         stack = _products(node, shape)
         return Bill("stack" if stack else "product", written, stack, macs)
-    if out is None or not node.input:
+    if out is None or not node.input or Trait.EXTENTS in what:
         return Bill("other", written)
     entries = prod(out)
     first = shape(node.input[0]) or ()
@@ -422,13 +422,20 @@ def _products(node: NodeProto, shape: ShapeOf) -> int:
 
 
 def _spans(out: tuple[int, ...], operands: Sequence[tuple[int, ...]]) -> int:
-    """In how many pieces operands that are broadcast are gone through: within one, each is read on or stands still."""
+    """In how many pieces operands that are broadcast are gone through: within one, each is read on or stands still.
+
+    onnxruntime passes over axes of one entry as far as all operands have them, and takes entry by entry what has
+    nothing else there.
+    """
     entries = prod(out)
     if all(prod(s) == entries for s in operands):
         return 1
+    shared = max(1, min(map(len, operands)))
+    if prod(out[len(out) - shared :]) == 1:
+        return entries
     padded = [(1,) * (len(out) - len(s)) + s for s in operands]
     span, mode = 1, None
-    for k in reversed(range(len(out))):
+    for k in (k for k in reversed(range(len(out))) if out[k] != 1):
         own = tuple(s[k] == out[k] for s in padded)
         if mode not in (None, own):
             break

@@ -123,6 +123,11 @@ def test_costs_can_be_those_of_another_target() -> None:
         ("Mul", ((512, 8, 8), (8, 1)), (512, 8, 8), "broadcast", 512 * 8),
         ("Add", ((512, 64), (64,)), (512, 64), "broadcast", 512),
         ("Mul", ((512, 1), ()), (512, 1), "broadcast", 512),  # onnxruntime takes up each row anew
+        ("Mul", ((512, 8, 1), (1,)), (512, 8, 1), "broadcast", 512 * 8),
+        ("Mul", ((512, 8, 1), (1, 1)), (512, 8, 1), "elementwise", 0),
+        ("Mul", ((512, 8, 1), (512, 1, 1)), (512, 8, 1), "broadcast", 512),
+        ("Mul", ((512, 1, 1), (512, 8, 1)), (512, 8, 1), "broadcast", 512),
+        ("Add", ((512, 1, 8, 1), (8, 1)), (512, 1, 8, 1), "broadcast", 512),
         ("Mul", ((512, 64), ()), (512, 64), "elementwise", 0),
         ("Where", ((512, 1), (512, 8), (512, 8)), (512, 8), "where", 512),
         ("Gather", ((1000, 4), (512,)), (512, 4), "lookup", 512),
@@ -194,6 +199,12 @@ def test_weights_beyond_the_cache_are_read_for_every_request() -> None:
             found = {b.kind: b for b in cost.bills(graph, cost.Shapes(Facts(), stored, rows, {"N": n}))}
             assert found.keys() == kinds
             assert "weights" not in kinds or found["weights"] == cost.Bill("weights", 8 * columns)
+
+
+def test_shape_reads_no_entries() -> None:
+    known = shapes({"x": (512, 195), "s": (2,), "n": ()})
+    for op, given in (("Shape", "s"), ("Size", "n")):
+        assert cost.billed(helper.make_node(op, ["x"], [given]), known).bytes <= 4 * 2
 
 
 def test_an_elementwise_operator_goes_through_what_it_reads() -> None:
