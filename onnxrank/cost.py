@@ -59,7 +59,7 @@ def spilled(size: int) -> float:
 class Rate:
     """Seconds that operators of a kind take per launch, byte, run of bytes that lie together, and multiply-add.
 
-    `far` are further seconds per run that comes from beyond a core's cache, of which lines hold several if they are short.
+    `far` are further seconds per run that comes from beyond a core's cache, whose lines hold several short ones.
     """
 
     launch: float
