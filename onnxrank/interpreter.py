@@ -247,7 +247,7 @@ class Interpreter:
         names = [self.rw.full(i) if i else "" for i in node.input]
         if operator(node) == "MatMul" and not any(i in self.rw.facts.unknown for i in node.input):
             shapes = (self.rw.values[i].dims for i in node.input)
-            names = [self.rw.layout.factor(names[k], d, max(-1 - k, -len(d))) for k, d in enumerate(shapes)]
+            names = [self.rw.layout.factor(names[k], d, max(-1 - k, -len(d)), True) for k, d in enumerate(shapes)]
         if subgraphs(node):
             captured = {c: self.rw.full(c) for c in inner}
             self._describe({**captured, **dict(zip(node.input, names, strict=True))})

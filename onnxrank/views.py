@@ -153,7 +153,7 @@ class Views:
         shape = np.array([-1 if k in free else extents(dims)[k] for k in range(len(dims))], np.int64)
         return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
 
-    def factor(self, name: str, dims: Dims, inner: int) -> str:
+    def factor(self, name: str, dims: Dims, inner: int, own: bool = False) -> str:
         """A tensor as an operand of a product, where lengths may be 0.
 
         Of no entries, a product into which onnxruntime takes a Transpose gives what lay in memory, and divides by 0
@@ -163,10 +163,12 @@ class Views:
             name: The tensor.
             dims: Its shape; of extents that are not told it is left as it is.
             inner: The axis that is summed over.
+            own: Whether it is the user's own product, which of no candidates does what it did.
         """
         turned = self.emit.turned.get(name)
         taken = None if turned is None else _fusion(turned)
         empty = symbols(dims) if taken == "stack" else symbols([dims[inner]]) if taken == "matrix" else ()
+        empty = tuple(s for s in empty if not (own and is_candidate_symbol(s)))
         return self.written_anew(name, dims) if empty and all(map(self.sizes.has, symbols(dims))) else name
 
     def permuted(self, name: str, have: Dims, split: Dims, perm: list[int]) -> tuple[str, Dims]:

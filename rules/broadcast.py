@@ -223,7 +223,7 @@ def _product(rw: Rewrite, node: NodeProto, orders: Sequence[Sequence[int]]) -> l
     names = []
     for k, (v, own) in enumerate(((a, left), (b, right))):
         along = rw.present(v) if v.rank < 3 or batches_agree(rw, v, own[:-2], held) else held
-        names.append(rw.layout.factor(rw.rows_along(v, along), keep_symbols(v.dims, along), orders[k][-1 - k]))
+        names.append(rw.layout.factor(rw.rows_along(v, along), keep_symbols(v.dims, along), orders[k][-1 - k], True))
     return rw.keep(node, names, [dims], held)
 
 

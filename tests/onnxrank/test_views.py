@@ -124,6 +124,14 @@ def test_products_along_lengths_of_nothing(perm: tuple[int, ...], free: str, apa
         np.testing.assert_array_equal(run(model, feed)[product], wanted)
 
 
+def test_products_of_no_candidates_are_the_users_own() -> None:
+    """A Transpose that moves rows of candidates is taken in, as it was: with none of them it never ran."""
+    made, dims = views(), ((2,), (CANDIDATES,), (4,))
+    made.sizes.extent_of[CANDIDATES] = ("a", 0, 1)
+    name = made.emit.add("Transpose", ["a"], {"perm": (1, 0, 2)})
+    assert made.factor(name, dims, -1, own=True) == name != made.factor(name, dims, -1)
+
+
 def test_axes_of_one_entry_in_front() -> None:
     """What a step is broadcast over it need not be reshaped to."""
     made = views()
