@@ -193,17 +193,11 @@ class _Cuts:
         if len(mine) != 1 or len(node.output) != 1 or len(self.uses.readers(mine[0])) != 1 or mine[0] in self._outputs:
             return None
         cut = self.cuts[mine[0]]
-        shape = self._shape(cut.constant)
-        others = [(k, self.data(i)) for k, i in enumerate(node.input) if i and i != mine[0]]
-        if any(data is None for _, data in others):
+        others = [self.data(i) for i in node.input if i and i != mine[0]]
+        along = self._along(node, list(node.input).index(mine[0]), cut, [d for d in others if d is not None])
+        if along is None or any(d is None for d in others):
             return None
-        if operator(node) == "Gather":
-            alike = node.input[1] == mine[0] and others[0][1].ndim == 1  # type: ignore[union-attr]
-        else:
-            alike = Trait.ELEMENTWISE in traits(node) and not Trait.RANDOM & traits(node)
-            alike = alike and all(_alike(data.shape, shape, cut.axes) for _, data in others)  # type: ignore[union-attr]
-        if not alike:
-            return None
+        shape, axes = along
         name = self.emit.fresh(f"{node.output[0]}/whole")
         made = NodeProto()
         made.CopyFrom(node)
@@ -212,7 +206,37 @@ class _Cuts:
         self.whole.append(made)
         self._made[name] = shape
         self.changed.add(node.output[0])
-        return Cut(name, cut.axes)
+        return Cut(name, {axes[a]: t for a, t in cut.axes.items()})
+
+    def _along(
+        self, node: NodeProto, place: int, cut: Cut, others: Sequence[NDArray[Any]]
+    ) -> tuple[tuple[int, ...], list[int]] | None:
+        """What a node makes of a whole constant: its shape, and which axis each of the constant's becomes.
+
+        Args:
+            node: The node.
+            place: Which of its operands the cut is.
+            cut: The cut.
+            others: The other operands.
+
+        Returns:
+            None where it does not work along the axes that are cut position by position.
+        """
+        shape = self._shape(cut.constant)
+        same = list(range(len(shape)))
+        if operator(node) == "Gather":
+            return (shape, same) if place == 1 and others and others[0].ndim == 1 else None
+        if operator(node) == "GatherND":
+            known = place == 1 and others and not attribute(node, "batch_dims", 0) and len(shape) - 1 not in cut.axes
+            return ((*shape[:-1], *others[0].shape[shape[-1] :]), same) if known else None
+        if operator(node) == "Unsqueeze" and place == 0:
+            given = others[0].reshape(-1) if others else attribute(node, "axes", ())
+            new = {int(a) % (len(shape) + len(given)) for a in given}
+            kept = [k for k in range(len(shape) + len(new)) if k not in new]
+            sizes = dict(zip(kept, shape, strict=True))
+            return tuple(sizes.get(k, 1) for k in range(len(kept) + len(new))), kept
+        alike = Trait.ELEMENTWISE in traits(node) and not Trait.RANDOM & traits(node)
+        return (shape, same) if alike and all(_alike(d.shape, shape, cut.axes) for d in others) else None
 
     def _shape(self, constant: str) -> tuple[int, ...]:
         """Shape of a whole constant, or of what is made of one."""

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from onnxrank import surgery
-from onnxrank.graphs import live, names_in, unused, versions
+from onnxrank.graphs import attribute, live, names_in, unused, versions
 from onnxrank.journal import Journal
 from onnxrank.operators import operator
 from onnxrank.values import Origin
@@ -49,8 +49,8 @@ class Emitter:
         self.initializers: dict[str, TensorProto] = {}
         self.op_of: dict[str, str] = {}
         """Operator that makes each tensor written so far."""
-        self.turned: dict[str, None] = {}
-        """Tensors whose Transpose onnxruntime takes into a product that reads them, from behind factors and casts."""
+        self.turned: dict[str, tuple[int, ...]] = {}
+        """Tensors that a Transpose makes, from behind factors and casts, too, with the order of axes that it gives."""
         self.described: dict[str, ValueInfoProto] = {}
         """Tensors whose element type and number of dimensions are to be declared."""
         self.opset = opset
@@ -152,8 +152,10 @@ class Emitter:
     def _append(self, proto: NodeProto, rule: str | None) -> None:
         op = operator(proto)
         self.op_of.update(dict.fromkeys(proto.output, op))
-        if op == "Transpose" or (op in _PASSED_BY and not self.turned.keys().isdisjoint(proto.input)):
-            self.turned.update(dict.fromkeys(proto.output))
+        if op == "Transpose":
+            self.turned[proto.output[0]] = tuple(attribute(proto, "perm", ()))
+        before = [self.turned[i] for i in proto.input if i in self.turned] if op in _PASSED_BY else []
+        self.turned.update(dict.fromkeys(proto.output, before[0]) if before else {})
         self.nodes.append(Emitted(proto, self.origin, rule))
 
     def constant(self, data: NDArray[Any], hint: str | None = None) -> str:

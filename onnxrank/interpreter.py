@@ -12,6 +12,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from onnxrank.errors import OnnxrankError
+from onnxrank.extents import Expr
 from onnxrank.graphs import captured_by, rename_captured, subgraphs
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import Place, label
@@ -30,6 +31,7 @@ from onnxrank.values import (
     Sum,
     Unrepresentable,
     Value,
+    canonical,
     extents,
     is_candidate_symbol,
     keep_symbols,
@@ -76,6 +78,9 @@ class Interpreter:
             return
         if outputs and all(self._is_empty(o) for o in outputs):
             rw.values.update({o: self._empty(o) for o in outputs})
+            return
+        if len(outputs) == 1 and self._tells(outputs[0]):
+            rw.values[outputs[0]] = self._told(outputs[0])
             return
         expected = [rw.is_constant(o) for o in node.output]
         for name, value in zip(node.output, self._made(index, node, rules), strict=False):
@@ -179,6 +184,24 @@ class Interpreter:
         data = np.zeros(extents(dims), self.rw.constant_type(dtype))
         return self.rw.new(dims, dtype, (), load=lambda: data)
 
+    def _tells(self, name: str) -> bool:
+        """Whether a tensor is one number that is told from the extents of inputs in no more steps than exporters take.
+
+        They read it off the shape of whatever is at hand, in nodes of its own for each place.
+        """
+        rw, found = self.rw, self.rw.facts.entries.get(name, ())
+        if len(found) != 1 or not isinstance(found[0], Expr) or rw.dtype(name) != TensorProto.INT64:
+            return False
+        few = len(found[0].terms) <= 2 and all(len(atoms) <= 1 for atoms, _ in found[0].terms)
+        return few and len(rw.facts.sizes[name]) <= 1 and rw.layout.sizes.tells(found[0])
+
+    def _told(self, name: str) -> Value:
+        """Such a number."""
+        rw, (size,) = self.rw, self.rw.facts.entries[name]
+        dims = tuple(canonical([n]) for n in rw.facts.sizes[name] if isinstance(n, int))
+        made = _Told(rw, size, len(dims))
+        return Value(dims, TensorProto.INT64, rw.defer(dims, TensorProto.INT64, made, None))
+
     def _confirm(self, node: NodeProto, made: list[Abstract], repeated: set[str]) -> None:
         """Holds the shapes that a rule gives against the proved ones, and against what the domain can tell apart."""
         for name in node.output[len(made) :]:
@@ -222,6 +245,9 @@ class Interpreter:
                 found = ((f"{CANDIDATES}~?{o}",),)
             dims.append(found)
         names = [self.rw.full(i) if i else "" for i in node.input]
+        if operator(node) == "MatMul" and not any(i in self.rw.facts.unknown for i in node.input):
+            shapes = (self.rw.values[i].dims for i in node.input)
+            names = [self.rw.layout.factor(names[k], d, max(-1 - k, -len(d)), True) for k, d in enumerate(shapes)]
         if subgraphs(node):
             captured = {c: self.rw.full(c) for c in inner}
             self._describe({**captured, **dict(zip(node.input, names, strict=True))})
@@ -275,6 +301,25 @@ class Interpreter:
             rounded=written and rounded,
         )
         return Value(dims, dtype, source)
+
+
+@dataclass(eq=False)
+class _Told(Deferred):
+    """A number that is told from extents.
+
+    Attributes:
+        rw: The rewrite.
+        size: The number.
+        rank: How many dimensions it has.
+    """
+
+    rw: Rewrite
+    size: int | Expr
+    rank: int
+
+    def materialise(self) -> str:
+        sizes = self.rw.layout.sizes
+        return sizes.size(self.size) if self.rank else sizes.scalar(self.size)
 
 
 @dataclass(eq=False)

@@ -30,6 +30,7 @@ from onnxrank.values import (
     canonical,
     cut_repeats,
     extents,
+    is_candidate_symbol,
     keep_symbols,
     offsets,
     source_numbers,
@@ -383,6 +384,13 @@ class Layout(Views):
             return None
         perm = [labels.index(o) for o in order]
         split: Dims = tuple((f,) for f, _ in factors)
+        lead = next((k for k, d in enumerate(dims) if d != ()), 0)
+        rows = any(map(is_candidate_symbol, symbols(have)))
+        before = self.unreshaped(name, have) != (name, split)
+        if lead and before and dims[lead:] == tuple(split[p] for p in perm) and not rows:
+            # The Reshape before gives the axes in front, too, so that there is none behind.
+            split, perm = (((),) * lead + split), [*range(lead), *(p + lead for p in perm)]
+            return self.turned(self.reshape(name, have, split), split, perm)[0]
         return self.reshape(*self.permuted(name, have, split, perm), dims)
 
 

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from onnxrank.emitter import Emitter
-from onnxrank.extents import Call, Expr, bounds
+from onnxrank.extents import Call, Expr, bounds, symbols_of
 from onnxrank.values import Dims, Unrepresentable, extents, is_candidate_symbol, symbols
 
 
@@ -59,7 +59,7 @@ class ShapeTensors:
             Unrepresentable: No tensor is known to have the extent.
         """
         if symbol in self.expressions:
-            return self._computed(self.expressions[symbol])
+            return self.size(self.expressions[symbol])
         if symbol not in self.extent_of:
             raise Unrepresentable(f"the extent {symbol} is not that of an input")
         name, axis, divisor = self.extent_of[symbol]
@@ -74,8 +74,26 @@ class ShapeTensors:
             out = self.emit.add("Div", [out, self.emit.constant(np.array([divisor], np.int64))], hint=hint)
         return out
 
-    def _computed(self, size: int | Expr) -> str:
-        """A one-element int64 tensor with the value of an expression."""
+    def tells(self, size: int | Expr) -> bool:
+        """Whether a number can be told from extents that are known where the graph runs."""
+        return all(s in self.extent_of for s in symbols_of(size))
+
+    def has(self, symbol: str) -> bool:
+        """Whether the value of a symbol can be told."""
+        return self.tells(self.expressions[symbol]) if symbol in self.expressions else symbol in self.extent_of
+
+    def scalar(self, size: int | Expr) -> str:
+        """An int64 tensor without dimensions with the value of an expression."""
+        if not isinstance(size, Expr):
+            return self.emit.constant(np.array(size, np.int64))
+        return self.emit.add("Reshape", [self.size(size), self.emit.constant(np.zeros(0, np.int64))])
+
+    def size(self, size: int | Expr) -> str:
+        """A one-element int64 tensor with the value of an expression.
+
+        Raises:
+            Unrepresentable: No tensor is known to have an extent that it depends on.
+        """
         if not isinstance(size, Expr):
             return self.emit.constant(np.array([size], np.int64))
         total: str | None = None
@@ -94,12 +112,12 @@ class ShapeTensors:
         """A one-element int64 tensor with the value of a function of extents."""
         if call.op in ("min", "max"):
             if self.emit.opset < 12:  # Min and Max took no integers
-                return reduce(lambda a, b: self._chosen(call.op, a, b), map(self._computed, call.args))
-            return self.emit.add(call.op.capitalize(), [self._computed(a) for a in call.args], hint="extent")
+                return reduce(lambda a, b: self._chosen(call.op, a, b), map(self.size, call.args))
+            return self.emit.add(call.op.capitalize(), [self.size(a) for a in call.args], hint="extent")
         if bounds(call.args[0])[0] < 0:
             raise Unrepresentable(f"{call} of a number that may be negative")
         op = "Div" if call.op == "//" else "Mod"
-        return self.emit.add(op, [self._computed(a) for a in call.args], hint="extent")
+        return self.emit.add(op, [self.size(a) for a in call.args], hint="extent")
 
     def _chosen(self, op: str, a: str, b: str) -> str:
         """The smaller or the larger of two one-element int64 tensors."""

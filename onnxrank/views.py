@@ -107,6 +107,15 @@ class Views:
             name, have = self._reshaped[name]
         return name
 
+    def unled(self, name: str, dims: Dims) -> str:
+        """A tensor without axes of one entry in front that it was only reshaped for, or as it is.
+
+        What it is broadcast to by a step has them, so that nothing else need.
+        """
+        lead = next((k for k, d in enumerate(dims) if d != ()), len(dims))
+        before = (self.before_reshape(name, dims, dims[k:]) for k in range(1, lead + 1))
+        return next((b for b in before if b is not None), name)
+
     def expand(self, name: str, have: Dims, want: Dims) -> str:
         """Repeats a tensor along the symbols and constant axes that `want` has and `have` lacks."""
         split_have: list[Dim] = []
@@ -130,16 +139,37 @@ class Views:
 
     def kept_apart(self, name: str, dims: Dims, hint: str | None = None) -> str:
         """A stack of matrices that onnxruntime does not take a Transpose before it into the product behind it."""
-        if len(dims) == 2 or (self.emit.op_of.get(name) in _NOT_TAKEN_IN and name not in self.emit.turned):
+        turned = self.emit.turned.get(name)
+        if len(dims) == 2 or (self.emit.op_of.get(name) in _NOT_TAKEN_IN and turned is None):
             return name
-        if symbols(dims[-1:]):
+        return name if turned is not None and _fusion(turned) is None else self.written_anew(name, dims, hint)
+
+    def written_anew(self, name: str, dims: Dims, hint: str | None = None) -> str:
+        """A tensor behind a Reshape to its own shape, so that what makes it is not fused with what follows."""
+        free = [k for k, d in enumerate(dims) if symbols([d])]
+        if len(free) > 1:
             return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims), hint=hint)
-        shape = np.array([*extents(dims)[:-2], -1, extents(dims)[-1]], np.int64)
+        # One -1 is the quotient, 0 too, as no other extent is.
+        shape = np.array([-1 if k in free else extents(dims)[k] for k in range(len(dims))], np.int64)
         return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
 
-    def written_anew(self, name: str, dims: Dims) -> str:
-        """A tensor behind a Reshape to its own shape, so that what makes it is not fused with what follows."""
-        return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims))
+    def factor(self, name: str, dims: Dims, inner: int, own: bool = False) -> str:
+        """A tensor as an operand of a product, where lengths may be 0.
+
+        Of no entries, a product into which onnxruntime takes a Transpose gives what lay in memory, and divides by 0
+        where that moves the axis of a stack.
+
+        Args:
+            name: The tensor.
+            dims: Its shape; of extents that are not told it is left as it is.
+            inner: The axis that is summed over.
+            own: Whether it is the user's own product, which of no candidates does what it did.
+        """
+        turned = self.emit.turned.get(name)
+        taken = None if turned is None else _fusion(turned)
+        empty = symbols(dims) if taken == "stack" else symbols([dims[inner]]) if taken == "matrix" else ()
+        empty = tuple(s for s in empty if not (own and is_candidate_symbol(s)))
+        return self.written_anew(name, dims) if empty and all(map(self.sizes.has, symbols(dims))) else name
 
     def permuted(self, name: str, have: Dims, split: Dims, perm: list[int]) -> tuple[str, Dims]:
         """A tensor with its factors in another order; its physical shape groups them as is convenient."""
@@ -208,6 +238,20 @@ class Views:
         split: Dims = tuple((factors[k],) for k in order)
         name, have = self.turned(self.reshape(name, have, split), split, [int(k) for k in np.argsort(order)])
         return self.reshape(name, have, dims)
+
+
+def _fusion(perm: tuple[int, ...]) -> str | None:
+    """How onnxruntime takes a Transpose into a product: as one of each `matrix`, or of the `stack` too; None if not.
+
+    Args:
+        perm: The order of axes that it gives; none where it does not say.
+    """
+    if not perm:
+        return "stack"
+    last = len(perm) - 1
+    if last and perm == (*range(last - 1), last, last - 1):
+        return "matrix"
+    return "stack" if perm[:-2] == tuple(range(1, last)) and {*perm[-2:]} == {0, last} and last > 1 else None
 
 
 def _cut_is_faster(count: int, width: int) -> bool:

@@ -71,7 +71,7 @@ def product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims,
         b = Value(b.dims[-2:], b.dtype, None, b.codes.reshape(b.codes.shape[-2:]))
         full[1] = False
 
-    left, right = (_Operand(rw, v, held if wide else None) for v, wide in zip((a, b), full, strict=True))
+    left, right = (_Operand(rw, v, held if full[k] else None, -1 - k) for k, v in enumerate((a, b)))
     if node is not None:
         (kept,) = rw.keep(node, [left.write(), right.write()], [dims], held)
         return rw.settle(kept)
@@ -130,21 +130,20 @@ class _Operand:
         rw: The rewrite.
         value: The value.
         held: The symbols along which it needs all rows; None where it needs no more than it has.
+        inner: The axis that is summed over.
     """
 
     rw: Rewrite
     value: Value
     held: set[str] | None
+    inner: int
 
     def write(self) -> str:
         """Writes it."""
         rw, value = self.rw, self.value
         name = rw.tensor(value) if self.held is None else rw.rows_along(value, self.held)
-        if name not in rw.emit.turned or not symbols(value.dims[-2:]):
-            return name
-        # A length may be 0: of no entries, a product into which onnxruntime takes a Transpose gives what lay in memory.
         held = rw.present(value) if self.held is None else self.held
-        return rw.layout.written_anew(name, keep_symbols(value.dims, held))
+        return rw.layout.factor(name, keep_symbols(value.dims, held), self.inner)
 
 
 @dataclass(frozen=True)
@@ -204,6 +203,7 @@ class _Block(DeferredMatMul):
             right = emit.add("Mul" if times else "Div", [right, number], hint=self.hint)
         if addend is not None and len(self.dims) == 2:
             return emit.add("Gemm", [left, right, addend], hint=self.hint)
+        addend = None if addend is None else self.rw.layout.unled(addend, have)
         return with_addend(self.rw, emit.add("MatMul", [left, right], hint=self.hint), addend)
 
     def source(self) -> Source:

@@ -15,7 +15,7 @@ from onnx import NodeProto, helper
 
 from onnxrank.graphs import attribute
 from onnxrank.grouping import groups
-from onnxrank.operators import Trait, having
+from onnxrank.operators import Trait, having, operator
 from onnxrank.operators.products import matmul_order
 from onnxrank.rewrite import Rewrite
 from onnxrank.rule import Rule
@@ -56,6 +56,12 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     dims: Dims = (*before, *ids.dims, *after)
     held = rw.present(table)
     data = rw.tensor(table)
+    if ids.whole is not None and _counts(rw, node, ids):
+        # What onnxruntime makes of it, too, in more steps.
+        ends = [rw.emit.constant(np.zeros(1, np.int64)), rw.layout.sizes.vector(ids.dims)]
+        ends.append(rw.emit.constant(np.array([axis], np.int64)))
+        name = rw.emit.add("Slice", [data, *ends], output=rw.claim(node.output[0]))
+        return [rw.new(dims, table.dtype, held | rw.present(ids), name)]
     if ids.whole is not None:
         return rw.keep(node, [data, rw.tensor(ids)], [dims], held | rw.present(ids))
     if table.whole is None or (any(extents(before)) and len(before)):
@@ -83,6 +89,20 @@ def lookup(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
         else:
             out[group.index] = wide.reshape(target.shape)
     return [rw.tidy(dims, dtype, out)]
+
+
+def _counts(rw: Rewrite, node: NodeProto, ids: Value) -> bool:
+    """Whether a Gather takes the first positions, as many as a length of an input: `0, 1, 2, ...`."""
+    made = rw.producers.get(node.input[1])
+    if made is None or operator(made) != "Range":
+        return False
+    start, step = (rw.array(made, k) for k in (0, 2))
+    if start is None or step is None or int(start) != 0 or int(step) != 1:
+        return False
+    rows = rw.present(ids)
+    return (
+        bool(rows) and not any(map(is_candidate_symbol, rows)) and rw.layout.sizes.tells(rw.facts.size_of(ids.dims[0]))
+    )
 
 
 def _gather_nd(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
@@ -200,10 +220,10 @@ def _product(rw: Rewrite, node: NodeProto, orders: Sequence[Sequence[int]]) -> l
     dims = (*broadcast_dims([left[:-2], right[:-2]]), left[-2], right[-1])
     a, b = (rw.held(v, inner) for v in (a, b))
     held = rw.present(a) | rw.present(b)
-    names = [
-        rw.tensor(v) if v.rank < 3 or batches_agree(rw, v, own[:-2], held) else rw.rows_along(v, held)
-        for v, own in ((a, left), (b, right))
-    ]
+    names = []
+    for k, (v, own) in enumerate(((a, left), (b, right))):
+        along = rw.present(v) if v.rank < 3 or batches_agree(rw, v, own[:-2], held) else held
+        names.append(rw.layout.factor(rw.rows_along(v, along), keep_symbols(v.dims, along), orders[k][-1 - k], True))
     return rw.keep(node, names, [dims], held)
 
 

@@ -153,7 +153,8 @@ class _Elementwise:
         held = {s for v in values for s in rw.present(v)}
         if self.op in _FIRST_DECIDES:
             values = [rw.held(values[0], held), *values[1:]]
-        names = dict(zip(self.present, (rw.tensor(v) for v in values), strict=True))
+        found = [(rw.tensor(v), keep_symbols(v.dims, rw.present(v))) for v in values]
+        names = dict(zip(self.present, unled(rw, found, len(dims)), strict=True))
         operands = [names.get(k, "") for k in range(len(self.node.input))]
         (kept,) = rw.keep(self.node, operands, [dims], held, dtype=self.dtype)
         return rw.settle(kept)
@@ -334,26 +335,31 @@ class _NodeOfEntries(Deferred):
         entries, by = self.entries, self.entries.by
         rw, node = by.rw, by.node
         names = [""] * len(node.input)
+        found = []
         for k, part, rank in zip(by.present, entries.parts, entries.ranks, strict=True):
-            names[k] = self._decisive(part) if k == 0 and by.op in _FIRST_DECIDES else self._operand(part, rank)
+            decides = k == 0 and by.op in _FIRST_DECIDES
+            found.append(self._decisive(part) if decides else self._operand(part, rank))
+        for k, own in zip(by.present, unled(rw, found, len(entries.dims)), strict=True):
+            names[k] = own
         name = rw.claim(node.output[0]) if entries.whole else None
         name = name or rw.emit.fresh(f"{node.output[0]}/{entries.level.name.lower()}")
         rw.emit.copy(node, names, [name])
         return name
 
-    def _decisive(self, part: Codes) -> str:
-        """The operand that has the shape of the result."""
+    def _decisive(self, part: Codes) -> tuple[str, Dims]:
+        """The operand that has the shape of the result, and that shape."""
         physical = keep_symbols(self.dims, self.entries.symbols)
-        return self.entries.by.rw.layout.realise(np.broadcast_to(part, extents(self.dims)), physical, full=True)[0]
+        return self.entries.by.rw.layout.realise(np.broadcast_to(part, extents(self.dims)), physical, full=True)
 
-    def _operand(self, part: Codes, rank: int) -> str:
+    def _operand(self, part: Codes, rank: int) -> tuple[str, Dims]:
+        """An operand as it is broadcast to the others, and its shape."""
         part = cut_repeats(part)
         lead = part.ndim - rank
         if lead > 0 and all(n == 1 for n in part.shape[:lead]):
             part = part.reshape(part.shape[lead:])
         dims = self.entries.dims
         own = with_extents(dims[len(dims) - part.ndim :], part.shape)
-        return self.entries.by.rw.layout.realise(part, own)[0]
+        return self.entries.by.rw.layout.realise(part, own)
 
 
 class _ProductOfEntries(_NodeOfEntries, OpenProduct):
@@ -372,6 +378,21 @@ class _ProductOfEntries(_NodeOfEntries, OpenProduct):
             return once[..., None], each[..., None]
         name = rw.emit.fresh(f"{self.entries.by.node.output[0]}/request")
         return elementwise(rw, "Mul", values, name).codes[..., None], right
+
+
+def unled(rw: Rewrite, operands: Sequence[tuple[str, Dims]], rank: int) -> list[str]:
+    """Operands without axes of one entry in front that they were only reshaped for, where one has all the axes.
+
+    Args:
+        rw: The rewrite.
+        operands: Tensors that are broadcast to each other, with their shapes.
+        rank: How many axes the result has.
+    """
+    full = [k for k, (_, dims) in enumerate(operands) if len(dims) == rank]
+    widest = max(full, key=lambda k: sum(d != () for d in operands[k][1]), default=None)
+    if widest is None:
+        return [name for name, _ in operands]
+    return [name if k == widest else rw.layout.unled(name, dims) for k, (name, dims) in enumerate(operands)]
 
 
 def as_split(value: Value, dims: Dims) -> Value:

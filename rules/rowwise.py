@@ -148,9 +148,9 @@ class _Rows:
             part = cut_repeats(part, set(range(part.ndim)) - set(self.core))
             own = with_extents(group.dims, part.shape)
             keep = extended(own, rw.sources.symbols(part))
-            if Trait.AXIS in traits(self.node) and list(self.core) == [x.rank - 1] and len(keep) < x.rank:
-                few = part.reshape([part.shape[k] for k in keep])
-                group.put(out[0], self._flat(group, few, tuple(own[k] for k in keep)).reshape(part.shape))
+            few, kept = part.reshape([part.shape[k] for k in keep]), tuple(own[k] for k in keep)
+            if Trait.AXIS in traits(self.node) and list(self.core) == [x.rank - 1] and self._moves(few, kept):
+                group.put(out[0], self._flat(group, few, kept).reshape(part.shape))
                 continue
             whole = not self.apart and group.index is Ellipsis and part.shape == codes.shape and not orders
             for k, source in enumerate(self._made(group, part, own, whole)):
@@ -182,9 +182,22 @@ class _Rows:
             for d, o, n in zip(small, node.output, names, strict=False)
         ]
 
+    def _order(self, codes: Codes, dims: Dims) -> list[int] | None:
+        """The order in which rows lie in memory, where that is another than they have; their own axis stays last."""
+        order = self.rw.layout.native_order(codes, dims)
+        return order if order is not None and order[-1] == len(dims) - 1 else None
+
+    def _moves(self, codes: Codes, dims: Dims) -> bool:
+        """Whether rows would be brought into another shape or order for nothing."""
+        return codes.ndim < self.x.rank or self._order(codes, dims) is not None
+
     def _flat(self, group: Group, codes: Codes, dims: Dims) -> Codes:
-        """An operator over the last axis, of rows in as few dimensions as they need."""
+        """An operator over the last axis, of rows in as few dimensions as they need, in the order that they lie in."""
         rw, node = self.rw, self.node
+        order = self._order(codes, dims)
+        if order is not None:
+            made = self._flat(group, codes.transpose(order), tuple(dims[k] for k in order))
+            return made.transpose(np.argsort(order))
         own = NodeProto()
         own.CopyFrom(node)
         for a in own.attribute:
@@ -192,10 +205,10 @@ class _Rows:
                 a.i = len(dims) - 1
         with rw.emit.under(_rule(group)):
             name, physical = rw.layout.realise(codes, dims)
-            made = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
-            rw.emit.copy(own, [name, *self.rest], [made])
+            output = rw.emit.fresh(f"{node.output[0]}/{group.level.name.lower()}")
+            rw.emit.copy(own, [name, *self.rest], [output])
         dtype = rw.dtype(node.output[0], TensorProto.FLOAT)
-        return codes_of(rw.sources.add(physical, dtype, made, part=rw.grouping.is_part([codes])))
+        return codes_of(rw.sources.add(physical, dtype, output, part=rw.grouping.is_part([codes])))
 
 
 def _rule(group: Group) -> str | None:

@@ -329,20 +329,26 @@ class Division:
         """The number 0."""
         return self.emit.constant(np.zeros((), helper.tensor_dtype_to_np_dtype(dtype)))
 
-    def vector(self, sizes: Sequence[Size]) -> str:
-        """A shape as an int64 vector."""
+    def _dims(self, sizes: Sequence[Size]) -> Dims:
+        """A shape as the rewriter has it."""
         dims = []
         for n in sizes:
             c, found = self.facts.extent(n)
             whole = n if len(found) > 1 else None
             dims.append(canonical([self.facts.symbol_of(whole)] if isinstance(whole, Expr) else [c, *found]))
-        return self._layout.sizes.vector(tuple(dims))
+        return tuple(dims)
+
+    def vector(self, sizes: Sequence[Size]) -> str:
+        """A shape as an int64 vector."""
+        return self._layout.sizes.vector(self._dims(sizes))
 
     def scalar(self, size: Size) -> str:
         """An extent as a scalar."""
-        if not isinstance(size, Expr):
-            return self.emit.constant(np.array(size, np.int64))
-        return self.emit.add("Reshape", [self.vector((size,)), self.emit.constant(np.zeros(0, np.int64))])
+        return self._layout.sizes.scalar(size)
+
+    def factor(self, tensor: Tensor, index: Index, inner: int) -> str:
+        """The tensor of a segment as an operand of a product along an axis that may have no entries."""
+        return self._layout.factor(self.name(tensor, index), self._dims(tensor.sizes_of(index)), inner)
 
     def positions(self, start: Size, count: Size) -> str:
         """`[start, ..., start + count - 1]`."""

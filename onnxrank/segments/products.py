@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from onnx import NodeProto
 
 from onnxrank import extents as ex
 from onnxrank.extents import Expr
 from onnxrank.graphs import attribute
 from onnxrank.segments.division import Division, Index, Left, Part, Sizes, Tensor, indices
-from onnxrank.segments.spans import UNKNOWN, ZERO, Size
+from onnxrank.segments.spans import UNKNOWN, ZERO
 
 Labels = list[Any]
 
@@ -75,10 +74,10 @@ def _contraction(
             found.append((both[0], both[1]))
         return found
 
-    axis = terms[1].index(along) if along is not None else 0
+    axes = (terms[0].index(along), terms[1].index(along)) if along is not None else (0, 0)
     sizes = cut[along] if along is not None else ()
     cuts = [cut[label] for label in result]
-    parts = {i: _added(d, node, operands[0], operands[1], i, pairs(i), axis, sizes) for i in indices(cuts)}
+    parts = {i: _added(d, node, operands[0], operands[1], i, pairs(i), axes, sizes) for i in indices(cuts)}
     return d.made(node.output[0], cuts, parts)
 
 
@@ -89,7 +88,7 @@ def _added(
     b: Tensor,
     i: Index,
     pairs: list[tuple[Index, Index]],
-    axis: int,
+    axes: tuple[int, int],
     sizes: Sizes,
 ) -> Part:
     """A segment of a product.
@@ -101,7 +100,7 @@ def _added(
         b: Its second one.
         i: The segment.
         pairs: The segments of both operands whose products are added.
-        axis: The axis of `b` that is summed over.
+        axes: The axes of `a` and of `b` that are summed over.
         sizes: Its segments' extents.
     """
     used = [k for k, (left, _) in enumerate(pairs) if a.parts[left].known.all.number != 0] or [0]
@@ -114,19 +113,14 @@ def _added(
         once = [k for k in held if not b.parts[pairs[k][1]].candidate]
         rows = [d.name(b, pairs[k][1]) if k in once else d.zeros(b, pairs[k][1]) for k in held]
         if once:
-            terms.append(d.copy(node, [name, d.emit.add("Concat", rows, {"axis": axis})], i))
+            terms.append(d.copy(node, [name, d.emit.add("Concat", rows, {"axis": axes[1]})], i))
             used = [k for k in held if k not in once]
     for k in used:
-        made = d.copy(node, [d.name(a, pairs[k][0]), d.name(b, pairs[k][1])], i)
-        some = len(sizes) > 1 and ex.bounds(sizes[k])[0] < 1 and len(used) > 1
-        terms.append(_or_zero(d, made, sizes[k], a.dtype) if some else made)
+        some = len(sizes) > 1 and ex.bounds(sizes[k])[0] < 1
+        both = zip((a, b), pairs[k], axes, strict=True)
+        names = [d.factor(t, at, inner) if some else d.name(t, at) for t, at, inner in both]
+        terms.append(d.copy(node, names, i))
     out = terms[0]
     for term in terms[1:]:
         out = d.emit.add("Add", [out, term])
     return Part(out, UNKNOWN, ZERO, candidate)
-
-
-def _or_zero(d: Division, made: str, size: Size, dtype: int) -> str:
-    """A product over an axis that may have no entries: some versions of onnxruntime give no zeros then."""
-    some = d.emit.add("Greater", [d.scalar(size), d.emit.constant(np.array(0, np.int64))])
-    return d.emit.add("Where", [some, made, d.zero(dtype)])

@@ -79,6 +79,34 @@ def test_a_bias_by_distances_is_looked_up_beforehand() -> None:
     optimised(*found, lengths=LENGTHS)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_bias_by_distances_as_torch_export_writes_it(columns: int) -> None:
+    """GatherND by the distances with one more axis; by two numbers it picks entries of a matrix."""
+    m = Mixer()
+    g = m.graph
+    at = g.on_axes("Unsqueeze", m.square(g.const(DISTANCES, np.int64)), [2])
+    if columns == 2:  # what joins is made when the model runs
+        at = g.op("Concat", at, g.op("Sub", at, at), axis=2)
+    table = whole_numbers(2 * LONGEST - 1, columns)
+    bias = g.op("GatherND", g.const(table if columns == 2 else table[:, 0]), at)
+    found = m.finish(bias)
+    made = operators(studied(*found))
+    assert ("GatherND" in made) == (columns == 2)
+    optimised(*found, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_axes_are_added_beforehand(opset: int) -> None:
+    """In front, too, which the cut follows."""
+    m = Mixer(opset)
+    g = m.graph
+    cut = g.on_axes("Unsqueeze", m.square(g.const(whole_numbers(LONGEST, LONGEST))), [0])
+    found = m.finish(g.op("Relu", cut))
+    made = operators(studied(*found))
+    assert made.count("Slice") == 1 and made.count("Unsqueeze") == 1, "that of the length"
+    optimised(*found, lengths=LENGTHS)
+
+
 def test_positions_that_the_table_does_not_have_stay_at_run_time() -> None:
     """A lookup of all positions fails, that of some does not."""
     m = Mixer()

@@ -205,6 +205,27 @@ def test_entries_are_those_of_their_sources(opset: int, picture: tuple[Dims, NDA
                 assert np.array_equal(entries[..., k], np.broadcast_to(want, entries.shape[:2])), (k, values)
 
 
+@pytest.mark.parametrize("perm", [(1, 0, 2), (1, 2, 0)])
+def test_axes_in_front_come_with_the_reshape_before(perm: tuple[int, ...]) -> None:
+    """Heads of a history, with an axis for the rows of candidates that it has none of: no Reshape behind."""
+    emit = Emitter(["h"], 17)
+    sources = Sources()
+    layout = Layout(sources, emit, {})
+    source = sources.add((("S:L",), (6,)), FLOAT, "h")
+    apart: Dims = (("S:L",), (2,), (3,))
+    codes = codes_of(source).reshape(1, 2, 3).transpose(perm)
+    name, physical = layout.realise(codes[None], ((), *(apart[p] for p in perm)))
+    made, at, kinds = {n.proto.output[0]: n.proto for n in emit.nodes}, name, []
+    while at in made:
+        kinds.append(made[at].op_type)
+        at = made[at].input[0]
+    assert kinds == ["Transpose", "Reshape"]
+    for length in (0, 1, 7):
+        data = np.arange(length * 6, dtype=np.float32).reshape(length, 6)
+        assert np.array_equal(written(emit, name, {"h": data}), data.reshape(length, 2, 3).transpose(perm)[None])
+    assert physical[0] == ()
+
+
 def written(emit: Emitter, name: str, feed: dict[str, NDArray[Any]], opset: int = 17) -> NDArray[Any]:
     """Runs what was written, for one tensor."""
     inputs = [helper.make_tensor_value_info(n, FLOAT, [None] * x.ndim) for n, x in feed.items()]

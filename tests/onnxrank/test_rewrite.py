@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from helpers import FLOAT, Graph, candidate, optimised, refusals, request, rewritten, whole_numbers
 from onnx import helper
@@ -160,3 +161,42 @@ def test_rows_of_the_request_only(op: str) -> None:
     g.output(g.op("Relu", y), ["N", "L", 8])
     g.output(g.op("Relu", c), ["N", 4])
     optimised(g, given, counts=COUNTS, tolerance=1e-6, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("length", ["L", 7])
+def test_lengths_are_told_once(length: str | int) -> None:
+    """Exporters read lengths off whatever is at hand, in nodes of its own for each place."""
+    given = [request("h", length, 4), candidate("c", 4)]
+    g = Graph()
+    h, c = (i.declare(g) for i in given)
+
+    def extent(name: str, axis: int) -> str:
+        return g.op("Gather", g.op("Shape", name), g.const(axis, np.int64), axis=0)
+
+    def vector(*parts: str | int) -> str:
+        return g.op(
+            "Concat", *(g.ints(p) if isinstance(p, int) else g.on_axes("Unsqueeze", p, [0]) for p in parts), axis=0
+        )
+
+    x = g.op("Concat", tower(g, h), g.on_axes("Unsqueeze", c, [1]), axis=1)
+    y = g.op("Relu", g.op("MatMul", x, g.const(whole_numbers(4, 4))))
+    heads = g.op("Reshape", y, vector(-1, extent(y, 1), 2, 2))
+    scale = g.op("Cast", extent(g.op("Transpose", heads, perm=[0, 2, 1, 3]), 2), to=FLOAT)
+    pooled = g.on_axes("ReduceSum", g.op("Reshape", heads, vector(extent(x, 0), extent(x, 1), 4)), [1], keepdims=0)
+    more = g.op("Add", scale, g.op("Cast", g.op("Mul", extent(h, 1), extent(c, 0)), to=FLOAT))
+    g.output(g.op("Mul", pooled, more), ["N", 4])
+    lengths = [{"L": n} for n in (0, 1, 2, 61)] if length == "L" else [{}]
+    result = optimised(g, given, counts=(1, 2, 5, 33), lengths=lengths)
+    shapes = [n for n in result.model.graph.node if n.op_type == "Shape"]
+    assert len(shapes) <= 2, "N and L, each of one input"
+
+
+def test_a_product_of_what_nobody_knows_the_dimensions_of() -> None:
+    """A Transpose of a tensor of unknown rank before a product: nothing is claimed of its shape."""
+    g = Graph()
+    u, c = (i.declare(g) for i in (request("u", 3, 4), candidate("c", 3, 4)))
+    x = g.op("ConcatFromSequence", g.op("SequenceConstruct", c, g.op("Relu", u)), axis=2)
+    y = g.op("MatMul", x, g.op("Transpose", x, perm=[0, 2, 1]))
+    towers = g.on_axes("ReduceSum", g.op("Relu", g.op("MatMul", u, g.const(whole_numbers(4, 4)))), [1, 2], keepdims=0)
+    g.output(g.op("Add", g.on_axes("ReduceSum", y, [1, 2], keepdims=0), towers), ["N"])
+    optimised(g, [request("u", 3, 4), candidate("c", 3, 4)], counts=COUNTS)

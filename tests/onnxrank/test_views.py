@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import FLOAT, run
-from onnx import helper
+from helpers import FLOAT, run, session
+from onnx import ModelProto, helper
 
 from onnxrank.emitter import Emitter
 from onnxrank.journal import Journal
@@ -76,3 +76,69 @@ def test_extents_that_may_be_0_need_opset_14() -> None:
 )
 def test_runs_are_joined_where_that_is_faster_for_few_rows(have: Dims, count: int, runs: int, joined: bool) -> None:
     assert join_is_faster(have, 1, count, runs) == joined
+
+
+def _written(made: Views, name: str, inputs: dict[str, int]) -> ModelProto:
+    """A model of what was written; ranks of its inputs."""
+    values = [helper.make_tensor_value_info(i, FLOAT, [None] * rank) for i, rank in inputs.items()]
+    outputs = [helper.make_tensor_value_info(name, FLOAT, None)]
+    nodes, stored = [n.proto for n in made.emit.nodes], list(made.emit.initializers.values())
+    graph = helper.make_graph(nodes, "g", values, outputs, stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize(
+    ("perm", "free", "apart"),
+    [
+        ((0, 2, 1), "inner", True),
+        ((0, 2, 1), "rows", False),
+        ((1, 0, 2), "inner", True),
+        ((1, 0, 2), "rows", True),
+        ((1, 2, 0), "rows", True),
+        ((0, 2, 1, 3), "inner", False),
+        ((0, 2, 3, 1), "inner", False),
+        ((0, 1, 3, 2), "inner", True),
+        ((1, 2, 0, 3), "rows", True),
+    ],
+)
+@pytest.mark.parametrize("factor", [None, "Mul"])
+def test_products_along_lengths_of_nothing(perm: tuple[int, ...], free: str, apart: bool, factor: str | None) -> None:
+    """A Transpose that onnxruntime takes into a product stays apart where that has no entries, and no other does."""
+    made, rank = views(), len(perm)
+    dims: Dims = (*((2,),) * (rank - 2), ("S:L",) if free == "rows" else (3,), ("S:L",) if free == "inner" else (5,))
+    made.sizes.extent_of["S:L"] = ("b", rank - (1 if free == "rows" else 2), 1)
+    turned = made.emit.add("Transpose", ["a"], {"perm": perm})
+    if factor is not None:
+        turned = made.emit.add(factor, [turned, made.emit.constant(np.float32([2.0]))])
+    name = made.factor(turned, dims, -1)
+    assert (made.emit.op_of[name] == "Reshape") == apart
+    assert "Shape" not in {n.proto.op_type for n in made.emit.nodes}, "the one length is what is left"
+    product = made.emit.add("MatMul", [name, "b"])
+    model = session(_written(made, product, {"a": rank, "b": rank}))
+    for length in (7, 0, 7, 0, 1):
+        shape = [length if isinstance(d[0], str) else d[0] for d in dims]
+        left = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        right = np.ones((*shape[:-2], shape[-1], 4), np.float32)
+        feed = {"a": np.ascontiguousarray(left.transpose(np.argsort(perm))), "b": right}
+        wanted = (left * 2 if factor else left) @ right
+        np.testing.assert_array_equal(run(model, feed)[product], wanted)
+
+
+def test_products_of_no_candidates_are_the_users_own() -> None:
+    """A Transpose that moves rows of candidates is taken in, as it was: with none of them it never ran."""
+    made, dims = views(), ((2,), (CANDIDATES,), (4,))
+    made.sizes.extent_of[CANDIDATES] = ("a", 0, 1)
+    name = made.emit.add("Transpose", ["a"], {"perm": (1, 0, 2)})
+    assert made.factor(name, dims, -1, own=True) == name != made.factor(name, dims, -1)
+
+
+def test_axes_of_one_entry_in_front() -> None:
+    """What a step is broadcast over it need not be reshaped to."""
+    made = views()
+    have: Dims = (("S:L",), (4,))
+    wide: Dims = ((), (), ("S:L",), (4,))
+    assert made.unled(made.reshape("a", have, wide), wide) == "a"
+    flat: Dims = ((), ("S:L", 4))
+    merged = made.reshape("a", have, flat)
+    assert made.unled(merged, flat) == merged, "it has other axes, too"
+    assert made.unled("a", have) == "a"

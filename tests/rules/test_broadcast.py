@@ -509,3 +509,20 @@ def test_custom_domain() -> None:
     x = g.ops("Relu", 1, g.op("Tanh", u), domain="com.acme")[0]
     g.output(g.op("Add", x, c), ["N", 4])
     assert "com.acme::Relu is not known" in refusals(rewritten(g.model(), request=["u"]))
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_positions_of_a_length_are_cut(start: int) -> None:
+    """The rows 0, 1, 2, ... of a table are the first ones of it."""
+    given = [request("h", "L", 4), candidate("c", 4)]
+    g = Graph()
+    h, c = (i.declare(g) for i in given)
+    length = g.op("Gather", g.op("Shape", h), g.const(1, np.int64), axis=0)
+    end = g.op("Add", length, g.const(start, np.int64))
+    at = g.op("Range", g.const(start, np.int64), end, g.const(1, np.int64))
+    rows = g.op("Gather", g.const(whole_numbers(64, 4)), at, axis=0)
+    pooled = g.on_axes("ReduceSum", g.op("Relu", g.op("Add", h, rows)), [1], keepdims=0)
+    g.output(g.op("Mul", pooled, c), ["N", 4])
+    result = optimised(g, given, lengths=[{"L": n} for n in (0, 1, 2, 61)])
+    kinds = operators(result.model)
+    assert ("Gather" not in kinds and "Range" not in kinds) == (start == 0)

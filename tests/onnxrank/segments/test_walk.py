@@ -516,6 +516,30 @@ def test_attention_without_softmax(masked: str, length: int | str) -> None:
     assert any(p.place.rule == SEGMENTS and p.taken for p in result.plan.sites)
 
 
+def _products_of_turned(s: Sequence) -> str:
+    """Weights that are no softmax of scores, and values that a Transpose makes, of heads or of entries."""
+    g = s.graph
+    heads = g.op("Transpose", g.op("Reshape", s.tokens, g.ints(0, -1, 2, D // 2)), perm=[0, 2, 1, 3])
+    scores = g.op("Relu", g.op("MatMul", heads, g.op("Transpose", heads, perm=[0, 1, 3, 2])))
+    entries = g.op("Transpose", s.tokens, perm=[0, 2, 1])
+    both = g.op("MatMul", entries, g.op("MatMul", g.op("Relu", s.tokens), g.const(np.ones((D, D)))))
+    return g.op("Add", g.on_axes("ReduceSum", g.op("MatMul", scores, heads), [1, 2, 3], keepdims=0),
+                g.on_axes("ReduceSum", both, [1, 2], keepdims=0))  # fmt: skip
+
+
+@pytest.mark.parametrize("ignored", [[], ["dot"], ["dot", "broadcast"]], ids=["all", "no dot", "no broadcast"])
+def test_products_over_a_history_of_nothing(ignored: list[str]) -> None:
+    """A product with no entries to sum is 0 without being looked at, whoever writes it."""
+    s = sq.sequence()
+    s.graph.output(_products_of_turned(s), ["N"])
+    model = s.graph.model()
+    made = divided(model, s.given)
+    assert "Where" not in operators(made)
+    assert_equal(model, made, s.given, 1e-6)
+    result = rewritten(model, request=patterns(s.given), ignore=ignored)
+    assert_equal(model, result.model, s.given, 1e-6, cut=result.changed)
+
+
 def _lengths_of_requests(s: Sequence, length: int) -> str:
     """A causal mask of constants and the request's padding, expanded to heads as exporters do."""
     g = s.graph
