@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -20,8 +19,8 @@ from onnxrank.emitter import Emitted
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Level, Origin, Source, extents, is_candidate_symbol
-from onnxrank.written import Written
+from onnxrank.values import Level, Origin, Source
+from onnxrank.written import Written, entries
 
 RULE = "dot"
 """The rule that it is a decision of."""
@@ -124,7 +123,6 @@ class _Products:
 
 def _ways(whole: Source, count: int) -> list[Alternative]:
     """What factors cost where they are, per candidate, and on the other side, per request."""
-    entries = prod(extents(whole.dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in whole.symbols)
-    passes = cost.estimate(written=4 * count * entries)
+    passes = cost.estimate(written=4 * count * entries(whole.dims))
     launches = cost.estimate(launches=count)
     return [Alternative(LEAVE, "", launches, passes), Alternative(TAKE, "reassociates", 2 * launches + passes, 0.0)]

@@ -33,8 +33,8 @@ from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
 from onnxrank.segments import spans
-from onnxrank.values import Dims, Level, Origin, Source, extents, is_candidate_symbol, symbols
-from onnxrank.written import Written
+from onnxrank.values import Dims, Level, Origin, Source, extents, symbols
+from onnxrank.written import Written, entries
 
 RULE = "dot"
 """The rule that it is a decision of, where nothing is hidden; `underflow` otherwise."""
@@ -331,24 +331,28 @@ def _ways(made: Source, keys: Dims | None, share: float, flat: bool, known: bool
         flat: Whether it is a product of two matrices.
         known: Whether it is known already what the mask hides.
     """
-    length = cost.LENGTH ** sum(not is_candidate_symbol(s) for s in made.symbols)
-    entries, columns = prod(extents(made.dims)) * length, extents(made.dims)[-1]
-    rows = entries // max(1, columns)
-    passed, launches = cost.CPU.seconds(Bill("broadcast", _BYTES * entries, rows)), 1.0
+    count, rows = entries(made.dims), entries(made.dims[:-1])
+    passed, launches = _moved("broadcast", _BYTES * count, rows), 1.0
     if share:
-        passed += min(entries * cost.BOUNDED, entries * share * cost.CPU.denormal)
+        passed += min(count * cost.BOUNDED, count * share * cost.CPU.denormal)
         launches += 6
-    own = extents(keys) if keys is not None else (cost.LENGTH, columns)
+    own = (1, cost.LENGTH, entries(made.dims[-1:])) if keys is None else tuple(entries((d,)) for d in keys)
     size, inner = prod(own), own[-2]
     once = [Bill("copy", _BYTES * size, prod(own[:-1]))]
-    each = []
+    each = 0.0
     if share:
         once += [Bill("where", _BYTES * size, prod(own[:-1])), Bill("transpose", _BYTES * size, size)]
         once += [Bill("stack", _BYTES * inner, prod(own[:-2]), size)] + [Bill("other")] * (2 if known else 16)
     if not flat:
         once += [Bill("other")] * 2
-        each = [Bill("copy", _BYTES * rows * (inner + 1), rows), Bill("stack", macs=entries, launches=0)]
+        each = _moved("broadcast", _BYTES * rows * (inner + 1), rows) + count * cost.CPU.rate("stack").mac
     return [
         Alternative(LEAVE, "", cost.estimate(launches=launches), passed),
-        Alternative(TAKE, "reassociates", sum(map(cost.CPU.seconds, once)), sum(map(cost.CPU.seconds, each))),
+        Alternative(TAKE, "reassociates", sum(map(cost.CPU.seconds, once)), each),
     ]
+
+
+def _moved(kind: str, written: int, runs: int) -> float:
+    """Seconds per candidate of a pass over entries, beside its launch."""
+    rate = cost.CPU.rate(kind)
+    return written * rate.byte + runs * rate.run

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -26,8 +25,8 @@ from onnxrank.masks import MOST, Masks
 from onnxrank.operators import operator
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dims, Level, Origin, Source, extents, is_candidate_symbol, symbols
-from onnxrank.written import Written
+from onnxrank.values import Level, Origin, Source, is_candidate_symbol, symbols
+from onnxrank.written import Written, entries
 
 NAME = "underflow"
 _BELOW = 60.0
@@ -55,12 +54,11 @@ def avoid(rw: Rewrite) -> None:
         axis = _axis(e.proto, emit.opset)
         if axis is None:
             continue
-        axis %= max(1, len(source.dims))
         joined, parts = _parts(written, e.proto, axis, len(source.dims))
         shares = [(i, share) for i in parts if (share := masks.share(i))]
         if not shares:
             continue
-        sizes = [_entries(written.dims(i) or source.dims) for i, _ in shares]
+        sizes = [entries(written.dims(i) or source.dims) for i, _ in shares]
         with emit.at(Origin(e.origin, e.proto.output[0], NAME)):
             if rw.decide(NAME, _ways(source, [s for _, s in shares], sizes)) == TAKE:
                 own = NodeProto()
@@ -82,7 +80,7 @@ def _parts(written: Written, node: NodeProto, axis: int, rank: int) -> tuple[Nod
     made = written.maker(x)
     if made is None or operator(made) != "Concat" or written.only_reader(x) is None:
         return None, [x]
-    if attribute(made, "axis", 0) % rank != axis:
+    if attribute(made, "axis", 0) % rank != axis % rank:
         return None, [x]
     return made, list(dict.fromkeys(made.input))
 
@@ -91,12 +89,6 @@ def _axis(node: NodeProto, opset: int) -> int | None:
     """The axis that a softmax goes over; None where it is over several, as it may be in old opsets."""
     axis: int = attribute(node, "axis", -1 if opset >= 13 else 1)
     return axis if opset >= 13 or axis == -1 else None
-
-
-def _entries(dims: Dims) -> int:
-    """Entries of a tensor, per candidate where it has rows of them."""
-    count: int = prod(extents(dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in symbols(dims))
-    return count
 
 
 def _ways(source: Source, shares: Sequence[float], sizes: Sequence[int]) -> list[Alternative]:

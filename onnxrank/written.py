@@ -9,13 +9,20 @@ from math import prod
 
 from onnx import NodeProto
 
+from onnxrank import cost
 from onnxrank.graphs import attribute, reads
 from onnxrank.operators import operator
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dims, Level, Source, canonical, extents, symbols
+from onnxrank.values import Dims, Level, Source, canonical, extents, is_candidate_symbol, symbols
 
 _MOST_AXES = 8
 """Axes of a shape at most that is looked at."""
+
+
+def entries(dims: Dims) -> int:
+    """Entries of a tensor, per candidate where it has rows of them; lengths count as `cost.LENGTH`."""
+    count: int = prod(extents(dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in symbols(dims))
+    return count
 
 
 class Written:

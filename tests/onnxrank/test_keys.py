@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import ModelProto
 
-LENGTH, HEADS, WIDTH = 24, 4, 8
+LENGTH, HEADS, WIDTH = 120, 4, 8
 SIZE = HEADS * WIDTH
 
 
