@@ -132,14 +132,18 @@ class _Scores:
     def extended(self, e: Emitted) -> Emitted | None:
         """The last node of scores of longer keys, in the place of an addition; None where it stays."""
         made = self._written.source(e.proto.output[0])
+        if e.origin >= len(self.rw.nodes):
+            return None  # it brings outputs into their shape, and is no site of the model
         if made is None or made.level is not Level.CANDIDATE or made.dtype != TensorProto.FLOAT or len(made.dims) < 2:
             return None
         for addition in self._additions(e.proto, made):
             product = self._product(e.proto, addition, made)
             keys = None if product is None else self._written.dims(product.node.input[1])
             rank = None if product is None else self._written.rank(product.node.input[1])
-            if product is None or rank is None or (rank > 2 and (keys is None or any(symbols(keys[:-2])))):
+            if product is None or rank is None or keys is None or any(symbols(keys[:-2])):
                 continue
+            if keys[-1:] != made.dims[-1:]:
+                continue  # a Reshape on the way takes columns apart
             share, far = self._masked(e.proto, addition)
             if share and (far < spans.distance(made.dtype)[0] or not self._is_softmax_behind(e.proto, made)):
                 return None  # it may be that it hides nothing
@@ -230,7 +234,7 @@ class _Scores:
         made: Source,
         addition: _Addition,
         product: _Product,
-        keys: Dims | None,
+        keys: Dims,
         rank: int,
         share: float,
     ) -> Emitted | None:
@@ -259,7 +263,6 @@ class _Scores:
                 scores = emit.add("Gemm", [left, right, bias])
             else:
                 if rank > 2:
-                    assert keys is not None
                     batch = np.array([*extents(keys[:-2]), 1, 1], np.int64)
                     bias = emit.add("Expand", [bias, emit.constant(batch)])
                 one = emit.constant(np.array(1, np.float32))
@@ -321,12 +324,12 @@ class _Scores:
         return _Hidden(where, weights, add("Where", [below, near, clean]))
 
 
-def _ways(made: Source, keys: Dims | None, share: float, flat: bool, known: bool) -> list[Alternative]:
+def _ways(made: Source, keys: Dims, share: float, flat: bool, known: bool) -> list[Alternative]:
     """What it costs to pass over scores, and to make keys longer.
 
     Args:
         made: The scores.
-        keys: Shape of the keys, if known.
+        keys: Shape of the keys.
         share: Share of the scores that a mask hides.
         flat: Whether it is a product of two matrices.
         known: Whether it is known already what the mask hides.
@@ -336,7 +339,7 @@ def _ways(made: Source, keys: Dims | None, share: float, flat: bool, known: bool
     if share:
         passed += min(count * cost.BOUNDED, count * share * cost.CPU.denormal)
         launches += 6
-    own = (1, cost.LENGTH, entries(made.dims[-1:])) if keys is None else tuple(entries((d,)) for d in keys)
+    own = tuple(entries((d,)) for d in keys)
     size, inner = prod(own), own[-2]
     once = [Bill("copy", _BYTES * size, prod(own[:-1]))]
     each = 0.0

@@ -163,6 +163,18 @@ def test_left(mask: str, how: dict) -> None:
     assert passes(result.model)["Add"] + passes(result.model)["Where"] == 1
 
 
+def test_columns_taken_apart() -> None:
+    """A product whose columns a Reshape takes apart: what is added to each part is no row of it."""
+    g = Graph()
+    given = [request("h", SIZE, 10 * 40), candidate("c", SIZE)]
+    h, c = (i.declare(g) for i in given)
+    s = g.on_axes("Squeeze", g.op("MatMul", g.on_axes("Unsqueeze", c, [1]), h), [1])
+    s = g.op("Add", g.op("Reshape", s, g.ints(-1, 10, 40)), g.const(whole_numbers(40)))
+    y = g.op("Reshape", g.op("Relu", s), g.ints(-1, 400))
+    g.output(g.op("MatMul", y, g.const(whole_numbers(400, 2))), ["N", 2])
+    optimised(g, given, counts=(0, 1, 2, 40))
+
+
 def test_few_candidates() -> None:
     """For a few candidates the pass over their scores is cheaper."""
     g, given = attention()
