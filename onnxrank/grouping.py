@@ -40,6 +40,8 @@ LARGE = 32
 A bound on how finely a result is divided: whether larger ones lie side by side is decided by what that costs, where a
 product reads them (`rules/pieces.py`).
 """
+APART = 256
+"""The same where they are no parts: beside an operator that is run once more, copying so many takes long."""
 Orders = dict[int, NDArray[np.int64]]
 """Per axis, an order of its positions."""
 
@@ -149,27 +151,44 @@ class Grouping:
             rows: Whether the last axis has to stay whole.
 
         Returns:
-            Index of each part; one index of everything where tensors are small, do not follow rows and columns, or are
-            not parts, such as embeddings, which a layer joins sooner or later.
+            Index of each part; one index of everything where tensors are small or do not follow rows and columns. So it
+            is for those that are not parts, such as embeddings, which a layer joins sooner or later, unless all are
+            large, and none would have to be cut.
         """
-        shape = arrays[0].shape
+        shape, parts = arrays[0].shape, True
         keys = np.zeros(shape, np.int64)
         for a in arrays:
             candidate = self.sources.levels(a) == Level.CANDIDATE
             found = [s for s in self.sources.of(a) if s.level is Level.CANDIDATE]
-            if len(found) > 1 and not all(s.part or s.offers(Selectable) for s in found):
-                return [...]
+            parts &= len(found) < 2 or all(s.part or s.offers(Selectable) for s in found)
             keys = keys * 1_000_003 + np.where(candidate, source_numbers(a) + 1, 0)
-        if (keys == keys.flat[0]).all():
+        if (keys == keys.flat[0]).all() or (rows and not parts):
             return [...]
         if rows:
             keys = (keys * np.random.default_rng(0).integers(1, 1 << 30, shape[-1])).sum(-1)
         along = {s for a in arrays for s in self.sources.symbols(a) if not is_candidate_symbol(s)}
         width = (shape[-1] if rows else 1) * self.length ** len(along)
         boxes = rectangles(keys, _MOST_BOXES)
-        if boxes is None or len(boxes) == 1 or any(prod(map(len, box)) * width < LARGE for box in boxes):
+        least = LARGE if parts else APART
+        if boxes is None or len(boxes) == 1 or any(prod(map(len, box)) * width < least for box in boxes):
+            return [...]
+        if not parts and any(self._cuts(a, boxes) or self._is_for_columns(a) for a in arrays):
             return [...]
         return [(*np.ix_(*box), slice(None)) if rows else np.ix_(*box) for box in boxes]
+
+    def _cuts(self, codes: Codes, boxes: Sequence[Sequence[NDArray[np.int64]]]) -> bool:
+        """Whether a box has some of the entries of a candidate-level tensor, but not each of them once."""
+        for box in boxes:
+            part = codes[np.ix_(*box)]
+            found = [s for s in self.sources.of(part) if s.level is Level.CANDIDATE]
+            if found and (len(found) > 1 or not found[0].size == part.size == np.unique(part).size):
+                return True
+        return False
+
+    def _is_for_columns(self, codes: Codes) -> bool:
+        """Whether entries are constants, one for each: what they scale goes side by side into a layer."""
+        found = self.sources.of(codes)
+        return len(found) == 1 and found[0].level is Level.CONSTANT and found[0].size == codes.size
 
     def is_part(self, arrays: Iterable[Codes]) -> bool:
         """Whether entries come from tensors that were made apart."""

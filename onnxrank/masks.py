@@ -36,34 +36,62 @@ class Masks:
 
     def share(self, name: str) -> float:
         """Share of a tensor's entries that masks hide, among what it is made of by steps on single entries."""
-        seen, open_, found = set[str](), [name], 0.0
+        return max((share for share, _ in self._found([(None, name)])), default=0.0)
+
+    def added(self, node: NodeProto, name: str) -> tuple[float, float]:
+        """What a node that reads a mask hides with it.
+
+        Args:
+            node: An addition to scores, or a choice between them and a number.
+            name: What it adds, or the number.
+
+        Returns:
+            The share of entries, and how far below the others the nearest of them are; 0 where there are none.
+        """
+        found = [f for f in self._found([(node, name)]) if f[0]]
+        return max((share for share, _ in found), default=0.0), min((far for _, far in found), default=0.0)
+
+    def _found(self, open_: list[tuple[NodeProto | None, str]]) -> list[tuple[float, float]]:
+        """Shares that constants hide, and how far, from tensors backwards, each as a node reads it."""
+        seen, found = set[str](), list[tuple[float, float]]()
         while open_:
-            name = open_.pop()
+            reader, name = open_.pop()
+            if reader is not None:
+                found.append(self._hidden(reader, name))
             node = self._made.get(name)
             if name in seen or node is None:
                 continue
             seen.add(name)
             if operator(node) == "Max" and any(operator(self._made[i]) == "Sub" for i in node.input if i in self._made):
-                return 0.0  # it is bounded from below
-            if traits(node) & (Trait.ELEMENTWISE | Trait.MOVEMENT):
+                continue  # it is bounded from below
+            if operator(node) == "Where":
+                read = self._chosen(node)
+            elif traits(node) & (Trait.ELEMENTWISE | Trait.MOVEMENT):
                 read = [i for i in node.input if i]
             elif operator(node) == "Gemm":
                 read = list(node.input[2:])  # what is added to the product
             else:
                 continue
-            found = max([found, *(self._hidden(node, i) for i in read)])
-            open_ += read
+            open_ += [(node, i) for i in read]
         return found
 
-    def _hidden(self, node: NodeProto, name: str) -> float:
-        """Share of entries that a constant hides where a node reads it; 0 for what is no mask."""
+    def _chosen(self, node: NodeProto) -> list[str]:
+        """What entries of a choice may be; not those that give way where they are below something."""
+        condition = self._made.get(node.input[0])
+        replaced = condition is not None and operator(condition) == "Less" and condition.input[0] == node.input[2]
+        return list(node.input[1:2] if replaced else node.input[1:])
+
+    def _hidden(self, node: NodeProto, name: str) -> tuple[float, float]:
+        """Share of entries that a constant hides where a node reads it, and how far; nothing for what is no mask."""
         data = self._data(name)
         if data is None or data.dtype.kind != "f" or not data.size:
-            return 0.0
-        share = float((np.abs(data) >= _FAR).mean())
+            return 0.0, 0.0
+        sizes = np.abs(data)
+        share = float((sizes >= _FAR).mean())
+        far = float(sizes[sizes >= _FAR].min()) if share else 0.0
         if data.size > 1 or not share:
-            return share
+            return share, far
         chosen = self._data(node.input[0]) if operator(node) == "Where" else None
         if chosen is None:
-            return _MASKED
-        return float(chosen.mean() if name == node.input[1] else 1 - chosen.mean())
+            return _MASKED, far
+        return float(chosen.mean() if name == node.input[1] else 1 - chosen.mean()), far

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, factors, facts, feeds, runtime, scalars, underflow
+from onnxrank import cost, factors, facts, feeds, keys, runtime, scalars, underflow
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -279,6 +279,7 @@ class Transformation:
 
     def _assemble(self) -> ModelProto:
         self._finish_outputs()
+        keys.extend(self.rw)
         if self.rw.uses(underflow.NAME):
             underflow.avoid(self.rw)
         if self.rw.uses(factors.RULE):

@@ -11,26 +11,27 @@ Where a whole row is masked, m is so large that m - 60 would be rounded to m: d 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxrank import cost
-from onnxrank.emitter import Emitted, Emitter
+from onnxrank.emitter import Emitter
 from onnxrank.graphs import attribute
 from onnxrank.masks import MOST, Masks
 from onnxrank.operators import operator
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Level, Origin, Source, extents, is_candidate_symbol, symbols
+from onnxrank.values import Level, Origin, Source, is_candidate_symbol, symbols
+from onnxrank.written import Written, entries
 
 NAME = "underflow"
 _BELOW = 60.0
 """What is so far below the largest score of a row has a weight of 1e-26, and is far from where exp gives denormals."""
-_SHARE = 1e-5
+SHARE = 1e-5
 """The same as a share of that score, where it is larger: a hundred units in the last place."""
 
 
@@ -44,17 +45,44 @@ def avoid(rw: Rewrite) -> None:
     found = [(k, e) for k, e in enumerate(emit.nodes) if operator(e.proto) == "Softmax"]
     if not found:
         return
-    masks, sources = Masks((e.proto for e in emit.nodes), partial(rw.stored, most=MOST)), rw.sources.named()
+    written = Written(rw)
+    masks, written = Masks((e.proto for e in emit.nodes), partial(rw.stored, most=MOST)), Written(rw)
     for k, e in found:
-        source = sources.get(e.proto.output[0])
+        source = written.source(e.proto.output[0])
         if source is None or source.dtype != TensorProto.FLOAT or source.level is Level.CONSTANT:
             continue
-        axis, share = _axis(e.proto, emit.opset), masks.share(e.proto.input[0])
-        if axis is None or not share:
+        axis = _axis(e.proto, emit.opset)
+        if axis is None:
             continue
+        joined, parts = _parts(written, e.proto, axis, len(source.dims))
+        shares = [(i, share) for i in parts if (share := masks.share(i))]
+        if not shares:
+            continue
+        sizes = [entries(written.dims(i) or source.dims) for i, _ in shares]
         with emit.at(Origin(e.origin, e.proto.output[0], NAME)):
-            if rw.decide(NAME, _ways(source, share)) == TAKE:
-                emit.nodes[k] = _bounded(emit, e, axis, len(source.dims))
+            if rw.decide(NAME, _ways(source, [s for _, s in shares], sizes)) == TAKE:
+                own = NodeProto()
+                own.CopyFrom(e.proto)
+                above = {i: _bounded(emit, i, axis, len(source.dims)) for i, _ in shares}
+                if joined is None:
+                    own.input[0] = above[own.input[0]]
+                else:
+                    own.input[0] = emit.add("Concat", [above.get(i, i) for i in joined.input], {"axis": axis})
+                emit.nodes[k] = replace(e, proto=own, rule=e.rule or NAME)
+
+
+def _parts(written: Written, node: NodeProto, axis: int, rank: int) -> tuple[NodeProto | None, list[str]]:
+    """What the scores of a softmax are joined of, where nothing else reads them as a whole, and by which node.
+
+    What is far below the largest score of one part is so below that of all, and there may be no mask but on few.
+    """
+    x = node.input[0]
+    made = written.maker(x)
+    if made is None or operator(made) != "Concat" or written.only_reader(x) is None:
+        return None, [x]
+    if attribute(made, "axis", 0) % rank != axis % rank:
+        return None, [x]
+    return made, list(dict.fromkeys(made.input))
 
 
 def _axis(node: NodeProto, opset: int) -> int | None:
@@ -63,24 +91,26 @@ def _axis(node: NodeProto, opset: int) -> int | None:
     return axis if opset >= 13 or axis == -1 else None
 
 
-def _ways(source: Source, share: float) -> list[Alternative]:
-    """What it costs to leave weights as they are, and to bound scores."""
-    entries = prod(extents(source.dims)) * cost.LENGTH ** sum(not is_candidate_symbol(s) for s in source.symbols)
+def _ways(source: Source, shares: Sequence[float], sizes: Sequence[int]) -> list[Alternative]:
+    """What it costs to leave weights as they are, and to bound scores.
+
+    Args:
+        source: What the softmax gives.
+        shares: Of each part, the share of the entries that are masked.
+        sizes: Their entries.
+    """
     each = any(map(is_candidate_symbol, symbols(source.dims)))
-    left = entries * share * cost.CPU.denormal
-    more, launches = entries * cost.BOUNDED, cost.estimate(launches=6)
+    left = sum(n * share * cost.CPU.denormal for n, share in zip(sizes, shares, strict=True))
+    more, launches = sum(sizes) * cost.BOUNDED, cost.estimate(launches=6 * len(sizes))
     return [
         Alternative(LEAVE, "", 0.0 if each else left, left if each else 0.0),
         Alternative(TAKE, "reassociates", launches + (0.0 if each else more), more if each else 0.0),
     ]
 
 
-def _bounded(emit: Emitter, e: Emitted, axis: int, rank: int) -> Emitted:
-    """A softmax of bounded scores in place of one."""
-    x, own = e.proto.input[0], NodeProto()
+def _bounded(emit: Emitter, x: str, axis: int, rank: int) -> str:
+    """Scores that are bounded from below along an axis."""
     largest = emit.reduce("ReduceMax", x, [axis], True)
-    share = emit.add("Mul", [emit.add("Abs", [largest]), emit.number(_SHARE, np.float32, rank)])
+    share = emit.add("Mul", [emit.add("Abs", [largest]), emit.number(SHARE, np.float32, rank)])
     least = emit.add("Sub", [largest, emit.add("Max", [share, emit.number(_BELOW, np.float32, rank)])])
-    own.CopyFrom(e.proto)
-    own.input[0] = emit.add("Max", [x, least])
-    return replace(e, proto=own, rule=e.rule or NAME)
+    return emit.add("Max", [x, least])

@@ -7,8 +7,9 @@ For a dot interaction `X X'` with request-level rows `U` and candidate-level row
 `U U'` is made once per request, `C U'` is one matrix product with candidates as rows, and `U C'` is its transpose. What
 is selected of the result, a triangle say, folds into the weights of the layer that follows.
 
-Where the right side is the request's, factors along the inner axis go there: `(A diag(s)) V = A (diag(s) V)`. That is
-done by `onnxrank.factors`, once all nodes are written.
+Where the right side is the request's, factors along the inner axis go there: `(A diag(s)) V = A (diag(s) V)`, and what
+is added to all rows alike: `q K' + b = [q 1] [K b]'`. That is done by `onnxrank.factors` and `onnxrank.keys`, once all
+nodes are written.
 """
 
 from __future__ import annotations

@@ -142,10 +142,11 @@ class _Elementwise:
             made = self.of([as_split(v, dims) for v in values])
             assert made.dims == split_merged(dims)
             return rw.tidy(dims, self.dtype, made.codes.reshape(extents(dims)))
-        if all(v.whole is not None for v in values) and not unread:
+        idle = _idle(rw, self.node, values, dims)
+        if idle is None and all(v.whole is not None for v in values) and not unread:
             scaled = _scaled(rw, self.node, values, dims, self.dtype)
             return self._entire(values, dims) if scaled is None else scaled
-        return self._by_level(values, dims, unread or {})
+        return self._by_level(values, dims, unread or {}, idle)
 
     def _entire(self, values: Sequence[Value], dims: Dims) -> Value:
         """The user's node, of tensors as they are."""
@@ -159,12 +160,14 @@ class _Elementwise:
         (kept,) = rw.keep(self.node, operands, [dims], held, dtype=self.dtype)
         return rw.settle(kept)
 
-    def _by_level(self, values: Sequence[Value], dims: Dims, unread: dict[int, Any]) -> Value:
-        """A node for the entries of each level, and for each large tensor that they lie in."""
+    def _by_level(self, values: Sequence[Value], dims: Dims, unread: dict[int, Any], idle: Codes | None) -> Value:
+        """A node for the entries of each level, and for each large tensor that they lie in; none for idle ones."""
         rw, rank = self.rw, len(dims)
         wide = [np.broadcast_to(v.codes.reshape((1,) * (rank - v.rank) + v.codes.shape), extents(dims)) for v in values]
         if unread:
             wide = [mark_unread(w, unread) for w in wide]
+        if idle is not None:
+            wide = [np.where(idle == HOLE, w, HOLE) for w in wide]
         ranks = [v.rank for v in values]
         wide, keys = self._keyed(values, wide, dims)
         orders = rw.grouping.memory_order(wide)
@@ -179,7 +182,8 @@ class _Elementwise:
                 parts, whole = [group.take(w) for w in some], alone and group.index is Ellipsis
                 group.put(part, _Entries(self, group.level, group.dims, parts, ranks, whole).made())
             out[box] = part
-        return rw.tidy(dims, self.dtype, restored(out, orders))
+        made = restored(out, orders)
+        return rw.tidy(dims, self.dtype, made if idle is None else np.where(idle == HOLE, made, idle))
 
     def _keyed(self, values: Sequence[Value], wide: list[Codes], dims: Dims) -> tuple[list[Codes], NDArray[np.int64]]:
         """The operands, of commutative operators by level, and a key per entry: those of one key are made together."""
@@ -448,6 +452,37 @@ def neutral(node: NodeProto, values: Sequence[Value], dims: Dims) -> Value | Non
             if extents(other.dims) == extents(dims)[len(dims) - other.rank :] and other.rank == len(dims):
                 return Value(dims, other.dtype, other.whole, None if other.whole else other.codes)
     return None
+
+
+def _idle(rw: Rewrite, node: NodeProto, values: Sequence[Value], dims: Dims) -> Codes | None:
+    """`x or false`, `x and true`: the entries of rows in which a constant changes nothing, holes elsewhere.
+
+    Rows of a causal mask that hide nothing are alike then, and need not be told apart. In other rows, entries that a
+    constant decides would only have to be joined with those that it does not.
+    """
+    if operator(node) not in ("And", "Or") or not dims or prod(extents(dims)) > _LARGEST_SCALED:
+        return None
+    wide = [
+        np.broadcast_to(v.codes.reshape((1,) * (len(dims) - v.rank) + v.codes.shape), extents(dims)) for v in values
+    ]
+    constant = [rw.sources.levels(w) == Level.CONSTANT for w in wide]
+    known = constant[0] & constant[1]
+    out, busy = np.full(extents(dims), HOLE), ~(constant[0] | constant[1])
+    for mine, other, fixed in (*zip(wide, wide[::-1], constant, strict=True),):
+        alone = fixed & ~known
+        if alone.any():
+            passes = np.zeros(alone.shape, bool)
+            passes[alone] = rw.sources.constants(mine[alone]) == (operator(node) == "And")
+            out, busy = np.where(passes, other, out), busy | (alone & ~passes)
+    idle = ~busy.any(-1, keepdims=True) & ~known.all(-1, keepdims=True)
+    if not idle.any():
+        return None
+    decided = known & idle
+    if decided.any():
+        join = np.logical_and if operator(node) == "And" else np.logical_or
+        truth = join(*(rw.sources.constants(w[decided]) for w in wide))
+        out[decided] = np.where(truth, rw.one(TensorProto.BOOL), rw.zero(TensorProto.BOOL))
+    return np.where(idle, out, HOLE)
 
 
 def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:

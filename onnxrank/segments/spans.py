@@ -233,6 +233,11 @@ def _renamed(end: Bound, names: Mapping[str, str]) -> Bound:
     return out
 
 
+def distance(dtype: int) -> tuple[float, float]:
+    """How far below a visible key a masked one must be: so much, and that share of what is added to the visible one."""
+    return _GAPS.get(dtype, _GAP), _PRECISION.get(dtype, 2.0**-23) * _MARGIN
+
+
 def hides(dtype: int, masked: Any, visible: Any) -> Any:
     """Whether softmax gives keys no weight at all beside another one of their row.
 
@@ -244,7 +249,8 @@ def hides(dtype: int, masked: Any, visible: Any) -> Any:
     Returns:
         Truth, of the shape of the arguments.
     """
+    least, share = distance(dtype)
     with np.errstate(invalid="ignore"):
         # Where much is added to all keys of a row, scores and smaller gaps are rounded away.
-        gap = np.maximum(_GAPS.get(dtype, _GAP), np.abs(visible) * _PRECISION.get(dtype, 2.0**-23) * _MARGIN)
+        gap = np.maximum(least, np.abs(visible) * share)
         return (masked == -inf) | (visible - masked >= gap)

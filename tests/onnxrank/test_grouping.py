@@ -89,3 +89,30 @@ def test_joint_levels_and_memory() -> None:
     order = grouping.memory_order([each[[3, 0, 4, 1, 5, 2]]])[0]
     assert np.array_equal(each[[3, 0, 4, 1, 5, 2]][order], each)
     assert not grouping.memory_order([once[[3, 0, 4, 1, 5, 2]]])
+
+
+def test_large_tensors_side_by_side_are_divided() -> None:
+    """Each alone, where all are whole; tensors that would be cut, small ones and factors per column stay together."""
+    sources = Sources()
+    grouping = Grouping(sources)
+
+    def made(rows: int, level: str = "N") -> NDArray[np.int64]:
+        dims = (("N",), (rows,), (32,)) if level == "N" else ((), (rows,), (32,))
+        load = (lambda: np.ones((rows, 32), np.float32)) if level == "constant" else None
+        return codes_of(sources.add(dims, TensorProto.FLOAT, f"t{sources.count}", load=load))
+
+    def divided(*arrays: NDArray[np.int64]) -> int:
+        return len(grouping.boxes(arrays))
+
+    large, other = made(20), made(8)
+    side = np.concatenate([large, other], 1)
+    bias = np.broadcast_to(
+        codes_of(sources.add(((), (), (32,)), TensorProto.FLOAT, load=lambda: np.ones(32))), side.shape
+    )
+    once = np.concatenate([made(20, "request"), made(8)], 1)
+    assert divided(side) == divided(side, bias) == divided(side, once) == 2
+    assert divided(side, made(28)) == 1  # the other would be cut
+    assert divided(np.concatenate([large, other[:, :4]], 1)) == 1
+    assert divided(side, made(28, "constant")) == 1
+    assert divided(np.concatenate([large, made(2)], 1)) == 1
+    assert len(grouping.boxes([side], rows=True)) == 1

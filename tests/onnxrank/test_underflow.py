@@ -116,18 +116,34 @@ def test_once() -> None:
     assert operators(again.model).count("ReduceMax") == 1
 
 
-def test_behind_a_product() -> None:
-    """A mask that a Gemm adds."""
+def test_parts() -> None:
+    """Of scores that lie side by side, those alone are bounded that a mask hides some of."""
     g = Graph(17)
-    given_ = [request("h", WIDTH, 4), request("m", WIDTH), candidate("c", 4)]
-    for i in given_:
-        i.declare(g)
-    keys = g.op("Transpose", "h", perm=[0, 2, 1])
-    scores = g.on_axes("Squeeze", g.op("MatMul", g.on_axes("Unsqueeze", "c", [1]), keys), [1])
-    x = g.op("Add", scores, g.op("Mul", "m", g.const(-1e9)))
-    g.output(g.op("Mul", g.op("Softmax", x, axis=1), g.const(3.0)), None)
-    result = optimised(g, given_, counts=(1, 2, 5, 40), tolerance=1e-6)
-    assert bounded(result)
+    given_ = [request("r", 1), candidate("s", WIDTH), candidate("o", 4)]
+    r, s, o = (i.declare(g) for i in given_)
+    few = g.op("Where", g.const([True, False, False, True], np.bool_), g.const(-np.inf), o)
+    x = g.op("Softmax", g.op("Concat", g.op("Mul", s, r), few, axis=1), axis=-1)
+    g.output(g.op("Mul", x, g.const(2.0)), ["N", WIDTH + 4])
+    result = optimised(g, given_, counts=(0, 1, 2, 5, 90), tolerance=1e-6)
+    (largest,) = [n for n in result.model.graph.node if n.op_type == "ReduceMax"]
+    assert largest.input[0] in {o for n in result.model.graph.node if n.op_type == "Where" for o in n.output}
+
+
+def test_parts_that_are_hidden() -> None:
+    """A part of which everything is hidden, by a finite number or by none, is as far below the other as it was."""
+    g = Graph(17)
+    scores, hidden = g.input("scores", ["N", WIDTH]), g.input("hidden", ["N", WIDTH])
+    far = g.op("Where", g.op("Greater", hidden, g.const(0.5)), g.const(-np.inf), scores)
+    near = g.op("Add", scores, g.op("Mul", hidden, g.const(-1e9)))
+    weights = g.op("Softmax", g.op("Concat", scores, far, near, axis=1), axis=1)
+    g.output(g.op("Mul", weights, g.const(2.0)), ["N", 3 * WIDTH])
+    model = g.model()
+    made = rewritten(model, request=["hidden"]).model
+    assert [n.op_type for n in made.graph.node].count("ReduceMax") == 2
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.5, 1.0):
+        mask = (rng.random((1, WIDTH)) < share).astype(np.float32).repeat(5, 0)
+        same(model, made, rng.standard_normal((5, WIDTH)).astype(np.float32) * 30, mask)
 
 
 def test_few_scores() -> None:
