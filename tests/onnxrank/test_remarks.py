@@ -308,7 +308,7 @@ def test_a_reduction_that_no_rule_divides() -> None:
 
 def test_the_model_as_a_whole() -> None:
     """A result that would not be faster is not taken: the remark has what it would have saved."""
-    result = optimised_export("mlp_batchnorm_layernorm.torchscript.onnx")
+    result = optimised_export("edcn.torchscript.onnx")
     first = result.report.refusals[0]
     assert not result.changed and (first.rule, first.node) == ("model", "")
     assert "would not be faster at N = 512" in first.reason and first.lost > 0
