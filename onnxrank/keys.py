@@ -9,9 +9,10 @@ hidden key becomes the mean of the visible ones, so that its score is the mean o
 
     k_hidden = mean(k_visible), b_hidden = m - max(50, 1e-5 |m|), m = mean(b_visible):  weight <= exp(-50)
 
-It holds of every row, whatever the scores are, and no row's largest score has to be known. Which keys are hidden is
-found per request, by the distance that proves it elsewhere (`segments.spans.distance`). Where all are masked alike none
-is hidden, and scores stay as they are.
+It holds of every row whose scores are rounded by less than 50, which float32 does up to 1e8 (beyond, rounding alone
+decides between the visible ones), and no row's largest score has to be known. Which keys are hidden is found per
+request, by the distance that proves it elsewhere (`segments.spans.distance`). Where all are masked alike none is
+hidden, and scores stay as they are.
 """
 
 from __future__ import annotations

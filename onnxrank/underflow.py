@@ -45,7 +45,6 @@ def avoid(rw: Rewrite) -> None:
     found = [(k, e) for k, e in enumerate(emit.nodes) if operator(e.proto) == "Softmax"]
     if not found:
         return
-    written = Written(rw)
     masks, written = Masks((e.proto for e in emit.nodes), partial(rw.stored, most=MOST)), Written(rw)
     for k, e in found:
         source = written.source(e.proto.output[0])
