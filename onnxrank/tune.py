@@ -20,8 +20,8 @@ _TIMEOUT = 120.0
 """Seconds for loading a model, or beyond the time that is asked for."""
 _STEP = 8
 """Between the ends of a range each number of candidates that is timed is about so many times the one before."""
-SLOWDOWN = 0.0125
-"""By which share a result may be slower unless more is allowed: whoever times it again is to find less than 2 %."""
+SLOWDOWN = 0.0175
+"""By which share a result may be slower unless more is allowed: 2 % are what two sessions of one model differ by."""
 _CLOSE = 0.0475
 """Logarithm of what may still come, beyond that, from where the memory of two sessions lies: others are timed then."""
 SUSPECTS = ("fold", "cross", "attention")

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 @click.option(
     "--slowdown",
     type=click.FloatRange(0, 1000),
-    default=1.25,
+    default=1.75,
     show_default=True,
     metavar="PERCENT",
     help="With --tune: by how much the result may be slower than the original at a number of candidates that is timed "

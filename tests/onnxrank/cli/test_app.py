@@ -149,7 +149,7 @@ def test_optimize(folder: Path, engine: Engine, capsys: pytest.CaptureFixture[st
             "lengths": {},
             "strict": False,
             "tune": 0.0,
-            "slowdown": 0.0125,
+            "slowdown": 0.0175,
             "blocks": None,
             "plan": None,
         }
