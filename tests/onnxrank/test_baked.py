@@ -80,6 +80,7 @@ def test_analysis() -> None:
     assert onnxrank.analyse(baked("product"), request=["hist"]).study.symbols == ["N"]
 
 
+@pytest.mark.slow
 def test_two_that_contradict() -> None:
     """A model that runs at no length is refused as before."""
     model = baked("rows left open")
@@ -166,6 +167,7 @@ def _largest() -> ModelProto:
     return g.model()
 
 
+@pytest.mark.slow
 def test_histories_that_may_not_be_short() -> None:
     """From which length on a model runs is found, and said."""
     model = _largest()
@@ -183,6 +185,7 @@ def test_histories_that_may_not_be_short() -> None:
     assert verify(model, result.model).passed
 
 
+@pytest.mark.slow
 def test_short_histories_in_every_command(tmp_path: Path) -> None:
     """What makes inputs of such a model makes none that are shorter."""
     path, out = tmp_path / "ranker.onnx", tmp_path / "out"

@@ -227,6 +227,7 @@ def test_it_is_timed_around_the_crossover(monkeypatch: pytest.MonkeyPatch) -> No
     assert onnxrank.optimize(ranker(), plan=result.plan, check=False).model == result.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", [200, 9000])
 def test_the_crossover_is_looked_for_until_it_is_found(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
     """It may be predicted at far too few candidates."""

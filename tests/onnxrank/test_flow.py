@@ -87,6 +87,7 @@ def test_no_rewrite_along_lengths_knows_more(seed: int, steps: int) -> None:
     levels_hold(made.study, run(exposed(made.study.model), old), setting, 1e-5)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(seed=SEEDS, steps=STEPS)
 def test_no_rewrite_of_a_random_program_knows_more(seed: int, steps: int) -> None:

@@ -16,6 +16,7 @@ from onnxrank.errors import DoesNotRun
 from onnxrank.operators import REGISTRY, operator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["request", "same"])
 @settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 32), steps=st.integers(1, 24))
@@ -58,6 +59,7 @@ def test_every_layer(name: str) -> None:
             holds(layered(name, seed), seed, "request" if seed % 2 else "same", decisions=decisions)
 
 
+@pytest.mark.slow
 def test_the_programs_hold_the_registry() -> None:
     """A new operator has to be written by the programs, or to be left out for a reason."""
     found = {op for seed in range(400) for op in written(program(seed, 24))} | set(KINDS)

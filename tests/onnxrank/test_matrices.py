@@ -238,6 +238,7 @@ def same_bits(interface: str, seed: int, steps: int, fields: int) -> None:
         }
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx.save(every(), tmp_path / "m.onnx")
 

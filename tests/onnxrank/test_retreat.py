@@ -184,6 +184,7 @@ def test_a_wrong_site_is_left_out(tmp_path: Path, at: Sequence[str]) -> None:
     assert any("twice" in note and at[0] in note and "left out" in note for note in result.report.notes)
 
 
+@pytest.mark.slow
 def test_the_original_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is rewritten, and for all checks of one run together, however many retreats there are."""
     expected = optimised(wrong("first", "third"), tmp_path)[1]

@@ -1114,6 +1114,7 @@ def test_outputs_that_nobody_reads() -> None:
     hold(model, ["user"], share=0.7)
 
 
+@pytest.mark.slow
 def test_large_table() -> None:
     """A table of more entries than are followed one by one, behind an alias."""
     model = mlp(

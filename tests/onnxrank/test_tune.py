@@ -130,6 +130,7 @@ def test_slower_at_an_end_of_the_range() -> None:
     assert not result.changed
 
 
+@pytest.mark.slow
 def test_a_caller_may_allow_a_loss_at_an_end_of_the_range() -> None:
     def clock(made: ModelProto, n: int) -> float:
         return 0.8 if n == 8 else 1.5
@@ -168,6 +169,7 @@ def test_beyond_noise(measured: list[tuple[int, float, float, float]], found: bo
     assert tune.faster([Measured(*m) for m in measured]) is found
 
 
+@pytest.mark.slow
 def test_a_loss_between_the_ends_counts() -> None:
     """A range is looked at in steps, not at its ends alone."""
     _, result = tuned(lambda made, n: 0.8 if n == 8 else 1.5, candidates=(1, 4096))

@@ -87,6 +87,7 @@ def test_left_out() -> None:
     assert rules(optimised(g, GIVEN, ignore=["fm"]))["pool"] == 2
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     users=st.integers(1, 5),

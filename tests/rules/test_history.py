@@ -430,6 +430,7 @@ def test_all_rows_are_read(layers: int) -> None:
     assert sum(size >= e.length * D for size in per_candidate(result, e).values()) <= 2
 
 
+@pytest.mark.slow
 def test_work() -> None:
     """Of the layers but the last the history's part is once per request; per candidate there is one row."""
     length = 8
@@ -788,6 +789,7 @@ def programs(draw: st.DrawFn) -> tuple[Graph, list[Given], list[str]]:
     return g, given, truths + numbers
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(programs())
 def test_intervals_hold(made: tuple[Graph, list[Given], list[str]]) -> None:

@@ -150,6 +150,7 @@ def test_factors_are_kept_in_fewer_bytes_behind_it(data: Path) -> None:
     assert result.report.plan is not None and result.report.plan.finetune is not None
 
 
+@pytest.mark.slow
 def test_layers_of_optimised_models(data: Path) -> None:
     """A candidate-level block adds what is computed for one row."""
     model = ranker("q = ReduceMean<axes=[0]>(x) p = MatMul(q, W) u = Tanh(p) g = Gemm(r, V, u)")

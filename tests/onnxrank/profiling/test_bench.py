@@ -37,6 +37,7 @@ def hungry(most: int = 4096) -> ModelProto:
     return g.model()
 
 
+@pytest.mark.slow
 def test_crash_at_a_number_of_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "fatal.onnx"
     onnx.save(fatal(least=8), path)
@@ -71,6 +72,7 @@ def test_crash_while_shapes_are_measured(tmp_path: Path, capsys: pytest.CaptureF
         assert len(err.splitlines()) == 1 and sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_hang() -> None:
     model = entrant(endless(dead=False))
     with (

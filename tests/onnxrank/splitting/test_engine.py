@@ -445,6 +445,7 @@ def test_constants_that_callers_may_replace_stay_so(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got, run(model, {**whole, **given})["score"])
 
 
+@pytest.mark.slow
 def test_a_failing_pair_is_cut_down_and_blamed(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(ranker_model(), path)

@@ -56,6 +56,7 @@ def _held(seed: int, steps: int, **options: Any) -> None:
                 np.testing.assert_array_equal(got, want[name])
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(seed=SEEDS, steps=STEPS)
 def test_same_bits(seed: int, steps: int) -> None:

@@ -134,6 +134,7 @@ def test_too_deep_nesting(tmp_path: Path, capsys: pytest.CaptureFixture[str], le
     assert "Traceback" not in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_huge_dims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tensors that declare more than there is, in the graph and in the weights."""
     g = Graph(17)

@@ -95,6 +95,7 @@ def test_error_is_an_answer() -> None:
     made.close()
 
 
+@pytest.mark.slow
 def test_timeout() -> None:
     made = side(looping(1 << 40), timeout=2)
     with pytest.raises(Crashed, match="no answer within 2 s") as e:
@@ -110,6 +111,7 @@ def test_memory_limit() -> None:
     made.close()
 
 
+@pytest.mark.slow
 def test_crash_is_found_among_others() -> None:
     """The feed that kills the process has an error, and the others their results."""
     model = crashing()
