@@ -163,6 +163,21 @@ def _slice(site: Site) -> list[Tensor]:
     return site.same(inputs, x.rows)
 
 
+def _pad(site: Site) -> list[Tensor]:
+    x = site.only()
+    if site.optional(3) is not None:
+        raise Impossible("it names its axes")
+    pads = site.constants(1, "pads")
+    x = _off_rows(site, x, [k % x.rank for k, n in enumerate(pads) if n])
+    assert x.rows is not None
+    if x.rows.added:  # in front and behind
+        pads = [n for half in (pads[: x.rank], pads[x.rank :]) for n in (*half[: x.rows.axis], 0, *half[x.rows.axis :])]
+    inputs = site.with_first(x.name)
+    if site.emit.opset < 11:
+        return site.same(inputs, x.rows, {"pads": pads})
+    return site.same([inputs[0], site.writer.constant(pads), *inputs[2:]], x.rows)
+
+
 def _split(site: Site) -> list[Tensor]:
     x = site.only()
     axis = int(attribute(site.node, "axis", 0)) % x.rank
@@ -308,6 +323,7 @@ RULES: dict[str, Rule] = {
     "Transpose": _transpose,
     "Concat": _concat,
     "Slice": _slice,
+    "Pad": _pad,
     "Split": _split,
     "Gather": _gather,
     "GatherElements": _gather_elements,

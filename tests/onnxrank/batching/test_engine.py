@@ -289,6 +289,22 @@ def test_shapes_that_are_found_in_the_data_run_request_by_request(form: dict[str
         _held(g.model(), made.model, counts)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_are_padded(form: dict[str, str]) -> None:
+    """Of candidates, of requests, and of what lies in another order; rows of candidates are not."""
+    g = Graph(17)
+    user, item = g.input("user", ["N", 6]), g.input("item", ["N", 4])
+    wide = g.op("Pad", item, g.ints(0, 1, 0, 2), mode="edge")
+    mine = g.op("Pad", g.op("Relu", user), g.ints(0, 0, 0, 1), mode="edge")
+    turned = g.op("Pad", g.op("Transpose", user, perm=[1, 0]), g.ints(1, 0, 0, 0), mode="edge")
+    g.op("Add", g.op("Mul", wide, mine), g.op("Mul", g.op("Transpose", turned, perm=[1, 0]), wide))
+    g.nodes[-1].output[0] = "score"
+    g.output("score", ["N", 7])
+    made = batch(g.model(), request=["user"], check=False, options=Options(**form))
+    for counts in COUNTS if "rows" in form else [[4], [2] * 32]:
+        _held(g.model(), made.model, counts)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
