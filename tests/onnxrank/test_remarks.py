@@ -155,8 +155,11 @@ def silent(result: Result) -> list[str]:
     taken = result.form.rewrite.rw.taken
     by_attention = {k for k, (rule, _) in taken.items() if rule == "attention"}
     attended = {o for e in result.form.rewrite.emitted() if e.origin in by_attention for o in e.proto.output}
+    longer = {o for e in result.form.rewrite.emitted() if operator(e.proto) == "Pad" for o in e.proto.output}
 
     def repeats(node: NodeProto) -> bool:
+        if operator(node) == "MatMul" and node.input[0] in longer:
+            return False  # what was added to scores is a column of the keys, which rows meet with a one
         if not traits(node) & Trait.REDUCTION and not traits(node) & Trait.NORMALISATION:
             return found.once_share(node) > 0 and CANDIDATES in symbols(found.tensors[node.output[0]].dims)
         rows = node.input[0] in found.tensors and CANDIDATES in symbols(found.tensors[node.input[0]].dims)
