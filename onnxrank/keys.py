@@ -7,17 +7,22 @@ nothing as one more column of the keys, which are the request's. Where a softmax
 brought near as well: weights that are so small that they are denormal numbers take processors long (`underflow`). A
 hidden key becomes the mean of the visible ones, so that its score is the mean of theirs, and never above the largest:
 
-    k_hidden = mean(k_visible), b_hidden = m - max(50, 1e-5 |m|), m = mean(b_visible):  weight <= exp(-50)
+    k_hidden = mean(k_visible), b_hidden = mean(b_visible) - 50:  weight <= exp(-50)
 
-It holds of every row whose scores are rounded by less than 50, which float32 does up to 1e8 (beyond, rounding alone
-decides between the visible ones), and no row's largest score has to be known. Which keys are hidden is found per
-request, by the distance that proves it elsewhere (`segments.spans.distance`). Where all are masked alike none is
-hidden, and scores stay as they are.
+and no row's largest score has to be known. In floating point the mean of n numbers of at most K, a product of d of
+them with a row q, and the sum of that and b are each off by units in the last place, u = 2^-24, of what they are made
+of (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), which is more than 50 where scores are of
+billions. Hidden scores are therefore lower by what visible and hidden ones may be off by together, at any size:
+
+    q k + b + e (K |q|_1 + max|b|),  e = -2 u (n + 2 d + 8)  where k is hidden
+
+with |q|_1 and e K as one more column of both. Which keys are hidden is found per request, by the distance that proves
+it elsewhere (`segments.spans.distance`). Where all are masked alike none is hidden, and scores stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -27,7 +32,7 @@ from onnx import NodeProto, TensorProto
 
 from onnxrank import cost, underflow
 from onnxrank.cost import Bill
-from onnxrank.emitter import Emitted
+from onnxrank.emitter import Emitted, Emitter
 from onnxrank.graphs import attribute
 from onnxrank.masks import MOST, Masks
 from onnxrank.operators import Trait, operator, traits
@@ -39,6 +44,8 @@ from onnxrank.written import Written, entries
 
 RULE = "dot"
 """The rule that it is a decision of, where nothing is hidden; `underflow` otherwise."""
+_UNIT = 2.0**-24
+"""Unit roundoff of float32."""
 _BELOW = 50.0
 """How far below the mean of the visible scores hidden ones are: a weight of 2e-22, of which a thousand are lost in
 rounding even in double precision, and which is no denormal number where no score is 37 above the mean."""
@@ -90,11 +97,13 @@ class _Hidden:
         where: Which keys are hidden.
         weights: One over the number of visible keys for each of them, `[L, 1]`.
         bias: What is added to scores.
+        margin: What rounding may make of scores of 1, negative, for hidden keys; 0 for others.
     """
 
     where: str
     weights: str
     bias: str
+    margin: str
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class _Scores:
 
     def __post_init__(self) -> None:
         self._written = Written(self.rw)
-        self._hidden: dict[_Addition, _Hidden] = {}
+        self._hidden: dict[tuple[_Addition, int], _Hidden] = {}
 
     @cached_property
     def _masks(self) -> Masks:
@@ -141,7 +150,7 @@ class _Scores:
             product = self._product(e.proto, addition, made)
             keys = None if product is None else self._written.dims(product.node.input[1])
             rank = None if product is None else self._written.rank(product.node.input[1])
-            if product is None or rank is None or keys is None or any(symbols(keys[:-2])):
+            if product is None or rank is None or keys is None or any(symbols(keys[:-1])):
                 continue
             if keys[-1:] != made.dims[-1:]:
                 continue  # a Reshape on the way takes columns apart
@@ -245,54 +254,40 @@ class _Scores:
         wide = self._written.rank(product.node.input[0])
         if wide is None:
             return None
-        flat = wide == rank == 2
+        known = (replace(addition, scores=""), extents(keys)[-2])
         with emit.at(Origin(e.origin, e.proto.output[0], rule)):
-            if (
-                self.rw.decide(rule, _ways(made, keys, share, flat, replace(addition, scores="") in self._hidden))
-                != TAKE
-            ):
+            ways = _ways(made, keys, share, wide == rank == 2, known in self._hidden)
+            if self.rw.decide(rule, ways) != TAKE:
                 return None
             left, right = product.node.input[:2]
             for op, number in product.steps[::-1]:
                 right = emit.add(op, [right, number])
             if share:
-                right, bias = self._nearer(addition, right)
+                if known not in self._hidden:
+                    self._hidden[known] = self._seen(*known)
+                hidden = self._hidden[known]
+                scores = _longer(emit, left, wide, _nearer(emit, hidden, right, rank), keys, hidden.bias)
             else:
                 bias = emit.add("Reshape", [addition.bias, emit.constant(np.array([1, -1], np.int64))])
-            own = NodeProto()
-            if flat:
-                scores = emit.add("Gemm", [left, right, bias])
-            else:
-                if rank > 2:
-                    batch = np.array([*extents(keys[:-2]), 1, 1], np.int64)
-                    bias = emit.add("Expand", [bias, emit.constant(batch)])
-                one = emit.constant(np.array(1, np.float32))
-                ends = emit.constant(np.array([0] * (2 * wide - 1) + [1], np.int64))
-                right = emit.add("Concat", [right, bias], {"axis": rank - 2})
-                scores = emit.add("MatMul", [emit.add("Pad", [left, ends, one]), right])
+                scores = _longer(emit, left, wide, [right], keys, bias)
             if product.shape:
                 scores = emit.add("Reshape", [scores, product.shape])
         last = next(n.proto for n in reversed(emit.nodes) if scores in n.proto.output)
+        own = NodeProto()
         own.CopyFrom(last)
         own.output[0] = e.proto.output[0]
         own.name = e.proto.name
         return replace(e, proto=own, rule=e.rule or rule)
 
-    def _nearer(self, addition: _Addition, keys: str) -> tuple[str, str]:
-        """Keys of which hidden ones are the mean of the others, and what is added to scores, `[1, L]`."""
-        emit = self.rw.emit
-        known = replace(addition, scores="")
-        if known not in self._hidden:
-            self._hidden[known] = self._seen(addition)
-        found = self._hidden[known]
-        mean = emit.add("MatMul", [keys, found.weights])
-        return emit.add("Where", [found.where, mean, keys]), found.bias
-
-    def _seen(self, addition: _Addition) -> _Hidden:
+    def _seen(self, addition: _Addition, inner: int) -> _Hidden:
         """Which keys a mask hides, what the visible ones count for, and what is added then.
 
         A number that stands in the place of scores is added to those of keys that are 0: where it hides all of them,
         that is the mean of no keys.
+
+        Args:
+            addition: The mask.
+            inner: Entries of a key.
         """
         add, emit = self.rw.emit.add, self.rw.emit
 
@@ -319,10 +314,49 @@ class _Scores:
         count = add("Max", [emit.reduce("ReduceSum", visible, [1], True), number(1.0)])
         weights = add("Reshape", [add("Div", [visible, count]), emit.constant(np.array([-1, 1], np.int64))])
         clean = add("Where", [below, number(0.0), row])
-        mean = add("MatMul", [clean, weights])
-        apart = add("Max", [add("Mul", [add("Abs", [mean]), number(underflow.SHARE)]), number(_BELOW)])
-        near = add("Sub", [mean, apart])
-        return _Hidden(where, weights, add("Where", [below, near, clean]))
+        terms = add("Add", [count, number(2.0 * inner + 8)])
+        margin = add("Where", [where, add("Mul", [terms, number(-2 * _UNIT)]), number(0.0)])
+        off = add("Mul", [margin, emit.reduce("ReduceMax", add("Abs", [clean]), [1], True)])
+        near = add("Sub", [add("MatMul", [clean, weights]), number(_BELOW)])
+        return _Hidden(where, weights, add("Where", [below, add("Add", [near, off]), clean]), margin)
+
+
+def _nearer(emit: Emitter, hidden: _Hidden, keys: str, rank: int) -> list[str]:
+    """Keys of which hidden ones are the mean of the others, and how far rounding takes their scores off, by `|q|_1`.
+
+    What hidden keys are is not looked at: they may be no numbers, as those are that are divided by a length of 0.
+    """
+    visible = emit.add("Where", [hidden.where, emit.number(0.0, np.float32, 2), keys])
+    mean = emit.add("MatMul", [visible, hidden.weights])
+    largest = emit.reduce("ReduceMax", emit.add("Abs", [visible]), [rank - 2, rank - 1], True)
+    return [emit.add("Where", [hidden.where, mean, visible]), emit.add("Mul", [hidden.margin, largest])]
+
+
+def _longer(emit: Emitter, left: str, wide: int, right: Sequence[str], keys: Dims, bias: str) -> str:
+    """The product of rows and keys, and a bias `[1, L]`.
+
+    Args:
+        emit: Where nodes are added.
+        left: The rows.
+        wide: Number of their axes.
+        right: The keys; and what the sum of a row's sizes meets, which becomes a column of the rows.
+        keys: Shape of the keys.
+        bias: What is added to all rows of scores.
+    """
+    rank = len(keys)
+    flat, columns = wide == rank == 2, [left]
+    if right[1:]:
+        columns.append(emit.reduce("ReduceL1", left, [wide - 1], True))
+    if not flat:
+        one = emit.constant(np.array(1, np.float32))
+        ends = emit.constant(np.array([0] * (2 * wide - 1) + [1], np.int64))
+        columns[-1] = emit.add("Pad", [columns[-1], ends, one])
+        if rank > 2:
+            bias = emit.add("Expand", [bias, emit.constant(np.array([*extents(keys[:-2]), 1, 1], np.int64))])
+        right = [*right, bias]
+    rows = columns[0] if len(columns) == 1 else emit.add("Concat", columns, {"axis": wide - 1})
+    longer = right[0] if len(right) == 1 else emit.add("Concat", right, {"axis": rank - 2})
+    return emit.add("Gemm", [rows, longer, bias]) if flat else emit.add("MatMul", [rows, longer])
 
 
 def _ways(made: Source, keys: Dims, share: float, flat: bool, known: bool) -> list[Alternative]:
@@ -336,7 +370,7 @@ def _ways(made: Source, keys: Dims, share: float, flat: bool, known: bool) -> li
         known: Whether it is known already what the mask hides.
     """
     count, rows = entries(made.dims), entries(made.dims[:-1])
-    passed, launches = _moved("broadcast", _BYTES * count, rows), 1.0
+    passed, launches = _moved("broadcast", _BYTES * count, rows), 1
     if share:
         passed += min(count * cost.BOUNDED, count * share * cost.CPU.denormal)
         launches += 6
@@ -345,11 +379,15 @@ def _ways(made: Source, keys: Dims, share: float, flat: bool, known: bool) -> li
     once = [Bill("copy", _BYTES * size, prod(own[:-1]))]
     each = 0.0
     if share:
-        once += [Bill("where", _BYTES * size, prod(own[:-1])), Bill("transpose", _BYTES * size, size)]
-        once += [Bill("stack", _BYTES * inner, prod(own[:-2]), size)] + [Bill("other")] * (2 if known else 16)
+        once += [Bill("where", _BYTES * size, prod(own[:-1]))] * 2 + [Bill("transpose", _BYTES * size, size)]
+        once += [Bill("reduce", _BYTES * size, prod(own[:-2]))]
+        once += [Bill("stack", _BYTES * inner, prod(own[:-2]), size)] + [Bill("other")] * (5 if known else 24)
+        each = _moved("reduce", _BYTES * rows * inner, rows) + _moved("broadcast", _BYTES * rows * (inner + 1), rows)
+        each += count * cost.CPU.rate("stack").mac
     if not flat:
         once += [Bill("other")] * 2
-        each = _moved("broadcast", _BYTES * rows * (inner + 1), rows) + count * cost.CPU.rate("stack").mac
+        each += count * cost.CPU.rate("stack").mac
+        each += _moved("broadcast", _BYTES * rows * (2 if share else inner + 1), rows)
     return [
         Alternative(LEAVE, "", cost.estimate(launches=launches), passed),
         Alternative(TAKE, "reassociates", sum(map(cost.CPU.seconds, once)), each),

@@ -31,7 +31,7 @@ from onnxrank.written import Written, entries
 NAME = "underflow"
 _BELOW = 60.0
 """What is so far below the largest score of a row has a weight of 1e-26, and is far from where exp gives denormals."""
-SHARE = 1e-5
+_SHARE = 1e-5
 """The same as a share of that score, where it is larger: a hundred units in the last place."""
 
 
@@ -110,6 +110,6 @@ def _ways(source: Source, shares: Sequence[float], sizes: Sequence[int]) -> list
 def _bounded(emit: Emitter, x: str, axis: int, rank: int) -> str:
     """Scores that are bounded from below along an axis."""
     largest = emit.reduce("ReduceMax", x, [axis], True)
-    share = emit.add("Mul", [emit.add("Abs", [largest]), emit.number(SHARE, np.float32, rank)])
+    share = emit.add("Mul", [emit.add("Abs", [largest]), emit.number(_SHARE, np.float32, rank)])
     least = emit.add("Sub", [largest, emit.add("Max", [share, emit.number(_BELOW, np.float32, rank)])])
     return emit.add("Max", [x, least])

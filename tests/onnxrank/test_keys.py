@@ -139,6 +139,42 @@ def test_identity(c: np.ndarray, m: np.ndarray, size: float) -> None:
     same(FIRST, MADE, h, m, (c * np.float32(size)).astype(np.float32))
 
 
+@pytest.mark.parametrize("visible", [1, 2, 7])
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_scores_of_any_size(heads: int, size: float, visible: int) -> None:
+    """Rounding of scores of billions is more than what hidden ones are below the visible ones of small scores."""
+    g, given = attention("where", -1e38, heads=heads)
+    model = g.model()
+    made = rewritten(model, request=patterns(given)).model
+    rng = np.random.default_rng(visible)
+    h = rng.standard_normal((1, LENGTH, SIZE), np.float32)
+    h[:, :visible] = h[:, :1]  # visible keys are alike: the mean is as far from each as rounding takes it
+    m = (np.arange(LENGTH) >= visible).astype(np.float32)[None]
+    same(model, made, h, m, rng.standard_normal((40, SIZE), np.float32) * np.float32(size))
+
+
+@pytest.mark.parametrize("mask", ["where", "where not"])
+def test_hidden_keys_that_are_no_numbers(mask: str) -> None:
+    """Keys of padding, divided by their length, which is 0; the mask takes their scores away."""
+    g, given = Graph(), [request("h", LENGTH, SIZE), request("m", LENGTH), candidate("c", SIZE)]
+    h, m, c = (i.declare(g) for i in given)
+    lengths = g.on_axes("ReduceL2", h, [2], keepdims=1)
+    keys = g.op("Transpose", g.op("Div", h, lengths), perm=[0, 2, 1])
+    s = g.op("MatMul", g.on_axes("Unsqueeze", c, [1]), keys)
+    hidden = g.op("Greater", g.on_axes("Unsqueeze", m, [1]), g.const(0.0))
+    if mask == "where":
+        s = g.op("Where", hidden, g.const(-1e9), s)
+    else:
+        s = g.op("Where", g.op("Not", hidden), s, g.const(-1e9))
+    g.output(g.op("MatMul", g.op("Softmax", s, axis=-1), h), ["N", 1, SIZE])
+    model = g.model()
+    made = rewritten(model, request=patterns(given))
+    assert any(s.place.rule == "underflow" and s.taken for s in made.plan.sites)
+    h, m, c = drawn_inputs(np.random.default_rng(0), 50, 0.5)
+    same(model, made.model, h * (m == 0)[..., None], m, c)
+
+
 def test_exact_shares() -> None:
     """Visible keys that are alike share the weight evenly: what hidden ones weigh is lost in rounding."""
     h = np.ones((1, LENGTH, SIZE), np.float32)
@@ -187,7 +223,9 @@ def test_along_a_length_of_the_request(mask: str) -> None:
     """Histories of any length, none at all among them."""
     g, given = attention(mask, behind="relu" if mask == "bias" else "softmax", length="L")
     at = [{"L": n} for n in (0, 1, 2, 7, 300)]
-    result = optimised(g, given, counts=(0, 1, 2, 50), tolerance=0.0 if mask == "bias" else 1e-5, lengths=at)
+    result = optimised(
+        g, given, counts=(0, 1, 2, 50), tolerance=0.0 if mask == "bias" else 1e-5, lengths=at, candidates=4096
+    )
     assert "Pad" in {n.op_type for n in result.model.graph.node}
 
 
