@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from onnxrank import cost
 from onnxrank.forms import Form
-from onnxrank.joining import LAUNCHES, NAME, Count, joined
+from onnxrank.joining import LAUNCHES, NAME, SINGLE, Count, joined
 from onnxrank.plans import LEAVE, Alternative, Few, Measured
 from onnxrank.values import CANDIDATES
 
@@ -51,13 +51,15 @@ class Pair:
         many, count = many or self.many.model, where(self.many)
         if self.few.model is None or many is None or count is None:
             return None
+        few = self.few.single if self.below == SINGLE else self.few.model
         shapes = self.many.shapes
-        return joined(self.few.model, many, self.below, count, lambda t, n: shapes(n).shape(t), name)
+        return joined(few, many, self.below, count, lambda t, n: shapes(n).shape(t), name)
 
     def time(self, candidates: int) -> float:
         """Predicted seconds at a number of candidates."""
         form = self.few if candidates < self.below else self.many
-        return form.time(candidates) + self.overhead
+        spared = self.few.spared if candidates < self.below == SINGLE else 0.0
+        return form.time(candidates) - spared + self.overhead
 
     @property
     def overhead(self) -> float:

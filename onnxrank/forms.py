@@ -14,6 +14,7 @@ from onnxrank.operators import operator
 from onnxrank.plans import ALWAYS, LEAVE, TAKE, Alternative, Choice, Place, Site, label
 from onnxrank.report import report_candidates
 from onnxrank.rule import Refusal, Rule, SiteFailed
+from onnxrank.single import of_one
 from onnxrank.study import Study
 from onnxrank.transform import Transformation
 from onnxrank.values import Unrepresentable
@@ -169,6 +170,19 @@ class Form:
         """Predicted seconds at a number of candidates."""
         assert self.model is not None
         return cost.seconds(self.model.graph, self.shapes(candidates))
+
+    @cached_property
+    def single(self) -> ModelProto:
+        """The result for requests of exactly one candidate."""
+        assert self.model is not None
+        return of_one(self.model, self.derived, self.rewrite.input_extents())
+
+    @cached_property
+    def spared(self) -> float:
+        """Predicted seconds that a single candidate takes less that way."""
+        assert self.model is not None
+        kept, shapes = {n.output[0] for n in self.single.graph.node}, self.shapes(1)
+        return sum(cost.node_seconds(n, shapes) for n in self.model.graph.node if n.output[0] not in kept)
 
     def seconds(self, span: tuple[int, int], original: Callable[[int], float]) -> float:
         """Predicted time at the expected number of candidates.

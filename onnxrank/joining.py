@@ -2,7 +2,7 @@
 
 What both do alike stands outside: in front of the `If` what does not depend on a difference, behind it what follows
 from tensors that either gives. Large weights that both read are stored once. The condition is made of an extent and a
-Less alone, which run on the CPU wherever the model does, so that no data are waited for.
+comparison alone, which run on the CPU wherever the model does, so that no data are waited for.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ TOGETHER = "onnxrank/together"
 """Name of an `If` between candidates in one piece and in blocks, which may stand in the second branch of the other."""
 LAUNCHES = 10
 """Operators that the `If` costs as many as: its condition, itself, and the graph that it enters."""
+SINGLE = 2
+"""Where the second graph holds from so many candidates on, the first one is for one candidate, and not for none."""
 _LEAST_OPSET = 9
 """Version of ONNX from which on whole numbers can be compared."""
 _PART_OF_SHAPE = 15
@@ -67,7 +69,7 @@ def joined(
     """One model of two that compute the same from the same inputs.
 
     Args:
-        few: The model for less than `below` candidates.
+        few: The model for less than `below` candidates; for exactly one where that is `SINGLE`.
         many: The model for all others, whose metadata and signature the result has.
         below: The number of candidates from which on `many` holds.
         at: Where that is read.
@@ -509,18 +511,19 @@ def _described(graph: GraphProto, made: Set[str], names: Mapping[str, str]) -> l
 def _condition(
     name: str, below: int, at: Count, opset: int, front: Sequence[NodeProto], taken: set[str]
 ) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes that tell whether there are less candidates than some number, and what they read.
+    """Nodes that tell whether the first graph holds for so many candidates, and what they read.
 
     Args:
         name: What the names of its tensors begin with.
-        below: The number.
+        below: The number of candidates from which on the second one does.
         at: Where the number of candidates is read.
         opset: The version of ONNX.
         front: Nodes that stand in front of the condition; the extent is not read twice.
         taken: Names that are taken.
     """
     names = {part: claimed(f"{name}/{part}", taken) for part in ("shape", "axis", "rows", "below", "few")}
-    stored = [numpy_helper.from_array(np.array([below * at.each], np.int64), names["below"])]
+    single = below == SINGLE
+    stored = [numpy_helper.from_array(np.array([at.each * (1 if single else below)], np.int64), names["below"])]
     if opset >= _PART_OF_SHAPE:
         read = [helper.make_node("Shape", [at.input], [names["rows"]], start=at.axis, end=at.axis + 1)]
     else:
@@ -531,5 +534,7 @@ def _condition(
         ]
     last = read[-1]
     same = next((n for n in front if n.input == last.input and kind(n) == kind(last)), None)
-    less = helper.make_node("Less", [(same or last).output[0], names["below"]], [names["few"]])
-    return [*([] if same else read), less], stored
+    compare = helper.make_node(
+        "Equal" if single else "Less", [(same or last).output[0], names["below"]], [names["few"]]
+    )
+    return [*([] if same else read), compare], stored

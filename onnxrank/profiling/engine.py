@@ -20,7 +20,7 @@ from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, UsageError
 from onnxrank.facts import Setting
-from onnxrank.joining import exchanged, is_crossover
+from onnxrank.joining import SINGLE, exchanged, is_crossover
 from onnxrank.plans import Plan
 from onnxrank.profiling import kernels as kernel_times
 from onnxrank.profiling import timing, work
@@ -187,9 +187,9 @@ class _Inside:
             self.notes += [note] if note else []
         line = timing.fit(counts, [p.times[k].median for p in points])
         reached = [
-            work.works(work.macs(analyses.at(p.candidates), race.drawn.extents(p.candidates)), p, k, own)
+            work.works(work.macs(of_plan, race.drawn.extents(p.candidates)), p, k, own)
             for p, own in zip(points, found, strict=True)
-            if analyses is not None
+            if analyses is not None and (of_plan := analyses.at(p.candidates)) is not None
         ]
         file = e.name, s.loaded.sha256, s.loaded.size, s.contract is not None
         return ModelProfile(*file, providers, line, tuple(found), peak, tuple(reached))
@@ -494,7 +494,7 @@ class _Analyses:
 
     Attributes:
         many: Of the model; of its plan for many candidates, where it has two.
-        few: Of its plan for few.
+        few: Of its plan for few; None where that is for a single candidate, for whom nothing is repeated.
         below: The number of candidates from which on the plan for many holds.
     """
 
@@ -502,9 +502,9 @@ class _Analyses:
     few: Analysis | None = None
     below: int = 0
 
-    def at(self, candidates: int) -> Analysis:
+    def at(self, candidates: int) -> Analysis | None:
         """Of what runs at a number of candidates."""
-        return self.few if self.few is not None and candidates < self.below else self.many
+        return self.few if candidates < self.below else self.many
 
 
 def _analyses(subject: _Subject, study: Study, roles: Roles) -> tuple[_Analyses | None, str | None]:
@@ -522,7 +522,7 @@ def _analyses(subject: _Subject, study: Study, roles: Roles) -> tuple[_Analyses 
     try:
         many = analysed(subject.alone)
         below = subject.below()
-        return _Analyses(many, analysed(exchanged(subject.alone)) if below else None, below), None
+        return _Analyses(many, analysed(exchanged(subject.alone)) if below > SINGLE else None, below), None
     except OnnxrankError as e:
         return None, f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
 

@@ -1,0 +1,55 @@
+"""A model for requests of exactly one candidate: what is repeated for every candidate is there already.
+
+At N = 1 an Expand of a request's rows to N gives what it takes, and so does a Tile. Without them, and without what
+counts the candidates for them, a plan for a single candidate makes up for the choice of it (`joining`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx import ModelProto
+
+from onnxrank import extents as ex
+from onnxrank.extents import Expr
+from onnxrank.facts import Extent, Facts
+from onnxrank.graphs import live, rename
+from onnxrank.operators import operator
+from onnxrank.values import CANDIDATES
+
+
+def of_one(model: ModelProto, facts: Facts, inputs: Mapping[str, Sequence[Extent]]) -> ModelProto:
+    """A model that gives the same for one candidate, and may give anything for another number of them.
+
+    Args:
+        model: The model.
+        facts: Its proved shapes.
+        inputs: Those of its inputs.
+
+    Returns:
+        A copy; the model itself where nothing is repeated.
+    """
+    out = ModelProto()
+    out.CopyFrom(model)
+    given = {o.name for o in model.graph.output}
+    sizes: dict[str, Sequence[int | Expr]]
+    sizes = {name: [ex.product([c, *map(facts.meaning, of)]) for c, of in found] for name, found in inputs.items()}
+    sizes |= facts.sizes
+    names: dict[str, str] = {}
+    del out.graph.node[:]
+    for node in model.graph.node:
+        if operator(node) in ("Expand", "Tile") and node.output[0] not in given:
+            source = names.get(node.input[0], node.input[0])
+            shape = _for_one(sizes.get(source))
+            if shape is not None and shape == _for_one(sizes.get(node.output[0])):
+                names[node.output[0]] = source
+                continue
+        kept = out.graph.node.add()
+        kept.CopyFrom(node)
+        rename(kept, names)
+    return live(out) if names else model
+
+
+def _for_one(sizes: Sequence[int | Expr] | None) -> list[int | Expr] | None:
+    """A shape for one candidate; None where it is not proved."""
+    return None if sizes is None else [ex.replaced(n, {CANDIDATES: 1}) for n in sizes]
