@@ -193,9 +193,10 @@ class _Cuts:
         if len(mine) != 1 or len(node.output) != 1 or len(self.uses.readers(mine[0])) != 1 or mine[0] in self._outputs:
             return None
         cut = self.cuts[mine[0]]
-        others = [self.data(i) for i in node.input if i and i != mine[0]]
-        along = self._along(node, list(node.input).index(mine[0]), cut, [d for d in others if d is not None])
-        if along is None or any(d is None for d in others):
+        names = [i for i in node.input if i and i != mine[0]]
+        others = [d for i in names if (d := self.data(i)) is not None]
+        along = self._along(node, list(node.input).index(mine[0]), cut, others) if len(others) == len(names) else None
+        if along is None:
             return None
         shape, axes = along
         name = self.emit.fresh(f"{node.output[0]}/whole")

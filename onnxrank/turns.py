@@ -68,9 +68,11 @@ def interleave(runs: Sequence[Run], seconds: float, clock: Callable[[], float] =
         clock: Tells the time.
     """
     begin = clock()
-    warm = [run(k) for k in range(3) for run in runs][len(runs) :]
+    warm = [run(0) for run in runs]
+    again = max(warm) < _LONG
+    if again:
+        warm = [run(k) for k in (1, 2) for run in runs]
     fast, slow = max(min(warm), 1e-7), max(*warm, 1e-7)
-    again = slow < _LONG
     count = max(1 + again, min(round(_TURN / fast), round(_LONG / slow), _MOST_IN_TURN))
     rounds: list[list[list[float]]] = []
     settled, look = False, _FEWEST_ROUNDS
