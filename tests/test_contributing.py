@@ -51,6 +51,7 @@ def rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "my_rule.py"
 
 
+@pytest.mark.slow
 def test_the_example_runs(rule: Path) -> None:
     done = subprocess.run([sys.executable, "-c", block("test")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

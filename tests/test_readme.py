@@ -36,12 +36,14 @@ def shell(command: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_plain_shell(folder: Path) -> None:
     (command,) = [b for b in blocks("sh") if "onnxrank verify" in b]
     shell(command, folder)
     assert {"ranker.fast.onnx", "verify.json", "verify.xml"} <= set(os.listdir(folder))
 
 
+@pytest.mark.slow
 def test_github_actions(folder: Path) -> None:
     """The steps that are commands, one after the other, but for the installation."""
     (text,) = [b for b in blocks("yaml") if "onnxrank verify" in b]
@@ -75,6 +77,7 @@ def test_python_in_the_checkout(folder: Path) -> None:
     assert "->" in done.stdout and (folder / "ranker.fast.onnx").exists()
 
 
+@pytest.mark.slow
 def test_serving(folder: Path) -> None:
     """The result takes what the README says, and answers with a row per candidate; so does its configuration."""
     shell("onnxrank optimize ranker.onnx ranker.fast.onnx --roles roles.yaml -q", folder)
@@ -115,6 +118,7 @@ def _split(folder: Path, form: str) -> None:
             shell(command, folder)
 
 
+@pytest.mark.slow
 def test_two_models_and_the_module_that_serves_them(folder: Path) -> None:
     _split(folder, "--format python")
     (code,) = [b for b in blocks("python") if "from ranker import Ranker" in b]
@@ -125,6 +129,7 @@ def test_two_models_and_the_module_that_serves_them(folder: Path) -> None:
     assert "misses=1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model_repository(folder: Path) -> None:
     _split(folder, "--format triton")
     assert (folder / "repository" / "ctr" / "config.pbtxt").exists()

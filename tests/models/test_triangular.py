@@ -123,6 +123,7 @@ def test_attention_has_context_tokens_once(exporter: str, blocks: int) -> None:
     assert once >= blocks * user * 4 * dim * inner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exporter", "blocks"), DEPTHS)
 def test_token_mixing_has_context_tokens_once(exporter: str, blocks: int) -> None:
     model, _ = build("triangular_rankmixer", blocks=blocks)

@@ -200,6 +200,7 @@ def test_short_histories_in_every_command(tmp_path: Path) -> None:
     assert cli.main(["verify", str(path), str(out), "--level", "quick"]) == 0
 
 
+@pytest.mark.slow
 def test_profile_of_histories_that_may_not_be_short() -> None:
     """More are needed than a profile takes by itself."""
     g = Graph(17)

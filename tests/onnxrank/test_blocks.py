@@ -181,6 +181,7 @@ def test_scores_without_entries() -> None:
         rewritten(g.model(), request=["user"], blocks=B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"interface": "same"}, {}])
 def test_a_note_says_why_there_are_none(how: Any) -> None:
     with mock.patch.object(blocking, "against", side_effect=AssertionError("nothing to time")):

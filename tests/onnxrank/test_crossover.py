@@ -164,6 +164,7 @@ def test_a_wrong_branch_is_found(name: str) -> None:
     assert (min(c.candidates for c in report.failed_cases) < below(made())) == (name == "then_branch")
 
 
+@pytest.mark.slow
 def test_a_second_plan_that_fails_the_check_is_taken_back() -> None:
     whole = Pair.model
 
@@ -197,6 +198,7 @@ def test_for_another_use_the_plan_for_many_is_optimised() -> None:
         agree(again, (1, 100))
 
 
+@pytest.mark.slow
 def test_a_profile_looks_into_the_plan_that_runs() -> None:
     """Kernels of either plan have their level and rule, and the `If` is told for what it costs itself."""
     times = onnxrank.profile(made().model, candidates=[2, 64], seconds=0.01, memory=False)
@@ -324,6 +326,7 @@ def test_another_plan_may_stand_for_few() -> None:
     assert (id(other), id(much)) not in {(id(p.few), id(p.many)) for p in crossover._pairs([much, other], WIDE)}
 
 
+@pytest.mark.slow
 def test_the_original_as_it_is_may_stand_for_few() -> None:
     """Not as it was prepared for the plan for many; and the plan says which."""
     model, find = ranker(dead=True), crossover.find

@@ -70,6 +70,7 @@ def test_no_rewrite_knows_more(name: str) -> None:
     hold_against(transformation(onnx.load(MODELS / name), spec))
 
 
+@pytest.mark.slow
 @settings(EXAMPLES, max_examples=30)
 @given(seed=SEEDS, steps=STEPS)
 def test_no_rewrite_along_lengths_knows_more(seed: int, steps: int) -> None:

@@ -152,6 +152,7 @@ def test_levels_of_fields(kind: str, mask: str, heads: int) -> None:
     assert result.report.macs_after < result.report.macs_before
 
 
+@pytest.mark.slow
 def test_contradictions_of_what_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator whose steps are misjudged stays as it is, and the report says why."""
     made = Fused("multi-head")

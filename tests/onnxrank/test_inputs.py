@@ -225,6 +225,7 @@ def test_models_that_cannot_be(text: str, says: str | None) -> None:
         optimised(mlp(text), request=["user"])
 
 
+@pytest.mark.slow
 def test_several_batch_axes_keep_their_symbols() -> None:
     """`[batch, candidates, d]`: users in one batch must not be mixed up."""
     make, how, _, _ = ROLES["batch of candidates"]

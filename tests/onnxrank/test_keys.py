@@ -139,8 +139,8 @@ def test_identity(c: np.ndarray, m: np.ndarray, size: float) -> None:
     same(FIRST, MADE, h, m, (c * np.float32(size)).astype(np.float32))
 
 
-@pytest.mark.parametrize("visible", [1, 2, 7])
-@pytest.mark.parametrize("size", [1e3, 1e5, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("visible", [1, 7])
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e12])
 @pytest.mark.parametrize("heads", [1, HEADS])
 def test_scores_of_any_size(heads: int, size: float, visible: int) -> None:
     """Rounding of scores of billions is more than what hidden ones are below the visible ones of small scores."""

@@ -179,6 +179,7 @@ def pictures(draw: st.DrawFn) -> tuple[Dims, NDArray[np.int64]]:
     return dims, at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [11, 17])
 @given(picture=pictures(), full=st.booleans())
 @settings(max_examples=120, deadline=None)

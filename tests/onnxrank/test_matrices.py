@@ -286,6 +286,7 @@ def test_several_requests(form: str) -> None:
                 np.testing.assert_array_equal(found["y"], run(every(), whole)["y"])
 
 
+@pytest.mark.slow
 def test_several_requests_are_verified(tmp_path: Path) -> None:
     made = onnxrank.batch(every(), request=["u_*"], check="quick", options=BatchOptions(pack=True))
     assert made.report.checks and any("inputs are packed" in n for n in made.report.notes)

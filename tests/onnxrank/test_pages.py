@@ -113,6 +113,7 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_nothing_to_fetch(profiled: Profile) -> None:
     for text in (profile_page.to_html(profiled), inspection_page.to_html(inspected("dlrm.dynamo.onnx"))):
         assert not re.search(r"(src|href)=\"(?!data:)", text) and "@import" not in text and "url(" not in text
@@ -125,6 +126,7 @@ def test_escapes() -> None:
     assert "<img" not in text and "\x1b" not in text and text.count("</script>") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_profile(browser: Any, tmp_path: Path, profiled: Profile, scheme: str) -> None:
     shown = Shown(browser, write(tmp_path, profile_page.to_html(profiled)), scheme)
@@ -146,6 +148,7 @@ def test_profile(browser: Any, tmp_path: Path, profiled: Profile, scheme: str) -
     shown.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_inspect(browser: Any, tmp_path: Path, scheme: str) -> None:
     shown = Shown(browser, write(tmp_path, inspection_page.to_html(inspected("dlrm.torchscript.onnx"))), scheme)
@@ -218,6 +221,7 @@ _LABELS = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 def test_labels_can_be_read_at_once(browser: Any, tmp_path: Path) -> None:
     """As the page opens, in pixels of the screen; a closed layer shows its own name first."""
     for name in ("history_transformer.torchscript.onnx", "dlrm.torchscript.onnx"):
@@ -337,12 +341,14 @@ def test_nothing_to_show_after(browser: Any, tmp_path: Path) -> None:
     shown.close()
 
 
+@pytest.mark.slow
 def test_largest_model(browser: Any, tmp_path: Path) -> None:
     shown = Shown(browser, write(tmp_path, inspection_page.to_html(inspected(largest()))), "light")
     assert shown.ready() < 5000
     shown.close()
 
 
+@pytest.mark.slow
 def test_thousands_of_nodes(browser: Any, tmp_path: Path) -> None:
     shown = Shown(browser, write(tmp_path, inspection_page.to_html(large())), "dark")
     assert shown.ready() < 5000

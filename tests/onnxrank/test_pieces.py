@@ -45,6 +45,7 @@ def block(name: str) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_the_document(tmp_path: Path) -> None:
     shutil.copy(MODELS / "mmoe.torchscript.onnx", tmp_path / "ranker.onnx")
     done = subprocess.run([sys.executable, "-c", block("pieces")], cwd=tmp_path, capture_output=True, text=True)

@@ -26,6 +26,7 @@ def deep(steps: int) -> ModelProto:
     return g.model()
 
 
+@pytest.mark.slow
 def test_a_large_original_is_loaded_while_it_is_studied(monkeypatch: pytest.MonkeyPatch) -> None:
     """And its process does not outlive a model that turns out to be none."""
     seen: list[str] = []

@@ -92,6 +92,7 @@ def normalised() -> ModelProto:
     return g.model()
 
 
+@pytest.mark.slow
 def test_whether_a_rule_pays_is_a_decision() -> None:
     """From 88 candidates on the request's columns save more than 20 launches take: 20 * 340 / (96 * 64 * 0.0127)."""
     for candidates, chosen in ((87, LEAVE), (88, TAKE)):

@@ -55,6 +55,7 @@ def test_idempotent(interface: str, seed: int, steps: int) -> None:
     assert again.model.SerializeToString() == result.model.SerializeToString()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", ["request", "same"])
 @settings(EXAMPLES, max_examples=40)
 @given(seed=SEEDS, steps=STEPS)
@@ -69,6 +70,7 @@ def test_no_candidates(interface: str, seed: int, steps: int) -> None:
     assert_same_scores(model, result, inputs, interface, (0,))
 
 
+@pytest.mark.slow
 @settings(EXAMPLES, max_examples=60)
 @given(seed=SEEDS, steps=STEPS)
 def test_claims_hold(seed: int, steps: int) -> None:

@@ -212,6 +212,7 @@ def test_strict(tmp_path: Path) -> None:
     assert e.value.report is not None and not e.value.report.changed and not e.value.report.retreats
 
 
+@pytest.mark.slow
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0 with what could be kept, 1 with --strict and no file, 0 with the original's bytes where nothing could."""
     (tmp_path / "rules.py").write_text(wrong("second"))
@@ -239,6 +240,7 @@ def test_a_rule_that_raises(tmp_path: Path) -> None:
     assert plain.model.graph == result.model.graph
 
 
+@pytest.mark.slow
 def test_a_node_that_the_runtime_refuses(tmp_path: Path) -> None:
     model, result = optimised(REFUSED, tmp_path)
     agree(model, result)
@@ -348,6 +350,7 @@ def test_a_search_gives_up() -> None:
         looking.culprit(Choice(), ["a", "b", "c"])
 
 
+@pytest.mark.slow
 def test_sites_that_are_alike_are_left_out_at_once(tmp_path: Path) -> None:
     """Of values that are quantised on the way: behind the second that fails no third is looked for."""
     _, result = optimised(wrong("first", "second", "third"), tmp_path, quantised=True)

@@ -74,6 +74,7 @@ def test_a_contradiction_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch)
     assert not result.plan.changed and not result.plan.sites
 
 
+@pytest.mark.slow
 def test_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

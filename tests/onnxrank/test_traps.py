@@ -242,6 +242,7 @@ def test_attention_over_history(kind: str) -> None:
     hold(model, ["hist"], rules=rules, share=0.75, ids=6)
 
 
+@pytest.mark.slow
 def test_encoder_of_the_request_alone() -> None:
     """All work is the request's: an encoder, of whose rows one is read, and a dot product with the candidate."""
     model = graph(

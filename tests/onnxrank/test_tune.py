@@ -277,6 +277,7 @@ def test_odd_times(seconds: float) -> None:
         onnxrank.optimize(ranker(), request=["user"], tune=seconds)
 
 
+@pytest.mark.slow
 def test_the_check_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left after timing is held against the original, too."""
     calls: list[int] = []

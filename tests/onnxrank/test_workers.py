@@ -183,6 +183,7 @@ def test_closed_pipe(answering: Callable[[bytes], workers.Worker], monkeypatch: 
     assert not process.alive
 
 
+@pytest.mark.slow
 def test_nobody_left_to_answer() -> None:
     """A process that hangs in a model ends with the one that started it, even if that is killed."""
     code = (
@@ -206,6 +207,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_children_take_no_modules_from_the_current_folder(tmp_path: Path) -> None:
     """Also if this process was started so that it would."""
     for name in ("json", "ml_dtypes", "numpy", "onnx"):

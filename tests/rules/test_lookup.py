@@ -384,6 +384,7 @@ def test_plan_replays(joined: None) -> None:
     assert tables(onnxrank.optimize(made, request=["user*"], ignore=["lookup"]).model) == 4
 
 
+@pytest.mark.slow
 def test_what_fails_its_check_is_left_apart(joined: None) -> None:
     """A table that lies elsewhere than its ids are brought to."""
     made = model()
@@ -404,6 +405,7 @@ def test_verify_names_it(joined: None) -> None:
     assert not found.passed and found.culprit is not None and found.culprit.rule == LOOKUP
 
 
+@pytest.mark.slow
 def test_several_requests_per_call(joined: None) -> None:
     """What is made for one request is made for several."""
     result = onnxrank.batch(model(), request=["user*"], check="quick")

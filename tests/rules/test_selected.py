@@ -59,6 +59,7 @@ def test_rows_that_are_all_different_stay(chosen: Sequence[tuple[int, int]]) -> 
     assert result.report.after["candidate"].macs == N * own * WIDTH
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(0, FIELDS - 1), st.integers(0, FIELDS - 1)), min_size=1, max_size=7),

@@ -399,6 +399,7 @@ def test_what_takes_several_requests_is_not_optimised_again() -> None:
     assert (stored["interface"], stored["requests"], stored["rows"]["form"]) == ("batch", 8, "lengths")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_optimised_for_one_request_is_taken() -> None:
     model = ranker_model()
     one = onnxrank.optimize(model, request=["user"], check=False).model

@@ -517,6 +517,7 @@ def process(*args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-m", "onnxrank.cli", *args], capture_output=True, **options)
 
 
+@pytest.mark.slow
 def test_ascii_locale() -> None:
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = process("optimize", "modèle.onnx", "out.onnx", env=plain)

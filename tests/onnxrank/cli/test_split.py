@@ -109,6 +109,7 @@ def test_help() -> None:
         assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_function_is_not_hidden_by_a_module() -> None:
     code = "import onnxrank, onnxrank.splitting.engine as e; assert onnxrank.split is onnxrank.split is e.split"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

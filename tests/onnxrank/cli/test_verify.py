@@ -104,6 +104,7 @@ def test_options_reach_the_engine(folder: Path, capsys: pytest.CaptureFixture[st
     assert "recorded requests" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_save_and_bisect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "a.onnx", "wrong.onnx", *QUICK, "--bisect", "--save-failing", "out"]) == 1
     out = capsys.readouterr().out

@@ -79,6 +79,7 @@ def result(data: Path) -> onnxrank.compress.engine.Result:
     return compress(DLRM, data, options(size=1.7))
 
 
+@pytest.mark.slow
 def test_it_is_smaller_and_says_so(result: Any, data: Path, tmp_path: Path) -> None:
     report: Report = result.report
     assert result.passed and report.changed and report.stopped == "targets"
@@ -220,6 +221,7 @@ def test_the_gate_refuses_a_layer_of_rank_1(
     assert found["verdict"] == "failed" and found["output"] is None and not found["changed"]
 
 
+@pytest.mark.slow
 def test_the_gate_cannot_tell_by_shuffled_labels(
     changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,6 +449,7 @@ def test_several_outputs_each_with_labels(tmp_path: Path) -> None:
     assert [o.basis for o in again.report.outcomes] == ["labels", "original"]
 
 
+@pytest.mark.slow
 def test_what_tables_of_fewer_columns_cost(tmp_path: Path) -> None:
     """Folded into the layer behind, their product costs nothing, and the layer less."""
     rng = np.random.default_rng(0)

@@ -158,6 +158,7 @@ def test_layers_of_optimised_models(data: Path) -> None:
     assert result.report.plan is not None and result.report.plan.finetune is not None, result.report.notes
 
 
+@pytest.mark.slow
 def test_what_torch_does_not_run_is_left(data: Path) -> None:
     model = ranker(head="t = CumSum(g, one) k = Relu(t)")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "one"))

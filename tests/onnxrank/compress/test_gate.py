@@ -130,6 +130,7 @@ def test_the_number_of_rows_is_about_right() -> None:
     assert again is not None and again.verdict == "passed"
 
 
+@pytest.mark.slow
 def test_what_is_used_up_says_what_holds_and_goes_by_the_noise() -> None:
     """The gate picks what it is asked about next by that."""
     found = {noise: held(noise, 3) for noise in (0.02, 0.05, 0.1, 0.2, 1.0)}

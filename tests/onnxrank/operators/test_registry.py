@@ -41,6 +41,7 @@ def sets(tree: ast.Module) -> Iterator[tuple[str, set[str]]]:
         yield ast.unparse(target), words & NAMES
 
 
+@pytest.mark.slow
 def test_nobody_else_says_what_operators_are() -> None:
     """A set of operators outside the registry is a trait that is missing there; a table of functions is none."""
     found = {

@@ -105,6 +105,7 @@ def test_nonsense(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
         bench.interleave([model], 2, 1e-3)
 
 
+@pytest.mark.slow
 def test_too_many_candidates_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 GB for what is made on the way, of which there is not enough; there would be for the inputs."""
     monkeypatch.setattr(workers, "available_memory", lambda: 3 << 30)
@@ -113,6 +114,7 @@ def test_too_many_candidates_for_the_process(monkeypatch: pytest.MonkeyPatch) ->
     assert e.value.exit_code == 4
 
 
+@pytest.mark.slow
 def test_too_many_candidates_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before they are made."""
     monkeypatch.setattr(workers, "available_memory", lambda: 1 << 30)
@@ -128,6 +130,7 @@ def history() -> ModelProto:
     return g.model()
 
 
+@pytest.mark.slow
 def test_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
     hold = RemoteBench.hold
@@ -153,6 +156,7 @@ def test_lengths_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "NAME=VALUE" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_module_of_the_current_folder_is_run(tmp_path: Path) -> None:
     """The command is started elsewhere; its children are where it is."""
     onnx.save(hungry(4), tmp_path / "m.onnx")

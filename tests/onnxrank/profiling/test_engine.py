@@ -57,6 +57,7 @@ def found(pair: tuple[Path, Path]) -> tuple[Profile, dict[str, Any]]:
     return profile(*pair, **{**QUICK, "memory": True, "trace": trace}), trace
 
 
+@pytest.mark.slow
 def test_both_models_score_the_same_candidates(found: tuple[Profile, dict[str, Any]]) -> None:
     shown, _ = found
     assert shown.difference is not None and shown.difference < 1e-4 and not shown.notes
@@ -350,6 +351,7 @@ def test_a_request_that_does_not_run() -> None:
 # --- command line --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     targets = [f"--report={form}:{tmp_path / ('p.' + form)}" for form in PROFILE.names]
     args = ["profile", *map(str, pair), "--candidates", "24,2", "--seconds", "0.001", "--no-memory", "--threads", "2"]

@@ -35,6 +35,7 @@ def test_load_spec(tmp_path: Path) -> None:
     assert resolve(infos, spec=load_spec(as_json)) == resolve(infos, spec=spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [

@@ -45,6 +45,7 @@ def _problems(draw: st.DrawFn) -> Problem:
     return Problem(steps, sizes, wanted)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(_problems(), st.sampled_from([PRICE, 1e-10, 1e-7, 1.0]))
 def test_no_division_is_cheaper(problem: Problem, price: float) -> None:

@@ -223,6 +223,7 @@ def test_states_of_16_bits_are_asked_for(tmp_path: Path) -> None:
     assert 0 < np.abs(a - b).max() < 1e-2
 
 
+@pytest.mark.slow
 def test_values_that_16_bits_do_not_hold_stay_as_they_are(tmp_path: Path) -> None:
     path = MODELS / "transact.dynamo.onnx"
     spec = yaml.safe_load((MODELS / "transact.roles.yaml").read_text())

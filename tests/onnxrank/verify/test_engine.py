@@ -84,6 +84,7 @@ def test_divided_columns_need_roles() -> None:
     assert verify(right.original, right.optimized, Options(roles=right.roles, level="quick")).passed
 
 
+@pytest.mark.slow
 def test_wrong_columns() -> None:
     right = pair("deepfm_packed.torchscript")
     found = verify(right.original, right.optimized, Options(request=["X[0,2,4]"]))
@@ -102,6 +103,7 @@ def test_strange_input() -> None:
     assert not found.passed and "'other'" in messages(found, "error")
 
 
+@pytest.mark.slow
 def test_optimized_again() -> None:
     """An original that was optimised before has the interface that its own contract says."""
     path = FOLDER / "two_tower.torchscript.onnx"
@@ -249,6 +251,7 @@ def saved(folder: Path, model: ModelProto) -> Path:
     return folder / "m.onnx"
 
 
+@pytest.mark.slow
 def test_external_data(tmp_path: Path) -> None:
     first = saved(tmp_path / "a", tower())
     second = saved(tmp_path / "b", tower(user=1))
@@ -285,6 +288,7 @@ def test_no_cuda_is_no_pass() -> None:
         verify(tower(), tower(user=1), Options(providers=("cpu", "cuda")))
 
 
+@pytest.mark.slow
 def test_tf32_is_told() -> None:
     assert verify(tower(), tower()).environment["tf32"] == "not used"
 
@@ -297,6 +301,7 @@ def test_original_must_run() -> None:
         verify(g.model(), g.model())
 
 
+@pytest.mark.slow
 def test_original_that_kills_the_runtime_while_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As onnxruntime's optimiser does at some 16-bit models: no fault of the other model, nor of a rule."""
 
@@ -312,6 +317,7 @@ def test_original_that_kills_the_runtime_while_it_is_loaded(monkeypatch: pytest.
         optimize(path, request=["user_*"])
 
 
+@pytest.mark.slow
 def test_in_memory_models_are_not_changed() -> None:
     first, second = tower(), tower(user=1)
     kept = [m.SerializeToString(deterministic=True) for m in (first, second)]
@@ -357,6 +363,7 @@ def test_structure() -> None:
     assert "Opset of the default domain: 18 instead of 17" in messages(changed(opset), "error")
 
 
+@pytest.mark.slow
 def test_integers() -> None:
     """Outputs that are no scores are compared exactly."""
 

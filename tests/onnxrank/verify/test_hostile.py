@@ -164,6 +164,7 @@ def test_huge_dims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
 
 
+@pytest.mark.slow
 def test_output_without_rows() -> None:
     """The second model gives one row whatever it is asked."""
     g = Graph(17)
@@ -179,6 +180,7 @@ def test_output_without_rows() -> None:
     assert not found.passed and found.verdicts["algebra"] == "failed"
 
 
+@pytest.mark.slow
 def test_interrupt_ends_all(tmp_path: Path) -> None:
     """No process is left behind."""
     if sys.platform == "win32":

@@ -147,6 +147,7 @@ def test_difference_names_the_request(tmp_path: Path) -> None:
     assert found.culprit is not None and found.culprit.tensor == gather.output[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -194,6 +195,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         check(tmp_path / "anonymous.parquet")
 
 
+@pytest.mark.slow
 def test_no_request(tmp_path: Path) -> None:
     pq.write_table(table(several([2])).slice(0, 0), tmp_path / "r.parquet")
     found = check(tmp_path / "r.parquet")
@@ -210,6 +212,7 @@ def test_out_of_range_is_named(tmp_path: Path) -> None:
     assert found.errors[0].model == "original" and "request_id 0" in found.errors[0].message
 
 
+@pytest.mark.slow
 def test_values_of_their_own(tmp_path: Path) -> None:
     """Generated ids miss a table that is looked up with every third row; recorded ones do not."""
     g = Graph(17)

@@ -198,6 +198,7 @@ def test_process_with_a_session_that_nobody_waited_for_is_ended() -> None:
     assert not process.alive
 
 
+@pytest.mark.slow
 def test_death_of_a_session_is_not_that_of_others() -> None:
     made = Side("optimized", load(crashing_as_it_loads()), 60)
     for session in ("all", "disabled"):

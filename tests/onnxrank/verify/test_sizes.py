@@ -166,6 +166,7 @@ def test_huge_inputs() -> None:
         check(pooled(), pooled(), candidates=(1_000_000,), lengths={"L": (1000, 1000)})
 
 
+@pytest.mark.slow
 def test_optimize_checks_what_is_served() -> None:
     path = FOLDER / "mmoe.torchscript.onnx"
     report = onnxrank.optimize(path, request=["user_*"], candidates=(64, 1024)).report
@@ -180,6 +181,7 @@ def test_optimize_checks_what_is_served() -> None:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_changed_rows_are_counted() -> None:
     pair = rows_changed(slice(5000, 5100))()
     found = verify(pair.original, pair.optimized, Options(roles=pair.roles, level="quick"))
@@ -253,6 +255,7 @@ def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], args: list[str]
     assert words in err and out == "" and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_optimize_tells_that_roles_are_trusted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["optimize", "mmoe.onnx", "out.onnx", "--request", "user_*", "--check", "quick"]) == 0
     out = " ".join(capsys.readouterr().out.split())
