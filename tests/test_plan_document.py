@@ -92,6 +92,7 @@ def test_an_edited_plan() -> None:
     assert whole.macs_after < less.macs_after < less.macs_before
 
 
+@pytest.mark.slow
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (tmp_path / "ranker.onnx").write_bytes((MODELS / "mmoe.torchscript.onnx").read_bytes())

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 torch = pytest.importorskip("torch")
 
 
+@pytest.mark.slow
 def test_layouts_agree() -> None:
     from models.fusion import Fusion
     from models.layers import initialise

@@ -113,6 +113,7 @@ def test_two_thirds_of_the_cross_network_go_at_four_fields_of_seven() -> None:
     assert (each - its) / (layers * width * width) <= 1 - 0.67
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exporter", "blocks"), DEPTHS)
 def test_attention_has_context_tokens_once(exporter: str, blocks: int) -> None:
     user, item, dim, inner = 5, 3, 8, 8

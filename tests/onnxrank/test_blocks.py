@@ -298,6 +298,7 @@ def test_blocks_are_not_timed_where_few_are_expected(how: Any) -> None:
     assert not tuned({64: 2.0, 128: 2.0, 256: 2.0}, **how).plan.blocks
 
 
+@pytest.mark.slow
 def test_both_ends_have_a_plan_of_their_own() -> None:
     """The original for few, one piece for more, blocks for many: each `If` is in the branch of the one before."""
     pair = mock.patch("onnxrank.crossover.find", lambda forms, *_: Pair(forms[0].limited(()), forms[0], 5))

@@ -134,6 +134,7 @@ def same(one: Any, other: Any) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_sums_do_not_depend_on_who_makes_them(data: Path) -> None:
     same(summed(Local(1), summing(data), lambda _: None), summed(Local(3), summing(data), lambda _: None))
 

@@ -254,6 +254,7 @@ def test_the_crossover_is_looked_for_until_it_is_found(monkeypatch: pytest.Monke
         assert points[-1] == WIDE[1] < below(result)
 
 
+@pytest.mark.slow
 def test_two_plans_that_are_not_faster_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
         r = 0.5 if any(map(is_crossover, made.graph.node)) else 2.0
@@ -346,6 +347,7 @@ def test_the_original_as_it_is_may_stand_for_few() -> None:
         assert again.model.SerializeToString() == result.model.SerializeToString()
 
 
+@pytest.mark.slow
 def test_two_plans_are_tried_with_the_original_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two plans that are slow are timed with the original as it is for few, before they are taken back."""
     tried: list[bytes] = []

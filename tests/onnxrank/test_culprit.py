@@ -9,6 +9,7 @@ from onnx import helper
 from onnxrank.culprit import culprit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimise", [False, True])
 def test_node(optimise: bool) -> None:
     model = fatal(least=5)

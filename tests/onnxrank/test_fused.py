@@ -293,6 +293,7 @@ def test_float64_agrees(kind: str) -> None:
     assert result.changed and all(c.passed for c in result.report.checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "packed"])
 def test_data_in_another_file(kind: str, tmp_path: Path) -> None:
     """A mask and weights that lie beside the model are found there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import onnx
@@ -123,8 +124,12 @@ def same(model: ModelProto, made: ModelProto, h: np.ndarray, m: np.ndarray, c: n
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(want).max(initial=0))))
 
 
-FIRST = attention()[0].model()
-MADE = rewritten(FIRST, request=patterns(attention()[1])).model
+@cache
+def both() -> tuple[ModelProto, ModelProto]:
+    """A model, and what is made of it."""
+    g, given = attention()
+    model = g.model()
+    return model, rewritten(model, request=patterns(given)).model
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -136,7 +141,7 @@ MADE = rewritten(FIRST, request=patterns(attention()[1])).model
 def test_identity(c: np.ndarray, m: np.ndarray, size: float) -> None:
     """Of scores of any size, and masks that hide some twice, all, all but one, or all by different amounts."""
     h = np.random.default_rng(0).integers(-2, 3, (1, LENGTH, SIZE)).astype(np.float32)
-    same(FIRST, MADE, h, m, (c * np.float32(size)).astype(np.float32))
+    same(*both(), h, m, (c * np.float32(size)).astype(np.float32))
 
 
 @pytest.mark.parametrize("visible", [1, 7])
@@ -179,7 +184,7 @@ def test_exact_shares() -> None:
     """Visible keys that are alike share the weight evenly: what hidden ones weigh is lost in rounding."""
     h = np.ones((1, LENGTH, SIZE), np.float32)
     m = (np.arange(LENGTH) % 3 > 0).astype(np.float32)[None]
-    same(FIRST, MADE, h, m, np.ones((2, SIZE), np.float32))
+    same(*both(), h, m, np.ones((2, SIZE), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -231,5 +236,5 @@ def test_along_a_length_of_the_request(mask: str) -> None:
 
 def test_once() -> None:
     """What is near already stays where it is."""
-    again = rewritten(MADE, request=["h", "m"])
+    again = rewritten(both()[1], request=["h", "m"])
     assert not again.changed

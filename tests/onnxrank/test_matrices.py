@@ -123,6 +123,7 @@ def test_wrong_inputs() -> None:
         ranker.matrices(told, {k: v for k, v in once.items() if k != "u_two"})
 
 
+@pytest.mark.slow
 def test_it_is_verified() -> None:
     """By the contract, before anything is written and afterwards; a model with columns that changed places fails."""
     result = onnxrank.pack_inputs(every(), request=["u_*"], check="quick")
@@ -137,6 +138,7 @@ def test_it_is_verified() -> None:
         assert verify(every(), wrong, Options(level="quick")).passed
 
 
+@pytest.mark.slow
 def test_what_is_not_for_it() -> None:
     result = packed()
     with pytest.raises(ModelError, match=r"side by side.*Give the original"):

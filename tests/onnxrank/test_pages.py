@@ -238,6 +238,7 @@ def test_labels_can_be_read_at_once(browser: Any, tmp_path: Path) -> None:
         shown.close()
 
 
+@pytest.mark.slow
 def test_fit_shows_the_whole_graph(browser: Any, tmp_path: Path) -> None:
     shown = Shown(browser, write(tmp_path, inspection_page.to_html(inspected("dlrm.torchscript.onnx"))), "light")
     shown.ready()
@@ -305,6 +306,7 @@ def test_many_layers_do_not_open_on_a_wall() -> None:
     assert "all 82 layers" in rest and "layers.39<" in rest
 
 
+@pytest.mark.slow
 def test_layers_that_cost_nothing_are_folded_away(browser: Any, tmp_path: Path) -> None:
     found = inspected("dlrm.torchscript.onnx")
     free = [layer for layer in found.layers if not layer.macs]
@@ -333,6 +335,7 @@ def test_speed_up_is_drawn(profiled: Profile) -> None:
     assert svg in profile_page.to_html(profiled)
 
 
+@pytest.mark.slow
 def test_nothing_to_show_after(browser: Any, tmp_path: Path) -> None:
     unchanged = replace(inspected("dlrm.dynamo.onnx"), result=())
     shown = Shown(browser, write(tmp_path, inspection_page.to_html(unchanged)), "light")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -110,6 +111,7 @@ def towers(opset: int) -> ModelProto:
     return g.model()
 
 
+@cache
 def of_two_plans(opset: int) -> onnxrank.Result:
     """With the original for a single candidate."""
     plan = onnxrank.optimize(towers(opset), request=["user"], check=False).plan.to_dict()
@@ -117,14 +119,11 @@ def of_two_plans(opset: int) -> onnxrank.Result:
     return onnxrank.optimize(towers(opset), plan=Plan.from_dict(plan))
 
 
-RESULTS = {opset: of_two_plans(opset) for opset in (13, 17)}
-
-
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.sampled_from([13, 17]), st.sampled_from([0, 1, 1, 2, 3, 17, 300]), st.integers(0, 5))
 def test_one_candidate_alone_is_chosen(opset: int, count: int, seed: int) -> None:
     """None at all is what the plan for many is for; whole numbers tell."""
-    result = RESULTS[opset]
+    result = of_two_plans(opset)
     (choice,) = filter(is_crossover, result.model.graph.node)
     few = next(a.g for a in choice.attribute if a.name == "then_branch")
     assert not {"Expand", "Shape"} & {n.op_type for n in few.node}
@@ -137,7 +136,7 @@ def test_one_candidate_alone_is_chosen(opset: int, count: int, seed: int) -> Non
 
 def test_it_is_profiled() -> None:
     """For a single candidate there is nothing to tell apart; what runs is timed all the same."""
-    times = onnxrank.profile(RESULTS[17].model, candidates=[1, 64], seconds=0.01, memory=False)
+    times = onnxrank.profile(of_two_plans(17).model, candidates=[1, 64], seconds=0.01, memory=False)
     assert [k.candidates for k in times.models[0].kernels] == [1, 64]
     assert [w.candidates for w in times.models[0].works] == [64]
     assert not any("not known" in n for n in times.notes)

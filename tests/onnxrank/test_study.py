@@ -61,6 +61,7 @@ def test_large_and_long_tensors_are_measured_within_the_run() -> None:
     assert {wide: (3, 2048), pooled: ()}.items() <= found.items() and (3, 5, 4) in found.values()
 
 
+@pytest.mark.slow
 def test_a_contradiction_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own bytes come back, and the reason names the tensor, both shapes and where that was."""
     entered(monkeypatch, "Relu", Operator(wider))
@@ -115,6 +116,7 @@ def test_a_rank_is_held_against_runs_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found is not None and "[2, 8] where [2, 8, 1] was derived" in found.reason
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_run_is_no_contradiction() -> None:
     g = Graph()
     u, c = (i.declare(g) for i in (request("u", 4), candidate("c", 4)))

@@ -184,6 +184,7 @@ def test_a_gain_for_many_alone_counts() -> None:
     assert tune.faster([Measured(64, 1.0, 0.99, 1.01), Measured(1, 0.99, 0.98, 1.0), Measured(4096, 1.3, 1.2, 1.4)])
 
 
+@pytest.mark.slow
 def test_for_few_candidates_the_original_may_stand() -> None:
     """Where one plan was predicted to be enough, and is measured to lose at few: the clock finds the second."""
 
@@ -226,6 +227,7 @@ def test_a_loss_that_may_be_none_is_timed_again() -> None:
     assert not tune.unsure([Measured(3, 1.5, 1.4, 1.6), Measured(1, 0.99, 0.98, 1.1)])
 
 
+@pytest.mark.slow
 def test_another_way_is_taken() -> None:
     """One of those that the model can be rewritten in, where leaving out two rules is not enough."""
     model, result = tuned(lambda made, n: 1.5 if rules_of(made) == {"movement"} else 0.9, candidates=(1, 4096))

@@ -118,6 +118,7 @@ def test_steps_that_double_every_path_are_taken_in_time() -> None:
     _hold(_chain(step, 64), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_cross_network_of_many_layers_is_rewritten() -> None:
     g = Graph()
     user, item = (g.input(given.name, ("N", *given.shape)) for given in (USER, ITEM))

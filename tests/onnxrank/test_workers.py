@@ -85,6 +85,7 @@ def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (out == 6).all()
 
 
+@pytest.mark.slow
 def test_crash_names_the_signal_and_the_next_run_is_a_new_process() -> None:
     with RemoteSession(fatal(least=3)) as session:
         with pytest.raises(Crashed, match="died of SIG") as e:

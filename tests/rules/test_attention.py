@@ -641,6 +641,7 @@ def test_macs_with_heads(layout: str, heads: int) -> None:
     assert after["candidate"].macs == N * (4 * items * d * d + 2 * (count**2 - users**2) * d + count * d * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "mask"), [("rows", ""), ("rows", "add both"), ("merged", "")])
 def test_heads_in_one_product(layout: str, mask: str) -> None:
     """Three heads in one product each make the same multiply-adds, and fewer products, than one by one."""

@@ -517,6 +517,7 @@ def test_a_sum_over_a_length_of_nothing() -> None:
     assert "Transpose" not in read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [None, "Mul", "Div"])
 def test_heads_over_a_length_of_nothing(factor: str | None) -> None:
     """Factors on queries and keys, as torch scales attention: onnxruntime takes a Transpose before them all the same.

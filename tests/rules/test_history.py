@@ -447,6 +447,7 @@ def test_work() -> None:
         assert result.report.after["candidate"].macs == N * each
 
 
+@pytest.mark.slow
 def test_left_out() -> None:
     """`ignore` leaves the first layer as it is, for every candidate."""
     e = Encoder(layers=2)
@@ -455,6 +456,7 @@ def test_left_out() -> None:
     assert max(per_candidate(result, e).values()) >= L * D
 
 
+@pytest.mark.slow
 def test_float32() -> None:
     """The check passes, as it is and in float64."""
     e = Encoder(layers=2, heads=2, norm="pre", length=12)
@@ -606,6 +608,7 @@ def test_mask_across_candidates(number: float) -> None:
     made(e, add(e, g.op("Reshape", mask, g.ints(-1, T, T))))
 
 
+@pytest.mark.slow
 def test_candidate_first() -> None:
     """The candidate in front of the history, and in the middle of it."""
     for place in (0, 2):
@@ -724,6 +727,7 @@ def test_float16(number: float, proven: bool) -> None:
     assert (REFUSED in refusals(result)) != proven
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "proven"), [(-1e4, False), (-999999.0, False), (-1e6, True)])
 def test_gap(number: float, proven: bool) -> None:
     """A million in float32."""

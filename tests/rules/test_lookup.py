@@ -367,6 +367,7 @@ def test_same_bits_of_more(interface: str, seed: int, steps: int) -> None:
     same_bits(interface, seed, steps)
 
 
+@pytest.mark.slow
 def test_programs_carry_it() -> None:
     found = 0
     for seed in range(12):

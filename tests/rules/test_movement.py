@@ -251,6 +251,7 @@ def test_blocks_of_other_sizes() -> None:
     optimised(g, BLOCKS, counts=(0, 1, 2, 5, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [False, True])
 def test_heads_in_front(mask: bool) -> None:
     """Attention with the heads as blocks of rows, as `concat(split(q, heads, 2), 0)` writes it."""

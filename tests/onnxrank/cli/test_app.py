@@ -536,6 +536,7 @@ def test_reports_in_a_pipe_and_an_ascii_locale(folder: Path, command: str) -> No
     assert ("per candidate" if command == "profile" else "block ideal") in text
 
 
+@pytest.mark.slow
 def test_broken_pipe() -> None:
     read, write = os.pipe()
     os.close(read)

@@ -94,6 +94,7 @@ def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], args: list[str]
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.slow
 def test_options_reach_the_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("r.npz", user_ids=np.ones((3, 5), int), item_ids=np.array([[1, 2, 3]] * 3), clicked=np.array([1, 0, 1]))
     args = ["--data", "r.npz", "--labels", "clicked", "--top-k", "1", "--atol", "task_0:1", "--rtol", "0.5", "-v"]

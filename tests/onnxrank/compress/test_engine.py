@@ -230,6 +230,7 @@ def test_the_gate_cannot_tell_by_shuffled_labels(
     assert "cannot tell" in said and "do not tell these labels apart" in said
 
 
+@pytest.mark.slow
 def test_the_gate_cannot_tell_by_200_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recorded(tmp_path / "few.npz", 25)
     said = refused(capsys, tmp_path / "o.onnx", 1, "--data", path, "--labels", "label", "--methods", "fp16")
@@ -307,6 +308,7 @@ def test_nothing_to_do_gives_the_bytes_of_the_model(
     assert "could be compressed" in refused(capsys, out, 5, *how, "--require-change")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [

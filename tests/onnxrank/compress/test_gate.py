@@ -236,6 +236,7 @@ def test_the_worst_request_is_named() -> None:
     assert found.worst.overlap < 0.6
 
 
+@pytest.mark.slow
 def test_together() -> None:
     good, bad, unclear = held(0.0), held(2.0), held(0.0, requests=5)
     assert together([good]) == "passed" and together([good, unclear]) == "cannot tell"

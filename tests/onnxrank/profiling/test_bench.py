@@ -96,6 +96,7 @@ def test_dead_loop_is_not_run_where_it_needs_not_be() -> None:
     assert inspect(endless(dead=True), request=["user"]).before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [None, 1, [], "x", {}, {"seconds": 1, "settled": 1, "copies": [None]}])
 def test_nonsense(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
     model = entrant(fatal(least=100))

@@ -193,6 +193,7 @@ def test_what_is_said_of_fitted_costs(
     assert ("per candidate beyond" in to_html(shown)) == (knee is not None)
 
 
+@pytest.mark.slow
 def test_each_order_of_the_pair(pair: tuple[Path, Path]) -> None:
     shown = profile(pair[1], pair[0], **QUICK)
     assert [m.optimised for m in shown.models] == [True, False] and shown.difference < 1e-4
@@ -214,6 +215,7 @@ def test_optimised_alone(pair: tuple[Path, Path]) -> None:
     assert "rule fold" in as_text(lambda console: print_profile(shown, console), width=80)
 
 
+@pytest.mark.slow
 def test_nothing_said_of_roles() -> None:
     shown = profile(MODELS / "two_tower.dynamo.onnx", **QUICK)
     assert "candidate-level" in shown.notes[0]

@@ -31,6 +31,7 @@ ROLES = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(ROLES, max_size=8, unique_by=lambda role: role.name))
 def test_dict_round_trip(items: list[InputRole]) -> None:
     roles = Roles({role.name: role for role in items})

@@ -443,12 +443,14 @@ def test_masks(name: str, own: int) -> None:
     assert_proved({**HIDING, **SHOWING}[name], name in HIDING, own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", sq.TABLES)
 def test_triangles_cut_to_the_length(how: str) -> None:
     """Whatever the length, a later segment's positions are greater: what hides is above the constant's diagonal."""
     assert_proved(lambda s: sq.causal(s, INF, how), True)
 
 
+@pytest.mark.slow
 def test_triangles_with_holes() -> None:
     assert_proved(sq.open_table, False)
 
@@ -552,6 +554,7 @@ def _lengths_of_requests(s: Sequence, length: int) -> str:
     return g.op("Not", g.op("Expand", g.on_axes("Unsqueeze", shown, [1]), shape))
 
 
+@pytest.mark.slow
 def test_constant_masks_with_lengths_of_requests() -> None:
     length = 12
     s = sq.sequence(length=length)
@@ -585,6 +588,7 @@ def test_some_positions_of_a_fixed_sequence(start: int, end: int) -> None:
 # --- plans ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plans_say_what_was_taken_apart_and_replay_it(tmp_path: Path) -> None:
     s = attended(lambda s: sq.causal(s))
     onnx.save(s.graph.model(), tmp_path / "m.onnx")

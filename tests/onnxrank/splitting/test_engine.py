@@ -85,6 +85,7 @@ def test_a_state_of_another_version_gives_no_scores(tmp_path: Path) -> None:
     assert got["score"].shape == (4, 1) and np.isnan(got["score"]).all()
 
 
+@pytest.mark.slow
 def test_the_version_changes_with_the_request_model_alone(tmp_path: Path) -> None:
     def weighted(which: int) -> int:
         model = ranker_model()

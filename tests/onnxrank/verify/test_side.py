@@ -248,6 +248,7 @@ def test_silent_fallback_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     made.open("s", "m", provider="cpu")
 
 
+@pytest.mark.slow
 def test_modules_of_the_current_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('taken')")
     (tmp_path / "onnxrank").mkdir()
@@ -257,6 +258,7 @@ def test_modules_of_the_current_folder_are_not_taken(tmp_path: Path, monkeypatch
     made.kill()
 
 
+@pytest.mark.slow
 def test_codes_come_through() -> None:
     process = workers.Worker()
     process.call("model", key="m", data=plain().SerializeToString(), folder=None)

@@ -107,6 +107,7 @@ def test_listing() -> None:
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["quick", "standard"])
 def test_cut_history(level: str) -> None:
     """Wrong from 38 entries on; right, and told so, where no more are served."""
@@ -236,6 +237,7 @@ def test_length_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Roles are trusted" in out and "--data" in out and "compared at L = " in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -262,6 +264,7 @@ def test_optimize_tells_that_roles_are_trusted(folder: Path, capsys: pytest.Capt
     assert "Roles are trusted, not tested: that user_ids is the same" in out and "compared at N = 1, 2, 17" in out
 
 
+@pytest.mark.slow
 def test_no_steps_in_a_reduction_that_gives_nothing_a_wrong_shape() -> None:
     """Of no entries onnxruntime's reductions keep all axes, which the operators behind them do not take."""
     g = Graph(11)
