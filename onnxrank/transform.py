@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, factors, facts, feeds, keys, runtime, scalars, underflow
+from onnxrank import cost, factors, facts, feeds, keys, residuals, runtime, scalars, underflow
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -285,6 +285,7 @@ class Transformation:
         if self.rw.uses(factors.RULE):
             factors.move(self.rw)
         scalars.widen(self.rw)
+        residuals.apart(self.rw)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
