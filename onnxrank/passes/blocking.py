@@ -107,7 +107,8 @@ def _fastest(job: Job) -> str | None:
     if not any(m.low > 1 and m.ratio > NEAR for m in times if m.candidates >= LEAST):
         return told
     if not tune.faster(times):
-        found = Pair(job.plain, job.chosen, 1).measured(times)
+        # They begin where they gain more than two sessions of one model differ by.
+        found = Pair(job.plain, job.chosen, 1).measured([replace(m, ratio=m.ratio / NEAR) for m in times])
         if job.kept:
             job.blocks_from = found.below
         else:

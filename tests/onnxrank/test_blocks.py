@@ -293,6 +293,18 @@ def test_few_candidates_are_scored_in_one_piece_where_that_is_faster() -> None:
     assert again.model.SerializeToString() == result.model.SerializeToString()
 
 
+def test_blocks_begin_where_they_gain_more_than_noise() -> None:
+    def against(job: Any, race: Any, model: Any, feeds: Any, share: float) -> tuple[Measured, ...]:
+        ratios = {n: 0.9 if n < 256 else 1.02 if n < 1024 else 1.2 for n in race.points}
+        return tuple(Measured(n, r, r, r) for n, r in ratios.items())
+
+    with mock.patch.object(blocking, "against", against), original(2.0):
+        always = onnxrank.pipeline.Pass("timing", "undo", lambda job: True)
+        with mock.patch("onnxrank.pipeline.TIME", always):
+            result = made(ranker(), rows=None, candidates=WIDE, tune=1e-3)
+    assert 256 < result.plan.blocks_from <= 1024
+
+
 @pytest.mark.parametrize("how", [{"candidates": 512}, {"tune": 0.0}])
 def test_blocks_are_not_timed_where_few_are_expected(how: Any) -> None:
     assert not tuned({64: 2.0, 128: 2.0, 256: 2.0}, **how).plan.blocks
