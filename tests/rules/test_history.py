@@ -838,8 +838,12 @@ def masked(draw: st.DrawFn) -> tuple[Encoder, ModelProto]:
 @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(masked())
 def test_any_mask(made: tuple[Encoder, ModelProto]) -> None:
-    """Scores are the original's under any mask."""
+    """Scores are the original's under any mask; not where only double precision tells -1e9 from -1e9 + 1."""
     e, model = made
+    truth, names = Truth(model), [o.name for o in model.graph.output]
+    for _, old, _ in batches(e.given):
+        exact, rounded = truth.run(old, names), run(model, old)
+        hypothesis.assume(all(difference(exact[n], rounded[n]) < 1e-3 for n in names))
     with forced():
         result = rewritten(model, request=patterns(e.given))
     # Scores beside -1e9 have seven digits left.
