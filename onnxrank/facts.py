@@ -111,6 +111,11 @@ class Facts:
             self._extents[size] = c, tuple(sorted(named, key=lambda s: s != CANDIDATES))
         return self._extents[size]
 
+    def size(self, extent: Extent) -> int | Expr:
+        """An extent as an expression."""
+        c, found = extent
+        return c * ex.product(map(self.meaning, found))
+
     def symbol_of(self, size: Expr) -> str:
         """The symbol that stands for an expression."""
         rows = any(map(is_candidate_symbol, size.symbols))
@@ -167,7 +172,7 @@ def derive(
     for i in model.graph.input:
         found = inputs.get(i.name)
         if found is not None:
-            given[i.name] = tuple(c * ex.product(map(facts.meaning, syms)) for c, syms in found)
+            given[i.name] = tuple(map(facts.size, found))
     loads: dict[str, tuple[tuple[int, ...], int, shapes.Load]] = {}
     for t in model.graph.initializer:
         if t.name in replaced:

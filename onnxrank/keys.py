@@ -149,8 +149,7 @@ class _Scores:
         for addition in self._additions(e.proto, made):
             product = self._product(e.proto, addition, made)
             keys = None if product is None else self._written.dims(product.node.input[1])
-            rank = None if product is None else self._written.rank(product.node.input[1])
-            if product is None or rank is None or keys is None or any(symbols(keys[:-1])):
+            if product is None or keys is None or any(symbols(keys[:-1])):
                 continue
             if keys[-1:] != made.dims[-1:]:
                 continue  # a Reshape on the way takes columns apart
@@ -160,7 +159,7 @@ class _Scores:
             if not share and (addition.condition or operator(e.proto) == "Gemm"):
                 return None
             if self.rw.uses(underflow.NAME if share else RULE):
-                return self._decided(e, made, addition, product, keys, rank, share)
+                return self._decided(e, made, addition, product, keys, share)
         return None
 
     def _additions(self, node: NodeProto, made: Source) -> Iterator[_Addition]:
@@ -245,7 +244,6 @@ class _Scores:
         addition: _Addition,
         product: _Product,
         keys: Dims,
-        rank: int,
         share: float,
     ) -> Emitted | None:
         """Scores of longer keys, if these pay; `share` of the scores are hidden."""
@@ -256,7 +254,7 @@ class _Scores:
             return None
         known = (replace(addition, scores=""), extents(keys)[-2])
         with emit.at(Origin(e.origin, e.proto.output[0], rule)):
-            ways = _ways(made, keys, share, wide == rank == 2, known in self._hidden)
+            ways = _ways(made, keys, share, wide == len(keys) == 2, known in self._hidden)
             if self.rw.decide(rule, ways) != TAKE:
                 return None
             left, right = product.node.input[:2]
@@ -266,7 +264,7 @@ class _Scores:
                 if known not in self._hidden:
                     self._hidden[known] = self._seen(*known)
                 hidden = self._hidden[known]
-                scores = _longer(emit, left, wide, _nearer(emit, hidden, right, rank), keys, hidden.bias)
+                scores = _longer(emit, left, wide, _nearer(emit, hidden, right, len(keys)), keys, hidden.bias)
             else:
                 bias = emit.add("Reshape", [addition.bias, emit.constant(np.array([1, -1], np.int64))])
                 scores = _longer(emit, left, wide, [right], keys, bias)

@@ -1,7 +1,7 @@
 """Sums that layer normalisations read: written so that onnxruntime does not join both in one kernel.
 
 Of an Add of two tensors with three axes and the normalisation behind it, onnxruntime makes a SkipLayerNormalization,
-whose kernel for CPUs goes entry by entry and takes three times as long as both. A Sum of two tensors is the same
+whose kernel for CPUs goes entry by entry and takes longer than both. A Sum of two tensors is the same
 addition by the kernel that an Add has, and is joined with nothing. On GPUs, where the joint kernel is a good one, that
 costs a pass over the sum.
 """
@@ -29,11 +29,12 @@ def apart(rw: Rewrite) -> None:
     Args:
         rw: A rewrite that has written its nodes.
     """
-    read: dict[str, set[str]] = {}
+    read: dict[str, set[str]] = {"LayerNormalization": set(), "ReduceMean": set(), "Sub": set()}
     for e in rw.emit.nodes:
-        read.setdefault(operator(e.proto), set()).update(e.proto.input[:1])
+        if operator(e.proto) in read:
+            read[operator(e.proto)].add(e.proto.input[0])
     # Before there was an operator for it, exporters wrote it as x - mean(x), over the root of its mean square.
-    normalised = read.get("LayerNormalization", set()) | (read.get("ReduceMean", set()) & read.get("Sub", set()))
+    normalised = read["LayerNormalization"] | (read["ReduceMean"] & read["Sub"])
     written: Written | None = None
     for k, e in enumerate(rw.emit.nodes):
         if operator(e.proto) != "Add" or e.proto.output[0] not in normalised:

@@ -29,27 +29,24 @@ def of_one(model: ModelProto, facts: Facts, inputs: Mapping[str, Sequence[Extent
     Returns:
         A copy; the model itself where nothing is repeated.
     """
-    out = ModelProto()
-    out.CopyFrom(model)
     given = {o.name for o in model.graph.output}
-    sizes: dict[str, Sequence[int | Expr]]
-    sizes = {name: [ex.product([c, *map(facts.meaning, of)]) for c, of in found] for name, found in inputs.items()}
-    sizes |= facts.sizes
+
+    def shape(name: str) -> list[int | Expr] | None:
+        """Shape of a tensor for one candidate; None where it is not proved."""
+        sizes = [facts.size(e) for e in inputs[name]] if name in inputs else facts.sizes.get(name)
+        return None if sizes is None else [ex.replaced(n, {CANDIDATES: 1}) for n in sizes]
+
     names: dict[str, str] = {}
-    del out.graph.node[:]
     for node in model.graph.node:
         if operator(node) in ("Expand", "Tile") and node.output[0] not in given:
-            source = names.get(node.input[0], node.input[0])
-            shape = _for_one(sizes.get(source))
-            if shape is not None and shape == _for_one(sizes.get(node.output[0])):
-                names[node.output[0]] = source
-                continue
-        kept = out.graph.node.add()
-        kept.CopyFrom(node)
-        rename(kept, names)
-    return live(out) if names else model
-
-
-def _for_one(sizes: Sequence[int | Expr] | None) -> list[int | Expr] | None:
-    """A shape for one candidate; None where it is not proved."""
-    return None if sizes is None else [ex.replaced(n, {CANDIDATES: 1}) for n in sizes]
+            made = shape(node.output[0])
+            if made is not None and made == shape(node.input[0]):
+                names[node.output[0]] = names.get(node.input[0], node.input[0])
+    if not names:
+        return model
+    out = ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        if node.output[0] not in names:
+            rename(node, names)
+    return live(out)

@@ -92,10 +92,13 @@ def _around(job: Job, pair: Pair) -> list[Measured]:
     while not any(m.ratio > 1 for m in found) and all(m.candidates < most for m in found):
         known = max((m.candidates for m in found), default=0)
         points = tuple(n for n in pair.around(job.options.span) if n > known)
-        for few, at in ((pair.few.single, points[: points[0] == 1]), (_model(pair.few), points[points[0] == 1 :])):
-            feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in at)
-            race = tune.Race(replace(job.loaded, proto=few), at, feeds)
-            found += against(job, race, _model(pair.many), feeds, 0.25) if at else ()
+        for alone in (True, False):
+            at = tuple(n for n in points if (n == 1) == alone)
+            if at:
+                few = pair.few.single if alone else _model(pair.few)
+                feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in at)
+                race = tune.Race(replace(job.loaded, proto=few), at, feeds)
+                found += against(job, race, _model(pair.many), feeds, 0.25)
         pair = replace(pair, below=2 * points[-1])
     return found
 
