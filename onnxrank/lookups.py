@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from onnxrank import cost
 from onnxrank.flow import Walk
-from onnxrank.graphs import attribute, reads
+from onnxrank.graphs import attribute, kind, reads
 from onnxrank.joint import bring
 from onnxrank.network import Network
 from onnxrank.operators import Trait, operator, traits
@@ -26,8 +26,12 @@ from onnxrank.plans import LOOKUP, label
 from onnxrank.rule import Refusal
 from onnxrank.values import Dim, Level, extents, is_candidate_symbol, symbols
 
-_STEPS = 9
-"""Nodes of a joined lookup: ids side by side, what brings them to their tables, and the Gather."""
+_ALONE = 1.6
+"""Launches that a lookup by itself takes as long as: the Gather, and an operand of what brings rows side by side."""
+_BROUGHT = 14.0
+"""The same for bringing ids to their tables."""
+_OPERAND = 0.5
+"""The same for one operand or result more: an id by itself, or cut out of others."""
 _PER_ID = 5.7e-9
 """Seconds per id on the way: three conditions, three choices and a sum, by kernels that take number after number."""
 _FLOAT = 4
@@ -107,7 +111,11 @@ class Lookups:
             if lookup is not None:
                 found.setdefault(lookup.like, []).append(lookup)
             depth.update(dict.fromkeys(node.output, below + (lookup is not None)))
-        return [own for group in found.values() if self._pay(own := self._own(group))]
+        families: dict[tuple[object, ...], list[list[_Lookup]]] = {}
+        for group in found.values():
+            own = self._own(group)
+            families.setdefault(_ids(own), []).append(own)
+        return [g for family in families.values() if self._pay(family) for g in family]
 
     def _lookup(self, node: NodeProto, depth: int) -> _Lookup | None:
         """A node as a lookup, if it is one that could be joined with others.
@@ -163,7 +171,7 @@ class Lookups:
         group = sorted(group, key=lambda x: x.place)
         mine = {id(x.node) for x in group}
         reasons = [self._held_back(x.node.input[0], mine) for x in group]
-        if self._candidates is not None and self._pay(group):
+        if self._candidates is not None and self._pay([group]):
             self.refusals += [
                 Refusal(LOOKUP, label(x.node), x.node.op_type, r) for x, r in zip(group, reasons, strict=True) if r
             ]
@@ -183,17 +191,38 @@ class Lookups:
             return f"{table} is read elsewhere, too, so its bytes would be stored twice"
         return None
 
-    def _pay(self, group: Sequence[_Lookup]) -> bool:
-        """Whether one Gather is predicted to be faster."""
+    def _pay(self, groups: Sequence[Sequence[_Lookup]]) -> bool:
+        """Whether one Gather each is predicted to be faster, of groups that read the same ids in the same way."""
+        group = groups[0]
         if len(group) < 2 or self._candidates is None:
             return len(group) > 1
         rows = extents((group[0].along,))[0]
         if group[0].level is Level.CANDIDATE and any(map(is_candidate_symbol, symbols([group[0].along]))):
             rows *= self._candidates
         ids = sum(x.columns or 1 for x in group)
-        before = cost.estimate(launches=len(group)) + self._copied(group, rows)
-        after = cost.estimate(launches=2 * _STEPS) + rows * ids * (_PER_ID + cost.beside(_ID))
+        together = self._lie_together(group)
+        operands = _OPERAND * len(group)
+        launched = _ALONE * sum(map(len, groups)) + (operands if together else 0)
+        brought = _ALONE * len(groups) + _BROUGHT + (0 if together else operands)
+        before = cost.estimate(launches=launched) + sum(self._copied(g, rows) for g in groups)
+        after = cost.estimate(launches=brought) + rows * ids * (_PER_ID + cost.beside(_ID))
         return pays(before, after)
+
+    def _lie_together(self, group: Sequence[_Lookup]) -> bool:
+        """Whether ids are parts of one tensor that go through the same functions, which are taken in one step."""
+        return len({self._origin(x.node.input[1]) for x in group}) == 1
+
+    def _origin(self, name: str) -> tuple[object, ...]:
+        """The tensor that ids are a part of, and what is done to them; a tensor that is no part is one by itself."""
+        ways: list[bytes] = []
+        node = self._net.maker.get(name)
+        while node is not None and len(node.input) == 1 and traits(node) & Trait.ELEMENTWISE:
+            ways.append(kind(node))
+            name = node.input[0]
+            node = self._net.maker.get(name)
+        if node is not None and operator(node) in ("Slice", "Split", "Gather"):
+            name = node.input[0]
+        return (name, *ways)
 
     def _copied(self, group: Sequence[_Lookup], rows: int) -> float:
         """Seconds of copying what each lookup gives beside the others, which joined ones need not."""
@@ -223,12 +252,19 @@ def join(net: Network, flow: Walk, at: Mapping[int, int], places: Collection[int
     if not places:
         return []
     out: list[Packed] = []
+    brought: dict[tuple[object, ...], str] = {}
     for group in Lookups(net, flow, at=at).groups:
         taken = [x for x in group if x.index in places]
         if len(taken) > 1:
-            _Joined(net, taken).write()
+            _Joined(net, taken).write(brought)
             out += [Packed(x.index, LOOKUPS, label(x.node), len(taken)) for x in taken]
     return out
+
+
+def _ids(group: Sequence[_Lookup]) -> tuple[object, ...]:
+    """What tells where ids are brought: the ids, and which of them belong to a table of how many rows."""
+    numbers: dict[str, int] = {}
+    return tuple((x.node.input[1], x.rows, numbers.setdefault(x.node.input[0], len(numbers)), x.columns) for x in group)
 
 
 class _Joined:
@@ -251,17 +287,16 @@ class _Joined:
         self._cast = group[0].kind != TensorProto.INT64 and 2 * self._total > np.iinfo(np.int32).max
         self._type = np.int64 if self._cast or group[0].kind == TensorProto.INT64 else np.int32
 
-    def write(self) -> None:
-        """Puts the nodes in the place of the lookups."""
+    def write(self, brought: dict[tuple[object, ...], str]) -> None:
+        """Puts the nodes in the place of the lookups.
+
+        Args:
+            brought: Ids that are at their places already, by what `_ids` says of them; receives these.
+        """
         net, group = self._net, self._group
         counts = [x.columns or 1 for x in group]
-        ids = [x.node.input[1] if x.columns is not None else self._axis("Unsqueeze", x.node.input[1]) for x in group]
-        joined = self._add("Concat", ids, "lookup/ids", axis=1)
-        if self._cast:
-            joined = self._add("Cast", [joined], "lookup/wide", to=int(TensorProto.INT64))
-        rows = np.repeat([x.rows for x in group], counts)
-        begin = np.repeat([self._first[x.node.input[0]] for x in group], counts)
-        places = bring(self._add, self._numbers, joined, rows, begin, self._total)
+        places = brought.get(_ids(group)) or self._places(counts)
+        brought[_ids(group)] = places
         found = self._add("Gather", [net.stack(list(self._first), "lookup/table"), places], "lookup/rows", axis=0)
         parts = [x.node.output[0] if x.columns is not None else net.fresh(f"{x.node.output[0]}/rows") for x in group]
         sizes = {"split": counts} if net.opset < 13 else {}
@@ -273,6 +308,17 @@ class _Joined:
         gone = {id(x.node) for x in group}
         net.nodes[:] = [n for n in net.nodes if id(n) not in gone] + self._made
         net.renewed()
+
+    def _places(self, counts: Sequence[int]) -> str:
+        """Brings ids to the places of their tables in the joined one, so many for each lookup."""
+        group = self._group
+        ids = [x.node.input[1] if x.columns is not None else self._axis("Unsqueeze", x.node.input[1]) for x in group]
+        joined = self._add("Concat", ids, "lookup/ids", axis=1)
+        if self._cast:
+            joined = self._add("Cast", [joined], "lookup/wide", to=int(TensorProto.INT64))
+        rows = np.repeat([x.rows for x in group], counts)
+        begin = np.repeat([self._first[x.node.input[0]] for x in group], counts)
+        return bring(self._add, self._numbers, joined, rows, begin, self._total)
 
     def _add(self, op: str, inputs: Sequence[str], hint: str, **attributes: Any) -> str:
         name = self._net.fresh(hint)

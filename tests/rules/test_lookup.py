@@ -205,6 +205,21 @@ def test_columns_of_one_input(joined: None) -> None:
         assert np.array_equal(session(result.model).run(None, {"user": ids[:1], "item": item})[0], want)
 
 
+@pytest.mark.parametrize(("wide", "brought"), [(ROWS, 1), ((5, 7, 6, 10), 2)])
+def test_ids_of_two_tables_each_are_brought_once(joined: None, wide: tuple[int, ...], brought: int) -> None:
+    """Where both have as many rows: deep and wide parts look up the same ids."""
+    rng = np.random.default_rng(1)
+    names = [f"V{k}" for k in range(len(ROWS))]
+    second = " ".join(f"h{k} = Gather({v}, user_{k}) f{k} = Flatten(h{k})" for k, v in enumerate(names))
+    body = f"{second} x = Concat<axis=1>(e0, e1, e2, e3, f0, f1, f2, f3, item)"
+    more = {v: rng.integers(-3, 4, (rows, 3)).astype(np.float32) for v, rows in zip(names, wide, strict=True)}
+    made = model(body=body, W=np.ones((31, 2), np.float32), **more)
+    result = onnxrank.optimize(made, request=["user*"])
+    found = [n.op_type for n in result.model.graph.node]
+    assert found.count("Gather") == 2 and found.count("Where") == 3 * brought
+    same(made, result)
+
+
 def refused(made: ModelProto | Path, **how: Any) -> tuple[int, list[str]]:
     result = onnxrank.optimize(made, request=["user*"], **how)
     return tables(result.model), [r.reason for r in result.report.refusals if r.rule == LOOKUP]
@@ -265,6 +280,25 @@ def test_few_do_not_pay() -> None:
     assert tables(onnxrank.optimize(many, request=["user*"], check=False).model) == 1
     for n, left in ((1, 1), (512, 60)):
         assert tables(onnxrank.optimize(many, request=["item"], candidates=n, check=False).model) == left
+
+
+@pytest.mark.parametrize(("count", "left"), [(6, 6), (10, 1)])
+def test_a_few_columns_of_one_input_pay(count: int, left: int) -> None:
+    """These are taken in one step, and not cut out one by one."""
+    ids = " ".join(f"i{k} = Slice(user, at{k}, at{k + 1}, one) g{k} = Gather(T{k}, i{k}) e{k} = Flatten(g{k})"
+                   for k in range(count))  # fmt: skip
+    rows = ", ".join(f"e{k}" for k in range(count))
+    text = (
+        f"(int64[N,{count}] user, float[N,3] item) => (float[N,256] y) "
+        f"{{ {ids} x = Concat<axis=1>({rows}, item) y = MatMul(x, W) }}"
+    )
+    rng = np.random.default_rng(0)
+    held = {f"T{k}": rng.integers(-3, 4, (5 + k, 4)).astype(np.float32) for k in range(count)}
+    ends = {f"at{k}": np.array([k]) for k in range(count + 1)}
+    width = 4 * count + 3
+    held |= {"W": rng.integers(-2, 3, (width, 256)).astype(np.float32), "one": np.array([1]), **ends}
+    result = onnxrank.optimize(graph(text, **held), request=["user"], check=False)
+    assert result.changed and tables(result.model) == left
 
 
 @pytest.mark.parametrize(("after", "joined"), [("", 1), ("r = Reshape(x, shape)", 1), ("r = Relu(x)", 60)])
