@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from onnxrank import cost
 from onnxrank.forms import Form
-from onnxrank.joining import LAUNCHES, NAME, SINGLE, Count, joined
+from onnxrank.joining import ALONE, LAUNCHES, NAME, SINGLE, Count, joined
 from onnxrank.plans import LEAVE, Alternative, Few, Measured
 from onnxrank.values import CANDIDATES
 
@@ -35,11 +35,13 @@ class Pair:
         few: That for few candidates.
         many: The other one.
         below: The number of candidates from which on the second one holds.
+        alone: Whether a single candidate has a branch of its own, where the first one is for more.
     """
 
     few: Form
     many: Form
     below: int
+    alone: bool = False
 
     def model(self, many: ModelProto | None = None, name: str = NAME) -> ModelProto | None:
         """Both in one model; None where that cannot be written.
@@ -51,20 +53,27 @@ class Pair:
         many, count = many or self.many.model, where(self.many)
         if self.few.model is None or many is None or count is None:
             return None
-        few = self.few.single if self.below == SINGLE else self.few.model
         shapes = self.many.shapes
-        return joined(few, many, self.below, count, lambda t, n: shapes(n).shape(t), name)
+
+        def both(few: ModelProto, many: ModelProto, below: int, name: str) -> ModelProto | None:
+            return joined(few, many, below, count, lambda t, n: shapes(n).shape(t), name)
+
+        if self.below == SINGLE:
+            return both(self.few.single, many, SINGLE, name)
+        made = both(self.few.model, many, self.below, name)
+        return both(self.few.single, made, SINGLE, ALONE) if self.alone and made is not None else made
 
     def time(self, candidates: int) -> float:
         """Predicted seconds at a number of candidates."""
+        if candidates == 1 and (self.alone or self.below == SINGLE):
+            return self.few.time(1) - self.few.spared + cost.estimate(launches=LAUNCHES)
         form = self.few if candidates < self.below else self.many
-        spared = self.few.spared if candidates < self.below == SINGLE else 0.0
-        return form.time(candidates) - spared + self.overhead
+        return form.time(candidates) + self.overhead
 
     @property
     def overhead(self) -> float:
-        """Predicted seconds of the choice between them."""
-        return cost.estimate(launches=LAUNCHES)
+        """Predicted seconds of the choice between them, for more than one candidate."""
+        return cost.estimate(launches=LAUNCHES * (1 + self.alone))
 
     def around(self, span: tuple[int, int]) -> tuple[int, ...]:
         """Numbers of candidates at which to time one against the other, within a range."""
@@ -88,7 +97,7 @@ class Pair:
     def stored(self) -> Few:
         """What a plan says of the first one."""
         rules = tuple(dict.fromkeys(r.name for r in self.few.rules if self.few.choice.uses(r.name)))
-        return Few(self.below, rules, self.few.sites, self.few.study is not self.many.study)
+        return Few(self.below, rules, self.few.sites, self.few.study is not self.many.study, self.alone)
 
 
 def where(form: Form) -> Count | None:

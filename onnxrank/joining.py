@@ -7,7 +7,7 @@ comparison alone, which run on the CPU wherever the model does, so that no data 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import reduce
 from operator import xor
@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from onnxrank.graphs import captured, claimed, kind, names_in, reads, rename, subgraphs, versions
+from onnxrank.graphs import attribute, captured, claimed, kind, names_in, reads, rename, subgraphs, versions
 from onnxrank.operators import Trait, traits
 
 NAME = "onnxrank/crossover"
 """Name of the `If`, and what the names around it begin with."""
 TOGETHER = "onnxrank/together"
 """Name of an `If` between candidates in one piece and in blocks, which may stand in the second branch of the other."""
+ALONE = "onnxrank/alone"
+"""Name of an `If` between a single candidate and more, in whose second branch stands that between few and many."""
 LAUNCHES = 10
 """Operators that the `If` costs as many as: its condition, itself, and the graph that it enters."""
 SINGLE = 2
@@ -57,8 +59,6 @@ _SMALL = 1 << 14
 """Bytes of a weight up to which both branches have it."""
 
 
-_SEQUENCES = 11
-"""Version of ONNX from which on there are sequences."""
 _TINY = 1 << 10
 """Bytes of a part of a weight up to which it is stored beside the weight."""
 
@@ -95,14 +95,28 @@ def is_crossover(node: NodeProto) -> bool:
 
 def chooses(node: NodeProto) -> bool:
     """Whether a node is an `If` between graphs that give the same, by the number of candidates."""
-    return node.op_type == "If" and node.name in (NAME, TOGETHER)
+    return node.op_type == "If" and node.name in (NAME, ALONE, TOGETHER)
+
+
+def for_many(node: NodeProto) -> str:
+    """Which branch of such a node has the plan for many candidates, in one piece."""
+    return "then_branch" if node.name == TOGETHER else "else_branch"
+
+
+def crossovers(graph: GraphProto) -> Iterator[NodeProto]:
+    """The `If` nodes between two plans; there may be one behind that for a single candidate."""
+    for node in graph.node:
+        if is_crossover(node):
+            yield node
+        elif chooses(node) and node.name == ALONE:
+            yield from crossovers(attribute(node, for_many(node)))
 
 
 def exchanged(model: ModelProto) -> ModelProto:
     """A model of two plans with each in the other's place: whoever follows that for many then follows that for few."""
     out = ModelProto()
     out.CopyFrom(model)
-    for node in filter(is_crossover, out.graph.node):
+    for node in crossovers(out.graph):
         for branch in node.attribute:
             branch.name = "then_branch" if branch.name == "else_branch" else "else_branch"
     return out
@@ -181,6 +195,7 @@ class _Join:
         self.base, self.name = many, name
         self.few, self.many = _Side("few", few.graph), _Side("many", many.graph)
         self.taken = names_in(few.graph) | names_in(many.graph)
+        self.rows: dict[tuple[str, int], str] = {}
         numbers = _Numbers()
         for side in (self.few, self.many):
             side.numbers = numbers.of(side.graph)
@@ -274,8 +289,7 @@ class _Join:
         made, stored = _condition(self.name, below, at, versions(self.base)[""], front, self.taken)
         graph.initializer.extend(stored)
         outer = [*(i.name for i in graph.input), *(o for n in front for o in n.output if o)]
-        views, told = self._told_apart(branches, outer, at.input, shape)
-        told += self._kept(branches, graph.initializer, made[-1].output[0])
+        views, told = self._told_apart(branches, outer, at.input, shape, below == SINGLE)
         ways = dict(zip(("then_branch", "else_branch"), branches, strict=True))
         choice = helper.make_node("If", [made[-1].output[0]], [*given.values(), *told], name=self.name, **ways)
         graph.node.extend([*front, *views, *made, choice, *behind])
@@ -328,13 +342,14 @@ class _Join:
         return out
 
     def _told_apart(
-        self, branches: Sequence[GraphProto], outer: Sequence[str], counted: str, shape: Shape | None
+        self, branches: Sequence[GraphProto], outer: Sequence[str], counted: str, shape: Shape | None, single: bool
     ) -> tuple[list[NodeProto], list[str]]:
         """Has branches plan their memory for every number of candidates.
 
         onnxruntime plans a graph's memory once for each exclusive or of all extents of what the graph is given. Of an
         even number of tensors with rows of candidates those cancel out: the plan for the number that is seen first is
-        taken for all, and fits no other. Such a branch takes in one more of them, and gives its shape.
+        taken for all, and fits no other. Such a branch takes in one more of them, and gives its shape; but for one
+        that is only run for a `single` candidate.
 
         Returns:
             Nodes to stand in front, and what the `If` gives more, which nobody reads.
@@ -344,6 +359,8 @@ class _Join:
         if shape is None:
             return [], []
         for branch in branches:
+            if single and branch is branches[0]:
+                continue
             read = captured(branch) & set(outer)
             if _plans(read, shape) or not any(_plans([o], shape) for o in read):
                 continue
@@ -362,42 +379,13 @@ class _Join:
                 branch.node.append(helper.make_node("Constant", [], [made], value=nothing))
         return views, [claimed(f"{self.name}/extents", self.taken)] if more else []
 
-    def _kept(self, branches: Sequence[GraphProto], stored: Iterable[TensorProto], few: str) -> list[str]:
-        """Has branches plan their memory although they capture weights of products.
-
-        onnxruntime gives such a weight up once every node that reads it has packed it, and a graph that is handed what
-        is no tensor any more plans nothing. So there is one more reader, which packs nothing: in a graph that is never
-        run, as the second branch asks again whether there are few candidates.
-
-        Returns:
-            What the `If` gives more, which nobody reads.
-        """
-        names = [t.name for t in stored if t.data_type == TensorProto.FLOAT and _multiplied(t.name, branches)]
-        if not names or versions(self.base)[""] < _SEQUENCES:
-            return []
-        few_branch, many_branch = branches
-        ways = []
-        for title in ("kept", "nothing"):
-            inner = GraphProto(name=f"{self.name}/{title}")
-            inner.output.add().name = claimed(f"{self.name}/{title}/count", self.taken)
-            ways.append(inner)
-        kept, nothing = ways
-        sequence = claimed(f"{self.name}/kept", self.taken)
-        kept.node.append(helper.make_node("SequenceConstruct", names, [sequence]))
-        kept.node.append(helper.make_node("SequenceLength", [sequence], [kept.output[0].name]))
-        zero = numpy_helper.from_array(np.array(0, np.int64))
-        nothing.node.append(helper.make_node("Constant", [], [nothing.output[0].name], value=zero))
-        for branch in branches:
-            branch.output.add().name = claimed(f"{branch.name}/{self.name}/count", self.taken)
-        given = [b.output[-1].name for b in branches]
-        few_branch.node.append(helper.make_node("Constant", [], [given[0]], value=zero))
-        many_branch.node.append(helper.make_node("If", [few], [given[1]], then_branch=kept, else_branch=nothing))
-        return [claimed(f"{self.name}/count", self.taken)]
-
     def _weights(self, nodes: Sequence[NodeProto], branches: Sequence[GraphProto]) -> list[TensorProto]:
         """What is stored outside; a branch has weights of products that it alone reads, and small ones of any kind.
 
-        Whatever a branch captures is handed over in every run, and weights of products cost more still (`_kept`).
+        Whatever a branch captures is handed over in every run. Weights of products cost more still: onnxruntime packs
+        them for every node, and gives one up that all its readers have packed, but a graph that is handed what is no
+        tensor any more plans no memory. Two graphs deep it packs nothing that is captured. So a branch copies such a
+        weight that others read, too: a runtime does so when it loads the model, and packs the copy.
         """
         stored = [*self.base.graph.initializer]
         for t in self.few.graph.initializer:
@@ -424,7 +412,23 @@ class _Join:
                             rename(n, {t.name: own.name})
             elif homes or t.name in outside:
                 out.append(t)
+                for home in homes:
+                    if _is_packed(t, home):
+                        self._copy(t, home)
         return out
+
+    def _copy(self, t: TensorProto, branch: GraphProto) -> None:
+        """Has a branch read a copy of a weight."""
+        own, key = claimed(f"{branch.name}/{t.name}", self.taken), (branch.name, t.dims[0])
+        if key not in self.rows:
+            self.rows[key] = claimed(f"{branch.name}/{self.name}/rows", self.taken)
+            branch.initializer.append(numpy_helper.from_array(np.arange(t.dims[0]), self.rows[key]))
+        for node in branch.node:
+            if not subgraphs(node):  # what is inside copies it for itself
+                rename(node, {t.name: own})
+        nodes = [helper.make_node("Gather", [t.name, self.rows[key]], [own], axis=0), *branch.node]
+        del branch.node[:]
+        branch.node.extend(nodes)
 
     def _selected(
         self, stored: Sequence[TensorProto], branches: Sequence[GraphProto], outside: set[str]
@@ -491,6 +495,12 @@ def _plans(given: Iterable[str], shape: Shape) -> bool:
 
 def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:
     return any(name in n.input and traits(n) & (Trait.PRODUCT | Trait.RECURRENT) for g in graphs for n in g.node)
+
+
+def _is_packed(t: TensorProto, graph: GraphProto) -> bool:
+    """Whether a runtime packs a weight for a graph: matrices of products, and what recurrent layers multiply with."""
+    readers = [traits(n) for n in graph.node if t.name in n.input]
+    return any(what & Trait.RECURRENT or (what & Trait.PRODUCT and len(t.dims) == 2) for what in readers)
 
 
 def _is_small(t: TensorProto) -> bool:

@@ -139,12 +139,14 @@ class Few:
         rules: Names of the rules that could be applied.
         sites: Where they could be.
         original: Whether that is in the original as it is, and not as it was prepared for the plan's own sites.
+        alone: Whether a single candidate has a branch of its own, in which nothing is repeated for candidates.
     """
 
     below: int
     rules: tuple[str, ...]
     sites: tuple[Site, ...]
     original: bool = False
+    alone: bool = False
 
     def choice(self) -> Choice:
         """What a rewrite asks in order to do the same again."""
@@ -152,16 +154,17 @@ class Few:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `from_dict` reads back."""
-        original = {"original": True} if self.original else {}
+        said = {name: True for name in ("original", "alone") if getattr(self, name)}
         sites = [_site_to_dict(s) for s in self.sites]
-        return {"below": self.below, "rules": list(self.rules), "sites": sites, **original}
+        return {"below": self.below, "rules": list(self.rules), "sites": sites, **said}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Few:
         """Reads what `to_dict` returned."""
         rules, sites = (_as(list, d[key]) for key in ("rules", "sites"))
-        taken, original = tuple(_as(str, r) for r in rules), _as(bool, d.get("original", False))
-        return cls(_as(int, d["below"]), taken, tuple(map(_site_from_dict, sites)), original)
+        taken = tuple(_as(str, r) for r in rules)
+        original, alone = (_as(bool, d.get(name, False)) for name in ("original", "alone"))
+        return cls(_as(int, d["below"]), taken, tuple(map(_site_from_dict, sites)), original, alone)
 
 
 @dataclass(frozen=True)

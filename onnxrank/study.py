@@ -506,7 +506,7 @@ def resolve_ifs(model: ModelProto, found: Facts) -> ModelProto | None:
             name = "then_branch" if bool(found.folded[node.input[0]][1].reshape(-1)[0]) else "else_branch"
             chosen[k] = attribute(node, name)
         elif joining.chooses(node):
-            chosen[k] = attribute(node, "else_branch" if joining.is_crossover(node) else "then_branch")
+            chosen[k] = attribute(node, joining.for_many(node))
     if not chosen:
         return None
     out = ModelProto()

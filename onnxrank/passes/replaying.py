@@ -40,7 +40,7 @@ def follow(job: Job, found: Plan) -> bool:
         rules = [r for r in o.rules if r.name in found.few.rules]
         base = job.plain if found.few.original else job.full
         few = base.limited(rules, found.few.choice())
-        job.pair = Pair(few, job.full, found.few.below)
+        job.pair = Pair(few, job.full, found.few.below, found.few.alone)
     wanted, made = (
         {(s.place, s.chosen) for s in (*p.sites, *(p.few.sites if p.few else ()))}
         for p in (found, plan_of(job, job.full))

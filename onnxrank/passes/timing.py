@@ -13,6 +13,7 @@ from onnxrank.crossover import Pair
 from onnxrank.errors import ModelError
 from onnxrank.facts import Setting
 from onnxrank.forms import Form
+from onnxrank.joining import SINGLE
 from onnxrank.passes.checking import check, gated
 from onnxrank.passes.choosing import go_on_with, promising, take, uncross
 from onnxrank.passes.emission import written
@@ -81,8 +82,11 @@ def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     """Times two plans against each other, to see from where on which is faster; whether both together are."""
     times = _around(job, pair)
     checked, job.pair = job.pair, pair.measured(times)
-    same = checked is not None and (job.pair.few, job.pair.below) == (checked.few, checked.below)
     job.measured = timed(job, race, pair.many, 0.25, made=written(job))
+    if not _faster(job, job.measured) and job.pair.below > SINGLE and job.options.span[0] == 1:
+        job.pair = replace(job.pair, alone=True)
+        job.measured = timed(job, race, pair.many, 0.25, made=written(job))
+    same = job.pair == checked
     return _faster(job, job.measured) and (not job.options.check or same or gated(job).passed)
 
 

@@ -20,8 +20,8 @@ from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
 from onnxrank.errors import EnvironmentProblem, ModelError, OnnxrankError, UsageError
 from onnxrank.facts import Setting
-from onnxrank.joining import SINGLE, exchanged, is_crossover
-from onnxrank.plans import Plan
+from onnxrank.joining import SINGLE, crossovers, exchanged
+from onnxrank.plans import Few, Plan
 from onnxrank.profiling import kernels as kernel_times
 from onnxrank.profiling import timing, work
 from onnxrank.profiling.bench import Entrant, RemoteBench
@@ -306,12 +306,11 @@ class _Subject:
         """
         return Entrant(key, self.name, self.loaded, self.working, second and self.contract is not None)
 
-    def below(self) -> int:
-        """The number of candidates below which another plan holds; 0 where there is one plan."""
-        if not any(map(is_crossover, self.alone.graph.node)):
-            return 0
-        few = Plan.from_contract(self.contract or {}).few
-        return 0 if few is None else few.below
+    def few(self) -> Few | None:
+        """The plan for few candidates; None where one plan holds for any number."""
+        if not any(crossovers(self.alone.graph)):
+            return None
+        return Plan.from_contract(self.contract or {}).few
 
     def joined(self, requests: Sequence[feeds.Feed]) -> Requests:
         """Requests as the model takes them: inputs side by side, in one call, where it takes them so."""
@@ -494,17 +493,21 @@ class _Analyses:
 
     Attributes:
         many: Of the model; of its plan for many candidates, where it has two.
-        few: Of its plan for few; None where that is for a single candidate, for whom nothing is repeated.
+        few: Of its plan for few, if it is for more than a single candidate.
         below: The number of candidates from which on the plan for many holds.
+        least: The number from which on that for few is what is analysed: nothing is repeated for a single candidate.
     """
 
     many: Analysis
     few: Analysis | None = None
     below: int = 0
+    least: int = 0
 
     def at(self, candidates: int) -> Analysis | None:
-        """Of what runs at a number of candidates."""
-        return self.few if candidates < self.below else self.many
+        """Of what runs at a number of candidates; None if that is not analysed."""
+        if candidates >= self.below:
+            return self.many
+        return self.few if candidates >= self.least else None
 
 
 def _analyses(subject: _Subject, study: Study, roles: Roles) -> tuple[_Analyses | None, str | None]:
@@ -521,8 +524,13 @@ def _analyses(subject: _Subject, study: Study, roles: Roles) -> tuple[_Analyses 
 
     try:
         many = analysed(subject.alone)
-        below = subject.below()
-        return _Analyses(many, analysed(exchanged(subject.alone)) if below > SINGLE else None, below), None
+        few = subject.few()
+        if few is None:
+            return _Analyses(many), None
+        least = SINGLE if few.alone or few.below == SINGLE else 0
+        return _Analyses(
+            many, analysed(exchanged(subject.alone)) if few.below > least else None, few.below, least
+        ), None
     except OnnxrankError as e:
         return None, f"what its kernels repeat for every candidate is not known ({runtime.first_line(e)})"
 

@@ -23,7 +23,7 @@ from onnxrank.contract import stored_contract
 from onnxrank.crossover import Pair
 from onnxrank.errors import UsageError
 from onnxrank.graphs import attribute
-from onnxrank.joining import NAME, is_crossover
+from onnxrank.joining import ALONE, NAME, crossovers, is_crossover
 from onnxrank.plans import Measured, Plan
 from onnxrank.profiling.engine import profile
 from onnxrank.values import CANDIDATES
@@ -229,6 +229,40 @@ def test_it_is_timed_around_the_crossover(monkeypatch: pytest.MonkeyPatch) -> No
     assert slower < below(result) <= min(n for n in asked[1] if n >= 7)
     agree(result, (1, below(result) - 1, below(result)))
     assert onnxrank.optimize(ranker(), plan=result.plan, check=False).model == result.model
+
+
+@pytest.fixture(scope="module")
+def alone() -> onnxrank.Result:
+    """Two plans that are measured to be slower for a single candidate, unless that has a branch of its own."""
+
+    def measure(race: tune.Race, made: ModelProto, feeds: Sequence[Any], seconds: float) -> tuple[Measured, ...]:
+        slow = [not any(n.name == ALONE for n in made.graph.node)] if any(crossovers(made.graph)) else []
+        ratios = [0.9 if n == 1 and any(slow) else 2.0 if slow or n >= 7 else 0.5 for n in race.points]
+        return tuple(Measured(n, r, r * 0.99, r * 1.01) for n, r in zip(race.points, ratios, strict=True))
+
+    with mock.patch.object(tune.Race, "measure", measure):
+        return onnxrank.optimize(ranker(), request=["user"], candidates=WIDE, tune=1.0, check="quick")
+
+
+def test_a_single_candidate_has_a_branch_where_both_lose_there(alone: onnxrank.Result) -> None:
+    assert alone.plan.few is not None and alone.plan.few.alone and alone.report.retreats == []
+    agree(alone, (0, 1, 2, below(alone) - 1, below(alone), 90))
+    assert onnxrank.optimize(ranker(), plan=alone.plan, check=False).model == alone.model
+    kept = Plan.from_dict(alone.plan.to_dict())
+    assert kept == alone.plan
+
+
+@pytest.mark.slow
+def test_both_plans_are_found_behind_a_single_candidate(alone: onnxrank.Result) -> None:
+    """By a profile, which looks at either, by `verify`, and by whoever optimises for another use."""
+    times = onnxrank.profile(alone.model, candidates=[1, 2, 64], seconds=0.01, memory=False)
+    _, few, many = ({s.name for s in k.rules} for k in times.models[0].kernels)
+    assert "fc" in many - few
+    held = verify(ranker(), alone.model, Options(level="quick"))
+    assert held.passed
+    again = onnxrank.optimize(alone.model, candidates=2048)
+    if again.changed:
+        agree(again, (1, 100))
 
 
 @pytest.mark.slow

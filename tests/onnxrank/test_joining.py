@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 from operator import xor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from helpers import Graph, run, session
 from onnx import ModelProto
 
 from onnxrank.graphs import attribute, captured, names_in
-from onnxrank.joining import NAME, Count, joined
+from onnxrank.joining import ALONE, NAME, SINGLE, Count, crossovers, joined
 
 BELOW = 5
 WIDTH = 96
@@ -192,21 +193,47 @@ def test_a_branch_plans_memory_for_every_number_of_candidates(more: bool, taken:
             np.testing.assert_array_equal(wanted, found)
 
 
-def test_captured_weights_of_products_stay_tensors() -> None:
-    """A reader that packs nothing, and is never run, reads all: else a branch that captures them plans no memory."""
+def optimised(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """A model as onnxruntime runs it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "m.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "m.onnx")
+
+
+def test_branches_have_copies_of_weights_that_are_packed(tmp_path: Path) -> None:
+    """Made when the model is loaded: none of the branches captures a weight of a product then, and none copies it."""
     made = both()
-    many, few = (attribute(crossover(made), name) for name in ("else_branch", "then_branch"))
     stored = {t.name for t in made.graph.initializer}
-    multiplied = {i for b in (few, many) for n in b.node if n.op_type == "MatMul" for i in n.input} & stored
-    (again,) = (n for n in many.node if n.op_type == "If")
-    assert again.input[0] == crossover(made).input[0]  # false where it is asked
-    kept = attribute(again, "then_branch")
-    assert multiplied and multiplied <= captured(kept)
-    assert not captured(attribute(again, "else_branch"))
-    (unread,) = set(crossover(made).output) - {i for n in made.graph.node for i in n.input} - {"out 0"}
-    assert unread.startswith(NAME)
-    before_sequences = attribute(crossover(both(opset=10)), "else_branch")
-    assert "If" not in {n.op_type for n in before_sequences.node}
+    for name in ("else_branch", "then_branch"):
+        branch = attribute(crossover(made), name)
+        assert not stored & {i for n in branch.node if n.op_type == "MatMul" for i in n.input}
+        run = attribute(crossover(optimised(made, tmp_path)), name)
+        multiplied = {i for n in run.node if "Gemm" in n.op_type or "MatMul" in n.op_type for i in n.input}
+        assert not multiplied & captured(run) & stored and "Gather" not in {n.op_type for n in run.node}
+        assert {t.name for t in run.initializer} & multiplied
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+def test_a_single_candidate_in_front_of_both(level: str, tmp_path: Path) -> None:
+    """What stands two graphs deep has weights of its own, too, and each number of candidates its plan."""
+    two = both()
+    made = joined(ranker(False, bias=2.0), two, SINGLE, Count("ids", 0), name=ALONE)
+    assert made is not None
+    onnx.checker.check_model(made, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for n in (0, 1, 2, BELOW - 1, BELOW, 4096):
+        feed = {"user": np.ones((1, WIDTH), np.float32), "ids": np.arange(n) % 50}
+        (wanted,) = run(ranker(False, bias=2.0) if n == 1 else two, feed).values()
+        np.testing.assert_array_equal(next(iter(run(session, feed).values())), wanted)
+    (inner,) = crossovers(optimised(made, tmp_path).graph)
+    for name in ("else_branch", "then_branch"):
+        branch = attribute(inner, name)
+        multiplied = {i for n in branch.node if "Gemm" in n.op_type or "MatMul" in n.op_type for i in n.input}
+        assert {t.name for t in branch.initializer} & multiplied
+        assert "Gather" not in {n.op_type for n in branch.node}
 
 
 def test_nothing_is_shared_where_memory_is_planned_once_for_all() -> None:
