@@ -81,7 +81,7 @@ class Bill:
             products, the number of products; of what goes by rows, that of rows; of a reduction, that of results; of a
             recurrent layer, that of steps of all rows.
         macs: Multiply-adds.
-        launches: Operators that it stands for; 0 for what costs nothing at all.
+        launches: Operators that it stands for, one with many results being more; 0 for what costs nothing at all.
         denormals: Weights of a softmax that masks make denormal numbers.
     """
 
@@ -89,7 +89,7 @@ class Bill:
     bytes: int = 0
     runs: int = 0
     macs: int = 0
-    launches: int = 1
+    launches: float = 1
     denormals: int = 0
 
     @property
@@ -133,6 +133,8 @@ class Target:
         return steps + beyond + bill.denormals * self.denormal
 
 
+_RESULT = 0.5
+"""Launches that one more result of an operator takes as long as."""
 _STEP = 0.34e-6
 CPU = Target(
     launch=_STEP,
@@ -142,7 +144,7 @@ CPU = Target(
         "view": Rate(0.42e-6, 0.0),
         "elementwise": Rate(_STEP, 0.038e-9),
         "broadcast": Rate(_STEP, 0.049e-9, run=12.5e-9),
-        "where": Rate(_STEP, 0.031e-9, run=18.5e-9),
+        "where": Rate(1.06e-6, 0.031e-9, run=18.5e-9),
         "function": Rate(_STEP, 0.104e-9),
         "power": Rate(_STEP, 1.63e-9),
         "lookup": Rate(_STEP, 0.030e-9, run=9.7e-9),
@@ -195,11 +197,13 @@ class Runs:
         nodes: One of each kind, with how many there are.
         sums: Additions right behind products.
         weights: Bytes of the constants that they read as a whole.
+        cuts: The same of nodes that are each one result of a Split, as `nodes` has them.
     """
 
     nodes: tuple[tuple[NodeProto, int], ...]
     sums: tuple[ProductSum, ...]
     weights: int = 0
+    cuts: tuple[tuple[NodeProto, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -367,7 +371,9 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
             )
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
-        return Bill(kinds.get(op, "copy"), written, _runs(node, first, out))
+        return Bill(
+            kinds.get(op, "copy"), written, _runs(node, first, out), launches=1 + _RESULT * (len(node.output) - 1)
+        )
     if op == "Transpose":
         order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
@@ -616,13 +622,16 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
     for node, times in (*runs.nodes, *apart):
         bill = billed(node, shapes)
         yield bill if bill.launches else Bill("view"), times
+    for node, times in runs.cuts:
+        yield replace(billed(node, shapes), launches=_RESULT), times
 
 
 def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
     """The nodes that run for a request."""
     sums, activations = behind_products(graph)
     within = activations | {n.output[0] for found in sums for n in found.behind}
-    found: dict[int, list[Any]] = {}
+    cuts = _cut_together(graph, shapes)
+    found: dict[tuple[int, bool], list[Any]] = {}
     running: set[str] = set()
     fixed, read = set(shapes.initializers), set()
     for node, level in by_rows(graph, shapes):
@@ -635,7 +644,27 @@ def _runs_of(graph: GraphProto, shapes: Shapes) -> Runs:
         if node.output[0] not in within:
             name = _first(node)
             kind = -1 - len(found) if name is None else shapes.kind(node, name)
-            found.setdefault(kind, [node, 0])[1] += 1
-    counted = tuple((node, times) for node, times in found.values())
+            found.setdefault((kind, node.output[0] in cuts), [node, 0])[1] += 1
+    counted, cut = (tuple((n, times) for (_, at), (n, times) in found.items() if at == way) for way in (False, True))
     weights = sum([shapes.width(name) * prod(shapes.shape(name) or ()) for name in sorted(fixed & read)])
-    return Runs(counted, tuple(s for s in sums if s.node.output[0] in running), weights)
+    return Runs(counted, tuple(s for s in sums if s.node.output[0] in running), weights, cut)
+
+
+def _cut_together(graph: GraphProto, shapes: Shapes) -> set[str]:
+    """What Slices give that cut a tensor into parts, all of it and once, which a runtime does by one Split."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            readers.setdefault(name, []).append(node)
+    out: set[str] = set()
+    for name, nodes in readers.items():
+        if len(nodes) < 2 or any(operator(n) != "Slice" or n.input[0] != name for n in nodes):
+            continue
+        whole, parts = shapes.shape(name), [shapes.shape(n.output[0]) for n in nodes]
+        if whole is None or any(p is None or len(p) != len(whole) for p in parts):
+            continue
+        axes = {tuple(k for k, (a, b) in enumerate(zip(whole, p or (), strict=True)) if a != b) for p in parts}
+        if len(axes) == 1 and len(along := axes.pop()) == 1:
+            if sum(p[along[0]] for p in parts if p is not None) == whole[along[0]]:
+                out.update(n.output[0] for n in nodes)
+    return out

@@ -130,6 +130,7 @@ def cases() -> list[Case]:
                 Case("elementwise", "Add", [(n, width), (n, width)]),
                 Case("elementwise", "Mul", [(n, width), (1, width)]),
                 Case("elementwise", "Relu", [(n, width)]),
+                *(Case("where", "Where", [np.ones((rows, width), bool), *2 * [(rows, width)]]) for rows in (1, n)),
                 *(Case("function", op, [(n, width)]) for op in ("Sigmoid", "Tanh", "Exp", "Erf")),
                 Case("softmax", "Softmax", [(n, width)]),
                 Case("softmax", "Softmax", [(n * 16, width // 16)]),
