@@ -80,12 +80,15 @@ def _with_few(job: Job, race: tune.Race) -> bool:
 
 def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     """Times two plans against each other, to see from where on which is faster; whether both together are."""
-    times = _around(job, pair)
-    checked, job.pair = job.pair, pair.measured(times)
+    checked, job.pair = job.pair, pair.measured(_around(job, pair))
     job.measured = timed(job, race, pair.many, 0.25, made=written(job))
-    if not _faster(job, job.measured) and job.pair.below > SINGLE and job.options.span[0] == 1:
-        job.pair = replace(job.pair, alone=True)
-        job.measured = timed(job, race, pair.many, 0.25, made=written(job))
+    if job.pair.below > SINGLE and any(m.candidates == 1 and m.ratio < 1 for m in job.measured):
+        two, job.pair = job.pair, replace(job.pair, alone=True)
+        times = timed(job, race, pair.many, 0.25, made=written(job))
+        if _rank(job, times) > _rank(job, job.measured):
+            job.measured = times
+        else:
+            job.pair = two
     same = job.pair == checked
     return _faster(job, job.measured) and (not job.options.check or same or gated(job).passed)
 
