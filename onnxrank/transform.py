@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, factors, facts, feeds, keys, residuals, runtime, scalars, siblings, underflow
+from onnxrank import cost, factors, facts, feeds, keys, reshapes, residuals, runtime, scalars, siblings, underflow
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -287,6 +287,7 @@ class Transformation:
         scalars.widen(self.rw)
         residuals.apart(self.rw)
         siblings.join(self.rw)
+        reshapes.cancel(self.rw)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)

@@ -1,0 +1,275 @@
+"""Reshapes that undo each other, with functions of single entries between: left out.
+
+Rules write products with two axes and what they add to them with those of the model. A Reshape moves nothing, but takes
+as long to be launched as any node, which with one candidate is what counts. With `R` to a shape and `S` to another:
+
+    S(R(x)) = S(x), which is x where it has that shape
+    S(f(R(x), y)) = f(x, S(y)) where x has the shape of S
+    f(R(x), y) = f(x, y) where R only gives x, or takes from it, first axes of one entry
+    R(sum over an axis, which is kept) = the sum over it, which is not, where R leaves the axis out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import dropwhile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, helper
+
+from onnxrank.emitter import Emitted
+from onnxrank.graphs import attribute, reads, rename
+from onnxrank.operators import Trait, domain_of, operator, traits
+from onnxrank.rewrite import Rewrite
+from onnxrank.values import Dim, Dims, symbols
+from onnxrank.written import Written
+
+RULE = "movement"
+"""The rule that it is accounted to."""
+_AXES = 8
+"""Axes of a shape at most that is looked at."""
+_DEEP = 40
+"""Nodes at most by which a shape follows from others."""
+
+
+def cancel(rw: Rewrite) -> None:
+    """Leaves out Reshapes that others undo, which changes no result.
+
+    Args:
+        rw: A rewrite that has written its nodes.
+    """
+    while _Round(rw).run():
+        pass
+
+
+class _Round:
+    """One look at every node; what a change makes possible is found in the next."""
+
+    def __init__(self, rw: Rewrite) -> None:
+        self._rw, self._emit, self._written = rw, rw.emit, Written(rw)
+        self._made = {o: e for e in rw.emit.nodes for o in e.proto.output if o}
+        self._readers: dict[str, list[Emitted]] = {}
+        for e in rw.emit.nodes:
+            for name in reads(e.proto):
+                self._readers.setdefault(name, []).append(e)
+        self._known: dict[str, Dims | None] = {}
+        self._touched: set[str] = set()
+        self._names: dict[str, str] = {}
+        self._changed: dict[int, Sequence[NodeProto]] = {}
+
+    def run(self) -> bool:
+        """Makes what changes do not meet in one node; whether there were any."""
+        for e in self._emit.nodes:
+            if not self._touched & {*e.proto.input, *e.proto.output}:
+                _ = self._is_undone(e) or self._is_reduced(e) or self._is_between(e) or self._is_broadcast(e)
+        out: list[Emitted] = []
+        for e in self._emit.nodes:
+            new = self._changed.get(id(e))
+            out += [e] if new is None else [Emitted(n, e.origin, e.rule or RULE) for n in new]
+        for e in out if self._names else ():
+            rename(e.proto, self._names)
+        self._emit.nodes[:] = out
+        return bool(self._changed or self._names)
+
+    def _change(self, e: Emitted, *new: NodeProto) -> None:
+        self._changed[id(e)] = new
+        for node in (e.proto, *new):
+            self._touched |= {*node.input, *node.output}
+
+    def _is_undone(self, e: Emitted) -> bool:
+        """Takes a Reshape of another one, or of a tensor that has its shape already."""
+        if operator(e.proto) != "Reshape":
+            return False
+        name, before = e.proto.output[0], self._reshaped(e.proto.input[0])
+        dims, before = self._dims(name), None if before in self._touched else before
+        for x in [e.proto.input[0], *([before] if before is not None else [])]:
+            if dims is not None and self._dims(x) == dims and name not in self._rw.outputs:
+                self._names[name] = x
+                self._change(e)
+                self._touched.add(x)
+                return True
+        if before is None or not self._is_absolute(e.proto):
+            return False
+        own = NodeProto()
+        own.CopyFrom(e.proto)
+        own.input[0] = before
+        self._change(e, own)
+        return True
+
+    def _is_reduced(self, e: Emitted) -> bool:
+        """Has a reduction keep its axes or leave them out, where a Reshape does no more behind it."""
+        found = self._made.get(e.proto.input[0]) if operator(e.proto) == "Reshape" else None
+        if found is None or not found.proto.op_type.startswith("Reduce") or not self._alone(found.proto.output[0]):
+            return False
+        node, wanted = found.proto, self._dims(e.proto.output[0])
+        x = self._dims(node.input[0])
+        axes = None if x is None else self._axes(node, len(x))
+        if x is None or wanted is None or axes is None or domain_of(node) or self._touched & {*node.input}:
+            return False
+        kept = tuple(() if k in axes else d for k, d in enumerate(x))
+        ways = {0: tuple(d for k, d in enumerate(x) if k not in axes), 1: kept}
+        keep = next((k for k, dims in ways.items() if dims == wanted), None)
+        if keep is None:
+            return False
+        own = NodeProto()
+        own.CopyFrom(node)
+        own.output[0] = e.proto.output[0]
+        kinds = [a for a in node.attribute if a.name != "keepdims"]
+        del own.attribute[:]
+        own.attribute.extend([*kinds, helper.make_attribute("keepdims", keep)])
+        self._change(found, own)
+        self._change(e)
+        return True
+
+    def _is_between(self, e: Emitted) -> bool:
+        """Computes a function of single entries in the shape that its operands had, and its readers want."""
+        node = e.proto
+        if not traits(node) & Trait.ELEMENTWISE or traits(node) & Trait.PARAMETERS or domain_of(node):
+            return False
+        name, dims = node.output[0], self._dims(node.output[0])
+        behind = self._readers.get(name, [])
+        wanted = self._dims(behind[0].proto.output[0]) if behind else None
+        if dims is None or wanted is None or dims == wanted or name in self._rw.outputs or len(behind) != 1:
+            return False
+        last = behind[0].proto
+        if operator(last) != "Reshape" or last.input[0] != name or self._touched & {*last.input, *last.output}:
+            return False
+        own, made, saved, back = NodeProto(), list[NodeProto](), 1, False
+        own.CopyFrom(node)
+        own.output[0] = last.output[0]
+        for k, i in enumerate(node.input):
+            found = self._operand(i, dims, wanted, last)
+            if found is None:
+                return False
+            own.input[k], added, gone = found
+            made += [] if added is None else [added]
+            saved += gone - (added is not None)
+            back = back or own.input[k] == self._reshaped(i)
+        if saved < 1 or not back:
+            return False
+        self._change(e, *made, own)
+        self._change(behind[0])
+        return True
+
+    def _is_broadcast(self, e: Emitted) -> bool:
+        """Takes operands as they are where a Reshape only gives them, or takes from them, first axes of one entry."""
+        node, dims = e.proto, self._dims(e.proto.output[0])
+        if not traits(node) & Trait.ELEMENTWISE or traits(node) & Trait.PARAMETERS or domain_of(node) or dims is None:
+            return False
+        own = NodeProto()
+        own.CopyFrom(node)
+        for k, i in enumerate(node.input):
+            before = self._reshaped(i)
+            now, was = self._dims(i), None if before is None else self._dims(before)
+            if before is None or before in self._touched or now is None or was is None or len(was) > len(dims):
+                continue
+            if _behind_ones(now) == _behind_ones(was):
+                own.input[k] = before
+        if own == node or all(len(self._dims(i) or ()) < len(dims) for i in own.input):
+            return False
+        self._change(e, own)
+        return True
+
+    def _operand(
+        self, name: str, dims: Dims, wanted: Dims, last: NodeProto
+    ) -> tuple[str, NodeProto | None, int] | None:
+        """An operand in another shape: what it is called, what gives it, and how many Reshapes go for it.
+
+        Args:
+            name: The operand.
+            dims: The shape of the result.
+            wanted: The shape that it is to have.
+            last: The Reshape of the result.
+        """
+        number = self._number(name)
+        if number is not None:
+            return self._emit.constant(number.reshape((1,) * len(wanted)), name), None, 0
+        if self._dims(name) != dims:
+            return None
+        before = self._reshaped(name)
+        if before is not None and before not in self._touched and self._dims(before) == wanted:
+            return before, None, int(self._alone(name))
+        made = self._emit.fresh(f"{name}/reshape")
+        return made, helper.make_node("Reshape", [name, last.input[1]], [made], name=made), 0
+
+    def _number(self, name: str) -> NDArray[Any] | None:
+        """The entry of a stored constant that has one."""
+        data, (dims, _) = self._rw.stored(name, 1), self._rw.facts.folded.get(name, ((), None))
+        stored = not symbols(dims) and self._emit.op_of.get(name, "Constant") == "Constant"
+        return data if data is not None and stored else None
+
+    def _reshaped(self, name: str) -> str | None:
+        """What a Reshape is of that gives a tensor."""
+        e = self._made.get(name)
+        return e.proto.input[0] if e is not None and operator(e.proto) == "Reshape" else None
+
+    def _alone(self, name: str) -> bool:
+        return len(self._readers.get(name, [])) == 1 and name not in self._rw.outputs
+
+    def _is_absolute(self, node: NodeProto) -> bool:
+        """Whether a Reshape says its shape without what it is of."""
+        shape = self._rw.stored(node.input[1], _AXES) if len(node.input) > 1 else None
+        return shape is not None and bool((np.asarray(shape) != 0).all())
+
+    # --- shapes ----------------------------------------------------------------------------------------------------
+
+    def _dims(self, name: str, deep: int = _DEEP) -> Dims | None:
+        """Shape of a tensor, where that is known or follows from what it is made of."""
+        if name not in self._known:
+            found, e = self._written.dims(name), self._made.get(name)
+            if found is None and e is not None and deep:
+                found = self._made_of(e.proto, [self._dims(i, deep - 1) for i in e.proto.input])
+            self._known[name] = found
+        return self._known[name]
+
+    def _made_of(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
+        """Shape that a node gives of tensors of some shapes."""
+        op, first = operator(node), given[0] if given else None
+        if first is None or domain_of(node):
+            return None
+        if traits(node) & Trait.ELEMENTWISE:
+            return first if traits(node) & Trait.PARAMETERS else _together(given)
+        if op == "Softmax" or op.endswith("Normalization"):
+            return first
+        if op == "Gemm" and len(given) > 1 and given[1] is not None:
+            return first[bool(attribute(node, "transA", 0))], given[1][not attribute(node, "transB", 0)]
+        if op == "MatMul" and given[1] is not None and min(len(first), len(given[1])) > 1:
+            lead = _together([first[:-2], given[1][:-2]])
+            return None if lead is None else (*lead, first[-2], given[1][-1])
+        if op == "Gather":
+            at, axis = given[1], attribute(node, "axis", 0) % len(first)
+            return None if at is None else (*first[:axis], *at, *first[axis + 1 :])
+        axes = self._axes(node, len(first)) if op.startswith("Reduce") else None
+        if axes is None:
+            return None
+        keep = attribute(node, "keepdims", 1)
+        return tuple(() if k in axes else d for k, d in enumerate(first) if keep or k not in axes)
+
+    def _axes(self, node: NodeProto, rank: int) -> set[int] | None:
+        """The axes of a reduction; None where they are not constants."""
+        given = attribute(node, "axes", None)
+        if len(node.input) > 1 and node.input[1]:
+            held = self._rw.stored(node.input[1], _AXES)
+            given = None if held is None else held.tolist()
+        return None if given is None or len(given) == 0 else {int(a) % rank for a in given}
+
+
+def _behind_ones(dims: Dims) -> Dims:
+    """A shape without the first axes of one entry."""
+    return tuple(dropwhile(lambda d: not d, dims))
+
+
+def _together(given: Sequence[Dims | None]) -> Dims | None:
+    """Shape of tensors that are broadcast together, where extents are equal or constant ones."""
+    out: list[Dim] = []
+    for dims in given:
+        if dims is None:
+            return None
+        short, long = sorted((list(dims), out), key=len)
+        short = [()] * (len(long) - len(short)) + short
+        out = [a or b for a, b in zip(short, long, strict=True)]
+        if any(a and b and a != b for a, b in zip(short, long, strict=True)):
+            return None
+    return tuple(out)
