@@ -51,6 +51,8 @@ class Emitter:
         """Operator that makes each tensor written so far."""
         self.turned: dict[str, tuple[int, ...]] = {}
         """Tensors that a Transpose makes, from behind factors and casts, too, with the order of axes that it gives."""
+        self.apart: dict[str, None] = {}
+        """Tensors that a Reshape to their own shape makes, which keeps a runtime from fusing what is on its sides."""
         self.described: dict[str, ValueInfoProto] = {}
         """Tensors whose element type and number of dimensions are to be declared."""
         self.opset = opset
@@ -63,7 +65,7 @@ class Emitter:
 
     def watched_by(self, journal: Journal) -> None:
         """Has a journal undo what is written."""
-        journal.watch(self.nodes, self.initializers, self.op_of, self.turned, self.described)
+        journal.watch(self.nodes, self.initializers, self.op_of, self.turned, self.apart, self.described)
         journal.watch(self._taken, self._same, self._parts)
 
     @contextmanager

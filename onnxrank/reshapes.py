@@ -7,6 +7,9 @@ as long to be launched as any node, which with one candidate is what counts. Wit
     S(f(R(x), y)) = f(x, S(y)) where x has the shape of S
     f(R(x), y) = f(x, y) where R only gives x, or takes from it, first axes of one entry
     R(sum over an axis, which is kept) = the sum over it, which is not, where R leaves the axis out
+
+Those that keep a runtime from fusing what is before and behind them stay, and so do all behind a Transpose, which
+onnxruntime would take into a product, or join with another.
 """
 
 from __future__ import annotations
@@ -62,6 +65,8 @@ class _Round:
     def run(self) -> bool:
         """Makes what changes do not meet in one node; whether there were any."""
         for e in self._emit.nodes:
+            if self._is_kept(e.proto):
+                continue
             if not self._touched & {*e.proto.input, *e.proto.output}:
                 _ = self._is_undone(e) or self._is_reduced(e) or self._is_between(e) or self._is_broadcast(e)
         out: list[Emitted] = []
@@ -134,7 +139,9 @@ class _Round:
         if dims is None or wanted is None or dims == wanted or name in self._rw.outputs or len(behind) != 1:
             return False
         last = behind[0].proto
-        if operator(last) != "Reshape" or last.input[0] != name or self._touched & {*last.input, *last.output}:
+        if operator(last) != "Reshape" or last.input[0] != name or self._is_kept(last):
+            return False
+        if self._touched & {*last.input, *last.output}:
             return False
         own, made, saved, back = NodeProto(), list[NodeProto](), 1, False
         own.CopyFrom(node)
@@ -201,9 +208,19 @@ class _Round:
         return data if data is not None and stored else None
 
     def _reshaped(self, name: str) -> str | None:
-        """What a Reshape is of that gives a tensor."""
+        """What a Reshape is of that gives a tensor, and need not stay."""
         e = self._made.get(name)
-        return e.proto.input[0] if e is not None and operator(e.proto) == "Reshape" else None
+        return (
+            e.proto.input[0]
+            if e is not None and operator(e.proto) == "Reshape" and not self._is_kept(e.proto)
+            else None
+        )
+
+    def _is_kept(self, node: NodeProto) -> bool:
+        """Whether a Reshape has to stay where it is."""
+        return operator(node) == "Reshape" and (
+            node.input[0] in self._emit.turned or node.output[0] in self._emit.apart
+        )
 
     def _alone(self, name: str) -> bool:
         return len(self._readers.get(name, [])) == 1 and name not in self._rw.outputs

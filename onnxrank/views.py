@@ -148,10 +148,12 @@ class Views:
         """A tensor behind a Reshape to its own shape, so that what makes it is not fused with what follows."""
         free = [k for k, d in enumerate(dims) if symbols([d])]
         if len(free) > 1:
-            return self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims), hint=hint)
-        # One -1 is the quotient, 0 too, as no other extent is.
-        shape = np.array([-1 if k in free else extents(dims)[k] for k in range(len(dims))], np.int64)
-        return self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
+            made = self.emit.add("Reshape", [name, self.sizes.vector(dims)], self._literal(dims, dims), hint=hint)
+        else:  # One -1 is the quotient, 0 too, as no other extent is.
+            shape = np.array([-1 if k in free else extents(dims)[k] for k in range(len(dims))], np.int64)
+            made = self.emit.add("Reshape", [name, self.emit.constant(shape)], hint=hint)
+        self.emit.apart[made] = None
+        return made
 
     def factor(self, name: str, dims: Dims, inner: int, own: bool = False) -> str:
         """A tensor as an operand of a product, where lengths may be 0.

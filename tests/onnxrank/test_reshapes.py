@@ -63,6 +63,10 @@ CASES: dict[str, tuple[Between, int]] = {
         lambda g, x: g.op("Add", kept(g, to(g, (y := g.op("Abs", to(g, kept(g, x), -1, 3, 4))), -1, 12)),
                           to(g, kept(g, y), -1, 12)), 3,
     ),
+    "behind a Transpose": (
+        lambda g, x: to(g, kept(g, to(g, to(g, g.op("Transpose", to(g, kept(g, x), -1, 3, 4), perm=[0, 2, 1]), -1, 12),
+                                      -1, 4, 3)), -1, 12), 4,
+    ),
     "what is not known": (
         lambda g, x: kept(g, to(g, kept(g, to(g, x, 0, 3, 4)), 0, -1)), 2,
     ),
