@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ _BROUGHT = 14.0
 """The same for bringing ids to their tables."""
 _OPERAND = 0.5
 """The same for one operand or result more: an id by itself, or cut out of others."""
+_LITTLE = 0.03
+"""Share of the whole model's time that they may cost at other numbers of candidates than the usual one."""
 _PER_ID = 5.7e-9
 """Seconds per id on the way: three conditions, three choices and a sum, by kernels that take number after number."""
 _FLOAT = 4
@@ -82,6 +85,7 @@ class Lookups:
         flow: What is known of its tensors.
         candidates: Number of candidates that costs are told for; None for all lookups, whether that pays or not.
         at: Places of nodes in the model as it was given, by their identity; where they are now if None.
+        whole: Predicted seconds of the model at other numbers of candidates, at which they may cost little of it.
 
     Attributes:
         groups: Those that are joined with each other.
@@ -89,9 +93,14 @@ class Lookups:
     """
 
     def __init__(
-        self, net: Network, flow: Walk, candidates: int | None = None, at: Mapping[int, int] | None = None
+        self,
+        net: Network,
+        flow: Walk,
+        candidates: int | None = None,
+        at: Mapping[int, int] | None = None,
+        whole: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
-        self._net, self._flow, self._candidates = net, flow, candidates
+        self._net, self._flow, self._candidates, self._whole = net, flow, candidates, whole
         self._now = {id(n): k for k, n in enumerate(net.nodes)}
         self._at = self._now if at is None else at
         self.refusals: list[Refusal] = []
@@ -193,20 +202,26 @@ class Lookups:
 
     def _pay(self, groups: Sequence[Sequence[_Lookup]]) -> bool:
         """Whether one Gather each is predicted to be faster, of groups that read the same ids in the same way."""
+        if len(groups[0]) < 2 or self._candidates is None:
+            return len(groups[0]) > 1
+        if not pays(*self._seconds(groups, self._candidates)):
+            return False
+        ends = {n: self._seconds(groups, n) for n in self._whole}
+        return all(after - before <= _LITTLE * self._whole[n] for n, (before, after) in ends.items())
+
+    def _seconds(self, groups: Sequence[Sequence[_Lookup]], candidates: int) -> tuple[float, float]:
+        """Predicted seconds of lookups by themselves, and joined."""
         group = groups[0]
-        if len(group) < 2 or self._candidates is None:
-            return len(group) > 1
         rows = extents((group[0].along,))[0]
         if group[0].level is Level.CANDIDATE and any(map(is_candidate_symbol, symbols([group[0].along]))):
-            rows *= self._candidates
+            rows *= candidates
         ids = sum(x.columns or 1 for x in group)
         together = self._lie_together(group)
         operands = _OPERAND * len(group)
         launched = _ALONE * sum(map(len, groups)) + (operands if together else 0)
         brought = _ALONE * len(groups) + _BROUGHT + (0 if together else operands)
         before = cost.estimate(launches=launched) + sum(self._copied(g, rows) for g in groups)
-        after = cost.estimate(launches=brought) + rows * ids * (_PER_ID + cost.beside(_ID))
-        return pays(before, after)
+        return before, cost.estimate(launches=brought) + rows * ids * (_PER_ID + cost.beside(_ID))
 
     def _lie_together(self, group: Sequence[_Lookup]) -> bool:
         """Whether ids are parts of one tensor that go through the same functions, which are taken in one step."""

@@ -116,7 +116,7 @@ class Study:
         self.flow = Walk(self.model, feeds.levels(self.declared), self.facts, loaded.folder, self.dtypes)
         self.maker = feeds.Maker(self.declared, self._ranges())
         self._shapes: dict[int, cost.Shapes] = {}
-        self._lookups: dict[int, Lookups] = {}
+        self._lookups: dict[tuple[int, ...], Lookups] = {}
         self.contradiction: facts.Contradiction | None = None
         self.shortest = shortest
         self._points = self._settings(shortest - 1)
@@ -384,11 +384,13 @@ class Study:
         """What does nothing and can be packed away."""
         return pack_at(self._network())
 
-    def lookups(self, candidates: int) -> Lookups:
-        """The lookups that can be joined, where that pays at a number of candidates."""
-        if candidates not in self._lookups:
-            self._lookups[candidates] = Lookups(self._network(), self.flow, candidates)
-        return self._lookups[candidates]
+    def lookups(self, candidates: int, others: Sequence[int] = ()) -> Lookups:
+        """The lookups that can be joined, where that pays at a number of candidates, and costs little at others."""
+        asked = candidates, *others
+        if asked not in self._lookups:
+            whole = {n: cost.seconds(self.model.graph, self.shapes(n)) for n in others}
+            self._lookups[asked] = Lookups(self._network(), self.flow, candidates, whole=whole)
+        return self._lookups[asked]
 
     def pack(self, places: Collection[tuple[int, int]]) -> Study:
         """The same of a model in which what does nothing is packed away, and lookups are joined, at some places.

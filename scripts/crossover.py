@@ -8,6 +8,7 @@ A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is 
 Forms of a model take turns on one thread; a ratio is the median over rounds of the original's time over the form's.
 Sessions are opened once and run with the usual number of candidates first, as a server's are: onnxruntime plans
 memory for the shapes that a session sees first, and small models take up to a seventh longer for others.
+Numbers with which the original does not run are left out.
 What is slower than the original is timed again, `--again` times, in sessions of its own, and the median of all counts.
 Behind the table stands how far predicted ratios are off (`--json` keeps them). Figures need matplotlib.
 """
@@ -63,6 +64,15 @@ def forms(path: Path, spec: Path, options: argparse.Namespace) -> tuple[onnxrank
     return result, {name: model.SerializeToString() for name, model in made.items()}
 
 
+def runs(original: Any, feed: Feed) -> bool:
+    """Whether a model runs with a request: some do not with a single candidate."""
+    try:
+        original.run(None, feed)
+    except Exception:
+        return False
+    return True
+
+
 def ratios(sessions: Sequence[Any], feeds: tuple[Feed, Feed], seconds: float) -> list[float]:
     """Time of the first session, the original's, over that of each other."""
     given = [feeds[0], *[feeds[1]] * (len(sessions) - 1)]
@@ -94,6 +104,8 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     sessions = opened()
     for n in options.counts if made else ():
+        if not runs(sessions[0], draw(n, 0)[0]):
+            continue
         tries = [ratios(sessions, draw(n, 0), options.seconds)]
         while tries[0][0] < SLOWER and len(tries) <= options.again:
             tries.append(ratios(opened(), draw(n, len(tries)), options.seconds))

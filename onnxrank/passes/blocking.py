@@ -47,7 +47,7 @@ def divide(job: Job) -> bool:
 def _anew(job: Job) -> bool:
     """Goes on with what pays in blocks alone; whether there is such."""
     before = job.form, job.full, job.pair, job.study, job.others, job.measured
-    ways = sorted((f for f in job.found if f.changed), key=lambda f: f.time(job.options.span[1]))[:1]
+    ways = sorted((f for f in job.found if f.changed), key=lambda f: f.time(job.span[1]))[:1]
     for form in [*ways, *([job.plain] if job.found else [])]:
         if form.changed:
             go_on_with(job, form)
@@ -122,9 +122,9 @@ def _fastest(job: Job) -> str | None:
 
 def _tried(job: Job) -> list[tuple[int, tuple[Measured, ...]]]:
     """Times the result in blocks against itself in one piece, or the original, at rising numbers of candidates."""
-    form, (low, high) = job.chosen, job.options.span
+    form, (low, high) = job.chosen, job.span
     low = max(low, 1 if job.pair is None else job.pair.below)
-    between = () if job.kept else tune.between(job.options.span, job.options.usual)
+    between = () if job.kept else tune.between(job.span, job.options.usual)
     points = tuple(sorted({low, high, *(n for n in (job.options.usual, *_BETWEEN, *between) if low < n < high)}))
     feeds = tuple(form.rewrite.translate(f) for f in race_of(job, points).feeds)
     together = written(job) if job.kept else job.plain.model
@@ -139,7 +139,7 @@ def _tried(job: Job) -> list[tuple[int, tuple[Measured, ...]]]:
 
 
 def _against_original(job: Job) -> tuple[Measured, ...]:
-    race = race_of(job, tune.points(job.options.span, job.options.usual))
+    race = race_of(job, tune.points(job.span, job.options.usual))
     return timed(job, race, job.chosen, _SHARE, made=written(job))
 
 

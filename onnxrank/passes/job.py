@@ -62,6 +62,7 @@ class Job:
         form: The one that was chosen; None once the model was given up.
         full: The form with all rules.
         pair: The chosen form, and another one for few candidates; None where it holds for any number.
+        span: Least and most candidates that are timed: the original may not run with as few as are expected.
         measured: What timing gave.
         tried: What it gave of every way that was timed.
         blocks: Most candidates of a block, where they are scored in blocks; 0 where they are not.
@@ -91,6 +92,7 @@ class Job:
         self.form: Form | None = None
         self.full: Form | None = None
         self.pair: Pair | None = None
+        self.span = self.options.span
         self.measured: tuple[Measured, ...] = ()
         self.tried: list[tuple[Measured, ...]] = []
         self.blocks = self.blocks_from = 0

@@ -105,7 +105,8 @@ class Preparation:
 
     @property
     def _lookups(self) -> Lookups:
-        return self.original.lookups(self._options.usual)
+        usual, span = self._options.usual, self._options.span
+        return self.original.lookups(usual, [n for n in dict.fromkeys(span) if n != usual])
 
     @property
     def refusals(self) -> list[Refusal]:

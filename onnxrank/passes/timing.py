@@ -28,6 +28,8 @@ _MOST_ROUNDS = 2
 """How many rules are left out for the sake of time before the model as a whole is left alone."""
 _AGAIN = 2
 """How often a narrow loss is timed again."""
+_MORE = 3
+"""Within so many candidates more than the least an original is looked for that runs, where it does not with these."""
 _PATIENCE = 4
 """Once timing took so many times as long as it may, nothing more is tried for what is not faster."""
 
@@ -36,7 +38,7 @@ def measure(job: Job) -> bool:
     """Times original and result in turns, and takes back what is not faster; whether anything is left."""
     if not job.options.tune or job.form is None:
         return job.form is not None
-    race = race_of(job, tune.points(job.options.span, job.options.usual))
+    race = race_of(job, tune.points(job.span, job.options.usual))
     try:
         crossed = None if job.pair is None else job.pair.many
         if job.pair is not None:
@@ -59,8 +61,31 @@ def measure(job: Job) -> bool:
             hint = f" (--slowdown {min(allowed)} would allow what was timed)" if allowed else ""
             job.give_up("tune", reason + hint)
     except ModelError as e:
+        if _with_more(job):
+            return measure(job)
         job.give_up("tune", f"it could not be timed: {e}")
     return job.form is not None
+
+
+def _with_more(job: Job) -> bool:
+    """Has timing begin with as many candidates as the original needs to run; whether these are more than before."""
+    (low, high), usual = job.span, job.options.usual
+    more = [n for n in range(low + 1, low + _MORE) if n <= usual]
+    least = next((n for n in more if _runs(job, n)), None) if not _runs(job, low) else None
+    if least is not None:
+        job.span = least, high
+        job.notes.append(f"the original does not run at N = {low}: it is timed from N = {least} on")
+    return least is not None
+
+
+def _runs(job: Job, candidates: int) -> bool:
+    """Whether the original runs with so many candidates."""
+    race = race_of(job, (candidates,))
+    try:
+        race.measure(job.loaded.proto, race.feeds, 0.0)
+    except ModelError:
+        return False
+    return True
 
 
 def _with_few(job: Job, race: tune.Race) -> bool:
@@ -68,7 +93,7 @@ def _with_few(job: Job, race: tune.Race) -> bool:
     form, single = job.chosen, job.measured
     most = max(single, key=lambda m: m.candidates)
     pair = Pair(form.limited(()), form, 1).measured(single)
-    if most.low <= 1 or pair.below <= job.options.span[0] or pair.model() is None:
+    if most.low <= 1 or pair.below <= job.span[0] or pair.model() is None:
         return False
     for tried in crossover.with_any_few(pair, job.plain):
         if _pair_measured(job, race, tried):
@@ -95,10 +120,10 @@ def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
 
 def _around(job: Job, pair: Pair) -> list[Measured]:
     """Times the plan for many candidates against that for few, and goes on with more candidates until it is faster."""
-    most, study, found = job.options.span[1], pair.many.study, list[Measured]()
+    most, study, found = job.span[1], pair.many.study, list[Measured]()
     while not any(m.ratio > 1 for m in found) and all(m.candidates < most for m in found):
         known = max((m.candidates for m in found), default=0)
-        points = tuple(n for n in pair.around(job.options.span) if n > known)
+        points = tuple(n for n in pair.around(job.span) if n > known)
         for alone in (True, False):
             at = tuple(n for n in points if (n == 1) == alone)
             if at:
@@ -185,7 +210,7 @@ def timed(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto 
     """Times a form, or what is made of it, for a share of the time there is; between the ends where that is faster."""
     made = _model(form) if made is None else made
     found = _raced(job, race, form, share, made)
-    points = tune.between(job.options.span, job.options.usual)
+    points = tune.between(job.span, job.options.usual)
     if points and _faster(job, found):  # sessions see the usual number first, as a server's do
         found += _raced(job, race_of(job, (job.options.usual, *points)), form, share, made)[1:]
     job.tried.append(found)

@@ -17,7 +17,7 @@ import onnxrank
 from onnxrank import tune
 from onnxrank.cli.optimize import optimize as optimize_command
 from onnxrank.contract import stored_contract
-from onnxrank.errors import UsageError
+from onnxrank.errors import ModelError, UsageError
 from onnxrank.joining import is_crossover
 from onnxrank.passes import choosing, studying, timing
 from onnxrank.passes.job import Job
@@ -258,6 +258,22 @@ def test_for_a_range_the_clock_decides_what_is_predicted_to_lose_somewhere() -> 
         model, result = tuned(lambda made, n: 1.5, candidates=(1, 4096))
     agree(model, result)
     assert "fold" in rules_of(result.model)
+
+
+@pytest.mark.parametrize(("least", "left"), [(2, True), (50, False)])
+def test_timing_begins_where_the_original_runs(least: int, left: bool) -> None:
+    """Some models take away the axis of a single candidate; they are not left alone for that."""
+
+    def clock(made: ModelProto, n: int) -> float:
+        if n < least:
+            raise ModelError(f"onnxruntime cannot run the model at N = {n}")
+        return 1.5
+
+    model, result = tuned(clock, candidates=(1, 4096))
+    agree(model, result)
+    assert result.changed == left
+    said = [n for n in result.report.notes if "the original does not run at N = 1" in n]
+    assert len(said) == left and all(m.candidates >= least for m in result.plan.measured)
 
 
 def test_a_race() -> None:

@@ -282,23 +282,37 @@ def test_few_do_not_pay() -> None:
         assert tables(onnxrank.optimize(many, request=["item"], candidates=n, check=False).model) == left
 
 
-@pytest.mark.parametrize(("count", "left"), [(6, 6), (10, 1)])
-def test_a_few_columns_of_one_input_pay(count: int, left: int) -> None:
-    """These are taken in one step, and not cut out one by one."""
-    ids = " ".join(f"i{k} = Slice(user, at{k}, at{k + 1}, one) g{k} = Gather(T{k}, i{k}) e{k} = Flatten(g{k})"
-                   for k in range(count))  # fmt: skip
+def columns_of_one(count: int) -> ModelProto:
+    """So many ids that are columns of one input, and a layer."""
+    ids = " ".join(
+        f"i{k} = Slice(user, at{k}, at{k + 1}, one) g{k} = Gather(T{k}, i{k}) e{k} = Flatten(g{k})"
+        for k in range(count)
+    )
     rows = ", ".join(f"e{k}" for k in range(count))
     text = (
         f"(int64[N,{count}] user, float[N,3] item) => (float[N,256] y) "
-        f"{{ {ids} x = Concat<axis=1>({rows}, item) y = MatMul(x, W) }}"
+        f"{{ {ids} x = Concat<axis=1>({rows}, item) r = Relu(x) y = MatMul(r, W) }}"
     )
     rng = np.random.default_rng(0)
     held = {f"T{k}": rng.integers(-3, 4, (5 + k, 4)).astype(np.float32) for k in range(count)}
-    ends = {f"at{k}": np.array([k]) for k in range(count + 1)}
-    width = 4 * count + 3
-    held |= {"W": rng.integers(-2, 3, (width, 256)).astype(np.float32), "one": np.array([1]), **ends}
-    result = onnxrank.optimize(graph(text, **held), request=["user"], check=False)
+    held |= {f"at{k}": np.array([k]) for k in range(count + 1)}
+    weight = rng.integers(-2, 3, (4 * count + 3, 256)).astype(np.float32)
+    return graph(text, W=weight, one=np.array([1]), **held)
+
+
+@pytest.mark.parametrize(("count", "left"), [(6, 6), (10, 1)])
+def test_a_few_columns_of_one_input_pay(count: int, left: int) -> None:
+    """These are taken in one step, and not cut out one by one."""
+    result = onnxrank.optimize(columns_of_one(count), request=["user"], check=False)
     assert result.changed and tables(result.model) == left
+
+
+@pytest.mark.parametrize(("candidates", "left"), [(64, 1), ((1, 4096), 40)])
+def test_what_pays_at_the_usual_number_may_cost_too_much_at_another(
+    candidates: int | tuple[int, int], left: int
+) -> None:
+    result = onnxrank.optimize(columns_of_one(40), request=["item"], candidates=candidates, check=False)
+    assert tables(result.model) == left
 
 
 @pytest.mark.parametrize(("after", "joined"), [("", 1), ("r = Reshape(x, shape)", 1), ("r = Relu(x)", 60)])
