@@ -284,10 +284,10 @@ class Transformation:
             underflow.avoid(self.rw)
         if self.rw.uses(factors.RULE):
             factors.move(self.rw)
-        scalars.widen(self.rw)
-        residuals.apart(self.rw)
         siblings.join(self.rw)
         reshapes.cancel(self.rw)
+        scalars.widen(self.rw)
+        residuals.apart(self.rw)
         base = self.study.model
         outputs = [o.name for o in base.graph.output]
         self._kept = _sorted_live(self.emit.nodes, outputs)
