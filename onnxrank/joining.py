@@ -413,22 +413,29 @@ class _Join:
             elif homes or t.name in outside:
                 out.append(t)
                 for home in homes:
-                    if _is_packed(t, home):
-                        self._copy(t, home)
+                    for place, graph in _graphs(home, home.name, t.name):
+                        if _is_packed(t, graph):
+                            self._copy(t, graph, place)
         return out
 
-    def _copy(self, t: TensorProto, branch: GraphProto) -> None:
-        """Has a branch read a copy of a weight."""
-        own, key = claimed(f"{branch.name}/{t.name}", self.taken), (branch.name, t.dims[0])
+    def _copy(self, t: TensorProto, graph: GraphProto, place: str) -> None:
+        """Has the nodes of a branch, or of a graph inside it, read a copy of a weight.
+
+        Args:
+            t: The weight.
+            graph: The graph.
+            place: What tells it from others.
+        """
+        own, key = claimed(f"{place}/{t.name}", self.taken), (place, t.dims[0])
         if key not in self.rows:
-            self.rows[key] = claimed(f"{branch.name}/{self.name}/rows", self.taken)
-            branch.initializer.append(numpy_helper.from_array(np.arange(t.dims[0]), self.rows[key]))
-        for node in branch.node:
+            self.rows[key] = claimed(f"{place}/{self.name}/rows", self.taken)
+            graph.initializer.append(numpy_helper.from_array(np.arange(t.dims[0]), self.rows[key]))
+        for node in graph.node:
             if not subgraphs(node):  # what is inside copies it for itself
                 rename(node, {t.name: own})
-        nodes = [helper.make_node("Gather", [t.name, self.rows[key]], [own], axis=0), *branch.node]
-        del branch.node[:]
-        branch.node.extend(nodes)
+        nodes = [helper.make_node("Gather", [t.name, self.rows[key]], [own], axis=0), *graph.node]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
     def _selected(
         self, stored: Sequence[TensorProto], branches: Sequence[GraphProto], outside: set[str]
@@ -495,6 +502,21 @@ def _plans(given: Iterable[str], shape: Shape) -> bool:
 
 def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:
     return any(name in n.input and traits(n) & (Trait.PRODUCT | Trait.RECURRENT) for g in graphs for n in g.node)
+
+
+def _graphs(graph: GraphProto, place: str, name: str) -> Iterator[tuple[str, GraphProto]]:
+    """A graph and those inside it that see an outer tensor, but for plans, which have been joined.
+
+    Args:
+        graph: The graph.
+        place: What tells it from others, which is given with each, too.
+        name: The tensor.
+    """
+    yield place, graph
+    for node in graph.node:
+        for inner in () if chooses(node) else subgraphs(node):
+            if name in captured(inner):
+                yield from _graphs(inner, f"{place}/{node.output[0]}/{inner.name}", name)
 
 
 def _is_packed(t: TensorProto, graph: GraphProto) -> bool:

@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 from helpers import Graph, run, session
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 
-from onnxrank.graphs import attribute, captured, names_in
+from onnxrank.graphs import attribute, captured, names_in, subgraphs
 from onnxrank.joining import ALONE, NAME, SINGLE, Count, crossovers, joined
 
 BELOW = 5
@@ -212,6 +212,43 @@ def test_branches_have_copies_of_weights_that_are_packed(tmp_path: Path) -> None
         multiplied = {i for n in run.node if "Gemm" in n.op_type or "MatMul" in n.op_type for i in n.input}
         assert not multiplied & captured(run) & stored and "Gather" not in {n.op_type for n in run.node}
         assert {t.name for t in run.initializer} & multiplied
+
+
+def asked(split: bool) -> ModelProto:
+    """The ranker, whose second layer is in a graph of its own, chosen by what the user is."""
+    model = ranker(split)
+    *nodes, second, relu, last = model.graph.node
+    ways = []
+    for way, op in (("then", "Neg"), ("else", "Abs")):
+        inner = [onnx.helper.make_node("MatMul", second.input, [f"{way} hidden"])]
+        inner.append(onnx.helper.make_node(op, [f"{way} hidden"], [f"{way} given"]))
+        out = onnx.helper.make_tensor_value_info(f"{way} given", onnx.TensorProto.FLOAT, ["N", WIDTH])
+        ways.append(onnx.helper.make_graph(inner, way, [], [out]))
+    chosen = onnx.helper.make_node("If", ["liked"], second.output, then_branch=ways[0], else_branch=ways[1])
+    nodes.append(onnx.helper.make_node("ReduceMax", ["user"], ["most"], keepdims=0))
+    nodes.append(onnx.helper.make_node("Greater", ["most", "zero"], ["liked"]))
+    nodes += [chosen, relu, last]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "zero"))
+    return model
+
+
+def test_a_graph_inside_a_branch_has_copies_of_its_own(tmp_path: Path) -> None:
+    made = joined(asked(False), asked(True), BELOW, Count("ids", 0))
+    assert made is not None
+    onnx.checker.check_model(made, full_check=True)
+    for n in (0, 1, BELOW, 30):
+        for liking in (-1, 1):
+            feed = {"user": np.full((1, WIDTH), liking, np.float32), "ids": np.arange(n) % 50}
+            for split in (False, True):
+                np.testing.assert_array_equal(*(next(iter(run(m, feed).values())) for m in (made, asked(split))))
+    for branch in crossover(optimised(made, tmp_path)).attribute:
+        inner = [n for n in branch.g.node if n.op_type == "If"]
+        for graph in (g for n in inner for g in subgraphs(n)):
+            assert {i for n in graph.node if n.op_type == "MatMul" for i in n.input} & {
+                t.name for t in graph.initializer
+            }
 
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
