@@ -110,7 +110,7 @@ class _Round:
             return False
         node, wanted = found.proto, self._dims(e.proto.output[0])
         x = self._dims(node.input[0])
-        axes = None if x is None else self._axes(node, len(x))
+        axes = self._axes(node, len(x)) if x else None
         if x is None or wanted is None or axes is None or domain_of(node) or self._touched & {*node.input}:
             return False
         kept = tuple(() if k in axes else d for k, d in enumerate(x))
@@ -167,7 +167,7 @@ class _Round:
             return False
         own = NodeProto()
         own.CopyFrom(node)
-        for k, i in enumerate(node.input):
+        for k, i in enumerate(node.input if operator(node) != "PRelu" else ()):  # its slope has no more axes than x
             before = self._reshaped(i)
             now, was = self._dims(i), None if before is None else self._dims(before)
             if before is None or before in self._touched or now is None or was is None or len(was) > len(dims):
@@ -210,11 +210,9 @@ class _Round:
     def _reshaped(self, name: str) -> str | None:
         """What a Reshape is of that gives a tensor, and need not stay."""
         e = self._made.get(name)
-        return (
-            e.proto.input[0]
-            if e is not None and operator(e.proto) == "Reshape" and not self._is_kept(e.proto)
-            else None
-        )
+        if e is None or operator(e.proto) != "Reshape" or self._is_kept(e.proto):
+            return None
+        return str(e.proto.input[0])
 
     def _is_kept(self, node: NodeProto) -> bool:
         """Whether a Reshape has to stay where it is."""
@@ -255,10 +253,10 @@ class _Round:
         if op == "MatMul" and given[1] is not None and min(len(first), len(given[1])) > 1:
             lead = _together([first[:-2], given[1][:-2]])
             return None if lead is None else (*lead, first[-2], given[1][-1])
-        if op == "Gather":
+        if op == "Gather" and first:
             at, axis = given[1], attribute(node, "axis", 0) % len(first)
             return None if at is None else (*first[:axis], *at, *first[axis + 1 :])
-        axes = self._axes(node, len(first)) if op.startswith("Reduce") else None
+        axes = self._axes(node, len(first)) if op.startswith("Reduce") and first else None
         if axes is None:
             return None
         keep = attribute(node, "keepdims", 1)

@@ -191,7 +191,7 @@ class _Siblings:
             return self._column(node)
         of = {"Slice": self._sliced, "Split": self._split, "Gather": self._gathered}.get(operator(node))
         dims = self._written.dims(node.input[0]) or self._written.dims(name)
-        return None if of is None or dims is None else of(node, len(dims), name)
+        return of(node, len(dims), name) if of is not None and dims else None
 
     def _sliced(self, node: NodeProto, rank: int, _: str) -> _Part | None:
         given = [self._constant(i) if i else None for i in node.input[1:]]
@@ -231,7 +231,7 @@ class _Siblings:
         """One position whose axis is taken away and put back."""
         picked = self._made.get(node.input[0])
         dims = self._written.dims(node.output[0])
-        if picked is None or dims is None or operator(picked) != "Gather":
+        if picked is None or not dims or operator(picked) != "Gather":
             return None
         at, axis, rank = self._constant(picked.input[1]), attribute(picked, "axis", 0) % len(dims), len(dims)
         axes = self._constant(node.input[1]) if len(node.input) > 1 else np.array(attribute(node, "axes", ()))

@@ -140,6 +140,17 @@ def test_any_chain(data: st.DataObject) -> None:
     left(between, data.draw(st.sampled_from([13, 18])))
 
 
+def test_slopes_have_no_more_axes_than_what_they_scale() -> None:
+    """A PRelu whose first operand lost an axis would be none any more."""
+
+    def between(g: Graph, x: str) -> str:
+        row = kept(g, g.on_axes("ReduceMax", x, [0], keepdims=0))
+        scaled = g.op("PRelu", to(g, row, 1, 1, 12), g.const(whole_numbers(1, 1, 12)))
+        return g.op("Mul", x, to(g, scaled, 1, 12))
+
+    assert left(between, counts=(1, 2, 7))["Reshape"] == 3
+
+
 def test_pairs_of_fields_take_few() -> None:
     """Their rows are brought to the layer's two axes and back."""
     g = Graph()
