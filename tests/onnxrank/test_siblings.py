@@ -23,7 +23,7 @@ def cut(g: Graph, x: str, columns: Sequence[int], how: str = "slice") -> list[st
     """Columns of a matrix, each by itself."""
     if how == "split":
         assert list(columns) == list(range(len(columns)))
-        return g.ops("Split", len(columns), x, axis=1)
+        return g.ops("Split", len(columns), x, axis=1, **({"num_outputs": len(columns)} if g.opset >= 18 else {}))
     if how == "gather":
         return [g.op("Gather", x, g.ints(k), axis=1) for k in columns]
     if how == "column":
