@@ -406,7 +406,7 @@ def test_progress_on_a_terminal_after_a_while(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(output, "_PATIENCE", 0.1)
+    monkeypatch.setattr(output, "_PATIENCE", 0.1 if seconds else 60.0)
     engine.before = lambda: time.sleep(seconds)
     assert cli.main(["optimize", "in.onnx", "out.onnx", *(["-q"] if quiet else [])]) == 0
     assert ("rewriting" in terminal.getvalue()) is shown
