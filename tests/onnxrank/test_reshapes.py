@@ -109,6 +109,7 @@ def test_what_a_graph_inside_reads_is_found_by_its_new_name() -> None:
 SHAPES = [(-1, 12), (-1, 3, 4), (-1, 2, 6), (-1, 12, 1), (0, 4, 3), (-1, 1, 12)]
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(st.data())
 def test_any_chain(data: st.DataObject) -> None:

@@ -129,6 +129,7 @@ def test_text_is_read_where_it_was() -> None:
     assert Counter(operators(optimised(g, inputs, counts=COUNTS).model))["Cast"] == 5
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(
     width=st.integers(3, 12),
