@@ -39,7 +39,7 @@ def test_both_exporters_take_models_that_are_cut(name: str, exporter: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hyformer", "onetrans", "hstu"])
 def test_a_symbolic_length_is_rewritten_as_a_fixed_one(name: str) -> None:
-    """As much is left to do for each candidate, by as many softmaxes: heads stay apart as they do at a fixed length."""
+    """No more is left to do for each candidate, by as many softmaxes: heads stay apart as they do at a fixed length."""
     module, specs = history_lengths.MODELS[name]()
     shares, softmaxes = [], []
     for symbolic in (False, True):
@@ -47,6 +47,6 @@ def test_a_symbolic_length_is_rewritten_as_a_fixed_one(name: str) -> None:
         made = onnxrank.optimize(before, request=[s.name for s in specs if s.level == "request"], check=False).model
         shares.append(history_lengths.left(before, made, specs))
         softmaxes.append(sum(n.op_type == "Softmax" for n in made.graph.node))
-    assert shares[1] == pytest.approx(shares[0], rel=0.03)
+    assert shares[1] <= 1.03 * shares[0]
     # The queries of OneTrans are of four kinds, which are not joined at a symbolic length.
     assert name == "onetrans" or softmaxes[1] == softmaxes[0]
