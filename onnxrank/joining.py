@@ -57,10 +57,10 @@ _COUNTS = (1, 2, 3, 8, 64, 512)
 """Numbers of candidates at which plans of memory are told apart."""
 _SMALL = 1 << 14
 """Bytes of a weight up to which both branches have it."""
-
-
 _TINY = 1 << 10
 """Bytes of a part of a weight up to which it is stored beside the weight."""
+_FACTORED = Trait.PRODUCT | Trait.RECURRENT
+"""Operators that multiply with weights."""
 
 
 def joined(
@@ -500,8 +500,8 @@ def _plans(given: Iterable[str], shape: Shape) -> bool:
     return len(keys) == len(_COUNTS)
 
 
-def _multiplied(name: str, graphs: Iterable[GraphProto]) -> bool:
-    return any(name in n.input and traits(n) & (Trait.PRODUCT | Trait.RECURRENT) for g in graphs for n in g.node)
+def _multiplied(name: str, graphs: Iterable[GraphProto], by: Trait = _FACTORED) -> bool:
+    return any(name in n.input and traits(n) & by for g in graphs for n in g.node)
 
 
 def _graphs(graph: GraphProto, place: str, name: str) -> Iterator[tuple[str, GraphProto]]:
@@ -521,8 +521,7 @@ def _graphs(graph: GraphProto, place: str, name: str) -> Iterator[tuple[str, Gra
 
 def _is_packed(t: TensorProto, graph: GraphProto) -> bool:
     """Whether a runtime packs a weight for a graph: matrices of products, and what recurrent layers multiply with."""
-    readers = [traits(n) for n in graph.node if t.name in n.input]
-    return any(what & Trait.RECURRENT or (what & Trait.PRODUCT and len(t.dims) == 2) for what in readers)
+    return _multiplied(t.name, [graph], _FACTORED if len(t.dims) == 2 else Trait.RECURRENT)
 
 
 def _is_small(t: TensorProto) -> bool:

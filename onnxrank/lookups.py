@@ -310,8 +310,8 @@ class _Joined:
         """
         net, group = self._net, self._group
         counts = [x.columns or 1 for x in group]
-        places = brought.get(_ids(group)) or self._places(counts)
-        brought[_ids(group)] = places
+        asked = _ids(group)
+        places = brought[asked] = brought.get(asked) or self._places(counts)
         found = self._add("Gather", [net.stack(list(self._first), "lookup/table"), places], "lookup/rows", axis=0)
         parts = [x.node.output[0] if x.columns is not None else net.fresh(f"{x.node.output[0]}/rows") for x in group]
         sizes = {"split": counts} if net.opset < 13 else {}

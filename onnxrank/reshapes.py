@@ -16,17 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import dropwhile
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
 from onnxrank.emitter import Emitted
 from onnxrank.graphs import attribute, reads, rename
 from onnxrank.operators import Trait, domain_of, operator, traits
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dim, Dims, symbols
+from onnxrank.values import Dim, Dims
 from onnxrank.written import Written
 
 RULE = "movement"
@@ -131,7 +129,7 @@ class _Round:
     def _is_between(self, e: Emitted) -> bool:
         """Computes a function of single entries in the shape that its operands had, and its readers want."""
         node = e.proto
-        if not traits(node) & Trait.ELEMENTWISE or traits(node) & Trait.PARAMETERS or domain_of(node):
+        if not _is_entrywise(node):
             return False
         name, dims = node.output[0], self._dims(node.output[0])
         behind = self._readers.get(name, [])
@@ -163,7 +161,7 @@ class _Round:
     def _is_broadcast(self, e: Emitted) -> bool:
         """Takes operands as they are where a Reshape only gives them, or takes from them, first axes of one entry."""
         node, dims = e.proto, self._dims(e.proto.output[0])
-        if not traits(node) & Trait.ELEMENTWISE or traits(node) & Trait.PARAMETERS or domain_of(node) or dims is None:
+        if not _is_entrywise(node) or dims is None:
             return False
         own = NodeProto()
         own.CopyFrom(node)
@@ -190,7 +188,7 @@ class _Round:
             wanted: The shape that it is to have.
             last: The Reshape of the result.
         """
-        number = self._number(name)
+        number = self._rw.number(name)
         if number is not None:
             return self._emit.constant(number.reshape((1,) * len(wanted)), name), None, 0
         if self._dims(name) != dims:
@@ -200,12 +198,6 @@ class _Round:
             return before, None, int(self._alone(name))
         made = self._emit.fresh(f"{name}/reshape")
         return made, helper.make_node("Reshape", [name, last.input[1]], [made], name=made), 0
-
-    def _number(self, name: str) -> NDArray[Any] | None:
-        """The entry of a stored constant that has one."""
-        data, (dims, _) = self._rw.stored(name, 1), self._rw.facts.folded.get(name, ((), None))
-        stored = not symbols(dims) and self._emit.op_of.get(name, "Constant") == "Constant"
-        return data if data is not None and stored else None
 
     def _reshaped(self, name: str) -> str | None:
         """What a Reshape is of that gives a tensor, and need not stay."""
@@ -269,6 +261,11 @@ class _Round:
             held = self._rw.stored(node.input[1], _AXES)
             given = None if held is None else held.tolist()
         return None if given is None or len(given) == 0 else {int(a) % rank for a in given}
+
+
+def _is_entrywise(node: NodeProto) -> bool:
+    """Whether a node is a function of ONNX of the entries in one place, of operands that are broadcast together."""
+    return traits(node) & (Trait.ELEMENTWISE | Trait.PARAMETERS) == Trait.ELEMENTWISE and not domain_of(node)
 
 
 def _behind_ones(dims: Dims) -> Dims:

@@ -237,6 +237,16 @@ class Rewrite:
             return None
         return source.data
 
+    def number(self, name: str) -> NDArray[Any] | None:
+        """The entry of a stored constant that has one; None for other tensors.
+
+        What nodes make of constants is not stored: in float64 it has more digits than its data.
+        """
+        data, (dims, _) = self.stored(name, 1), self.facts.folded.get(name, ((), None))
+        if data is None or data.size != 1 or symbols(dims) or self.emit.op_of.get(name, "Constant") != "Constant":
+            return None
+        return data
+
     def is_constant(self, name: str) -> bool:
         """Whether an original tensor is a constant without symbolic extents; its node may come later."""
         found = self.values.get(name)

@@ -18,7 +18,7 @@ from onnxrank.emitter import Emitted
 from onnxrank.operators import Trait, domain_of, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Level, Origin, Source, extents, is_candidate_symbol, symbols
+from onnxrank.values import Level, Origin, Source, extents, is_candidate_symbol
 
 RULE = "movement"
 """The rule that it is accounted to."""
@@ -50,14 +50,9 @@ def widen(rw: Rewrite) -> None:
 
 
 def _wide(rw: Rewrite, name: str, rank: int) -> str:
-    """A stored constant of one entry with more axes, and any other tensor as it is.
-
-    What nodes make of constants is not stored: in float64 it has more digits than its data.
-    """
-    data, (dims, _) = rw.stored(name, 1), rw.facts.folded.get(name, ((), None))
-    if data is None or data.ndim >= rank or symbols(dims) or rw.emit.op_of.get(name, "Constant") != "Constant":
-        return name
-    return rw.emit.constant(data.reshape((1,) * rank), name)
+    """A stored constant of one entry with more axes, and any other tensor as it is."""
+    data = rw.number(name)
+    return name if data is None or data.ndim >= rank else rw.emit.constant(data.reshape((1,) * rank), name)
 
 
 def _reshape(rw: Rewrite, node: NodeProto, e: Emitted, made: Source, sources: Mapping[str, Source]) -> None:
