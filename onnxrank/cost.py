@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, prod
 from typing import Any
@@ -38,6 +38,8 @@ WIDE = 512
 """Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
 
 _GONE = ("Constant", "Identity")
+Data = Callable[[str], NDArray[Any] | None]
+"""Entries of a constant by its name; None for other tensors, and where they are many."""
 
 LENGTH = 32
 """What symbols other than the number of candidates are taken as."""
@@ -135,6 +137,10 @@ class Target:
 
 _RESULT = 0.5
 """Launches that one more result of an operator takes as long as."""
+_OPERAND = 0.3
+"""The same of one more operand of a Concat."""
+_MULTIPLIED = (2.0, 3.0)
+"""Exponents for which a runtime multiplies."""
 _STEP = 0.34e-6
 CPU = Target(
     launch=_STEP,
@@ -146,7 +152,8 @@ CPU = Target(
         "broadcast": Rate(_STEP, 0.049e-9, run=12.5e-9),
         "where": Rate(1.06e-6, 0.031e-9, run=18.5e-9),
         "function": Rate(_STEP, 0.104e-9),
-        "power": Rate(_STEP, 1.63e-9),
+        "slow function": Rate(_STEP, 0.47e-9),
+        "serial": Rate(_STEP, 1.63e-9),
         "lookup": Rate(_STEP, 0.030e-9, run=9.7e-9),
         "regroup": Rate(_STEP, 0.024e-9, run=2.0e-9),
         "regroup far": Rate(_STEP, 0.029e-9, run=4.4e-9),
@@ -217,6 +224,7 @@ class Shapes:
         symbols: Values of the symbols.
         types: Element types.
         hidden: Shares of the entries that masks hide, by the first tensor that a softmax gives.
+        multiplied: What powers give for which a runtime multiplies.
         seconds: Predicted times of the nodes that were asked for, by the first tensor they give; under an empty name,
             that of all of them.
         bills: What nodes of a kind are billed for.
@@ -229,6 +237,7 @@ class Shapes:
     symbols: Mapping[str, int]
     types: Mapping[str, int] = field(default_factory=dict)
     hidden: Mapping[str, float] = field(default_factory=dict)
+    multiplied: frozenset[str] = frozenset()
     _known: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sizes: dict[tuple[Extent, ...], tuple[int, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -284,7 +293,7 @@ class Shapes:
         if name not in kinds:
             attributes = tuple([a.SerializeToString(deterministic=True) for a in node.attribute])
             tensors = tuple([self._extents(t) for names in (node.input, node.output) for t in (*names, None)])
-            key = operator(node), attributes, tensors, self.hidden.get(name)
+            key = operator(node), attributes, tensors, self.hidden.get(name), name in self.multiplied
             kinds[name] = numbers.setdefault(key, len(numbers))
         return kinds[name]
 
@@ -371,9 +380,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
             )
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
-        return Bill(
-            kinds.get(op, "copy"), written, _runs(node, first, out), launches=1 + _RESULT * (len(node.output) - 1)
-        )
+        launches = 1 + _RESULT * (len(node.output) - 1) + _OPERAND * (len(node.input) - 1 if op == "Concat" else 0)
+        return Bill(kinds.get(op, "copy"), written, _runs(node, first, out), launches=launches)
     if op == "Transpose":
         order = attribute(node, "perm") or list(range(len(out)))[::-1]
         still = next((k for k, p in enumerate(order[::-1]) if p != len(order) - 1 - k), len(order))
@@ -381,8 +389,9 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         if run > 1:
             return transposed(written, shapes.width(node.output[0]) * run, entries // run)
         return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
-    if Trait.FUNCTION in what:
-        return Bill("power" if op == "Pow" else "function", written)
+    if Trait.FUNCTION in what and node.output[0] not in shapes.multiplied:
+        slow = "serial" if Trait.SERIAL in what else "slow function" if Trait.SLOW in what else None
+        return Bill(slow or "function", written)
     if Trait.ROWS in what:
         hidden = round(entries * shapes.hidden.get(node.output[0], 0.0))
         rows = entries // max(1, out[-1] if out else 1)
@@ -490,16 +499,6 @@ def shapes_of(
     others |= {s for size in facts.expressions.values() for s in size.symbols}
     symbols = {**{s: LENGTH for s in others if "~" not in s}, CANDIDATES: candidates}
     types = types_of(graph)
-    return Shapes(facts, initializers, inputs, symbols, types, hidden_in(graph, facts, types, folder))
-
-
-def hidden_in(
-    graph: GraphProto, facts: Facts, types: Mapping[str, int], folder: str | os.PathLike[str] | None
-) -> dict[str, float]:
-    """Shares of the entries that masks hide, by what softmaxes of float32 give."""
-    found = [n for n in graph.node if operator(n) == "Softmax" and types.get(n.input[0]) == TensorProto.FLOAT]
-    if not found:
-        return {}
     stored = {t.name: t for t in graph.initializer}
 
     def data(name: str) -> NDArray[Any] | None:
@@ -509,9 +508,25 @@ def hidden_in(
         tensor = stored.get(name)
         return constant_data(tensor, folder) if tensor is not None and prod(tensor.dims) <= MOST else None
 
+    return Shapes(
+        facts, initializers, inputs, symbols, types, _hidden_in(graph, types, data), _multiplied_in(graph, data)
+    )
+
+
+def _hidden_in(graph: GraphProto, types: Mapping[str, int], data: Data) -> dict[str, float]:
+    """Shares of the entries that masks hide, by what softmaxes of float32 give."""
+    found = [n for n in graph.node if operator(n) == "Softmax" and types.get(n.input[0]) == TensorProto.FLOAT]
+    if not found:
+        return {}
     masks = Masks(graph.node, data)
     shares = {n.output[0]: masks.share(n.input[0]) for n in found}
     return {name: share for name, share in shares.items() if share}
+
+
+def _multiplied_in(graph: GraphProto, data: Data) -> frozenset[str]:
+    """What powers with such exponents give."""
+    powers = {n.output[0]: data(n.input[1]) for n in graph.node if operator(n) == "Pow"}
+    return frozenset(k for k, v in powers.items() if v is not None and v.size == 1 and v.item() in _MULTIPLIED)
 
 
 def types_of(graph: GraphProto) -> dict[str, int]:

@@ -10,7 +10,20 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from onnxrank import cost, factors, facts, feeds, keys, reshapes, residuals, runtime, scalars, siblings, underflow
+from onnxrank import (
+    cost,
+    factors,
+    facts,
+    feeds,
+    keys,
+    prelu,
+    reshapes,
+    residuals,
+    runtime,
+    scalars,
+    siblings,
+    underflow,
+)
 from onnxrank import model as files
 from onnxrank.contract import RULE, forget
 from onnxrank.emitter import Emitted, Emitter
@@ -284,6 +297,8 @@ class Transformation:
             underflow.avoid(self.rw)
         if self.rw.uses(factors.RULE):
             factors.move(self.rw)
+        if self.rw.uses(prelu.NAME):
+            prelu.vectorise(self.rw)
         siblings.join(self.rw)
         reshapes.cancel(self.rw)
         scalars.widen(self.rw)
@@ -431,6 +446,7 @@ def _standing(rule: str) -> int:
     """Rules by how much they do beyond others; those of third parties come first."""
     order = (
         "broadcast",
+        "prelu",
         "underflow",
         "select",
         "pool",

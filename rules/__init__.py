@@ -17,6 +17,7 @@ from . import (
     norm,
     pack,
     picks,
+    prelu,
     reduce,
     select,
     underflow,
@@ -39,5 +40,6 @@ RULES: tuple[Rule, ...] = (
     pack.RULE,
     lookup.RULE,
     underflow.RULE,
+    prelu.RULE,
     broadcast.RULE,
 )

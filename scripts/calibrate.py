@@ -132,6 +132,8 @@ def cases() -> list[Case]:
                 Case("elementwise", "Relu", [(n, width)]),
                 *(Case("where", "Where", [np.ones((rows, width), bool), *2 * [(rows, width)]]) for rows in (1, n)),
                 *(Case("function", op, [(n, width)]) for op in ("Sigmoid", "Tanh", "Exp", "Erf")),
+                *(Case("slow function", op, [(n, width)]) for op in ("Elu", "Sin")),
+                Case("serial", "PRelu", [(n, width), weights(width)]),
                 Case("softmax", "Softmax", [(n, width)]),
                 Case("softmax", "Softmax", [(n * 16, width // 16)]),
                 Case(regroup, "Gather", [(n, width), ids(width, width // 2)], {"axis": 1}),
@@ -144,6 +146,7 @@ def cases() -> list[Case]:
                 Case("permute", "Transpose", [(16, n, width // 16, 4)], {"perm": [2, 1, 3, 0]}),
                 Case("copy", "Concat", [(n, width // 8)] * 8, {"axis": 1}),
                 Case("copy", "Concat", [(n, width // 2)] * 2, {"axis": 1}),
+                Case("copy", "Concat", [(n, 4)] * width, {"axis": 1}),
                 Case("copy", "Concat", [(n, width)] * 2, {"axis": 0}),
                 Case("copy", "Split", [(n, width)], {"axis": 1}, outputs=8),
                 Case("copy", "Slice", [(n, width), ints(8), ints(width // 2), ints(1)]),
@@ -205,7 +208,7 @@ def measured(rounds: int) -> dict[str, list[tuple[cost.Bill, float]]]:
 
 def fitted(found: list[tuple[cost.Bill, float]]) -> np.ndarray:
     """Seconds per launch, byte, run and multiply-add, none negative, that come closest to what was measured."""
-    rows = np.array([[1, b.bytes, b.runs, b.macs] for b, _ in found], float)
+    rows = np.array([[b.launches, b.bytes, b.runs, b.macs] for b, _ in found], float)
     seconds = np.array([s for _, s in found])
     weighted = rows / seconds[:, None]
     scale = np.maximum(np.abs(weighted).max(0), 1e-300)

@@ -146,7 +146,7 @@ def _matrix_diagonal(u: Use) -> list[Known | None]:
 _ENTRYWISE = Trait.ELEMENTWISE
 _SYMMETRIC = Trait.ELEMENTWISE | Trait.COMMUTATIVE
 _EVEN = Trait.ELEMENTWISE | Trait.SMOOTH
-_SLOW = Trait.ELEMENTWISE | Trait.FUNCTION
+_FUNCTION = Trait.ELEMENTWISE | Trait.FUNCTION
 _LOGIC = Trait.ELEMENTWISE | Trait.BOOLEAN
 _ORDER = Trait.ELEMENTWISE | Trait.BOOLEAN | Trait.COMPARISON
 _INF = float("inf")
@@ -164,14 +164,15 @@ OPERATORS = {
             Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cosh Mean Round Shrink
             Sinh Softsign Tan ThresholdedRelu""".split()
     },
-    **{op: Operator(broadcast_together, traits=_EVEN) for op in "HardSigmoid LeakyRelu PRelu Sum".split()},
+    **{op: Operator(broadcast_together, traits=_EVEN) for op in "HardSigmoid LeakyRelu Sum".split()},
+    **{op: Operator(broadcast_together, traits=_FUNCTION) for op in "Exp HardSwish Swish".split()},
+    **{op: Operator(broadcast_together, traits=_FUNCTION | Trait.SLOW) for op in "Celu Cos Log Selu Sin".split()},
+    **{op: Operator(broadcast_together, traits=_FUNCTION | Trait.SERIAL) for op in "Mish Pow".split()},
+    **{op: Operator(broadcast_together, traits=_FUNCTION | Trait.SMOOTH) for op in "Erf Gelu Sigmoid Tanh".split()},
+    "Elu": Operator(broadcast_together, traits=_FUNCTION | Trait.SLOW | Trait.SMOOTH),
     **{
-        op: Operator(broadcast_together, traits=_SLOW)
-        for op in "Celu Cos Exp HardSwish Log Mish Pow Selu Sin Swish".split()
-    },
-    **{
-        op: Operator(broadcast_together, traits=_SLOW | Trait.SMOOTH)
-        for op in "Elu Erf Gelu Sigmoid Softplus Tanh".split()
+        op: Operator(broadcast_together, traits=_FUNCTION | Trait.SERIAL | Trait.SMOOTH)
+        for op in "PRelu Softplus".split()
     },
     "Add": Operator(
         broadcast_together, _entrywise(lambda a, b: a + b, np.add), traits=_SYMMETRIC | Trait.ADDITIVE | Trait.SMOOTH
@@ -200,7 +201,7 @@ OPERATORS = {
     "Reciprocal": Operator(same, fixed_only(lambda a: a.dtype.type(1) / a), traits=_ENTRYWISE),
     "Floor": Operator(same, fixed_only(np.floor), traits=_ENTRYWISE),
     "Ceil": Operator(same, fixed_only(np.ceil), traits=_ENTRYWISE),
-    "Sign": Operator(same, fixed_only(np.sign), traits=_ENTRYWISE),
+    "Sign": Operator(same, fixed_only(np.sign), traits=_FUNCTION | Trait.SLOW),
     "Relu": Operator(same, fixed_only(lambda a: np.maximum(a, 0).astype(a.dtype)), traits=_EVEN),
     "Clip": Operator(same, traits=_ENTRYWISE | Trait.PARAMETERS | Trait.CHOICE | Trait.SMOOTH),
     "Equal": _compared(0, 0, np.equal),
@@ -221,8 +222,8 @@ OPERATORS = {
     ),
     "Trilu": Operator(same, _matrix_diagonal, levels=transfers.kept_zero),
     "Dropout": Operator(same_as(0, 0), traits=Trait.PARAMETERS, levels=transfers.dropout),
-    "com.microsoft::Gelu": Operator(same, traits=_SLOW),
-    "com.microsoft::FastGelu": Operator(same, traits=_SLOW),
+    "com.microsoft::Gelu": Operator(same, traits=_FUNCTION),
+    "com.microsoft::FastGelu": Operator(same, traits=_FUNCTION),
     "com.microsoft::QuickGelu": Operator(same, traits=_ENTRYWISE),
     "BitCast": Operator(same, signature=signatures.entrywise()),
     "StringConcat": Operator(broadcast_together, signature=signatures.together()),

@@ -60,6 +60,10 @@ class Trait(Flag):
     """An elementwise operator of two operands whose order does not matter."""
     FUNCTION = auto()
     """An elementwise function that takes a runtime longer than arithmetic does."""
+    SLOW = auto()
+    """Takes a runtime five times as long as other functions."""
+    SERIAL = auto()
+    """Computed one entry after the other, which takes a runtime longer still."""
     AXIS = auto()
     """A normalisation along the attribute `axis`, the last one if there is none."""
     ROWS = auto()

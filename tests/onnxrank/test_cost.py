@@ -10,8 +10,10 @@ from unittest import mock
 import numpy as np
 import onnx
 import pytest
+from helpers import Graph
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxrank
 from onnxrank import cost
 from onnxrank.facts import Facts, derive
 
@@ -131,7 +133,10 @@ def test_costs_can_be_those_of_another_target() -> None:
         ("Mul", ((512, 64), ()), (512, 64), "elementwise", 0),
         ("Where", ((512, 1), (512, 8), (512, 8)), (512, 8), "where", 512),
         ("Gather", ((1000, 4), (512,)), (512, 4), "lookup", 512),
-        ("Pow", ((512, 8), ()), (512, 8), "power", 0),
+        ("Pow", ((512, 8), ()), (512, 8), "serial", 0),
+        ("PRelu", ((512, 8), (8,)), (512, 8), "serial", 0),
+        ("Log", ((512, 8),), (512, 8), "slow function", 0),
+        ("Exp", ((512, 8),), (512, 8), "function", 0),
     ],
 )
 def test_what_is_broadcast_is_billed_by_the_pieces_gone_through(
@@ -140,6 +145,21 @@ def test_what_is_broadcast_is_billed_by_the_pieces_gone_through(
     known = dict(zip("xwv", operands, strict=False)) | {"y": out}
     made = bill(op, known, len(operands))
     assert (made.kind, made.runs) == (kind, runs)
+
+
+@pytest.mark.parametrize(("exponent", "kind"), [(2.0, "elementwise"), (3.0, "elementwise"), (0.5, "serial")])
+def test_a_runtime_multiplies_for_small_whole_exponents(exponent: float, kind: str) -> None:
+    g = Graph(17)
+    c, u = g.input("c", ["N", 8]), g.input("u", ["N", 8])
+    g.output(g.op("Pow", g.op("Sub", c, u), g.const(exponent)), ["N", 8])
+    study = onnxrank.analyse(onnxrank.read(g.model()), request=["u"]).study
+    assert [b.kind for b in cost.bills(study.model.graph, study.shapes(512))] == ["elementwise", kind]
+
+
+def test_each_operand_that_is_joined_takes_time() -> None:
+    known = {"x": (512, 8), "w": (512, 8), "v": (512, 8), "y": (512, 24)}
+    two, three = (bill("Concat", known, n, axis=1).launches for n in (2, 3))
+    assert 1 < two < three
 
 
 def test_einsum_is_billed_by_the_products_that_it_makes_one_after_the_other() -> None:
