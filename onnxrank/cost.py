@@ -28,12 +28,18 @@ _NEAR = 1 << 19
 """Bytes of a tensor up to which picking entries out of it stays in a core's cache."""
 _LINE = 64
 """Bytes of a line of a cache: up to as many in a row, copying it takes as long as finding it."""
+_PAGES = 1 << 13
+"""Bytes of a row from which on every row of a part that is copied lies on pages of memory of its own."""
+_READ, _ROWS = 4, 16
+"""Multiply-adds that take as long as reading a weight does, and rows of a product from which on that takes no time."""
 _WORD = 8
 """Bytes that a Transpose moves as one number."""
 CACHE = 3 << 18
 """Bytes that an operator goes through up to which they are still in a core's cache when the next one reads them."""
 _SPILLED = 7 << 18
 """Bytes from which on none of them are."""
+_SHARED = (1 << 23, 3 << 24)
+"""The same of the cache that cores share, of which one has a part."""
 WIDE = 512
 """Columns from which on a tensor has a product of its own before it is copied to lie beside others, whatever it is."""
 
@@ -52,9 +58,10 @@ _WIDTHS = {
 }
 
 
-def spilled(size: int) -> float:
-    """Which share of so many bytes has left a core's cache when the next operator reads them."""
-    return min(1.0, max(0.0, (size - CACHE) / (_SPILLED - CACHE)))
+def spilled(size: int, within: tuple[int, int] = (CACHE, _SPILLED)) -> float:
+    """Which share of so many bytes has left a cache, a core's own unless said, when the next operator reads them."""
+    least, most = within
+    return min(1.0, max(0.0, (size - least) / (most - least)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Bill:
         runs: Of data movement, and of operands that are broadcast, the number of pieces that lie together; of stacks of
             products, the number of products; of what goes by rows, that of rows; of a reduction, that of results; of a
             recurrent layer, that of steps of all rows.
-        macs: Multiply-adds.
+        macs: Multiply-adds; of products of few rows, those that take as long as reading the weights.
         launches: Operators that it stands for, one with many results being more; 0 for what costs nothing at all.
         denormals: Weights of a softmax that masks make denormal numbers.
     """
@@ -100,6 +107,11 @@ class Bill:
         return min(self.runs, self.bytes // _LINE)
 
 
+def out_of_caches(bill: Bill) -> float:
+    """Bytes that an operator writes to memory that is in no cache; reductions, whose bytes are read, write few."""
+    return 0.0 if bill.kind.startswith("reduce") else spilled(bill.bytes, _SHARED) * bill.bytes
+
+
 @dataclass(frozen=True)
 class Target:
     """What things cost where the model runs.
@@ -109,6 +121,7 @@ class Target:
         rates: The same by kind of operator, where that is known; `scripts/calibrate.py` measures it.
         call: Seconds that a request takes before any operator runs, and after.
         spill: Further seconds per byte that does not stay in a core's cache.
+        memory: Further seconds per byte that is written and stays in no cache.
         denormal: Further seconds that a softmax and the product behind it take for a denormal weight
             (`scripts/underflow.py` measures it).
     """
@@ -119,6 +132,7 @@ class Target:
     rates: Mapping[str, Rate] = field(default_factory=dict)
     call: float = 0.0
     spill: float = 0.0
+    memory: float = 0.0
     denormal: float = 9e-9
 
     def rate(self, kind: str) -> Rate:
@@ -132,13 +146,15 @@ class Target:
         rate = self.rate(bill.kind)
         steps = bill.launches * rate.launch + bill.bytes * rate.byte + bill.runs * rate.run + bill.macs * rate.mac
         beyond = spilled(bill.bytes) * (bill.bytes * self.spill + bill.far * rate.far)
-        return steps + beyond + bill.denormals * self.denormal
+        return steps + beyond + out_of_caches(bill) * self.memory + bill.denormals * self.denormal
 
 
 _RESULT = 0.5
 """Launches that one more result of an operator takes as long as."""
 _OPERAND = 0.3
 """The same of one more operand of a Concat."""
+_LAUNCHES = {"Slice": 2.2, "Einsum": 5.0}
+"""The same of operators that work out at every run what they are to do."""
 _MULTIPLIED = (2.0, 3.0)
 """Exponents for which a runtime multiplies."""
 _STEP = 0.34e-6
@@ -147,6 +163,7 @@ CPU = Target(
     byte=0.042e-9,
     mac=0.0127e-9,
     rates={
+        "feed": Rate(1.2e-6, 0.0),
         "view": Rate(0.42e-6, 0.0),
         "elementwise": Rate(_STEP, 0.038e-9),
         "broadcast": Rate(_STEP, 0.049e-9, run=12.5e-9),
@@ -158,6 +175,7 @@ CPU = Target(
         "regroup": Rate(_STEP, 0.024e-9, run=2.0e-9),
         "regroup far": Rate(_STEP, 0.029e-9, run=4.4e-9),
         "copy": Rate(_STEP, 0.040e-9, run=2.0e-9, far=4e-9),
+        "copy far": Rate(_STEP, 0.040e-9, run=2.0e-9, far=12e-9),
         "expand": Rate(_STEP, 0.031e-9, run=3.1e-9),
         "transpose": Rate(_STEP, 0.031e-9, run=0.45e-9),
         "permute": Rate(_STEP, 0.031e-9, run=2.3e-9),
@@ -172,8 +190,9 @@ CPU = Target(
         "recurrent": Rate(2.5e-6, 1.75e-9, run=90e-9, mac=0.022e-9),
         "weights": Rate(0.0, 0.045e-9),
     },
-    call=9.7e-6,
+    call=8.5e-6,
     spill=0.020e-9,
+    memory=0.09e-9,
 )
 """One core of an x86 server, onnxruntime on one thread; `scripts/calibrate.py --models` fits it to whole models."""
 
@@ -364,7 +383,9 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
             steps = prod(sequence[:2]) * prod(again[:1])
             return Bill("recurrent", shapes.width(node.input[0]) * steps * prod(again[-1:]), steps, macs)
         stack = _products(node, shape)
-        return Bill("stack" if stack else "product", written, stack, macs)
+        if not stack and Trait.MATRIX in what and out:
+            macs = round(macs * _as_many(prod(out[:-1])))
+        return Bill("stack" if stack else "product", written, stack, macs, launches=_LAUNCHES.get(op, 1))
     if out is None or not node.input or Trait.EXTENTS in what:
         return Bill("other", written)
     entries = prod(out)
@@ -380,7 +401,12 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
             )
         far = shapes.width(node.input[0]) * prod(first) > _NEAR
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
-        launches = 1 + _RESULT * (len(node.output) - 1) + _OPERAND * (len(node.input) - 1 if op == "Concat" else 0)
+        if op in ("Concat", "Split"):
+            apart, axis = out if op == "Concat" else first, attribute(node, "axis", 0) % max(1, len(first))
+            kinds[op] = "copy far" if shapes.width(node.output[0]) * prod(apart[axis:]) > _PAGES else "copy"
+        launches = _LAUNCHES.get(op, 1) + _RESULT * (len(node.output) - 1)
+        if op == "Concat":
+            launches += _OPERAND * (len(node.input) - 1)
         return Bill(kinds.get(op, "copy"), written, _runs(node, first, out), launches=launches)
     if op == "Transpose":
         order = attribute(node, "perm") or list(range(len(out)))[::-1]
@@ -405,6 +431,14 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         return Bill("where", written, spans)
     moved = max(written, sum([shapes.width(i) * prod(s) for i, s in operands]))
     return Bill("broadcast", moved, spans) if spans > 1 else Bill("elementwise", moved)
+
+
+def _as_many(rows: int) -> float:
+    """How many times as long a row of a product of so many rows takes as one of many, for which weights are read once.
+
+    Reading a weight takes as long as four multiply-adds, which so many rows have beside them at most.
+    """
+    return 1 + _READ * max(0.0, 1 / max(1, rows) - 1 / _ROWS)
 
 
 def transposed(written: int, run: int, runs: int) -> Bill:
@@ -631,6 +665,7 @@ def _counted(graph: GraphProto, shapes: Shapes) -> Iterator[tuple[Bill, int]]:
     if shapes.alike.runs is None:
         shapes.alike.runs = _runs_of(graph, shapes)
     runs = shapes.alike.runs
+    yield Bill("feed"), sum(i.name not in shapes.initializers for i in graph.input)
     if far := round(spilled(runs.weights) * runs.weights):
         yield Bill("weights", far), 1
     apart = [(node, 1) for found in runs.sums if not found.adds_row(shapes.shape) for node in found.behind]

@@ -11,12 +11,12 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from onnxrank import (
+    activations,
     cost,
     factors,
     facts,
     feeds,
     keys,
-    prelu,
     reshapes,
     residuals,
     runtime,
@@ -297,8 +297,8 @@ class Transformation:
             underflow.avoid(self.rw)
         if self.rw.uses(factors.RULE):
             factors.move(self.rw)
-        if self.rw.uses(prelu.NAME):
-            prelu.vectorise(self.rw)
+        if self.rw.uses(activations.NAME):
+            activations.shorten(self.rw)
         siblings.join(self.rw)
         reshapes.cancel(self.rw)
         scalars.widen(self.rw)
@@ -446,7 +446,7 @@ def _standing(rule: str) -> int:
     """Rules by how much they do beyond others; those of third parties come first."""
     order = (
         "broadcast",
-        "prelu",
+        "activation",
         "underflow",
         "select",
         "pool",

@@ -3,6 +3,7 @@
 from onnxrank.rule import Rule
 
 from . import (
+    activation,
     attention,
     broadcast,
     cross,
@@ -17,7 +18,6 @@ from . import (
     norm,
     pack,
     picks,
-    prelu,
     reduce,
     select,
     underflow,
@@ -40,6 +40,6 @@ RULES: tuple[Rule, ...] = (
     pack.RULE,
     lookup.RULE,
     underflow.RULE,
-    prelu.RULE,
+    activation.RULE,
     broadcast.RULE,
 )

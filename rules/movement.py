@@ -65,7 +65,7 @@ def move(rw: Rewrite, node: NodeProto, x: Value | Sum, found: Sequence[Movement]
     # Positions computed of the number of rows hold for tensors that have them all.
     told = all(rw.array(node, k) is not None for k, i in enumerate(node.input) if k and i)
     entire = x.whole is not None and (told or x.whole.dims == x.dims)
-    if entire and not rw.is_open(x) and not linear and not _of_lookup(rw, node):
+    if entire and not rw.is_open(x) and not linear and not _of_lookup(rw, node) and not _turned_back(rw, node):
         names = [rw.tensor(rw.value(node, k)) if i else "" for k, i in enumerate(node.input)]
         return rw.keep(node, names, [m.dims for m in found], rw.present(x))
     return [rw.tidy(m.dims, x.dtype, m.take(x.codes)) for m in found]
@@ -83,6 +83,26 @@ def _of_lookup(rw: Rewrite, node: NodeProto) -> bool:
         return name not in rw.outputs and bool(found) and all(found)
 
     return _is_joined(node) or all(rw.graph.behind(o, LOOKUP, judge, join) for o in node.output if o)
+
+
+def _turned_back(rw: Rewrite, node: NodeProto) -> bool:
+    """Whether a Transpose is undone behind steps by entries or channels: then these are made as entries lie."""
+    if operator(node) != "Transpose":
+        return False
+    axes = range(rw.values[node.input[0]].rank)
+    order = list(attribute(node, "perm") or axes[::-1])
+    back = [order.index(k) for k in axes]
+
+    def judge(reader: NodeProto, name: str) -> bool | None:
+        if operator(reader) == "Transpose":
+            return list(attribute(reader, "perm") or axes[::-1]) == back
+        return None if Trait.ELEMENTWISE in traits(reader) or operator(reader) == "BatchNormalization" else False
+
+    def join(name: str, found: list[bool]) -> bool:
+        return name not in rw.outputs and bool(found) and all(found)
+
+    (made,) = node.output
+    return rw.graph.behind(made, ("turned back", *back), judge, join)
 
 
 def _is_joined(node: NodeProto) -> bool:

@@ -295,7 +295,27 @@ def _batch_first(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
 def _batch_norm(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if attribute(node, "training_mode", 0) or len([o for o in node.output if o]) > 1:
         return None
-    return rowwise(rw, node, [1] if rw.value(node, 0).rank > 1 else [])
+    return _channels_last(rw, node) or rowwise(rw, node, [1] if rw.value(node, 0).rank > 1 else [])
+
+
+def _channels_last(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
+    """BatchNormalization of a tensor that lies with its channels last: of its rows, so that it is not transposed."""
+    x = rw.value(node, 0)
+    order = None if x.whole is not None else rw.layout.native_order(x.codes, x.dims)
+    if order is None or order[-1] != 1 or len(order) < x.rank:
+        return None
+    name, have = rw.layout.realise(x.codes.transpose(order), tuple(x.dims[k] for k in order))
+    flat = (tuple(f for d in have[:-1] for f in d), have[-1])
+    if sum(isinstance(f, int) for f in flat[0]) > 1:
+        return None
+    rest = [rw.tensor(rw.value(node, k)) for k in range(1, 5)]
+    lowered = any(is_candidate_symbol(s) and s not in symbols(have) for s in symbols(x.dims))
+    made = rw.emit.fresh(f"{node.output[0]}/rows")
+    with rw.emit.under("broadcast" if lowered else None):
+        rw.emit.copy(node, [rw.layout.reshape(name, have, flat), *rest], [made])
+        result = rw.layout.reshape(made, flat, have)
+    codes = codes_of(rw.sources.add(have, x.dtype, result))
+    return [rw.tidy(x.dims, x.dtype, codes.transpose(np.argsort(order)))]
 
 
 def _dropout(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:

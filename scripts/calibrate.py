@@ -343,6 +343,7 @@ def _amounts(bills: Sequence[cost.Bill]) -> Counter[Key]:
         out[b.kind, "mac"] += b.macs
         out["", "denormal"] += b.denormals
         out["", "spill"] += cost.spilled(b.bytes) * b.bytes
+        out["", "memory"] += cost.out_of_caches(b)
         out[b.kind, "far"] += cost.spilled(b.bytes) * b.far
     return out
 

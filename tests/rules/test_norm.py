@@ -7,7 +7,20 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import Graph, candidate, feeds, optimised, refusals, request, rewritten, rows, rules, run, whole_numbers
+from helpers import (
+    Given,
+    Graph,
+    candidate,
+    feeds,
+    optimised,
+    refusals,
+    request,
+    rewritten,
+    rows,
+    rules,
+    run,
+    whole_numbers,
+)
 from numpy.typing import NDArray
 
 N = 512
@@ -260,6 +273,46 @@ def test_batch_norm_with_levels_on_another_axis() -> None:
     x = g.op("Concat", *(i.declare(g) for i in given), axis=2)
     g.output(g.op("BatchNormalization", x, *parameters(g, 3), epsilon=0.0), ["N", 3, 6])
     optimised(g, given)
+
+
+def turned(length: int | str, how: str = "", level: str = "candidate") -> tuple[Graph, list[Given]]:
+    """Channels brought to the front for a normalisation, an activation of both, and back again."""
+    g = Graph()
+    given = [request("u", length, 4), candidate("c", length, 4), candidate("d", 3)]
+    u, c, d = (i.declare(g) for i in given)
+    x = g.op("MatMul", u, g.const(whole_numbers(4, 4, seed=1)))
+    x = g.op("Relu", x if level == "request" else g.op("Add", x, c))
+    t = g.op("Transpose", x, perm=[0, 2, 1])
+    b = g.op("BatchNormalization", t, *parameters(g, 4), epsilon=0.0)
+    y = g.op("Add", g.op("Mul", g.op("Relu", b), t), g.const(np.arange(4.0).reshape(4, 1)))
+    z = g.op("Transpose", y, perm=[1, 2, 0] if how == "elsewhere" else [0, 2, 1])
+    if how == "elsewhere":
+        z = g.op("Transpose", z, perm=[2, 1, 0])
+    z = g.op("MatMul", z, g.const(whole_numbers(4, 3)))
+    if how == "summed":
+        z = g.op("Add", z, g.on_axes("ReduceMax", t, [1, 2], keepdims=1))
+    z = g.op("Mul", g.on_axes("ReduceSum", z, [1], keepdims=0), d)
+    g.output(z, ["N", 3])
+    return g, given
+
+
+@pytest.mark.parametrize("level", ["candidate", "request"])
+@pytest.mark.parametrize("length", [5, 2, 1, "L"])
+def test_batch_norm_of_channels_that_are_brought_to_the_front_and_back(length: int | str, level: str) -> None:
+    """Candidates' rows are normalised as they lie, and nothing is turned; what is the request's may be."""
+    g, given = turned(length, level=level)
+    lengths = [{"L": n} for n in (0, 1, 2, 33)] if length == "L" else [{}]
+    result = optimised(g, given, counts=(0, 1, 2, 7, 90), lengths=lengths)
+    kinds = [n.op_type for n in result.model.graph.node]
+    assert kinds.count("BatchNormalization") == 1
+    assert "Transpose" not in kinds or level == "request" or length == 1
+
+
+@pytest.mark.parametrize("how", ["elsewhere", "summed"])
+def test_channels_that_are_read_as_they_are_stay_in_front(how: str) -> None:
+    g, given = turned(5, how)
+    result = optimised(g, given, counts=(0, 1, 2, 7, 90))
+    assert "Transpose" in [n.op_type for n in result.model.graph.node]
 
 
 def test_batch_norm_of_candidates_as_channels() -> None:

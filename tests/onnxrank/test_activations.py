@@ -1,4 +1,4 @@
-"""PReLU by other operators: the same entries to the last bit, at any slopes, and where it does not pay not at all."""
+"""PReLU and Dice in other steps: the same scores, at any slopes, and where it does not pay not at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import Graph, candidate, operators, optimised, request, rewritten, rules, run, whole_numbers
+from helpers import Given, Graph, candidate, operators, optimised, request, rewritten, rules, run, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import ModelProto, TensorProto
+
+import onnxrank
 
 UNITS = 24
 SLOPES = {
@@ -95,7 +97,7 @@ def test_within_a_product(slope: float) -> None:
     h = g.op("Gemm", g.op("Concat", u, c, axis=1), *weights)
     g.output(g.op("PRelu", h, g.const([slope])), ["N", 70])
     result = optimised(g, given_, counts=(0, 1, 2, 7, 90))
-    assert rules(result)["prelu"] == 1
+    assert rules(result)["activation"] == 1
     assert "LeakyRelu" in operators(result.model)
 
 
@@ -125,9 +127,9 @@ def test_left_alone(how: str) -> None:
         a = g.op("Cast", g.const([slopes]), to=kind)
     y = g.op("PRelu", g.op("Cast", g.op("Add", x, r), to=kind), a)
     g.output(g.op("Cast", y, to=1), ["N", UNITS])
-    options = {"ignore": ["prelu"]} if how == "left out" else {}
+    options = {"ignore": ["activation"]} if how == "left out" else {}
     result = rewritten(g.model(), request=["r", "a"] if how == "given" else ["r"], **options)
-    assert "PRelu" in operators(result.model) and "prelu" not in rules(result)
+    assert "PRelu" in operators(result.model) and "activation" not in rules(result)
 
 
 def test_a_few_entries_are_not_worth_more_steps() -> None:
@@ -140,3 +142,87 @@ def test_a_few_entries_are_not_worth_more_steps() -> None:
         g.output(g.op("Mul", once, g.op("PRelu", c, g.const(slopes))), ["N", UNITS])
         result = optimised(g, given_, counts=(1, 7))
         assert operators(result.model).count("PRelu") == stays
+
+
+# --- Dice ------------------------------------------------------------------------------------------------------------
+
+ALPHAS = {
+    "columns": np.linspace(-2.0, 2.0, UNITS).reshape(1, UNITS),
+    "one number": np.array(0.25),
+    "zeros": np.zeros(UNITS),
+    "ones": np.ones(UNITS),
+}
+
+
+def dice(alpha: np.ndarray, how: str = "as defined", kind: int = TensorProto.FLOAT) -> tuple[Graph, list[Given]]:
+    """A layer and Dice behind it, of numbers that no step rounds."""
+    g, dtype = Graph(17), np.float64 if kind == TensorProto.DOUBLE else np.float32
+    given_ = [request("u", 6), candidate("c", UNITS), candidate("q", UNITS)]
+    u, c, q = (i.declare(g) for i in given_)
+    x = g.op("Add", g.op("MatMul", u, g.const(whole_numbers(6, UNITS, seed=1))), c)
+    p = g.op("Mul", q, g.const(0.5))
+    if kind != TensorProto.FLOAT:
+        x, p = (g.op("Cast", t, to=kind) for t in (x, p))
+    one, a = g.const(1.0, dtype), g.const(alpha, dtype)
+    if how == "as defined":
+        y = g.op("Add", g.op("Mul", g.op("Mul", a, g.op("Sub", one, p)), x), g.op("Mul", p, x))
+    elif how == "slope last":
+        y = g.op("Add", g.op("Mul", p, x), g.op("Mul", g.op("Mul", x, g.op("Sub", one, p)), a))
+    elif how == "negative":
+        y = g.op("Add", g.op("Mul", x, p), g.op("Mul", x, g.op("Mul", g.op("Add", g.op("Neg", p), one), a)))
+    elif how == "residual":
+        y = g.op("Add", g.op("Mul", x, g.op("Add", g.op("Mul", p, a), one)), x)
+    elif how == "two tensors":
+        y = g.op("Add", g.op("Mul", g.op("Mul", a, g.op("Sub", one, p)), x), g.op("Mul", g.op("Relu", p), x))
+    elif how == "nothing in common":
+        y = g.op("Add", g.op("Mul", g.op("Mul", a, g.op("Sub", one, p)), x), g.op("Mul", p, g.op("Relu", x)))
+    else:
+        rest = g.op("Sub", one, p)
+        y = g.op("Add", g.op("Mul", g.op("Mul", a, rest), x), g.op("Mul", p, x))
+        y = g.op("Mul", y, rest)
+    g.output(g.op("Cast", y, to=1), ["N", UNITS])
+    return g, given_
+
+
+def taken(result: onnxrank.Result) -> bool:
+    return any(s.place.rule == "activation" and s.taken for s in result.plan.sites)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("how", ["as defined", "slope last", "negative"])
+def test_dice(how: str, alpha: str) -> None:
+    """Three steps at most behind the sigmoid; whole numbers and halves, so that scores are the same to the last bit."""
+    g, given_ = dice(ALPHAS[alpha] if alpha != "columns" else np.arange(UNITS) % 5 - 2.0, how)
+    result = optimised(g, given_, counts=(0, 1, 2, 7, 333))
+    assert taken(result)
+    found = Counter(operators(result.model))
+    assert found["Sub"] == 0 and found["Neg"] == 0
+    assert found["Mul"] <= 3 and found["Mul"] + found["Add"] <= 5
+
+
+@pytest.mark.parametrize("how", ["as defined", "slope last", "negative"])
+def test_dice_of_any_slopes(how: str) -> None:
+    g, given_ = dice(ALPHAS["columns"], how)
+    assert taken(optimised(g, given_, counts=(1, 2, 90), tolerance=1e-5))
+
+
+@pytest.mark.parametrize("how", ["two tensors", "nothing in common", "read"])
+def test_other_sums_stay(how: str) -> None:
+    g, given_ = dice(ALPHAS["columns"], how)
+    result = optimised(g, given_, counts=(1, 2, 90), tolerance=1e-5)
+    assert operators(result.model).count("Sub") == 1
+
+
+def test_large_slopes_and_other_types_stay() -> None:
+    """Where slopes are large, terms cancel."""
+    for alpha, kind in ((np.full(UNITS, 20.0), TensorProto.FLOAT), (np.ones(UNITS), TensorProto.DOUBLE)):
+        g, given_ = dice(alpha, kind=kind)
+        assert not taken(optimised(g, given_, counts=(1, 2, 90), tolerance=1e-5))
+
+
+def test_a_factor_and_the_tensor_itself() -> None:
+    """A residual of a gate is one more for the gate."""
+    g, given_ = dice(np.full(UNITS, 2.0), "residual")
+    result = optimised(g, given_, counts=(1, 2, 90))
+    found = Counter(operators(result.model))
+    assert taken(result) and found["Add"] <= 2

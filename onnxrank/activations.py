@@ -1,0 +1,285 @@
+"""Activations with learnt slopes, in fewer steps and by operators whose kernels take many entries at a time.
+
+onnxruntime's PRelu takes entries one after the other on CPUs and branches on their signs, which takes twenty times as
+long as a Relu. The same entries, to the last bit:
+
+    prelu(x; a) = leaky_relu(x; a)            for one slope; a product in front of it takes that in
+    prelu(x; a) = max(x, a x)                 for slopes above 0, up to 1
+    prelu(x; a) = max(x, 0) + a min(x, 0)     for any other
+
+Dice (Zhou et al., Deep Interest Network, 2018) is written as it is defined, in five steps behind its sigmoid p. As a
+sum of two products that have x in common it takes three:
+
+    a (1 - p) x + p x = x ((1 - a) p + a)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper
+
+from onnxrank import cost
+from onnxrank.emitter import Emitted, Emitter
+from onnxrank.operators import operator
+from onnxrank.plans import LEAVE, TAKE, Alternative
+from onnxrank.rewrite import Rewrite
+from onnxrank.values import Level, Origin, Source
+from onnxrank.written import Written, entries
+
+NAME = "activation"
+_MOST = 1 << 16
+"""Slopes that are not too many to look at."""
+_LARGEST = 8.0
+"""Coefficients of a sum up to which rounding them costs no more than a few units in the last place of its terms."""
+_STEPS = 16
+"""Steps of a product that are looked at."""
+
+
+def shorten(rw: Rewrite) -> None:
+    """Writes activations in other steps, wherever that pays.
+
+    Args:
+        rw: A rewrite that has written its nodes.
+    """
+    nodes, sources = rw.emit.nodes, rw.sources.named()
+    blends: _Blends | None = None
+    for k, e in enumerate(list(nodes)):
+        made = sources.get(e.proto.output[0])
+        if made is None or made.dtype != TensorProto.FLOAT or made.level is Level.CONSTANT:
+            continue
+        written: _Prelu | _Blend | None = None
+        if operator(e.proto) == "PRelu":
+            written = _prelu(rw, e.proto)
+        elif operator(e.proto) == "Add":
+            blends = blends or _Blends(rw, Written(rw))
+            written = blends.found(e.proto)
+        if written is None:
+            continue
+        with rw.emit.at(Origin(e.origin, e.proto.output[0], NAME)):
+            if rw.decide(NAME, _ways(made, written)) == TAKE:
+                nodes[k] = replace(e, proto=written.last(rw.emit, e), rule=NAME)
+
+
+def _ways(made: Source, written: _Prelu | _Blend) -> list[Alternative]:
+    """What it costs to leave steps over so many entries, and to write others."""
+    size, each = 4 * entries(made.dims), made.level is Level.CANDIDATE
+    was, now = written.steps
+    left = size * was * cost.CPU.rate(written.kind).byte
+    taken = size * now * cost.CPU.rate("elementwise").byte
+    return [
+        Alternative(LEAVE, "", cost.estimate(launches=was) + (0.0 if each else left), left if each else 0.0),
+        Alternative(
+            TAKE, written.exactness, cost.estimate(launches=now) + (0.0 if each else taken), taken if each else 0.0
+        ),
+    ]
+
+
+# --- PReLU -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Prelu:
+    """A PRelu.
+
+    Attributes:
+        x: What it is of.
+        a: Its slopes.
+        slopes: The same as numbers.
+    """
+
+    x: str
+    a: str
+    slopes: NDArray[Any]
+    kind = "serial"
+    exactness = "exact"
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How many steps there are, and how many there would be."""
+        if (self.slopes == self.slopes.flat[0]).all():
+            return 1, 1
+        # With a slope of 0, an infinite entry would give a number that is none.
+        return 1, 2 if ((self.slopes > 0) & (self.slopes <= 1)).all() else 4
+
+    def last(self, emit: Emitter, e: Emitted) -> NodeProto:
+        """The last node, in the place of the PRelu; those before it are added."""
+        made, name = list(e.proto.output), e.proto.name
+        _, steps = self.steps
+        if steps == 1:
+            return helper.make_node("LeakyRelu", [self.x], made, name, alpha=float(self.slopes.flat[0]))
+        if steps == 2:
+            return helper.make_node("Max", [self.x, emit.add("Mul", [self.x, self.a])], made, name)
+        below = emit.add("Min", [self.x, emit.constant(np.array(0, np.float32))])
+        return helper.make_node("Add", [emit.add("Relu", [self.x]), emit.add("Mul", [below, self.a])], made, name)
+
+
+def _prelu(rw: Rewrite, node: NodeProto) -> _Prelu | None:
+    """A PRelu of constant slopes; infinite ones would make numbers of 0 that are none."""
+    slopes = rw.stored(node.input[1], _MOST)
+    if slopes is None or not slopes.size or not np.isfinite(slopes).all():
+        return None
+    return _Prelu(node.input[0], node.input[1], slopes)
+
+
+# --- Dice ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Line:
+    """`slope p + offset`, of numbers or of one for each column.
+
+    Attributes:
+        p: The tensor; None for an offset alone.
+        slope: Its factor.
+        offset: What is added.
+        steps: The nodes that make this, which nothing else reads.
+    """
+
+    p: str | None
+    slope: NDArray[np.float64]
+    offset: NDArray[np.float64]
+    steps: int = 0
+
+    def scaled(self, by: NDArray[Any]) -> _Line:
+        """The same times some numbers."""
+        return replace(self, slope=self.slope * by, offset=self.offset * by)
+
+
+_NONE, _ALL = np.zeros(()), np.ones(())
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """A sum of two products of one tensor, `x (slope p + offset)`.
+
+    Attributes:
+        x: The tensor.
+        line: What it is multiplied by.
+    """
+
+    x: str
+    line: _Line
+    kind = "elementwise"
+    exactness = "reassociates"
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How many steps there are, and how many there would be."""
+        return self.line.steps, 1 + bool((self.line.slope != 1).any()) + bool(self.line.offset.any())
+
+    def last(self, emit: Emitter, e: Emitted) -> NodeProto:
+        """The last node, in the place of the sum; those before it are added."""
+        assert self.line.p is not None
+        factor, slope, offset = self.line.p, self.line.slope, self.line.offset
+        if (slope != 1).any():
+            factor = emit.add("Mul", [factor, emit.constant(slope.astype(np.float32))])
+        if offset.any():
+            factor = emit.add("Add", [factor, emit.constant(offset.astype(np.float32))])
+        return helper.make_node("Mul", [self.x, factor], list(e.proto.output), e.proto.name)
+
+
+@dataclass(frozen=True)
+class _Blends:
+    """The sums that were written.
+
+    Attributes:
+        rw: The rewrite.
+        written: What it has written.
+    """
+
+    rw: Rewrite
+    written: Written
+
+    def found(self, node: NodeProto) -> _Blend | None:
+        """The two products of one tensor that an Add adds, if these take more steps than one does."""
+        if len(set(node.input)) < 2:
+            return None
+        (first, one), (second, other) = (self._factors(i) for i in node.input)
+        for x in dict.fromkeys(f for f in first if f in second and self._number(f) is None):
+            lines = [self._line(_without(factors, x)) for factors in (first, second)]
+            a, b = lines
+            if a is None or b is None or len({line.p for line in lines if line is not None} - {None}) != 1:
+                continue
+            p = a.p or b.p
+            made = _Line(p, a.slope + b.slope, a.offset + b.offset, a.steps + b.steps + one + other + 1)
+            size = max(float(np.abs(c).max()) for line in (a, b, made) for c in (line.slope, line.offset))
+            blend = _Blend(x, made)
+            was, now = blend.steps
+            if now < was and size <= _LARGEST:
+                return blend
+        return None
+
+    def _number(self, name: str) -> NDArray[Any] | None:
+        """Numbers that are stored."""
+        return self.rw.stored(name, _MOST)
+
+    def _factors(self, name: str) -> tuple[list[str], int]:
+        """What is multiplied to a tensor, and in how many steps that nothing else needs."""
+        out, waiting, steps = [], [name], 0
+        while waiting:
+            at = waiting.pop()
+            node = self._own(at)
+            if node is not None and operator(node) == "Mul" and steps < _STEPS:
+                waiting += node.input
+                steps += 1
+            else:
+                out.append(at)
+        return out, steps
+
+    def _own(self, name: str) -> NodeProto | None:
+        """The node that makes a tensor which one other reads, and that once."""
+        return self.written.maker(name) if self.written.only_reader(name) is not None else None
+
+    def _line(self, factors: Sequence[str]) -> _Line | None:
+        """A product as a line in one tensor; None where there are several in it."""
+        numbers = [(f, self._number(f)) for f in factors]
+        rest = [f for f, data in numbers if data is None]
+        if len(rest) > 1:
+            return None
+        line = self._sum(rest[0]) if rest else _Line(None, _NONE, _ALL)
+        for _, data in numbers:
+            line = line if data is None else line.scaled(data.astype(np.float64))
+        return line
+
+    def _sum(self, name: str) -> _Line:
+        """A tensor as a line in the one that numbers were added to, or that was taken from them."""
+        steps = [*self._steps(name)]
+        line = _Line(steps[-1][1] if steps else name, _ALL, _NONE, len(steps))
+        for sign, _, number, by in steps[::-1]:
+            line = replace(line, slope=sign * line.slope, offset=sign * line.offset + by * number)
+        return line
+
+    def _steps(self, name: str) -> Iterator[tuple[int, str, NDArray[np.float64], int]]:
+        """Signs, tensors and numbers, with their signs, that a tensor comes of step by step, the last step first."""
+        for _ in range(_STEPS):
+            node = self._own(name)
+            if node is None or operator(node) not in ("Add", "Sub", "Neg"):
+                return
+            if operator(node) == "Neg":
+                name = node.input[0]
+                yield -1, name, _NONE, 1
+                continue
+            a, b = (self._number(i) for i in node.input)
+            if (a is None) == (b is None):
+                return
+            negative = operator(node) == "Sub"
+            name = node.input[1 if b is None else 0]
+            number = a if b is None else b
+            assert number is not None
+            yield (
+                -1 if negative and b is None else 1,
+                name,
+                number.astype(np.float64),
+                -1 if negative and a is None else 1,
+            )
+
+
+def _without(factors: Sequence[str], x: str) -> list[str]:
+    """Factors but for one."""
+    at = list(factors).index(x)
+    return [*factors[:at], *factors[at + 1 :]]
