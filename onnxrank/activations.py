@@ -130,6 +130,53 @@ def _prelu(rw: Rewrite, node: NodeProto) -> _Prelu | None:
 
 
 @dataclass(frozen=True)
+class _Numbers:
+    """Constants; what is computed of them is left to nodes, so that it is as exact as the rest of the model.
+
+    Attributes:
+        data: The numbers.
+        name: The tensor that stores them; empty for those that are computed, and for whole numbers that nothing stores.
+        op: The operator that computes them; empty for none.
+        of: Its operands.
+    """
+
+    data: NDArray[np.float64]
+    name: str = ""
+    op: str = ""
+    of: tuple[_Numbers, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is a number that is known as it is."""
+        return not self.name and not self.op
+
+    def __mul__(self, other: _Numbers) -> _Numbers:
+        if self.is_whole and other.is_whole:
+            return _Numbers(self.data * other.data)
+        for one, rest in ((self, other), (other, self)):
+            if one.is_whole and one.data in (0, 1):
+                return rest if one.data else one
+        return _Numbers(self.data * other.data, op="Mul", of=(self, other))
+
+    def __add__(self, other: _Numbers) -> _Numbers:
+        if self.is_whole and other.is_whole:
+            return _Numbers(self.data + other.data)
+        for none, rest in ((self, other), (other, self)):
+            if none.is_whole and not none.data:
+                return rest
+        return _Numbers(self.data + other.data, op="Add", of=(self, other))
+
+    def written(self, emit: Emitter) -> str:
+        """The tensor that holds them."""
+        if self.op:
+            return emit.add(self.op, [n.written(emit) for n in self.of])
+        return self.name or emit.constant(self.data.astype(np.float32))
+
+
+_NONE, _ONE, _MINUS = (_Numbers(np.array(n, np.float64)) for n in (0, 1, -1))
+
+
+@dataclass(frozen=True)
 class _Line:
     """`slope p + offset`, of numbers or of one for each column.
 
@@ -141,16 +188,13 @@ class _Line:
     """
 
     p: str | None
-    slope: NDArray[np.float64]
-    offset: NDArray[np.float64]
+    slope: _Numbers
+    offset: _Numbers
     steps: int = 0
 
-    def scaled(self, by: NDArray[Any]) -> _Line:
+    def scaled(self, by: _Numbers) -> _Line:
         """The same times some numbers."""
         return replace(self, slope=self.slope * by, offset=self.offset * by)
-
-
-_NONE, _ALL = np.zeros(()), np.ones(())
 
 
 @dataclass(frozen=True)
@@ -170,16 +214,16 @@ class _Blend:
     @property
     def steps(self) -> tuple[int, int]:
         """How many steps there are, and how many there would be."""
-        return self.line.steps, 1 + bool((self.line.slope != 1).any()) + bool(self.line.offset.any())
+        return self.line.steps, 1 + bool((self.line.slope.data != 1).any()) + bool(self.line.offset.data.any())
 
     def last(self, emit: Emitter, e: Emitted) -> NodeProto:
         """The last node, in the place of the sum; those before it are added."""
         assert self.line.p is not None
         factor, slope, offset = self.line.p, self.line.slope, self.line.offset
-        if (slope != 1).any():
-            factor = emit.add("Mul", [factor, emit.constant(slope.astype(np.float32))])
-        if offset.any():
-            factor = emit.add("Add", [factor, emit.constant(offset.astype(np.float32))])
+        if (slope.data != 1).any():
+            factor = emit.add("Mul", [factor, slope.written(emit)])
+        if offset.data.any():
+            factor = emit.add("Add", [factor, offset.written(emit)])
         return helper.make_node("Mul", [self.x, factor], list(e.proto.output), e.proto.name)
 
 
@@ -200,23 +244,24 @@ class _Blends:
         if len(set(node.input)) < 2:
             return None
         (first, one), (second, other) = (self._factors(i) for i in node.input)
-        for x in dict.fromkeys(f for f in first if f in second and self._number(f) is None):
+        for x in dict.fromkeys(f for f in first if f in second and self._numbers(f) is None):
             lines = [self._line(_without(factors, x)) for factors in (first, second)]
             a, b = lines
             if a is None or b is None or len({line.p for line in lines if line is not None} - {None}) != 1:
                 continue
             p = a.p or b.p
             made = _Line(p, a.slope + b.slope, a.offset + b.offset, a.steps + b.steps + one + other + 1)
-            size = max(float(np.abs(c).max()) for line in (a, b, made) for c in (line.slope, line.offset))
+            size = max(float(np.abs(c.data).max()) for line in (a, b, made) for c in (line.slope, line.offset))
             blend = _Blend(x, made)
             was, now = blend.steps
             if now < was and size <= _LARGEST:
                 return blend
         return None
 
-    def _number(self, name: str) -> NDArray[Any] | None:
-        """Numbers that are stored."""
-        return self.rw.stored(name, _MOST)
+    def _numbers(self, name: str) -> _Numbers | None:
+        """Numbers that are constant."""
+        data = self.rw.stored(name, _MOST)
+        return None if data is None or not data.size else _Numbers(data.astype(np.float64), name)
 
     def _factors(self, name: str) -> tuple[list[str], int]:
         """What is multiplied to a tensor, and in how many steps that nothing else needs."""
@@ -237,46 +282,42 @@ class _Blends:
 
     def _line(self, factors: Sequence[str]) -> _Line | None:
         """A product as a line in one tensor; None where there are several in it."""
-        numbers = [(f, self._number(f)) for f in factors]
-        rest = [f for f, data in numbers if data is None]
+        numbers = [(f, self._numbers(f)) for f in factors]
+        rest = [f for f, found in numbers if found is None]
         if len(rest) > 1:
             return None
-        line = self._sum(rest[0]) if rest else _Line(None, _NONE, _ALL)
-        for _, data in numbers:
-            line = line if data is None else line.scaled(data.astype(np.float64))
+        line = self._sum(rest[0]) if rest else _Line(None, _NONE, _ONE)
+        for _, found in numbers:
+            line = line if found is None else line.scaled(found)
         return line
 
     def _sum(self, name: str) -> _Line:
         """A tensor as a line in the one that numbers were added to, or that was taken from them."""
         steps = [*self._steps(name)]
-        line = _Line(steps[-1][1] if steps else name, _ALL, _NONE, len(steps))
-        for sign, _, number, by in steps[::-1]:
-            line = replace(line, slope=sign * line.slope, offset=sign * line.offset + by * number)
+        line = _Line(steps[-1][1] if steps else name, _ONE, _NONE, len(steps))
+        for sign, _, added in steps[::-1]:
+            line = line.scaled(sign)
+            line = replace(line, offset=line.offset + added)
         return line
 
-    def _steps(self, name: str) -> Iterator[tuple[int, str, NDArray[np.float64], int]]:
-        """Signs, tensors and numbers, with their signs, that a tensor comes of step by step, the last step first."""
+    def _steps(self, name: str) -> Iterator[tuple[_Numbers, str, _Numbers]]:
+        """Signs, tensors and numbers that are added, which a tensor comes of step by step, the last step first."""
         for _ in range(_STEPS):
             node = self._own(name)
             if node is None or operator(node) not in ("Add", "Sub", "Neg"):
                 return
             if operator(node) == "Neg":
                 name = node.input[0]
-                yield -1, name, _NONE, 1
+                yield _MINUS, name, _NONE
                 continue
-            a, b = (self._number(i) for i in node.input)
+            a, b = (self._numbers(i) for i in node.input)
             if (a is None) == (b is None):
                 return
-            negative = operator(node) == "Sub"
-            name = node.input[1 if b is None else 0]
-            number = a if b is None else b
-            assert number is not None
-            yield (
-                -1 if negative and b is None else 1,
-                name,
-                number.astype(np.float64),
-                -1 if negative and a is None else 1,
-            )
+            name = node.input[a is not None]
+            if a is not None:
+                yield _MINUS if operator(node) == "Sub" else _ONE, name, a
+            elif b is not None:
+                yield _ONE, name, b * _MINUS if operator(node) == "Sub" else b
 
 
 def _without(factors: Sequence[str], x: str) -> list[str]:

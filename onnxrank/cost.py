@@ -161,7 +161,7 @@ _STEP = 0.34e-6
 CPU = Target(
     launch=_STEP,
     byte=0.042e-9,
-    mac=0.0127e-9,
+    mac=0.0132e-9,
     rates={
         "feed": Rate(1.2e-6, 0.0),
         "view": Rate(0.42e-6, 0.0),
@@ -170,12 +170,12 @@ CPU = Target(
         "where": Rate(1.06e-6, 0.031e-9, run=18.5e-9),
         "function": Rate(_STEP, 0.104e-9),
         "slow function": Rate(_STEP, 0.47e-9),
-        "serial": Rate(_STEP, 1.63e-9),
+        "serial": Rate(_STEP, 1.40e-9),
         "lookup": Rate(_STEP, 0.030e-9, run=9.7e-9),
         "regroup": Rate(_STEP, 0.024e-9, run=2.0e-9),
         "regroup far": Rate(_STEP, 0.029e-9, run=4.4e-9),
-        "copy": Rate(_STEP, 0.040e-9, run=2.0e-9, far=4e-9),
-        "copy far": Rate(_STEP, 0.040e-9, run=2.0e-9, far=12e-9),
+        "copy": Rate(_STEP, 0.046e-9, run=2.0e-9, far=4e-9),
+        "copy far": Rate(_STEP, 0.046e-9, run=2.0e-9, far=12e-9),
         "expand": Rate(_STEP, 0.031e-9, run=3.1e-9),
         "transpose": Rate(_STEP, 0.031e-9, run=0.45e-9),
         "permute": Rate(_STEP, 0.031e-9, run=2.3e-9),
@@ -184,11 +184,11 @@ CPU = Target(
         "reduce across": Rate(_STEP, 0.029e-9, run=9.9e-9),
         "softmax": Rate(_STEP, 0.30e-9, run=12.7e-9),
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
-        "product": Rate(0.44e-6, 0.050e-9, mac=0.0127e-9),
-        "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.023e-9),
+        "product": Rate(0.50e-6, 0.050e-9, mac=0.0132e-9),
+        "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.027e-9),
         "trees": Rate(5e-6, 0.030e-9, mac=5.5e-9),
         "recurrent": Rate(2.5e-6, 1.75e-9, run=90e-9, mac=0.022e-9),
-        "weights": Rate(0.0, 0.045e-9),
+        "weights": Rate(0.0, 0.014e-9),
     },
     call=8.5e-6,
     spill=0.020e-9,
@@ -403,7 +403,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         kinds = {"Gather": "regroup far" if far else "regroup", "Expand": "expand"}
         if op in ("Concat", "Split"):
             apart, axis = out if op == "Concat" else first, attribute(node, "axis", 0) % max(1, len(first))
-            kinds[op] = "copy far" if shapes.width(node.output[0]) * prod(apart[axis:]) > _PAGES else "copy"
+            row = shapes.width(node.output[0]) * prod(apart[axis:]) if axis else 0
+            kinds[op] = "copy far" if row > _PAGES else "copy"
         launches = _LAUNCHES.get(op, 1) + _RESULT * (len(node.output) - 1)
         if op == "Concat":
             launches += _OPERAND * (len(node.input) - 1)
