@@ -11,6 +11,9 @@ Dice (Zhou et al., Deep Interest Network, 2018) is written as it is defined, in 
 sum of two products that have x in common it takes three:
 
     a (1 - p) x + p x = x ((1 - a) p + a)
+
+where x is finite: of an infinite one the sum is no number, where the product may be one. So it is taken where x and p
+come of ids and tables alone, by steps that keep what is finite.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from onnxrank import cost
+from onnxrank import cost, runtime
 from onnxrank.emitter import Emitted, Emitter
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import Level, Origin, Source
@@ -38,6 +41,10 @@ _LARGEST = 8.0
 """Coefficients of a sum up to which rounding them costs no more than a few units in the last place of its terms."""
 _STEPS = 16
 """Steps of a product that are looked at."""
+_WHOLE = Trait.BOOLEAN | Trait.EXTENTS
+"""Gives conditions or extents."""
+_KEEPING = Trait.SMOOTH | Trait.MOVEMENT | Trait.CHOICE | Trait.CAST
+"""Makes finite numbers of finite ones."""
 
 
 def shorten(rw: Rewrite) -> None:
@@ -254,9 +261,37 @@ class _Blends:
             size = max(float(np.abs(c.data).max()) for line in (a, b, made) for c in (line.slope, line.offset))
             blend = _Blend(x, made)
             was, now = blend.steps
-            if now < was and size <= _LARGEST:
+            if now < was and size <= _LARGEST and self._finite(x) and p is not None and self._finite(p):
                 return blend
         return None
+
+    def _finite(self, name: str) -> bool:
+        """Whether a tensor is finite whatever callers give: their floats do not go into it, nor what may overflow."""
+        waiting, seen = [name], set()
+        while waiting:
+            at = waiting.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            source, node = self.written.source(at), self.written.maker(at)
+            if source is not None and source.dtype not in runtime.FLOATS:
+                continue
+            if self.written.level(at) is Level.CONSTANT:
+                if not self._keeps_finite(at):
+                    return False
+            elif node is None:
+                return False
+            elif not traits(node) & _WHOLE:
+                if not traits(node) & _KEEPING:
+                    return False
+                several = not traits(node) & (Trait.MOVEMENT | Trait.CAST) or operator(node) == "Concat"
+                waiting += [i for i in (node.input if several else node.input[:1]) if i]
+        return True
+
+    def _keeps_finite(self, name: str) -> bool:
+        """Whether nothing infinite is stored; large tables, which have learnt entries, are not looked at."""
+        data = self.rw.stored(name, _MOST)
+        return data is None or bool(np.isfinite(data).all())
 
     def _numbers(self, name: str) -> _Numbers | None:
         """Numbers that are constant."""

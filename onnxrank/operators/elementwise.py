@@ -195,8 +195,8 @@ OPERATORS = {
     "Max": Operator(
         broadcast_together, _entrywise(_fold(ex.maximum), _ordered(np.maximum)), traits=_SYMMETRIC | Trait.CHOICE
     ),
-    "Neg": Operator(same, _entrywise(lambda a: -a, np.negative), traits=_ENTRYWISE),
-    "Abs": Operator(same, _entrywise(_absolute, np.abs), traits=_ENTRYWISE),
+    "Neg": Operator(same, _entrywise(lambda a: -a, np.negative), traits=_EVEN),
+    "Abs": Operator(same, _entrywise(_absolute, np.abs), traits=_EVEN),
     "Sqrt": Operator(same, fixed_only(np.sqrt), traits=_ENTRYWISE),
     "Reciprocal": Operator(same, fixed_only(lambda a: a.dtype.type(1) / a), traits=_ENTRYWISE),
     "Floor": Operator(same, fixed_only(np.floor), traits=_ENTRYWISE),

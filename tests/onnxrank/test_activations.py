@@ -156,12 +156,22 @@ ALPHAS = {
 }
 
 
-def dice(alpha: np.ndarray, how: str = "as defined", kind: int = TensorProto.FLOAT) -> tuple[Graph, list[Given]]:
-    """A layer and Dice behind it, of numbers that no step rounds."""
+def dice(
+    alpha: np.ndarray, how: str = "as defined", kind: int = TensorProto.FLOAT, given_as: str = "ids"
+) -> tuple[Graph, list[Given]]:
+    """A layer over what ids look up and Dice behind it, of numbers that no step rounds."""
     g, dtype = Graph(17), np.float64 if kind == TensorProto.DOUBLE else np.float32
-    given_ = [request("u", 6), candidate("c", UNITS), candidate("q", UNITS)]
+    given_ = [request("u", 2, ids=9), candidate("c", ids=9), candidate("q", ids=9)]
+    if given_as == "floats":
+        given_[1] = candidate("c", UNITS)
     u, c, q = (i.declare(g) for i in given_)
-    x = g.op("Add", g.op("MatMul", u, g.const(whole_numbers(6, UNITS, seed=1))), c)
+    table = g.const(whole_numbers(9, UNITS, seed=4))
+    if given_as != "floats":
+        c = g.op("Gather", table, c, axis=0)
+    u, q = g.op("Reshape", g.op("Gather", table, u, axis=0), g.ints(-1, 2 * UNITS)), g.op("Gather", table, q, axis=0)
+    x = g.op("Add", g.op("MatMul", u, g.const(whole_numbers(2 * UNITS, UNITS, seed=1))), c)
+    if given_as == "logarithms":
+        x = g.op("Log", g.op("Add", g.op("Abs", x), g.const(1.0)))
     p = g.op("Mul", q, g.const(0.5))
     if kind != TensorProto.FLOAT:
         x, p = (g.op("Cast", t, to=kind) for t in (x, p))
@@ -233,6 +243,13 @@ def test_large_slopes_and_other_types_stay() -> None:
     for alpha, kind in ((np.full(UNITS, 20.0), TensorProto.FLOAT), (np.ones(UNITS), TensorProto.DOUBLE)):
         g, given_ = dice(alpha, kind=kind)
         assert not taken(optimised(g, given_, counts=(1, 2, 90), tolerance=1e-5))
+
+
+@pytest.mark.parametrize("given_as", ["floats", "logarithms"])
+def test_what_may_be_infinite_stays(given_as: str) -> None:
+    """Where x is infinite and p is 1, Dice is no number, and the product is infinite."""
+    g, given_ = dice(ALPHAS["columns"], given_as=given_as)
+    assert not taken(optimised(g, given_, counts=(1, 2, 90), tolerance=1e-5))
 
 
 def test_a_factor_and_the_tensor_itself() -> None:
