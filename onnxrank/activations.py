@@ -59,29 +59,29 @@ def shorten(rw: Rewrite) -> None:
         made = sources.get(e.proto.output[0])
         if made is None or made.dtype != TensorProto.FLOAT or made.level is Level.CONSTANT:
             continue
-        written: _Prelu | _Blend | None = None
+        found: _Prelu | _Blend | None = None
         if operator(e.proto) == "PRelu":
-            written = _prelu(rw, e.proto)
+            found = _prelu(rw, e.proto)
         elif operator(e.proto) == "Add":
             blends = blends or _Blends(rw, Written(rw))
-            written = blends.found(e.proto)
-        if written is None:
+            found = blends.found(e.proto)
+        if found is None:
             continue
         with rw.emit.at(Origin(e.origin, e.proto.output[0], NAME)):
-            if rw.decide(NAME, _ways(made, written)) == TAKE:
-                nodes[k] = replace(e, proto=written.last(rw.emit, e), rule=NAME)
+            if rw.decide(NAME, _ways(made, found)) == TAKE:
+                nodes[k] = replace(e, proto=found.last(rw.emit, e), rule=NAME)
 
 
-def _ways(made: Source, written: _Prelu | _Blend) -> list[Alternative]:
+def _ways(made: Source, found: _Prelu | _Blend) -> list[Alternative]:
     """What it costs to leave steps over so many entries, and to write others."""
     size, each = 4 * entries(made.dims), made.level is Level.CANDIDATE
-    was, now = written.steps
-    left = size * was * cost.CPU.rate(written.kind).byte
+    was, now = found.steps
+    left = size * was * cost.CPU.rate(found.kind).byte
     taken = size * now * cost.CPU.rate("elementwise").byte
     return [
         Alternative(LEAVE, "", cost.estimate(launches=was) + (0.0 if each else left), left if each else 0.0),
         Alternative(
-            TAKE, written.exactness, cost.estimate(launches=now) + (0.0 if each else taken), taken if each else 0.0
+            TAKE, found.exactness, cost.estimate(launches=now) + (0.0 if each else taken), taken if each else 0.0
         ),
     ]
 

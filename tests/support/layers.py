@@ -115,6 +115,39 @@ def _products(w: LengthWriter) -> None:
 
 
 @_layer
+def _activated(w: LengthWriter) -> None:
+    """PReLU or Dice over a sequence that ids look up, by channels that may be normalised, in front or behind."""
+    g, length, turned = w.graph, w.pick(w.lengths), w.number(0, 1)
+    table = g.const(w.weights(4, w.width))
+
+    def looked_up(level: str, *shape: int | str) -> str:
+        return g.op("Gather", table, g.op("Cast", _given(w, level, *shape).name, to=TensorProto.INT64), axis=0)
+
+    def placed(x: str) -> str:
+        return g.op("Transpose", x, perm=[0, 2, 1]) if turned else x
+
+    def columns(numbers: list[float]) -> str:
+        drawn = np.array([w.pick(numbers) for _ in range(w.width)])
+        return g.const(drawn.reshape(-1, 1) if turned else drawn)
+
+    x = g.op("Add", _mapped(w, looked_up("request", length), w.width, w.width), looked_up("candidate", 1))
+    x, bound = placed(x), 4 * w.width + 2
+    if turned and w.number(0, 1):
+        scale, bias, mean = (g.const(w.weights(w.width)) for _ in range(3))
+        x = g.op("BatchNormalization", x, scale, bias, mean, g.const(np.ones(w.width)), epsilon=0.0)
+        bound = 2 * (bound + 2) + 2
+    if w.number(0, 1):
+        slopes = w.pick([[0.5], [0.25, 0.5, 1.0], [-1.0, 0.0, 0.5, 2.0]])
+        y, bound = g.op("PRelu", x, g.const(slopes) if len(slopes) == 1 else columns(slopes)), 2 * bound
+    else:
+        p = g.op("Mul", placed(looked_up(w.pick(["request", "candidate"]), 1)), g.const(0.5))
+        rest = g.op("Mul", columns([-2.0, -0.5, 0.0, 1.0]), g.op("Sub", g.const(1), p))
+        y, bound = g.op("Add", g.op("Mul", rest, x), g.op("Mul", p, x)), 5 * bound
+    w.put(placed(y), [(N,), (length,), (w.width,)], bound, 2)
+    w.op_reduce(w.values[-1])
+
+
+@_layer
 def _stacked(w: LengthWriter) -> None:
     """A linear map of its own for each field."""
     g = w.graph
