@@ -709,6 +709,7 @@ def _cut_together(graph: GraphProto, shapes: Shapes) -> set[str]:
             readers.setdefault(name, []).append(node)
     out: set[str] = set()
     for name, nodes in readers.items():
+        nodes = [n for n in nodes if Trait.EXTENTS not in traits(n)]
         if len(nodes) < 2 or any(operator(n) != "Slice" or n.input[0] != name for n in nodes):
             continue
         whole, parts = shapes.shape(name), [shapes.shape(n.output[0]) for n in nodes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -155,6 +156,25 @@ def test_a_runtime_multiplies_for_small_whole_exponents(exponent: float, kind: s
     g.output(g.op("Pow", g.op("Sub", c, u), g.const(exponent)), ["N", 8])
     study = onnxrank.analyse(onnxrank.read(g.model()), request=["u"]).study
     assert [b.kind for b in cost.bills(study.model.graph, study.shapes(512))] == ["feed", "feed", "elementwise", kind]
+
+
+@pytest.mark.parametrize(
+    ("ends", "other", "once"),
+    [((0, 1, 2, 4), None, True), ((0, 1, 2, 4), "Shape", True), ((0, 1, 2, 4), "Neg", False), ((0, 1, 3), None, False)],
+)
+def test_slices_of_all_of_a_tensor_are_one_split(ends: tuple[int, ...], other: str | None, once: bool) -> None:
+    """That is what onnxruntime makes of them, if nothing else reads the entries."""
+    g = Graph(17)
+    c, u = g.input("c", ["N", 4]), g.input("u", ["N", 4])
+    for a, b in pairwise(ends):
+        g.output(g.op("Slice", c, g.ints(a), g.ints(b), g.ints(1)), ["N", b - a])
+    if other == "Shape":
+        g.output(g.op("Expand", g.op("Relu", u), g.op("Shape", c)), ["N", 4])
+    elif other is not None:
+        g.output(g.op(other, c), ["N", 4])
+    study = onnxrank.analyse(onnxrank.read(g.model()), request=["u"]).study
+    found = [b.launches for b in cost.bills(study.model.graph, study.shapes(512)) if b.kind == "copy"]
+    assert all(n < 1 for n in found) == once
 
 
 def test_each_operand_that_is_joined_takes_time() -> None:
