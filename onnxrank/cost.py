@@ -84,11 +84,11 @@ class Bill:
 
     Attributes:
         kind: Which rate holds.
-        bytes: Bytes that it writes; of a reduction, that it reads; of an elementwise operator, the more of both; of a
-            recurrent layer, those of its state at every step.
+        bytes: Bytes that it writes; of a reduction and of a TopK, that it reads; of an elementwise operator, the more
+            of both; of a recurrent layer, those of its state at every step.
         runs: Of data movement, and of operands that are broadcast, the number of pieces that lie together; of stacks of
-            products, the number of products; of what goes by rows, that of rows; of a reduction, that of results; of a
-            recurrent layer, that of steps of all rows.
+            products, the number of products; of what goes by rows, that of rows; of a reduction and of a TopK, that of
+            results; of a recurrent layer, that of steps of all rows.
         macs: Multiply-adds; of products of few rows, those that take as long as reading the weights.
         launches: Operators that it stands for, one with many results being more; 0 for what costs nothing at all.
         denormals: Weights of a softmax that masks make denormal numbers.
@@ -183,6 +183,7 @@ CPU = Target(
         "reduce": Rate(_STEP, 0.031e-9, run=4.7e-9),
         "reduce across": Rate(_STEP, 0.029e-9, run=9.9e-9),
         "softmax": Rate(_STEP, 0.30e-9, run=12.7e-9),
+        "top": Rate(_STEP, 0.40e-9, run=40e-9),
         "norm": Rate(_STEP, 0.109e-9, run=30.7e-9),
         "product": Rate(0.50e-6, 0.050e-9, mac=0.0132e-9),
         "stack": Rate(0.35e-6, 0.032e-9, run=112e-9, mac=0.027e-9),
@@ -416,6 +417,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
         if run > 1:
             return transposed(written, shapes.width(node.output[0]) * run, entries // run)
         return Bill("transpose" if len(one_by_one(tuple(order))) <= 1 else "permute", written, entries)
+    if op == "TopK":
+        return Bill("top", shapes.width(node.input[0]) * prod(first), entries)
     if Trait.FUNCTION in what and node.output[0] not in shapes.multiplied:
         slow = "serial" if Trait.SERIAL in what else "slow function" if Trait.SLOW in what else None
         return Bill(slow or "function", written)

@@ -136,6 +136,7 @@ def cases() -> list[Case]:
                 Case("serial", "PRelu", [(n, width), weights(width)]),
                 Case("softmax", "Softmax", [(n, width)]),
                 Case("softmax", "Softmax", [(n * 16, width // 16)]),
+                Case("top", "TopK", [(n, width), ints(8)], outputs=2),
                 Case(regroup, "Gather", [(n, width), ids(width, width // 2)], {"axis": 1}),
                 Case(regroup, "Gather", [(n, 16, width // 16), ids(16, 8)], {"axis": 1}),
                 Case("elementwise", "Gather", [(1000, width), ids(1000, n)], {"axis": 0}),

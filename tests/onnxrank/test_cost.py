@@ -50,6 +50,7 @@ def bill(op: str, known: Mapping[str, tuple[int, ...]], inputs: int, outputs: in
         ("Transpose", {"x": (8, 512, 4, 2), "y": (4, 512, 2, 8)}, 1, {"perm": [2, 1, 3, 0]}, "permute", 512 * 64),
         ("Softmax", {"x": (512, 10), "y": (512, 10)}, 1, {}, "softmax", 512),
         ("Relu", {"x": (512, 10), "y": (512, 10)}, 1, {}, "elementwise", 0),
+        ("TopK", {"x": (512, 10), "w": (1,), "y": (512, 3)}, 2, {}, "top", 512 * 3),
     ],
 )
 def test_data_movement_is_billed_by_pieces_that_lie_together(
