@@ -64,6 +64,7 @@ def _budgets(net: Net, kind: str) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["entries", "structure"])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_budgets_are_exact_and_masks_hold_at_every_step(kind: str, name: str) -> None:

@@ -104,6 +104,7 @@ def test_cross_layers_have_the_context_once(exporter: str, layers: int, rank: in
     assert once == layers * (3 * c * rank if rank else c * (c + t)) + c
 
 
+@pytest.mark.slow
 def test_two_thirds_of_the_cross_network_go_at_four_fields_of_seven() -> None:
     """The paper's claim, by the optimiser's count: 67 % fewer multiply-adds per candidate than DCNv2 has."""
     width, its, layers = 7 * 4, 4 * 4, 3

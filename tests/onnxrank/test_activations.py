@@ -259,6 +259,7 @@ def test_a_factor_and_the_tensor_itself() -> None:
     assert taken(result) and computed(result)["Add"] <= 2
 
 
+@pytest.mark.slow
 def test_numbers_are_computed_in_the_precision_of_the_model() -> None:
     """`1 - a` is left to nodes: stored as float32, it would be another number where the check has more digits."""
     g, _ = dice(np.linspace(-2.0, 2.0, UNITS) / 3)

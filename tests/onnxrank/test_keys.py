@@ -132,6 +132,7 @@ def both() -> tuple[ModelProto, ModelProto]:
     return model, rewritten(model, request=patterns(given)).model
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @drawn(
     hnp.arrays(np.float32, (3, SIZE), elements=st.integers(-3, 3).map(float)),

@@ -248,6 +248,7 @@ def test_untouched_parts(name: str) -> None:
     onnx.checker.check_model(made, full_check=True)
 
 
+@pytest.mark.slow
 def test_most_nodes_stay() -> None:
     """A model's nodes keep their names and outputs wherever nothing had to change: the diff is small."""
     share = []

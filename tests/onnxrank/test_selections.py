@@ -37,6 +37,7 @@ def test_pairs_of_a_triangle(opset: int) -> None:
     assert result.report.macs_after < 0.8 * result.report.macs_before
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(st.lists(st.booleans(), min_size=25, max_size=25).filter(any))
 def test_any_mask(bits: list[bool]) -> None:

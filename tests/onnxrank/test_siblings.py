@@ -52,6 +52,7 @@ def test_ids_are_converted_once_per_level(how: str, opset: int) -> None:
     assert Counter(operators(result.model))["Cast"] == 2
 
 
+@pytest.mark.slow
 def test_joined_lookups_take_their_ids_in_one_step() -> None:
     g, inputs = packed()
     result = optimised(g, inputs, counts=COUNTS, joined=True)

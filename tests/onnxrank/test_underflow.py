@@ -71,6 +71,7 @@ def test_masks(mask: str, far: float, opset: int) -> None:
     ).all() == np.isinf(far)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     hnp.arrays(np.float32, (3, WIDTH), elements=st.floats(-(2.0**100), 2.0**100, width=32)),

@@ -57,6 +57,7 @@ def _without(told: Any, feed: Feed) -> Feed:
     return {k: v.take([], how[k]) if k in how else v for k, v in feed.items()}
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(seed=SEEDS, steps=STEPS, rows=st.sampled_from(["lengths", "offsets", "index", "triton"]), pack=st.booleans())
 def test_same_bits(seed: int, steps: int, rows: str, pack: bool) -> None:

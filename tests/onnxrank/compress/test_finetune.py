@@ -168,6 +168,7 @@ def test_what_torch_does_not_run_is_left(data: Path) -> None:
     assert any("training did not" in n for n in result.report.notes)
 
 
+@pytest.mark.slow
 def test_nothing_to_train(data: Path) -> None:
     options = Options(labels=("label",), methods=("fp16",), finetune=Tuning(), seconds=0.02, choice=2000, size=1.1)
     result = compress(ranker(), data, options)
