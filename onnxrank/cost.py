@@ -420,8 +420,8 @@ def _billed(node: NodeProto, shapes: Shapes) -> Bill:
     if op == "TopK":
         return Bill("top", shapes.width(node.input[0]) * prod(first), entries)
     if Trait.FUNCTION in what and node.output[0] not in shapes.multiplied:
-        slow = "serial" if Trait.SERIAL in what else "slow function" if Trait.SLOW in what else None
-        return Bill(slow or "function", written)
+        slow = "slow function" if Trait.SLOW in what else "function"
+        return Bill("serial" if Trait.SERIAL in what else slow, written)
     if Trait.ROWS in what:
         hidden = round(entries * shapes.hidden.get(node.output[0], 0.0))
         rows = entries // max(1, out[-1] if out else 1)

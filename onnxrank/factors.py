@@ -92,8 +92,8 @@ class _Products:
 
     def _as_rows(self, name: str) -> NodeProto | None:
         """The Reshape that brings a tensor into rows and leaves its last axis as it is, if there is one."""
-        node = self.written.maker(name)
-        if node is None or operator(node) != "Reshape" or self.written.only_reader(name) is None:
+        node = self.written.own_maker(name)
+        if node is None or operator(node) != "Reshape":
             return None
         source = self.written.source(node.input[0])
         last = source.dims[-1:] if source is not None else ()
@@ -101,9 +101,8 @@ class _Products:
 
     def _factors(self, name: str, whole: Source) -> Iterator[tuple[str, str, str]]:
         """Operators and factors that a tensor is the last result of, each with what it is applied to."""
-        while self.written.only_reader(name) is not None:
-            node = self.written.maker(name)
-            if node is None or not traits(node) & Trait.SCALING:
+        while (node := self.written.own_maker(name)) is not None:
+            if not traits(node) & Trait.SCALING:
                 return
             sides = [(0, 1)] if operator(node) == "Div" else [(0, 1), (1, 0)]
             both = ((node.input[a], node.input[b]) for a, b in sides)

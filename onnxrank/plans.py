@@ -54,6 +54,11 @@ class Alternative:
     once: float | None = None
     each: float | None = None
 
+    @classmethod
+    def at(cls, name: str, exactness: str, once: float, work: float, each: bool) -> Alternative:
+        """A way that takes seconds once, and others for its work, which is done for each candidate or once as well."""
+        return cls(name, exactness, once, work) if each else cls(name, exactness, once + work, 0.0)
+
     def seconds(self, candidates: float) -> float:
         """Predicted seconds; costs must be known."""
         assert self.once is not None and self.each is not None

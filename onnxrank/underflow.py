@@ -76,8 +76,8 @@ def _parts(written: Written, node: NodeProto, axis: int, rank: int) -> tuple[Nod
     What is far below the largest score of one part is so below that of all, and there may be no mask but on few.
     """
     x = node.input[0]
-    made = written.maker(x)
-    if made is None or operator(made) != "Concat" or written.only_reader(x) is None:
+    made = written.own_maker(x)
+    if made is None or operator(made) != "Concat":
         return None, [x]
     if attribute(made, "axis", 0) % rank != axis % rank:
         return None, [x]
@@ -102,8 +102,8 @@ def _ways(source: Source, shares: Sequence[float], sizes: Sequence[int]) -> list
     left = sum(n * share * cost.CPU.denormal for n, share in zip(sizes, shares, strict=True))
     more, launches = sum(sizes) * cost.BOUNDED, cost.estimate(launches=6 * len(sizes))
     return [
-        Alternative(LEAVE, "", 0.0 if each else left, left if each else 0.0),
-        Alternative(TAKE, "reassociates", launches + (0.0 if each else more), more if each else 0.0),
+        Alternative.at(LEAVE, "", 0.0, left, each),
+        Alternative.at(TAKE, "reassociates", launches, more, each),
     ]
 
 

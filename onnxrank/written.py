@@ -56,6 +56,10 @@ class Written:
         found = self._readers.get(name, [])
         return found[0] if len(found) == 1 and name not in self._outputs else None
 
+    def own_maker(self, name: str) -> NodeProto | None:
+        """The node that makes a tensor which one other reads, and that once: it is free to go with that one."""
+        return self._made.get(name) if self.only_reader(name) is not None else None
+
     def source(self, name: str) -> Source | None:
         """What the rewrite knows of a tensor."""
         return self.sources.get(name)

@@ -42,6 +42,7 @@ from onnxrank.values import (
     extents,
     is_candidate_symbol,
     keep_symbols,
+    rows_of,
     source_numbers,
     symbols,
     view,
@@ -440,8 +441,8 @@ class _RightProduct(DeferredMatMul):
         bias = all(d == () for d in have[:-1])
         if addend is not None and self.real and (bias or have == self.dims):
             # Added on the way out of the product, not in a pass of its own.
-            flat = (tuple(f for d in physical[:-1] for f in d), physical[-1])
-            if sum(isinstance(f, int) for f in flat[0]) <= 1:
+            flat = rows_of(physical)
+            if flat is not None:
                 column = self.dims[-1]
                 rows = rw.layout.reshape(self.name, physical, flat)
                 other = rw.layout.reshape(addend, have, have[-1:] if bias else (flat[0], column))

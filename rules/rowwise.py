@@ -30,6 +30,7 @@ from onnxrank.values import (
     extents,
     is_candidate_symbol,
     keep_symbols,
+    rows_of,
     symbols,
     view,
     with_extents,
@@ -305,8 +306,8 @@ def _channels_last(rw: Rewrite, node: NodeProto) -> list[Abstract] | None:
     if order is None or order[-1] != 1 or len(order) < x.rank:
         return None
     name, have = rw.layout.realise(x.codes.transpose(order), tuple(x.dims[k] for k in order))
-    flat = (tuple(f for d in have[:-1] for f in d), have[-1])
-    if sum(isinstance(f, int) for f in flat[0]) > 1:
+    flat = rows_of(have)
+    if flat is None:
         return None
     rest = [rw.tensor(rw.value(node, k)) for k in range(1, 5)]
     lowered = any(is_candidate_symbol(s) and s not in symbols(have) for s in symbols(x.dims))

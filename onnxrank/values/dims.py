@@ -90,6 +90,12 @@ def keep_symbols(dims: Dims, present: Iterable[str]) -> Dims:
     return tuple(tuple(f for f in d if isinstance(f, int) or f in keep) for d in dims)
 
 
+def rows_of(dims: Dims) -> Dims | None:
+    """The shape with everything in front of the last axis in one; None where several constants would be in that."""
+    rows = tuple(f for d in dims[:-1] for f in d)
+    return None if sum(isinstance(f, int) for f in rows) > 1 else (rows, dims[-1])
+
+
 def with_extents(dims: Dims, shape: Sequence[int]) -> Dims:
     """The same symbols with other constant factors (an axis cut to `shape[i]` entries)."""
     out: list[Dim] = []
