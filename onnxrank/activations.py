@@ -19,7 +19,7 @@ come of ids and tables alone, by steps that keep what is finite.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from onnxrank import cost, runtime
 from onnxrank.emitter import Emitted, Emitter
+from onnxrank.graphs import attribute
 from onnxrank.operators import Trait, operator, traits
 from onnxrank.plans import LEAVE, TAKE, Alternative
 from onnxrank.rewrite import Rewrite
@@ -42,7 +43,7 @@ _LARGEST = 8.0
 _STEPS = 16
 """Steps of a product that are looked at."""
 _WHOLE = Trait.BOOLEAN | Trait.EXTENTS
-"""Gives conditions or extents."""
+"""Gives conditions or extents, not numbers."""
 _KEEPING = Trait.SMOOTH | Trait.MOVEMENT | Trait.CHOICE | Trait.CAST
 """Makes finite numbers of finite ones."""
 
@@ -79,10 +80,8 @@ def _ways(made: Source, found: _Prelu | _Blend) -> list[Alternative]:
     left = size * was * cost.CPU.rate(found.kind).byte
     taken = size * now * cost.CPU.rate("elementwise").byte
     return [
-        Alternative(LEAVE, "", cost.estimate(launches=was) + (0.0 if each else left), left if each else 0.0),
-        Alternative(
-            TAKE, found.exactness, cost.estimate(launches=now) + (0.0 if each else taken), taken if each else 0.0
-        ),
+        Alternative.at(LEAVE, "", cost.estimate(launches=was), left, each),
+        Alternative.at(TAKE, found.exactness, cost.estimate(launches=now), taken, each),
     ]
 
 
@@ -97,18 +96,20 @@ class _Prelu:
         x: What it is of.
         a: Its slopes.
         slopes: The same as numbers.
+        computed: Whether nodes compute them.
     """
 
     x: str
     a: str
     slopes: NDArray[Any]
+    computed: bool
     kind = "serial"
     exactness = "exact"
 
     @property
     def steps(self) -> tuple[int, int]:
         """How many steps there are, and how many there would be."""
-        if (self.slopes == self.slopes.flat[0]).all():
+        if (self.slopes == self.slopes.flat[0]).all() and not self.computed:
             return 1, 1
         # With a slope of 0, an infinite entry would give a number that is none.
         return 1, 2 if ((self.slopes > 0) & (self.slopes <= 1)).all() else 4
@@ -130,7 +131,7 @@ def _prelu(rw: Rewrite, node: NodeProto) -> _Prelu | None:
     slopes = rw.stored(node.input[1], _MOST)
     if slopes is None or not slopes.size or not np.isfinite(slopes).all():
         return None
-    return _Prelu(node.input[0], node.input[1], slopes)
+    return _Prelu(node.input[0], node.input[1], slopes, rw.is_computed(node.input[1]))
 
 
 # --- Dice ------------------------------------------------------------------------------------------------------------
@@ -241,10 +242,12 @@ class _Blends:
     Attributes:
         rw: The rewrite.
         written: What it has written.
+        known: Which tensors are finite whatever callers give, of those that were asked for, and of what these read.
     """
 
     rw: Rewrite
     written: Written
+    known: dict[str, bool] = field(default_factory=dict)
 
     def found(self, node: NodeProto) -> _Blend | None:
         """The two products of one tensor that an Add adds, if these take more steps than one does."""
@@ -267,31 +270,34 @@ class _Blends:
 
     def _finite(self, name: str) -> bool:
         """Whether a tensor is finite whatever callers give: their floats do not go into it, nor what may overflow."""
-        waiting, seen = [name], set()
+        waiting, seen = [name], {name}
         while waiting:
             at = waiting.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            source, node = self.written.source(at), self.written.maker(at)
-            if source is not None and source.dtype not in runtime.FLOATS:
-                continue
-            if self.written.level(at) is Level.CONSTANT:
-                if not self._keeps_finite(at):
-                    return False
-            elif node is None:
+            read = [] if self.known.get(at) else self._read(at)
+            if read is None or self.known.get(at) is False:
+                self.known[name] = False
                 return False
-            elif not traits(node) & _WHOLE:
-                if not traits(node) & _KEEPING:
-                    return False
-                several = not traits(node) & (Trait.MOVEMENT | Trait.CAST) or operator(node) == "Concat"
-                waiting += [i for i in (node.input if several else node.input[:1]) if i]
+            waiting += [i for i in read if i not in seen]
+            seen.update(read)
+        self.known.update(dict.fromkeys(seen, True))
         return True
 
-    def _keeps_finite(self, name: str) -> bool:
-        """Whether nothing infinite is stored; large tables, which have learnt entries, are not looked at."""
-        data = self.rw.stored(name, _MOST)
-        return data is None or bool(np.isfinite(data).all())
+    def _read(self, name: str) -> list[str] | None:
+        """What has to be finite for a tensor to be; None where that is not enough, or where callers give it."""
+        source, node = self.written.source(name), self.written.maker(name)
+        if source is not None and source.dtype not in runtime.FLOATS:
+            return []
+        if self.written.level(name) is Level.CONSTANT:
+            # Large tables have learnt entries.
+            data = self.rw.stored(name, _MOST)
+            return [] if data is None or np.isfinite(data).all() else None
+        if node is None:
+            return None
+        if traits(node) & _WHOLE or (
+            Trait.CAST in traits(node) and attribute(node, "to", TensorProto.FLOAT) not in runtime.FLOATS
+        ):
+            return []
+        return [i for i in node.input if i] if traits(node) & _KEEPING else None
 
     def _numbers(self, name: str) -> _Numbers | None:
         """Numbers that are constant."""
@@ -303,17 +309,13 @@ class _Blends:
         out, waiting, steps = [], [name], 0
         while waiting:
             at = waiting.pop()
-            node = self._own(at)
+            node = self.written.own_maker(at)
             if node is not None and operator(node) == "Mul" and steps < _STEPS:
                 waiting += node.input
                 steps += 1
             else:
                 out.append(at)
         return out, steps
-
-    def _own(self, name: str) -> NodeProto | None:
-        """The node that makes a tensor which one other reads, and that once."""
-        return self.written.maker(name) if self.written.only_reader(name) is not None else None
 
     def _line(self, factors: Sequence[str]) -> _Line | None:
         """A product as a line in one tensor; None where there are several in it."""
@@ -338,7 +340,7 @@ class _Blends:
     def _steps(self, name: str) -> Iterator[tuple[_Numbers, str, _Numbers]]:
         """Signs, tensors and numbers that are added, which a tensor comes of step by step, the last step first."""
         for _ in range(_STEPS):
-            node = self._own(name)
+            node = self.written.own_maker(name)
             if node is None or operator(node) not in ("Add", "Sub", "Neg"):
                 return
             if operator(node) == "Neg":

@@ -240,12 +240,14 @@ class Rewrite:
     def number(self, name: str) -> NDArray[Any] | None:
         """The entry of a stored constant that has one; None for other tensors.
 
-        What nodes make of constants is not stored: in float64 it has more digits than its data.
+        What nodes make of constants is not stored.
         """
         data, (dims, _) = self.stored(name, 1), self.facts.folded.get(name, ((), None))
-        if data is None or data.size != 1 or symbols(dims) or self.emit.op_of.get(name, "Constant") != "Constant":
-            return None
-        return data
+        return None if data is None or data.size != 1 or symbols(dims) or self.is_computed(name) else data
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a node computes a tensor: in float64 what it makes of constants has more digits than its data."""
+        return self.emit.op_of.get(name, "Constant") != "Constant"
 
     def is_constant(self, name: str) -> bool:
         """Whether an original tensor is a constant without symbolic extents; its node may come later."""

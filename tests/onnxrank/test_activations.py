@@ -89,6 +89,20 @@ def test_opsets(opset: int) -> None:
         same(model, other, np.linspace(-3, 3, 5 * UNITS, dtype=np.float32).reshape(5, UNITS))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, UNITS])
+def test_slopes_that_nodes_compute_are_not_written_into_attributes(count: int) -> None:
+    """These have fewer digits than what the check computes, which would take the site back."""
+    g = Graph(17)
+    r, c = g.input("r", ["N", UNITS]), g.input("c", ["N", UNITS])
+    x = g.op("Add", g.op("MatMul", r, g.const(np.eye(UNITS))), c)
+    slopes = g.op("Div", g.const(np.ones(count)), g.const(np.full(count, 3.0)))
+    g.output(g.op("PRelu", x, slopes), ["N", UNITS])
+    with mock.patch.object(choosing, "LEAST_GAIN", 0.0):
+        result = onnxrank.optimize(g.model(), request=["r"], check="full", strict=True)
+    assert taken(result) and "Max" in operators(result.model) and not result.report.retreats
+
+
 @pytest.mark.parametrize("slope", [0.25, -0.5, 2.0])
 def test_within_a_product(slope: float) -> None:
     """A layer takes one slope in; scores are those of the original."""
