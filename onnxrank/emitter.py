@@ -135,6 +135,10 @@ class Emitter:
             self._append(surgery.node("Split", [name], self._parts[key], attrs), self.rule or "movement")
         return self._parts[key]
 
+    def reshaped_as(self, name: str, reshape: NodeProto) -> str:
+        """What a Reshape gives, of another tensor than its own that has the same shape."""
+        return self.add("Reshape", [name, reshape.input[1]], {a.name: a.i for a in reshape.attribute})
+
     def copy(self, node: NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Adds a copy of a node with other inputs and outputs."""
         proto = NodeProto()

@@ -79,7 +79,7 @@ class _Products:
                 right = emit.add(op, [right, factor])
             left = found[-1][2]
             if rows is not None:
-                left = emit.add("Reshape", [left, rows.input[1]])
+                left = emit.reshaped_as(left, rows)
         own = NodeProto()
         own.CopyFrom(e.proto)
         own.input[:] = [left, right]

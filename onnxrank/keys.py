@@ -113,12 +113,12 @@ class _Product:
     Attributes:
         node: The product.
         steps: Factors of all scores, each with its operator, the last one first.
-        shape: The shape that it is brought into; empty where it stays as it is.
+        reshape: What brings it into another shape, if anything does.
     """
 
     node: NodeProto
     steps: tuple[tuple[str, str], ...]
-    shape: str
+    reshape: NodeProto | None
 
 
 @dataclass
@@ -190,7 +190,7 @@ class _Scores:
 
     def _product(self, node: NodeProto, addition: _Addition, made: Source) -> _Product | None:
         """The product that an addition is behind, of what is the candidate's and what is the request's."""
-        written, name, shape = self._written, addition.scores, ""
+        written, name, reshape = self._written, addition.scores, None
         steps: list[tuple[str, str]] = []
         found = node if not name else None
         while found is None:
@@ -199,8 +199,8 @@ class _Scores:
                 return None
             if operator(step) == "MatMul":
                 found = step
-            elif operator(step) == "Reshape" and not shape and written.keeps_columns(step, made.dims[-1:]):
-                name, shape = step.input[0], step.input[1]
+            elif operator(step) == "Reshape" and reshape is None and written.keeps_columns(step, made.dims[-1:]):
+                name, reshape = step.input[0], step
             elif traits(step) & Trait.SCALING and (number := self.rw.stored(step.input[1], 1)) is not None:
                 if number.size != 1:
                     return None
@@ -211,7 +211,7 @@ class _Scores:
         left, right = found.input[:2]
         if written.level(right) is not Level.REQUEST or written.level(left) is not Level.CANDIDATE:
             return None
-        return _Product(found, tuple(steps), shape)
+        return _Product(found, tuple(steps), reshape)
 
     def _masked(self, node: NodeProto, addition: _Addition) -> tuple[float, float]:
         """The share of scores that an addition hides, and how far below the others they are at least."""
@@ -268,8 +268,8 @@ class _Scores:
             else:
                 bias = emit.add("Reshape", [addition.bias, emit.constant(np.array([1, -1], np.int64))])
                 scores = _longer(emit, left, wide, [right], keys, bias)
-            if product.shape:
-                scores = emit.add("Reshape", [scores, product.shape])
+            if product.reshape is not None:
+                scores = emit.reshaped_as(scores, product.reshape)
         last = next(n.proto for n in reversed(emit.nodes) if scores in n.proto.output)
         own = NodeProto()
         own.CopyFrom(last)

@@ -196,8 +196,11 @@ class _Round:
         before = self._reshaped(name)
         if before is not None and before not in self._touched and self._dims(before) == wanted:
             return before, None, int(self._alone(name))
-        made = self._emit.fresh(f"{name}/reshape")
-        return made, helper.make_node("Reshape", [name, last.input[1]], [made], name=made), 0
+        own = NodeProto()
+        own.CopyFrom(last)
+        own.name = own.output[0] = self._emit.fresh(f"{name}/reshape")
+        own.input[0] = name
+        return own.output[0], own, 0
 
     def _reshaped(self, name: str) -> str | None:
         """What a Reshape is of that gives a tensor, and need not stay."""

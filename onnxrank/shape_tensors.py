@@ -23,11 +23,13 @@ class ShapeTensors:
     Attributes:
         extent_of: Per symbol: a graph input, or a tensor whose extent is found in the data, the axis on which it is,
             and by what to divide that extent.
+        held: The shapes that vectors hold of which an extent is not constant, by their names.
     """
 
     def __init__(self, emitter: Emitter, expressions: Mapping[str, Expr]) -> None:
         self.emit, self.expressions = emitter, expressions
         self.extent_of: dict[str, tuple[str, int, int]] = {}
+        self.held: dict[str, Dims] = {}
 
     def vector(self, dims: Dims) -> str:
         """An int64 vector holding a shape; extents that are not constant are read from a graph input."""
@@ -50,7 +52,9 @@ class ShapeTensors:
             parts.append(self.emit.add("Mul", [part, self.emit.constant(np.array([c], np.int64))]) if c > 1 else part)
         if run:
             parts.append(self.emit.constant(np.array(run, np.int64)))
-        return parts[0] if len(parts) == 1 else self.emit.add("Concat", parts, {"axis": 0}, hint="candidates")
+        made = parts[0] if len(parts) == 1 else self.emit.add("Concat", parts, {"axis": 0}, hint="candidates")
+        self.held.setdefault(made, dims)
+        return made
 
     def extent(self, symbol: str) -> str:
         """A one-element int64 tensor with the value of a symbol.

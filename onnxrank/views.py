@@ -45,7 +45,7 @@ class Views:
         self.sizes = ShapeTensors(emitter, expressions)
         self.emit = emitter
         self._reshaped: dict[str, tuple[str, Dims]] = {}
-        journal.watch(self._reshaped)
+        journal.watch(self._reshaped, self.sizes.held)
 
     def reshape(self, name: str, have: Dims, want: Dims) -> str:
         """A Reshape between two groupings of the same factors; no Shape is read where one -1 will do."""

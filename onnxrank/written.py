@@ -78,9 +78,13 @@ class Written:
         return self._levels[name]
 
     def keeps_columns(self, node: NodeProto, columns: Dims) -> bool:
-        """Whether a Reshape leaves the last axis as it is, which is given; one of a symbolic extent is not followed."""
-        shape = self._rw.stored(node.input[1], _MOST_AXES) if operator(node) == "Reshape" else None
-        return bool(shape is not None and shape.size and not symbols(columns) and shape[-1] == extents(columns)[0])
+        """Whether a Reshape leaves the last axis as it is, which is given."""
+        if operator(node) != "Reshape":
+            return False
+        shape, held = self._rw.stored(node.input[1], _MOST_AXES), self._rw.layout.sizes.held.get(node.input[1])
+        if shape is None:
+            return held is not None and held[-1:] == columns != ()
+        return bool(shape.size and not symbols(columns) and shape[-1] == extents(columns)[0])
 
     def dims(self, name: str) -> Dims | None:
         """Shape of a tensor that is known."""
@@ -157,7 +161,7 @@ class Written:
         """Shape that a Reshape gives."""
         shape = self._rw.stored(node.input[1], _MOST_AXES)
         if shape is None:
-            return None
+            return self._rw.layout.sizes.held.get(node.input[1])
         if (shape >= 1).all():
             return tuple(canonical([int(n)]) for n in shape)
         x = self.dims(node.input[0])

@@ -235,6 +235,20 @@ def test_along_a_length_of_the_request(mask: str) -> None:
     assert "Pad" in {n.op_type for n in result.model.graph.node}
 
 
+def test_tokens_along_a_length_of_the_request() -> None:
+    """Several queries of a candidate are rows of one product, which a Reshape to a symbolic length takes apart."""
+    g, given = Graph(), [request("h", "L", SIZE), request("m", "L"), candidate("c", 2, SIZE)]
+    h, m, c = (i.declare(g) for i in given)
+    s = g.op("MatMul", c, g.op("Transpose", h, perm=[0, 2, 1]))
+    s = g.op("Where", g.op("Greater", g.on_axes("Unsqueeze", m, [1]), g.const(0.0)), g.const(-1e9), s)
+    g.output(g.op("MatMul", g.op("Softmax", s, axis=-1), h), ["N", 2, SIZE])
+    at = [{"L": n} for n in (0, 1, 2, 7, 300)]
+    result = optimised(g, given, counts=(0, 1, 2, 50), tolerance=1e-5, lengths=at, candidates=4096)
+    nodes = [n.op_type for n in result.model.graph.node]
+    assert "ReduceL1" in nodes
+    assert "Max" not in nodes[nodes.index("ReduceL1") :]
+
+
 def test_once() -> None:
     """What is near already stays where it is."""
     again = rewritten(both()[1], request=["h", "m"])

@@ -37,6 +37,7 @@ def written(*nodes: NodeProto) -> Written:
         sources=SimpleNamespace(named=lambda: sources),
         stored=lambda name, most: stored.get(name),
         outputs=[nodes[-1].output[0]],
+        layout=SimpleNamespace(sizes=SimpleNamespace(held={"open": (("N",), (2,), ("L",))})),
     )
     return Written(rw)  # type: ignore[arg-type]
 
@@ -120,3 +121,11 @@ def test_keeps_columns(shape: tuple[int, ...], kept: bool) -> None:
     node = helper.make_node("Reshape", ["k", f"shape{shape}"], ["y"])
     assert written(node).keeps_columns(node, ((5,),)) is kept
     assert not written(node).keeps_columns(node, (("L",),))
+
+
+@pytest.mark.parametrize(("columns", "kept"), [((("L",),), True), ((("N",),), False), (((5,),), False), ((), False)])
+def test_keeps_columns_of_a_symbolic_extent(columns: Dims, kept: bool) -> None:
+    node = helper.make_node("Reshape", ["x", "open"], ["y"])
+    assert written(node).keeps_columns(node, columns) is kept
+    assert written(node).dims("y") == (("N",), (2,), ("L",))
+    assert not written(node).keeps_columns(helper.make_node("Reshape", ["x", "elsewhere"], ["y"]), columns)
