@@ -47,8 +47,8 @@ _GONE = ("Constant", "Identity")
 Data = Callable[[str], NDArray[Any] | None]
 """Entries of a constant by its name; None for other tensors, and where they are many."""
 
-LENGTH = 32
-"""What symbols other than the number of candidates are taken as."""
+LENGTH = 64
+"""What symbols other than the number of candidates are taken as: a history between short and long ones."""
 MANY = 512
 """Candidates that two ways to write the same nodes are compared for: of few, neither takes long."""
 _WIDTHS = {

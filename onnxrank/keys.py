@@ -49,8 +49,6 @@ _UNIT = 2.0**-24
 _BELOW = 50.0
 """How far below the mean of the visible scores hidden ones are: a weight of 2e-22, of which a thousand are lost in
 rounding even in double precision, and which is no denormal number where no score is 37 above the mean."""
-_SINCE = 11
-"""The opset from which on Pad takes what it adds as inputs."""
 _BYTES = 4
 
 
@@ -61,7 +59,7 @@ def extend(rw: Rewrite) -> None:
         rw: A rewrite that has written its nodes.
     """
     additions = [(k, e) for k, e in enumerate(rw.emit.nodes) if operator(e.proto) in ("Add", "Gemm", "Where")]
-    if not additions or rw.emit.opset < _SINCE:
+    if not additions:
         return
     graph = _Scores(rw)
     for k, e in additions:
@@ -264,10 +262,10 @@ class _Scores:
                 if known not in self._hidden:
                     self._hidden[known] = self._seen(*known)
                 hidden = self._hidden[known]
-                scores = _longer(emit, left, wide, _nearer(emit, hidden, right, len(keys)), keys, hidden.bias)
+                scores = self._longer(left, wide, _nearer(emit, hidden, right, len(keys)), keys, hidden.bias)
             else:
                 bias = emit.add("Reshape", [addition.bias, emit.constant(np.array([1, -1], np.int64))])
-                scores = _longer(emit, left, wide, [right], keys, bias)
+                scores = self._longer(left, wide, [right], keys, bias)
             if product.reshape is not None:
                 scores = emit.reshaped_as(scores, product.reshape)
         last = next(n.proto for n in reversed(emit.nodes) if scores in n.proto.output)
@@ -276,6 +274,38 @@ class _Scores:
         own.output[0] = e.proto.output[0]
         own.name = e.proto.name
         return replace(e, proto=own, rule=e.rule or rule)
+
+    def _longer(self, left: str, wide: int, right: Sequence[str], keys: Dims, bias: str) -> str:
+        """The product of rows and keys, and a bias `[1, L]`.
+
+        Args:
+            left: The rows.
+            wide: Number of their axes.
+            right: The keys; and what the sum of a row's sizes meets, which becomes a column of the rows.
+            keys: Shape of the keys.
+            bias: What is added to all rows of scores.
+        """
+        emit, rank = self.rw.emit, len(keys)
+        flat, columns = wide == rank == 2, [left]
+        if right[1:]:
+            columns.append(_sizes(emit, left, wide))
+        if not flat:
+            columns.append(self._ones(left, wide, columns[1:]))
+            if rank > 2:
+                bias = emit.add("Expand", [bias, emit.constant(np.array([*extents(keys[:-2]), 1, 1], np.int64))])
+            right = [*right, bias]
+        rows = columns[0] if len(columns) == 1 else emit.add("Concat", columns, {"axis": wide - 1})
+        longer = right[0] if len(right) == 1 else emit.add("Concat", right, {"axis": rank - 2})
+        return emit.add("Gemm", [rows, longer, bias]) if flat else emit.add("MatMul", [rows, longer])
+
+    def _ones(self, left: str, wide: int, sizes: Sequence[str]) -> str:
+        """A one for every row: of a shape that is known, or made of the sums of their sizes, which are not below 0."""
+        emit, dims, tensors = self.rw.emit, self._written.dims(left), self.rw.layout.sizes
+        one = emit.number(1.0, np.float32, wide)
+        if not sizes and dims is not None and all(map(tensors.has, symbols(dims[:-1]))):
+            return emit.add("Expand", [one, tensors.vector((*dims[:-1], ()))])
+        size = sizes[0] if sizes else _sizes(emit, left, wide)
+        return emit.add("Min", [emit.add("Add", [size, one]), one])
 
     def _seen(self, addition: _Addition, inner: int) -> _Hidden:
         """Which keys a mask hides, what the visible ones count for, and what is added then.
@@ -319,6 +349,11 @@ class _Scores:
         return _Hidden(where, weights, add("Where", [below, add("Add", [near, off]), clean]), margin)
 
 
+def _sizes(emit: Emitter, rows: str, rank: int) -> str:
+    """The sum of the sizes of each row's entries, in two steps, which are faster than a ReduceL1."""
+    return emit.reduce("ReduceSum", emit.add("Abs", [rows]), [rank - 1], True)
+
+
 def _nearer(emit: Emitter, hidden: _Hidden, keys: str, rank: int) -> list[str]:
     """Keys of which hidden ones are the mean of the others, and how far rounding takes their scores off, by `|q|_1`.
 
@@ -328,33 +363,6 @@ def _nearer(emit: Emitter, hidden: _Hidden, keys: str, rank: int) -> list[str]:
     mean = emit.add("MatMul", [visible, hidden.weights])
     largest = emit.reduce("ReduceMax", emit.add("Abs", [visible]), [rank - 2, rank - 1], True)
     return [emit.add("Where", [hidden.where, mean, visible]), emit.add("Mul", [hidden.margin, largest])]
-
-
-def _longer(emit: Emitter, left: str, wide: int, right: Sequence[str], keys: Dims, bias: str) -> str:
-    """The product of rows and keys, and a bias `[1, L]`.
-
-    Args:
-        emit: Where nodes are added.
-        left: The rows.
-        wide: Number of their axes.
-        right: The keys; and what the sum of a row's sizes meets, which becomes a column of the rows.
-        keys: Shape of the keys.
-        bias: What is added to all rows of scores.
-    """
-    rank = len(keys)
-    flat, columns = wide == rank == 2, [left]
-    if right[1:]:
-        columns.append(emit.reduce("ReduceL1", left, [wide - 1], True))
-    if not flat:
-        one = emit.constant(np.array(1, np.float32))
-        ends = emit.constant(np.array([0] * (2 * wide - 1) + [1], np.int64))
-        columns[-1] = emit.add("Pad", [columns[-1], ends, one])
-        if rank > 2:
-            bias = emit.add("Expand", [bias, emit.constant(np.array([*extents(keys[:-2]), 1, 1], np.int64))])
-        right = [*right, bias]
-    rows = columns[0] if len(columns) == 1 else emit.add("Concat", columns, {"axis": wide - 1})
-    longer = right[0] if len(right) == 1 else emit.add("Concat", right, {"axis": rank - 2})
-    return emit.add("Gemm", [rows, longer, bias]) if flat else emit.add("MatMul", [rows, longer])
 
 
 def _ways(made: Source, keys: Dims, share: float, flat: bool, known: bool) -> list[Alternative]:
@@ -380,12 +388,14 @@ def _ways(made: Source, keys: Dims, share: float, flat: bool, known: bool) -> li
         once += [Bill("where", _BYTES * size, prod(own[:-1]))] * 2 + [Bill("transpose", _BYTES * size, size)]
         once += [Bill("reduce", _BYTES * size, prod(own[:-2]))]
         once += [Bill("stack", _BYTES * inner, prod(own[:-2]), size)] + [Bill("other")] * (5 if known else 24)
-        each = _moved("reduce", _BYTES * rows * inner, rows) + _moved("broadcast", _BYTES * rows * (inner + 1), rows)
-        each += count * cost.CPU.rate("stack").mac
-    if not flat:
-        once += [Bill("other")] * 2
-        each += count * cost.CPU.rate("stack").mac
-        each += _moved("broadcast", _BYTES * rows * (2 if share else inner + 1), rows)
+        each = _moved("elementwise", _BYTES * rows * inner, 1) + _moved("reduce", _BYTES * rows * inner, rows)
+    more = int(share > 0) + (not flat)
+    if more:
+        each += (
+            _moved("copy", _BYTES * rows * (inner + more), rows * (1 + more))
+            + count * more * cost.CPU.rate("stack").mac
+        )
+        once += [Bill("other")] * (2 + more)
     return [
         Alternative(LEAVE, "", cost.estimate(launches=launches), passed),
         Alternative(TAKE, "reassociates", sum(map(cost.CPU.seconds, once)), each),

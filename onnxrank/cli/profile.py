@@ -81,7 +81,7 @@ def _parse_requests(ctx: click.Context, param: click.Parameter, value: str | Non
     multiple=True,
     callback=_parse_extents,
     metavar="NAME=VALUE",
-    help="A symbolic extent of the inputs other than the candidates, such as a history's. Repeatable.  [default: 32]",
+    help="A symbolic extent of the inputs other than the candidates, such as a history's. Repeatable.  [default: 64]",
 )
 @click.option(
     "--timeout",

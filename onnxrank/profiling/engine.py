@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxrank import batches, feeds, matrices, ranker, runtime, workers
+from onnxrank import batches, cost, feeds, matrices, ranker, runtime, workers
 from onnxrank import model as files
 from onnxrank.analysis import Analysis
 from onnxrank.contract import find_roles, stored_contract
@@ -38,7 +38,6 @@ _COPIES = 12
 """Times that the inputs of a request are in memory: several requests, here, on their way, and in the process."""
 _REQUESTS = 4  # different ones per number of candidates, in turn
 _CALLS = 2  # different ones of several requests, in turn
-_OTHER_EXTENT = 32  # of symbolic extents that do not count candidates
 _SAME = 1e-3  # scores of two models that differ by more, relative to the largest, are not the same scores
 
 Source = str | os.PathLike[str] | ModelProto
@@ -84,7 +83,7 @@ def profile(
         io_binding: Whether inputs and outputs are bound to the provider's memory; None: on CUDA.
         cuda_graph: Whether runs are captured in a CUDA graph and replayed; binds inputs and outputs.
         memory: Whether to run each model in a process of its own for its peak memory.
-        lengths: Symbolic extents of inputs other than the number of candidates, by name; 32 where nothing is said.
+        lengths: Symbolic extents of inputs other than the number of candidates, by name; `cost.LENGTH` for others.
         timeout: Seconds that one step of a model, such as loading it or a run, may take.
         trace: Where to put a Chrome trace, if one is wanted.
         progress: Called with the name of each stage.
@@ -389,7 +388,7 @@ class _Drawn:
                 raise UsageError(f"{base.name} has no symbolic extent {name!r} besides the candidates. {known}")
             if value < 1:
                 raise UsageError(f"The length {name}={value} must be at least 1.")
-        self._point = {s: lengths.get(name, max(_OTHER_EXTENT, study.shortest)) for name, s in names.items()}
+        self._point = {s: lengths.get(name, max(cost.LENGTH, study.shortest)) for name, s in names.items()}
         used = ", ".join(f"{name} = {self._point[s]}" for name, s in names.items())
         self.notes = [f"symbolic extents of the inputs: {used}; see --length"] if names else []
         self._held: tuple[int, int, list[feeds.Feed]] = (0, 0, [])
@@ -556,7 +555,7 @@ def _roles_of(subject: _Subject, study: Study, roles: Roles) -> Roles:
     """Roles of the inputs of the model that requests were not made for."""
     if subject.contract is not None:
         return find_roles(subject.described, subject.contract)[0]
-    full = study.maker(Setting({**dict.fromkeys(study.symbols, max(_OTHER_EXTENT, study.shortest)), CANDIDATES: 3}, 0))
+    full = study.maker(Setting({**dict.fromkeys(study.symbols, max(cost.LENGTH, study.shortest)), CANDIDATES: 3}, 0))
     out: dict[str, InputRole] = {}
     for i in subject.described:
         if i.name in roles.inputs and _fits(full[i.name], i):

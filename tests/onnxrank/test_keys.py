@@ -77,6 +77,12 @@ def passes(model: ModelProto, length: int = LENGTH) -> Counter[str]:
     return Counter(n.op_type for n in typed.node if any(map(is_scores, n.input)) and any(map(is_scores, n.output)))
 
 
+def longer(model: ModelProto) -> int:
+    """How many products are of rows that others lie beside, along the axis that is summed over."""
+    joined = {o for n in model.graph.node if n.op_type == "Concat" for o in n.output}
+    return sum(n.op_type in ("MatMul", "Gemm") and n.input[0] in joined for n in model.graph.node)
+
+
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize("scale", ["none", "scores"])
 def test_bias(scale: str, heads: int) -> None:
@@ -221,7 +227,7 @@ def test_few_candidates() -> None:
     """For a few candidates the pass over their scores is cheaper."""
     g, given = attention()
     result = rewritten(g.model(), request=patterns(given), candidates=1)
-    assert "Pad" not in {n.op_type for n in result.model.graph.node}
+    assert not longer(result.model)
 
 
 @pytest.mark.parametrize("mask", ["add", "where", "bias"])
@@ -232,7 +238,7 @@ def test_along_a_length_of_the_request(mask: str) -> None:
     result = optimised(
         g, given, counts=(0, 1, 2, 50), tolerance=0.0 if mask == "bias" else 1e-5, lengths=at, candidates=4096
     )
-    assert "Pad" in {n.op_type for n in result.model.graph.node}
+    assert longer(result.model) == 1
 
 
 def test_tokens_along_a_length_of_the_request() -> None:
@@ -244,9 +250,7 @@ def test_tokens_along_a_length_of_the_request() -> None:
     g.output(g.op("MatMul", g.op("Softmax", s, axis=-1), h), ["N", 2, SIZE])
     at = [{"L": n} for n in (0, 1, 2, 7, 300)]
     result = optimised(g, given, counts=(0, 1, 2, 50), tolerance=1e-5, lengths=at, candidates=4096)
-    nodes = [n.op_type for n in result.model.graph.node]
-    assert "ReduceL1" in nodes
-    assert "Max" not in nodes[nodes.index("ReduceL1") :]
+    assert longer(result.model) == 1
 
 
 def test_once() -> None:

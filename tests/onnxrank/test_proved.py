@@ -11,6 +11,7 @@ from modelkit import graph as text_graph
 from modelkit import optimised, session
 from onnx import ModelProto
 
+from onnxrank import cost
 from onnxrank.pipeline import Result
 
 COUNTS = (0, 1, 2, 7, 19, 20, 21, 65, 99, 101, 512, 1500)
@@ -136,7 +137,7 @@ def test_target_attention_over_any_length(repeat: str, pool: str) -> None:
 @pytest.mark.parametrize("repeat", REPEATS)
 def test_a_free_length_saves_what_a_fixed_one_does(repeat: str) -> None:
     free, fixed = (target_attention(repeat, "product") for _ in range(2))
-    fixed.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 32  # which a free one is counted at
+    fixed.graph.input[0].type.tensor_type.shape.dim[1].dim_value = cost.LENGTH  # which a free one is counted at
     left, least = (optimised(m, request=["h"], check=False).report for m in (free, fixed))
     assert left.macs_before == least.macs_before and left.macs_after <= least.macs_after < left.macs_before / 2
 

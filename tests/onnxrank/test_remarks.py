@@ -155,7 +155,13 @@ def silent(result: Result) -> list[str]:
     taken = result.form.rewrite.rw.taken
     by_attention = {k for k, (rule, _) in taken.items() if rule == "attention"}
     attended = {o for e in result.form.rewrite.emitted() if e.origin in by_attention for o in e.proto.output}
-    longer = {o for e in result.form.rewrite.emitted() if operator(e.proto) == "Pad" for o in e.proto.output}
+    nodes_of = [(e.rule, e.proto) for e in result.form.rewrite.emitted()]
+    ones = {o for _, n in nodes_of if operator(n) in ("Expand", "Min") for o in n.output}
+    longer = {
+        n.output[0]
+        for rule, n in nodes_of
+        if rule in ("dot", "underflow") and operator(n) == "Concat" and not ones.isdisjoint(n.input)
+    }
 
     def repeats(node: NodeProto) -> bool:
         if operator(node) == "MatMul" and node.input[0] in longer:

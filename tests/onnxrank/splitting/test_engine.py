@@ -20,7 +20,7 @@ from onnx import ModelProto, TensorProto, helper
 from split_models import feeds, history_model, numbers, ranker_model
 
 import onnxrank
-from onnxrank import batches, halves, ranker
+from onnxrank import batches, cost, halves, ranker
 from onnxrank.contract import PACKED
 from onnxrank.errors import CheckFailed, ModelError, NothingApplied, UsageError
 from onnxrank.splitting import Options, Split, split
@@ -162,7 +162,7 @@ def test_lengths_that_vary_are_part_of_the_state(tmp_path: Path) -> None:
     made = _split(model, tmp_path / "out", "history")
     (state,) = made.contract["state"]["tensors"]
     assert "L" in state["shape"] and state["offset"] is None and state["bytes"] is None
-    assert made.report.state[0].bytes == 32 * 4 * 4 and made.report.most_state_bytes == 1024 * 4 * 4
+    assert made.report.state[0].bytes == cost.LENGTH * 4 * 4 and made.report.most_state_bytes == 1024 * 4 * 4
     for length in (1, 7, 300):
         history, items = numbers(1, length, 4), numbers(9, 4, seed=6)
         want = run(model, {"history": np.repeat(history, 9, 0), "item": items})["score"]
