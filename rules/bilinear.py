@@ -59,8 +59,10 @@ def product(rw: Rewrite, node: NodeProto | None, a: Value, b: Value, dims: Dims,
         if node is None or _side_by_side_pays(first, second, heads, turned=True):
             made = _as_rows(rw, first, second, (*dims[:-2], dims[-1], dims[-2]), hint)
             return rw.tidy(dims, made.dtype, made.codes.swapaxes(-1, -2))
-    if a_rows and b_rows and heads > 1 and dims[-2:] == ((), ()) and not symbols(a.dims[-1:]):
+    if a_rows and b_rows and dims[-2:] == ((), ()) and not symbols(a.dims[-1:]):
         return _dots(rw, a, b, dims, hint)
+    if a_rows and b_rows and a.dims[-1] == b.dims[-2] == ():  # nothing is added up
+        return elementwise(rw, "Mul", [a, b], rw.emit.fresh(f"{hint}/mul"))
     held = rw.present(a) | rw.present(b)
     whole = dims
     if node is None:
@@ -115,7 +117,7 @@ def _length(dim: Dim) -> int:
 
 
 def _dots(rw: Rewrite, a: Value, b: Value, dims: Dims, hint: str) -> Value:
-    """A row by a column for every candidate and head: entry by entry, which takes runtimes a tenth of the time."""
+    """A row by a column for every candidate, and head: entry by entry, which takes runtimes a tenth of the time."""
     products = elementwise(rw, "Mul", [a, _turned(b)], rw.emit.fresh(f"{hint}/mul"))
     present = rw.present(products)
     name = rw.emit.reduce("ReduceSum", rw.tensor(products), [products.rank - 1], True, hint=hint)

@@ -41,6 +41,8 @@ from onnxrank.values import (
     extents,
     is_candidate_symbol,
     keep_symbols,
+    rectangles,
+    source_numbers,
     split_axis,
     split_merged,
     stream,
@@ -493,7 +495,9 @@ def _ordered(rw: Rewrite, wide: list[Codes]) -> list[Codes]:
 
 
 def _kinds(rw: Rewrite, wide: list[Codes], outer: bool) -> Any:
-    """A key per entry: its level, and where that keeps to one axis, which operands have which.
+    """A key per entry: its level, and which operands have which, where that keeps to one axis.
+
+    So it is where each kind is a single box, and no candidate-level tensor would have to be cut up for it.
 
     Told apart like that, no operand has to be brought to full rows only because other entries of it have them.
 
@@ -507,8 +511,25 @@ def _kinds(rw: Rewrite, wide: list[Codes], outer: bool) -> Any:
     for w in wide:
         keys = keys * 4 + rw.sources.levels(w)
     keys = np.where(joint == Level.UNREAD, Level.UNREAD, keys * 4 + joint)
-    several = len(np.unique(keys)) > len(np.unique(joint))
-    return keys if several and (outer or split_axis(keys) is not None) else joint
+    kinds = len(np.unique(keys))
+    if kinds == len(np.unique(joint)):
+        return joint
+    if outer or split_axis(keys) is not None:
+        return keys
+    return keys if rectangles(keys, kinds) is not None and not _cuts(rw, wide, keys) else joint
+
+
+def _cuts(rw: Rewrite, wide: list[Codes], keys: NDArray[np.int64]) -> bool:
+    """Whether a candidate-level tensor has some entries of one key, and others of another."""
+    for w in wide:
+        at = rw.sources.levels(w) == Level.CANDIDATE
+        of_key = np.unique(np.stack([w[at], keys[at]]), axis=1)
+        parts = np.stack([source_numbers(of_key[0]), of_key[1]])
+        for number in np.unique(parts[0]):
+            counts = np.unique(parts[1, parts[0] == number], return_counts=True)[1]
+            if (counts < np.unique(w[source_numbers(w) == number]).size).any():
+                return True
+    return False
 
 
 def _is_outer(wide: list[Codes]) -> bool:

@@ -63,22 +63,23 @@ def rectangles(keys: NDArray[np.int64], most: int) -> list[tuple[NDArray[np.int6
     whole = tuple(np.arange(n) for n in keys.shape)
     if (keys == keys.flat[0]).all():
         return [whole]
-    best: tuple[int, int, NDArray[np.int64], NDArray[np.int64]] | None = None
+    ways: list[tuple[int, int, NDArray[np.int64], NDArray[np.int64]]] = []
     for axis in range(keys.ndim):
         flat = np.moveaxis(keys, axis, 0).reshape(keys.shape[axis], -1)
         if len(flat) == 1 or (flat == flat[:1]).all():
             continue
         _, first, inverse = np.unique(flat, axis=0, return_index=True, return_inverse=True)
-        if len(first) <= most and (best is None or len(first) < best[0]):
-            best = (len(first), axis, first, inverse.reshape(-1))
-    if best is None:
-        return None
-    _, axis, first, inverse = best
-    out: list[tuple[NDArray[np.int64], ...]] = []
-    for kind in np.argsort(first):
-        at = np.flatnonzero(inverse == kind)
-        inner = rectangles(keys.take(at[:1], axis), most - len(out))
-        if inner is None:
-            return None
-        out += [tuple(at if k == axis else p for k, p in enumerate(box)) for box in inner]
-    return out if len(out) <= most else None
+        if len(first) <= most:
+            ways.append((len(first), axis, first, inverse.reshape(-1)))
+    for _, axis, first, inverse in sorted(ways, key=lambda w: w[:2]):
+        out: list[tuple[NDArray[np.int64], ...]] = []
+        for kind in np.argsort(first):
+            at = np.flatnonzero(inverse == kind)
+            inner = rectangles(keys.take(at[:1], axis), most - len(out))
+            if inner is None:
+                break
+            out += [tuple(at if k == axis else p for k, p in enumerate(box)) for box in inner]
+        else:
+            if len(out) <= most:
+                return out
+    return None

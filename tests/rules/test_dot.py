@@ -143,12 +143,12 @@ def test_heads_of_the_candidate(heads: int, size: int, cut: bool) -> None:
 
 @pytest.mark.parametrize("items", [1, 4, 5, 6])
 def test_rows_per_candidate(items: int) -> None:
-    """Few rows per candidate are brought side by side for one product; more are products of their own."""
+    """Few rows per candidate are brought side by side for one product; more are products of their own, one is none."""
     g, given, x = fields(3, items, 4)
     g.output(g.op("MatMul", g.op("Flatten", gram(g, x)), g.const(whole_numbers((3 + items) ** 2, 2))), ["N", 2])
     result = optimised(g, given)
     assert rules(result)["dot"] == 1
-    dot = 9 * 4 + N * items * (3 + items) * 4
+    dot = 9 * 4 + N * items * (3 + (items if items > 1 else 0)) * 4
     assert result.report.after["candidate"].macs + result.report.after["request"].macs - dot == (
         9 * 2 + N * items * (3 + items) * 2
     )
@@ -583,17 +583,31 @@ def test_outer_products_in_blocks(shuffled: int | None) -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("depth", [1, 6])
-def test_heads_of_one_row_by_one_column(depth: int, turned: bool) -> None:
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_of_one_row_by_one_column(heads: int, depth: int, turned: bool) -> None:
     """A query by a key of every head and candidate: entry by entry, not a product of one row by one column each."""
     g = Graph()
-    given = [request("u", 8), candidate("a", 4, depth), candidate("b", 4, depth)]
+    given = [request("u", 8), candidate("a", heads, depth), candidate("b", heads, depth)]
     u, a, b = (i.declare(g) for i in given)
     query = g.on_axes("Unsqueeze", g.op("Relu", a), [2])
     key = g.on_axes("Unsqueeze", g.op("Relu", b), [2 if turned else 3])
     scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]) if turned else key)
-    seen = g.op("Reshape", scores, g.ints(-1, 4))
-    g.output(g.op("MatMul", g.op("Concat", u, seen, axis=1), g.const(whole_numbers(12, 3))), ["N", 3])
+    seen = g.op("Reshape", scores, g.ints(-1, heads))
+    g.output(g.op("MatMul", g.op("Concat", u, seen, axis=1), g.const(whole_numbers(8 + heads, 3))), ["N", 3])
     result = optimised(g, given, counts=(0, 1, 2, 7, 40))
     assert "ReduceSum" in operators(result.model) or depth == 1
     weights = {t.name for t in result.model.graph.initializer}
     assert not [n for n in result.model.graph.node if n.op_type == "MatMul" and not weights & set(n.input)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_columns_by_rows_add_nothing_up(rows: int) -> None:
+    """Weights of a candidate's own position, in a softmax beside those of the history, by its value."""
+    g = Graph()
+    given = [request("h", 5, 6), candidate("w", rows, 6), candidate("v", 1, 6)]
+    h, w, v = (i.declare(g) for i in given)
+    values = g.op("Concat", h, g.op("Relu", v), axis=1)
+    g.output(g.op("MatMul", g.op("Relu", w), values), ["N", rows, 6])
+    result = optimised(g, given, counts=(0, 1, 2, 7, 40))
+    made = operators(result.model)
+    assert made.count("MatMul") + made.count("Gemm") == 1 and "Mul" in made

@@ -44,3 +44,21 @@ def test_masks_that_hide(how: str) -> None:
     g, given = masked(how)
     made = optimised(g, given, counts=(0, 1, 2, 5, 40))
     assert {"And", "Or"} & set(operators(made.model))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_masks_of_history_and_candidate(apart: bool) -> None:
+    """A mask that one column has of the candidate: it gets rows of candidates only where a tensor would be cut up."""
+    g = Graph(17)
+    given = [request("m", 3), candidate("o", 1)]
+    sizes = (3, 1) if apart else (4,)
+    for k, size in enumerate(sizes):
+        given += [request(f"h{k}", LENGTH, size), candidate(f"c{k}", 1, size)]
+    m, o, *own = (i.declare(g) for i in given)
+    rows = [g.op("Concat", *own[k : k + 2], axis=1) for k in range(0, len(own), 2)]
+    joined = g.op("Concat", *rows, axis=2) if apart else rows[0]
+    hidden = g.op("Greater", g.op("Concat", m, o, axis=1), g.const(0.0))
+    g.output(g.op("Where", g.on_axes("Unsqueeze", hidden, [1]), g.const(-9.0), joined), ["N", LENGTH + 1, 4])
+    made = optimised(g, given, counts=(0, 1, 2, 5, 40)).model.graph.node
+    masks = {o for n in made if n.op_type == "Concat" for o in n.output}
+    assert any(n.op_type == "Where" and n.input[0] in masks for n in made) != apart

@@ -45,6 +45,11 @@ def test_rectangles_cover_every_entry_once(found: NDArray[np.int64], most: int) 
     assert (seen == 1).all()
 
 
+def test_rectangles_are_cut_along_the_axis_that_gives_few() -> None:
+    """Both axes have two kinds of lines, and only columns make three boxes."""
+    assert len(rectangles(np.array([[0, 0, 2], [0, 0, 2], [1, 1, 2]]), 3) or ()) == 3
+
+
 @given(keys)
 def test_rectangles_are_found_where_there_is_no_limit(found: NDArray[np.int64]) -> None:
     assert rectangles(found, found.size) is not None
