@@ -158,7 +158,7 @@ class _Reduced(DeferredMatMul):
         elif (counts != times).any():
             shape = [-1 if k == self.axis else 1 for k in range(len(self.dims))]
             data = emit.add("Mul", [data, emit.constant(counts.reshape(shape).astype(kind))])
-        out = emit.reduce(self.op, data, [self.axis], True)
+        out = data if len(counts) == 1 else emit.reduce(self.op, data, [self.axis], True)
         if times > 1:
             out = emit.add("Mul", [out, emit.number(times, kind, len(self.dims))])
         if self.divisor > 1:
