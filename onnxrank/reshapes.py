@@ -21,18 +21,16 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from onnxrank.emitter import Emitted
-from onnxrank.graphs import attribute, reads, rename
+from onnxrank.graphs import reads, rename
 from onnxrank.operators import Trait, domain_of, operator, traits
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dim, Dims
+from onnxrank.values import Dims
 from onnxrank.written import Written
 
 RULE = "movement"
 """The rule that it is accounted to."""
 _AXES = 8
 """Axes of a shape at most that is looked at."""
-_DEEP = 40
-"""Nodes at most by which a shape follows from others."""
 
 
 def cancel(rw: Rewrite) -> None:
@@ -55,7 +53,6 @@ class _Round:
         for e in rw.emit.nodes:
             for name in reads(e.proto):
                 self._readers.setdefault(name, []).append(e)
-        self._known: dict[str, Dims | None] = {}
         self._touched: set[str] = set()
         self._names: dict[str, str] = {}
         self._changed: dict[int, Sequence[NodeProto]] = {}
@@ -86,9 +83,9 @@ class _Round:
         if operator(e.proto) != "Reshape":
             return False
         name, before = e.proto.output[0], self._reshaped(e.proto.input[0])
-        dims, before = self._dims(name), None if before in self._touched else before
+        dims, before = self._written.dims(name), None if before in self._touched else before
         for x in [e.proto.input[0], *([before] if before is not None else [])]:
-            if dims is not None and self._dims(x) == dims and name not in self._rw.outputs:
+            if dims is not None and self._written.dims(x) == dims and name not in self._rw.outputs:
                 self._names[name] = x
                 self._change(e)
                 self._touched.add(x)
@@ -106,9 +103,9 @@ class _Round:
         found = self._made.get(e.proto.input[0]) if operator(e.proto) == "Reshape" else None
         if found is None or not found.proto.op_type.startswith("Reduce") or not self._alone(found.proto.output[0]):
             return False
-        node, wanted = found.proto, self._dims(e.proto.output[0])
-        x = self._dims(node.input[0])
-        axes = self._axes(node, len(x)) if x else None
+        node, wanted = found.proto, self._written.dims(e.proto.output[0])
+        x = self._written.dims(node.input[0])
+        axes = self._written.axes(node, len(x)) if x else None
         if x is None or wanted is None or axes is None or domain_of(node) or self._touched & {*node.input}:
             return False
         kept = tuple(() if k in axes else d for k, d in enumerate(x))
@@ -131,9 +128,9 @@ class _Round:
         node = e.proto
         if not _is_entrywise(node):
             return False
-        name, dims = node.output[0], self._dims(node.output[0])
+        name, dims = node.output[0], self._written.dims(node.output[0])
         behind = self._readers.get(name, [])
-        wanted = self._dims(behind[0].proto.output[0]) if behind else None
+        wanted = self._written.dims(behind[0].proto.output[0]) if behind else None
         if dims is None or wanted is None or dims == wanted or name in self._rw.outputs or len(behind) != 1:
             return False
         last = behind[0].proto
@@ -160,19 +157,19 @@ class _Round:
 
     def _is_broadcast(self, e: Emitted) -> bool:
         """Takes operands as they are where a Reshape only gives them, or takes from them, first axes of one entry."""
-        node, dims = e.proto, self._dims(e.proto.output[0])
+        node, dims = e.proto, self._written.dims(e.proto.output[0])
         if not _is_entrywise(node) or dims is None:
             return False
         own = NodeProto()
         own.CopyFrom(node)
         for k, i in enumerate(node.input if operator(node) != "PRelu" else ()):  # its slope has no more axes than x
             before = self._reshaped(i)
-            now, was = self._dims(i), None if before is None else self._dims(before)
+            now, was = self._written.dims(i), None if before is None else self._written.dims(before)
             if before is None or before in self._touched or now is None or was is None or len(was) > len(dims):
                 continue
             if _behind_ones(now) == _behind_ones(was):
                 own.input[k] = before
-        if own == node or all(len(self._dims(i) or ()) < len(dims) for i in own.input):
+        if own == node or all(len(self._written.dims(i) or ()) < len(dims) for i in own.input):
             return False
         self._change(e, own)
         return True
@@ -191,10 +188,10 @@ class _Round:
         number = self._rw.number(name)
         if number is not None:
             return self._emit.constant(number.reshape((1,) * len(wanted)), name), None, 0
-        if self._dims(name) != dims:
+        if self._written.dims(name) != dims:
             return None
         before = self._reshaped(name)
-        if before is not None and before not in self._touched and self._dims(before) == wanted:
+        if before is not None and before not in self._touched and self._written.dims(before) == wanted:
             return before, None, int(self._alone(name))
         own = NodeProto()
         own.CopyFrom(last)
@@ -223,48 +220,6 @@ class _Round:
         shape = self._rw.stored(node.input[1], _AXES) if len(node.input) > 1 else None
         return shape is not None and bool((np.asarray(shape) != 0).all())
 
-    # --- shapes ----------------------------------------------------------------------------------------------------
-
-    def _dims(self, name: str, deep: int = _DEEP) -> Dims | None:
-        """Shape of a tensor, where that is known or follows from what it is made of."""
-        if name not in self._known:
-            found, e = self._written.dims(name), self._made.get(name)
-            if found is None and e is not None and deep:
-                found = self._made_of(e.proto, [self._dims(i, deep - 1) for i in e.proto.input])
-            self._known[name] = found
-        return self._known[name]
-
-    def _made_of(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
-        """Shape that a node gives of tensors of some shapes."""
-        op, first = operator(node), given[0] if given else None
-        if first is None or domain_of(node):
-            return None
-        if traits(node) & Trait.ELEMENTWISE:
-            return first if traits(node) & Trait.PARAMETERS else _together(given)
-        if op == "Softmax" or op.endswith("Normalization"):
-            return first
-        if op == "Gemm" and len(given) > 1 and given[1] is not None:
-            return first[bool(attribute(node, "transA", 0))], given[1][not attribute(node, "transB", 0)]
-        if op == "MatMul" and given[1] is not None and min(len(first), len(given[1])) > 1:
-            lead = _together([first[:-2], given[1][:-2]])
-            return None if lead is None else (*lead, first[-2], given[1][-1])
-        if op == "Gather" and first:
-            at, axis = given[1], attribute(node, "axis", 0) % len(first)
-            return None if at is None else (*first[:axis], *at, *first[axis + 1 :])
-        axes = self._axes(node, len(first)) if op.startswith("Reduce") and first else None
-        if axes is None:
-            return None
-        keep = attribute(node, "keepdims", 1)
-        return tuple(() if k in axes else d for k, d in enumerate(first) if keep or k not in axes)
-
-    def _axes(self, node: NodeProto, rank: int) -> set[int] | None:
-        """The axes of a reduction; None where they are not constants."""
-        given = attribute(node, "axes", None)
-        if len(node.input) > 1 and node.input[1]:
-            held = self._rw.stored(node.input[1], _AXES)
-            given = None if held is None else held.tolist()
-        return None if given is None or len(given) == 0 else {int(a) % rank for a in given}
-
 
 def _is_entrywise(node: NodeProto) -> bool:
     """Whether a node is a function of ONNX of the entries in one place, of operands that are broadcast together."""
@@ -274,17 +229,3 @@ def _is_entrywise(node: NodeProto) -> bool:
 def _behind_ones(dims: Dims) -> Dims:
     """A shape without the first axes of one entry."""
     return tuple(dropwhile(lambda d: not d, dims))
-
-
-def _together(given: Sequence[Dims | None]) -> Dims | None:
-    """Shape of tensors that are broadcast together, where extents are equal or constant ones."""
-    out: list[Dim] = []
-    for dims in given:
-        if dims is None:
-            return None
-        short, long = sorted((list(dims), out), key=len)
-        short = [()] * (len(long) - len(short)) + short
-        out = [a or b for a, b in zip(short, long, strict=True)]
-        if any(a and b and a != b for a, b in zip(short, long, strict=True)):
-            return None
-    return tuple(out)

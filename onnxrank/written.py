@@ -5,18 +5,21 @@ Passes that come once all nodes are written ask this; rules ask `rewrite.Rewrite
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from onnx import NodeProto
 
 from onnxrank import cost
 from onnxrank.graphs import attribute, reads
-from onnxrank.operators import operator
+from onnxrank.operators import Trait, domain_of, operator, traits
 from onnxrank.rewrite import Rewrite
-from onnxrank.values import Dims, Level, Source, canonical, extents, is_candidate_symbol, symbols
+from onnxrank.values import Dim, Dims, Level, Source, canonical, extents, is_candidate_symbol, symbols
 
 _MOST_AXES = 8
 """Axes of a shape at most that is looked at."""
+_DEEP = 40
+"""Nodes at most by which a shape follows from others."""
 
 
 def entries(dims: Dims) -> int:
@@ -46,6 +49,7 @@ class Written:
         self._outputs = set(rw.outputs)
         self.sources = rw.sources.named()
         self._levels: dict[str, Level] = {}
+        self._shapes: dict[str, Dims | None] = {}
 
     def maker(self, name: str) -> NodeProto | None:
         """The node that makes a tensor."""
@@ -86,26 +90,24 @@ class Written:
             return held is not None and held[-1:] == columns != ()
         return bool(shape.size and not symbols(columns) and shape[-1] == extents(columns)[0])
 
-    def dims(self, name: str) -> Dims | None:
-        """Shape of a tensor that is known."""
-        source, stored = self.sources.get(name), self._rw.emit.initializers.get(name)
-        if source is not None:
-            return source.dims
-        if stored is not None:
-            return tuple(canonical([n]) for n in stored.dims)
-        node = self._made.get(name)
-        if node is None:
-            return None
-        step = {
-            "Concat": self._joined,
-            "Div": self._scaled,
-            "Expand": self._expanded,
-            "Mul": self._scaled,
-            "Reshape": self._reshaped,
-            "Slice": self._cut,
-            "Transpose": self._turned,
-        }.get(operator(node))
-        return None if step is None else step(node)
+    def dims(self, name: str, deep: int = _DEEP) -> Dims | None:
+        """Shape of a tensor, where that is known or follows from what it is made of.
+
+        Args:
+            name: The tensor.
+            deep: Nodes at most by which it may follow from others.
+        """
+        if name not in self._shapes:
+            self._shapes[name] = self._shape(name, deep)
+        return self._shapes[name]
+
+    def axes(self, node: NodeProto, rank: int) -> set[int] | None:
+        """The axes of a reduction; None where they are not constants."""
+        given = attribute(node, "axes", None)
+        if len(node.input) > 1 and node.input[1]:
+            held = self._rw.stored(node.input[1], _MOST_AXES)
+            given = None if held is None else held.tolist()
+        return None if given is None or len(given) == 0 else {int(a) % rank for a in given}
 
     def rank(self, name: str) -> int | None:
         """Number of a tensor's axes, where that is known."""
@@ -115,56 +117,95 @@ class Written:
             return None if shape is None else shape.size
         return None if found is None else len(found)
 
-    def _expanded(self, node: NodeProto) -> Dims | None:
+    def _shape(self, name: str, deep: int) -> Dims | None:
+        source, stored, node = self.sources.get(name), self._rw.emit.initializers.get(name), self._made.get(name)
+        if source is not None:
+            return source.dims
+        if stored is not None:
+            return tuple(canonical([n]) for n in stored.dims)
+        if node is None or not deep or domain_of(node) or name != node.output[0] or not node.input:
+            return None
+        given = [self.dims(i, deep - 1) for i in node.input]
+        moved = {
+            "Concat": self._joined,
+            "Expand": self._expanded,
+            "Gather": self._picked,
+            "Reshape": self._reshaped,
+            "Slice": self._cut,
+            "Transpose": self._turned,
+        }.get(operator(node))
+        return self._computed(node, given) if moved is None else moved(node, given)
+
+    def _computed(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
+        """Shape that a node gives which moves nothing."""
+        op, first = operator(node), given[0]
+        if traits(node) & Trait.ELEMENTWISE:
+            return first if traits(node) & Trait.PARAMETERS else _together(given)
+        if first is None or op == "Softmax" or op.endswith("Normalization"):
+            return first
+        if op in ("Gemm", "MatMul"):
+            second = given[1]
+            if second is None or min(len(first), len(second)) < 2:
+                return None
+            if op == "Gemm":
+                return first[bool(attribute(node, "transA", 0))], second[not attribute(node, "transB", 0)]
+            lead = _together([first[:-2], second[:-2]])
+            return None if lead is None else (*lead, first[-2], second[-1])
+        axes = self.axes(node, len(first)) if op.startswith("Reduce") and first else None
+        if axes is None:
+            return None
+        keep = attribute(node, "keepdims", 1)
+        return tuple(() if k in axes else d for k, d in enumerate(first) if keep or k not in axes)
+
+    def _expanded(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that an Expand gives of a tensor of as many axes, whose extents are all constant."""
-        x, shape = self.dims(node.input[0]), self._rw.stored(node.input[1], _MOST_AXES)
+        x, shape = given[0], self._rw.stored(node.input[1], _MOST_AXES)
         if x is None or shape is None or shape.size != len(x) or symbols(x):
             return None
         return tuple(canonical([max(n, int(m))]) for n, m in zip(extents(x), shape, strict=True))
 
-    def _turned(self, node: NodeProto) -> Dims | None:
+    def _picked(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
+        """Shape that a Gather gives."""
+        x, at = given
+        if not x or at is None:
+            return None
+        axis = attribute(node, "axis", 0) % len(x)
+        return (*x[:axis], *at, *x[axis + 1 :])
+
+    def _turned(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that a Transpose gives."""
-        x = self.dims(node.input[0])
+        x = given[0]
         return None if x is None else tuple(x[a] for a in attribute(node, "perm") or range(len(x))[::-1])
 
-    def _cut(self, node: NodeProto) -> Dims | None:
+    def _cut(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that a Slice gives by constant ends, forwards along axes of constant extents."""
-        x, given = self.dims(node.input[0]), [self._rw.stored(i, _MOST_AXES) for i in node.input[1:]]
-        if x is None or len(given) != 4 or any(g is None for g in given):
+        x, ends = given[0], [self._rw.stored(i, _MOST_AXES) for i in node.input[1:]]
+        if x is None or len(ends) != 4 or any(e is None for e in ends):
             return None
         out = list(x)
-        for start, end, axis, step in zip(*(g.tolist() for g in given if g is not None), strict=True):
+        for start, end, axis, step in zip(*(e.tolist() for e in ends if e is not None), strict=True):
             if symbols((out[axis],)) or step < 1:
                 return None
             out[axis] = canonical([len(range(extents((out[axis],))[0])[start:end:step])])
         return tuple(out)
 
-    def _joined(self, node: NodeProto) -> Dims | None:
+    def _joined(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that a Concat along an axis of constant extents gives."""
-        parts, axis = [self.dims(i) for i in node.input], attribute(node, "axis", 0)
-        known = [p for p in parts if p is not None]
-        if len(known) < len(parts) or symbols(tuple(p[axis] for p in known)):
+        known, axis = [p for p in given if p is not None], attribute(node, "axis", 0)
+        if len(known) < len(given) or symbols(tuple(p[axis] for p in known)):
             return None
         out = list(known[0])
         out[axis] = canonical([sum(extents((p[axis],))[0] for p in known)])
         return tuple(out)
 
-    def _scaled(self, node: NodeProto) -> Dims | None:
-        """Shape of a tensor of which every entry meets a number."""
-        found = [self.dims(i) for i in node.input]
-        for x, number in (found, found[::-1]):
-            if x is not None and number is not None and not any(number) and len(number) <= len(x):
-                return x
-        return None
-
-    def _reshaped(self, node: NodeProto) -> Dims | None:
+    def _reshaped(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that a Reshape gives."""
         shape = self._rw.stored(node.input[1], _MOST_AXES)
         if shape is None:
             return self._rw.layout.sizes.held.get(node.input[1])
         if (shape >= 1).all():
             return tuple(canonical([int(n)]) for n in shape)
-        x = self.dims(node.input[0])
+        x = given[0]
         if x is None or (shape == 0).any() or (shape < 0).sum() != 1:
             return None
         # What is left for the open axis: nothing but symbols, or nothing but a number.
@@ -173,3 +214,17 @@ class Written:
         if left * fixed != prod(extents(x)) or (left != 1 and rest):
             return None
         return tuple(canonical(rest if n < 0 and rest else [left if n < 0 else int(n)]) for n in shape)
+
+
+def _together(given: Sequence[Dims | None]) -> Dims | None:
+    """Shape of tensors that are broadcast together, where extents are equal or constant ones."""
+    out: list[Dim] = []
+    for dims in given:
+        if dims is None:
+            return None
+        short, long = sorted((list(dims), out), key=len)
+        short = [()] * (len(long) - len(short)) + short
+        out = [a or b for a, b in zip(short, long, strict=True)]
+        if any(a and b and a != b for a, b in zip(short, long, strict=True)):
+            return None
+    return tuple(out)
