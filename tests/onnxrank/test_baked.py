@@ -205,7 +205,7 @@ def test_profile_of_histories_that_may_not_be_short() -> None:
     """More are needed than a profile takes by itself."""
     g = Graph(17)
     hist, item = g.input("hist", ["N", "L"]), g.input("item", ["N", 8])
-    best, _ = g.ops("TopK", 2, hist, g.ints(40), axis=1)
-    g.output(g.op("MatMul", g.op("Concat", best, item, axis=1), g.const(np.ones((48, 1)))), ["N", 1])
+    best, _ = g.ops("TopK", 2, hist, g.ints(80), axis=1)
+    g.output(g.op("MatMul", g.op("Concat", best, item, axis=1), g.const(np.ones((88, 1)))), ["N", 1])
     report = onnxrank.profile(g.model(), candidates=[2], seconds=0.01, request=["hist"])
-    assert any("L = 40" in note for note in report.notes)
+    assert any("L = 80" in note for note in report.notes)

@@ -442,7 +442,7 @@ def test_work() -> None:
         full = 4 * length * square + 2 * length**2 * D
         last = 2 * length * square  # keys and values alone
         assert result.report.after["request"].macs == (layers - 1) * full + last
-        alone = D  # a query by its own key, head by head, is no product of matrices
+        alone = 2 * D  # a query by its own key, and its weight by its own value, are no products of matrices
         each = layers * (4 * square + 2 * tokens * D - alone) + 2 * D
         assert result.report.after["candidate"].macs == N * each
 

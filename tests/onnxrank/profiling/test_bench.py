@@ -141,9 +141,9 @@ def test_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
         hold(self, model, candidates, requests)
 
     monkeypatch.setattr(RemoteBench, "hold", watch)
-    assert any("hist = 32" in n for n in profile(history(), **QUICK).notes)
+    assert any("hist = 64" in n for n in profile(history(), **QUICK).notes)
     assert any("hist = 9" in n for n in profile(history(), **QUICK, lengths={"hist": 9}).notes)
-    assert seen == {(2, 32), (16, 32), (2, 9), (16, 9)}
+    assert seen == {(2, 64), (16, 64), (2, 9), (16, 9)}
     with pytest.raises(UsageError, match=r"no symbolic extent 'length'.*are hist"):
         profile(history(), **QUICK, lengths={"length": 9})
     with pytest.raises(UsageError, match="at least 1"):
