@@ -393,25 +393,45 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     groups, items, terms = fold.coefficients.shape
     width, rows, count = weight.data.shape[1], fold.place.shape[1], len(fold.basis)
     dtype = rw.sources.of(fold.basis)[0].dtype
-    shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
     for source in rw.sources.of(fold.coefficients):
         rw.sources.journal.put(source, "folded", True)
-    factors = (
-        rw.layout.stack(fold.coefficients, shape) if fold.along else rw.layout.realise(fold.coefficients, shape)[0]
-    )
     folded = members[: len(members) - len(fold.plain)]
-    if groups == 1:
-        # One matrix product, not a stack of one.
-        flat, own = rw.layout.reshape(factors, shape, shape[1:]), weight.rows(rw.emit, folded[fold.columns[0]])
-        name = rw.emit.add("MatMul", [flat, own])
+    columns = folded[fold.columns]
+    if (fold.coefficients == fold.coefficients[:1]).all():
+        made = _of_groups(rw, fold, weight, columns)
     else:
-        name = rw.emit.add("MatMul", [factors, weight.rows(rw.emit, folded[fold.columns])])
-    made = rw.sources.add((*(shape[1:] if groups == 1 else shape)[:-1], canonical([width])), dtype, name)
-    codes = codes_of(made).reshape(groups * items, width)[fold.place]
+        shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
+        factors = _factors(rw, fold.coefficients, shape, bool(fold.along))
+        name = rw.emit.add("MatMul", [factors, weight.rows(rw.emit, columns)])
+        made = codes_of(rw.sources.add((*shape[:-1], canonical([width])), dtype, name))
+    codes = made.reshape(groups * items, width)[fold.place]
     codes[fold.place < 0] = rw.zero(dtype)
     if len(fold.plain):
         codes = _with_plain(rw, fold, weight, members[len(folded) :], codes, dtype)
     return codes.reshape(count, rows * width)
+
+
+def _factors(rw: Rewrite, codes: Codes, dims: Dims, along: bool) -> str:
+    """Writes request-level factors, all rows of them where they differ along a symbol."""
+    return rw.layout.stack(codes, dims) if along else rw.layout.realise(codes, dims)[0]
+
+
+def _of_groups(rw: Rewrite, fold: Fold, weight: Weights, columns: NDArray[np.int64]) -> Codes:
+    """Writes the weights of groups with the same coefficients, `[groups, items, width]`, in one matrix product."""
+    groups, items, terms = fold.coefficients.shape
+    width, dtype = weight.data.shape[1], rw.sources.of(fold.basis)[0].dtype
+    of_items, of_terms = canonical([*fold.along, items]), canonical([terms])
+    if groups > 1 and width == 1 and not fold.along:
+        # In this order the weights are in the order of the groups.
+        one = canonical([1])  # a stack of one, as fields are embedded
+        factors, _ = rw.layout.realise(fold.coefficients[:1].swapaxes(1, 2), (one, of_terms, of_items))
+        own = weight.part(rw.emit, 0, columns.reshape(-1)).reshaped(rw.emit, (groups, terms)).tensor(rw.emit)
+        made = rw.sources.add((one, canonical([groups]), of_items), dtype, rw.emit.add("MatMul", [own, factors]))
+        return codes_of(made)
+    factors = _factors(rw, fold.coefficients[0], (of_items, of_terms), bool(fold.along))
+    own = weight.part(rw.emit, 0, columns.T.reshape(-1)).reshaped(rw.emit, (terms, groups * width)).tensor(rw.emit)
+    made = rw.sources.add((of_items, canonical([groups * width])), dtype, rw.emit.add("MatMul", [factors, own]))
+    return codes_of(made).reshape(items, groups, width).swapaxes(0, 1)
 
 
 def _with_plain(

@@ -129,6 +129,7 @@ def test_dot_products_of_fields(width: int, weighted: bool) -> None:
         assert result.report.after["candidate"].macs == N * (ITEM * D + items) * width
         assert result.report.after["request"].macs == (users + USER * ITEM * D) * width
         assert result.report.after["candidate"].bytes < result.report.before["candidate"].bytes / 3
+        assert not {"Expand", "Transpose"} & set(operators(result.model))  # one product of the fields with all weights
     few = optimised(g, given, counts=(1, 2, 5), candidates=1)
     assert few.report.after["candidate"].macs == (USER * ITEM + items) * width
 
