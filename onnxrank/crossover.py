@@ -184,7 +184,7 @@ def _fewer(form: Form, candidates: int, partly: bool) -> Iterator[Form]:
 
 
 def _costs_more(alternatives: Iterable[Alternative], chosen: str, candidates: int) -> bool:
-    known = {a.name: a for a in alternatives if a.once is not None and a.each is not None}
+    known = {a.name: a for a in alternatives if a.known}
     if chosen not in known or LEAVE not in known:
         return False
     return known[chosen].seconds(candidates) > known[LEAVE].seconds(candidates)

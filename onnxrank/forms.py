@@ -119,6 +119,16 @@ class Form:
         interface, guard, candidates = self._how
         return Form(self.study, rules, interface, guard, (candidates, candidates), choice)
 
+    def decided_for(self, candidates: int) -> Form | None:
+        """The same with what costs decide decided for another number of candidates; None where that changes nothing."""
+        known = [s for s in self.rewrite.decisions() if s.alternatives and all(a.known for a in s.alternatives)]
+        if all(self.choice.decide(s.place, s.alternatives, candidates) == s.chosen for s in known):
+            return None
+        interface, guard, _ = self._how
+        other = Form(self.study, self.rules, interface, guard, (candidates, candidates), self.choice)
+        other.remarks[:0] = self.remarks
+        return other
+
     # --- asking ----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -248,7 +258,8 @@ def _alternatives(rule: Rule, site: Site, costs: Mapping[str, tuple[float, float
 def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span: tuple[int, int]) -> list[Form]:
     """The ways to rewrite a model, with all rules first.
 
-    Which form is best changes with the number of candidates: whoever asks takes the cheapest.
+    Which form is best changes with the number of candidates: whoever asks takes the cheapest. Costs decide sites for
+    the number that is expected; the form that is best for the most candidates is there once more, decided for these.
     """
     first = Form(study, rules, interface, guard, span)
     out = [first]
@@ -262,6 +273,10 @@ def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span
             choices = [replace(first.choice, forms={rule.name: name}) for name in names]
             choices.append(first.choice.leaving(rules=[rule.name]))
             out += [Form(study, rules, interface, guard, span, choice) for choice in choices]
+    made = [f for f in out if f.model is not None and span[0] < span[1]]
+    if made:
+        other = min(made, key=lambda f: f.time(span[1])).decided_for(span[1])
+        out[1:1] = [other] if other is not None else []
     return out
 
 

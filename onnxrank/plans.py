@@ -59,6 +59,11 @@ class Alternative:
         """A way that takes seconds once, and others for its work, which is done for each candidate or once as well."""
         return cls(name, exactness, once, work) if each else cls(name, exactness, once + work, 0.0)
 
+    @property
+    def known(self) -> bool:
+        """Whether its costs are known."""
+        return self.once is not None and self.each is not None
+
     def seconds(self, candidates: float) -> float:
         """Predicted seconds; costs must be known."""
         assert self.once is not None and self.each is not None

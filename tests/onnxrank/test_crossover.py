@@ -92,6 +92,27 @@ def test_two_plans_where_one_is_not_enough(interface: str) -> None:
     assert ratios[-1] > 1.5
 
 
+def test_what_costs_decide_is_decided_for_many_too() -> None:
+    """Pairs of fields before a layer: weights made anew per request pay for 256 candidates, and not for 16."""
+    users, items, d, width = 8, 12, 16, 256
+    g, rng = Graph(), np.random.default_rng(0)
+    user, item = g.input("user", [1, users, d]), g.input("item", ["N", items, d])
+    pairs = g.op("Mul", g.on_axes("Unsqueeze", item, [1]), g.on_axes("Unsqueeze", user, [2]))
+    flat = g.op("Reshape", pairs, g.ints(-1, users * items * d))
+    g.output(g.op("MatMul", flat, g.const(rng.integers(-2, 3, (users * items * d, width)))), ["N", width])
+    assert not onnxrank.optimize(g.model(), request=["user"], candidates=16).changed
+    result = onnxrank.optimize(g.model(), request=["user"], candidates=(1, 256))
+    assert [s.chosen for s in result.plan.sites if s.place.rule == "fold"] == ["take"]
+    assert 1 < below(result) < 256
+    again = onnxrank.optimize(g.model(), plan=result.plan)
+    assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+    for n in (0, 1, below(result) - 1, below(result), 4096):
+        data = {"user": rng.integers(-2, 3, (1, users, d)), "item": rng.integers(-2, 3, (n, items, d))}
+        feeds = {name: x.astype(np.float32) for name, x in data.items()}
+        for old, new in zip(*(run(m, feeds).values() for m in (g.model(), result.model)), strict=True):
+            np.testing.assert_array_equal(old, new, err_msg=f"N = {n}")
+
+
 def test_the_guard_holds_on_both_sides() -> None:
     result = made("same")
     for n in (2, below(result) + 3):
