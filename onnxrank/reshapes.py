@@ -25,12 +25,10 @@ from onnxrank.graphs import reads, rename
 from onnxrank.operators import Trait, domain_of, operator, traits
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import Dims
-from onnxrank.written import Written
+from onnxrank.written import MOST_AXES, Written
 
 RULE = "movement"
 """The rule that it is accounted to."""
-_AXES = 8
-"""Axes of a shape at most that is looked at."""
 
 
 def cancel(rw: Rewrite) -> None:
@@ -217,7 +215,7 @@ class _Round:
 
     def _is_absolute(self, node: NodeProto) -> bool:
         """Whether a Reshape says its shape without what it is of."""
-        shape = self._rw.stored(node.input[1], _AXES) if len(node.input) > 1 else None
+        shape = self._rw.stored(node.input[1], MOST_AXES) if len(node.input) > 1 else None
         return shape is not None and bool((np.asarray(shape) != 0).all())
 
 

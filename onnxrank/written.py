@@ -16,7 +16,7 @@ from onnxrank.operators import Trait, domain_of, operator, traits
 from onnxrank.rewrite import Rewrite
 from onnxrank.values import Dim, Dims, Level, Source, canonical, extents, is_candidate_symbol, symbols
 
-_MOST_AXES = 8
+MOST_AXES = 8
 """Axes of a shape at most that is looked at."""
 _DEEP = 40
 """Nodes at most by which a shape follows from others."""
@@ -85,7 +85,7 @@ class Written:
         """Whether a Reshape leaves the last axis as it is, which is given."""
         if operator(node) != "Reshape":
             return False
-        shape, held = self._rw.stored(node.input[1], _MOST_AXES), self._rw.layout.sizes.held.get(node.input[1])
+        shape, held = self._rw.stored(node.input[1], MOST_AXES), self._rw.layout.sizes.held.get(node.input[1])
         if shape is None:
             return held is not None and held[-1:] == columns != ()
         return bool(shape.size and not symbols(columns) and shape[-1] == extents(columns)[0])
@@ -105,7 +105,7 @@ class Written:
         """The axes of a reduction; None where they are not constants."""
         given = attribute(node, "axes", None)
         if len(node.input) > 1 and node.input[1]:
-            held = self._rw.stored(node.input[1], _MOST_AXES)
+            held = self._rw.stored(node.input[1], MOST_AXES)
             given = None if held is None else held.tolist()
         return None if given is None or len(given) == 0 else {int(a) % rank for a in given}
 
@@ -113,7 +113,7 @@ class Written:
         """Number of a tensor's axes, where that is known."""
         found, node = self.dims(name), self._made.get(name)
         if found is None and node is not None and operator(node) == "Reshape":
-            shape = self._rw.stored(node.input[1], _MOST_AXES)
+            shape = self._rw.stored(node.input[1], MOST_AXES)
             return None if shape is None else shape.size
         return None if found is None else len(found)
 
@@ -159,7 +159,7 @@ class Written:
 
     def _expanded(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that an Expand gives of a tensor of as many axes, whose extents are all constant."""
-        x, shape = given[0], self._rw.stored(node.input[1], _MOST_AXES)
+        x, shape = given[0], self._rw.stored(node.input[1], MOST_AXES)
         if x is None or shape is None or shape.size != len(x) or symbols(x):
             return None
         return tuple(canonical([max(n, int(m))]) for n, m in zip(extents(x), shape, strict=True))
@@ -179,7 +179,7 @@ class Written:
 
     def _cut(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that a Slice gives by constant ends, forwards along axes of constant extents."""
-        x, ends = given[0], [self._rw.stored(i, _MOST_AXES) for i in node.input[1:]]
+        x, ends = given[0], [self._rw.stored(i, MOST_AXES) for i in node.input[1:]]
         if x is None or len(ends) != 4 or any(e is None for e in ends):
             return None
         out = list(x)
@@ -200,7 +200,7 @@ class Written:
 
     def _reshaped(self, node: NodeProto, given: Sequence[Dims | None]) -> Dims | None:
         """Shape that a Reshape gives."""
-        shape = self._rw.stored(node.input[1], _MOST_AXES)
+        shape = self._rw.stored(node.input[1], MOST_AXES)
         if shape is None:
             return self._rw.layout.sizes.held.get(node.input[1])
         if (shape >= 1).all():
