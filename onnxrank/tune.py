@@ -108,6 +108,12 @@ def near(measured: Sequence[Measured], slowdown: float = SLOWDOWN) -> bool:
     return any(-math.log1p(SLOWDOWN) < _beyond(m, slowdown) <= 0 for m in measured)
 
 
+def disputed(tries: Sequence[Sequence[Measured]], slowdown: float = SLOWDOWN) -> bool:
+    """Whether a result is slower somewhere in some sessions by more than it may be, and in others not at all."""
+    ends = [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)]
+    return any(_beyond(of[0], slowdown) > 0 and of[-1].ratio >= 1 for of in ends)
+
+
 def _beyond(m: Measured, slowdown: float) -> float:
     """By how much more than a share a result is slower, as a logarithm."""
     return -math.log(m.ratio) - math.log1p(slowdown)
@@ -134,11 +140,12 @@ def middle(tries: Sequence[Sequence[Measured]]) -> tuple[Measured, ...]:
     """Of several measurements at the same numbers of candidates the median one at each, with the interval of all.
 
     What sessions differ by is more than what is seen within one of them, so that intervals of single ones say little.
+    Of five the outermost do not count, or a loss were none as soon as a single session does not see it.
     """
     if len(tries) == 1:
         return tuple(tries[0])
-    ordered = [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)]
-    return tuple(replace(of[len(of) // 2], low=of[0].ratio, high=of[-1].ratio) for of in ordered)
+    ordered, outer = [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)], len(tries) // 4
+    return tuple(replace(of[len(of) // 2], low=of[outer].ratio, high=of[-1 - outer].ratio) for of in ordered)
 
 
 def told(measured: Sequence[Measured]) -> str:

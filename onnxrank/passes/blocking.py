@@ -9,9 +9,9 @@ from onnxrank.crossover import NEAR, Pair
 from onnxrank.errors import CheckFailed, ModelError, UsageError
 from onnxrank.passes.checking import gated
 from onnxrank.passes.choosing import as_it_is, go_on_with
-from onnxrank.passes.emission import written
+from onnxrank.passes.emission import for_many, written
 from onnxrank.passes.job import Job
-from onnxrank.passes.timing import against, race_of, timed
+from onnxrank.passes.timing import against, around, race_of, timed
 from onnxrank.plans import Measured
 from onnxrank.report import Retreat
 from onnxrank.verify import failure
@@ -113,6 +113,8 @@ def _fastest(job: Job) -> str | None:
             job.blocks_from = found.below
         else:
             job.pair = found
+    if job.kept and job.pair is not None and job.blocks_from <= job.pair.below:
+        job.pair = job.pair.measured(around(job, job.pair, for_many(job)))
     measured = _against_original(job)
     if not tune.faster(measured, job.options.slowdown):
         return f"{tune.told(measured)} of the original's speed in blocks of {rows}"

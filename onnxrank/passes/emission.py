@@ -112,17 +112,23 @@ def emitted(job: Job) -> ModelProto:
 
 def written(job: Job) -> ModelProto:
     """The result without its contract."""
+    return for_many(job) if job.pair is None else _joined(job.pair.model(for_many(job)))
+
+
+def for_many(job: Job) -> ModelProto:
+    """The same where there are so many candidates that no other plan holds."""
     form = job.chosen
     try:
         many = blocks.blocked(form, job.blocks) if job.blocks else form.model
     except blocks.Impossible as e:
         raise UsageError(f"candidates cannot be scored in blocks: {e}") from e
-    if job.blocks and job.blocks_from:
-        many = Pair(form, form, job.blocks_from).model(many, TOGETHER)
-    made = many if job.pair is None or many is None else job.pair.model(many)
-    if made is None:
+    return _joined(Pair(form, form, job.blocks_from).model(many, TOGETHER) if job.blocks and job.blocks_from else many)
+
+
+def _joined(model: ModelProto | None) -> ModelProto:
+    if model is None:
         raise UsageError("the plan cannot be replayed: its two ways cannot stand in one file any more")
-    return made
+    return model
 
 
 def _uses(job: Job) -> list[RuleUse]:

@@ -27,7 +27,7 @@ from onnxrank.values import CANDIDATES
 _MOST_ROUNDS = 2
 """How many rules are left out for the sake of time before the model as a whole is left alone."""
 _AGAIN = 2
-"""How often a narrow loss is timed again."""
+"""How often a narrow loss is timed again, and once more so often where sessions do not agree."""
 _MORE = 3
 """Within so many candidates more than the least an original is looked for that runs, where it does not with these."""
 _PATIENCE = 4
@@ -105,7 +105,7 @@ def _with_few(job: Job, race: tune.Race) -> bool:
 
 def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     """Times two plans against each other, to see from where on which is faster; whether both together are."""
-    checked, job.pair = job.pair, pair.measured(_around(job, pair))
+    checked, job.pair = job.pair, pair.measured(around(job, pair, _model(pair.many)))
     job.measured = timed(job, race, pair.many, 0.25, made=written(job))
     if job.pair.below > SINGLE and any(m.candidates == 1 and m.ratio < 1 for m in job.measured):
         two, job.pair = job.pair, replace(job.pair, alone=True)
@@ -118,7 +118,7 @@ def _pair_measured(job: Job, race: tune.Race, pair: Pair) -> bool:
     return _faster(job, job.measured) and (not job.options.check or same or gated(job).passed)
 
 
-def _around(job: Job, pair: Pair) -> list[Measured]:
+def around(job: Job, pair: Pair, many: ModelProto) -> list[Measured]:
     """Times the plan for many candidates against that for few, and goes on with more candidates until it is faster."""
     most, study, found = job.span[1], pair.many.study, list[Measured]()
     while not any(m.ratio > 1 for m in found) and all(m.candidates < most for m in found):
@@ -130,7 +130,7 @@ def _around(job: Job, pair: Pair) -> list[Measured]:
                 few = pair.few.single if alone else _model(pair.few)
                 feeds = tuple(pair.many.rewrite.translate(study.maker(_setting(study, n))) for n in at)
                 race = tune.Race(replace(job.loaded, proto=few), at, feeds)
-                found += against(job, race, _model(pair.many), feeds, 0.25)
+                found += against(job, race, many, feeds, 0.25)
         pair = replace(pair, below=2 * points[-1])
     return found
 
@@ -222,9 +222,10 @@ def _raced(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto
     feeds = [form.rewrite.translate(f) for f in race.feeds]
     tries = [against(job, race, made, feeds, share)]
     allowed = job.options.slowdown
-    again = tune.unsure(tries[0], allowed) or (_faster(job, tries[0]) and tune.near(tries[0], allowed))
-    while again and len(tries) <= _AGAIN:
-        tries.append(against(job, race, made, feeds, share))
+    if tune.unsure(tries[0], allowed) or (_faster(job, tries[0]) and tune.near(tries[0], allowed)):
+        tries += [against(job, race, made, feeds, share) for _ in range(_AGAIN)]
+        if tune.disputed(tries, allowed):
+            tries += [against(job, race, made, feeds, share) for _ in range(_AGAIN)]
     return tune.middle(tries)
 
 

@@ -329,6 +329,22 @@ def test_both_ends_have_a_plan_of_their_own() -> None:
     assert onnxrank.profile(result.model, candidates=[2, at], seconds=0.01, memory=False).models[0].kernels
 
 
+def test_with_blocks_the_second_plan_begins_where_it_is_faster_then() -> None:
+    """The crossover of two plans in one piece is not that of the same with the second one in blocks."""
+
+    def against(job: Any, race: Any, made: ModelProto, feeds: Any, share: float) -> tuple[Measured, ...]:
+        ops = [n.op_type for n in made.graph.node]
+        assert "Scan" in ops and "If" not in ops
+        return tuple(Measured(n, n / 100, n / 100, n / 100) for n in race.points)
+
+    pair = mock.patch("onnxrank.crossover.find", lambda forms, *_: Pair(forms[0].limited(()), forms[0], 400))
+    with pair, mock.patch("onnxrank.passes.timing.measure"), mock.patch("onnxrank.passes.timing.against", against):
+        result = tuned({64: 1.1, 128: 1.3, 256: 1.2})
+    assert result.plan.few is not None and result.plan.few.below == 101 and not result.plan.blocks_from
+    for n in (0, 1, 100, 101, 102, 1000):
+        np.testing.assert_equal(run(result.model, feed(n)), run(ranker(), feed(n, n)))
+
+
 def left_alone(ratios: dict[int, float], of_original: float = 2.0, **how: Any) -> onnxrank.Result:
     """The ranker, of which nothing is faster than the original in one piece."""
     slow = onnxrank.pipeline.Pass("timing", "undo", lambda job: job.give_up("tune", "slow") or False)

@@ -299,7 +299,7 @@ def test_the_crossover_is_looked_for_until_it_is_found(monkeypatch: pytest.Monke
         return tuple(Measured(n, r := 1.5 if n >= turn else 0.5, r, r) for n in race.points)
 
     monkeypatch.setattr(tune.Race, "measure", measure)
-    result = onnxrank.optimize(ranker(), request=["user"], candidates=WIDE, tune=1.0, check="quick")
+    result = onnxrank.optimize(ranker(), request=["user"], candidates=WIDE, tune=1.0, check="quick", blocks=0)
     points = [n for more in asked for n in more]
     assert len(asked) > 1 and points == sorted(set(points)) and points[-1] <= WIDE[1]
     if turn <= WIDE[1]:

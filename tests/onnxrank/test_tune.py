@@ -207,20 +207,34 @@ def test_what_is_timed_again_has_the_interval_of_all() -> None:
     tries = [[Measured(1, r, r - 0.001, r + 0.001)] for r in (0.96, 1.01, 0.98)]
     assert tune.middle(tries) == (Measured(1, 0.98, 0.96, 1.01),)
     assert tune.middle(tries[:1]) == (Measured(1, 0.96, 0.959, 0.961),)
+    tries += [[Measured(1, r, r, r)] for r in (0.9, 0.99)]
+    assert tune.middle(tries) == (Measured(1, 0.98, 0.96, 0.99),)  # without the outermost
     assert tune.near([Measured(1, 0.99, 0.98, 1.0)]) and not tune.near([Measured(1, 0.9, 0.8, 1.0)])
 
 
-def test_a_loss_that_may_be_none_is_timed_again() -> None:
-    """Where the memory of sessions lies makes some of it: the median of three counts."""
+@pytest.mark.parametrize(
+    ("sessions", "expected"),
+    [
+        ([0.97, 0.99, 0.985], 0.985),  # a loss in all of them, which is small
+        ([0.96, 1.0, 0.99, 0.98, 1.01], 0.99),
+        ([0.96, 1.04, 0.93, 0.95, 0.94], None),  # one did not see it, which says nothing
+    ],
+)
+def test_a_loss_that_may_be_none_is_timed_again(sessions: list[float], expected: float | None) -> None:
+    """Where the memory of sessions lies makes some of it: the median of three counts, of five if they do not agree."""
     calls: list[float] = []
 
     def clock(made: ModelProto, n: int) -> float:
         calls.append(n)
-        return 1.5 if n > 1 else [0.96, 1.0, 0.99][calls.count(1) - 1]
+        if n > 1:
+            return 1.5
+        return sessions[calls.count(1) - 1] if calls.count(1) <= len(sessions) else 0.9
 
     _, result = tuned(clock, candidates=(1, 9))
-    assert result.changed and calls.count(1) == 3
-    assert {m.candidates: m.ratio for m in result.plan.measured} == {3: 1.5, 1: 0.99, 9: 1.5}
+    assert result.changed == (expected is not None)
+    if result.changed:
+        assert calls.count(1) == len(sessions)
+        assert {m.candidates: m.ratio for m in result.plan.measured} == {3: 1.5, 1: expected, 9: 1.5}
     surely = Measured(1, 0.9, 0.89, 0.91)
     assert not tune.unsure([Measured(3, 1.5, 1.4, 1.6), surely])
     assert tune.unsure([Measured(3, 1.5, 1.4, 1.6), Measured(1, 0.9, 0.8, 1.1)])
