@@ -101,9 +101,9 @@ class Form:
             return None, []
         return (model if other.sites() or self.study.packed else None), other.decisions()
 
-    def leaving(self, choice: Choice) -> Form:
-        """The same with another choice; what was left alone stays so."""
-        other = self.limited(self.rules, choice)
+    def leaving(self, choice: Choice, candidates: int | None = None) -> Form:
+        """The same with another choice, perhaps for another number of candidates; what was left alone stays so."""
+        other = self.limited(self.rules, choice, candidates)
         other.remarks[:0] = self.remarks
         return other
 
@@ -114,20 +114,18 @@ class Form:
         self.remarks += [Refusal(p.rule, label(nodes[p.index]), nodes[p.index].op_type, reason) for p in places]
         self.remarks += [Refusal(rule, "", "", reason) for rule in rules]
 
-    def limited(self, rules: Sequence[Rule], choice: Choice | None = None) -> Form:
-        """The same with other rules."""
-        interface, guard, candidates = self._how
-        return Form(self.study, rules, interface, guard, (candidates, candidates), choice)
+    def limited(self, rules: Sequence[Rule], choice: Choice | None = None, candidates: int | None = None) -> Form:
+        """The same with other rules, perhaps for another number of candidates."""
+        interface, guard, expected = self._how
+        at = expected if candidates is None else candidates
+        return Form(self.study, rules, interface, guard, (at, at), choice)
 
     def decided_for(self, candidates: int) -> Form | None:
         """The same with what costs decide decided for another number of candidates; None where that changes nothing."""
         known = [s for s in self.rewrite.decisions() if s.alternatives and all(a.known for a in s.alternatives)]
         if all(self.choice.decide(s.place, s.alternatives, candidates) == s.chosen for s in known):
             return None
-        interface, guard, _ = self._how
-        other = Form(self.study, self.rules, interface, guard, (candidates, candidates), self.choice)
-        other.remarks[:0] = self.remarks
-        return other
+        return self.leaving(self.choice, candidates)
 
     # --- asking ----------------------------------------------------------------------------------------------------
 
@@ -273,8 +271,8 @@ def forms(study: Study, rules: Sequence[Rule], interface: str, guard: bool, span
             choices = [replace(first.choice, forms={rule.name: name}) for name in names]
             choices.append(first.choice.leaving(rules=[rule.name]))
             out += [Form(study, rules, interface, guard, span, choice) for choice in choices]
-    made = [f for f in out if f.model is not None and span[0] < span[1]]
-    if made:
+    made = [f for f in out if f.model is not None]
+    if made and span[0] < span[1]:
         other = min(made, key=lambda f: f.time(span[1])).decided_for(span[1])
         out[1:1] = [other] if other is not None else []
     return out

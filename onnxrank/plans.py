@@ -74,7 +74,7 @@ def break_even(alternatives: Sequence[Alternative]) -> int | None:
     """From how many candidates on what is done once per request pays; None where that is no question."""
     costs = {a.name: a for a in alternatives}
     made, left = costs.get(TAKE), costs.get(LEAVE)
-    if made is None or left is None or None in (made.once, made.each, left.once, left.each):
+    if made is None or left is None or not (made.known and left.known):
         return None
     more, saved = (
         made.seconds(0) - left.seconds(0),

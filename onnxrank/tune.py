@@ -110,8 +110,12 @@ def near(measured: Sequence[Measured], slowdown: float = SLOWDOWN) -> bool:
 
 def disputed(tries: Sequence[Sequence[Measured]], slowdown: float = SLOWDOWN) -> bool:
     """Whether a result is slower somewhere in some sessions by more than it may be, and in others not at all."""
-    ends = [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)]
-    return any(_beyond(of[0], slowdown) > 0 and of[-1].ratio >= 1 for of in ends)
+    return any(_beyond(of[0], slowdown) > 0 and of[-1].ratio >= 1 for of in _ordered(tries))
+
+
+def _ordered(tries: Sequence[Sequence[Measured]]) -> list[list[Measured]]:
+    """Of several measurements at the same numbers of candidates those at each, the slowest first."""
+    return [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)]
 
 
 def _beyond(m: Measured, slowdown: float) -> float:
@@ -144,8 +148,8 @@ def middle(tries: Sequence[Sequence[Measured]]) -> tuple[Measured, ...]:
     """
     if len(tries) == 1:
         return tuple(tries[0])
-    ordered, outer = [sorted(of, key=lambda m: m.ratio) for of in zip(*tries, strict=True)], len(tries) // 4
-    return tuple(replace(of[len(of) // 2], low=of[outer].ratio, high=of[-1 - outer].ratio) for of in ordered)
+    outer = len(tries) // 4
+    return tuple(replace(of[len(of) // 2], low=of[outer].ratio, high=of[-1 - outer].ratio) for of in _ordered(tries))
 
 
 def told(measured: Sequence[Measured]) -> str:

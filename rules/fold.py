@@ -401,7 +401,7 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
         made = _of_groups(rw, fold, weight, columns)
     else:
         shape: Dims = (canonical([groups]), canonical([*fold.along, items]), canonical([terms]))
-        factors = _factors(rw, fold.coefficients, shape, bool(fold.along))
+        factors = _factors(rw, fold, fold.coefficients, shape)
         name = rw.emit.add("MatMul", [factors, weight.rows(rw.emit, columns)])
         made = codes_of(rw.sources.add((*shape[:-1], canonical([width])), dtype, name))
     codes = made.reshape(groups * items, width)[fold.place]
@@ -411,9 +411,9 @@ def matrix(rw: Rewrite, fold: Fold, weight: Weights, members: NDArray[np.int64])
     return codes.reshape(count, rows * width)
 
 
-def _factors(rw: Rewrite, codes: Codes, dims: Dims, along: bool) -> str:
+def _factors(rw: Rewrite, fold: Fold, codes: Codes, dims: Dims) -> str:
     """Writes request-level factors, all rows of them where they differ along a symbol."""
-    return rw.layout.stack(codes, dims) if along else rw.layout.realise(codes, dims)[0]
+    return rw.layout.stack(codes, dims) if fold.along else rw.layout.realise(codes, dims)[0]
 
 
 def _of_groups(rw: Rewrite, fold: Fold, weight: Weights, columns: NDArray[np.int64]) -> Codes:
@@ -428,7 +428,7 @@ def _of_groups(rw: Rewrite, fold: Fold, weight: Weights, columns: NDArray[np.int
         own = weight.part(rw.emit, 0, columns.reshape(-1)).reshaped(rw.emit, (groups, terms)).tensor(rw.emit)
         made = rw.sources.add((one, canonical([groups]), of_items), dtype, rw.emit.add("MatMul", [own, factors]))
         return codes_of(made)
-    factors = _factors(rw, fold.coefficients[0], (of_items, of_terms), bool(fold.along))
+    factors = _factors(rw, fold, fold.coefficients[0], (of_items, of_terms))
     own = weight.part(rw.emit, 0, columns.T.reshape(-1)).reshaped(rw.emit, (terms, groups * width)).tensor(rw.emit)
     made = rw.sources.add((of_items, canonical([groups * width])), dtype, rw.emit.add("MatMul", [factors, own]))
     return codes_of(made).reshape(items, groups, width).swapaxes(0, 1)

@@ -28,6 +28,8 @@ _MOST_ROUNDS = 2
 """How many rules are left out for the sake of time before the model as a whole is left alone."""
 _AGAIN = 2
 """How often a narrow loss is timed again, and once more so often where sessions do not agree."""
+_MOST_SESSIONS = 1 + 2 * _AGAIN
+"""In how many sessions a result is timed at most."""
 _MORE = 3
 """Within so many candidates more than the least an original is looked for that runs, where it does not with these."""
 _PATIENCE = 4
@@ -222,10 +224,10 @@ def _raced(job: Job, race: tune.Race, form: Form, share: float, made: ModelProto
     feeds = [form.rewrite.translate(f) for f in race.feeds]
     tries = [against(job, race, made, feeds, share)]
     allowed = job.options.slowdown
-    if tune.unsure(tries[0], allowed) or (_faster(job, tries[0]) and tune.near(tries[0], allowed)):
+    again = tune.unsure(tries[0], allowed) or (_faster(job, tries[0]) and tune.near(tries[0], allowed))
+    while again and len(tries) < _MOST_SESSIONS:
         tries += [against(job, race, made, feeds, share) for _ in range(_AGAIN)]
-        if tune.disputed(tries, allowed):
-            tries += [against(job, race, made, feeds, share) for _ in range(_AGAIN)]
+        again = tune.disputed(tries, allowed)
     return tune.middle(tries)
 
 
