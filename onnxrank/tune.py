@@ -43,7 +43,7 @@ class Race:
     feeds: tuple[Feeds, ...]
 
     def measure(self, made: ModelProto, feeds: Sequence[Feeds], seconds: float) -> tuple[Measured, ...]:
-        """Times original and result in turns: one thread, all of onnxruntime's own optimisations, one process.
+        """Times original and result in turns: one thread, all of onnxruntime's own optimisations, one fresh process.
 
         Args:
             made: The result.
@@ -53,7 +53,7 @@ class Race:
         Raises:
             ModelError: A model does not run, or its process dies.
         """
-        worker = workers.take()
+        worker = workers.fresh()
         try:
             worker.call("limit", _TIMEOUT, memory=None)
             for key, model in (("original", self.original.proto), ("made", made)):
@@ -71,10 +71,8 @@ class Race:
                 )
                 first, second = np.median(turns, axis=2)
                 out.append(Measured(n, *(round(x, 4) for x in ratio(first, second))))
-        except BaseException:
+        finally:
             worker.kill()
-            raise
-        workers.give(worker)
         return tuple(out)
 
 

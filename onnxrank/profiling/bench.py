@@ -188,7 +188,7 @@ class RemoteBench:
     def __init__(self, target: Target, timeout: float, fresh: bool = False) -> None:
         self._target = [getattr(target, f.name) for f in fields(target)]
         self._timeout = timeout
-        self._worker: Worker = Worker() if fresh else workers.take()
+        self._worker: Worker = workers.fresh() if fresh else workers.take()
         self._longest = 0.0
         left = workers.available_memory() if target.provider == "cpu" else None  # GPU libraries reserve any amount
         limit = None if left is None else left + workers.LIBRARIES

@@ -14,7 +14,7 @@ from helpers import Graph, run
 from onnx import ModelProto
 
 import onnxrank
-from onnxrank import tune
+from onnxrank import tune, workers
 from onnxrank.cli.optimize import optimize as optimize_command
 from onnxrank.contract import stored_contract
 from onnxrank.errors import ModelError, UsageError
@@ -301,6 +301,17 @@ def test_a_race() -> None:
     timing.measure(job)
     assert [m.candidates for m in job.measured] == [4, 2, 8] or job.form is None
     assert all(m.low <= m.ratio <= m.high for m in job.measured)
+
+
+def test_a_race_has_a_process_of_its_own() -> None:
+    """One that ran other models before tells less."""
+    model = ranker()
+    feeds = [{"user": np.ones((2, 6, 16), np.float32), "item": np.ones((2, 2, 16), np.float32)}]
+    race = tune.Race(read(model), (2,), tuple(feeds))
+    with mock.patch.object(workers, "take", side_effect=AssertionError), mock.patch.object(workers, "give") as give:
+        (measured,) = race.measure(model, feeds, 0.01)
+    assert measured.candidates == 2 and measured.ratio > 0
+    give.assert_not_called()
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])

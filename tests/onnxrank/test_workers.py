@@ -60,6 +60,17 @@ def test_process_is_used_again() -> None:
         assert second._worker is process
 
 
+def test_fresh_process() -> None:
+    """It is none that has run anything, and what waits to be used again still does."""
+    process = workers.take()
+    workers.give(process)
+    other = workers.fresh()
+    assert other is not process and other.alive
+    other.kill()
+    assert workers.take() is process
+    workers.give(process)
+
+
 def test_process_that_does_not_forget_is_not_used_again() -> None:
     process = workers.take()
     workers.give(process)
