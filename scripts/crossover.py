@@ -4,13 +4,13 @@
     python scripts/export_models.py out --scale industrial --exporter torchscript --names pnn din field_attention
     python scripts/crossover.py out --figure scripts/figures/crossover.svg  # the figure of docs/plan.md
 
-A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range `--candidates`.
-Forms of a model take turns on one thread; a ratio is the median over rounds of the original's time over the form's.
-Sessions are opened once and run with the usual number of candidates first, as a server's are: onnxruntime plans
-memory for the shapes that a session sees first, and small models take up to a seventh longer for others.
-Numbers with which the original does not run are left out.
-What is slower than the original is timed again, `--again` times, in sessions of its own, and the median of all counts.
-Behind the table stands how far predicted ratios are off (`--json` keeps them). Figures need matplotlib.
+A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range `--candidates`
+and timed in a process of its own. Forms of a model take turns on one thread; a ratio is the median over rounds of the
+original's time over the form's. Sessions are opened once and run with the usual number of candidates first, as a
+server's are: onnxruntime plans memory for the shapes that a session sees first, and small models take up to a seventh
+longer for others. Numbers with which the original does not run are left out. What is slower than the original is
+timed again, `--again` times, in sessions of its own, and the median of all counts. Behind the table stands how far
+predicted ratios are off (`--json` keeps them). Figures need matplotlib.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import argparse
 import dataclasses
 import fnmatch
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +210,9 @@ def main() -> int:
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
     for path in sorted(options.folder.glob("*.onnx")):
         if path.stem not in rows and fnmatch.fnmatch(path.stem, options.only):
-            rows[path.stem] = measure(path, options)
+            # Where other models have been, memory lies scattered, and small differences are not seen.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+                rows[path.stem] = own.submit(measure, path, options).result()
             print(told(path.stem, rows[path.stem]), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
