@@ -4,13 +4,13 @@
     python scripts/export_models.py out --scale industrial --exporter torchscript --names pnn din field_attention
     python scripts/crossover.py out --figure scripts/figures/crossover.svg  # the figure of docs/plan.md
 
-A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range `--candidates`
-and timed in a process of its own. Forms of a model take turns on one thread; a ratio is the median over rounds of the
-original's time over the form's. Sessions are opened once and run with the usual number of candidates first, as a
-server's are: onnxruntime plans memory for the shapes that a session sees first, and small models take up to a seventh
-longer for others. Numbers with which the original does not run are left out. What is slower than the original is
-timed again, `--again` times, in sessions of its own, and the median of all counts. Behind the table stands how far
-predicted ratios are off (`--json` keeps them). Figures need matplotlib.
+A folder holds `<name>.roles.yaml` and `<name>.<anything>.onnx`. Every model is optimised for the range
+`--candidates`. Forms of a model take turns on one thread, in a process of their own; a ratio is the median over
+rounds of the original's time over the form's. Sessions are opened once and run with the usual number of candidates
+first, as a server's are: onnxruntime plans memory for the shapes that a session sees first, and small models take up
+to a seventh longer for others. Numbers with which the original does not run are left out. What is slower than the
+original is timed again, `--again` times, each in a new process, and the median of all counts. Behind the table stands
+how far predicted ratios are off (`--json` keeps them). Figures need matplotlib.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ _LABELS = {"file": "one file", "many": "plan for many alone", "few": "plan for f
 
 Row = dict[int, float]
 """Ratios by the number of candidates."""
+Times = dict[int, list[float]]
+"""By the number of candidates a ratio for each form."""
+
+
+def _spec(path: Path) -> Path:
+    return path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
 
 
 def forms(path: Path, spec: Path, options: argparse.Namespace) -> tuple[onnxrank.Result, dict[str, bytes]]:
@@ -92,27 +98,32 @@ def ratios(sessions: Sequence[Any], feeds: tuple[Feed, Feed], seconds: float) ->
     return [turns.ratio(first, other)[0] for other in others]
 
 
+def times(path: Path, made: Mapping[str, bytes], usual: int, counts: Sequence[int], seconds: float, seed: int) -> Times:
+    """Ratios of what is made of a model, by the number of candidates, in this process."""
+    draw = Requests(onnx.load(path), yaml.safe_load(_spec(path).read_text()))
+    sessions = [session(path), *map(session, made.values())]
+    ratios(sessions, draw(usual, 0), _WARM)
+    served = [n for n in counts if runs(sessions[0], draw(n, 0)[0])]
+    return {n: ratios(sessions, draw(n, seed), seconds) for n in served}
+
+
+def alone(*given: Any) -> Times:
+    """`times` in a new process: where other models have been, memory lies scattered, and small differences are lost."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+        return own.submit(times, *given).result()
+
+
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a model: where its file goes over, and ratios by form and number of candidates."""
-    spec = path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
-    result, made = forms(path, spec, options)
-    draw = Requests(onnx.load(path), yaml.safe_load(spec.read_text()))
-    found: dict[str, Row] = {name: {} for name in made}
-
-    def opened() -> list[Any]:
-        sessions = [session(path), *map(session, made.values())]
-        ratios(sessions, draw(result.report.usual, 0), _WARM)
-        return sessions
-
-    sessions = opened()
-    for n in options.counts if made else ():
-        if not runs(sessions[0], draw(n, 0)[0]):
-            continue
-        tries = [ratios(sessions, draw(n, 0), options.seconds)]
-        while tries[0][0] < SLOWER and len(tries) <= options.again:
-            tries.append(ratios(opened(), draw(n, len(tries)), options.seconds))
-        for name, tried in zip(made, zip(*tries, strict=True), strict=True):
-            found[name][n] = statistics.median(tried)
+    result, made = forms(path, _spec(path), options)
+    usual = result.report.usual
+    tries = [alone(path, made, usual, options.counts, options.seconds, 0)] if made else []
+    slow = [n for tried in tries for n, seen in tried.items() if seen[0] < SLOWER]
+    tries += [alone(path, made, usual, slow, options.seconds, k + 1) for k in range(options.again) if slow]
+    found: dict[str, Row] = {
+        name: {n: statistics.median(tried[n][k] for tried in tries if n in tried) for n in tries[0]}
+        for k, name in enumerate(made)
+    }
     below = None if result.plan.few is None else result.plan.few.below
     predicted = {p.candidates: p.ratio for p in result.report.predictions if p.candidates in options.counts}
     kept = {"changed": result.changed, "below": below, "blocks": result.plan.blocks, "notes": result.report.notes}
@@ -210,9 +221,7 @@ def main() -> int:
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
     for path in sorted(options.folder.glob("*.onnx")):
         if path.stem not in rows and fnmatch.fnmatch(path.stem, options.only):
-            # Where other models have been, memory lies scattered, and small differences are not seen.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
-                rows[path.stem] = own.submit(measure, path, options).result()
+            rows[path.stem] = measure(path, options)
             print(told(path.stem, rows[path.stem]), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
