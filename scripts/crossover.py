@@ -56,10 +56,10 @@ def _spec(path: Path) -> Path:
     return path.with_name(f"{path.name.split('.')[0]}.roles.yaml")
 
 
-def forms(path: Path, spec: Path, options: argparse.Namespace) -> tuple[onnxrank.Result, dict[str, bytes]]:
+def forms(path: Path, options: argparse.Namespace) -> tuple[onnxrank.Result, dict[str, bytes]]:
     """What is made of a model for a range: the file, and for a figure its plans alone where it holds two."""
     how = {"candidates": options.candidates, "tune": options.tune, "check": options.check}
-    result = onnxrank.optimize(path, spec=load_spec(spec), **how)
+    result = onnxrank.optimize(path, spec=load_spec(_spec(path)), **how)
     made = {"file": result.model} if result.changed else {}
     few = result.plan.few
     if few is not None and options.figure is not None:
@@ -115,7 +115,7 @@ def alone(*given: Any) -> Times:
 
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a model: where its file goes over, and ratios by form and number of candidates."""
-    result, made = forms(path, _spec(path), options)
+    result, made = forms(path, options)
     usual = result.report.usual
     tries = [alone(path, made, usual, options.counts, options.seconds, 0)] if made else []
     slow = [n for tried in tries for n, seen in tried.items() if seen[0] < SLOWER]
